@@ -1,0 +1,149 @@
+"""Drafts of merge requests: templates are filled in, values validated, and each draft compared with the others."""
+
+import json
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from jobs.documents import Node, joined
+from jobs.errors import InvalidValueError
+from jobs.locations import Location, parse_location
+from jobs.problems import ProblemList, closest, expectation, known_name, mistakes, show
+from jobs.request import BaseQuantization, MergeRequest
+from jobs.templates import PLACEHOLDERS, fill
+
+_TEMPLATES = ("id", "destination")
+"""The fields that may hold placeholders, in the order they are filled in: a destination may hold the id."""
+
+
+class DraftCheck:
+    """Turns the drafts of one file into requests; notes what is wrong within each and between them.
+
+    Args:
+        directory: what relative paths are taken from.
+        problems: takes every mistake.
+        strict: whether values must have the right type already, or are text to be converted.
+    """
+
+    def __init__(self, directory: Path, problems: ProblemList, *, strict: bool) -> None:
+        self._directory = directory
+        self._problems = problems
+        self._strict = strict
+        self._owners: dict[tuple[str, str], Node] = {}
+
+    def shared(self, draft: Node) -> None:
+        """Check what many requests share: fields may be missing, and templates get their values later."""
+        fields = draft.plain()
+        for name in _TEMPLATES:
+            self._fill(draft, name, fields, dict.fromkeys(PLACEHOLDERS, ""))
+            fields.pop(name, None)
+        self._validate(draft, fields, set_aside={"base", "adapter", "destination"})
+
+    def request(self, draft: Node) -> MergeRequest | None:
+        """Return the request, or None when something is wrong with it."""
+        if not isinstance(draft.value, dict):
+            self._problems.add(draft.line, draft.field, "a mapping of fields", show(draft.value))
+            return None
+        fields = draft.plain()
+        names = self._names(fields)
+        set_aside = set()
+        for name in _TEMPLATES:
+            if not self._fill(draft, name, fields, names):
+                set_aside.add(name)
+                names[name] = None
+                del fields[name]
+            elif isinstance(fields.get(name), str) and fields[name]:
+                names[name] = fields[name]
+        self._compare(draft, fields)
+        return self._validate(draft, fields, set_aside=set_aside)
+
+    def _names(self, fields: dict[str, Any]) -> dict[str, str | None]:
+        """Return what the placeholders stand for, before the id is known."""
+        base, adapter = self._location(fields.get("base")), self._location(fields.get("adapter"))
+        quantization = fields.get("base_quantization", BaseQuantization.NF4.value)
+        return {
+            "base": base.name if base else None,
+            "adapter": adapter.name if adapter else None,
+            "quantization": quantization if quantization in list(BaseQuantization) else None,
+        }
+
+    def _location(self, text: Any) -> Location | None:
+        try:
+            return parse_location(text, self._directory) if isinstance(text, str) else None
+        except InvalidValueError:
+            return None
+
+    def _fill(self, draft: Node, name: str, fields: dict[str, Any], names: dict[str, str | None]) -> bool:
+        """Fill in one field, where it holds text; False when that cannot be done."""
+        text = fields.get(name)
+        if not isinstance(text, str):
+            return True
+        try:
+            filled = fill(text, names)
+        except InvalidValueError as error:
+            node = draft.at([name])
+            self._problems.add(node.line, node.field, error.expected, error.found)
+            return False
+        fields[name] = filled
+        return filled is not None
+
+    def _compare(self, draft: Node, fields: dict[str, Any]) -> None:
+        """Note an id or a destination that an earlier draft has already."""
+        name = fields.get("id")
+        destination = self._location(fields.get("destination"))
+        is_taken = isinstance(name, str) and name != "" and self._is_taken(draft, "id", name)
+        follows = is_taken and "{id}" in str(draft.at(["destination"]).value)
+        if destination is not None and not follows:
+            self._is_taken(draft, "destination", str(destination))
+
+    def _is_taken(self, draft: Node, name: str, value: str) -> bool:
+        owner = self._owners.setdefault((name, value), draft)
+        if owner is draft:
+            return False
+        node, first = draft.at([name]), owner.at([name])
+        where = "more than once" if node.line == first.line else f"again, first on line {first.line}"
+        self._problems.add(node.line, node.field, f"a different {name} for each request", f"{value!r} {where}")
+        return True
+
+    def _validate(self, draft: Node, fields: dict[str, Any], set_aside: Collection[str]) -> MergeRequest | None:
+        """Validate the values of one draft.
+
+        Args:
+            draft: says where each value stands.
+            fields: the values, templates filled in.
+            set_aside: fields that may be missing, as they are dealt with elsewhere.
+        """
+        context = {"relative_to": self._directory}
+        try:
+            if self._strict:
+                # Strictness of JSON, not of Python: a list is a tuple and text is a member of an enum.
+                return MergeRequest.model_validate_json(json.dumps(fields), strict=True, context=context)
+            return MergeRequest.model_validate(fields, context=context)
+        except ValidationError as error:
+            details = list(mistakes(error))
+            unknown = [detail["loc"] for detail in details if detail["type"] == "extra_forbidden"]
+            misspelt = {(*parents, closest(str(name), _known_fields(parents))) for *parents, name in unknown}
+            for detail in details:
+                *parents, last = path = detail["loc"]
+                if detail["type"] == "missing" and (path[0] in set_aside or path in misspelt):
+                    continue
+                expected, found = expectation(detail)
+                if detail["type"] == "extra_forbidden":
+                    expected, found = known_name(str(last), _known_fields(parents)), repr(last)
+                node = draft.at(path)
+                field = joined(node.field, str(last)) if node is draft.at(parents) else node.field
+                self._problems.add(node.line, field, expected, found)
+            return None
+
+
+def _known_fields(path: Iterable[int | str]) -> list[str]:
+    """Return the names of the fields of the model at a path inside a request."""
+    model: type[BaseModel] = MergeRequest
+    for step in path:
+        kind = model.model_fields[str(step)].annotation
+        assert isinstance(kind, type)
+        assert issubclass(kind, BaseModel)
+        model = kind
+    return [info.alias or name for name, info in model.model_fields.items()]

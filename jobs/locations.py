@@ -1,0 +1,156 @@
+"""Typed places: a local path, an S3 prefix, a revision of a Hub repository.
+
+A location is written as one string (`/data/base`, `s3://bucket/prefix`, `hf://org/name@revision`) and is parsed once,
+at the edge. Arbitrary URLs are refused.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, PlainSerializer, ValidationInfo, WithJsonSchema
+
+from jobs.errors import InvalidValueError
+
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+"""Control characters, and bytes of a command line that are no UTF-8."""
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_REPO_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPath:
+    """A directory on this machine or on a shared filesystem; always absolute."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The last component: what a person would call this place."""
+        return self.path.name
+
+    def child(self, name: str) -> "LocalPath":
+        """Return the place `name` below this one."""
+        return LocalPath(self.path / name)
+
+    def is_inside(self, other: "Location") -> bool:
+        """Whether this place is `other` or lies below it."""
+        return isinstance(other, LocalPath) and self.path.is_relative_to(other.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class S3Prefix:
+    """Everything below one prefix of a bucket; the prefix has no leading or trailing slash."""
+
+    bucket: str
+    prefix: str
+
+    @property
+    def name(self) -> str:
+        """The last component: what a person would call this place."""
+        return self.prefix.rpartition("/")[2]
+
+    def child(self, name: str) -> "S3Prefix":
+        """Return the place `name` below this one."""
+        return S3Prefix(self.bucket, f"{self.prefix}/{name}")
+
+    def is_inside(self, other: "Location") -> bool:
+        """Whether this place is `other` or lies below it."""
+        return (
+            isinstance(other, S3Prefix)
+            and self.bucket == other.bucket
+            and f"{self.prefix}/".startswith(f"{other.prefix}/")
+        )
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}"
+
+
+@dataclass(frozen=True, slots=True)
+class HubRepo:
+    """A model repository on the Hub at a revision (branch, tag or commit)."""
+
+    repo_id: str
+    revision: str = "main"
+
+    @property
+    def name(self) -> str:
+        """The repository's own name, without its owner."""
+        return self.repo_id.rpartition("/")[2]
+
+    def child(self, name: str) -> "HubRepo":
+        """Return the repository `<repo>-<name>`: repositories have no folders of releases."""
+        return HubRepo(f"{self.repo_id}-{name}", self.revision)
+
+    def is_inside(self, other: "Location") -> bool:
+        """Whether this place is `other`: a repository at a revision has nothing below it."""
+        return self == other
+
+    def __str__(self) -> str:
+        return f"hf://{self.repo_id}@{self.revision}"
+
+
+Location = LocalPath | S3Prefix | HubRepo
+
+
+def parse_location(text: str, relative_to: Path | None = None) -> Location:
+    """Parse a location.
+
+    Args:
+        text: `/path`, `relative/path`, `s3://bucket/prefix` or `hf://owner/name[@revision]`.
+        relative_to: directory that relative paths are taken from; the working directory when None.
+
+    Returns:
+        The typed location; local paths are made absolute and normalized, but not resolved through links.
+
+    Raises:
+        InvalidValueError: the text is no location; says what was expected.
+    """
+    if not text or text != text.strip() or _UNPRINTABLE.search(text):
+        raise InvalidValueError("a path, s3://bucket/prefix or hf://owner/name@revision", repr(text))
+    if text.startswith("s3://"):
+        bucket, _, prefix = text.removeprefix("s3://").partition("/")
+        if not _BUCKET.fullmatch(bucket):
+            raise InvalidValueError("s3://bucket/prefix with a valid bucket name", repr(text))
+        parts = prefix.rstrip("/").split("/") if prefix else []
+        if not parts or any(part in ("", ".", "..") for part in parts):
+            raise InvalidValueError("s3://bucket/prefix with a prefix free of empty, '.' and '..' parts", repr(text))
+        return S3Prefix(bucket, "/".join(parts))
+    if text.startswith("hf://"):
+        repo_id, _, revision = text.removeprefix("hf://").partition("@")
+        parts = repo_id.split("/")
+        if not 1 <= len(parts) <= 2 or not all(_REPO_PART.fullmatch(part) for part in parts):
+            raise InvalidValueError("hf://owner/name or hf://owner/name@revision", repr(text))
+        if "@" in text and not _REVISION.fullmatch(revision):
+            raise InvalidValueError("a branch, tag or commit after '@'", repr(text))
+        return HubRepo(repo_id, revision or "main")
+    if "://" in text:
+        raise InvalidValueError("a path, s3://bucket/prefix or hf://owner/name@revision", f"another URL, {text!r}")
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:
+        raise InvalidValueError("the home directory of a user of this machine after '~'", repr(text)) from None
+    return LocalPath(Path(os.path.normpath(Path.cwd() / (relative_to or "") / path)))
+
+
+def _validate(value: Any, info: ValidationInfo) -> Location:
+    if isinstance(value, LocalPath | S3Prefix | HubRepo):
+        return value
+    if isinstance(value, str):
+        return parse_location(value, (info.context or {}).get("relative_to"))
+    raise InvalidValueError("a location as text", type(value).__name__)
+
+
+# Relative paths are taken from the directory in the validation context, `{"relative_to": Path}`, where there is one.
+LocationField = Annotated[
+    Location,
+    BeforeValidator(_validate),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": "string"}),
+]

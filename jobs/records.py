@@ -1,0 +1,130 @@
+"""What the ledger says of a job: leases for drivers, records and events for people."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from pydantic import JsonValue
+from sqlalchemy import Row
+
+from jobs.errors import FailureClass
+from jobs.release import Release
+from jobs.request import MergeRequest
+from jobs.states import JobState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmitResult:
+    """What a submission changed; ids in the order of the requests."""
+
+    created: tuple[str, ...]
+    unchanged: tuple[str, ...]
+    """Jobs that were there already with the same content, whatever became of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """The right of one driver to work on one job until the lease expires."""
+
+    job_id: str
+    request: MergeRequest
+    token: int
+    """Fencing token: grows with every claim of the job; every write names it."""
+    attempts: int
+    """Attempts so far, this one included."""
+    worker_losses: int
+    """Workers the job has cost so far."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRecord:
+    """A job as it stands. Times are seconds since 1970 on the store's clock."""
+
+    id: str
+    request: MergeRequest
+    state: JobState
+    attempts: int
+    worker_losses: int
+    owner: str | None
+    """The driver that holds it, while the state is an active one."""
+    token: int
+    lease_expires_at: float | None
+    not_before: float | None
+    """When a job in RETRY_WAIT may be claimed."""
+    merge_key: str | None
+    stage: str | None
+    """Stage, and bytes, of the last attempt."""
+    bytes_done: int
+    bytes_total: int
+    failure_class: FailureClass | None
+    """The last failure, until the job is published or retried."""
+    failure_message: str | None
+    release: Release | None
+    report_path: str | None
+    created_at: float
+    updated_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One step in the life of a job."""
+
+    job_id: str
+    sequence: int
+    """Counted from 1 for each job, without gaps."""
+    at: float
+    state: JobState
+    """The state it entered."""
+    detail: dict[str, JsonValue]
+
+
+JobRow: TypeAlias = Row[*tuple[Any, ...]]
+"""One row of the table of jobs; records also need `release`, of the table of releases."""
+
+
+def lease_of(row: JobRow, token: int, attempts: int) -> Lease:
+    """Return the lease that a claim of this row gives."""
+    return Lease(
+        job_id=row.id,
+        request=request_of(row),
+        token=token,
+        attempts=attempts,
+        worker_losses=row.worker_losses,
+    )
+
+
+def request_of(row: JobRow) -> MergeRequest:
+    """Return the request a row holds."""
+    return MergeRequest.model_validate_json(row.request)
+
+
+def record_of(row: JobRow) -> JobRecord:
+    """Return a job as it stands."""
+    return JobRecord(
+        id=row.id,
+        request=request_of(row),
+        state=JobState(row.state),
+        attempts=row.attempts,
+        worker_losses=row.worker_losses,
+        owner=row.owner,
+        token=row.token,
+        lease_expires_at=row.lease_expires_at,
+        not_before=row.not_before,
+        merge_key=row.merge_key,
+        stage=row.stage,
+        bytes_done=row.bytes_done,
+        bytes_total=row.bytes_total,
+        failure_class=None if row.failure_class is None else FailureClass(row.failure_class),
+        failure_message=row.failure_message,
+        release=None if row.release is None else Release.model_validate_json(row.release),
+        report_path=row.report_path,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+    )
+
+
+def event_of(row: JobRow) -> Event:
+    """Return one row of the table of events."""
+    return Event(
+        job_id=row.job_id, sequence=row.sequence, at=row.at, state=JobState(row.state), detail=json.loads(row.detail)
+    )

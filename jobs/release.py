@@ -1,0 +1,163 @@
+"""What deployment sees: the files of a release, its manifest, and the parity report that let it out."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from jobs.errors import InvalidValueError
+from jobs.locations import LocationField
+from jobs.request import BaseQuantization, Dtype, Frozen, QuantizationOptions, Thresholds
+
+MANIFEST_NAME = "manifest.json"
+REPORT_NAME = "parity.json"
+REPORT_PAGE_NAME = "parity.html"
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Artifact(Frozen):
+    """One file of a release."""
+
+    path: str
+    """Relative to the release, with forward slashes."""
+    num_bytes: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+    @field_validator("path")
+    @classmethod
+    def _check_path(cls, value: str) -> str:
+        if not _FILE_NAME.fullmatch(value):
+            raise InvalidValueError("a plain relative file name", repr(value))
+        return value
+
+
+class TensorCheck(Frozen):
+    """The arithmetic check of one merged tensor, on the bytes that ship."""
+
+    tensor: str
+    changed: bool
+    """Whether the merge adds a delta to it."""
+    max_abs_error: float
+    """Largest |merged - exact|, exact in float64."""
+    rounding_excess: float
+    """Largest |merged - exact| over what one correct rounding may leave, over all elements; at most 1 when right."""
+    num_bad_elements: Annotated[int, Field(ge=0)] = 0
+    """Elements whose error is above the bound."""
+    weight_norm: float = 0.0
+    """Frobenius norm of W."""
+    delta_norm: float = 0.0
+    """Frobenius norm of the exact delta."""
+    survival: float | None = None
+    """<merged - W, delta> / <delta, delta>: how much of the delta outlived the rounding; None without a delta, or
+    where the merged tensor holds no numbers."""
+
+
+class PromptCheck(Frozen):
+    """One prompt through the reference and through the merged checkpoint."""
+
+    prompt: str
+    reference_text: str
+    """Greedy continuation by base + adapter."""
+    merged_text: str
+    """Greedy continuation by the merged checkpoint."""
+    num_positions: Annotated[int, Field(ge=1)]
+    """Positions of prompt and reference's continuation that are compared."""
+    num_near_ties: Annotated[int, Field(ge=0)]
+    max_abs_logit_difference: float
+    mean_abs_logit_difference: float
+    mean_kl: float
+    """KL(reference || merged) in nats, mean over positions."""
+    top1_agreement: float
+    """Share of positions with the same most likely token, near ties left out."""
+    reference_nll: float
+    """Mean negative log likelihood (nats) of the tokens of prompt and reference's continuation."""
+    merged_nll: float
+
+
+class BehaviourCheck(Frozen):
+    """The merged checkpoint, loaded by plain transformers, against base + adapter through PEFT."""
+
+    reference: str
+    """What it is compared with, in words."""
+    gates: bool
+    """Whether the thresholds apply, or the comparison is for information."""
+    prompts: tuple[PromptCheck, ...]
+    max_abs_logit_difference: float
+    mean_kl: float
+    """KL(reference || merged) in nats, mean over all positions."""
+    adapter_kl: float
+    """KL(reference || its base without the adapter): how far the adapter itself moves the model, to compare with."""
+    top1_agreement: float
+    num_positions: int
+    num_near_ties: int
+    """Positions left out of the agreement because the reference itself is undecided there."""
+    near_tie_margin: float
+    """Undecided: its two highest logits are nearer to each other than this."""
+    reference_nll: float
+    merged_nll: float
+
+
+class ParityReport(Frozen):
+    """The evidence that the merged checkpoint computes what base + adapter computes."""
+
+    schema_version: Annotated[Literal[1], Field(alias="schema")] = 1
+    request_id: str
+    merge_key: Sha256
+    base: LocationField
+    adapter: LocationField
+    base_quantization: BaseQuantization
+    level: Literal["full", "arithmetic"]
+    thresholds: Thresholds
+    passed: bool
+    failures: tuple[str, ...]
+    """One sentence for each reason it did not pass; names the tensor or the figure."""
+    tensors: tuple[TensorCheck, ...]
+    behaviour: tuple[BehaviourCheck, ...] = ()
+
+
+class ParitySummary(Frozen):
+    """The figures of a parity report that go into the manifest."""
+
+    level: Literal["full", "arithmetic"]
+    num_tensors: int
+    num_changed_tensors: int
+    rounding_excess: float
+    min_survival: float | None
+    mean_kl: float | None
+    top1_agreement: float | None
+
+
+class Manifest(Frozen):
+    """Written last. A release exists when, and only when, its manifest does. Same request, same bytes."""
+
+    schema_version: Annotated[Literal[1], Field(alias="schema")] = 1
+    merge_key: Sha256
+    request_id: str
+    base: LocationField
+    base_digest: Sha256
+    adapter: LocationField
+    adapter_digest: Sha256
+    base_quantization: BaseQuantization
+    quantization_options: QuantizationOptions | None
+    dtype: Dtype | None
+    parity: ParitySummary
+    files: tuple[Artifact, ...]
+    versions: dict[str, str]
+    """Versions of the libraries that decided the bytes."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(artifact.num_bytes for artifact in self.files)
+
+
+class Release(Frozen):
+    """A published release and where it is."""
+
+    location: LocationField
+    manifest: Manifest
+    manifest_sha256: Sha256
+    created: bool
+    """False when the same release was there already and nothing was written."""

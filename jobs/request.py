@@ -1,0 +1,195 @@
+"""The merge request: what to merge, into what, how it must be proven, and where it goes. Frozen and validated."""
+
+import hashlib
+import json
+import re
+from decimal import Decimal
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from jobs.errors import InvalidValueError
+from jobs.locations import HubRepo, Location, LocationField
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)?\s*", re.IGNORECASE)
+_UNITS = {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))} | {
+    unit: 1024**power for power, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), start=1)
+}
+
+MERGE_KEY_VERSION = 1
+"""Raised whenever the engine would write other bytes for the same request."""
+
+DEFAULT_PROMPTS = (
+    "The capital of France is",
+    "Question: What is 12 times 7?\nAnswer:",
+    "def fibonacci(n):\n",
+    "Once upon a time, in a village by the sea,",
+    "Translate to French: Good morning, how are you?",
+    "List three uses of a paperclip:\n1.",
+    "The patient was admitted with a fever and",
+    "In 1969, the first humans",
+)
+
+
+class BaseQuantization(StrEnum):
+    """What the delta is added to."""
+
+    NONE = "none"
+    """The base's own 16- or 32-bit weights."""
+    NF4 = "nf4"
+    """Those weights through bitsandbytes NF4 and back: what a QLoRA adapter was trained on."""
+    FP4 = "fp4"
+    """Those weights through bitsandbytes FP4 and back."""
+
+
+class Frozen(BaseModel):
+    """A value from the outside: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_enum_values=False, validate_default=True)
+
+
+def parse_size(value: Any) -> Any:
+    """Turn `"2GB"` or `"500 MiB"` into bytes; leave everything else to pydantic.
+
+    Raises:
+        InvalidValueError: the text is no size.
+    """
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value)
+    if match is None:
+        raise InvalidValueError("a size such as 5GB or 500MiB", repr(value))
+    return int(Decimal(match[1]) * _UNITS[(match[2] or "B").upper()])
+
+
+NumBytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+
+
+class QuantizationOptions(Frozen):
+    """How the base is quantized; the names and defaults are those of `transformers.BitsAndBytesConfig`."""
+
+    bnb_4bit_use_double_quant: bool = False
+    llm_int8_skip_modules: tuple[str, ...] | None = None
+    """Modules left in 16 bits; as in transformers, an explicit list replaces the defaults (output head, tied keys)."""
+
+
+class Thresholds(Frozen):
+    """What a merge may differ by and still be published."""
+
+    max_rounding_excess: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Largest |merged - exact| per element over the bound that one correct rounding allows (arithmetic check)."""
+    max_mean_kl: float = Field(default=5e-3, gt=0, allow_inf_nan=False)
+    """Mean KL divergence in nats, reference to merged, over all positions of prompts and continuations."""
+    min_top1_agreement: float = Field(default=0.97, ge=0, le=1)
+    """Share of positions with the same most likely token, among those where the reference is not near a tie."""
+
+
+class ParityPolicy(Frozen):
+    """How a merge must be proven before it is published. Parity always gates publishing."""
+
+    level: Literal["full", "arithmetic"] = "full"
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=DEFAULT_PROMPTS, min_length=1)
+    max_new_tokens: Annotated[int, Field(ge=1, le=512)] = 16
+    """Length of the greedy continuation shown in the report."""
+    thresholds: Thresholds = Thresholds()
+
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+class MergeRequest(Frozen):
+    """One base, one adapter, one destination, and how the merge is made and proven."""
+
+    schema_version: Annotated[Literal[1], Field(alias="schema")] = 1
+    id: str = ""
+    """Unique name of the job; when left out, a digest of the request, so that the same request is the same job."""
+    base: LocationField
+    adapter: LocationField
+    destination: LocationField
+    base_quantization: BaseQuantization = BaseQuantization.NF4
+    quantization_options: QuantizationOptions = QuantizationOptions()
+    dtype: Dtype | None = None
+    """Output dtype; None keeps every base tensor's own."""
+    max_shard_size: NumBytes | None = None
+    """Largest output shard in bytes; None keeps the base's own shards."""
+    parity: ParityPolicy = ParityPolicy()
+    priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
+    """Higher goes first."""
+    labels: Annotated[dict[str, str], PlainSerializer(lambda labels: dict(sorted(labels.items())))] = {}
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    @field_validator("id")
+    @classmethod
+    def _check_id(cls, value: str) -> str:
+        if value and not _ID.fullmatch(value):
+            expected = "1 to 128 letters, digits, '.', '_' or '-', a letter or digit first"
+            raise InvalidValueError(expected, repr(value))
+        return value
+
+    # Checks that look at an earlier field are checks of one field too: a mistake elsewhere does not hide them.
+    @field_validator("destination")
+    @classmethod
+    def _check_destination(cls, value: Location, info: ValidationInfo) -> Location:
+        for role in ("base", "adapter"):
+            if role in info.data and value.is_inside(info.data[role]):
+                raise InvalidValueError(f"a place outside the {role}, which is never overwritten", f"'{value}'")
+        if isinstance(value, HubRepo) and "/" not in value.repo_id:
+            raise InvalidValueError("a repository with its owner, hf://owner/name", f"'{value}'")
+        return value
+
+    @field_validator("quantization_options")
+    @classmethod
+    def _check_quantization_options(cls, value: QuantizationOptions, info: ValidationInfo) -> QuantizationOptions:
+        if info.data.get("base_quantization") is BaseQuantization.NONE and value != QuantizationOptions():
+            raise InvalidValueError("no options, as base_quantization 'none' would ignore them", "some")
+        return value
+
+    @model_validator(mode="after")
+    def _name(self) -> Self:
+        if not self.id:
+            digest = hashlib.sha256(self.model_dump_json(by_alias=True, exclude={"id"}).encode()).hexdigest()
+            object.__setattr__(self, "id", f"merge-{digest[:16]}")
+        return self
+
+    def pass_key(self) -> str:
+        """Return what requests must have in common to be merged in one pass over a base."""
+        options = self.quantization_options
+        skip = "default" if options.llm_int8_skip_modules is None else ",".join(options.llm_int8_skip_modules)
+        return (
+            f"{self.base}|{self.base_quantization}|double={options.bnb_4bit_use_double_quant}"
+            f"|skip={skip}|dtype={self.dtype or 'own'}"
+        )
+
+    def merge_key(self, base_digest: str, adapter_digest: str) -> str:
+        """Return the digest of everything that decides the output bytes: same key, same release.
+
+        Args:
+            base_digest: identifies the base's bytes at its pinned revision.
+            adapter_digest: identifies the adapter's bytes.
+
+        Returns:
+            64 hexadecimal digits.
+        """
+        quantized = self.base_quantization is not BaseQuantization.NONE
+        decides = {
+            "version": MERGE_KEY_VERSION,
+            "base": base_digest,
+            "adapter": adapter_digest,
+            "base_quantization": self.base_quantization.value,
+            "quantization_options": self.quantization_options.model_dump(mode="json") if quantized else None,
+            "dtype": self.dtype,
+            "max_shard_size": self.max_shard_size,
+        }
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

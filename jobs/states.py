@@ -1,0 +1,119 @@
+"""The states of a job, the transitions between them, and what an error leads to."""
+
+import random
+from dataclasses import dataclass
+from enum import StrEnum
+
+from jobs.errors import FailureClass
+
+
+class JobState(StrEnum):
+    """Where a job is."""
+
+    QUEUED = "QUEUED"
+    """Waiting for a driver."""
+    LEASED = "LEASED"
+    """A driver holds it."""
+    PLANNING = "PLANNING"
+    """Its headers and configs are being read."""
+    MERGING = "MERGING"
+    """Merged shards are being written."""
+    VERIFYING = "VERIFYING"
+    """Parity is being checked."""
+    PUBLISHING = "PUBLISHING"
+    """The release is being made visible."""
+    PUBLISHED = "PUBLISHED"
+    """The release is visible. Final."""
+    RETRY_WAIT = "RETRY_WAIT"
+    """Failed in a way worth trying again, and waits for its time."""
+    CANCELLING = "CANCELLING"
+    """Somebody asked to stop it while a driver holds it."""
+    CANCELLED = "CANCELLED"
+    """Stopped on request. Final."""
+    FAILED = "FAILED"
+    """Failed for good. Final, until somebody retries it."""
+    QUARANTINED = "QUARANTINED"
+    """It killed its worker again and again. Final, until somebody retries it."""
+
+
+ACTIVE_STATES = frozenset(
+    {JobState.LEASED, JobState.PLANNING, JobState.MERGING, JobState.VERIFYING, JobState.PUBLISHING, JobState.CANCELLING}
+)
+"""States in which a driver holds a lease."""
+
+CLAIMABLE_STATES = frozenset({JobState.QUEUED, JobState.RETRY_WAIT})
+FINAL_STATES = frozenset({JobState.PUBLISHED, JobState.CANCELLED, JobState.FAILED, JobState.QUARANTINED})
+RETRYABLE_STATES = frozenset({JobState.RETRY_WAIT, JobState.CANCELLED, JobState.FAILED, JobState.QUARANTINED})
+"""States that a person's retry leads out of, back to QUEUED."""
+
+LIVE_STATES = frozenset(JobState) - {JobState.CANCELLED, JobState.FAILED, JobState.QUARANTINED}
+"""States in which a job has, or may still write, its destination: no other job may be given the same one."""
+
+_ENDINGS = frozenset(
+    {
+        JobState.QUEUED,
+        JobState.RETRY_WAIT,
+        JobState.FAILED,
+        JobState.QUARANTINED,
+        JobState.CANCELLING,
+        JobState.PUBLISHED,
+    }
+)
+TRANSITIONS: dict[JobState, frozenset[JobState]] = {
+    JobState.QUEUED: frozenset({JobState.LEASED, JobState.CANCELLED}),
+    JobState.RETRY_WAIT: frozenset({JobState.LEASED, JobState.CANCELLED, JobState.QUEUED}),
+    JobState.LEASED: _ENDINGS | {JobState.PLANNING},
+    JobState.PLANNING: _ENDINGS | {JobState.MERGING},
+    JobState.MERGING: _ENDINGS | {JobState.VERIFYING},
+    JobState.VERIFYING: _ENDINGS | {JobState.PUBLISHING},
+    JobState.PUBLISHING: _ENDINGS,
+    JobState.CANCELLING: frozenset({JobState.CANCELLED, JobState.PUBLISHED}),
+    JobState.PUBLISHED: frozenset(),
+    JobState.CANCELLED: frozenset({JobState.QUEUED}),
+    JobState.FAILED: frozenset({JobState.QUEUED}),
+    JobState.QUARANTINED: frozenset({JobState.QUEUED}),
+}
+"""Allowed transitions. A lease that expires, or a driver that lets go of a job, leads back to QUEUED; while CANCELLING
+every way to end an attempt leads to CANCELLED, except that a release which is already visible is PUBLISHED."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What follows from a failure: the next state, and how long to wait first (seconds)."""
+
+    state: JobState
+    delay_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicy:
+    """When a failed job is tried again: exponential backoff with full jitter, and a limit per kind of failure."""
+
+    max_attempts: int = 5
+    max_worker_losses: int = 2
+    base_delay_seconds: float = 2.0
+    max_delay_seconds: float = 300.0
+
+    def decide(
+        self, failure: FailureClass, *, retryable: bool, attempts: int, worker_losses: int, rng: random.Random
+    ) -> Decision:
+        """Decide what follows the failure of one attempt.
+
+        Args:
+            failure: the class of the error.
+            retryable: whether errors of this class may go away by themselves.
+            attempts: attempts made so far, this one included.
+            worker_losses: workers this job has cost so far, this one included.
+            rng: source of the jitter.
+
+        Returns:
+            The next state and the delay before it may be claimed.
+        """
+        if failure is FailureClass.CANCELLED:
+            return Decision(state=JobState.CANCELLED)
+        if failure is FailureClass.WORKER_LOST and worker_losses > self.max_worker_losses:
+            return Decision(state=JobState.QUARANTINED)
+        if not retryable or attempts >= self.max_attempts:
+            return Decision(state=JobState.FAILED)
+        ceiling = min(self.max_delay_seconds, self.base_delay_seconds * 2 ** (attempts - 1))
+        return Decision(state=JobState.RETRY_WAIT, delay_seconds=rng.uniform(0, ceiling))

@@ -1,0 +1,338 @@
+"""The ledger: a durable queue of jobs with leases and fencing tokens, and the log of everything that happened to them.
+
+Every method is one transaction, so whatever dies, the ledger holds all of a step or nothing of it. SQLite has one
+writer at a time; Postgres locks rows, and drivers that claim at the same moment skip each other's.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from pydantic import JsonValue
+from sqlalchemy import case, func, insert, select, update
+
+from jobs.admission import admit, destination_conflicts
+from jobs.database import Database, rows_where_in
+from jobs.errors import BadInputError, CancelledError, FailureClass, InternalError
+from jobs.journal import Step, take_steps
+from jobs.leases import NO_LEASE, extend_leases, finish_lost_cancellations, lease_due_jobs, lock_held, lock_jobs
+from jobs.records import Event, JobRecord, JobRow, Lease, SubmitResult, event_of, record_of
+from jobs.release import Release
+from jobs.request import MergeRequest
+from jobs.schema import events, jobs, releases
+from jobs.schema import labels as label_table
+from jobs.states import ACTIVE_STATES, CLAIMABLE_STATES, FINAL_STATES, RETRYABLE_STATES, Decision, JobState
+
+__all__ = ["Event", "JobRecord", "JobStore", "Lease", "SubmitResult"]
+
+_STAGES = frozenset({JobState.PLANNING, JobState.MERGING, JobState.VERIFYING, JobState.PUBLISHING})
+"""States a driver moves a job through while it works on it."""
+_FAILURE_STATES = frozenset({JobState.RETRY_WAIT, JobState.FAILED, JobState.QUARANTINED, JobState.CANCELLED})
+
+
+class JobStore:
+    """The ledger behind a URL. Safe for several threads; other processes and machines open their own.
+
+    Raises, from every method: TransientIOError when the database does not answer, NoCapacityError when its disk is
+    full. Nothing was written then.
+
+    Args:
+        url: `sqlite:///relative.db`, `sqlite:////absolute.db` (on a disk of this machine: WAL does not work over a
+            network) or `postgresql://user@host/name`. What is missing is made.
+
+    Raises:
+        BadInputError: the URL is of no known kind, what it names is no ledger, or it is one of a newer version.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._database = Database(url)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._database.close()
+
+    def submit(self, requests: Sequence[MergeRequest]) -> SubmitResult:
+        """Make jobs of requests: all or none. Returns when they are on the disk.
+
+        A request that is a job already changes nothing, whatever became of that job.
+
+        Raises:
+            BadInputError: an id has other content, or a destination belongs to another live or published job; lists
+                all such conflicts.
+        """
+        with self._database.write() as connection:
+            self._database.lock_admission(connection)
+            return admit(connection, requests, self._database.now(connection))
+
+    def claim(self, owner: str, limit: int, lease_seconds: float) -> tuple[Lease, ...]:
+        """Lease jobs that are due, those of lost drivers included: higher priority first, then older submission.
+
+        Cancelled jobs of lost drivers become CANCELLED on the way.
+
+        Args:
+            owner: names the driver, for people.
+            limit: most jobs to lease.
+            lease_seconds: time until the leases expire, unless they are extended.
+        """
+        if limit <= 0:
+            return ()
+        with self._database.write() as connection:
+            now = self._database.now(connection)
+            finish_lost_cancellations(connection, now)
+            return lease_due_jobs(connection, now, owner, limit, now + lease_seconds)
+
+    def extend(self, leases: Mapping[str, int], lease_seconds: float) -> frozenset[str]:
+        """Let leases expire `lease_seconds` from now.
+
+        Args:
+            leases: the token of each job.
+            lease_seconds: time until they expire.
+
+        Returns:
+            Ids whose lease is lost: expired, taken over, or ended.
+        """
+        with self._database.write() as connection:
+            return frozenset(leases) - extend_leases(self._database, connection, leases, lease_seconds)
+
+    def cancelling(self, leases: Mapping[str, int]) -> frozenset[str]:
+        """Return the ids among these leases that somebody asked to cancel."""
+        with self._database.read() as connection:
+            query = select(jobs.c.id, jobs.c.token).where(jobs.c.state == JobState.CANCELLING)
+            rows = rows_where_in(connection, query, jobs.c.id, leases)
+            return frozenset(row.id for row in rows if row.token == leases[row.id])
+
+    def advance(
+        self,
+        job_id: str,
+        token: int,
+        state: JobState,
+        *,
+        merge_key: str | None = None,
+        detail: Mapping[str, JsonValue] | None = None,
+    ) -> None:
+        """Move a job on to PLANNING, MERGING, VERIFYING or PUBLISHING.
+
+        Args:
+            job_id: of the job.
+            token: of the lease.
+            state: the next state.
+            merge_key: of the release to come, when it has become known.
+            detail: for the event.
+
+        Raises:
+            LeaseLostError: the token is stale or the lease has expired; the driver must not write for this job.
+            CancelledError: somebody asked to cancel the job: stop, then `fail` or `let_go`.
+            InternalError: the state does not follow from the present one.
+        """
+        if state not in _STAGES:
+            raise InternalError(f"job '{job_id}': expected a stage of the work to advance to, found {state}")
+        with self._database.write() as connection:
+            row, now = lock_held(self._database, connection, job_id, token)
+            if row.state == JobState.CANCELLING:
+                raise CancelledError(f"job '{job_id}': asked to stop before {state}")
+            key = {} if merge_key is None else {"merge_key": merge_key}
+            take_steps(connection, row, now, Step(state, detail or {}), **key)
+
+    def report_progress(self, job_id: str, token: int, *, stage: str, bytes_done: int, bytes_total: int) -> None:
+        """Note how far the work is; makes no event.
+
+        Raises:
+            LeaseLostError: the token is stale or the lease has expired.
+        """
+        with self._database.write() as connection:
+            row, now = lock_held(self._database, connection, job_id, token)
+            query = update(jobs).where(jobs.c.number == row.number)
+            progress = {"stage": stage, "bytes_done": bytes_done, "bytes_total": bytes_total, "updated_at": now}
+            connection.execute(query.values(progress))
+
+    def settle(self, job_id: str, token: int, release: Release, report_path: str | None) -> None:
+        """Record the release of a job, which is PUBLISHED from then on, also when somebody asked to cancel it.
+
+        Raises:
+            LeaseLostError: the token is stale or the lease has expired; whoever claims the job next finds the release.
+        """
+        with self._database.write() as connection:
+            row, now = lock_held(self._database, connection, job_id, token)
+            merge_key = release.manifest.merge_key
+            detail: dict[str, JsonValue] = {
+                "location": str(release.location),
+                "merge_key": merge_key,
+                "created": release.created,
+            }
+            take_steps(
+                connection,
+                row,
+                now,
+                Step(JobState.PUBLISHED, detail),
+                **NO_LEASE,
+                merge_key=merge_key,
+                report_path=report_path,
+                failure_class=None,
+                failure_message=None,
+            )
+            values = {"job_id": job_id, "merge_key": merge_key, "release": release.model_dump_json(by_alias=True)}
+            connection.execute(insert(releases).values(**values, settled_at=now))
+
+    def fail(
+        self,
+        job_id: str,
+        token: int,
+        failure: FailureClass,
+        message: str,
+        decision: Decision,
+        *,
+        report_path: str | None = None,
+        worker_lost: bool = False,
+    ) -> None:
+        """End an attempt that failed, and the lease with it.
+
+        Args:
+            job_id: of the job.
+            token: of the lease.
+            failure: the class of the error.
+            message: of the error, for people.
+            decision: what follows: RETRY_WAIT, FAILED, QUARANTINED or CANCELLED. A job that somebody asked to cancel
+                becomes CANCELLED whatever was decided.
+            report_path: parity report of the attempt, if it came that far.
+            worker_lost: whether the attempt cost a worker.
+
+        Raises:
+            LeaseLostError: the token is stale or the lease has expired.
+            InternalError: the decision is none of these, or CANCELLED without anybody having asked.
+        """
+        if decision.state not in _FAILURE_STATES:
+            raise InternalError(f"job '{job_id}': expected a state that follows from failure, found {decision.state}")
+        # Messages quote names of files, which may hold bytes that no database takes as text.
+        message = message.encode(errors="backslashreplace").decode().replace("\0", "\\x00")
+        with self._database.write() as connection:
+            row, now = lock_held(self._database, connection, job_id, token)
+            state = JobState.CANCELLED if row.state == JobState.CANCELLING else decision.state
+            detail: dict[str, JsonValue] = {
+                "failure": failure.value,
+                "message": message,
+                "attempt": row.attempts,
+                "worker_lost": worker_lost,
+            }
+            not_before = None
+            if state is JobState.RETRY_WAIT:
+                not_before = now + decision.delay_seconds
+                detail["delay_seconds"] = decision.delay_seconds
+            take_steps(
+                connection,
+                row,
+                now,
+                Step(state, detail),
+                **NO_LEASE,
+                not_before=not_before,
+                worker_losses=row.worker_losses + worker_lost,
+                failure_class=failure.value,
+                failure_message=message,
+                report_path=report_path,
+            )
+
+    def let_go(self, job_id: str, token: int, reason: str) -> None:
+        """Give a job back to the queue, as if this attempt had not been; CANCELLED when somebody asked for that.
+
+        Raises:
+            LeaseLostError: the token is stale or the lease has expired.
+        """
+        with self._database.write() as connection:
+            row, now = lock_held(self._database, connection, job_id, token)
+            state = JobState.CANCELLED if row.state == JobState.CANCELLING else JobState.QUEUED
+            step = Step(state, {"reason": reason})
+            take_steps(connection, row, now, step, **NO_LEASE, attempts=row.attempts - 1)
+
+    def cancel(self, ids: Iterable[str]) -> tuple[str, ...]:
+        """Cancel jobs: those that wait, or whose driver is lost, at once; those at work when their driver sees it.
+
+        Returns:
+            Ids of the jobs this call changed; not those that are cancelling already, or final.
+
+        Raises:
+            NotFoundError: some ids are no jobs; lists them. Nothing was changed.
+        """
+        with self._database.write() as connection:
+            rows, now = lock_jobs(self._database, connection, ids)
+            changed = []
+            for row in rows:
+                if row.state in CLAIMABLE_STATES:
+                    take_steps(connection, row, now, Step(JobState.CANCELLED), not_before=None)
+                elif row.state in ACTIVE_STATES and row.state != JobState.CANCELLING:
+                    take_steps(connection, row, now, Step(JobState.CANCELLING))
+                else:
+                    continue
+                changed.append(row.id)
+            finish_lost_cancellations(connection, now)
+            return tuple(changed)
+
+    def retry(self, ids: Iterable[str]) -> tuple[str, ...]:
+        """Queue jobs again that failed, were cancelled or quarantined, or wait for their time; attempts start anew.
+
+        Returns:
+            Ids of the jobs this call changed.
+
+        Raises:
+            NotFoundError: some ids are no jobs; lists them. Nothing was changed.
+            BadInputError: destinations belong to other live or published jobs by now; lists all. Nothing was changed.
+        """
+        with self._database.write() as connection:
+            self._database.lock_admission(connection)
+            rows, now = lock_jobs(self._database, connection, ids)
+            rows = [row for row in rows if row.state in RETRYABLE_STATES]
+            if conflicts := destination_conflicts(connection, ((row.id, row.destination) for row in rows)):
+                raise BadInputError("\n".join(conflicts))
+            fresh = {"attempts": 0, "worker_losses": 0, "not_before": None}
+            for row in rows:
+                step = Step(JobState.QUEUED, {"reason": "retried"})
+                take_steps(connection, row, now, step, **fresh, failure_class=None, failure_message=None)
+            return tuple(row.id for row in rows)
+
+    def jobs(
+        self,
+        *,
+        ids: Collection[str] | None = None,
+        states: Collection[JobState] | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> tuple[JobRecord, ...]:
+        """Return jobs in the order of their submission.
+
+        Args:
+            ids: only these; unknown ones are left out.
+            states: only jobs in one of these.
+            labels: only jobs that have all of these labels.
+        """
+        query = select(jobs, releases.c.release).outerjoin(releases).order_by(jobs.c.number)
+        if states is not None:
+            query = query.where(jobs.c.state.in_(states))
+        for name, value in (labels or {}).items():
+            has = select(label_table.c.job_id).where(label_table.c.name == name, label_table.c.value == value)
+            query = query.where(jobs.c.id.in_(has))
+        with self._database.read() as connection:
+            if ids is None:
+                rows: Sequence[JobRow] = connection.execute(query).all()
+            else:
+                rows = sorted(rows_where_in(connection, query, jobs.c.id, ids), key=lambda row: row.number)
+        return tuple(record_of(row) for row in rows)
+
+    def events(self, job_id: str) -> tuple[Event, ...]:
+        """Return everything that happened to a job, oldest first; nothing for an unknown one."""
+        query = select(events).where(events.c.job_id == job_id).order_by(events.c.sequence)
+        with self._database.read() as connection:
+            return tuple(event_of(row) for row in connection.execute(query))
+
+    def counts(self) -> dict[JobState, int]:
+        """Return the number of jobs in each state, zeros included."""
+        query = select(jobs.c.state, func.count()).group_by(jobs.c.state)
+        with self._database.read() as connection:
+            found = {JobState(state): count for state, count in connection.execute(query)}
+        return {state: found.get(state, 0) for state in JobState}
+
+    def seconds_until_due(self) -> float | None:
+        """Return how long until something can be claimed, counting leases that would have to expire first.
+
+        Returns:
+            0 when something can be claimed now; None when nothing is left that ever could be.
+        """
+        due_at = case((jobs.c.state.in_(ACTIVE_STATES), jobs.c.lease_expires_at), else_=jobs.c.not_before)
+        query = select(func.min(func.coalesce(due_at, 0.0))).where(jobs.c.state.not_in(FINAL_STATES))
+        with self._database.read() as connection:
+            earliest = connection.scalar(query)
+            return None if earliest is None else max(0.0, earliest - self._database.now(connection))
