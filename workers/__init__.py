@@ -1,0 +1,1 @@
+"""The arithmetic and the delivery: plans, passes, parity, sinks. No ray."""

@@ -1,0 +1,285 @@
+"""Parity, second question: does the merged checkpoint answer as base + adapter does?
+
+Base + adapter through PEFT, not merged, continues each prompt greedily. Prompt and continuation then go through both
+models, and the logits after every position are compared. Two references are asked: the base in the weights the merge
+used, which gates, and the base in the other ones, for information. Reference and merged checkpoint are never in memory
+together: the reference's logits wait on disk.
+
+Shape suffixes: T positions, V vocabulary.
+"""
+
+import logging
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from jobs.errors import BadInputError, MergefleetError, NoCapacityError, ParityFailedError
+from jobs.release import BehaviourCheck, PromptCheck
+from jobs.request import MergeRequest
+from workers.checkpoint import read_json
+from workers.divergence import NEAR_TIE_MARGIN, Divergence, compare_logits, total, working_bytes
+from workers.inference import Room, RunningModel, load_model, release_memory
+from workers.model import load_config
+from workers.plan import MergePlan
+from workers.prompts import Prompts, read_prompts
+from workers.references import Reference, references
+from workers.texts import MAX_POSITIONS, Text
+
+logger = logging.getLogger(__name__)
+
+_LIBRARY_BYTES = 360_000_000
+"""A process that has imported torch, transformers, PEFT and bitsandbytes (CPU builds), tokenizer included."""
+
+_BYTES_PER_TOKEN = 3
+"""Of a prompt: most texts have more, so the estimate errs on the safe side."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """One merged checkpoint of a pass."""
+
+    request: MergeRequest
+    merged: Path
+    """Its directory: shards, config and tokenizer, as they will ship."""
+    adapter: Path
+
+
+@dataclass(slots=True, kw_only=True)
+class _Trial:
+    """A subject on its way through the references."""
+
+    subject: Subject
+    prompts: Prompts
+    answers: list["_Answers"] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answers:
+    """What one reference said."""
+
+    reference: Reference
+    texts: tuple[Text, ...]
+    adapter_kl: float
+    """KL(reference || its base without the adapter)."""
+
+
+def check_behaviour(
+    base: Path,
+    subjects: Sequence[Subject],
+    device: torch.device,
+    scratch: Path,
+    *,
+    cancelled: Callable[[], None],
+    host_bytes: int | None = None,
+) -> dict[str, tuple[BehaviourCheck, ...] | MergefleetError]:
+    """Compare the merged checkpoints of a pass with base + adapter.
+
+    Args:
+        base: directory of the base that all subjects were merged into, the same way.
+        subjects: the checkpoints; their requests agree in everything that makes a pass.
+        device: where models run; what does not fit is offloaded to main memory, then to their own files.
+        scratch: existing directory for logits, 4 bytes x positions x vocabulary for each prompt, reference and
+            subject; emptied again.
+        cancelled: raises CancelledError when the work should stop; called between prompts and between models.
+        host_bytes: main memory that weights may take; None means nine tenths of what is free.
+
+    Returns:
+        By request id: the gating check, then the informational one, which is missing where the base is stored in 4-bit
+        and so has no other weights, or where there is no room for them; or the error that this subject alone failed
+        with: ParityFailedError for a merged checkpoint that does not load as it should, BadInputError for prompts or
+        adapter.
+
+    Raises:
+        CancelledError: by `cancelled`.
+        BadInputError: the base does not load as it should.
+        NoCapacityError: scratch is full, or a 4-bit base fits neither device nor main memory.
+    """
+    outcomes: dict[str, tuple[BehaviourCheck, ...] | MergefleetError] = {}
+    with tempfile.TemporaryDirectory(prefix="behaviour-", dir=scratch) as directory:
+        room = Room(device=device, scratch=Path(directory), host_bytes=host_bytes)
+        trials: list[_Trial] = []
+        for subject in subjects:
+            try:
+                _check_config(subject.merged)
+                trials.append(_Trial(subject=subject, prompts=read_prompts(subject.request, subject.merged)))
+            except (BadInputError, ParityFailedError) as error:
+                outcomes[subject.request.id] = error
+        for reference in references(base, subjects[0].request):
+            trials = [trial for trial in trials if trial.subject.request.id not in outcomes]
+            if not trials:
+                break
+            cancelled()
+            outcomes |= _ask_reference(base, reference, trials, room, cancelled)
+            release_memory()
+        for trial in [trial for trial in trials if trial.subject.request.id not in outcomes]:
+            cancelled()
+            try:
+                outcomes[trial.subject.request.id] = _ask_merged(trial, room, cancelled)
+            except ParityFailedError as error:
+                outcomes[trial.subject.request.id] = error
+            release_memory()
+    return outcomes
+
+
+def estimate_peak_bytes(plan: MergePlan) -> int:
+    """Return the memory of the process at its peak, mapped file pages not counted, when models run on the CPU.
+
+    One model at a time, in float32; weights stored in float32 stay mapped. On a machine with less than that, weights
+    stay in their files; on a GPU, they take its memory instead.
+
+    Args:
+        plan: of the job; a pass of several needs no more, since adapters and merged checkpoints come one by one.
+    """
+    lifted = widest = 0
+    for tensor in plan.base.tensors:
+        num_elements = math.prod(tensor.shape)
+        mapped = tensor.stored is not None and tensor.stored.dtype == tensor.dtype == torch.float32
+        lifted += 0 if mapped else num_elements
+        widest += num_elements
+    # A 4-bit weight takes half a byte and, for every 64, a float32 scale.
+    num_weight_bytes = max(4 * lifted, widest * 9 // 16)
+    parity = plan.request.parity
+    longest = max(len(prompt.encode()) for prompt in parity.prompts) // _BYTES_PER_TOKEN
+    vocab_size: int = load_config(plan.base.source.directory).get_text_config().vocab_size
+    num_logit_bytes = 3 * 4 * vocab_size * min(longest + parity.max_new_tokens, MAX_POSITIONS)
+    return _LIBRARY_BYTES + num_weight_bytes + plan.num_adapter_bytes + num_logit_bytes + working_bytes(vocab_size)
+
+
+def _check_config(merged: Path) -> None:
+    if "quantization_config" in read_json(merged / "config.json"):
+        raise ParityFailedError(
+            f"{merged / 'config.json'}: a merged checkpoint holds plain weights, found a quantization_config"
+        )
+
+
+def _ask_reference(
+    base: Path, reference: Reference, trials: Sequence[_Trial], room: Room, cancelled: Callable[[], None]
+) -> dict[str, MergefleetError]:
+    """Add what one reference says to each trial; return the errors of those that failed alone."""
+    errors: dict[str, MergefleetError] = {}
+    try:
+        running = load_model(base, room, reference.quantization)
+    except NoCapacityError:
+        if reference.gates:
+            raise
+        logger.warning("no room for the comparison that is for information", extra={"base": str(base)})
+        return errors
+    if running.misfits:
+        raise BadInputError(f"{base}: the base does not fit its own configuration: {'; '.join(running.misfits)}")
+    for number, trial in enumerate(trials):
+        cancelled()
+        directory = room.scratch / f"{'gating' if reference.gates else 'other'}-{number}"
+        directory.mkdir()
+        try:
+            trial.answers.append(_answer(running, reference, trial, directory, cancelled))
+        except BadInputError as error:
+            errors[trial.subject.request.id] = error
+    return errors
+
+
+def _answer(
+    running: RunningModel, reference: Reference, trial: _Trial, directory: Path, cancelled: Callable[[], None]
+) -> _Answers:
+    request, adapter = trial.subject.request, trial.subject.adapter
+    texts: list[Text] = []
+    effects = []
+    with running.with_adapter(adapter) as peft_model:
+        continuations = running.continue_greedily(trial.prompts.token_ids, request.parity.max_new_tokens)
+        for number, (prompt, continuation) in enumerate(zip(trial.prompts.token_ids, continuations, strict=True)):
+            cancelled()
+            path = directory / f"prompt-{number}.f32"
+            text = Text(prompt_ids=prompt, continuation_ids=continuation, logits_path=path)
+            logits_TV = running.logits(text.input_ids, text.num_positions)
+            if not logits_TV.isfinite().all():
+                raise BadInputError(
+                    f"{adapter}: {reference.words} gives logits that are not finite at prompt "
+                    f"{trial.prompts.texts[number]!r}"
+                )
+            text.write_logits(logits_TV)
+            texts.append(text)
+        with peft_model.disable_adapter():
+            for text in texts:
+                cancelled()
+                without_TV = running.logits(text.input_ids, text.num_positions)
+                effects.append(compare_logits(text.read_logits(), without_TV, text.target_T))
+    return _Answers(reference=reference, texts=tuple(texts), adapter_kl=total(effects).mean_kl)
+
+
+def _ask_merged(trial: _Trial, room: Room, cancelled: Callable[[], None]) -> tuple[BehaviourCheck, ...]:
+    merged = trial.subject.merged
+    running = load_model(merged, room)
+    if running.misfits:
+        raise ParityFailedError(
+            f"{merged}: expected every tensor of the model and no other, found {'; '.join(running.misfits)}"
+        )
+    gating = trial.answers[0]
+    continuations = [text.continuation_ids for text in gating.texts]
+    divergences: list[list[Divergence]] = []
+    others: list[int] = []
+    for answers in trial.answers:
+        divergences.append([])
+        for number, text in enumerate(answers.texts):
+            cancelled()
+            reference_TV = text.read_logits()
+            logits_TV = running.logits(text.input_ids, text.num_positions)
+            _check_logits(merged, logits_TV, reference_TV.shape[1])
+            divergences[-1].append(compare_logits(reference_TV, logits_TV, text.target_T))
+            if answers is gating and not text.continued_by(logits_TV):
+                others.append(number)
+    # Where the best token was the reference's all along, so is the continuation; only the others have to be written.
+    own = running.continue_greedily(
+        [trial.prompts.token_ids[number] for number in others], trial.subject.request.parity.max_new_tokens
+    )
+    for number, continuation in zip(others, own, strict=True):
+        continuations[number] = continuation
+    return tuple(
+        _summarize(trial.prompts, answers, each, continuations)
+        for answers, each in zip(trial.answers, divergences, strict=True)
+    )
+
+
+def _check_logits(merged: Path, logits_TV: torch.Tensor, vocab_size: int) -> None:
+    if logits_TV.shape[1] != vocab_size:
+        raise ParityFailedError(f"{merged}: expected logits for {vocab_size} tokens, found {logits_TV.shape[1]}")
+    if not logits_TV.isfinite().all():
+        raise ParityFailedError(f"{merged}: expected finite logits, found NaN or infinity")
+
+
+def _summarize(
+    prompts: Prompts, answers: _Answers, divergences: Sequence[Divergence], merged: Sequence[tuple[int, ...]]
+) -> BehaviourCheck:
+    checks = tuple(
+        PromptCheck(
+            prompt=prompt,
+            reference_text=prompts.show(text.continuation_ids),
+            merged_text=prompts.show(merged_ids),
+            num_positions=divergence.num_positions,
+            num_near_ties=divergence.num_near_ties,
+            max_abs_logit_difference=divergence.max_abs_difference,
+            mean_abs_logit_difference=divergence.mean_abs_difference,
+            mean_kl=divergence.mean_kl,
+            top1_agreement=divergence.top1_agreement,
+            reference_nll=divergence.reference_nll,
+            merged_nll=divergence.other_nll,
+        )
+        for prompt, text, merged_ids, divergence in zip(prompts.texts, answers.texts, merged, divergences, strict=True)
+    )
+    all_of_them = total(divergences)
+    return BehaviourCheck(
+        reference=answers.reference.words,
+        gates=answers.reference.gates,
+        prompts=checks,
+        max_abs_logit_difference=all_of_them.max_abs_difference,
+        mean_kl=all_of_them.mean_kl,
+        adapter_kl=answers.adapter_kl,
+        top1_agreement=all_of_them.top1_agreement,
+        near_tie_margin=NEAR_TIE_MARGIN,
+        num_positions=all_of_them.num_positions,
+        num_near_ties=all_of_them.num_near_ties,
+        reference_nll=all_of_them.reference_nll,
+        merged_nll=all_of_them.other_nll,
+    )

@@ -1,0 +1,313 @@
+"""Checkpoints as bytes: safetensors headers read under limits, and layouts whose every offset is known up front.
+
+Format: https://huggingface.co/docs/safetensors, an 8-byte little-endian header length, a JSON header, then the data.
+Nothing a header says is believed before it was checked against the file.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jobs.errors import BadInputError, NotFoundError
+from workers.files import translate_os_error
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors library itself."""
+
+_MAX_DIMENSIONS = 64
+"""Far beyond any tensor; bounds the product of the sizes that a header can ask for."""
+
+_MAX_SHOWN = 200
+"""Characters of a malformed value that a message repeats."""
+
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+"""A file of the checkpoint's own directory, under a name that a release can carry too."""
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One tensor of a shard: what it is, and where its bytes are in the file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    """Offset of the first byte from the start of the file."""
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Number of bytes."""
+        return self.num_elements * self.dtype.itemsize
+
+    @property
+    def end(self) -> int:
+        """Offset just past the last byte."""
+        return self.begin + self.num_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardLayout:
+    """One safetensors file: its header's bytes and its tensors in file order."""
+
+    name: str
+    header: bytes
+    """The 8-byte length and the JSON, as they stand at the start of the file."""
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file."""
+        return self.tensors[-1].end if self.tensors else len(self.header)
+
+
+@dataclass(frozen=True)
+class CheckpointLayout:
+    """All shards of a checkpoint."""
+
+    shards: tuple[ShardLayout, ...]
+
+    @cached_property
+    def tensors(self) -> Mapping[str, tuple[ShardLayout, TensorSpec]]:
+        """Where each tensor is, by name, in file order."""
+        return {spec.name: (shard, spec) for shard in self.shards for spec in shard.tensors}
+
+    @cached_property
+    def total_size(self) -> int:
+        """Bytes of all tensors: the `total_size` of an index."""
+        return sum(spec.num_bytes for _, spec in self.tensors.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    def index(self) -> dict[str, Any] | None:
+        """Return the content of `model.safetensors.index.json`, or None for a checkpoint of one plain file."""
+        if [shard.name for shard in self.shards] == [SINGLE_FILE]:
+            return None
+        return {
+            "metadata": {"total_size": self.total_size},
+            "weight_map": {name: shard.name for name, (shard, _) in sorted(self.tensors.items())},
+        }
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a checkpoint.
+
+    Raises:
+        NotFoundError: it is not there.
+        BadInputError: it is no JSON.
+        AuthError, TransientIOError: it cannot be read, by kind of fault.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{path}: expected this file, found nothing; is the directory a complete one?") from error
+    except OSError as error:
+        raise translate_os_error(error, f"reading {path}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"{path}: expected readable JSON, found: {error}") from error
+
+
+def read_shard(path: Path) -> ShardLayout:
+    """Read the header of one safetensors file and check it against the file.
+
+    Raises:
+        NotFoundError: the file is not there.
+        BadInputError: the header is malformed, or does not describe exactly the bytes that are there.
+        AuthError, TransientIOError: the file cannot be read, by kind of fault.
+    """
+    try:
+        with path.open("rb") as file:
+            num_file_bytes = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            num_header_bytes = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or num_header_bytes > min(MAX_HEADER_BYTES, num_file_bytes - 8):
+                raise BadInputError(
+                    f"{path}: expected a safetensors header within the file's {num_file_bytes} bytes, found a header "
+                    f"length of {num_header_bytes}; the file is truncated or no safetensors file"
+                )
+            raw = file.read(num_header_bytes)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{path}: expected this file, found nothing; is the checkpoint complete?") from error
+    except OSError as error:
+        raise translate_os_error(error, f"reading {path}") from error
+    try:
+        entries = json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"{path}: expected a JSON header, found: {error}; the file is corrupt") from error
+    if not isinstance(entries, dict):
+        raise BadInputError(f"{path}: expected a JSON object as header, found {type(entries).__name__}")
+    entries.pop("__metadata__", None)
+    data_begin = 8 + num_header_bytes
+    specs = sorted((_read_spec(path, name, entry, data_begin) for name, entry in entries.items()), key=_file_order)
+    expected_begin = data_begin
+    for spec in specs:
+        if spec.begin != expected_begin:
+            raise BadInputError(
+                f"{path}: tensor {spec.name}: expected its bytes to begin at {expected_begin}, the header says "
+                f"{spec.begin}; data overlaps or has a hole, the file is corrupt"
+            )
+        expected_begin = spec.end
+    if expected_begin != num_file_bytes:
+        raise BadInputError(
+            f"{path}: the header describes {expected_begin} bytes, the file has {num_file_bytes}; "
+            "it is truncated or corrupt: fetch it again"
+        )
+    return ShardLayout(name=path.name, header=prefix + raw, tensors=tuple(specs))
+
+
+def _widest_first(tensor: tuple[str, torch.dtype, tuple[int, ...]]) -> int:
+    return -tensor[1].itemsize
+
+
+def _file_order(spec: TensorSpec) -> tuple[int, int]:
+    return spec.begin, spec.end
+
+
+def _read_spec(path: Path, name: str, entry: Any, data_begin: int) -> TensorSpec:
+    where = f"{path}: tensor {name}"
+    if not name.isprintable():
+        raise BadInputError(f"{path}: tensor {name!r}: expected a printable name; the file is corrupt")
+    try:
+        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise BadInputError(
+            f"{where}: expected dtype, shape and data_offsets, found {str(entry)[:_MAX_SHOWN]}"
+        ) from error
+    if not isinstance(code, str) or code not in DTYPES:
+        raise BadInputError(f"{where}: dtype {code!r} is not supported; expected one of {', '.join(DTYPES)}")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise BadInputError(f"{where}: expected at most {_MAX_DIMENSIONS} dimensions, found {len(shape)}")
+    if not all(type(size) is int and 0 <= size < 1 << 63 for size in (*shape, begin, end)):
+        found = str((shape, begin, end))[:_MAX_SHOWN]
+        raise BadInputError(f"{where}: expected whole numbers of 64 bits as shape and offsets, found {found}")
+    spec = TensorSpec(name=name, dtype=DTYPES[code], shape=shape, begin=data_begin + begin)
+    if spec.num_bytes != end - begin:
+        raise BadInputError(
+            f"{where}: {code} of shape {list(shape)} takes {spec.num_bytes} bytes, the header gives it {end - begin}; "
+            "the file is corrupt"
+        )
+    return spec
+
+
+def read_checkpoint(directory: Path) -> CheckpointLayout:
+    """Read the headers of a checkpoint: `model.safetensors`, or the shards its index names.
+
+    Where both are there, the single file is the checkpoint, as it is for transformers.
+
+    Raises:
+        NotFoundError: directory, index or a shard is missing.
+        BadInputError: the index names files outside the directory, or does not agree with the shards' headers.
+        AuthError, TransientIOError: a file cannot be read, by kind of fault.
+    """
+    if (directory / SINGLE_FILE).is_file():
+        return CheckpointLayout((read_shard(directory / SINGLE_FILE),))
+    index_path = directory / INDEX_FILE
+    if not index_path.exists():
+        raise NotFoundError(
+            f"{directory}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither; mergefleet reads safetensors "
+            "checkpoints only: re-save others with save_pretrained"
+        )
+    index = read_json(index_path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadInputError(
+            f"{index_path}: expected a non-empty object 'weight_map', found {str(weight_map)[:_MAX_SHOWN]}"
+        )
+    for tensor, shard_name in weight_map.items():
+        if not isinstance(shard_name, str) or not _SHARD_NAME.fullmatch(shard_name):
+            raise BadInputError(
+                f"{index_path}: tensor {tensor}: expected the plain name of a safetensors file in this directory, "
+                f"found {shard_name!r}"
+            )
+    layout = CheckpointLayout(tuple(read_shard(directory / name) for name in sorted(set(weight_map.values()))))
+    if sum(len(shard.tensors) for shard in layout.shards) != len(layout.tensors):
+        raise BadInputError(f"{index_path}: a tensor stands in more than one shard; the checkpoint is ambiguous")
+    actual = {name: shard.name for name, (shard, _) in layout.tensors.items()}
+    wrong = [name for name in sorted(weight_map | actual) if weight_map.get(name) != actual.get(name)]
+    if wrong:
+        name = wrong[0]
+        raise BadInputError(
+            f"{index_path}: {len(wrong)} tensors are not where the index says: {name}: the index says "
+            f"{weight_map.get(name, 'nothing')}, the shards say {actual.get(name, 'nothing')}"
+        )
+    return layout
+
+
+def lay_out(
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], max_shard_bytes: int | None
+) -> CheckpointLayout:
+    """Lay tensors out in shards, in the order given, with names and headers as `save_pretrained` would use.
+
+    Args:
+        tensors: name, dtype and shape of each.
+        max_shard_bytes: a shard is closed before it grows beyond this; one larger tensor gets a shard of its own.
+            None puts everything into one file.
+
+    Returns:
+        The layout; offsets are final.
+    """
+    groups: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
+    num_bytes = 0
+    for name, dtype, shape in tensors:
+        size = math.prod(shape) * dtype.itemsize
+        if groups[-1] and max_shard_bytes is not None and num_bytes + size > max_shard_bytes:
+            groups.append([])
+            num_bytes = 0
+        groups[-1].append((name, dtype, shape))
+        num_bytes += size
+    total = len(groups)
+    names = [SINGLE_FILE] if total == 1 else [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
+    return CheckpointLayout(tuple(lay_out_shard(name, group) for name, group in zip(names, groups, strict=True)))
+
+
+def lay_out_shard(name: str, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> ShardLayout:
+    """Lay out one file: widest dtype first, so that every tensor is aligned, then in the order given."""
+    tensors = sorted(tensors, key=_widest_first)
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor, dtype, shape in tensors:
+        end = offset + math.prod(shape) * dtype.itemsize
+        entries[tensor] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    raw = json.dumps(entries, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    header = len(raw).to_bytes(8, "little") + raw
+    specs = []
+    begin = len(header)
+    for tensor, dtype, shape in tensors:
+        specs.append(TensorSpec(name=tensor, dtype=dtype, shape=shape, begin=begin))
+        begin = specs[-1].end
+    return ShardLayout(name=name, header=header, tensors=tuple(specs))

@@ -1,0 +1,77 @@
+"""Local files: digests, durable writes, and what an errno means."""
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from jobs.errors import AuthError, BadInputError, MergefleetError, NoCapacityError, NotFoundError, TransientIOError
+
+CHUNK_BYTES = 8 << 20
+"""How much of a file is in memory at a time."""
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EMFILE, errno.ENFILE})
+
+
+@contextlib.contextmanager
+def file_errors(doing: str) -> Iterator[None]:
+    """Turn an OSError of local files into the error that says what can be done about it.
+
+    Args:
+        doing: what is being done to what, for the message: "reading adapter /data/a".
+
+    Raises:
+        NotFoundError, AuthError, NoCapacityError, TransientIOError, BadInputError: by errno.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise translate_os_error(error, doing) from error
+
+
+def translate_os_error(error: OSError, doing: str) -> MergefleetError:
+    """Return our error for an OSError of local files, by errno."""
+    where = f"{doing}: {error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    if isinstance(error, FileNotFoundError):  # some libraries raise it without an errno
+        return NotFoundError(where)
+    if error.errno in _DENIED:
+        return AuthError(f"{where}; give this process permission, or choose another place")
+    if error.errno in _FULL:
+        return NoCapacityError(f"{where}; free some space")
+    if error.errno in _PASSING:
+        return TransientIOError(where)
+    return BadInputError(where)
+
+
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """Yield a file's bytes, `CHUNK_BYTES` at a time."""
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a directory's names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Make every file and name below a directory, and the directory itself, survive a power cut."""
+    for parent, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            sync(Path(parent, name))
+        sync(Path(parent))

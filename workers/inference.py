@@ -1,0 +1,293 @@
+"""Checkpoints that run: loaded by plain transformers in float32, placed where they fit, asked for logits and text.
+
+Float32 throughout: what is left between a merged checkpoint and base + adapter is then the rounding of the merge, not
+the noise of 16-bit sums, which is ten times larger (docs/decisions/0003-behavioural-parity.md). A model that does not
+fit in float32 is offloaded by accelerate, straight from its safetensors files.
+
+Shape suffixes: T positions, V vocabulary.
+"""
+
+import contextlib
+import ctypes
+import functools
+import gc
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+
+from jobs.errors import BadInputError, NoCapacityError
+from workers.model import quiet_transformers, stored_quantization
+
+MAX_BATCH_TOKENS = 2048
+"""Prompts that are continued together, counted with their padding and what is to come."""
+
+_USABLE = 0.9
+"""Share of free memory that weights may take; the rest is for activations, and for what others do meanwhile."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Parameters of mallopt(3)."""
+_LARGE_BYTES = 4 << 20
+
+_NUM_NAMED = 5
+"""Tensors named in a message that could name thousands."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """Where models may run, and the memory their weights may take there."""
+
+    device: torch.device
+    scratch: Path
+    """A directory of the caller's, for weights that transformers has to write anew before it can offload them."""
+    host_bytes: int | None = None
+    """Main memory for weights; None means nine tenths of what is free when a model is loaded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningModel:
+    """A model in evaluation mode, in float32."""
+
+    model: PreTrainedModel
+    device: torch.device
+    """Where its inputs go and its outputs come from."""
+    misfits: tuple[str, ...]
+    """Tensors that the checkpoint lacks, has too many of, or has in another shape; empty for a sound one."""
+    stop_ids: frozenset[int]
+    """Tokens that end a continuation."""
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int], num_positions: int) -> torch.Tensor:
+        """Return the logits after each of the last positions.
+
+        Args:
+            token_ids: one text; runs alone, so that no padding takes part.
+            num_positions: T, at most the number of tokens.
+
+        Returns:
+            logits_TV, float32, on the CPU.
+        """
+        ids = torch.tensor([token_ids], device=self.device)
+        # Most models can leave out the head at positions nobody asks about; the others compute all of them.
+        keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        output = self.model(ids, use_cache=False, **({"logits_to_keep": num_positions} if keeps else {}))
+        logits: torch.Tensor = output.logits[0, -num_positions:]
+        return logits.to(device="cpu", dtype=torch.float32)
+
+    @torch.inference_mode()
+    def continue_greedily(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[int, ...]]:
+        """Return the most likely continuation of each prompt, token by token, up to and with a stop token.
+
+        Prompts run together, padded on the left and masked: an offloaded model is read once per token, not once per
+        token and prompt.
+        """
+        continuations: list[tuple[int, ...]] = []
+        for batch in _batches(prompts, max_new_tokens):
+            longest = max(map(len, batch))
+            ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in batch])
+            mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])
+            generate: Any = self.model.generate
+            with quiet_libraries():
+                output = generate(
+                    ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens
+                )
+            continuations += [self._cut(row) for row in output[:, longest:].tolist()]
+        return continuations
+
+    def _cut(self, token_ids: list[int]) -> tuple[int, ...]:
+        stops = [index for index, token_id in enumerate(token_ids) if token_id in self.stop_ids]
+        return tuple(token_ids[: stops[0] + 1] if stops else token_ids)
+
+    @contextlib.contextmanager
+    def with_adapter(self, adapter: Path) -> Iterator[PeftModel]:
+        """Put an adapter on, through PEFT, not merged; take it off again at the end.
+
+        Args:
+            adapter: directory as PEFT saves it.
+
+        Yields:
+            The wrapped model; this model computes with the adapter until the end of the context.
+
+        Raises:
+            BadInputError: PEFT finds tensors that it does not know, or misses some.
+        """
+        with quiet_libraries():
+            config = PeftConfig.from_pretrained(str(adapter))
+            config.inference_mode = True
+            peft_model = PeftModel(self.model, config, low_cpu_mem_usage=True)
+            for layer in peft_model.modules():
+                if isinstance(layer, BaseTunerLayer):
+                    # PEFT puts an adapter where its base weight is: for an offloaded one that is the meta device, and
+                    # the adapter would be lost.
+                    layer._move_adapter_to_device_of_base_layer = functools.partial(  # type: ignore[method-assign] # noqa: SLF001
+                        layer._move_adapter_to_device_of_base_layer,  # noqa: SLF001
+                        device=self.device,
+                    )
+            found = peft_model.load_adapter(
+                adapter, peft_model.active_adapter, torch_device=str(self.device), low_cpu_mem_usage=True
+            )
+        try:
+            if found.missing_keys or found.unexpected_keys:
+                raise BadInputError(
+                    f"{adapter}: expected exactly the tensors PEFT looks for; missing: "
+                    f"{_some(found.missing_keys)}; unexpected: {_some(found.unexpected_keys)}"
+                )
+            yield peft_model
+        finally:
+            peft_model.unload()
+
+
+def load_model(directory: Path, room: Room, quantization: BitsAndBytesConfig | None = None) -> RunningModel:
+    """Load a checkpoint to run in float32.
+
+    Args:
+        directory: a checkpoint in 16 or 32 bits, or one stored in bnb-4bit.
+        room: where it may go. Weights that do not fit the device go to main memory, then stay in their files, and are
+            fetched when they are needed; 4-bit weights go to the device all together, or to main memory.
+        quantization: how linear weights are converted to 4-bit while loading; None takes them as they are stored.
+
+    Raises:
+        NoCapacityError: 4-bit weights fit neither the device nor main memory.
+    """
+    _give_back_large_blocks()
+    in_4bit = quantization is not None or stored_quantization(directory) is not None
+    for device, max_memory in _placements(room, in_4bit=in_4bit):
+        try:
+            with quiet_libraries():
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    directory,
+                    dtype=torch.float32,
+                    # None would make transformers overlook the 4-bit format of a checkpoint that is stored in it.
+                    **({"quantization_config": quantization} if quantization is not None else {}),
+                    device_map="sequential",
+                    max_memory=max_memory,
+                    offload_folder=room.scratch,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                )
+        except ValueError as error:
+            if not in_4bit or "dispatched on the CPU or the disk" not in str(error):
+                raise
+        else:
+            return _prepare(*loaded, device=device)
+    raise NoCapacityError(
+        f"{directory}: in 4-bit it fits neither {room.device} nor main memory, and 4-bit weights cannot stay on disk; "
+        "use a larger worker, or parity level: arithmetic"
+    )
+
+
+def release_memory() -> None:
+    """Give back what models held that nobody refers to any more. Models hold reference cycles."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def available_host_bytes() -> int:
+    """Return the main memory that is free, within this process's container."""
+    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(memory["MemAvailable"].removesuffix("kB")) * 1024
+    limits = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        limit = int((limits / "memory.max").read_text())
+        statistics = dict(line.split() for line in (limits / "memory.stat").read_text().splitlines())
+        in_use = int((limits / "memory.current").read_text()) - int(statistics["inactive_file"])
+        available = min(available, limit - in_use)
+    return max(available, 0)
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep notices and warnings of transformers, PEFT and accelerate away; errors still arrive as exceptions."""
+    accelerate_logger = logging.getLogger("accelerate")
+    level = accelerate_logger.level
+    accelerate_logger.setLevel(logging.ERROR)
+    try:
+        with quiet_transformers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        accelerate_logger.setLevel(level)
+
+
+def _give_back_large_blocks() -> None:
+    """Make malloc map large blocks by themselves, so that they go back to the system when they are freed.
+
+    Left alone, glibc raises the size it maps from to 32 MiB: weights then share the heap with what passes through while
+    they are converted, and its holes stay with the process, at worst as large as the model again.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+    libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE_BYTES)
+
+
+def _placements(room: Room, *, in_4bit: bool) -> list[tuple[torch.device, dict[int | str, int]]]:
+    host: dict[int | str, int] = {
+        "cpu": room.host_bytes if room.host_bytes is not None else int(available_host_bytes() * _USABLE)
+    }
+    if room.device.type == "cpu":
+        return [(room.device, host)]
+    index = room.device.index or 0
+    on_device: dict[int | str, int] = {index: int(torch.cuda.mem_get_info(index)[0] * _USABLE)}
+    if in_4bit:
+        return [(room.device, on_device), (torch.device("cpu"), host)]
+    return [(room.device, on_device | host)]
+
+
+def _prepare(model: PreTrainedModel, info: dict[str, Any], *, device: torch.device) -> RunningModel:
+    for parameter in model.parameters():
+        # Of a checkpoint stored in 4-bit, transformers loads the other weights in their own dtype, whatever it is told.
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # A bitsandbytes Linear4bit: its AVX512 kernel rounds inputs and scales to bfloat16, and a checkpoint may
+            # ask for a 16-bit compute dtype.
+            module.support_avx512bf16_for_cpu = False
+            module.compute_dtype = torch.float32
+            module.compute_type_is_set = True
+    # PEFT would place a model with this attribute anew, and write to its files; the hooks are where they belong.
+    model.__dict__.pop("hf_device_map", None)
+    stop = model.generation_config.eos_token_id if model.generation_config is not None else None
+    # Nothing but greedy search, whatever penalty or sampling the checkpoint's own generation_config.json asks for.
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=stop, pad_token_id=0)
+    return RunningModel(
+        model=model.eval(),
+        device=device,
+        misfits=tuple(
+            f"{kind.replace('_', ' ')}: {_some(info[kind])}"
+            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+            if info[kind]
+        ),
+        stop_ids=frozenset(stop if isinstance(stop, list) else () if stop is None else (stop,)),
+    )
+
+
+def _batches(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[list[Sequence[int]]]:
+    batch: list[Sequence[int]] = []
+    for prompt in prompts:
+        longest = max(map(len, [*batch, prompt]))
+        if batch and (len(batch) + 1) * (longest + max_new_tokens) > MAX_BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(prompt)
+    if batch:
+        yield batch
+
+
+def _some(names: Sequence[object]) -> str:
+    listed = sorted(map(str, names))
+    more = f" and {len(listed) - _NUM_NAMED} more" if len(listed) > _NUM_NAMED else ""
+    return ", ".join(listed[:_NUM_NAMED]) + more if listed else "none"

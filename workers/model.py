@@ -1,0 +1,193 @@
+"""What transformers knows of a base before any weight is read: its modules, and which ones 4-bit loading converts."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils import logging as transformers_logging
+
+from jobs.errors import BadInputError, NotFoundError, UnsupportedError
+from jobs.request import BaseQuantization, QuantizationOptions
+from workers.checkpoint import read_json
+
+_REFUSALS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What transformers raises on a configuration with a wrong value in it, depending on where it stumbles."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredQuantization:
+    """The 4-bit format a base is stored in on disk."""
+
+    quantization: BaseQuantization
+    options: QuantizationOptions
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and notices off the terminal; errors still arrive as exceptions."""
+    verbosity = transformers_logging.get_verbosity()
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def bitsandbytes_config(quantization: BaseQuantization, options: QuantizationOptions) -> BitsAndBytesConfig:
+    """Return the configuration with which transformers would load the base in 4-bit."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.value,
+        bnb_4bit_use_double_quant=options.bnb_4bit_use_double_quant,
+        llm_int8_skip_modules=None if options.llm_int8_skip_modules is None else list(options.llm_int8_skip_modules),
+    )
+
+
+def stored_quantization(directory: Path) -> StoredQuantization | None:
+    """Return the 4-bit format a base is stored in, or None for one in plain 16- or 32-bit weights.
+
+    Raises:
+        UnsupportedError: the base is stored in a format that has no bit-exact way back to the weights of the training.
+        BadInputError: the configuration contradicts itself or is none.
+    """
+    config = read_json(directory / "config.json")
+    if not isinstance(config, dict):
+        raise BadInputError(f"{directory / 'config.json'}: expected a JSON object, found {type(config).__name__}")
+    stored = config.get("quantization_config")
+    if not stored:
+        return None
+    if not isinstance(stored, dict) or stored.get("quant_method") != "bitsandbytes" or not stored.get("load_in_4bit"):
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored
+        raise UnsupportedError(
+            f"{directory / 'config.json'}: the base is stored as {method!r}; expected plain weights or a bitsandbytes "
+            "4-bit checkpoint: use the base that it was made from"
+        )
+    quant_type = stored.get("bnb_4bit_quant_type", "fp4")
+    skip = stored.get("llm_int8_skip_modules")
+    if quant_type not in ("nf4", "fp4"):
+        raise BadInputError(
+            f"{directory / 'config.json'}: quantization_config.bnb_4bit_quant_type: expected nf4 or fp4, found "
+            f"{quant_type!r}"
+        )
+    if skip is not None and not (isinstance(skip, list) and all(isinstance(name, str) for name in skip)):
+        raise BadInputError(
+            f"{directory / 'config.json'}: quantization_config.llm_int8_skip_modules: expected a list of names, found "
+            f"{skip!r}"
+        )
+    return StoredQuantization(
+        quantization=BaseQuantization(quant_type),
+        options=QuantizationOptions(
+            bnb_4bit_use_double_quant=bool(stored.get("bnb_4bit_use_double_quant", False)),
+            llm_int8_skip_modules=None if skip is None else tuple(skip),
+        ),
+    )
+
+
+def load_config(directory: Path) -> Any:
+    """Read a base's configuration through transformers, without running code that comes with it.
+
+    Raises:
+        NotFoundError: no `config.json`.
+        UnsupportedError: the model needs code of its own, or this transformers does not know it or its values.
+    """
+    if not (directory / "config.json").is_file():
+        raise NotFoundError(f"{directory / 'config.json'}: expected a model configuration, found nothing")
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except _REFUSALS as error:
+        raise UnsupportedError(
+            f"{directory / 'config.json'}: transformers {transformers.__version__} cannot read it, and code that comes "
+            f"with a model is never run: {error}"
+        ) from error
+
+
+def skeleton(directory: Path) -> PreTrainedModel:
+    """Build the base's model on the meta device: every module and name, no weights.
+
+    Raises:
+        UnsupportedError: transformers has no causal language model for this configuration.
+    """
+    config = load_config(directory)
+    # A stored 4-bit format would make transformers quantize; names and shapes are those of the plain model.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        with torch.device("meta"), quiet_transformers():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except _REFUSALS as error:
+        raise UnsupportedError(
+            f"{directory / 'config.json'}: transformers {transformers.__version__} builds no causal language model of "
+            f"model_type {getattr(config, 'model_type', None)!r} from it: {type(error).__name__}: {error}"
+        ) from error
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def quantized_weights(
+    model: PreTrainedModel, quantization: BaseQuantization, options: QuantizationOptions
+) -> list[str]:
+    """Ask transformers which weights 4-bit loading converts.
+
+    Args:
+        model: skeleton on the meta device; its linear modules are replaced, so it is of no further use.
+        quantization: nf4 or fp4.
+        options: double quantization and skip list.
+
+    Returns:
+        Names such as `model.layers.0.self_attn.q_proj.weight`, in module order.
+    """
+    quantizer = AutoHfQuantizer.from_config(bitsandbytes_config(quantization, options), pre_quantized=False)
+    with quiet_transformers():
+        quantizer.preprocess_model(model=model, device_map=None)
+    return [f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"]
+
+
+def check_names(directory: Path, model: PreTrainedModel, stored: frozenset[str]) -> None:
+    """Check that the checkpoint's tensor names are the model's own, so that they can be streamed one by one.
+
+    Args:
+        directory: of the base, for the message.
+        model: skeleton.
+        stored: tensor names in the checkpoint.
+
+    Raises:
+        UnsupportedError: transformers renames or fuses tensors of this architecture while loading.
+        BadInputError: tensors of the model are missing from the checkpoint.
+    """
+    tied = set(model.all_tied_weights_keys)
+    missing = [name for name, _ in model.named_parameters() if name not in stored and name not in tied]
+    if not missing:
+        return
+    expected = {name for name, _ in model.named_parameters()}
+    foreign = sorted(stored - expected)
+    if foreign:
+        raise UnsupportedError(
+            f"{directory}: {len(missing)} tensors of {type(model).__name__} are not in the checkpoint under their own "
+            f"names (first: {missing[0]}), which holds {foreign[0]} and others instead; checkpoints that transformers "
+            "converts while loading are not streamed by this version"
+        )
+    raise BadInputError(
+        f"{directory}: {len(missing)} tensors of {type(model).__name__} are missing, first {missing[0]}"
+    )

@@ -1,0 +1,110 @@
+"""The verdict: what the checks found against the thresholds of the request, as a report."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs.errors import BadInputError, NotFoundError
+from jobs.release import REPORT_NAME, REPORT_PAGE_NAME, BehaviourCheck, ParityReport, ParitySummary, TensorCheck
+from workers.arithmetic import failures as arithmetic_failures
+from workers.checkpoint import read_shard
+from workers.files import file_errors
+from workers.plan import MergePlan
+from workers.report import render_report
+from workers.sidecars import write_text
+
+_NUM_NAMED = 20
+"""Failures told one by one; a merge that is wrong everywhere needs no list of everything."""
+
+
+def judge(
+    plan: MergePlan, directory: Path, tensors: Sequence[TensorCheck], behaviour: Sequence[BehaviourCheck]
+) -> ParityReport:
+    """Hold what was found against the thresholds.
+
+    Args:
+        plan: of the job.
+        directory: the files that will ship; their headers are compared with the plan's.
+        tensors: the arithmetic check, of every tensor.
+        behaviour: the behavioural checks; empty at level `arithmetic`.
+
+    Returns:
+        The report; it passed only if nothing failed.
+    """
+    request = plan.request
+    thresholds = request.parity.thresholds
+    wrong = wrong_headers(plan, directory)
+    named = list(arithmetic_failures(tensors, thresholds.max_rounding_excess).values())
+    wrong += named[:_NUM_NAMED]
+    if len(named) > _NUM_NAMED:
+        wrong.append(f"{len(named) - _NUM_NAMED} more tensors are not base + delta")
+    for check in behaviour:
+        if not check.gates:
+            continue
+        if not check.mean_kl <= thresholds.max_mean_kl:
+            wrong.append(
+                f"mean KL to {check.reference} is {check.mean_kl:.3g} nats, expected at most {thresholds.max_mean_kl:g}"
+            )
+        if not check.top1_agreement >= thresholds.min_top1_agreement:
+            wrong.append(
+                f"top-1 agreement with {check.reference} is {check.top1_agreement:.4f}, expected at least "
+                f"{thresholds.min_top1_agreement:g}"
+            )
+    if request.parity.level == "full" and not wrong and not any(check.gates for check in behaviour):
+        wrong.append("the merged checkpoint was not compared with base + adapter, which level 'full' asks for")
+    return ParityReport(
+        request_id=request.id,
+        merge_key=plan.merge_key,
+        base=plan.base.source.location,
+        adapter=plan.adapter.location,
+        base_quantization=request.base_quantization,
+        level=request.parity.level,
+        thresholds=thresholds,
+        passed=not wrong,
+        failures=tuple(wrong),
+        tensors=tuple(tensors),
+        behaviour=tuple(behaviour),
+    )
+
+
+def summarize(report: ParityReport) -> ParitySummary:
+    """Return the figures of a report that go into the manifest."""
+    survivals = [check.survival for check in report.tensors if check.survival is not None]
+    gating = next((check for check in report.behaviour if check.gates), None)
+    return ParitySummary(
+        level=report.level,
+        num_tensors=len(report.tensors),
+        num_changed_tensors=sum(check.changed for check in report.tensors),
+        rounding_excess=max((check.rounding_excess for check in report.tensors), default=0.0),
+        min_survival=min(survivals, default=None),
+        mean_kl=gating.mean_kl if gating else None,
+        top1_agreement=gating.top1_agreement if gating else None,
+    )
+
+
+def write_report(report: ParityReport, directory: Path) -> None:
+    """Write the report as `parity.json` and as a page, `parity.html`.
+
+    Raises:
+        NoCapacityError, AuthError: the disk is full, or the directory cannot be written.
+    """
+    with file_errors(f"making {directory}"):
+        directory.mkdir(parents=True, exist_ok=True)
+    write_text(directory / REPORT_NAME, report.model_dump_json(by_alias=True, indent=2) + "\n")
+    write_text(directory / REPORT_PAGE_NAME, render_report(report))
+
+
+def wrong_headers(plan: MergePlan, directory: Path) -> list[str]:
+    """Return one sentence for each shard whose header or size is not what was planned.
+
+    Tensors are compared byte for byte elsewhere; with the headers, every byte of every shard is covered.
+    """
+    wrong = []
+    for shard in plan.output.shards:
+        try:
+            found = read_shard(directory / shard.name)
+        except (BadInputError, NotFoundError) as error:
+            wrong.append(str(error))
+            continue
+        if found.header != shard.header:
+            wrong.append(f"shard {shard.name}: its header is not the one that was planned")
+    return wrong

@@ -1,0 +1,262 @@
+"""What a merge will do, from headers and configurations alone: no weight is read.
+
+A base is planned once per pass, each adapter on top of it. Strict accounting is done here: every tensor of the base and
+of the adapter ends up in exactly one action, or the plan fails and names it.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from jobs.errors import BadInputError, UnsupportedError
+from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
+from workers.checkpoint import CheckpointLayout, TensorSpec, lay_out, lay_out_shard, read_checkpoint, read_json
+from workers.lanes.lora import LoraDelta, plan_lora
+from workers.model import check_names, quantized_weights, skeleton, stored_quantization
+from workers.quant import quantized_names, quantized_owner
+from workers.quantized_base import QuantizationTask
+from workers.sources import Source
+
+_TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputTensor:
+    """One tensor of the merged checkpoints of a pass, before any delta."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    shard: str
+    """The base's file it is stored in."""
+    stored: TensorSpec | None
+    """The bytes it comes from; None when it is dequantized."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Number of bytes in the output."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def copied(self) -> bool:
+        """Whether, without a delta, the stored bytes are the output's bytes."""
+        return self.stored is not None and self.stored.dtype == self.dtype
+
+
+@dataclass(frozen=True)
+class BasePlan:
+    """What all jobs of a pass share."""
+
+    source: Source
+    layout: CheckpointLayout
+    tensors: tuple[OutputTensor, ...]
+    """In the order in which the base stores them."""
+    quantization: QuantizationTask | None
+    """What to convert to 4-bit first; None when nothing is, or when the base is stored in 4-bit."""
+    stored_in_4bit: bool
+
+    @cached_property
+    def by_name(self) -> Mapping[str, OutputTensor]:
+        """Output tensors by name."""
+        return {tensor.name: tensor for tensor in self.tensors}
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """One job: which tensors change and how, and where every byte of the output goes."""
+
+    request: MergeRequest
+    base: BasePlan
+    adapter: Source
+    merge_key: str
+    deltas: Mapping[str, LoraDelta]
+    """By base tensor."""
+    output: CheckpointLayout
+
+    @property
+    def num_adapter_bytes(self) -> int:
+        """Bytes of the adapter's tensors."""
+        return sum(delta.a_RI.num_bytes + delta.b_OR.num_bytes for delta in self.deltas.values())
+
+    @property
+    def num_bytes_read(self) -> int:
+        """Bytes of base and adapter that a pass of this job alone reads."""
+        return self.base.layout.num_bytes + self.num_adapter_bytes
+
+    @property
+    def num_bytes_changed(self) -> int:
+        """Bytes of the output that are computed; the rest is copied."""
+        return sum(t.num_bytes for t in self.base.tensors if t.name in self.deltas or not t.copied)
+
+
+def plan_base(source: Source, request: MergeRequest) -> BasePlan:
+    """Plan what all requests of a pass share.
+
+    Args:
+        source: the base.
+        request: any request of the pass; they agree in base, quantization and dtype.
+
+    Raises:
+        NotFoundError, BadInputError, UnsupportedError: the base cannot be used, or not as asked.
+    """
+    directory = source.directory
+    layout = read_checkpoint(directory)
+    model = skeleton(directory)
+    stored_weights = quantized_names(layout.tensors)
+    stored_in_4bit = _check_stored(source, request, frozenset(stored_weights.values()))
+    owners = {name: quantized_owner(name, stored_weights) for name in layout.tensors}
+    check_names(directory, model, frozenset(name for name, owner in owners.items() if owner in (None, name)))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    _check_shapes(source, layout, owners, shapes)
+    asked_dtype = _TORCH_DTYPES[request.dtype] if request.dtype else None
+    task = None
+    if request.base_quantization is not BaseQuantization.NONE and not stored_in_4bit:
+        task = _quantization_task(source, layout, request, asked_dtype)
+    converted = frozenset(task.weights) if task else frozenset(stored_weights)
+    tensors = []
+    for name, (shard, spec) in layout.tensors.items():
+        if owners[name] not in (None, name):
+            continue  # the scales and the state of a 4-bit weight become part of the weight
+        own_dtype = _config_dtype(source) if name in stored_weights else spec.dtype
+        tensors.append(
+            OutputTensor(
+                name=name,
+                shape=shapes[name] if name in converted else spec.shape,
+                dtype=asked_dtype if asked_dtype is not None and own_dtype.is_floating_point else own_dtype,
+                shard=shard.name,
+                stored=None if name in converted else spec,
+            )
+        )
+    return BasePlan(source, layout, tuple(tensors), task, stored_in_4bit)
+
+
+def plan_merge(base: BasePlan, request: MergeRequest, adapter: Source) -> MergePlan:
+    """Plan one job on a planned base.
+
+    Raises:
+        NotFoundError, BadInputError, UnsupportedError: the adapter cannot be used, or does not fit the base.
+    """
+    weight_shapes = {tensor.name: tensor.shape for tensor in base.tensors}
+    deltas = plan_lora(adapter.directory, skeleton(base.source.directory), weight_shapes)
+    for delta in deltas:
+        dtype = base.by_name[delta.weight].dtype
+        if dtype not in _TORCH_DTYPES.values():
+            raise UnsupportedError(
+                f"{base.source.directory}: tensor {delta.weight} is {dtype}; merging needs float32, float16 or "
+                "bfloat16 weights: use the base that this one was made from"
+            )
+    return MergePlan(
+        request=request,
+        base=base,
+        adapter=adapter,
+        merge_key=request.merge_key(base.source.digest, adapter.digest),
+        deltas={delta.weight: delta for delta in deltas},
+        output=_output_layout(base, request.max_shard_size),
+    )
+
+
+def _check_shapes(
+    source: Source,
+    layout: CheckpointLayout,
+    owners: Mapping[str, str | None],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    for name, (_, spec) in layout.tensors.items():
+        if owners[name] is None and spec.shape != shapes.get(name, spec.shape):
+            raise BadInputError(
+                f"{source.directory}: tensor {name} has shape {list(spec.shape)}, config.json makes it "
+                f"{list(shapes[name])}; weights and configuration are not of the same model"
+            )
+        if owners[name] == name and name not in shapes:
+            raise UnsupportedError(
+                f"{source.directory}: tensor {name} is stored in 4-bit and belongs to no module of the model, so "
+                "nothing says what it becomes; use the base that this one was made from"
+            )
+
+
+def _check_stored(source: Source, request: MergeRequest, types: frozenset[str]) -> bool:
+    stored = stored_quantization(source.directory)
+    declared = frozenset({stored.quantization.value}) if stored else frozenset()
+    if declared != types:
+        raise BadInputError(
+            f"{source.directory}: config.json says that weights are stored in "
+            f"{', '.join(declared) or 'no 4-bit type'}, the tensors say "
+            f"{', '.join(sorted(types)) or 'no 4-bit type'}; the checkpoint is inconsistent"
+        )
+    if stored is None:
+        return False
+    if request.base_quantization is not stored.quantization:
+        raise UnsupportedError(
+            f"{source.directory}: the base is stored in {stored.quantization}, so there are no other weights to merge "
+            f"into; request base_quantization: {stored.quantization}, or name the 16-bit base (found "
+            f"base_quantization: {request.base_quantization})"
+        )
+    if request.quantization_options not in (QuantizationOptions(), stored.options):
+        raise UnsupportedError(
+            f"{source.directory}: the base is stored in 4-bit with {stored.options!r}; quantization_options cannot "
+            f"change that: leave them out (found {request.quantization_options!r})"
+        )
+    return True
+
+
+def _quantization_task(
+    source: Source, layout: CheckpointLayout, request: MergeRequest, dtype: torch.dtype | None
+) -> QuantizationTask:
+    options = request.quantization_options
+    model = skeleton(source.directory)
+    module_names = [name for name, _ in model.named_modules()]
+    for entry in options.llm_int8_skip_modules or ():
+        if all(should_convert_module(name, [entry]) for name in module_names if name):
+            raise BadInputError(
+                f"quantization_options.llm_int8_skip_modules: {entry!r} names no module of {source.directory}"
+            )
+    weights = quantized_weights(model, request.base_quantization, options)
+    # A weight that is tied to one the checkpoint stores under another name is never converted by default, but an
+    # explicit skip list replaces that default.
+    absent = [name for name in weights if name not in layout.tensors]
+    if absent:
+        raise UnsupportedError(
+            f"{source.directory}: 4-bit loading would convert {absent[0]}, which the base stores tied to another "
+            "tensor; add its module to quantization_options.llm_int8_skip_modules"
+        )
+    if not weights:
+        raise BadInputError(
+            f"{source.directory}: 4-bit loading converts no weight of this base with these quantization_options; "
+            "request base_quantization: none"
+        )
+    return QuantizationTask(
+        base=source.directory,
+        base_digest=source.digest,
+        layout=layout,
+        weights=tuple(weights),
+        quant_type=request.base_quantization.value,
+        double_quant=options.bnb_4bit_use_double_quant,
+        dtype=dtype,
+    )
+
+
+def _config_dtype(source: Source) -> torch.dtype:
+    # What `dequantize()` of transformers casts the weights of a 4-bit checkpoint to.
+    config = read_json(source.directory / "config.json")
+    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    if name not in _TORCH_DTYPES:
+        raise UnsupportedError(f"{source.directory / 'config.json'}: dtype {name!r}; expected {list(_TORCH_DTYPES)}")
+    return _TORCH_DTYPES[name]
+
+
+def _output_layout(base: BasePlan, max_shard_size: int | None) -> CheckpointLayout:
+    if max_shard_size is not None:
+        return lay_out(((t.name, t.dtype, t.shape) for t in base.tensors), max_shard_size)
+    if not base.stored_in_4bit and all(
+        tensor.dtype == base.layout.tensors[tensor.name][1].dtype for tensor in base.tensors
+    ):
+        return base.layout
+    by_shard: dict[str, list[tuple[str, torch.dtype, tuple[int, ...]]]] = defaultdict(list)
+    for tensor in base.tensors:
+        by_shard[tensor.shard].append((tensor.name, tensor.dtype, tensor.shape))
+    return CheckpointLayout(tuple(lay_out_shard(name, group) for name, group in by_shard.items()))

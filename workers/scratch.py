@@ -1,0 +1,121 @@
+"""Directories that belong to a live process. A process that dies leaves its directory; the next one sweeps it.
+
+Life is a lock, not a guess: each directory has a lock file beside it that its owner holds with flock(2), which the
+kernel lets go of however the owner ends. A lock file is its owner's only once it is locked and still has its name:
+until then a sweeper may have taken it for a dead one, and the owner starts over under another name.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+_log = logging.getLogger(__name__)
+
+_LOCK_SUFFIX = ".lock"
+_NUM_RANDOM_BYTES = 8
+
+
+class OwnedDirectory:
+    """A fresh directory `<parent>/<prefix><random>`, locked for as long as this process lives or until `remove`."""
+
+    def __init__(self, parent: Path, prefix: str) -> None:
+        parent.mkdir(parents=True, exist_ok=True)
+        while (lock := _new_lock(path := parent / f"{prefix}{secrets.token_hex(_NUM_RANDOM_BYTES)}")) is None:
+            pass
+        self.path = path
+        self._lock = lock
+        try:
+            self.path.mkdir()
+        except OSError:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Remove the directory, or what is left of it, and let go of the lock. Idempotent."""
+        if self._lock < 0:
+            return
+        _remove(self.path)
+        os.close(self._lock)
+        self._lock = -1
+
+
+def sweep(parent: Path, prefix: str | None = None) -> list[Path]:
+    """Remove the directories below `parent` whose owners are dead.
+
+    Args:
+        parent: where owned directories are made; may be missing.
+        prefix: only directories made with exactly this prefix are looked at; None for any.
+
+    Returns:
+        The directories removed.
+    """
+    first = ".*" if prefix is None else re.escape(prefix)
+    name = re.compile(rf"{first}[0-9a-f]{{{2 * _NUM_RANDOM_BYTES}}}{re.escape(_LOCK_SUFFIX)}")
+    removed = []
+    for lock_path in sorted(parent.iterdir()) if parent.is_dir() else []:
+        if not name.fullmatch(lock_path.name):
+            continue
+        try:
+            lock = os.open(lock_path, os.O_RDWR | os.O_CLOEXEC)
+        except (FileNotFoundError, PermissionError):
+            continue  # swept by another process just now, or another user's to sweep
+        try:
+            directory = lock_path.with_name(lock_path.name.removesuffix(_LOCK_SUFFIX))
+            if _try_lock(lock) and _remove(directory):
+                removed.append(directory)
+        finally:
+            os.close(lock)
+    return removed
+
+
+@contextlib.contextmanager
+def exclusive(lock_path: Path) -> Iterator[None]:
+    """Hold a lock that one process (and one thread) at a time can hold; wait for it.
+
+    Args:
+        lock_path: the lock file; made when missing, never removed, so that all waiters mean the same file.
+    """
+    lock_path.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(lock_path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _new_lock(directory: Path) -> int | None:
+    lock = os.open(_lock_path(directory), os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    if _try_lock(lock):
+        return lock
+    os.close(lock)
+    return None
+
+
+def _try_lock(lock: int) -> bool:
+    """Lock an open lock file; False when another process holds it or has removed it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return os.fstat(lock).st_nlink > 0
+
+
+def _remove(directory: Path) -> bool:
+    """Remove a directory, then its lock file. What cannot be removed keeps its lock file, for a later sweep."""
+    shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists():
+        _log.warning("directory could not be removed", extra={"directory": str(directory)})
+        return False
+    _lock_path(directory).unlink(missing_ok=True)
+    return True
+
+
+def _lock_path(directory: Path) -> Path:
+    return directory.with_name(directory.name + _LOCK_SUFFIX)

@@ -1,0 +1,100 @@
+"""Where releases go. One Protocol, three kinds; what is written is invisible until it is published.
+
+Extend: write a module with a class that implements `Sink`, add it to the table in `open_sink`, and run the contract
+suite (`tests/contract/test_sinks.py`) over it.
+"""
+
+from pathlib import Path
+from typing import Protocol
+
+from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
+from jobs.release import Artifact, Manifest, Release
+
+
+class Staging(Protocol):
+    """One release on its way. Belongs to one process; dies with it, and leaves nothing that anybody can see."""
+
+    directory: Path
+    """Where the files of the release are written, under the names they will have. Empty at first."""
+
+    def put(self, artifact: Artifact) -> None:
+        """Ship one finished file of `directory` to where nobody can see it yet. The file stays until `discard`.
+
+        May run in a thread, several at a time for different files, and again after an error: it starts over.
+
+        Args:
+            artifact: its name, size and SHA-256. The bytes that arrive are checked against what was computed here.
+
+        Raises:
+            TransientIOError, AuthError, NotFoundError, NoCapacityError: by kind of fault.
+            InternalError: the file is not what the artifact says.
+        """
+        ...
+
+    def publish(self, manifest: Manifest) -> Release:
+        """Make the release visible. The files of the manifest are those that were put; `manifest.json` comes last.
+
+        Atomicity: create-only. Either the whole release becomes visible or nothing does; where the store cannot show
+        many files at once, a reader who asks for `manifest.json` first sees nothing or everything.
+
+        Returns:
+            The release. `created` is False when the same merge key was there already, and nothing was written.
+
+        Raises:
+            DestinationOccupiedError: something else is there.
+            TransientIOError, AuthError, NoCapacityError: by kind of fault; may be called again.
+            InternalError: the manifest does not name what was put, or a file changed since.
+        """
+        ...
+
+    def discard(self) -> None:
+        """Remove everything this staging left, here and at the store. Idempotent; after `publish` the release stays."""
+        ...
+
+
+class Sink(Protocol):
+    """A destination that can hold one release."""
+
+    def existing(self) -> Manifest | None:
+        """Return the manifest of the release that is there, or None when the destination is free.
+
+        Raises:
+            DestinationOccupiedError: something is there that is not a release of mergefleet.
+            AuthError, NotFoundError, TransientIOError: by kind of fault; a missing bucket is NotFoundError.
+        """
+        ...
+
+    def open(self, merge_key: str) -> Staging:
+        """Start a release. First clears away what dead processes left on their way to this destination.
+
+        One destination has one live staging at a time: the ledger sees to that. A second one may make the first send
+        its files again, but no two of them can make anything visible that is not one whole release.
+
+        Args:
+            merge_key: of the release to come; marks what is staged, so that a later attempt knows its own.
+
+        Raises:
+            DestinationOccupiedError: what is there belongs to something else.
+            AuthError, NotFoundError, TransientIOError, NoCapacityError: by kind of fault.
+        """
+        ...
+
+
+def open_sink(location: Location, scratch: Path) -> Sink:
+    """Return the sink for a destination.
+
+    Args:
+        location: where the release goes.
+        scratch: local directory for files on their way to a remote store.
+    """
+    from workers.sinks.directory import DirectorySink  # noqa: PLC0415 - each kind loads its client only when used
+    from workers.sinks.hub import HubSink  # noqa: PLC0415
+    from workers.sinks.s3 import S3Sink  # noqa: PLC0415
+
+    match location:
+        case LocalPath():
+            return DirectorySink(location)
+        case S3Prefix():
+            return S3Sink(location, scratch)
+        case HubRepo():
+            return HubSink(location, scratch)

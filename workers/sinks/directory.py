@@ -1,0 +1,116 @@
+"""Releases in a directory: built beside it under a hidden name, made visible by one rename."""
+
+import errno
+import os
+from pathlib import Path
+
+from jobs.errors import DestinationOccupiedError, InternalError, TransientIOError
+from jobs.locations import LocalPath
+from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
+from workers.files import file_errors, sync, sync_tree
+from workers.released import ManifestFile, check_all_put, check_artifact, decode_existing, encode_manifest, occupied
+from workers.scratch import OwnedDirectory, sweep
+
+_TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
+
+
+class DirectorySink:
+    """A directory that does not exist yet, or is empty."""
+
+    def __init__(self, location: LocalPath) -> None:
+        self._location = location
+
+    def existing(self) -> Manifest | None:
+        """Return the manifest of the release that is there, or None when the directory is missing or empty."""
+        found = _find(self._location)
+        return found.manifest if found else None
+
+    def open(self, merge_key: str) -> "DirectoryStaging":
+        """Start a release in a hidden directory beside the destination, on the same filesystem."""
+        return DirectoryStaging(self._location, merge_key)
+
+
+class DirectoryStaging:
+    """A hidden directory beside the destination."""
+
+    def __init__(self, location: LocalPath, merge_key: str) -> None:
+        self._location = location
+        self._merge_key = merge_key
+        self._destination = Path(os.path.realpath(location.path))
+        prefix = f".{self._destination.name}.staging-"
+        with file_errors(f"making a staging directory for {location}"):
+            sweep(self._destination.parent, prefix)
+            self._owned = OwnedDirectory(self._destination.parent, prefix)
+        self.directory = self._owned.path
+        self._put: dict[str, Artifact] = {}
+        self._identities: dict[str, tuple[int, int, int]] = {}
+
+    def put(self, artifact: Artifact) -> None:
+        """Check a finished file against its digest and make it durable; it is in its place already."""
+        path = self.directory / artifact.path
+        with file_errors(f"checking {path}"):
+            identity = _identity(path)
+            check_artifact(path, artifact)
+            sync(path)
+        self._identities[artifact.path] = identity
+        self._put[artifact.path] = artifact
+
+    def publish(self, manifest: Manifest) -> Release:
+        """Write `manifest.json`, make everything durable, and rename the directory to its destination."""
+        return self.reveal(encode_manifest(manifest))
+
+    def reveal(self, manifest: ManifestFile) -> Release:
+        """Publish with a manifest that is in bytes already."""
+        check_all_put(manifest.manifest, self._put)
+        with file_errors(f"publishing {self._location}"):
+            self._check_untouched()
+            (self.directory / MANIFEST_NAME).write_bytes(manifest.data)
+            sync_tree(self.directory)
+            try:
+                # rename(2) puts a directory in the place of nothing or of an empty one, and refuses everything else.
+                self.directory.rename(self._destination)
+            except OSError as error:
+                if error.errno not in _TAKEN:
+                    raise
+                return self._settle()
+            sync(self._destination.parent)
+        return manifest.release(self._location, created=True)
+
+    def discard(self) -> None:
+        """Remove the hidden directory; after `publish` there is only its lock to remove."""
+        self._owned.remove()
+
+    def _settle(self) -> Release:
+        found = _find(self._location)
+        if found is None:
+            raise TransientIOError(f"{self._location} was occupied for a moment, and is free again; try again")
+        return found.settle(self._location, self._merge_key)
+
+    def _check_untouched(self) -> None:
+        """Refuse to ship what was written after it was checked, or was never announced."""
+        for parent, _, names in os.walk(self.directory):
+            for name in names:
+                path = Path(parent, name)
+                relative = path.relative_to(self.directory).as_posix()
+                # A manifest may be there from an attempt to publish that failed halfway; it is written again.
+                if relative != MANIFEST_NAME and self._identities.get(relative) != _identity(path):
+                    raise InternalError(f"{path} was written without put, or after it; merge again")
+
+
+def _find(location: LocalPath) -> ManifestFile | None:
+    with file_errors(f"reading {location}"):
+        if not location.path.exists():
+            return None
+        if not location.path.is_dir():
+            raise DestinationOccupiedError(f"{location} is a file, expected a directory or nothing")
+        names = [entry.name for entry in location.path.iterdir()]
+        if MANIFEST_NAME in names:
+            return decode_existing((location.path / MANIFEST_NAME).read_bytes(), location)
+    if names:
+        raise occupied(location, names, f"files, but no {MANIFEST_NAME}")
+    return None
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns

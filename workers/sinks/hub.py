@@ -1,0 +1,141 @@
+"""Releases in a Hub repository: large files are uploaded as they come, and one commit makes all of them visible."""
+
+import hashlib
+import re
+import secrets
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd
+
+from jobs.errors import BadInputError, NotFoundError, TransientIOError
+from jobs.locations import HubRepo
+from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
+from workers.files import file_errors
+from workers.hub_client import HubStore
+from workers.released import ManifestFile, changed, check_all_put, decode_existing, encode_manifest, occupied
+from workers.scratch import OwnedDirectory, sweep
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_NEW = frozenset({".gitattributes", "README.md"})
+"""What a fresh repository holds."""
+_MEMORY_BYTES = 4 << 20
+_NUM_TRIES = 3
+
+
+class HubSink:
+    """A branch of a model repository: missing, fresh, or holding a release."""
+
+    def __init__(self, location: HubRepo, scratch: Path) -> None:
+        if _COMMIT.fullmatch(location.revision):
+            raise BadInputError(f"{location} names a commit, which cannot change; publish to a branch")
+        self._store = HubStore(location)
+        self._scratch = scratch
+
+    def existing(self) -> Manifest | None:
+        """Return the manifest of the release that is there, or None when the branch is free."""
+        head = self._store.head()
+        found = _find(self._store, head) if head else None
+        return found.manifest if found else None
+
+    def open(self, merge_key: str) -> "HubStaging":
+        """Start a release. Makes the repository when it is missing: private, and empty until the release is there."""
+        return HubStaging(self._store, self._scratch, merge_key)
+
+
+class HubStaging:
+    """Files in a scratch directory; those too large for git are at the Hub already, in no commit."""
+
+    def __init__(self, store: HubStore, scratch: Path, merge_key: str) -> None:
+        self._store = store
+        self._merge_key = merge_key
+        self._attempt = secrets.token_hex(8)
+        with store.errors():
+            store.api.create_repo(store.place.repo_id, private=True, exist_ok=True)
+        self._parent = self._head()
+        self._existing = _find(store, self._parent)
+        prefix = f"hub-{hashlib.sha256(str(store.place).encode()).hexdigest()[:16]}-"
+        with file_errors(f"making a staging directory for {store.place}"):
+            sweep(scratch, prefix)
+            self._owned = OwnedDirectory(scratch, prefix)
+        self.directory = self._owned.path
+        self._put: dict[str, Artifact] = {}
+        self._additions: dict[str, CommitOperationAdd] = {}
+
+    def put(self, artifact: Artifact) -> None:
+        """Upload a file that is too large for git; keep a small one for the commit."""
+        path = self.directory / artifact.path
+        with file_errors(f"reading {path}"):
+            content = path.read_bytes() if path.stat().st_size <= _MEMORY_BYTES else path
+        addition = CommitOperationAdd(artifact.path, content)
+        with self._store.errors():
+            self._store.api.preupload_lfs_files(
+                self._store.place.repo_id, [addition], revision=self._store.place.revision
+            )
+            # Computed by the uploader from the very bytes it sent, or here from the bytes in memory.
+            sha256 = addition.upload_info.sha256.hex()
+        if (sha256, addition.upload_info.size) != (artifact.sha256, artifact.num_bytes):
+            raise changed(path, sha256, artifact)
+        self._additions[artifact.path] = addition
+        self._put[artifact.path] = artifact
+
+    def publish(self, manifest: Manifest) -> Release:
+        """Commit every file and `manifest.json` at once, on top of the commit that was looked at."""
+        check_all_put(manifest, self._put)
+        encoded = encode_manifest(manifest)
+        if self._existing:
+            return self._existing.settle(self._store.place, self._merge_key)
+        num_tries = 0
+        while True:
+            try:
+                return self._commit(encoded)
+            except TransientIOError:  # somebody else has committed, or the answer was lost: what is there decides
+                num_tries += 1
+                if settled := self._look_again(encoded):
+                    return settled
+                if num_tries == _NUM_TRIES:
+                    raise
+
+    def discard(self) -> None:
+        """Remove the scratch directory. Uploaded files that are in no commit are the Hub's to collect."""
+        self._owned.remove()
+
+    def _commit(self, manifest: ManifestFile) -> Release:
+        additions = [*self._additions.values(), CommitOperationAdd(MANIFEST_NAME, manifest.data)]
+        with self._store.errors():
+            self._store.api.create_commit(
+                self._store.place.repo_id,
+                additions,
+                commit_message=f"Release {manifest.manifest.request_id}",
+                commit_description=f"merge key {self._merge_key}, attempt {self._attempt}",
+                revision=self._store.place.revision,
+                parent_commit=self._parent,
+            )
+
+        return manifest.release(self._store.place, created=True)
+
+    def _look_again(self, manifest: ManifestFile) -> Release | None:
+        """Return the release that is there now, or None when the branch is still free."""
+        self._parent = self._head()
+        found = _find(self._store, self._parent)
+        if found is None:
+            return None
+        with self._store.errors():
+            history = self._store.api.list_repo_commits(self._store.place.repo_id, revision=self._store.place.revision)
+        if any(self._attempt in commit.message for commit in history):
+            return manifest.release(self._store.place, created=True)
+        return found.settle(self._store.place, self._merge_key)
+
+    def _head(self) -> str:
+        head = self._store.head()
+        if head is None:
+            raise NotFoundError(f"{self._store.place} was deleted while it was published")
+        return head
+
+
+def _find(store: HubStore, commit: str) -> ManifestFile | None:
+    names = store.sizes(commit).keys()
+    if MANIFEST_NAME in names:
+        return decode_existing(store.content(commit, MANIFEST_NAME), store.place)
+    if foreign := sorted(names - _NEW):
+        raise occupied(store.place, foreign, f"files, but no {MANIFEST_NAME}")
+    return None

@@ -1,0 +1,272 @@
+"""One file on its way to an S3 store: its parts are stored as they are read, the object appears when it is told to.
+
+Every byte is covered twice: the store compares the CRC-64/NVME of each part and of the whole object with ours, and the
+SHA-256 of what was read is compared with what was computed when the file was written.
+"""
+
+import base64
+import hashlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from awscrt.checksums import crc64nvme
+from botocore.exceptions import ClientError
+
+from jobs.errors import NotFoundError, TransientIOError, UnsupportedError
+from jobs.release import Artifact
+from workers.files import file_errors
+from workers.released import changed
+from workers.s3_client import S3Store, error_code
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+
+MIN_PART_BYTES = 16 << 20
+"""S3 allows parts of 5 MiB to 5 GiB. A file no larger than one part goes up in one request, when it is published."""
+
+_MAX_PARTS = 10_000
+_NUM_STREAMS = 4
+_MERGE_KEY = "mergefleet-merge-key"
+_SHA256 = "mergefleet-sha256"
+_ATTEMPT = "mergefleet-attempt"
+
+
+def part_bytes(num_bytes: int) -> int:
+    """Return the size of the parts of a file: whole MiB, and few enough parts for S3."""
+    fewest = -(-num_bytes // _MAX_PARTS)
+    return max(MIN_PART_BYTES, -(-fewest // (1 << 20)) * (1 << 20))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """What every object of ours carries as metadata, so that a later attempt knows its own."""
+
+    merge_key: str
+    sha256: str
+    attempt: str
+    """Random; tells two attempts at the same release apart."""
+
+    def metadata(self) -> dict[str, str]:
+        """Return it as S3 metadata."""
+        return {_MERGE_KEY: self.merge_key, _SHA256: self.sha256, _ATTEMPT: self.attempt}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredObject:
+    """What a store says of one object."""
+
+    num_bytes: int
+    etag: str
+    crc: str | None
+    """The store's own CRC-64/NVME of the whole object, in base64."""
+    mark: Mark | None
+    """None when the object is not ours."""
+
+
+def look_at(store: S3Store, name: str) -> StoredObject | None:
+    """Return what the store says of an object, or None when there is none."""
+    try:
+        with store.errors():
+            answer = store.client.head_object(Bucket=store.place.bucket, Key=store.key(name), ChecksumMode="ENABLED")
+    except NotFoundError:
+        return None
+    found = answer["Metadata"]
+    ours = found.keys() >= {_MERGE_KEY, _SHA256, _ATTEMPT}
+    return StoredObject(
+        num_bytes=answer["ContentLength"],
+        etag=answer["ETag"],
+        crc=answer.get("ChecksumCRC64NVME"),
+        mark=Mark(merge_key=found[_MERGE_KEY], sha256=found[_SHA256], attempt=found[_ATTEMPT]) if ours else None,
+    )
+
+
+def abort_unfinished(store: S3Store) -> int:
+    """Abort every unfinished multipart upload below the prefix.
+
+    Returns:
+        How many there were.
+    """
+    num_aborted = 0
+    with store.errors():
+        while True:  # each round asks for the first page: what was listed before is gone
+            page = store.client.list_multipart_uploads(Bucket=store.place.bucket, Prefix=store.key(""))
+            for upload in page.get("Uploads", []):
+                _abort(store, upload["Key"], upload["UploadId"])
+                num_aborted += 1
+            if not page.get("IsTruncated") or not page.get("Uploads"):
+                return num_aborted
+
+
+def create_whole(store: S3Store, name: str, data: bytes, mark: Mark) -> str:
+    """Create an object in one request, where none is.
+
+    Returns:
+        The object's ETag.
+
+    Raises:
+        ClientError: as botocore raises it; 412 when an object is there.
+        TransientIOError, UnsupportedError: as `Upload.complete`.
+    """
+    crc = _text(crc64nvme(data))
+    answer = store.client.put_object(
+        Bucket=store.place.bucket,
+        Key=store.key(name),
+        Body=data,
+        ChecksumCRC64NVME=crc,
+        Metadata=mark.metadata(),
+        IfNoneMatch="*",
+    )
+    _compare(f"{store.place}/{name}", answer.get("ChecksumCRC64NVME"), crc)
+    return answer["ETag"]
+
+
+class Upload:
+    """One file, in one request or in many parts. Nothing of it is visible before `complete`."""
+
+    def __init__(self, store: S3Store, path: Path, artifact: Artifact, mark: Mark) -> None:
+        self.artifact = artifact
+        self._store = store
+        self._key = store.key(artifact.path)
+        self._path = path
+        self._mark = mark
+        self.in_parts = artifact.num_bytes > MIN_PART_BYTES
+        self._upload_id = ""
+        self._parts: list[CompletedPartTypeDef] = []
+        self._crc = ""
+
+    def send(self) -> None:
+        """Check the file and store its parts. May be called again after an error or an abort: it starts over.
+
+        Raises:
+            InternalError: the file is not what its artifact says.
+            TransientIOError, AuthError, NotFoundError, NoCapacityError: by kind of fault.
+            UnsupportedError: the store computes no checksums to compare with.
+        """
+        self.abort()
+        if not self.in_parts:
+            self.check()
+            return
+        bucket = self._store.place.bucket
+        with self._store.errors(), ThreadPoolExecutor(_NUM_STREAMS, thread_name_prefix="s3-upload") as pool:
+            self._upload_id = self._store.client.create_multipart_upload(
+                Bucket=bucket,
+                Key=self._key,
+                ChecksumAlgorithm="CRC64NVME",
+                ChecksumType="FULL_OBJECT",
+                Metadata=self._mark.metadata(),
+            )["UploadId"]
+            waiting: deque[Future[CompletedPartTypeDef]] = deque()
+            self._parts = []
+            for number, data in enumerate(self._checked(), start=1):
+                if len(waiting) == _NUM_STREAMS:
+                    self._parts.append(waiting.popleft().result())
+                waiting.append(pool.submit(self._send_part, number, data))
+            self._parts.extend(future.result() for future in waiting)
+
+    def check(self) -> None:
+        """Read the file without sending it.
+
+        Raises:
+            InternalError: the file is not what its artifact says.
+        """
+        for _ in self._checked():
+            pass
+
+    def is_copy(self, found: StoredObject) -> bool:
+        """Whether an object holds this file's bytes, as far as its checksum and marks say. After `send` or `check`."""
+        return (
+            found.mark is not None
+            and found.mark.merge_key == self._mark.merge_key
+            and found.mark.sha256 == self.artifact.sha256
+            and found.num_bytes == self.artifact.num_bytes
+            and found.crc == self._crc
+        )
+
+    def complete(self) -> str:
+        """Make the object visible, where none is. Sends it first, if need be.
+
+        Returns:
+            The object's ETag.
+
+        Raises:
+            ClientError: as botocore raises it; 412 when an object is there, 404 when the parts are gone.
+            TransientIOError: the store has other bytes than were sent.
+            UnsupportedError: the store computes no checksums to compare with.
+        """
+        if not self.in_parts:
+            data = b"".join(self._checked())
+            return create_whole(self._store, self.artifact.path, data, self._mark)
+        if not self._upload_id:
+            self.send()
+        answer = self._store.client.complete_multipart_upload(
+            Bucket=self._store.place.bucket,
+            Key=self._key,
+            UploadId=self._upload_id,
+            MultipartUpload={"Parts": self._parts},
+            ChecksumCRC64NVME=self._crc,
+            ChecksumType="FULL_OBJECT",
+            MpuObjectSize=self.artifact.num_bytes,
+            IfNoneMatch="*",
+        )
+        self._upload_id = ""
+        _compare(f"{self._store.place}/{self.artifact.path}", answer.get("ChecksumCRC64NVME"), self._crc)
+        return answer["ETag"]
+
+    def abort(self) -> None:
+        """Drop the parts. Idempotent."""
+        if self._upload_id:
+            with self._store.errors():
+                _abort(self._store, self._key, self._upload_id)
+            self._upload_id = ""
+
+    def _checked(self) -> Iterator[bytes]:
+        """Yield the file in parts; at its end, refuse it if it is not what its artifact says."""
+        sha256, crc = hashlib.sha256(), 0
+        size = part_bytes(self.artifact.num_bytes)
+        with file_errors(f"reading {self._path}"), self._path.open("rb") as file:
+            while data := file.read(size):
+                sha256.update(data)
+                crc = crc64nvme(data, crc)
+                yield data
+        if sha256.hexdigest() != self.artifact.sha256:
+            raise changed(self._path, sha256.hexdigest(), self.artifact)
+        self._crc = _text(crc)
+
+    def _send_part(self, number: int, data: bytes) -> "CompletedPartTypeDef":
+        crc = _text(crc64nvme(data))
+        answer = self._store.client.upload_part(
+            Bucket=self._store.place.bucket,
+            Key=self._key,
+            UploadId=self._upload_id,
+            PartNumber=number,
+            Body=data,
+            ChecksumCRC64NVME=crc,
+        )
+        _compare(f"part {number} of {self._store.place}/{self.artifact.path}", answer.get("ChecksumCRC64NVME"), crc)
+        return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumCRC64NVME": crc}
+
+
+def _abort(store: S3Store, key: str, upload_id: str) -> None:
+    try:
+        store.client.abort_multipart_upload(Bucket=store.place.bucket, Key=key, UploadId=upload_id)
+    except ClientError as error:
+        if error_code(error) != "NoSuchUpload":
+            raise
+
+
+def _text(crc: int) -> str:
+    """Return a checksum as S3 writes it: base64 of its bytes, highest first."""
+    return base64.b64encode(crc.to_bytes(8, "big")).decode()
+
+
+def _compare(what: str, answered: str | None, computed: str) -> None:
+    if answered is None:
+        raise UnsupportedError(
+            f"{what}: the store returned no CRC-64/NVME to compare with; use one that checks uploads"
+        )
+    if answered != computed:
+        raise TransientIOError(f"{what}: the store has CRC-64/NVME {answered}, {computed} was sent")

@@ -1,0 +1,107 @@
+"""Bytes of tensors to and from files: positioned reads and writes that never move a shared file position."""
+
+import errno
+import os
+from pathlib import Path
+
+import torch
+
+from jobs.errors import BadInputError
+from workers.checkpoint import TensorSpec
+from workers.files import file_errors
+
+_COPY_BYTES = 32 << 20
+_NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM})
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor, without a copy."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def read_into(descriptor: int, path: Path, target: torch.Tensor, offset: int) -> None:
+    """Fill a contiguous CPU tensor from a file.
+
+    Args:
+        descriptor: open for reading.
+        path: of the file, for messages.
+        target: any dtype and shape; its bytes are filled.
+        offset: in bytes, from the start of the file.
+
+    Raises:
+        BadInputError: the file ends before.
+    """
+    view = tensor_bytes(target)
+    done = 0
+    while done < len(view):
+        with file_errors(f"reading {path}"):
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            raise BadInputError(
+                f"{path}: expected {len(view)} bytes at {offset}, found {done}: it was truncated meanwhile"
+            )
+        done += count
+
+
+def read_rows(path: Path, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
+    """Read rows [start, stop) of a tensor; of a tensor without dimensions, all of it.
+
+    Returns:
+        A new CPU tensor [stop - start, ...] of the tensor's dtype.
+    """
+    shape = (stop - start, *spec.shape[1:]) if spec.shape else ()
+    target = torch.empty(shape, dtype=spec.dtype)
+    row_bytes = spec.num_bytes // spec.shape[0] if spec.shape and spec.shape[0] else 0
+    with file_errors(f"reading {path}"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        read_into(descriptor, path, target, spec.begin + start * row_bytes)
+    finally:
+        os.close(descriptor)
+    return target
+
+
+def write_all(descriptor: int, path: Path, data: memoryview | bytes, offset: int) -> None:
+    """Write all bytes at an offset.
+
+    Raises:
+        NoCapacityError: the disk is full.
+    """
+    view = memoryview(data)
+    done = 0
+    while done < len(view):
+        with file_errors(f"writing {path}"):
+            done += os.pwrite(descriptor, view[done:], offset + done)
+
+
+def copy_range(source: int, target: int, path: Path, *, begin: int, target_begin: int, num_bytes: int) -> None:
+    """Copy bytes between two files inside the kernel, by reference where the filesystem can.
+
+    Args:
+        source: descriptor open for reading.
+        target: descriptor open for writing.
+        path: of the target, for messages.
+        begin: offset in the source.
+        target_begin: offset in the target.
+        num_bytes: how much to copy.
+
+    Raises:
+        NoCapacityError: the disk is full.
+        BadInputError: the source ends before.
+    """
+    done = 0
+    while done < num_bytes:
+        wanted = min(_COPY_BYTES, num_bytes - done)
+        with file_errors(f"copying into {path}"):
+            try:
+                count = os.copy_file_range(source, target, wanted, begin + done, target_begin + done)
+            except OSError as error:
+                if error.errno not in _NO_KERNEL_COPY:
+                    raise
+                # Another filesystem, an old kernel, or a filesystem without it: the same bytes through user space.
+                data = os.pread(source, wanted, begin + done)
+                write_all(target, path, data, target_begin + done)
+                count = len(data)
+        if count == 0:
+            raise BadInputError(f"{path}: the source of this copy was truncated meanwhile, at byte {begin + done}")
+        done += count

@@ -1,0 +1,389 @@
+"""One unit of work: requests that share a base, from fetch to staged and ready to be published.
+
+A job that fails fails alone; what the jobs share (the base) fails them all.
+"""
+
+import contextlib
+import functools
+import importlib.metadata
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from jobs.errors import InternalError, MergefleetError, OutOfMemoryError, ParityFailedError
+from jobs.release import (
+    REPORT_NAME,
+    REPORT_PAGE_NAME,
+    Artifact,
+    BehaviourCheck,
+    Manifest,
+    ParitySummary,
+    Release,
+    TensorCheck,
+)
+from jobs.request import BaseQuantization, MergeRequest
+from workers.arithmetic import CheckJob, check_arithmetic
+from workers.behaviour import Subject, check_behaviour
+from workers.files import file_errors
+from workers.merge import PassJob, run_pass
+from workers.outcomes import Failure, JobOutcome, Usage, WorkerSettings
+from workers.parity import judge, summarize, write_report, wrong_headers
+from workers.plan import BasePlan, MergePlan, plan_base, plan_merge
+from workers.progress import Tracker
+from workers.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
+from workers.released import encode_manifest
+from workers.scratch import OwnedDirectory, sweep
+from workers.sidecars import digest_file, write_sidecars
+from workers.sinks import Staging, open_sink
+from workers.sources import fetch_adapter, fetch_base
+
+logger = logging.getLogger(__name__)
+
+_NUM_UPLOADS = 2
+"""Files shipped at the same time by one worker."""
+
+
+@dataclass
+class Job:
+    """A job on its way through a unit."""
+
+    request: MergeRequest
+    planned: MergePlan | None = None
+    opened: Staging | None = None
+    shipped: list[tuple[Artifact, Future[None]]] = field(default_factory=list)
+    """Its finished files, each with its upload; several threads append."""
+    error: MergefleetError | None = None
+    release: Release | None = None
+    parity: ParitySummary | None = None
+    report_path: Path | None = None
+    manifest: Manifest | None = None
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self.request.id
+
+    @property
+    def plan(self) -> MergePlan:
+        """The plan; every running job has one once the unit is prepared."""
+        assert self.planned is not None
+        return self.planned
+
+    @property
+    def staging(self) -> Staging:
+        """Where its release is on its way; every running job has one once the unit is prepared."""
+        assert self.opened is not None
+        return self.opened
+
+    @property
+    def running(self) -> bool:
+        """Whether it has neither failed nor found its release there already."""
+        return self.error is None and self.release is None
+
+
+class Unit:
+    """One unit in work: its stages, in the order they run."""
+
+    def __init__(
+        self, settings: WorkerSettings, residents: ResidentBases, tracker: Tracker, jobs: Sequence[Job]
+    ) -> None:
+        self._settings = settings
+        self._residents = residents
+        self._tracker = tracker
+        self._jobs = jobs
+        self._num_threads = settings.num_threads or len(os.sched_getaffinity(0))
+        self._device = resolve_device(settings.device)
+        self._bytes_read = 0
+        self._bytes_written = 0
+
+    @property
+    def _running(self) -> list[Job]:
+        return [job for job in self._jobs if job.running]
+
+    def run(self) -> None:
+        """Take all jobs as far as they go."""
+        sweep(self._settings.scratch)
+        # Several workers share the cores of a machine; threads of theirs that wait for each other would stand still.
+        torch.set_num_threads(self._num_threads)
+        base = self._prepare()
+        if not self._running:
+            return
+        quantized = self._open_quantized(base)
+        with ThreadPoolExecutor(_NUM_UPLOADS, thread_name_prefix="upload") as uploads:
+            try:
+                self._merge(base, quantized, uploads)
+                self._verify(base, quantized)
+                with self._tracker.timed("upload"):
+                    for job in self._running:
+                        with own_failure(job):
+                            self._seal(job, uploads)
+            finally:
+                # What is not sealed is dropped: nobody waits for its uploads.
+                for job in self._jobs:
+                    if job.manifest is None:
+                        for _, upload in job.shipped:
+                            upload.cancel()
+
+    def usage(self) -> Usage:
+        """Return what the unit took."""
+        uploaded = sum(
+            artifact.num_bytes
+            for job in self._jobs
+            for artifact, upload in job.shipped
+            if upload.done() and not upload.cancelled() and upload.exception() is None
+        )
+        return Usage(
+            bytes_read=self._bytes_read,
+            bytes_written=self._bytes_written,
+            bytes_uploaded=uploaded,
+            seconds=self._tracker.seconds,
+        )
+
+    def _prepare(self) -> BasePlan:
+        first = self._jobs[0].request
+        with self._tracker.timed("fetch"):
+            source = fetch_base(first.base, self._settings.cache)
+        self._tracker.enter("plan", (job.id for job in self._jobs))
+        with self._tracker.timed("plan"):
+            base = plan_base(source, first)
+            for job in self._jobs:
+                with own_failure(job):
+                    self._tracker.check(job.id)
+                    adapter = fetch_adapter(job.request.adapter, self._settings.cache)
+                    job.planned = plan_merge(base, job.request, adapter)
+                    self._open_sink(job)
+        for job in self._running:
+            num_stages = 2 if job.request.parity.level == "arithmetic" else 3
+            self._tracker.expect(num_stages * job.plan.output.total_size)
+        return base
+
+    def _open_sink(self, job: Job) -> None:
+        sink = open_sink(job.request.destination, self._settings.scratch)
+        existing = sink.existing()
+        if existing is not None:
+            job.release = encode_manifest(existing).settle(job.request.destination, job.plan.merge_key)
+        else:
+            job.opened = sink.open(job.plan.merge_key)
+
+    def _open_quantized(self, base: BasePlan) -> QuantizedBase | None:
+        if base.stored_in_4bit:
+            return QuantizedBase(base.source.directory, base.layout, self._device)
+        task = base.quantization
+        if task is None:
+            return None
+        ids = [job.id for job in self._running]
+        self._tracker.enter("quantize", ids)
+        cache = QuantizedCache(self._settings.cache / "quantized", self._device, self._num_threads)
+
+        lock = threading.Lock()
+
+        def on_bytes(num_bytes: int) -> None:
+            self._tracker.check_all(ids)
+            with lock:
+                self._bytes_read += num_bytes
+
+        with self._tracker.timed("quantize"):
+            key = self._jobs[0].request.pass_key()
+            return self._residents.get(key, task.key(self._device), lambda: cache.open(task, on_bytes))
+
+    def _merge(self, base: BasePlan, quantized: QuantizedBase | None, uploads: ThreadPoolExecutor) -> None:
+        self._tracker.enter("merge", (job.id for job in self._running))
+        pass_jobs = [
+            PassJob(
+                plan=job.plan,
+                directory=job.staging.directory,
+                on_file=functools.partial(_ship, job, uploads),
+                check=functools.partial(self._tracker.check, job.id),
+            )
+            for job in self._running
+        ]
+        with self._tracker.timed("merge"):
+            result = run_pass(
+                base,
+                quantized,
+                pass_jobs,
+                device=self._device,
+                num_threads=self._num_threads,
+                on_bytes=self._tracker.advance,
+            )
+        self._bytes_read += result.num_base_bytes_read + result.num_adapter_bytes_read
+        self._bytes_written += result.num_bytes_written
+        for job in self._running:
+            job.error = result.errors.get(job.id)
+            with own_failure(job):
+                if job.error is None:
+                    for artifact in write_sidecars(job.plan, job.staging.directory):
+                        _ship(job, uploads, artifact)
+
+    def _verify(self, base: BasePlan, quantized: QuantizedBase | None) -> None:
+        self._tracker.enter("verify", (job.id for job in self._running))
+        # A shard that is cut short cannot be compared; its job fails with what is wrong about it.
+        whole = [job for job in self._running if not wrong_headers(job.plan, job.staging.directory)]
+        with self._tracker.timed("arithmetic"):
+            tensors = self._check_arithmetic(base, quantized, whole)
+        with self._tracker.timed("behaviour"):
+            behaviour = self._check_behaviour(base, [job for job in whole if job.request.parity.level == "full"])
+        for job in self._running:
+            with own_failure(job):
+                self._tracker.check(job.id)
+                self._judge(job, tensors.get(job.id, ()), behaviour.get(job.id, ()))
+
+    def _check_arithmetic(
+        self, base: BasePlan, quantized: QuantizedBase | None, jobs: Sequence[Job]
+    ) -> dict[str, tuple[TensorCheck, ...]]:
+        check = functools.partial(self._tracker.check_all, [job.id for job in jobs])
+        subjects = [CheckJob(plan=job.plan, directory=job.staging.directory, check=check) for job in jobs]
+        if not subjects:
+            return {}
+        return check_arithmetic(
+            base, quantized, subjects, num_threads=self._num_threads, on_bytes=self._tracker.advance
+        )
+
+    def _check_behaviour(self, base: BasePlan, jobs: Sequence[Job]) -> dict[str, tuple[BehaviourCheck, ...]]:
+        check = functools.partial(self._tracker.check_all, [job.id for job in jobs])
+        subjects = [
+            Subject(request=job.request, merged=job.staging.directory, adapter=job.plan.adapter.directory)
+            for job in jobs
+        ]
+        if not subjects:
+            return {}
+        scratch = OwnedDirectory(self._settings.scratch, "behaviour-")
+        try:
+            found = check_behaviour(base.source.directory, subjects, self._device, scratch.path, cancelled=check)
+        finally:
+            scratch.remove()
+        self._tracker.advance(sum(job.plan.output.total_size for job in jobs))
+        checks: dict[str, tuple[BehaviourCheck, ...]] = {}
+        for job in jobs:
+            answer = found[job.id]
+            if isinstance(answer, MergefleetError):
+                job.error = answer
+            else:
+                checks[job.id] = answer
+        return checks
+
+    def _judge(self, job: Job, tensors: tuple[TensorCheck, ...], behaviour: tuple[BehaviourCheck, ...]) -> None:
+        directory = job.staging.directory
+        report = judge(job.plan, directory, tensors, behaviour)
+        job.report_path = self._settings.reports / job.id
+        write_report(report, job.report_path)
+        if not report.passed:
+            more = f" (and {len(report.failures) - 1} more)" if len(report.failures) > 1 else ""
+            raise ParityFailedError(
+                f"parity failed: {report.failures[0]}{more}; nothing was published, the report is "
+                f"{job.report_path / REPORT_NAME}"
+            )
+        job.parity = summarize(report)
+
+    def _seal(self, job: Job, uploads: ThreadPoolExecutor) -> None:
+        assert job.parity is not None
+        assert job.report_path is not None
+        plan, directory = job.plan, job.staging.directory
+        for name in (REPORT_NAME, REPORT_PAGE_NAME):
+            with file_errors(f"copying the parity report to {directory}"):
+                shutil.copyfile(job.report_path / name, directory / name)
+            _ship(job, uploads, digest_file(directory, name))
+        for _, upload in job.shipped:
+            upload.result()
+        quantized = job.request.base_quantization is not BaseQuantization.NONE
+        job.manifest = Manifest(
+            merge_key=plan.merge_key,
+            request_id=job.id,
+            base=plan.base.source.location,
+            base_digest=plan.base.source.digest,
+            adapter=plan.adapter.location,
+            adapter_digest=plan.adapter.digest,
+            base_quantization=job.request.base_quantization,
+            quantization_options=job.request.quantization_options if quantized else None,
+            dtype=job.request.dtype,
+            parity=job.parity,
+            files=tuple(sorted((artifact for artifact, _ in job.shipped), key=lambda artifact: artifact.path)),
+            versions=library_versions(),
+        )
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for `cpu`, `cuda` or `auto`.
+
+    Raises:
+        InternalError: CUDA was asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InternalError("device is 'cuda', but this process sees no CUDA device; set device to 'cpu' or 'auto'")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide the bytes of a merge."""
+    names = ("mergefleet", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def _ship(job: Job, uploads: ThreadPoolExecutor, artifact: Artifact) -> None:
+    job.shipped.append((artifact, uploads.submit(job.staging.put, artifact)))
+
+
+def drop(job: Job) -> None:
+    """Remove what a job staged. A failure to do so is logged: what is left is invisible."""
+    if job.opened is not None:
+        try:
+            job.opened.discard()
+        except MergefleetError:
+            # The next attempt at this destination clears it away.
+            logger.warning("a staged release could not be removed", extra={"job": job.id}, exc_info=True)
+
+
+def outcome(job: Job) -> JobOutcome:
+    """Return what became of a job."""
+    return JobOutcome(
+        job_id=job.id,
+        merge_key=job.planned.merge_key if job.planned else None,
+        failure=Failure.of(job.error) if job.error else None,
+        release=job.release,
+        parity=job.parity,
+        report_path=job.report_path,
+    )
+
+
+@contextlib.contextmanager
+def _failures(fail: Callable[[MergefleetError], None]) -> Iterator[None]:
+    """Turn whatever goes wrong inside into an error of ours: this is the edge of the worker."""
+    try:
+        yield
+    except MergefleetError as error:
+        fail(error)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        fail(OutOfMemoryError(f"memory ran out: {error}; use a worker with more, or parity level 'arithmetic'"))
+    except Exception as error:
+        logger.exception("a fault of mergefleet, or one it does not know")
+        fail(
+            InternalError(f"{type(error).__name__}: {error}; a fault of mergefleet: the worker's log has the traceback")
+        )
+
+
+def own_failure(job: Job) -> contextlib.AbstractContextManager[None]:
+    """Whatever goes wrong inside is the failure of this job."""
+
+    def fail(error: MergefleetError) -> None:
+        job.error = error
+
+    return _failures(fail)
+
+
+def shared_failures(jobs: Sequence[Job]) -> contextlib.AbstractContextManager[None]:
+    """Whatever goes wrong inside is the failure of all jobs that are still running."""
+
+    def fail(error: MergefleetError) -> None:
+        for job in jobs:
+            if job.running:
+                job.error = error
+
+    return _failures(fail)
