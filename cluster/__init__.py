@@ -1,0 +1,1 @@
+"""The driving: settings, scheduler, Ray pool, driver, metrics and the command line."""

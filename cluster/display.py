@@ -1,0 +1,175 @@
+"""Views for a person at a terminal. They take values and return Rich renderables; they decide and fetch nothing."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.filesize import decimal
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from cluster.events import DriverEvent, JobSettled, Summary, UnitStarted
+from cluster.progress import BaseProgress, base_name
+from jobs.release import Manifest
+from jobs.states import ACTIVE_STATES, JobState
+from jobs.store import JobRecord
+
+if TYPE_CHECKING:
+    from cluster.preview import Preview
+
+_STYLES = {
+    JobState.PUBLISHED: "green",
+    JobState.FAILED: "red",
+    JobState.QUARANTINED: "red",
+    JobState.CANCELLED: "yellow",
+    JobState.CANCELLING: "yellow",
+    JobState.RETRY_WAIT: "yellow",
+    JobState.QUEUED: "dim",
+}
+_MAX_MESSAGE = 200
+
+
+def preview_table(previews: "Sequence[Preview]") -> Table:
+    """Return one row for each request that can be merged: what changes, into what, and what it takes."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("request", "merges into"):
+        table.add_column(name, overflow="fold")
+    for name in ("tensors changed", "parameters", "reads", "writes", "memory", "time"):
+        table.add_column(name, justify="right")
+    for each in previews:
+        if each.estimate is not None:
+            it = each.estimate
+            table.add_row(
+                each.request.id,
+                it.merges_into,
+                f"{it.num_changed_tensors} of {it.num_tensors}",
+                f"{it.num_changed_parameters / it.num_parameters:.1%}",
+                decimal(it.bytes_read),
+                decimal(it.bytes_written),
+                decimal(it.peak_memory_bytes),
+                duration(it.seconds),
+            )
+    return table
+
+
+def state_counts(counts: Mapping[JobState, int]) -> Text:
+    """Return one line: how many jobs are in each state."""
+    parts = [(f"{count} {state.value}", _STYLES.get(state, "cyan")) for state, count in counts.items() if count]
+    if not parts:
+        return Text("no jobs")
+    return Text("  ").join(Text(text, style) for text, style in parts)
+
+
+def job_table(records: Sequence[JobRecord]) -> Table:
+    """Return one row for each job: where it is, how far, and what came of it."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("job", "base", "adapter", "state", "stage", "done", "release or error"):
+        table.add_column(name, overflow="fold", justify="right" if name == "done" else "left")
+    for record in records:
+        table.add_row(
+            record.id,
+            base_name(record.request),
+            record.request.adapter.name,
+            Text(record.state.value, _STYLES.get(record.state, "cyan")),
+            record.stage or "" if record.state in ACTIVE_STATES else "",
+            _percent(record),
+            Text(_result(record)),
+        )
+    return table
+
+
+def _percent(record: JobRecord) -> str:
+    if record.state is JobState.PUBLISHED:
+        return "100%"
+    return f"{100 * record.bytes_done // record.bytes_total}%" if record.bytes_total else ""
+
+
+def _result(record: JobRecord) -> str:
+    if record.release is not None:
+        return str(record.release.location)
+    if record.failure_class is None:
+        return ""
+    return f"{record.failure_class}: {shorten(record.failure_message or '')}"
+
+
+def shorten(message: str) -> str:
+    """Return a message cut to what fits a table."""
+    return message if len(message) <= _MAX_MESSAGE else f"{message[:_MAX_MESSAGE]}…"
+
+
+def board(progress: Sequence[BaseProgress], seconds_left: float | None) -> RenderableType:
+    """Return a bar for each base, what its jobs are at, and the time left."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for each in progress:
+        table.add_row(
+            each.name,
+            ProgressBar(total=each.bytes_total, completed=each.bytes_done, width=30, pulse=each.bytes_total is None),
+            _bytes(each.bytes_done, each.bytes_total),
+            f"{each.num_final}/{each.num_jobs} jobs",
+            Text("  ".join(f"{count} {stage}" for stage, count in sorted(each.stages.items())), "dim"),
+        )
+    left = "time left: not known yet" if seconds_left is None else f"time left: about {duration(seconds_left)}"
+    return Group(table, Text(left, "dim"))
+
+
+def _bytes(done: int, total: int | None) -> str:
+    return "" if total is None else f"{decimal(done)} / {decimal(total)}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as a person says them: `8 s`, `3 min`, `2 h 5 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def event_line(event: DriverEvent) -> Text:
+    """Return one line for one event of a driver."""
+    if isinstance(event, UnitStarted):
+        return Text(f"{event.worker}  {event.name}", "dim")
+    if isinstance(event, JobSettled):
+        return _settled_line(event)
+    return Text(f"{event.worker}  lost with {len(event.job_ids)} job(s), replaced: {shorten(event.reason)}", "yellow")
+
+
+def _settled_line(event: JobSettled) -> Text:
+    match event.state:
+        case JobState.PUBLISHED:
+            note = "" if event.created else "  (was there already)"
+            return Text(f"{event.job_id}  published: {event.location}{note}", "green")
+        case JobState.RETRY_WAIT:
+            wait = duration(event.retry_seconds or 0)
+            return Text(f"{event.job_id}  again in {wait}: {event.failure_class}: {event.message}", "yellow")
+        case JobState.QUEUED:
+            return Text(f"{event.job_id}  given back", "yellow")
+        case JobState.CANCELLED:
+            return Text(f"{event.job_id}  cancelled", "yellow")
+        case _:
+            report = f"  report: {event.report_path}" if event.report_path else ""
+            return Text(f"{event.job_id}  {event.state}: {event.failure_class}: {event.message}{report}", "red")
+
+
+def manifest_line(place: object, manifest: Manifest) -> Text:
+    """Return a release in one line: where it is, its size, and its parity figures."""
+    parity = manifest.parity
+    figures = [f"{parity.num_changed_tensors} of {parity.num_tensors} tensors changed"]
+    figures.append(f"worst rounding {parity.rounding_excess:.2f} of its bound")
+    if parity.mean_kl is not None:
+        figures.append(f"KL {parity.mean_kl:.2g}")
+    if parity.top1_agreement is not None:
+        figures.append(f"top-1 {parity.top1_agreement:.3f}")
+    size = f"{len(manifest.files)} files, {decimal(manifest.num_bytes)}"
+    return Text(f"{place}  {size}  parity ({parity.level}): {', '.join(figures)}", "green")
+
+
+def summary_line(summary: Summary, seconds: float) -> Text:
+    """Return what a driver did, and how long it took, in one line."""
+    parts = [Text(f"{summary.published} published", "green")]
+    if summary.unchanged:
+        parts.append(Text(f"{summary.unchanged} published before", "green"))
+    if summary.cancelled:
+        parts.append(Text(f"{summary.cancelled} cancelled", "yellow"))
+    parts += [Text(f"{count} failed: {failure}", "red") for failure, count in summary.failures.items()]
+    return Text("  ").join([*parts, Text(f"in {duration(seconds)}")])

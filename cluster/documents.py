@@ -1,0 +1,110 @@
+"""What the command line prints with `--json`: plain values made from records, outcomes and events."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.progress import BaseProgress
+from jobs.errors import MergefleetError
+from jobs.problems import ManifestError
+from jobs.release import Manifest, Release
+from jobs.store import JobRecord
+from workers.outcomes import Failure
+
+if TYPE_CHECKING:
+    from cluster.preview import Preview
+
+
+def job_document(record: JobRecord) -> dict[str, Any]:
+    """Return a job as `status` shows it."""
+    request = record.request
+    return {
+        "id": record.id,
+        "state": record.state.value,
+        "stage": record.stage,
+        "base": str(request.base),
+        "adapter": str(request.adapter),
+        "base_quantization": request.base_quantization.value,
+        "destination": str(request.destination),
+        "priority": request.priority,
+        "labels": request.labels,
+        "attempts": record.attempts,
+        "worker_losses": record.worker_losses,
+        "bytes_done": record.bytes_done,
+        "bytes_total": record.bytes_total,
+        "failure": None
+        if record.failure_class is None
+        else {"class": record.failure_class.value, "message": record.failure_message},
+        "release": None if record.release is None else release_document(record.release),
+        "report_path": record.report_path,
+        "created_at": record.created_at,
+        "updated_at": record.updated_at,
+    }
+
+
+def release_document(release: Release) -> dict[str, Any]:
+    """Return a release: where it is, what it is, and its parity figures."""
+    return {
+        "location": str(release.location),
+        "manifest_sha256": release.manifest_sha256,
+        "created": release.created,
+        **manifest_document(release.manifest),
+    }
+
+
+def manifest_document(manifest: Manifest) -> dict[str, Any]:
+    """Return what a manifest says, without the list of files."""
+    return {
+        "merge_key": manifest.merge_key,
+        "request_id": manifest.request_id,
+        "num_files": len(manifest.files),
+        "num_bytes": manifest.num_bytes,
+        "parity": manifest.parity.model_dump(mode="json"),
+    }
+
+
+def failure_document(failure: Failure | None) -> dict[str, str] | None:
+    """Return why something failed."""
+    return None if failure is None else {"class": failure.failure_class.value, "message": failure.message}
+
+
+def preview_document(each: "Preview") -> dict[str, Any]:
+    """Return what a request would do, as `plan` shows it."""
+    return {
+        "id": each.request.id,
+        "base": str(each.request.base),
+        "adapter": str(each.request.adapter),
+        "destination": str(each.request.destination),
+        "plan": plain(each.estimate),
+        "failure": failure_document(each.failure),
+    }
+
+
+def progress_document(progress: Sequence[BaseProgress], seconds_left: float | None) -> dict[str, Any]:
+    """Return how far a batch is, as `watch` shows it."""
+    return {"event": "progress", "bases": [plain(each) for each in progress], "seconds_left": seconds_left}
+
+
+def error_document(error: MergefleetError) -> dict[str, Any]:
+    """Return an error; a request file's with every problem by itself."""
+    document: dict[str, Any] = {"class": error.failure_class.value, "message": str(error)}
+    if isinstance(error, ManifestError):
+        document["problems"] = [plain(problem) for problem in error.problems]
+    return {"error": document}
+
+
+def plain(value: Any) -> Any:
+    """Return a frozen value as JSON knows it: dataclasses as objects, enums by value, paths as text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, dict):
+        return {plain(key): plain(each) for key, each in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [plain(each) for each in value]
+    return value

@@ -1,0 +1,243 @@
+"""The driver: claims jobs, gives them to workers, and writes down what becomes of them. The only writer of job state.
+
+One `step` is: keep leases, claim, schedule, collect, settle. It never blocks longer than `poll_seconds`. All that
+this process knows can be lost: leases run out, and the next driver goes on.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import random
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from cluster.answers import AnswerHandler
+from cluster.events import DriverEvent, Summary, UnitStarted
+from cluster.holdings import Held, Holdings
+from cluster.metrics import FleetMetrics
+from cluster.pool import WorkerPool
+from cluster.replies import PoolEvent
+from cluster.scheduler import Limits, UnitAssignment, schedule
+from cluster.settings import Settings
+from cluster.settlement import CANCELLED, STORE_FAULTS, Settlement
+from jobs.store import JobStore
+
+logger = logging.getLogger(__name__)
+
+
+class Driver:
+    """Drives the jobs of one store through the workers of one pool."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        pool: WorkerPool,
+        settings: Settings,
+        metrics: FleetMetrics,
+        *,
+        owner: str,
+        listener: Callable[[DriverEvent], None],
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        rng: random.Random | None = None,
+    ) -> None:
+        """Take a store and a pool; both stay the caller's to close.
+
+        Args:
+            store: the ledger.
+            pool: the workers.
+            settings: lease, polling, pass and retry settings.
+            metrics: where figures go.
+            owner: names this driver in the store.
+            listener: told of every event, in this thread.
+            clock: seconds that only go forward.
+            sleep: waits so many seconds.
+            rng: source of the jitter between attempts.
+        """
+        self._store = store
+        self._pool = pool
+        self._settings = settings
+        self._metrics = metrics
+        self._owner = owner
+        self._listener = listener
+        self._clock = clock
+        self._sleep = sleep
+        self._limits = Limits(
+            max_jobs_per_pass=settings.max_jobs_per_pass, max_units_of_other_bases=settings.max_units_of_other_bases
+        )
+        self._holdings = Holdings()
+        self._settlement = Settlement(
+            store,
+            self._holdings,
+            policy=settings.retry_policy,
+            metrics=metrics,
+            listener=listener,
+            rng=rng or random.Random(),  # noqa: S311 - jitter, not secrets
+        )
+        self._answers = AnswerHandler(self._holdings, pool, self._settlement, metrics, listener)
+        self._passed_over: dict[str, int] = {}
+        self._events: deque[PoolEvent] = deque()
+        self._leases_kept_at = clock()
+        self._observed_at = -math.inf
+        self._stopping = False
+
+    def run(self, *, drain: bool) -> Summary:
+        """Step until stopped, or, when draining, until nothing is left that could still become claimable.
+
+        Draining waits for jobs that other drivers hold and for jobs that wait to be tried again. A store that does not
+        answer is asked again, for as long as nobody stops the driver.
+
+        Raises:
+            WorkerLostError: the workers do not start.
+            TransientIOError, NoCapacityError: the store cannot be written to while the driver is being stopped.
+        """
+        while True:
+            try:
+                self.step()
+                done = not self._holdings and (self._stopping or (drain and self._store.seconds_until_due() is None))
+            except STORE_FAULTS as error:
+                if self._stopping:
+                    raise
+                logger.warning("store does not answer", extra={"reason": str(error)})
+                self._sleep(self._settings.poll_seconds)
+            else:
+                if done:
+                    return self.summary()
+
+    def stop(self) -> None:
+        """Claim nothing more, give back what has not started, stop what has. Safe in a signal handler."""
+        self._stopping = True
+
+    @property
+    def stopping(self) -> bool:
+        """Whether somebody asked it to stop."""
+        return self._stopping
+
+    def step(self) -> None:
+        """Do one round; blocks at most `poll_seconds`.
+
+        Raises:
+            TransientIOError, NoCapacityError: the store cannot be written to; no event is lost.
+        """
+        self._handle_events()  # those that the last round could not write down
+        self._keep_leases()
+        self._pass_on_cancellations()
+        if self._stopping:
+            self._let_go()
+        else:
+            self._claim()
+            self._start_units()
+        self._events.extend(self._pool.poll(self._settings.poll_seconds))
+        self._handle_events()
+        self._observe()
+
+    def summary(self) -> Summary:
+        """Return what became of the jobs so far."""
+        return self._settlement.summary()
+
+    def _keep_leases(self) -> None:
+        tokens = self._holdings.tokens()
+        if not tokens or self._clock() - self._leases_kept_at < self._settings.lease_seconds / 3:
+            return
+        for job_id in self._store.extend(tokens, self._settings.lease_seconds):
+            self._drop(job_id)
+        self._leases_kept_at = self._clock()
+
+    def _drop(self, job_id: str) -> None:
+        """Forget a job that another driver may hold by now; what a worker still does for it is stopped."""
+        logger.warning("lease lost", extra={"job_id": job_id})
+        worker = self._holdings.remove(job_id)
+        if worker is not None:
+            self._pool.cancel(worker, (job_id,))
+
+    def _pass_on_cancellations(self) -> None:
+        tokens = self._holdings.tokens()
+        asked = self._store.cancelling(tokens) if tokens else frozenset[str]()
+        for held in [held for held in self._holdings.waiting.values() if held.job_id in asked]:
+            self._settlement.failure(held, CANCELLED)
+        for worker in self._holdings.flights:
+            self._cancel(worker, [held for held in self._holdings.at_work(worker) if held.job_id in asked])
+
+    def _let_go(self) -> None:
+        for held in list(self._holdings.waiting.values()):
+            self._settlement.failure(held, CANCELLED)
+        for worker in self._holdings.flights:
+            self._cancel(worker, self._holdings.at_work(worker))
+
+    def _cancel(self, worker: str, jobs: list[Held]) -> None:
+        """Tell a worker to stop jobs; said again in every round, since it only reaches a unit that has begun."""
+        for held in jobs:
+            held.cancel_sent = True
+        if jobs:
+            self._pool.cancel(worker, [held.job_id for held in jobs])
+
+    def _claim(self) -> None:
+        """Lease what the workers can soon take; the rest stays with the store, for other drivers too."""
+        views = self._pool.views()
+        num_idle = sum(view.idle for view in views)
+        # Twice what the fleet can run, so that jobs of one base can gather while another base is merged.
+        room = 2 * len(views) * self._limits.max_jobs_per_pass - len(self._holdings.waiting)
+        limit = min(num_idle * self._limits.max_jobs_per_pass, room)
+        if limit > 0:
+            leases = self._store.claim(self._owner, limit, self._settings.lease_seconds)
+            for lease in leases:
+                if lease.job_id in self._holdings.tokens():  # its last lease ran out before it was extended
+                    self._drop(lease.job_id)
+            self._holdings.add(leases)
+
+    def _start_units(self) -> None:
+        plan = schedule(
+            self._holdings.waiting_jobs(self._settings.max_worker_losses),
+            self._pool.views(),
+            self._passed_over,
+            self._limits,
+        )
+        self._passed_over = plan.passed_over
+        for unit in plan.units:
+            flight = self._holdings.start(unit)
+            requests = tuple(held.lease.request for held in flight.held.values())
+            name = _unit_name(unit, requests[0].base.name)
+            self._pool.run_unit(unit.worker, name, requests)
+            logger.info("unit started", extra={"worker": unit.worker, "unit": name, "job_ids": list(unit.job_ids)})
+            self._listener(UnitStarted(worker=unit.worker, name=name, job_ids=unit.job_ids))
+
+    def _handle_events(self) -> None:
+        while self._events:
+            self._answers.handle(self._events[0])
+            self._events.popleft()  # only now: should the store not answer, the event is handled again
+
+    def _observe(self) -> None:
+        if self._clock() - self._observed_at < self._settings.poll_seconds:
+            return
+        self._observed_at = self._clock()
+        self._metrics.observe(
+            jobs=self._store.counts(),
+            num_waiting=len(self._holdings.waiting),
+            num_in_flight=len(self._holdings.flights),
+            residents={view.name: len(view.residents) for view in self._pool.views()},
+        )
+
+
+@contextlib.contextmanager
+def stop_on_signals(driver: Driver) -> Iterator[None]:
+    """While this lasts, SIGINT and SIGTERM stop the driver in order; the second one ends the process at once."""
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        if driver.stopping:
+            os._exit(128 + number)
+        driver.stop()
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _unit_name(unit: UnitAssignment, base: str) -> str:
+    return f"merge:{base}:{len(unit.job_ids)} adapter{'s' if len(unit.job_ids) > 1 else ''}"

@@ -1,0 +1,70 @@
+"""What a driver tells whoever watches it: the terminal, or a program that reads JSON lines."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jobs.errors import FailureClass
+from jobs.states import JobState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitStarted:
+    """A worker got a unit."""
+
+    worker: str
+    name: str
+    job_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSettled:
+    """An attempt ended, and the store says so."""
+
+    job_id: str
+    state: JobState
+    """Final, or RETRY_WAIT or QUEUED when it will be tried again."""
+    location: str | None = None
+    """Where the release is."""
+    created: bool = False
+    """Whether this attempt wrote the release; False when the same one was there before."""
+    failure_class: FailureClass | None = None
+    message: str | None = None
+    retry_seconds: float | None = None
+    """How long it waits before it may be tried again."""
+    report_path: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerReplaced:
+    """A worker died; another takes its place."""
+
+    worker: str
+    reason: str
+    job_ids: tuple[str, ...]
+    """The jobs it was at."""
+
+
+DriverEvent = UnitStarted | JobSettled | WorkerReplaced
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What became of the jobs of one driver; a job that was tried again counts once, as it ended."""
+
+    published: int
+    unchanged: int
+    """The same release was there before, and nothing was written."""
+    cancelled: int
+    failures: Mapping[FailureClass, int]
+    """Jobs that failed for good, by class."""
+
+
+def event_name(event: DriverEvent) -> str:
+    """Return what JSON lines call an event."""
+    match event:
+        case UnitStarted():
+            return "unit_started"
+        case JobSettled():
+            return "job_settled"
+        case WorkerReplaced():
+            return "worker_replaced"

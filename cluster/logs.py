@@ -1,0 +1,60 @@
+"""Logging, configured once by the command line. Workers get the same formats from Ray (see `cluster/session.py`)."""
+
+import json
+import logging
+import sys
+from typing import Any, Literal
+
+LogFormat = Literal["text", "json"]
+
+DEBUG_VARIABLE = "MERGEFLEET_DEBUG"
+"""Environment variable; set to anything but 0, errors come with their traceback."""
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, message, and whatever was given as `extra`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as one line of JSON."""
+        document: dict[str, Any] = {
+            "at": record.created,
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        document |= _extra(record)
+        if record.exc_info:
+            document["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(document, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """One line for a person, with what was given as `extra` after the message."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is logging's
+        """Return the line, traceback apart."""
+        extra = " ".join(f"{name}={value}" for name, value in _extra(record).items())
+        return " ".join(filter(None, (super().formatMessage(record), extra)))
+
+
+def _extra(record: logging.LogRecord) -> dict[str, Any]:
+    """Return what was given as `extra`; names with an underscore are notes that Ray makes for itself."""
+    return {name: value for name, value in vars(record).items() if name not in _STANDARD and name[0] != "_"}
+
+
+def configure_logging(log_format: LogFormat | None) -> None:
+    """Send log records to stderr.
+
+    Args:
+        log_format: `text` or `json`, from INFO on; None writes only warnings and errors, as text.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING if log_format is None else logging.INFO, force=True)
+    # On import it recommends a package that would fetch kernels from a Hub at run time.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,0 +1,288 @@
+"""Workers as Ray actors: start, calls, health and replacement. The only place that holds actor handles.
+
+`MergeWorker` is a plain class and is wrapped here. Actors are never restarted by Ray, nor are calls repeated by it: a
+death is an event the driver decides on. They are not detached: they end with the driver, however it ends.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.fleet import Fleet
+from cluster.replies import CallFailed, PoolEvent, ProgressSeen, PublishFinished, UnitFinished, WorkerLost
+from cluster.scheduler import WorkerView
+from jobs.errors import WorkerLostError
+from jobs.request import MergeRequest
+
+logger = logging.getLogger(__name__)
+
+_CONTROL = "control"
+"""Concurrency group that answers while a unit runs."""
+_POLLS = frozenset({"progress", "residents"})
+"""Asked again and again; on the dashboard they would bury the tasks that a person looks for."""
+_MAX_FAILED_STARTS = 3
+_CLOSE_SECONDS = 10.0
+_SLOW_START_SECONDS = 60.0
+_MAX_REASON = 600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """A call under way."""
+
+    worker: str
+    method: str
+    job_id: str | None
+    started_at: float
+
+    @property
+    def is_work(self) -> bool:
+        """Whether the worker is not idle while it lasts."""
+        return self.method in ("run_unit", "publish", "discard")
+
+
+@dataclass(slots=True)
+class _Member:
+    """One place in the fleet; the actor in it may change."""
+
+    name: str
+    handle: Any = None
+    ready: bool = False
+    residents: frozenset[str] = frozenset()
+    created_at: float = 0.0
+    awaited: bool = False
+    """Whether somebody was told that it takes long to start."""
+    pinged_at: float = 0.0
+    failed_starts: int = 0
+    calls: dict[Any, _Call] = field(default_factory=dict)
+
+
+class WorkerPool:
+    """The workers of one driver. Not thread-safe: one thread calls it."""
+
+    def __init__(
+        self,
+        worker_class: type,
+        arguments: tuple[Any, ...],
+        fleet: Fleet,
+        *,
+        ping_seconds: float,
+        unresponsive_seconds: float = 300.0,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Start the workers; returns at once, they come up as they are ready.
+
+        Args:
+            worker_class: `MergeWorker`, or a class with its methods.
+            arguments: for its `__init__`.
+            fleet: how many, on what.
+            ping_seconds: how often each worker is asked how it is doing.
+            unresponsive_seconds: a worker that has not answered for so long is killed and replaced.
+            clock: seconds that only go forward.
+            sleep: waits so many seconds.
+        """
+        import ray  # noqa: PLC0415 - Ray reads its environment when it is imported: see `cluster/session.py`
+
+        self._ray: Any = ray
+        options: dict[str, Any] = {
+            "num_cpus": 0,  # else num_gpus=1 also takes a CPU, and a replacement could wait for it forever
+            "num_gpus": fleet.num_gpus_each,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "concurrency_groups": {_CONTROL: 2},
+            "scheduling_strategy": "SPREAD",
+            # With num_cpus=0 Ray would force one OpenMP thread, which bitsandbytes computes with.
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(fleet.num_threads)}},
+        }
+        self._actor_class = self._ray.remote(**options)(worker_class)
+        self._arguments = arguments
+        self._ping_seconds = ping_seconds
+        self._unresponsive_seconds = unresponsive_seconds
+        self._clock = clock
+        self._sleep = sleep
+        self._members = {name: _Member(name) for name in (f"merge-worker-{i}" for i in range(fleet.num_workers))}
+        self._fill_places()
+
+    def views(self) -> tuple[WorkerView, ...]:
+        """Return what the scheduler needs to know."""
+        return tuple(
+            WorkerView(
+                name=member.name,
+                idle=member.ready and not any(call.is_work for call in member.calls.values()),
+                residents=member.residents,
+            )
+            for member in self._members.values()
+        )
+
+    def run_unit(self, worker: str, name: str, requests: tuple[MergeRequest, ...]) -> None:
+        """Start a unit on an idle worker; `UnitFinished` follows. The dashboard shows the call under `name`."""
+        self._call(worker, "run_unit", name, requests, task_name=name)
+
+    def publish(self, worker: str, job_id: str) -> None:
+        """Have a staged job published; `PublishFinished` follows."""
+        self._call(worker, "publish", job_id, job_id=job_id, task_name=f"publish:{job_id}")
+
+    def discard(self, worker: str, job_id: str) -> None:
+        """Have what a job left dropped."""
+        self._call(worker, "discard", job_id, job_id=job_id, task_name=f"discard:{job_id}")
+
+    def cancel(self, worker: str, job_ids: Iterable[str]) -> None:
+        """Ask a worker to stop some of the jobs of the unit it is at; their outcomes say so."""
+        if any(call.method == "cancel" for call in self._members[worker].calls.values()):
+            return  # one at a time: a worker that does not answer is not asked more and more
+        self._call(worker, "cancel", frozenset(job_ids), task_name="cancel", group=_CONTROL)
+
+    def poll(self, timeout_seconds: float) -> tuple[PoolEvent, ...]:
+        """Wait until something happens, at most `timeout_seconds`, and return what did.
+
+        Raises:
+            WorkerLostError: a worker fails to start again and again; the message has the reason.
+        """
+        self._fill_places()
+        self._ping()
+        references = [reference for member in self._members.values() for reference in member.calls]
+        if not references:
+            self._sleep(timeout_seconds)
+            return ()
+        self._ray.wait(references, num_returns=1, timeout=timeout_seconds)
+        finished, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
+        events = [event for reference in finished for event in self._collect(reference)]
+        events.extend(self._kill_unresponsive())
+        return tuple(events)
+
+    def close(self) -> None:
+        """Let the workers finish what they were told and sweep what they left, then end them.
+
+        One that takes too long is ended all the same; what it leaves, the next run sweeps.
+        """
+        work = [
+            reference for member in self._members.values() for reference, call in member.calls.items() if call.is_work
+        ]
+        if work:
+            finished, _ = self._ray.wait(work, num_returns=len(work), timeout=_CLOSE_SECONDS)
+            for reference in finished:
+                next(each for each in self._members.values() if reference in each.calls).calls.pop(reference)
+        idle = [self._members[view.name] for view in self.views() if view.idle]
+        closing = [member.handle.close.options(name="close").remote() for member in idle]
+        if closing:
+            self._ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_SECONDS)
+        for member in self._members.values():
+            if member.handle is not None:
+                self._ray.kill(member.handle)
+            member.handle = None
+            member.ready = False
+            member.calls.clear()
+
+    def _fill_places(self) -> None:
+        """Put an actor into every empty place."""
+        for member in self._members.values():
+            if member.handle is not None:
+                continue
+            try:
+                member.handle = self._actor_class.options(name=member.name).remote(*self._arguments)
+            except self._ray.exceptions.ActorAlreadyExistsError:
+                continue  # the name is free once Ray has noticed that nobody holds the dead actor's handle
+            member.ready = False
+            member.residents = frozenset()
+            member.awaited = False
+            member.created_at = member.pinged_at = self._clock()
+            self._call(member.name, "residents", task_name="residents")
+
+    def _call(
+        self,
+        worker: str,
+        method: str,
+        *arguments: Any,
+        task_name: str,
+        job_id: str | None = None,
+        group: str | None = None,
+    ) -> None:
+        member = self._members[worker]
+        if member.handle is None:
+            return  # it died in this very step, and WorkerLost says what that means for its jobs
+        options: dict[str, Any] = {"name": task_name} | ({"concurrency_group": group} if group else {})
+        if method in _POLLS:
+            options["enable_task_events"] = False
+        reference = getattr(member.handle, method).options(**options).remote(*arguments)
+        member.calls[reference] = _Call(worker=worker, method=method, job_id=job_id, started_at=self._clock())
+
+    def _ping(self) -> None:
+        """Ask every worker how it is doing: a busy one for its progress, an idle one for the bases it holds."""
+        now = self._clock()
+        for member in self._members.values():
+            asked = any(call.method in _POLLS for call in member.calls.values())
+            if member.handle is None or asked or now - member.pinged_at < self._ping_seconds:
+                continue
+            member.pinged_at = now
+            if any(call.is_work for call in member.calls.values()):
+                self._call(member.name, "progress", task_name="progress", group=_CONTROL)
+            else:
+                self._call(member.name, "residents", task_name="residents")
+
+    def _collect(self, reference: Any) -> Iterable[PoolEvent]:
+        member = next((each for each in self._members.values() if reference in each.calls), None)
+        if member is None:
+            return  # its worker was lost while this batch of answers was read
+        call = member.calls.pop(reference)
+        try:
+            value = self._ray.get(reference)
+        except self._ray.exceptions.RayActorError as error:
+            yield self._lose(member, _one_line(error))
+            return
+        except self._ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", error)  # what the worker raised, without Ray's account of where
+            yield CallFailed(worker=member.name, call=call.method, job_id=call.job_id, message=_one_line(cause))
+            return
+        match call.method:
+            case "run_unit":
+                member.residents = frozenset(value.residents)
+                yield UnitFinished(worker=member.name, outcome=value)
+            case "publish":
+                yield PublishFinished(worker=member.name, outcome=value)
+            case "progress":
+                yield ProgressSeen(worker=member.name, progress=value)
+            case "residents":
+                member.ready = True
+                member.failed_starts = 0
+                member.residents = frozenset(value)
+
+    def _lose(self, member: _Member, reason: str) -> WorkerLost:
+        """Empty the place of a dead worker, and forget its calls: an actor's name is free when nothing refers to it."""
+        if not member.ready:
+            member.failed_starts += 1
+            if member.failed_starts >= _MAX_FAILED_STARTS:
+                raise WorkerLostError(f"{member.name} did not start in {_MAX_FAILED_STARTS} attempts: {reason}")
+        # It may be alive and only out of reach, and must not go on beside its replacement.
+        self._ray.kill(member.handle)
+        member.handle = None
+        member.ready = False
+        member.calls.clear()
+        logger.warning("worker lost", extra={"worker": member.name, "reason": reason})
+        return WorkerLost(worker=member.name, reason=reason)
+
+    def _kill_unresponsive(self) -> Iterable[PoolEvent]:
+        now = self._clock()
+        for member in self._members.values():
+            if not member.ready:
+                _tell_slow_start(member, now)
+                continue
+            pings = [call.started_at for call in member.calls.values() if not call.is_work]
+            if pings and now - min(pings) > self._unresponsive_seconds:
+                yield self._lose(member, f"no answer for {self._unresponsive_seconds:.0f} s")
+
+
+def _tell_slow_start(member: _Member, now: float) -> None:
+    if now - member.created_at > _SLOW_START_SECONDS and not member.awaited:
+        member.awaited = True
+        logger.warning(
+            "worker does not start yet; the cluster may have no free resources for it", extra={"worker": member.name}
+        )
+
+
+def _one_line(error: BaseException) -> str:
+    """Return an error as one line; of a long one, how it begins and how it ends, which is where the cause is."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _MAX_REASON else f"{text[: _MAX_REASON // 2]} … {text[-_MAX_REASON // 2 :]}"

@@ -1,0 +1,58 @@
+"""The `plan` command: what each request would do, from headers alone. Nothing is merged, and no weight is read."""
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.errors import MergefleetError
+from jobs.request import MergeRequest
+from workers.estimate import Estimate, estimate
+from workers.outcomes import Failure
+from workers.plan import BasePlan, plan_base, plan_merge
+from workers.sources import fetch_adapter, fetch_base
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """What one request would do, or why it cannot."""
+
+    request: MergeRequest
+    estimate: Estimate | None
+    failure: Failure | None
+
+
+def preview(requests: Sequence[MergeRequest], cache: Path, num_threads: int | None) -> tuple[Preview, ...]:
+    """Plan every request; a base is planned once for all that share a pass.
+
+    Args:
+        requests: as submitted.
+        cache: where fetched sources are kept.
+        num_threads: of the worker the time is estimated for; None for all cores.
+
+    Returns:
+        One preview for each request, in their order.
+    """
+    passes: dict[str, list[MergeRequest]] = defaultdict(list)
+    for request in requests:
+        passes[request.pass_key()].append(request)
+    threads = num_threads or len(os.sched_getaffinity(0))
+    found = {each.request.id: each for group in passes.values() for each in _preview_pass(group, cache, threads)}
+    return tuple(found[request.id] for request in requests)
+
+
+def _preview_pass(requests: list[MergeRequest], cache: Path, num_threads: int) -> list[Preview]:
+    try:
+        base = plan_base(fetch_base(requests[0].base, cache), requests[0])
+    except MergefleetError as error:
+        return [Preview(request=request, estimate=None, failure=Failure.of(error)) for request in requests]
+    return [_preview_job(base, request, cache, num_threads) for request in requests]
+
+
+def _preview_job(base: BasePlan, request: MergeRequest, cache: Path, num_threads: int) -> Preview:
+    try:
+        plan = plan_merge(base, request, fetch_adapter(request.adapter, cache))
+    except MergefleetError as error:
+        return Preview(request=request, estimate=None, failure=Failure.of(error))
+    return Preview(request=request, estimate=estimate(plan, num_threads), failure=None)

@@ -1,0 +1,107 @@
+"""The `run` command: Ray, workers and a driver from start to end, and what is seen of them."""
+
+import contextlib
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+from rich.live import Live
+
+from cluster.display import event_line, summary_line
+from cluster.documents import plain
+from cluster.driver import Driver, stop_on_signals
+from cluster.events import DriverEvent, event_name
+from cluster.fleet import plan_fleet
+from cluster.logs import LogFormat
+from cluster.metrics import FleetMetrics
+from cluster.pool import WorkerPool
+from cluster.session import Session, close_session, open_session
+from cluster.settings import Settings, load_settings, worker_settings
+from cluster.terminal import Terminal
+from cluster.watching import LiveBoard
+from jobs.errors import FailureClass
+from jobs.store import JobStore
+
+
+def drive(
+    output: Terminal, *, drain: bool, num_workers: int | None, address: str | None, log_format: LogFormat
+) -> tuple[FailureClass, ...]:
+    """Run a driver until it is drained or stopped.
+
+    Args:
+        output: gets a line or a JSON document for every event; at a terminal also a live board.
+        drain: end when nothing is left that could still become claimable.
+        num_workers: worker processes; None for what the settings say.
+        address: of a Ray cluster to join; None starts a local one.
+        log_format: how the workers write their logs.
+
+    Returns:
+        The classes of the jobs that failed for good.
+
+    Raises:
+        MergefleetError: settings, Ray or the store are not usable.
+    """
+    settings = load_settings() if num_workers is None else load_settings(workers=num_workers)
+    owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    with contextlib.closing(JobStore(settings.store)) as store, contextlib.ExitStack() as stack:
+        session = open_session(settings, namespace=f"mergefleet-{owner}", address=address, log_format=log_format)
+        stack.callback(close_session)
+        _introduce(output, session, settings)
+        driver = Driver(
+            store,
+            stack.enter_context(_open_pool(session, settings)),
+            settings,
+            FleetMetrics(),
+            owner=owner,
+            listener=stack.enter_context(_listening(output, store)),
+        )
+        began = time.monotonic()
+        with stop_on_signals(driver):
+            summary = driver.run(drain=drain)
+        seconds = time.monotonic() - began
+    output.show(summary_line(summary, seconds))
+    output.document({"event": "summary", **plain(summary), "seconds": seconds})
+    return tuple(summary.failures)
+
+
+@contextlib.contextmanager
+def _open_pool(session: Session, settings: Settings) -> Iterator[WorkerPool]:
+    from workers.worker import MergeWorker  # noqa: PLC0415 - takes seconds to load, and wrong settings are told before
+
+    fleet = plan_fleet(
+        num_cpus=session.num_cpus,
+        num_gpus=session.num_gpus,
+        device=settings.device,
+        num_workers=settings.workers,
+        num_threads=settings.num_threads,
+    )
+    arguments = (worker_settings(settings, device=fleet.device, num_threads=fleet.num_threads),)
+    with contextlib.closing(WorkerPool(MergeWorker, arguments, fleet, ping_seconds=settings.poll_seconds)) as pool:
+        yield pool
+
+
+def _introduce(output: Terminal, session: Session, settings: Settings) -> None:
+    """Say where to look."""
+    token = "" if session.token_path is None else f"  (token: {session.token_path})"
+    output.show(f"dashboard  {session.dashboard_url or 'off'}{token}")
+    for url in session.metrics_urls:
+        output.show(f"metrics    {url}")
+    output.show(f"reports    {settings.reports}")
+    output.document({"event": "started", **plain(session), "reports": str(settings.reports)})
+
+
+@contextlib.contextmanager
+def _listening(output: Terminal, store: JobStore) -> Iterator[Callable[[DriverEvent], None]]:
+    """Yield what the driver tells its events; at a terminal a board is kept below them."""
+    live: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if output.out.is_terminal and not output.as_json:
+        live = Live(LiveBoard(store), console=output.out, refresh_per_second=1, transient=True)
+
+    def listener(event: DriverEvent) -> None:
+        output.show(event_line(event))
+        output.document({"event": event_name(event), **plain(event)})
+
+    with live:
+        yield listener

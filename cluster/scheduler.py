@@ -1,0 +1,148 @@
+"""Which worker does which jobs next. Pure functions: the same jobs and workers give the same units.
+
+Jobs with equal pass keys share one read of a base. The order is priority, then age; among jobs of the highest priority
+that wait, those whose base a free worker holds go first. What residency and priority may cost a base is bounded: when
+`max_units_of_other_bases` units of other bases have gone before it, its oldest job is in the next unit.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitingJob:
+    """A claimed job that no worker has yet."""
+
+    job_id: str
+    pass_key: str
+    """Jobs with equal keys can be merged in one pass."""
+    priority: int
+    """Higher goes first."""
+    sequence: int
+    """Lower is older; unique."""
+    alone: bool = False
+    """It has cost workers before, and must not take other jobs with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerView:
+    """What the scheduler knows of a worker."""
+
+    name: str
+    idle: bool
+    residents: frozenset[str]
+    """Pass keys whose base it holds in memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds on a unit and on waiting."""
+
+    max_jobs_per_pass: int
+    max_units_of_other_bases: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitAssignment:
+    """One pass for one worker."""
+
+    worker: str
+    pass_key: str
+    job_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """The units to start now, and how often each base that still waits has been passed over."""
+
+    units: tuple[UnitAssignment, ...]
+    passed_over: dict[str, int]
+
+
+def schedule(
+    waiting: Sequence[WaitingJob], workers: Sequence[WorkerView], passed_over: Mapping[str, int], limits: Limits
+) -> Schedule:
+    """Assign waiting jobs to idle workers.
+
+    No worker stays idle while a job waits, and no job is in two units. With fewer passes than idle workers, the
+    largest passes are split, which reads a base twice but keeps everybody at work.
+
+    Args:
+        waiting: the claimed jobs without a worker.
+        workers: all workers; only idle ones get a unit.
+        passed_over: pass key to units of other bases started since a unit of this base was, from the last schedule.
+        limits: bounds on a unit and on waiting.
+
+    Returns:
+        The units, at most one for each idle worker, and the new counts.
+    """
+    left = sorted(waiting, key=lambda job: (-job.priority, job.sequence))
+    idle = sorted((worker for worker in workers if worker.idle), key=lambda worker: worker.name)
+    counts = {job.pass_key: passed_over.get(job.pass_key, 0) for job in left}
+    units: list[UnitAssignment] = []
+    while left and idle:
+        worker, first = _next(left, idle, counts, limits)
+        jobs = _fill(first, left, limits)
+        units.append(UnitAssignment(worker=worker.name, pass_key=first.pass_key, job_ids=jobs))
+        left = [job for job in left if job.job_id not in jobs]
+        idle.remove(worker)
+        counts = {key: 0 if key == first.pass_key else count + 1 for key, count in counts.items()}
+    if not left:
+        units = _spread(units, idle)
+    waiting_keys = {job.pass_key for job in left}
+    return Schedule(
+        units=tuple(units), passed_over={key: count for key, count in counts.items() if key in waiting_keys}
+    )
+
+
+def _next(
+    left: Sequence[WaitingJob], idle: Sequence[WorkerView], counts: Mapping[str, int], limits: Limits
+) -> tuple[WorkerView, WaitingJob]:
+    """Return the next worker and the job that its unit is built around."""
+    overdue = [job for job in left if counts[job.pass_key] >= limits.max_units_of_other_bases]
+    if overdue:
+        oldest = min(overdue, key=lambda job: (-counts[job.pass_key], job.sequence))
+        return _best_worker(oldest.pass_key, left, idle), oldest
+    urgent = [job for job in left if job.priority == left[0].priority]
+    held = frozenset[str]().union(*(worker.residents for worker in idle))
+    first = next((job for job in urgent if job.pass_key in held), urgent[0])
+    return _best_worker(first.pass_key, left, idle), first
+
+
+def _best_worker(pass_key: str, left: Collection[WaitingJob], idle: Sequence[WorkerView]) -> WorkerView:
+    """Return the idle worker that holds this base, else the one whose own bases are least wanted."""
+    wanted = {job.pass_key for job in left} - {pass_key}
+    return min(
+        idle,
+        key=lambda worker: (
+            pass_key not in worker.residents,
+            len(worker.residents & wanted),
+            len(worker.residents),
+            worker.name,
+        ),
+    )
+
+
+def _fill(first: WaitingJob, left: Sequence[WaitingJob], limits: Limits) -> tuple[str, ...]:
+    """Return the jobs of the unit: `first`, then others of the same base in their order."""
+    if first.alone:
+        return (first.job_id,)
+    others = [job.job_id for job in left if job.pass_key == first.pass_key and not job.alone and job is not first]
+    return (first.job_id, *others[: limits.max_jobs_per_pass - 1])
+
+
+def _spread(units: list[UnitAssignment], idle: list[WorkerView]) -> list[UnitAssignment]:
+    """Halve the largest units until every idle worker has one or no unit can be halved."""
+    units = list(units)
+    idle = list(idle)
+    while idle:
+        largest = max(range(len(units)), key=lambda index: (len(units[index].job_ids), -index), default=None)
+        if largest is None or len(units[largest].job_ids) == 1:
+            break
+        unit = units[largest]
+        middle = (len(unit.job_ids) + 1) // 2
+        worker = _best_worker(unit.pass_key, (), idle)
+        idle.remove(worker)
+        units[largest] = UnitAssignment(worker=unit.worker, pass_key=unit.pass_key, job_ids=unit.job_ids[:middle])
+        units.append(UnitAssignment(worker=worker.name, pass_key=unit.pass_key, job_ids=unit.job_ids[middle:]))
+    return units

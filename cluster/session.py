@@ -1,0 +1,230 @@
+"""A connection to Ray: a local one started here, reachable from this machine only, or a running cluster joined.
+
+A local Ray listens on loopback, with token authentication, in its own directory, so that it neither meets nor stops
+any other Ray of the machine.
+"""
+
+import contextlib
+import ipaddress
+import logging
+import os
+import secrets
+import socket
+import stat
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from cluster.logs import LogFormat
+from cluster.settings import Settings
+from jobs.errors import AuthError, BadInputError, InternalError, NoCapacityError, NotFoundError
+
+if TYPE_CHECKING:
+    from ray.job_config import JobConfig
+
+_OBJECT_STORE_BYTES = 100 * 1024**2
+"""Calls and their answers only: tensors never go through it."""
+_LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Despite its name, "0" makes every process of a node listen on loopback only, on Linux too. Like the variables of
+token authentication it is read when Ray is imported: nothing imports Ray before a session is opened."""
+_CONNECT_SECONDS = 5.0
+_MAX_SOCKET_PATH = 107
+_SOCKETS_BELOW_DIRECTORY = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+_LOCAL_ONLY = ("dashboard", "dashboard_host", "dashboard_port", "metrics_port", "ray_directory")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """What a person needs to look into Ray, and what the fleet can be made of."""
+
+    address: str
+    """Where another driver can join."""
+    dashboard_url: str | None
+    metrics_urls: tuple[str, ...]
+    """Prometheus endpoints, one for each node."""
+    token_path: Path | None
+    """File with the token the dashboard asks for; None when it asks for none or the operator brought their own."""
+    num_cpus: int
+    num_gpus: int
+
+
+def open_session(settings: Settings, *, namespace: str, address: str | None, log_format: LogFormat) -> Session:
+    """Start a local Ray, or join the cluster at `address`.
+
+    Args:
+        settings: of the dashboard, the metrics endpoint and the directory of a local Ray.
+        namespace: unique to this driver; its actors are named in it.
+        address: of a running cluster, `host:port`; None starts a local Ray that ends with this process.
+        log_format: how the workers write their logs.
+
+    Raises:
+        BadInputError: a setting would be ignored, a path is too long, or the dashboard would be open to everybody.
+        NotFoundError: no cluster answers at `address`.
+        AuthError: the cluster wants another token.
+    """
+    return (
+        _start(settings, namespace, log_format) if address is None else _join(settings, namespace, address, log_format)
+    )
+
+
+def close_session() -> None:
+    """Leave the cluster; a local Ray ends. Actors of this driver end either way."""
+    import ray  # noqa: PLC0415 - see _start
+
+    ray.shutdown()
+
+
+def _start(settings: Settings, namespace: str, log_format: LogFormat) -> Session:
+    _check_directory(settings.ray_directory)
+    token_path = _enable_token_auth(settings.home)
+    if not _token_auth_is_on() and not _is_loopback(settings.dashboard_host):
+        raise BadInputError(
+            f"dashboard_host is {settings.dashboard_host}, and RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']} leaves the "
+            "dashboard open to whoever can reach it; unset RAY_AUTH_MODE, or let it listen on 127.0.0.1"
+        )
+    if "ray" in sys.modules and os.environ.get(_LOOPBACK_ONLY) != "0":
+        raise InternalError("Ray was imported before its session was opened, and has read another environment")
+    os.environ[_LOOPBACK_ONLY] = "0"
+    import ray  # noqa: PLC0415
+
+    try:
+        context: Any = ray.init(
+            address="local",
+            namespace=namespace,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=settings.dashboard,
+            dashboard_host=settings.dashboard_host,
+            dashboard_port=settings.dashboard_port,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            job_config=_job_config(log_format),
+            _temp_dir=str(settings.ray_directory),
+            _metrics_export_port=settings.metrics_port,
+        )
+    except ValueError as error:  # a port that is taken
+        raise BadInputError(f"Ray refused to start: {error}") from error
+    except (OSError, RuntimeError) as error:
+        raise NoCapacityError(f"Ray did not start: {error}; its logs are in {settings.ray_directory}") from error
+    return _describe(context.address_info["gcs_address"], context.dashboard_url, token_path)
+
+
+def _join(settings: Settings, namespace: str, address: str, log_format: LogFormat) -> Session:
+    ignored = sorted(set(_LOCAL_ONLY) & settings.model_fields_set)
+    if ignored:
+        raise BadInputError(
+            f"{', '.join(ignored)}: only for a local Ray; the cluster at {address} has its own. Leave them out"
+        )
+    if _is_loopback(_reach(address)):
+        os.environ[_LOOPBACK_ONLY] = "0"  # else Ray looks for it on this machine's other addresses
+    import ray  # noqa: PLC0415
+
+    try:
+        context: Any = ray.init(
+            address=address,
+            namespace=namespace,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            job_config=_job_config(log_format),
+        )
+    except ray.exceptions.AuthenticationError as error:
+        raise AuthError(
+            f"the Ray cluster at {address} wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH ({error})"
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise NotFoundError(f"no Ray cluster answers at {address}: {error}") from error
+    session = _describe(context.address_info["gcs_address"], context.dashboard_url, None)
+    dashboard_host = urlsplit(session.dashboard_url or "").hostname
+    if dashboard_host is not None and not _is_loopback(dashboard_host) and not _token_auth_is_on():
+        ray.shutdown()
+        raise BadInputError(
+            f"the dashboard of the Ray cluster at {address} is open to whoever can reach {dashboard_host}; "
+            "start the cluster with RAY_AUTH_MODE=token"
+        )
+    return session
+
+
+def _reach(address: str) -> str:
+    """Return the host of an address that something listens on: Ray itself would try for minutes.
+
+    Raises:
+        BadInputError: it is no `host:port`.
+        NotFoundError: nothing listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise BadInputError(f"--address: expected host:port of a Ray cluster, found {address!r}")
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise NotFoundError(f"no Ray cluster answers at {address}: {error}") from error
+    return host
+
+
+def _describe(address: str, dashboard_url: str | None, token_path: Path | None) -> Session:
+    import ray  # noqa: PLC0415
+
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    endpoints = [(node["NodeManagerAddress"], node["MetricsExportPort"]) for node in nodes if node["Alive"]]
+    return Session(
+        address=address,
+        dashboard_url=f"http://{dashboard_url}" if dashboard_url else None,
+        metrics_urls=tuple(f"http://{host}:{port}/metrics" for host, port in endpoints if port > 0),
+        token_path=token_path,
+        num_cpus=int(resources.get("CPU", 1)),
+        num_gpus=int(resources.get("GPU", 0)),
+    )
+
+
+def _job_config(log_format: LogFormat) -> "JobConfig":
+    import ray  # noqa: PLC0415
+    from ray.job_config import JobConfig  # noqa: PLC0415
+
+    config = JobConfig()
+    # Given here and not to ray.init, which would also take over the logging of this process.
+    config.set_py_logging_config(
+        ray.LoggingConfig(encoding=log_format.upper(), log_level="INFO", additional_log_standard_attrs=["name"])
+    )
+    return config
+
+
+def _enable_token_auth(home: Path) -> Path | None:
+    """Have Ray ask for a token, unless the operator decided otherwise; return the file of a token made here."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if not _token_auth_is_on() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        return None
+    path = home / "ray_auth_token"
+    home.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, stat.S_IRUSR | stat.S_IWUSR)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    return path
+
+
+def _token_auth_is_on() -> bool:
+    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_directory(directory: Path) -> None:
+    longest = _MAX_SOCKET_PATH - len(_SOCKETS_BELOW_DIRECTORY)
+    if len(os.fsencode(directory)) > longest:
+        raise BadInputError(
+            f"ray_directory: expected at most {longest} bytes, for the sockets below it, found {directory}; "
+            "set MERGEFLEET_RAY_DIRECTORY to a shorter path"
+        )
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if directory.stat().st_uid != os.getuid():
+        raise BadInputError(f"ray_directory: {directory} belongs to another user; set MERGEFLEET_RAY_DIRECTORY")

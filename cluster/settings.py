@@ -1,0 +1,218 @@
+"""Settings from the environment (`MERGEFLEET_*`) and a TOML file. Every name is checked; none has to be given.
+
+The environment goes before the file. The file is the one named by `MERGEFLEET_CONFIG`, else `mergefleet.toml` in the
+working directory when there is one.
+"""
+
+import difflib
+import os
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings.sources import InitSettingsSource
+
+from cluster.logs import DEBUG_VARIABLE
+from jobs.errors import BadInputError
+from jobs.request import NumBytes
+from jobs.states import RetryPolicy
+from workers.outcomes import WorkerSettings
+
+ENV_PREFIX = "MERGEFLEET_"
+CONFIG_VARIABLE = "MERGEFLEET_CONFIG"
+CONFIG_NAME = "mergefleet.toml"
+
+_VARIABLES_THAT_ARE_NO_SETTINGS = frozenset({CONFIG_VARIABLE, DEBUG_VARIABLE})
+
+
+def _absolute(value: Any) -> Any:
+    return Path(os.path.normpath(Path.cwd() / Path(value).expanduser())) if isinstance(value, str | Path) else value
+
+
+AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
+"""`~` is the user's home; a relative path is taken from the working directory."""
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+def _ray_directory() -> Path:
+    return Path(tempfile.gettempdir()) / f"mergefleet-{os.getuid()}"
+
+
+class Settings(BaseSettings):
+    """What an operator can set. `MERGEFLEET_<NAME>` in the environment, `<name>` in the file."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, validate_default=True)
+
+    home: AbsolutePath = Path("~/.mergefleet")
+    """Where everything is kept that is not set to be elsewhere."""
+    store: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+]*://")] = Field(
+        default_factory=lambda known: f"sqlite:///{known['home']}/mergefleet.db"
+    )
+    """URL of the ledger."""
+    cache: AbsolutePath = Field(default_factory=lambda known: known["home"] / "cache")
+    """Fetched sources and quantized bases; may be shared by workers of one machine."""
+    scratch: AbsolutePath = Field(default_factory=lambda known: known["home"] / "scratch")
+    """Files on their way to a remote destination; needs room for the passes that run at one time."""
+    reports: AbsolutePath = Field(default_factory=lambda known: known["home"] / "reports")
+    """Parity reports, of releases and of merges that did not pass."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: CUDA where the workers have a GPU, else the CPU."""
+    workers: Annotated[int, Field(ge=1)] | None = None
+    """Worker processes; by default one for each GPU, or one for every two cores where there is none."""
+    num_threads: Annotated[int, Field(ge=1)] | None = None
+    """Compute threads of each worker; by default the cores, divided among the workers."""
+    resident_bytes: NumBytes = 4 * 1024**3
+    """Most bytes of quantized bases that one worker keeps in memory between units."""
+
+    lease_seconds: Annotated[float, Field(ge=1)] = 30.0
+    """How long a job stays with a driver that no longer says that it lives."""
+    poll_seconds: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """How often the store is asked for work and the workers for progress."""
+    max_jobs_per_pass: Annotated[int, Field(ge=1)] = 8
+    """Most adapters merged in one read of a base."""
+    max_units_of_other_bases: Annotated[int, Field(ge=0)] = 4
+    """How many units of other bases may go before a base that waits; bounds what residency and priority may cost it."""
+
+    max_attempts: Annotated[int, Field(ge=1)] = 5
+    """Attempts before a failure that may go away is final."""
+    max_worker_losses: Annotated[int, Field(ge=0)] = 2
+    """Workers a job may cost; after that many it runs alone once, then it is quarantined."""
+    retry_delay_seconds: Annotated[float, Field(ge=0)] = 2.0
+    """Longest wait before the second attempt; doubles with each one."""
+    max_retry_delay_seconds: Annotated[float, Field(ge=0)] = 300.0
+    """Longest wait before any attempt."""
+
+    dashboard: bool = True
+    """Whether the local Ray serves its dashboard."""
+    dashboard_host: str = "127.0.0.1"
+    """Address the local Ray's dashboard listens on."""
+    dashboard_port: Port | None = None
+    """Port of the local Ray's dashboard; by default the first free one from 8265."""
+    metrics_port: Port | None = None
+    """Port of the local Ray's Prometheus endpoint; by default a free one."""
+    ray_directory: AbsolutePath = Field(
+        default_factory=lambda _: Path(tempfile.gettempdir()) / f"mergefleet-{os.getuid()}"
+    )
+    """Sessions and logs of the local Ray. Short: the sockets below it must fit 107 bytes."""
+
+    @model_validator(mode="after")
+    def _check_dashboard(self) -> Self:
+        ignored = sorted({"dashboard_host", "dashboard_port"} & self.model_fields_set)
+        if ignored and not self.dashboard:
+            raise ValueError(f"dashboard is off, which would ignore {' and '.join(ignored)}")
+        return self
+
+    @property
+    def retry_policy(self) -> RetryPolicy:
+        """When a failed job is tried again."""
+        return RetryPolicy(
+            max_attempts=self.max_attempts,
+            max_worker_losses=self.max_worker_losses,
+            base_delay_seconds=self.retry_delay_seconds,
+            max_delay_seconds=self.max_retry_delay_seconds,
+        )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic-settings names its arguments
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments first, then the environment, then the file; no dotenv, no secrets directory."""
+        return init_settings, env_settings, InitSettingsSource(settings_cls, _read_file())
+
+
+def load_settings(**arguments: Any) -> Settings:
+    """Read the settings.
+
+    Args:
+        arguments: values that go before environment and file, for example from the command line.
+
+    Raises:
+        BadInputError: a name is unknown, a value is wrong, or the file cannot be read; all problems in one message.
+    """
+    _check_environment()
+    try:
+        return Settings(**arguments)
+    except ValidationError as error:
+        raise BadInputError("settings: " + "; ".join(_problems(error))) from error
+
+
+def worker_settings(settings: Settings, *, device: str, num_threads: int | None) -> WorkerSettings:
+    """Return what a worker needs to know."""
+    return WorkerSettings(
+        cache=settings.cache,
+        scratch=settings.scratch,
+        reports=settings.reports,
+        device=device,
+        num_threads=num_threads,
+        resident_bytes=settings.resident_bytes,
+    )
+
+
+def _check_environment() -> None:
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = {
+        name: known
+        for name in sorted(os.environ)
+        if name.startswith(ENV_PREFIX) and name not in known | _VARIABLES_THAT_ARE_NO_SETTINGS
+    }
+    _refuse(unknown, "environment")
+
+
+def _read_file() -> dict[str, Any]:
+    path = _config_path()
+    if path is None:
+        return {}
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInputError(f"settings: cannot read {path}: {error.strerror}; {CONFIG_VARIABLE} names it") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInputError(f"settings: {path} is no TOML: {error}") from error
+    known = set(Settings.model_fields)
+    _refuse({name: known for name in values if name not in known}, str(path))
+    return values
+
+
+def _config_path() -> Path | None:
+    named = os.environ.get(CONFIG_VARIABLE)
+    if named:
+        return Path(named).expanduser()
+    here = Path.cwd() / CONFIG_NAME
+    return here if here.is_file() else None
+
+
+def _refuse(unknown: dict[str, set[str]], where: str) -> None:
+    if not unknown:
+        return
+    parts = []
+    for name, known in unknown.items():
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
+        parts.append(f"{name} (nearest: {nearest[0]})")
+    raise BadInputError(f"settings: unknown names in {where}: " + ", ".join(parts))
+
+
+def _problems(error: ValidationError) -> list[str]:
+    problems = []
+    for detail in error.errors():
+        name = str(detail["loc"][0]) if detail["loc"] else ""
+        if detail["type"] == "default_factory_not_called":
+            continue  # only says that another value is wrong, which has its own line
+        found = "" if name in ("", "store") else f", found {detail['input']!r}"  # a store URL may hold a password
+        problems.append(f"{_origin(name)}: {detail['msg']}{found}" if name else detail["msg"])
+    return problems
+
+
+def _origin(name: str) -> str:
+    """Return where a person finds the value of `name`."""
+    variable = ENV_PREFIX + name.upper()
+    return variable if variable in os.environ else name

@@ -1,0 +1,185 @@
+"""Writing down what becomes of jobs: every call to the store about a job that is held goes through here."""
+
+import contextlib
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from cluster.events import DriverEvent, JobSettled, Summary
+from cluster.holdings import Held, Holdings
+from cluster.metrics import FleetMetrics
+from jobs.errors import CancelledError, FailureClass, LeaseLostError, NoCapacityError, TransientIOError
+from jobs.release import Release
+from jobs.states import Decision, JobState, RetryPolicy
+from jobs.store import JobStore
+from workers.outcomes import Failure
+
+logger = logging.getLogger(__name__)
+
+STORE_FAULTS = (TransientIOError, NoCapacityError)
+"""The store does not answer, or its disk is full: nothing was written, and it is worth trying again."""
+
+CANCELLED = Failure(failure_class=FailureClass.CANCELLED, retryable=False, message="cancelled on request")
+
+_PATH = (JobState.LEASED, JobState.PLANNING, JobState.MERGING, JobState.VERIFYING, JobState.PUBLISHING)
+
+
+class Settlement:
+    """Moves held jobs on and ends their attempts. What goes wrong with one job stays with that job.
+
+    Raises, from every method that writes: one of `STORE_FAULTS`; the same call can be made again.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        holdings: Holdings,
+        *,
+        policy: RetryPolicy,
+        metrics: FleetMetrics,
+        listener: Callable[[DriverEvent], None],
+        rng: random.Random,
+    ) -> None:
+        """Take what it writes to and whom it tells.
+
+        Args:
+            store: the ledger.
+            holdings: jobs that end are removed from it.
+            policy: decides what follows a failure.
+            metrics: counts attempts.
+            listener: told of every attempt that ended.
+            rng: source of the jitter between attempts.
+        """
+        self._store = store
+        self._holdings = holdings
+        self._policy = policy
+        self._metrics = metrics
+        self._listener = listener
+        self._rng = rng
+        self._ended: dict[str, JobSettled] = {}
+
+    def advance(self, held: Held, target: JobState, merge_key: str | None = None) -> bool:
+        """Walk a job to `target`, through the states between that no poll has seen.
+
+        Returns:
+            Whether it got there. If not, it has ended: its lease is lost, or somebody cancelled it.
+        """
+        with self._guarded(held):
+            for state in _PATH[_PATH.index(held.state) + 1 : _PATH.index(target) + 1]:
+                self._store.advance(held.job_id, held.lease.token, state, merge_key=merge_key)
+                held.state = state
+        return _PATH.index(held.state) >= _PATH.index(target)
+
+    def note_progress(self, held: Held, *, stage: str, bytes_done: int, bytes_total: int) -> None:
+        """Write down how far the work is."""
+        with self._guarded(held):
+            self._store.report_progress(
+                held.job_id, held.lease.token, stage=stage, bytes_done=bytes_done, bytes_total=bytes_total
+            )
+
+    def release(self, held: Held, release: Release, report_path: str | None) -> None:
+        """End an attempt whose release is visible."""
+        with self._guarded(held):
+            self._store.settle(held.job_id, held.lease.token, release, report_path)
+            self._end(
+                held,
+                JobSettled(
+                    job_id=held.job_id,
+                    state=JobState.PUBLISHED,
+                    location=str(release.location),
+                    created=release.created,
+                    report_path=report_path,
+                ),
+            )
+
+    def failure(self, held: Held, failure: Failure, report_path: str | None = None) -> None:
+        """End an attempt that failed. One that was stopped though nobody cancelled it does not count."""
+        with self._guarded(held):
+            self._write_failure(held, failure, report_path)
+
+    def summary(self) -> Summary:
+        """Return what became of the jobs so far."""
+        ended = self._ended.values()
+        return Summary(
+            published=sum(event.state is JobState.PUBLISHED and event.created for event in ended),
+            unchanged=sum(event.state is JobState.PUBLISHED and not event.created for event in ended),
+            cancelled=sum(event.state is JobState.CANCELLED for event in ended),
+            failures=Counter(
+                event.failure_class
+                for event in ended
+                if event.failure_class is not None and event.state in (JobState.FAILED, JobState.QUARANTINED)
+            ),
+        )
+
+    def _write_failure(self, held: Held, failure: Failure, report_path: str | None = None) -> None:
+        cancelled = held.job_id in self._store.cancelling({held.job_id: held.lease.token})
+        if failure.failure_class is FailureClass.CANCELLED and not cancelled:
+            self._store.let_go(held.job_id, held.lease.token, "the driver stopped")
+            self._end(held, JobSettled(job_id=held.job_id, state=JobState.QUEUED))
+            return
+        worker_lost = failure.failure_class is FailureClass.WORKER_LOST
+        decision = self._policy.decide(
+            failure.failure_class,
+            retryable=failure.retryable,
+            attempts=held.lease.attempts,
+            worker_losses=held.lease.worker_losses + worker_lost,
+            rng=self._rng,
+        )
+        if cancelled:
+            decision = Decision(state=JobState.CANCELLED)
+        self._store.fail(
+            held.job_id,
+            held.lease.token,
+            failure.failure_class,
+            failure.message,
+            decision,
+            report_path=report_path,
+            worker_lost=worker_lost,
+        )
+        self._end(
+            held,
+            JobSettled(
+                job_id=held.job_id,
+                state=decision.state,
+                failure_class=failure.failure_class,
+                message=failure.message,
+                retry_seconds=decision.delay_seconds if decision.state is JobState.RETRY_WAIT else None,
+                report_path=report_path,
+            ),
+        )
+
+    def _end(self, held: Held, event: JobSettled) -> None:
+        self._holdings.remove(held.job_id)
+        self._ended[held.job_id] = event
+        self._metrics.settled((event.failure_class or event.state).value.lower())
+        logger.info("job settled", extra={"job_id": event.job_id, "state": event.state.value, "reason": event.message})
+        self._listener(event)
+
+    @contextlib.contextmanager
+    def _guarded(self, held: Held) -> Iterator[None]:
+        """Keep what goes wrong with one job from the others: a lost lease drops it, anything else ends it."""
+        try:
+            yield
+        except STORE_FAULTS:
+            raise
+        except LeaseLostError:
+            self._drop(held)
+        except CancelledError:
+            self._write_failure(held, CANCELLED)
+        except Exception as error:
+            logger.exception("job could not be settled", extra={"job_id": held.job_id})
+            message = f"the driver could not go on with it: {type(error).__name__}: {error}"
+            failure = Failure(failure_class=FailureClass.INTERNAL, retryable=False, message=message)
+            try:
+                self._write_failure(held, failure)
+            except STORE_FAULTS:
+                raise
+            except Exception:
+                # Its lease runs out, and whoever claims the job next finds what is there.
+                logger.exception("failure could not be stored", extra={"job_id": held.job_id})
+                self._drop(held)
+
+    def _drop(self, held: Held) -> None:
+        logger.warning("lease lost", extra={"job_id": held.job_id})
+        self._holdings.remove(held.job_id)

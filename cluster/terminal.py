@@ -1,0 +1,105 @@
+"""Where the command line writes: text for a person, or JSON on stdout and nothing else there."""
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import typer
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+from cluster import exit_codes
+from cluster.logs import DEBUG_VARIABLE, LogFormat, configure_logging
+from jobs.errors import InternalError, MergefleetError
+
+
+class Terminal:
+    """The output of one command."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        self._stdout = sys.stdout
+        self.out = Console(file=self._stdout, highlight=False)
+        self._errors = Console(stderr=True, highlight=False)
+
+    def show(self, view: RenderableType) -> None:
+        """Show something to a person; says nothing with `--json`."""
+        if not self.as_json:
+            self.out.print(view, soft_wrap=isinstance(view, str | Text))
+
+    def show_error(self, message: str) -> None:
+        """Show on stderr what went wrong; says nothing with `--json`."""
+        if not self.as_json:
+            self._errors.print(message, style="red", markup=False, soft_wrap=True)
+
+    def document(self, value: dict[str, Any]) -> None:
+        """Write one JSON document on one line; says nothing without `--json`."""
+        if self.as_json:
+            self._stdout.write(json.dumps(value) + "\n")
+            self._stdout.flush()
+
+
+@contextlib.contextmanager
+def terminal(*, as_json: bool, debug: bool, log_format: LogFormat | None = None) -> Iterator[Terminal]:
+    """Open the output of a command, and turn what goes wrong into one clear message and an exit code.
+
+    Meanwhile stdout is the command's own: what libraries write there goes to stderr.
+
+    Args:
+        as_json: whether stdout gets JSON, errors included.
+        debug: whether errors come with their traceback.
+        log_format: of log records from INFO on; None for warnings and errors only, as text.
+
+    Raises:
+        typer.Exit: with the code for the error.
+    """
+    output = Terminal(as_json=as_json)
+    debug = debug or os.environ.get(DEBUG_VARIABLE, "0") != "0"
+    try:
+        configure_logging(log_format)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield output
+    except (typer.Exit, BrokenPipeError):
+        raise
+    except KeyboardInterrupt:
+        raise typer.Exit(exit_codes.INTERRUPTED) from None
+    except MergefleetError as error:
+        _report(output, error, debug=debug)
+        raise typer.Exit(exit_codes.of_command([error.failure_class])) from error
+    except Exception as error:
+        where = _keep_traceback(error)
+        fault = InternalError(
+            f"{type(error).__name__}: {error}; this is a fault of mergefleet, its traceback is in {where}"
+        )
+        _report(output, fault, debug=debug)
+        raise typer.Exit(exit_codes.FAILED) from error
+
+
+def _report(output: Terminal, error: MergefleetError, *, debug: bool) -> None:
+    from cluster.documents import error_document  # noqa: PLC0415 - with the store's libraries, and --help needs none
+
+    if debug:
+        traceback.print_exc(file=sys.stderr)
+    output.document(error_document(error))
+    output.show_error(f"error: {error}")
+
+
+def _keep_traceback(error: Exception) -> str:
+    """Append the traceback of a fault to a file, and return where that is."""
+    from cluster.settings import load_settings  # noqa: PLC0415
+
+    try:
+        path = load_settings().home / "faults.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{datetime.now(UTC).isoformat()} {' '.join(sys.argv)}\n")
+            traceback.print_exception(error, file=file)
+    except (MergefleetError, OSError):
+        traceback.print_exception(error, file=sys.stderr)
+        return "the lines above"
+    return str(path)

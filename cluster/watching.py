@@ -1,0 +1,76 @@
+"""Following a batch, from any terminal that can reach the store."""
+
+import time
+from collections import Counter
+from collections.abc import Collection
+
+from rich.console import RenderableType
+from rich.live import Live
+
+from cluster.display import board, job_table, state_counts
+from cluster.documents import progress_document
+from cluster.progress import Batch, ByteClock, by_base
+from cluster.terminal import Terminal
+from jobs.errors import FailureClass, MergefleetError
+from jobs.states import FINAL_STATES, JobState
+from jobs.store import JobRecord, JobStore
+
+_UNSUCCESSFUL = frozenset({JobState.FAILED, JobState.QUARANTINED})
+
+
+def watch_batch(output: Terminal, store: JobStore, poll_seconds: float) -> tuple[FailureClass, ...]:
+    """Show how far the batch is until all its jobs are final.
+
+    Args:
+        output: a live board for a person, or a JSON line whenever something has changed.
+        store: the ledger.
+        poll_seconds: how often it is asked.
+
+    Returns:
+        The failures of jobs that failed while somebody watched.
+
+    Raises:
+        KeyboardInterrupt: as it came.
+    """
+    batch, clock, last = Batch(store), ByteClock(), None
+    with Live(console=output.out, refresh_per_second=4, transient=True) as live:
+        while True:
+            records = batch.refresh()
+            progress = by_base(records)
+            document = progress_document(progress, clock.seconds_left(time.monotonic(), progress))
+            if document["bases"] != last:
+                output.document(document)
+                last = document["bases"]
+            if not output.as_json:
+                live.update(board(progress, document["seconds_left"]))
+            if all(record.state in FINAL_STATES for record in records):
+                break
+            time.sleep(poll_seconds)
+    failed = _unsuccessful(records)
+    if failed:
+        output.show(job_table(failed))
+    counts = Counter(record.state for record in records)
+    output.show(state_counts(counts))
+    output.document({"event": "done", "counts": {state.value: count for state, count in counts.items()}})
+    return tuple(record.failure_class for record in failed if record.failure_class is not None)
+
+
+def _unsuccessful(records: Collection[JobRecord]) -> list[JobRecord]:
+    return [record for record in records if record.state in _UNSUCCESSFUL]
+
+
+class LiveBoard:
+    """The board of a batch, asked for anew each time it is drawn, in whatever thread draws it."""
+
+    def __init__(self, store: JobStore) -> None:
+        self._batch = Batch(store)
+        self._clock = ByteClock()
+        self._last: RenderableType = ""
+
+    def __rich__(self) -> RenderableType:
+        try:
+            progress = by_base(self._batch.refresh())
+        except MergefleetError:
+            return self._last  # the store does not answer for a moment; the driver says so
+        self._last = board(progress, self._clock.seconds_left(time.monotonic(), progress))
+        return self._last
