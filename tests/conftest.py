@@ -1,0 +1,58 @@
+"""Servers that real clients talk to, started once for all tests, and an environment free of this machine's settings."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+from tests.servers.hub import Hub, serve_hub
+from tests.servers.s3 import S3Server, serve_s3
+
+_home = pytest.StashKey[tempfile.TemporaryDirectory]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give huggingface_hub a home of its own: it reads these variables once, when it is imported."""
+    config.stash[_home] = tempfile.TemporaryDirectory(prefix="mergefleet-tests-")
+    os.environ["HF_HOME"] = config.stash[_home].name
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    for name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
+        os.environ.pop(name, None)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[_home].cleanup()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A running SeaweedFS. Mark tests that use it with `s3`."""
+    with serve_s3(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The S3 server, and an environment that leads every client there."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@pytest.fixture(scope="session")
+def hub_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A running loopback Hub."""
+    with serve_hub(tmp_path_factory.mktemp("hub")) as server:
+        yield server
+
+
+@pytest.fixture
+def hub(hub_server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The Hub, without faults, and an environment that leads every client there."""
+    hub_server.faults.clear()
+    for name, value in hub_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return hub_server

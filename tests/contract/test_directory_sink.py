@@ -1,0 +1,80 @@
+"""What only the directory sink has to stand: files in the way, links, and files touched after they were checked."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobs.errors import BadInputError, DestinationOccupiedError, InternalError
+from jobs.locations import LocalPath
+from jobs.release import Manifest
+from tests.releases import fill, make_files
+from workers.sinks.directory import DirectorySink, DirectoryStaging
+
+KEY = "a" * 64
+FILES = {name: data for name, data in make_files().items() if not name.endswith(".safetensors")}
+
+
+def stage(destination: Path) -> tuple[DirectoryStaging, Manifest]:
+    staging = DirectorySink(LocalPath(destination)).open(KEY)
+    return staging, fill(staging, FILES)
+
+
+def test_empty_directory_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    staging, manifest = stage(tmp_path / "r")
+    assert staging.publish(manifest).created
+    staging.discard()
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
+
+
+def test_directory_filled_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    staging, manifest = stage(tmp_path / "r")
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "theirs").write_text("theirs")
+
+    with pytest.raises(DestinationOccupiedError, match="theirs"):
+        staging.publish(manifest)
+    staging.discard()
+
+    assert [path.name for path in tmp_path.rglob("*")] == ["r", "theirs"]
+
+
+def test_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "r").write_text("a file")
+    with pytest.raises(DestinationOccupiedError, match="is a file"):
+        DirectorySink(LocalPath(tmp_path / "r")).existing()
+    with pytest.raises(BadInputError, match=str(tmp_path / "r")):
+        DirectorySink(LocalPath(tmp_path / "r" / "deeper")).open(KEY)
+
+
+def test_link_to_a_directory_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "r").symlink_to(tmp_path / "disk" / "r")
+    staging, manifest = stage(tmp_path / "r")
+
+    assert staging.publish(manifest).created
+    staging.discard()
+
+    assert (tmp_path / "r").is_symlink()
+    assert DirectorySink(LocalPath(tmp_path / "disk" / "r")).existing() == manifest
+
+
+def _flip(directory: Path) -> None:
+    (directory / "config.json").write_bytes(b'{"seed": 9}\n')
+
+
+def _add(directory: Path) -> None:
+    (directory / "notes.txt").write_bytes(b"unannounced")
+
+
+@pytest.mark.parametrize(("touch", "name"), [(_flip, "config.json"), (_add, "notes.txt")])
+def test_what_was_not_checked_is_not_published(tmp_path: Path, touch: Callable[[Path], None], name: str) -> None:
+    staging, manifest = stage(tmp_path / "r")
+    touch(staging.directory)
+
+    with pytest.raises(InternalError, match=rf"{name} was written without put, or after it"):
+        staging.publish(manifest)
+    staging.discard()
+
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,154 @@
+"""What only the Hub sink has to stand: tokens, lost answers, commits by others, and both ways to send large files."""
+
+import itertools
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from jobs.errors import AuthError, BadInputError, DestinationOccupiedError, NotFoundError, TransientIOError
+from jobs.locations import HubRepo
+from jobs.release import Manifest
+from tests.contract.places import HubPlace, content
+from tests.releases import SHARD, fill, make_files
+from tests.servers.hub import Hub
+from workers.delivery import verify_release
+from workers.hub_client import HubStore
+from workers.sinks.hub import HubSink, HubStaging
+
+KEY = "a" * 64
+FILES = make_files()
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def place(hub: Hub, tmp_path: Path) -> HubPlace:
+    return HubPlace(tmp_path, hub, f"fault-{next(_numbers)}")
+
+
+def stage(place: HubPlace) -> tuple[HubStaging, Manifest]:
+    staging = HubSink(place.location, place.scratch).open(KEY)
+    return staging, fill(staging, FILES)
+
+
+def titles(place: HubPlace) -> list[str]:
+    return [commit.title for commit in place.hub.repos[place.location.repo_id]]
+
+
+def test_wrong_token(place: HubPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong_token")
+    sink = HubSink(place.location, place.scratch)
+    for ask in (sink.existing, lambda: sink.open(KEY)):
+        with pytest.raises(AuthError, match="HF_TOKEN") as caught:
+            ask()
+        assert "hf_wrong_token" not in str(caught.value)
+    assert place.leftovers() == []
+
+
+def test_unreachable_hub_is_named(place: HubPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(TransientIOError, match=r"http://127\.0\.0\.1:9 did not answer: check HF_ENDPOINT"):
+        HubSink(place.location, place.scratch).existing()
+
+
+def test_signed_urls_stay_out_of_messages(place: HubPlace) -> None:
+    store = HubStore(place.location)
+    text = "error sending request for url (https://cas/xorb?X-Amz-Signature=0123&X-Amz-Expires=9)"
+    with pytest.raises(TransientIOError, match=r"url \(https://cas/xorb\)"), store.errors():
+        raise ConnectionError(text)
+
+
+def test_missing_branch(place: HubPlace) -> None:
+    place.hub.create(place.location.repo_id)
+    with pytest.raises(NotFoundError, match="no such revision: create it, or use main"):
+        HubSink(HubRepo(place.location.repo_id, "v2"), place.scratch).existing()
+
+
+def test_commit_is_no_destination(place: HubPlace) -> None:
+    with pytest.raises(BadInputError, match="publish to a branch"):
+        HubSink(HubRepo("org/name", "0" * 40), place.scratch)
+
+
+def test_one_commit_holds_the_whole_release(place: HubPlace) -> None:
+    staging, manifest = stage(place)
+    assert titles(place) == ["initial commit"]
+
+    staging.publish(manifest)
+    staging.discard()
+
+    assert titles(place) == ["initial commit", "Release job-1"]
+
+
+def test_large_files_go_through_xet(place: HubPlace) -> None:
+    staging, manifest = stage(place)
+    staging.publish(manifest)
+    staging.discard()
+
+    assert place.hub.repos[place.location.repo_id][-1].files[SHARD].xet is not None
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub 2.4, of httpx2
+def test_large_files_go_through_lfs_where_xet_is_off(place: HubPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    staging, manifest = stage(place)
+
+    assert staging.publish(manifest).created
+    staging.discard()
+
+    blob = place.hub.repos[place.location.repo_id][-1].files[SHARD]
+    assert (blob.xet, blob.path.read_bytes()) == (None, FILES[SHARD])
+    verify_release(place.location, place.scratch)
+
+
+def test_lost_answer_is_not_committed_twice(place: HubPlace) -> None:
+    staging, manifest = stage(place)
+    place.hub.fail("POST", "/commit/")
+
+    assert staging.publish(manifest).created
+    staging.discard()
+
+    assert titles(place) == ["initial commit", "Release job-1"]
+    assert content(place) == FILES
+
+
+def test_commit_that_failed_is_tried_again(place: HubPlace) -> None:
+    staging, manifest = stage(place)
+    place.hub.fail("POST", "/commit/", status=503, times=2)
+
+    assert staging.publish(manifest).created
+    staging.discard()
+
+    assert titles(place) == ["initial commit", "Release job-1"]
+
+
+def test_hub_that_stays_down_is_given_up(place: HubPlace) -> None:
+    staging, manifest = stage(place)
+    place.hub.fail("POST", "/commit/", status=503, times=99)
+
+    with pytest.raises(TransientIOError, match="503"):
+        staging.publish(manifest)
+    staging.discard()
+
+    assert titles(place) == ["initial commit"]
+
+
+def test_card_edited_meanwhile_is_no_obstacle(place: HubPlace) -> None:
+    staging, manifest = stage(place)
+    place.write("README.md", b"# Mine\n")
+
+    assert staging.publish(manifest).created
+    staging.discard()
+
+    assert titles(place) == ["initial commit", "by hand", "Release job-1"]
+
+
+def test_weights_committed_meanwhile_are_not_overwritten(place: HubPlace) -> None:
+    staging, manifest = stage(place)
+    place.write(SHARD, b"theirs")
+
+    with pytest.raises(DestinationOccupiedError, match=SHARD):
+        staging.publish(manifest)
+    staging.discard()
+
+    assert titles(place) == ["initial commit", "by hand"]

@@ -1,0 +1,294 @@
+"""What only the S3 sink has to stand: credentials, buckets, lost answers, corrupted parts, crashes halfway."""
+
+import io
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.errors import AuthError, BadInputError, DestinationOccupiedError, NotFoundError, TransientIOError
+from jobs.locations import S3Prefix
+from jobs.release import MANIFEST_NAME
+from tests.contract.places import S3Place, content, sink_of
+from tests.releases import SHARD, fill, make_files, make_manifest, write_files
+from tests.servers.s3 import S3Server
+from workers.delivery import verify_release
+from workers.s3_client import S3Store
+from workers.sinks.s3 import S3Sink, S3Staging
+from workers.sinks.s3_upload import abort_unfinished, part_bytes
+
+pytestmark = pytest.mark.s3
+
+KEY, OTHER_KEY = "a" * 64, "d" * 64
+FILES = make_files()
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def place(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3Place:
+    monkeypatch.setattr("workers.sinks.s3_upload.MIN_PART_BYTES", 5 << 20)
+    return S3Place(tmp_path, s3, f"faults/r{next(_numbers)}")
+
+
+def before_call(staging: S3Staging, operation: str, act: Callable[[dict[str, Any]], None]) -> None:
+    """Do something just before requests of one kind are signed and sent."""
+    staging._store.client.meta.events.register(f"before-call.s3.{operation}", lambda params, **_: act(params))
+
+
+def lose_first_answer(staging: S3Staging, operation: str) -> list[int]:
+    """Make the client ask again after a success, as it does when the answer is lost on the way."""
+    statuses: list[int] = []
+
+    def forget(response: tuple[Any, Any] | None, **_: Any) -> int | None:
+        statuses.append(response[0].status_code)
+        return 0 if len(statuses) == 1 else None
+
+    staging._store.client.meta.events.register_first(f"needs-retry.s3.{operation}", forget)
+    return statuses
+
+
+def test_missing_bucket_is_named(s3: S3Server, tmp_path: Path) -> None:
+    sink = S3Sink(S3Prefix("no-such-bucket", "r"), tmp_path)
+    for ask in (sink.existing, lambda: sink.open(KEY)):
+        with pytest.raises(NotFoundError, match=f"bucket 'no-such-bucket' does not exist at {s3.endpoint}"):
+            ask()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+@pytest.mark.parametrize("value", ["wrong-credential", None])
+def test_wrong_and_missing_credentials(
+    place: S3Place, monkeypatch: pytest.MonkeyPatch, variable: str, value: str | None
+) -> None:
+    if value:
+        monkeypatch.setenv(variable, value)
+    else:
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv(variable, raising=False)
+
+    with pytest.raises(AuthError, match="AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY") as caught:
+        S3Sink(place.location, place.scratch).existing()
+
+    assert "wrong-credential" not in str(caught.value)
+
+
+def test_unreachable_endpoint_is_named(place: S3Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    with pytest.raises(TransientIOError, match=r"http://127\.0\.0\.1:9 did not answer.*AWS_ENDPOINT_URL_S3"):
+        S3Sink(place.location, place.scratch).existing()
+
+
+def test_endpoint_that_is_none(place: S3Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "nonsense")
+    with pytest.raises(BadInputError, match="AWS_"):
+        S3Sink(place.location, place.scratch).existing()
+
+
+@pytest.mark.parametrize("operation", ["UploadPart", "PutObject"])
+def test_bytes_corrupted_on_the_way_are_refused_by_the_store(place: S3Place, operation: str) -> None:
+    staging = S3Sink(place.location, place.scratch).open(KEY)
+
+    def flip(params: dict[str, Any]) -> None:
+        data = bytearray(params["body"].read())
+        data[0] ^= 1
+        params["body"] = io.BytesIO(data)
+
+    before_call(staging, operation, flip)
+
+    with pytest.raises(TransientIOError, match="BadDigest"):
+        staging.publish(fill(staging, FILES))
+    staging.discard()
+
+    assert place.visible() == {}
+    assert place.leftovers() == []
+
+
+def test_wrong_checksum_from_the_store_is_noticed(place: S3Place) -> None:
+    staging = S3Sink(place.location, place.scratch).open(KEY)
+    staging._store.client.meta.events.register(
+        "after-call.s3.UploadPart", lambda parsed, **_: parsed.update(ChecksumCRC64NVME="AAAAAAAAAAA=")
+    )
+    with pytest.raises(TransientIOError, match=rf"part 1 of .*{SHARD}: the store has CRC-64/NVME AAAAAAAAAAA="):
+        fill(staging, FILES)
+    staging.discard()
+
+
+@pytest.mark.parametrize("operation", ["CompleteMultipartUpload", "PutObject"])
+def test_lost_answers_do_not_confuse(place: S3Place, operation: str) -> None:
+    staging = S3Sink(place.location, place.scratch).open(KEY)
+    manifest = fill(staging, FILES)
+    statuses = lose_first_answer(staging, operation)
+
+    release = staging.publish(manifest)
+    staging.discard()
+
+    assert statuses[:2] in ([200, 404], [200, 412])
+    assert release.created
+    assert content(place) == FILES
+
+
+def test_lost_answer_to_the_manifest_is_still_our_release(place: S3Place) -> None:
+    staging = S3Sink(place.location, place.scratch).open(KEY)
+    manifest = fill(staging, FILES)
+    staging._place_all()
+    statuses = lose_first_answer(staging, "PutObject")
+
+    assert staging.publish(manifest).created
+    assert statuses == [200, 412]
+    staging.discard()
+
+
+def test_uploads_aborted_by_another_attempt_are_sent_again(place: S3Place) -> None:
+    staging = S3Sink(place.location, place.scratch).open(KEY)
+    manifest = fill(staging, FILES)
+    sink_of(place).open(KEY).discard()
+    assert place.uploads() == []
+
+    assert staging.publish(manifest).created
+    staging.discard()
+
+    assert content(place) == FILES
+    verify_release(place.location, place.scratch)
+
+
+def test_what_others_removed_before_they_saw_the_manifest_is_written_again(place: S3Place) -> None:
+    staging = S3Sink(place.location, place.scratch).open(KEY)
+    manifest = fill(staging, FILES)
+    touched = []
+
+    def remove(params: dict[str, Any]) -> None:
+        if params["url_path"].endswith(MANIFEST_NAME) and not touched:
+            touched.append(params["url_path"])
+            place.write(SHARD, None)
+            place.write("config.json", None)
+
+    before_call(staging, "PutObject", remove)
+
+    assert staging.publish(manifest).created
+    staging.discard()
+
+    assert touched
+    assert content(place) == FILES
+
+
+_DYING = """
+import os, signal, sys
+from pathlib import Path
+from jobs.locations import parse_location
+from tests.releases import fill, make_files
+from workers.sinks import open_sink, s3_upload
+
+s3_upload.MIN_PART_BYTES = 5 << 20
+staging = open_sink(parse_location(sys.argv[1]), Path(sys.argv[2])).open("a" * 64)
+manifest = fill(staging, make_files())
+
+def die(params, **_):
+    if params["url_path"].endswith("manifest.json"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+staging._store.client.meta.events.register("before-call.s3.PutObject", die)
+staging.publish(manifest)
+"""
+
+
+@pytest.fixture
+def crashed(place: S3Place) -> S3Place:
+    """A place where a publisher was killed between its last file and its manifest."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", _DYING, str(place.location), str(place.scratch)]
+    assert subprocess.run(command, env=environment, check=False, timeout=60).returncode == -9
+    assert place.visible() == FILES
+    return place
+
+
+def test_crash_before_the_manifest_is_no_release(crashed: S3Place) -> None:
+    assert sink_of(crashed).existing() is None
+    with pytest.raises(NotFoundError, match="holds no release"):
+        verify_release(crashed.location, crashed.scratch)
+
+
+def test_crash_before_the_manifest_sends_nothing_again(crashed: S3Place) -> None:
+    staging = S3Sink(crashed.location, crashed.scratch).open(KEY)
+    sent: list[str] = []
+    for operation in ("UploadPart", "PutObject"):
+        before_call(staging, operation, lambda params: sent.append(params["url_path"].rpartition("/")[2]))
+
+    assert staging.publish(fill(staging, FILES)).created
+    staging.discard()
+
+    assert sent == [MANIFEST_NAME]
+    assert crashed.leftovers() == []
+    verify_release(crashed.location, crashed.scratch)
+
+
+def test_crash_before_the_manifest_and_other_sidecars_now(crashed: S3Place) -> None:
+    files = FILES | {"config.json": b'{"seed": "new"}\n'}
+    del files["empty.txt"]
+    staging = S3Sink(crashed.location, crashed.scratch).open(KEY)
+
+    assert staging.publish(fill(staging, files)).created
+    staging.discard()
+
+    assert content(crashed) == files
+    verify_release(crashed.location, crashed.scratch)
+
+
+def test_crash_before_the_manifest_blocks_another_release(crashed: S3Place) -> None:
+    with pytest.raises(DestinationOccupiedError, match="what a crash left of another release"):
+        sink_of(crashed).open(OTHER_KEY)
+    assert crashed.visible() == FILES
+
+
+def test_neighbouring_prefixes_are_left_alone(place: S3Place, s3: S3Server) -> None:
+    neighbour = S3Place(place.scratch.parent, s3, f"{place.location.prefix}-2")
+    neighbour.write("weights.bin", b"theirs")
+    theirs = S3Sink(neighbour.location.child("deeper"), place.scratch).open(KEY)
+    write_files(theirs.directory, {SHARD: FILES[SHARD]})
+    theirs.put(next(artifact for artifact in make_manifest(FILES).files if artifact.path == SHARD))
+
+    staging = S3Sink(place.location, place.scratch).open(KEY)
+    assert staging.publish(fill(staging, FILES)).created
+    staging.discard()
+
+    assert len(neighbour.uploads()) == 1
+    assert neighbour.visible() == {"weights.bin": b"theirs"}
+    theirs.discard()
+
+
+def test_every_page_of_unfinished_uploads_is_aborted(place: S3Place) -> None:
+    for name in "abc":
+        place.client.create_multipart_upload(Bucket=place.location.bucket, Key=f"{place.location.prefix}/{name}")
+    store = S3Store(place.location)
+    store.client.meta.events.register(
+        "provide-client-params.s3.ListMultipartUploads", lambda params, **_: params | {"MaxUploads": 1}
+    )
+    assert abort_unfinished(store) == 3
+    assert place.uploads() == []
+
+
+def test_object_that_changes_while_it_is_read(place: S3Place) -> None:
+    place.write("file", b"x" * 100)
+    store = S3Store(place.location)
+    entry = store.objects()["file"]
+    assert b"".join(store.read(entry)) == b"x" * 100
+
+    place.write("file", b"y" * 100)
+
+    with pytest.raises(TransientIOError, match="412"):
+        list(store.read(entry))
+
+
+@given(st.integers(min_value=1, max_value=5 << 40))
+def test_parts_are_few_enough_and_large_enough(num_bytes: int) -> None:
+    size = part_bytes(num_bytes)
+    assert 5 << 20 <= size <= 5 << 30
+    assert -(-num_bytes // size) <= 10_000
+    assert size % (1 << 20) == 0

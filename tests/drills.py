@@ -1,0 +1,51 @@
+"""Fire drills: the command line with one fault in it, to see that parity stops it.
+
+    python -m tests.drills flip-byte merge --base ... --adapter ... --to ...
+    python -m tests.drills halve-scaling merge --base ... --adapter ... --to ...
+
+`flip-byte` inverts one byte in the middle of the first job's first merged shard, after it was written and hashed.
+`halve-scaling` halves the scaling of the first job's adapter in the merge, and nowhere else.
+"""
+
+import dataclasses
+import functools
+import sys
+
+import workers.unit
+from cluster.cli import main
+from workers.arithmetic import check_arithmetic
+from workers.merge import run_pass
+
+
+def flip_byte(base, quantized, jobs, **options):
+    plan, directory = jobs[0].plan, jobs[0].directory
+    shard = plan.output.shards[0]
+    offset = (len(shard.header) + shard.num_bytes) // 2
+    with (directory / shard.name).open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0xFF]))
+    sys.stderr.write(f"drill: flipped byte {offset} of {shard.name}\n")
+    return check_arithmetic(base, quantized, jobs, **options)
+
+
+def halve_scaling(base, quantized, jobs, **options):
+    first, *others = jobs
+    deltas = {name: dataclasses.replace(delta, scaling=delta.scaling / 2) for name, delta in first.plan.deltas.items()}
+    plan = dataclasses.replace(first.plan, deltas=deltas)
+    sys.stderr.write(f"drill: halved the scaling of {plan.request.id}\n")
+    return run_pass(base, quantized, [dataclasses.replace(first, plan=plan), *others], **options)
+
+
+DRILLS = {"flip-byte": ("check_arithmetic", flip_byte), "halve-scaling": ("run_pass", halve_scaling)}
+
+
+def start(drill: str) -> None:
+    name, fault = DRILLS[drill]
+    setattr(workers.unit, name, functools.wraps(getattr(workers.unit, name))(fault))
+
+
+if __name__ == "__main__":
+    start(sys.argv.pop(1))
+    sys.exit(main())

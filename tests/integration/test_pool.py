@@ -1,0 +1,315 @@
+"""Workers as Ray actors: calls, progress beside work, deaths and replacements.
+
+The worker here is a plain class with the methods of `MergeWorker` that sleeps instead of merging, so that a test can
+say when it dies. Ray is real: a local one, as `mergefleet run` starts it.
+"""
+
+import os
+import re
+import signal
+import socket
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.fleet import Fleet
+from cluster.metrics import FleetMetrics
+from cluster.pool import WorkerPool
+from cluster.replies import CallFailed, ProgressSeen, PublishFinished, UnitFinished, WorkerLost
+from cluster.session import close_session, open_session
+from cluster.settings import Settings
+from jobs.errors import FailureClass, WorkerLostError
+from jobs.request import MergeRequest
+from jobs.states import JobState
+from workers.outcomes import Failure, JobOutcome, Progress, PublishOutcome, UnitOutcome, Usage
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("session")]
+
+FLEET = Fleet(num_workers=2, device="cpu", num_threads=3)
+
+
+class SleepingWorker:
+    """Takes as long as it is told; says its pid in its progress."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.cancelled = frozenset()
+        self.unit = ""
+
+    def run_unit(self, name, requests):
+        self.unit = name
+        self.cancelled = frozenset()
+        for request in requests:
+            if request.labels.get("raise"):
+                raise ValueError(request.labels["raise"])
+        seconds = float(requests[0].labels.get("seconds", "0"))
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self.cancelled:
+            time.sleep(0.02)
+        return UnitOutcome(
+            jobs=tuple(self._outcome(request) for request in requests),
+            usage=Usage(bytes_read=100, bytes_written=200, seconds={"merge": seconds + 0.5}),
+            residents=(requests[0].pass_key(),),
+        )
+
+    def _outcome(self, request):
+        if request.id in self.cancelled:
+            failure = Failure(failure_class=FailureClass.CANCELLED, retryable=False, message="cancelled")
+            return JobOutcome(job_id=request.id, failure=failure)
+        return JobOutcome(job_id=request.id, merge_key="a" * 64)
+
+    def publish(self, job_id):
+        return PublishOutcome(job_id=job_id, bytes_uploaded=300, seconds=0.1)
+
+    def discard(self, job_id):
+        pass
+
+    def progress(self):
+        stages = {"pid": str(os.getpid()), "threads": os.environ["OMP_NUM_THREADS"]}
+        return Progress(unit=self.unit, stages=stages, bytes_done=1, bytes_total=2)
+
+    def cancel(self, job_ids):
+        self.cancelled |= job_ids
+
+    def residents(self):
+        return ()
+
+    def close(self):
+        Path(self.directory, f"closed-{os.getpid()}").touch()
+
+
+class BrokenWorker(SleepingWorker):
+    """Never starts."""
+
+    def __init__(self, _directory):
+        raise OSError("no space left on device")
+
+
+def request(name="one", **labels):
+    return MergeRequest(id=name, base="/b", adapter=f"/a/{name}", destination=f"/r/{name}", labels=labels)
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("HOME", str(home))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        patch.delenv(name, raising=False)
+    with tempfile.TemporaryDirectory(prefix="mf-", ignore_cleanup_errors=True) as short:
+        settings = Settings(home=home, ray_directory=short)
+        yield open_session(settings, namespace="test", address=None, log_format="json")
+        close_session()
+    patch.undo()
+
+
+@pytest.fixture
+def make_pool(tmp_path):
+    pools = []
+
+    def make(worker_class=SleepingWorker, **options):
+        pools.append(WorkerPool(worker_class, (str(tmp_path),), FLEET, **{"ping_seconds": 0.1, **options}))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def until(pool, kind, *, seconds=30.0, num=1):
+    """Poll until `num` events of a kind have come; return all events on the way."""
+    events = []
+    end = time.monotonic() + seconds
+    while sum(isinstance(event, kind) for event in events) < num:
+        assert time.monotonic() < end, events
+        events += pool.poll(0.2)
+    return events
+
+
+def ready(pool, num=2):
+    end = time.monotonic() + 60
+    while sum(view.idle for view in pool.views()) < num:
+        assert time.monotonic() < end, pool.views()
+        pool.poll(0.2)
+
+
+def last(events, kind):
+    return [event for event in events if isinstance(event, kind)][-1]
+
+
+def test_a_unit_runs_and_is_published(make_pool):
+    pool = make_pool()
+    ready(pool)
+    pool.run_unit("merge-worker-1", "merge:b:1 adapter", (request(),))
+    assert [view.idle for view in pool.views()] == [True, False]
+    outcome = last(until(pool, UnitFinished), UnitFinished).outcome
+    assert outcome.jobs[0].job_id == "one"
+    assert pool.views()[1].residents == {request().pass_key()}
+    pool.publish("merge-worker-1", "one")
+    pool.discard("merge-worker-1", "one")
+    assert last(until(pool, PublishFinished), PublishFinished).outcome.job_id == "one"
+
+
+def test_progress_and_cancellation_reach_a_worker_at_work(make_pool):
+    pool = make_pool()
+    ready(pool)
+    pool.run_unit("merge-worker-0", "merge:b:1 adapter", (request(seconds="60"),))
+    while (progress := last(until(pool, ProgressSeen), ProgressSeen).progress).unit == "":
+        pass  # asked before the unit had begun
+    assert progress.unit == "merge:b:1 adapter"
+    assert progress.stages["threads"] == str(FLEET.num_threads)
+    pool.cancel("merge-worker-0", ["one"])
+    outcome = last(until(pool, UnitFinished), UnitFinished).outcome
+    assert outcome.jobs[0].failure.failure_class is FailureClass.CANCELLED
+
+
+def test_a_worker_that_is_killed_is_told_and_replaced_under_its_name(make_pool):
+    pool = make_pool()
+    ready(pool)
+    pool.run_unit("merge-worker-0", "merge:b:1 adapter", (request(seconds="60"),))
+    pid = int(last(until(pool, ProgressSeen), ProgressSeen).progress.stages["pid"])
+    os.kill(pid, signal.SIGKILL)
+    lost = last(until(pool, WorkerLost, seconds=5), WorkerLost)
+    assert lost.worker == "merge-worker-0"
+    assert "died" in lost.reason
+    ready(pool)
+    pool.run_unit("merge-worker-0", "merge:b:1 adapter", (request("two"),))
+    assert last(until(pool, UnitFinished), UnitFinished).worker == "merge-worker-0"
+
+
+def test_a_worker_that_dies_idle_is_replaced(make_pool):
+    pool = make_pool()
+    ready(pool)
+    pool.run_unit("merge-worker-0", "u", (request(seconds="0.5"),))
+    pid = int(last(until(pool, ProgressSeen), ProgressSeen).progress.stages["pid"])
+    until(pool, UnitFinished)
+    os.kill(pid, signal.SIGKILL)
+    until(pool, WorkerLost, seconds=5)
+    ready(pool)
+
+
+def test_a_worker_that_stops_answering_is_killed_and_replaced(make_pool):
+    pool = make_pool(unresponsive_seconds=1.0)
+    ready(pool)
+    pool.run_unit("merge-worker-0", "u", (request(seconds="60"),))
+    pid = int(last(until(pool, ProgressSeen), ProgressSeen).progress.stages["pid"])
+    os.kill(pid, signal.SIGSTOP)
+    lost = last(until(pool, WorkerLost, seconds=10), WorkerLost)
+    assert (lost.worker, lost.reason) == ("merge-worker-0", "no answer for 1 s")
+    ready(pool)
+
+
+def test_an_exception_out_of_a_worker_is_an_event(make_pool):
+    pool = make_pool()
+    ready(pool)
+    pool.run_unit("merge-worker-0", "u", (request(**{"raise": "what now"}),))
+    failed = last(until(pool, CallFailed), CallFailed)
+    assert (failed.call, failed.job_id, failed.message) == ("run_unit", None, "what now")
+    assert all(view.idle for view in pool.views())
+
+
+def test_workers_that_never_start_end_the_driver_with_the_reason(make_pool):
+    pool = make_pool(BrokenWorker)
+    with pytest.raises(WorkerLostError, match="no space left on device"):
+        ready(pool)
+
+
+def test_closing_lets_idle_workers_sweep(make_pool, tmp_path):
+    pool = make_pool()
+    ready(pool)
+    pool.close()
+    assert len(list(tmp_path.glob("closed-*"))) == FLEET.num_workers
+
+
+def test_every_metric_is_on_the_prometheus_endpoint(session):
+    metrics = FleetMetrics()
+    metrics.observe(jobs={JobState.QUEUED: 3}, num_waiting=2, num_in_flight=1, residents={"merge-worker-0": 1})
+    passed = JobOutcome(job_id="one", merge_key="a" * 64)
+    failed = JobOutcome(
+        job_id="two",
+        failure=Failure(failure_class=FailureClass.PARITY_FAILED, retryable=False, message="no"),
+    )
+    usage = Usage(bytes_read=100, bytes_written=200, bytes_uploaded=50, seconds={"merge": 1.5})
+    metrics.unit_finished(UnitOutcome(jobs=(passed, failed), usage=usage, residents=()))
+    metrics.publish_finished(PublishOutcome(job_id="one", bytes_uploaded=300, seconds=0.25))
+    metrics.settled("published")
+    metrics.worker_lost()
+    expected = {
+        ("ray_mergefleet_jobs", "QUEUED"): 3,
+        ("ray_mergefleet_jobs", "FAILED"): 0,
+        ("ray_mergefleet_queue_depth", ""): 2,
+        ("ray_mergefleet_units_in_flight", ""): 1,
+        ("ray_mergefleet_workers", ""): 1,
+        ("ray_mergefleet_resident_bases", "merge-worker-0"): 1,
+        ("ray_mergefleet_bytes_total", "read"): 100,
+        ("ray_mergefleet_bytes_total", "written"): 200,
+        ("ray_mergefleet_bytes_total", "uploaded"): 350,
+        ("ray_mergefleet_stage_seconds_total", "merge"): 1.5,
+        ("ray_mergefleet_stage_seconds_total", "publish"): 0.25,
+        ("ray_mergefleet_units_total", ""): 1,
+        ("ray_mergefleet_parity_total", "passed"): 1,
+        ("ray_mergefleet_parity_total", "failed"): 1,
+        ("ray_mergefleet_settled_total", "published"): 1,
+        ("ray_mergefleet_worker_deaths_total", ""): 1,
+    }
+    end = time.monotonic() + 60
+    while (found := scrape(session.metrics_urls[0])).keys() < expected.keys() or any(
+        found[key] != value for key, value in expected.items()
+    ):
+        assert time.monotonic() < end, {key: found.get(key) for key in expected}
+        time.sleep(1)
+
+
+def scrape(url):
+    """Return what the endpoint says of our metrics: (name, value of our one label) to figure."""
+    with urllib.request.urlopen(url, timeout=5) as response:
+        text = response.read().decode()
+    found = {}
+    for line in text.splitlines():
+        match = re.match(r"(ray_mergefleet_\w+)\{(.*)\} (\S+)$", line)
+        if match:
+            label = re.search(r'(?:state|worker|direction|stage|result|outcome)="([^"]*)"', match[2])
+            found[match[1], label[1] if label else ""] = float(match[3])
+    return found
+
+
+def test_a_local_ray_listens_on_this_machine_only_and_asks_for_its_token(session):
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"{session.dashboard_url}/api/version", timeout=5)
+    caught.value.close()
+    assert caught.value.code == 401
+    assert session.token_path.stat().st_mode & 0o777 == 0o600
+    token = session.token_path.read_text()
+    asked = urllib.request.Request(f"{session.dashboard_url}/api/version", headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(asked, timeout=5) as response:
+        assert response.status == 200
+    me = psutil.Process()
+    listening = [
+        connection.laddr.ip
+        for process in [me, *me.children(recursive=True)]
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN and connection.type == socket.SOCK_STREAM
+    ]
+    assert listening
+    assert set(listening) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+def test_the_dashboard_names_workers_and_units(make_pool, session):
+    from ray.util.state import list_actors, list_tasks
+
+    pool = make_pool()
+    ready(pool)
+    pool.run_unit("merge-worker-0", "merge:llama-3-8b:3 adapters", (request(),))
+    until(pool, UnitFinished)
+    alive = {actor.name for actor in list_actors(address=session.dashboard_url) if actor.state == "ALIVE"}
+    assert alive >= {"merge-worker-0", "merge-worker-1"}
+    end = time.monotonic() + 30
+    while "merge:llama-3-8b:3 adapters" not in {
+        task.name for task in list_tasks(address=session.dashboard_url, limit=1000)
+    }:
+        assert time.monotonic() < end
+        time.sleep(0.5)

@@ -1,0 +1,208 @@
+"""Merges for the tests: by the engine, and, for expected values, by PEFT and transformers over the whole model."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from jobs.locations import LocalPath
+from jobs.release import TensorCheck
+from jobs.request import MergeRequest
+from workers.arithmetic import CheckJob, check_arithmetic
+from workers.merge import PassJob, PassResult, run_pass
+from workers.model import quiet_transformers
+from workers.plan import BasePlan, MergePlan, plan_base, plan_merge
+from workers.quantized_base import QuantizedBase, QuantizedCache
+from workers.sources import fetch_adapter, fetch_base
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, repr=False)
+class Pass:
+    """A planned pass of the engine and where its outputs go."""
+
+    base: BasePlan
+    quantized: QuantizedBase | None
+    plans: tuple[MergePlan, ...]
+    directory: Path
+
+    def output(self, job_id: str) -> Path:
+        """Where the merged shards of a job are."""
+        return self.directory / job_id
+
+    def run(
+        self,
+        *,
+        num_threads: int = 2,
+        check: Callable[[str], None] = lambda _: None,
+        on_bytes: Callable[[int], None] = lambda _: None,
+        on_file: Callable[[str, Any], None] = lambda _, __: None,
+    ) -> PassResult:
+        """Run the pass."""
+        jobs = []
+        for plan in self.plans:
+            job_id = plan.request.id
+            self.output(job_id).mkdir(parents=True)
+            jobs.append(
+                PassJob(
+                    plan=plan,
+                    directory=self.output(job_id),
+                    on_file=lambda artifact, job_id=job_id: on_file(job_id, artifact),
+                    check=lambda job_id=job_id: check(job_id),
+                )
+            )
+        return run_pass(self.base, self.quantized, jobs, device=CPU, num_threads=num_threads, on_bytes=on_bytes)
+
+    def check(self, *, num_threads: int = 2) -> dict[str, tuple[TensorCheck, ...]]:
+        """Check the arithmetic of all outputs."""
+        jobs = [CheckJob(plan=plan, directory=self.output(plan.request.id), check=lambda: None) for plan in self.plans]
+        return check_arithmetic(self.base, self.quantized, jobs, num_threads=num_threads, on_bytes=lambda _: None)
+
+
+def plan_pass(base: Path, adapters: Mapping[str, Path], directory: Path, **fields: Any) -> Pass:
+    """Plan a pass from local directories, and quantize the base where it is wanted.
+
+    Args:
+        base: directory of the base.
+        adapters: directories by job id.
+        directory: where the outputs go, and the cache.
+        fields: of all requests; `base_quantization` is none unless it is given.
+    """
+    requests = [
+        MergeRequest(
+            id=job_id,
+            base=str(base),
+            adapter=str(adapter),
+            destination=str(directory / "releases" / job_id),
+            **{"base_quantization": "none"} | fields,
+        )
+        for job_id, adapter in adapters.items()
+    ]
+    cache = directory / "cache"
+    planned = plan_base(fetch_base(LocalPath(base), cache), requests[0])
+    plans = tuple(plan_merge(planned, request, fetch_adapter(request.adapter, cache)) for request in requests)
+    quantized = None
+    if planned.stored_in_4bit:
+        quantized = QuantizedBase(base, planned.layout, CPU)
+    elif planned.quantization is not None:
+        quantized = QuantizedCache(cache, CPU, 2).open(planned.quantization, lambda _: None)
+    return Pass(planned, quantized, plans, directory / "outputs")
+
+
+def merge(
+    base: Path, adapter: Path, directory: Path, *, num_threads: int = 2, **fields: Any
+) -> dict[str, torch.Tensor]:
+    """Merge one adapter by the engine, which has to succeed.
+
+    Returns:
+        The tensors of the merged shards, by name.
+    """
+    planned = plan_pass(base, {"job": adapter}, directory, **fields)
+    result = planned.run(num_threads=num_threads)
+    assert not result.errors, result.errors
+    return read_tensors(planned.output("job"))
+
+
+def merge_by_peft(
+    base: Path,
+    adapter: Path,
+    directory: Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    quantization: BitsAndBytesConfig | None = None,
+    dequantize: bool = False,
+    max_shard_size: str = "5GB",
+) -> dict[str, torch.Tensor]:
+    """Merge one adapter over the whole model, as anybody would: load, dequantize, merge_and_unload, save.
+
+    Args:
+        base: directory of the base.
+        adapter: directory of the adapter.
+        directory: the merged model is saved here.
+        dtype: as in `from_pretrained`.
+        quantization: how the base is loaded; None for its own weights.
+        dequantize: whether the base is stored in 4-bit.
+        max_shard_size: as in `save_pretrained`.
+
+    Returns:
+        The tensors of the saved files, by name.
+    """
+    how = {"quantization_config": quantization} if quantization is not None else {}
+    with quiet_transformers(), _one_torch_thread():
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map="cpu", local_files_only=True, **how)
+        if quantization is not None or dequantize:
+            model = _dequantize(model)
+        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        if dequantize:
+            # transformers 5.23 cannot undo how it read a 4-bit checkpoint, and refuses to save what it dequantized.
+            directory.mkdir(parents=True)
+            save_file(dict(merged.state_dict()), directory / "model.safetensors", metadata={"format": "pt"})
+        else:
+            merged.save_pretrained(directory, max_shard_size=max_shard_size)
+    return read_tensors(directory)
+
+
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """MKL adds up the products of a matrix of few rows in another order when it shares them among threads."""
+    num_before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_before)
+
+
+def _dequantize(model: PreTrainedModel) -> PreTrainedModel:
+    """Dequantize by transformers; weights with blocks over several rows by bitsandbytes' own code for any device.
+
+    The AVX-512 kernel of bitsandbytes 0.50.2 takes the scales of other blocks there.
+    """
+    weights = {name: module.weight for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    quantized = {name: (weight.data, weight.quant_state) for name, weight in weights.items()}
+    model = model.dequantize()
+    for name, (codes, state) in quantized.items():
+        if state.shape[1] % state.blocksize:
+            absmax = state.absmax
+            if state.nested:
+                absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
+            right = _dequantize_4bit_compute(
+                codes.reshape(-1), absmax, state.code, state.blocksize, state.shape, state.dtype
+            )
+            model.get_submodule(name).weight.data.copy_(right)
+    return model
+
+
+def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Read all tensors of the safetensors files of a directory."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def open_descriptors() -> set[str]:
+    """Return the descriptors this process has open."""
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
+def different(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return what is not bit for bit the same: names, dtypes, shapes and bytes."""
+    found = [f"{name}: only in one" for name in sorted(left.keys() ^ right.keys())]
+    for name in sorted(left.keys() & right.keys()):
+        one, other = left[name], right[name]
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            found.append(f"{name}: {one.dtype} {list(one.shape)}, {other.dtype} {list(other.shape)}")
+        elif not torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)):
+            num_bits = int((one != other).sum())
+            found.append(f"{name}: {num_bits} of {one.numel()} elements")
+    return found

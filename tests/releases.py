@@ -1,0 +1,73 @@
+"""Small releases: files of random bytes, and a manifest that is true to them."""
+
+import hashlib
+import random
+from pathlib import Path
+
+from jobs.locations import LocalPath
+from jobs.release import Artifact, Manifest, ParitySummary
+from jobs.request import BaseQuantization
+from workers.sinks import Staging
+
+SHARD = "model-00001-of-00002.safetensors"
+SHARD_BYTES = (5 << 20) + 12_345
+"""More than the smallest part that S3 knows."""
+
+
+def make_files(seed: int = 0) -> dict[str, bytes]:
+    """Return the files of a release, by name: two shards of which one is large, and sidecars."""
+    rng = random.Random(seed)
+    return {
+        SHARD: rng.randbytes(SHARD_BYTES),
+        "model-00002-of-00002.safetensors": rng.randbytes(70_000),
+        "config.json": b'{"seed": %d}\n' % seed,
+        "tokenizer.json": b"{}\n" * 100,
+        "templates/tool.jinja": b"{{ messages }}\n",
+        "empty.txt": b"",
+    }
+
+
+def make_manifest(files: dict[str, bytes], *, merge_key: str = "a" * 64, request_id: str = "job-1") -> Manifest:
+    """Return the manifest of some files."""
+    return Manifest(
+        merge_key=merge_key,
+        request_id=request_id,
+        base=LocalPath(Path("/bases/b")),
+        base_digest="b" * 64,
+        adapter=LocalPath(Path("/adapters/a")),
+        adapter_digest="c" * 64,
+        base_quantization=BaseQuantization.NONE,
+        quantization_options=None,
+        dtype=None,
+        parity=ParitySummary(
+            level="arithmetic",
+            num_tensors=2,
+            num_changed_tensors=1,
+            rounding_excess=0.5,
+            min_survival=None,
+            mean_kl=None,
+            top1_agreement=None,
+        ),
+        files=tuple(
+            Artifact(path=name, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+            for name, data in sorted(files.items())
+        ),
+        versions={"torch": "2.13.0"},
+    )
+
+
+def write_files(directory: Path, files: dict[str, bytes]) -> None:
+    """Write files below a directory."""
+    for name, data in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def fill(staging: Staging, files: dict[str, bytes], merge_key: str = "a" * 64) -> Manifest:
+    """Write and put all files of a release; its manifest is what is left to publish."""
+    write_files(staging.directory, files)
+    manifest = make_manifest(files, merge_key=merge_key)
+    for artifact in manifest.files:
+        staging.put(artifact)
+    return manifest

@@ -1,0 +1,492 @@
+"""The driver against a real store, with a pool that answers what the test says instead of running anything.
+
+What Ray does is in tests/integration/test_driver.py.
+"""
+
+import random
+import time
+
+import pytest
+
+from cluster.driver import Driver
+from cluster.events import JobSettled, WorkerReplaced
+from cluster.replies import CallFailed, ProgressSeen, PublishFinished, UnitFinished, WorkerLost
+from cluster.scheduler import WorkerView
+from cluster.settings import Settings
+from jobs.errors import FailureClass, TransientIOError
+from jobs.locations import parse_location
+from jobs.release import Artifact, Manifest, ParitySummary, Release
+from jobs.request import MergeRequest
+from jobs.states import JobState
+from jobs.store import JobStore
+from workers.outcomes import Failure, JobOutcome, Progress, PublishOutcome, UnitOutcome, Usage
+
+NOTHING_USED = Usage(bytes_read=0, bytes_written=0, bytes_uploaded=0, seconds={})
+
+
+def request(name, base="/bases/a", **fields):
+    return MergeRequest(id=name, base=base, adapter=f"/adapters/{name}", destination=f"/releases/{name}", **fields)
+
+
+def release(name, *, created=True):
+    manifest = Manifest(
+        merge_key="a" * 64,
+        request_id=name,
+        base=parse_location("/bases/a"),
+        base_digest="b" * 64,
+        adapter=parse_location(f"/adapters/{name}"),
+        adapter_digest="c" * 64,
+        base_quantization="none",
+        quantization_options=None,
+        dtype=None,
+        parity=ParitySummary(
+            level="arithmetic",
+            num_tensors=1,
+            num_changed_tensors=1,
+            rounding_excess=0.5,
+            min_survival=1.0,
+            mean_kl=None,
+            top1_agreement=None,
+        ),
+        files=(Artifact(path="model.safetensors", num_bytes=1, sha256="d" * 64),),
+        versions={},
+    )
+    return Release(location=f"/releases/{name}", manifest=manifest, manifest_sha256="e" * 64, created=created)
+
+
+class ScriptedPool:
+    """Stands for the Ray actors: keeps what it is told, and returns from `poll` what the test put in."""
+
+    def __init__(self, num_workers=1):
+        self.names = [f"merge-worker-{n}" for n in range(num_workers)]
+        self.busy = {}  # worker -> ids of the unit it is at
+        self.units = []
+        self.events = []
+        self.published = []
+        self.discarded = []
+        self.cancelled = []
+        self.on_poll = lambda: None
+
+    def views(self):
+        return tuple(WorkerView(name=n, idle=n not in self.busy, residents=frozenset()) for n in self.names)
+
+    def run_unit(self, worker, name, requests):
+        assert worker not in self.busy
+        self.busy[worker] = [each.id for each in requests]
+        self.units.append((worker, name, tuple(each.id for each in requests)))
+
+    def publish(self, worker, job_id):
+        self.published.append((worker, job_id))
+
+    def discard(self, worker, job_id):
+        self.discarded.append((worker, job_id))
+
+    def cancel(self, worker, job_ids):
+        self.cancelled.append((worker, tuple(job_ids)))
+
+    def poll(self, _timeout_seconds):
+        self.on_poll()
+        events, self.events = self.events, []
+        for event in events:
+            if isinstance(event, UnitFinished | CallFailed | WorkerLost):
+                self.busy.pop(event.worker, None)
+        return tuple(events)
+
+    def finish(self, worker, *outcomes):
+        outcome = UnitOutcome(jobs=tuple(outcomes), usage=NOTHING_USED, residents=())
+        self.events.append(UnitFinished(worker=worker, outcome=outcome))
+
+    def finish_publish(self, worker, name, failure=None):
+        outcome = PublishOutcome(
+            job_id=name,
+            failure=failure,
+            release=None if failure else release(name),
+            bytes_uploaded=0,
+            seconds=0.0,
+        )
+        self.events.append(PublishFinished(worker=worker, outcome=outcome))
+
+    def lose(self, worker):
+        self.events.append(WorkerLost(worker=worker, reason="killed by signal 9"))
+
+
+def staged(name):
+    return JobOutcome(job_id=name, merge_key="a" * 64, failure=None, release=None, parity=None, report_path=None)
+
+
+def failed(name, failure_class, *, retryable=False):
+    failure = Failure(failure_class=failure_class, retryable=retryable, message=f"{failure_class} it is")
+    return JobOutcome(job_id=name, merge_key=None, failure=failure, release=None, parity=None, report_path=None)
+
+
+class SilentMetrics:
+    """Takes every figure; the real ones need a Ray session and are scraped in the integration tests."""
+
+    def __getattr__(self, name):
+        return lambda *_args, **_kwargs: None
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Fixture:
+    def __init__(self, path, num_workers=1, **settings):
+        self.store = JobStore(f"sqlite:///{path}/jobs.db")
+        self.pool = ScriptedPool(num_workers)
+        self.events = []
+        self.clock = Clock()
+        self.sleeps = []
+        self.driver = Driver(
+            self.store,
+            self.pool,
+            Settings(poll_seconds=0.01, retry_delay_seconds=0.0, **settings),
+            SilentMetrics(),
+            owner="driver-a",
+            listener=self.events.append,
+            clock=self.clock,
+            sleep=self.sleeps.append,
+            rng=random.Random(0),
+        )
+
+    def submit(self, *requests):
+        self.store.submit(requests)
+
+    def job(self, name):
+        return self.store.jobs(ids=[name])[0]
+
+    def states(self):
+        return {record.id: record.state for record in self.store.jobs()}
+
+    def history(self, name):
+        return [event.state for event in self.store.events(name)]
+
+    def step(self, times=1):
+        for _ in range(times):
+            self.driver.step()
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    made = []
+
+    def make(num_workers=1, **settings):
+        made.append(Fixture(tmp_path, num_workers, **settings))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.store.close()
+
+
+def test_a_batch_goes_from_queue_to_release(fleet):
+    it = fleet()
+    it.submit(request("one"), request("two"))
+    it.step()
+    assert it.pool.units == [("merge-worker-0", "merge:a:2 adapters", ("one", "two"))]
+    it.pool.finish("merge-worker-0", staged("one"), staged("two"))
+    it.step()
+    assert it.pool.published == [("merge-worker-0", "one"), ("merge-worker-0", "two")]
+    assert it.states() == {"one": JobState.PUBLISHING, "two": JobState.PUBLISHING}
+    it.pool.finish_publish("merge-worker-0", "one")
+    it.pool.finish_publish("merge-worker-0", "two")
+    it.step()
+    assert it.states() == {"one": JobState.PUBLISHED, "two": JobState.PUBLISHED}
+    assert it.history("one") == [
+        JobState.QUEUED,
+        JobState.LEASED,
+        JobState.PLANNING,
+        JobState.MERGING,
+        JobState.VERIFYING,
+        JobState.PUBLISHING,
+        JobState.PUBLISHED,
+    ]
+    assert it.pool.discarded == [("merge-worker-0", "one"), ("merge-worker-0", "two")]
+    assert it.driver.summary().published == 2
+
+
+def test_a_job_that_fails_fails_alone(fleet):
+    it = fleet()
+    it.submit(request("good"), request("bad"), request("slow"))
+    it.step()
+    it.pool.finish(
+        "merge-worker-0",
+        staged("good"),
+        failed("bad", FailureClass.PARITY_FAILED),
+        failed("slow", FailureClass.TRANSIENT_IO, retryable=True),
+    )
+    it.step()
+    assert it.states() == {"good": JobState.PUBLISHING, "bad": JobState.FAILED, "slow": JobState.RETRY_WAIT}
+    assert it.job("bad").failure_class is FailureClass.PARITY_FAILED
+    assert it.job("bad").failure_message == "parity_failed it is"
+    assert it.driver.summary().failures == {FailureClass.PARITY_FAILED: 1}
+
+
+def test_a_release_that_is_there_already_is_settled_and_nothing_published(fleet):
+    it = fleet()
+    it.submit(request("one"))
+    it.step()
+    there = JobOutcome(
+        job_id="one",
+        merge_key="a" * 64,
+        failure=None,
+        release=release("one", created=False),
+        parity=None,
+        report_path=None,
+    )
+    it.pool.finish("merge-worker-0", there)
+    it.step()
+    assert it.states() == {"one": JobState.PUBLISHED}
+    assert it.pool.published == []
+    assert (it.driver.summary().published, it.driver.summary().unchanged) == (0, 1)
+
+
+def test_publishing_that_fails_is_decided_like_any_failure(fleet):
+    it = fleet()
+    it.submit(request("one"))
+    it.step()
+    it.pool.finish("merge-worker-0", staged("one"))
+    it.step()
+    failure = Failure(failure_class=FailureClass.AUTH, retryable=False, message="no credentials")
+    it.pool.finish_publish("merge-worker-0", "one", failure)
+    it.step()
+    assert it.job("one").state is JobState.FAILED
+    assert it.pool.discarded == [("merge-worker-0", "one")]
+
+
+def test_progress_is_shared_out_and_moves_jobs_through_every_state_between(fleet):
+    it = fleet()
+    it.submit(request("one"), request("two"))
+    it.step()
+    stages = {"one": "merge", "two": "failed"}
+    seen = Progress(unit="u", stages=stages, bytes_done=100, bytes_total=1000)
+    it.pool.events.append(ProgressSeen(worker="merge-worker-0", progress=seen))
+    it.step()
+    assert it.history("one")[1:] == [JobState.LEASED, JobState.PLANNING, JobState.MERGING]
+    assert (it.job("one").stage, it.job("one").bytes_done, it.job("one").bytes_total) == ("merge", 50, 500)
+    assert it.job("two").state is JobState.LEASED
+
+
+def test_a_lost_worker_costs_each_of_its_jobs_one_loss(fleet):
+    it = fleet()
+    it.submit(request("one"), request("two"))
+    it.step()
+    it.pool.lose("merge-worker-0")
+    it.step()
+    assert it.states() == {"one": JobState.RETRY_WAIT, "two": JobState.RETRY_WAIT}
+    assert [it.job(name).worker_losses for name in ("one", "two")] == [1, 1]
+    assert [event.reason for event in it.events if isinstance(event, WorkerReplaced)] == ["killed by signal 9"]
+
+
+def test_a_job_that_has_cost_two_workers_runs_alone_and_is_quarantined_with_the_third(fleet):
+    it = fleet()
+    it.submit(request("one"), request("two"))
+    for _ in range(2):
+        it.step()
+        assert it.pool.units.pop()[2] == ("one", "two")
+        it.pool.lose("merge-worker-0")
+        it.step()
+    it.step()
+    assert it.pool.units.pop()[2] == ("one",)
+    it.pool.lose("merge-worker-0")
+    it.step(2)
+    assert it.states() == {"one": JobState.QUARANTINED, "two": JobState.LEASED}
+    assert it.pool.units.pop()[2] == ("two",)
+    assert "killed by signal 9" in it.job("one").failure_message
+
+
+def test_an_exception_out_of_a_worker_fails_the_unit_as_a_fault(fleet):
+    it = fleet()
+    it.submit(request("one"))
+    it.step()
+    it.pool.events.append(CallFailed(worker="merge-worker-0", call="run_unit", job_id=None, message="boom"))
+    it.step()
+    assert it.job("one").failure_class is FailureClass.INTERNAL
+    assert "boom" in it.job("one").failure_message
+
+
+def test_a_job_without_an_outcome_fails_as_a_fault(fleet):
+    it = fleet()
+    it.submit(request("one"), request("two"))
+    it.step()
+    it.pool.finish("merge-worker-0", staged("one"))
+    it.step()
+    assert it.states() == {"one": JobState.PUBLISHING, "two": JobState.FAILED}
+
+
+def test_a_job_cancelled_while_it_waits_for_a_worker_never_runs(fleet):
+    it = fleet()
+    it.submit(request("one"), request("two", base="/bases/b"))
+    it.step()
+    it.store.cancel(["two"])
+    it.step()
+    assert it.states() == {"one": JobState.LEASED, "two": JobState.CANCELLED}
+
+
+def test_a_job_cancelled_while_it_runs_is_told_to_stop_and_ends_cancelled(fleet):
+    it = fleet()
+    it.submit(request("one"), request("two"))
+    it.step()
+    it.store.cancel(["two"])
+    it.step(2)
+    assert set(it.pool.cancelled) == {("merge-worker-0", ("two",))}
+    it.pool.finish("merge-worker-0", staged("one"), failed("two", FailureClass.CANCELLED))
+    it.step()
+    assert it.states() == {"one": JobState.PUBLISHING, "two": JobState.CANCELLED}
+
+
+def test_a_job_cancelled_after_its_last_tensor_is_not_published(fleet):
+    it = fleet()
+    it.submit(request("one"))
+    it.step()
+    it.pool.finish("merge-worker-0", staged("one"))
+    it.pool.on_poll = lambda: it.store.cancel(["one"])
+    it.step()
+    assert it.job("one").state is JobState.CANCELLED
+    assert it.pool.published == []
+    assert it.pool.discarded == [("merge-worker-0", "one")]
+
+
+def test_leases_are_extended_every_third_of_their_length(fleet):
+    it = fleet(lease_seconds=30.0)
+    it.submit(request("one"))
+    it.step()
+    first = it.job("one").lease_expires_at
+    it.clock.now = 9.0
+    it.step()
+    assert it.job("one").lease_expires_at == first
+    it.clock.now = 11.0
+    it.step()
+    assert it.job("one").lease_expires_at > first
+
+
+def test_a_job_whose_lease_was_lost_is_stopped_and_nothing_is_written_for_it(fleet):
+    it = fleet(lease_seconds=1.0)
+    it.submit(request("one"))
+    it.step()
+    time.sleep(1.1)
+    assert [lease.job_id for lease in it.store.claim("driver-b", 8, 60)] == ["one"]
+    it.clock.now = 5.0
+    it.step()
+    assert it.pool.cancelled == [("merge-worker-0", ("one",))]
+    it.pool.finish("merge-worker-0", staged("one"))
+    it.step()
+    assert it.pool.published == []
+    assert it.pool.discarded == [("merge-worker-0", "one")]
+    assert (it.job("one").owner, it.job("one").state) == ("driver-b", JobState.LEASED)
+
+
+def test_the_fence_keeps_a_driver_without_a_lease_from_publishing(fleet):
+    """The lease runs out between two extensions, and the unit ends before the driver knows."""
+    it = fleet(lease_seconds=1.0)
+    it.submit(request("one"))
+    it.step()
+    time.sleep(1.1)
+    it.pool.finish("merge-worker-0", staged("one"))
+    it.step()
+    assert it.pool.published == []
+    assert it.pool.discarded == [("merge-worker-0", "one")]
+
+
+def test_a_driver_that_claims_its_own_lost_job_stops_the_run_that_lost_it(fleet):
+    it = fleet(num_workers=2, lease_seconds=1.0)
+    it.submit(request("one"))
+    it.step()
+    time.sleep(1.1)
+    it.step()
+    assert it.pool.cancelled == [("merge-worker-0", ("one",))]
+    assert [unit[0] for unit in it.pool.units] == ["merge-worker-0", "merge-worker-1"]
+    it.pool.finish("merge-worker-0", staged("one"))
+    it.step()
+    assert it.pool.published == []
+    it.pool.finish("merge-worker-1", staged("one"))
+    it.step()
+    assert it.pool.published == [("merge-worker-1", "one")]
+
+
+def test_stopping_gives_everything_back_and_counts_no_attempt(fleet):
+    it = fleet()
+    it.submit(request("one"), request("two", base="/bases/b"))
+    it.step()
+    it.driver.stop()
+    it.pool.on_poll = lambda: it.pool.busy and it.pool.finish("merge-worker-0", failed("one", FailureClass.CANCELLED))
+    it.driver.run(drain=False)
+    assert it.pool.cancelled == [("merge-worker-0", ("one",))]
+    assert it.states() == {"one": JobState.QUEUED, "two": JobState.QUEUED}
+    assert [it.job(name).attempts for name in ("one", "two")] == [0, 0]
+
+
+def test_what_is_staged_when_the_driver_stops_is_still_published(fleet):
+    it = fleet()
+    it.submit(request("one"))
+    it.step()
+    it.pool.finish("merge-worker-0", staged("one"))
+    it.step()
+    it.driver.stop()
+    it.pool.finish_publish("merge-worker-0", "one")
+    it.driver.run(drain=False)
+    assert it.job("one").state is JobState.PUBLISHED
+
+
+def test_a_driver_claims_what_its_workers_can_soon_take_and_leaves_the_rest(fleet):
+    it = fleet(num_workers=2, max_jobs_per_pass=2)
+    it.submit(*(request(f"job-{n}") for n in range(9)))
+    it.step(3)
+    assert [len(ids) for _, _, ids in it.pool.units] == [2, 2]
+    assert it.store.counts()[JobState.QUEUED] == 5
+
+
+def test_draining_ends_when_nothing_is_left(fleet):
+    it = fleet()
+    assert it.driver.run(drain=True).published == 0
+
+
+def test_draining_waits_for_jobs_of_other_drivers(fleet):
+    it = fleet()
+    it.submit(request("one"))
+    [lease] = it.store.claim("driver-b", 1, 60)
+    rounds = []
+
+    def end_after_three():
+        rounds.append(1)
+        if len(rounds) == 3:
+            it.store.settle("one", lease.token, release("one"), None)
+
+    it.pool.on_poll = end_after_three
+    it.driver.run(drain=True)
+    assert len(rounds) == 3
+
+
+def test_an_answer_is_not_lost_while_the_store_does_not_answer(fleet, monkeypatch):
+    it = fleet()
+    it.submit(request("one"), request("two"))
+    it.step()
+    it.pool.finish("merge-worker-0", staged("one"), failed("two", FailureClass.BAD_INPUT))
+    advance = it.store.advance
+    faults = iter([TransientIOError("store: locked")])
+
+    def advance_or_fail(*args, **kwargs):
+        for fault in faults:
+            raise fault
+        advance(*args, **kwargs)
+
+    monkeypatch.setattr(it.store, "advance", advance_or_fail)
+    it.pool.on_poll = lambda: it.pool.published and it.pool.finish_publish("merge-worker-0", "one")
+    it.driver.run(drain=True)
+    assert it.sleeps == [0.01]
+    assert it.states() == {"one": JobState.PUBLISHED, "two": JobState.FAILED}
+    assert it.pool.published == [("merge-worker-0", "one")]
+
+
+def test_events_tell_what_became_of_each_job(fleet):
+    it = fleet()
+    it.submit(request("one"))
+    it.step()
+    it.pool.finish("merge-worker-0", failed("one", FailureClass.NOT_FOUND))
+    it.step()
+    [event] = [event for event in it.events if isinstance(event, JobSettled)]
+    assert (event.job_id, event.state, event.failure_class) == ("one", JobState.FAILED, FailureClass.NOT_FOUND)

@@ -1,0 +1,164 @@
+import pytest
+
+from jobs.errors import BadInputError, CancelledError, FailureClass, InternalError, NotFoundError
+from jobs.states import ACTIVE_STATES, CLAIMABLE_STATES, Decision, JobState
+
+STAGES = (JobState.PLANNING, JobState.MERGING, JobState.VERIFYING, JobState.PUBLISHING)
+GIVE_UP = Decision(state=JobState.FAILED)
+RETRY_NOW = Decision(state=JobState.RETRY_WAIT)
+
+
+class TestAttempt:
+    def test_all_the_way(self, store, driver, make_request, make_release):
+        store.submit([make_request("a")])
+        token = driver.claim("a").token
+        for stage in STAGES:
+            key = "f" * 64 if stage is JobState.MERGING else None
+            store.advance("a", token, stage, merge_key=key, detail={"worker": "merge-worker-0"})
+        assert driver.record("a").merge_key == "f" * 64
+        assert store.events("a")[-1].detail == {"worker": "merge-worker-0"}
+        store.settle("a", token, make_release("a"), "/reports/a.html")
+        job = driver.record("a")
+        assert job.state is JobState.PUBLISHED
+        assert job.release == make_release("a")
+        assert job.report_path == "/reports/a.html"
+        assert job.merge_key == make_release("a").manifest.merge_key
+        assert (job.owner, job.lease_expires_at) == (None, None)
+        assert driver.states("a") == [JobState.QUEUED, JobState.LEASED, *STAGES, JobState.PUBLISHED]
+        assert [event.sequence for event in store.events("a")] == list(range(1, 8))
+        assert store.retry(["a"]) == store.cancel(["a"]) == ()
+
+    def test_steps_cannot_be_skipped(self, store, driver, make_request):
+        store.submit([make_request("a")])
+        token = driver.claim("a").token
+        for state in set(JobState) - {JobState.PLANNING}:
+            with pytest.raises(InternalError, match=f"job 'a'.*{state}"):
+                store.advance("a", token, state)
+        assert driver.record("a").state is JobState.LEASED
+
+    def test_failing_and_waiting(self, store, driver, make_request):
+        store.submit([make_request("a")])
+        token = driver.claim("a").token
+        later = Decision(state=JobState.RETRY_WAIT, delay_seconds=100)
+        store.fail("a", token, FailureClass.WORKER_LOST, "died", later, worker_lost=True, report_path="/r")
+        job = driver.record("a")
+        assert job.state is JobState.RETRY_WAIT
+        assert (job.failure_class, job.failure_message, job.report_path) == (FailureClass.WORKER_LOST, "died", "/r")
+        assert (job.attempts, job.worker_losses, job.owner) == (1, 1, None)
+        assert 90 < store.seconds_until_due() <= 100
+        assert store.claim("driver", 1, 60) == ()
+        assert store.retry(["a"]) == ("a",)
+        lease = driver.claim("a")
+        assert (lease.attempts, lease.worker_losses, lease.token) == (1, 0, 2)
+        store.fail("a", lease.token, FailureClass.TRANSIENT_IO, "again", RETRY_NOW)
+        lease = driver.claim("a")
+        assert lease.attempts == 2
+        assert driver.record("a").not_before is None
+
+    def test_a_failure_is_forgotten_by_the_record_but_not_by_the_log(self, store, driver, make_request, make_release):
+        store.submit([make_request("a")])
+        store.fail("a", driver.claim("a").token, FailureClass.AUTH, "no key", RETRY_NOW)
+        assert driver.record("a").failure_class is FailureClass.AUTH
+        store.settle("a", driver.claim("a").token, make_release("a"), None)
+        assert driver.record("a").failure_class is None
+        (failed,) = (event for event in store.events("a") if "failure" in event.detail)
+        assert failed.detail["message"] == "no key"
+
+    @pytest.mark.parametrize("state", [JobState.QUEUED, JobState.PUBLISHED, JobState.MERGING, JobState.CANCELLING])
+    def test_only_some_states_follow_from_failure(self, store, driver, make_request, state):
+        store.submit([make_request("a")])
+        with pytest.raises(InternalError, match=str(state)):
+            store.fail("a", driver.claim("a").token, FailureClass.INTERNAL, "x", Decision(state=state))
+
+    def test_nothing_is_cancelled_that_nobody_cancelled(self, store, driver, make_request):
+        store.submit([make_request("a")])
+        with pytest.raises(InternalError, match="no way leads from LEASED to CANCELLED"):
+            store.fail("a", driver.claim("a").token, FailureClass.CANCELLED, "x", Decision(state=JobState.CANCELLED))
+
+    def test_letting_go_costs_no_attempt(self, store, driver, make_request):
+        store.submit([make_request("a")])
+        store.let_go("a", driver.claim("a").token, "no worker is large enough")
+        job = driver.record("a")
+        assert (job.state, job.attempts, job.owner) == (JobState.QUEUED, 0, None)
+        assert store.events("a")[-1].detail == {"reason": "no worker is large enough"}
+        assert driver.claim("a").token == 2
+
+    def test_messages_may_hold_any_bytes(self, store, driver, make_request):
+        store.submit([make_request("a")])
+        store.fail("a", driver.claim("a").token, FailureClass.INTERNAL, "file '\udcff\0é'", GIVE_UP)
+        assert driver.record("a").failure_message == "file '\\udcff\\x00é'"
+
+
+class TestCancelAndRetry:
+    @pytest.mark.parametrize("state", sorted(CLAIMABLE_STATES))
+    def test_waiting_jobs_are_cancelled_at_once(self, store, driver, make_request, state):
+        store.submit([make_request("a")])
+        driver.lead_to("a", state)
+        assert store.cancel(["a"]) == ("a",)
+        assert driver.record("a").state is JobState.CANCELLED
+        assert store.claim("driver", 1, 60) == ()
+        assert store.cancel(["a"]) == ()
+
+    @pytest.mark.parametrize("state", sorted(ACTIVE_STATES - {JobState.CANCELLING}))
+    def test_jobs_at_work_are_stopped_by_their_driver(self, store, driver, make_request, state):
+        store.submit([make_request("a"), make_request("b")])
+        token = driver.lead_to("a", state)
+        assert store.cancelling({"a": token}) == frozenset()
+        assert store.cancel(["a"]) == ("a",)
+        assert store.cancel(["a"]) == ()
+        assert store.cancelling({"a": token, "b": 0}) == {"a"}
+        assert store.cancelling({"a": token + 1}) == frozenset()
+        with pytest.raises(CancelledError, match="job 'a'"):
+            store.advance("a", token, JobState.PUBLISHING)
+        assert store.extend({"a": token}, 60) == frozenset()
+        store.report_progress("a", token, stage="merge", bytes_done=1, bytes_total=2)
+
+    def test_jobs_of_lost_drivers_are_cancelled_at_once(self, store, driver, make_request):
+        store.submit([make_request("a")])
+        driver.lead_to("a", JobState.MERGING)
+        driver.expire("a")
+        assert store.cancel(["a"]) == ("a",)
+        assert driver.states("a")[-2:] == [JobState.CANCELLING, JobState.CANCELLED]
+
+    @pytest.mark.parametrize(
+        "decided", [JobState.RETRY_WAIT, JobState.FAILED, JobState.QUARANTINED, JobState.CANCELLED]
+    )
+    def test_however_a_cancelled_attempt_fails_the_job_is_cancelled(self, store, driver, make_request, decided):
+        store.submit([make_request("a")])
+        token = driver.lead_to("a", JobState.CANCELLING)
+        store.fail("a", token, FailureClass.CANCELLED, "stopped", Decision(state=decided, delay_seconds=5))
+        job = driver.record("a")
+        assert (job.state, job.not_before, job.failure_message) == (JobState.CANCELLED, None, "stopped")
+
+    def test_a_release_that_is_visible_is_published_all_the_same(self, store, driver, make_request, make_release):
+        store.submit([make_request("a")])
+        token = driver.lead_to("a", JobState.PUBLISHING)
+        store.cancel(["a"])
+        store.settle("a", token, make_release("a"), None)
+        assert driver.record("a").state is JobState.PUBLISHED
+
+    @pytest.mark.parametrize("state", [JobState.FAILED, JobState.QUARANTINED, JobState.CANCELLED, JobState.RETRY_WAIT])
+    def test_retry_starts_anew_with_a_higher_token(self, store, driver, make_request, state):
+        store.submit([make_request("a")])
+        token = driver.lead_to("a", state)
+        assert store.retry(["a"]) == ("a",)
+        job = driver.record("a")
+        assert (job.state, job.attempts, job.worker_losses, job.failure_class) == (JobState.QUEUED, 0, 0, None)
+        assert store.retry(["a"]) == ()
+        assert driver.claim("a").token == token + 1
+
+    def test_two_retries_for_one_destination_conflict(self, store, driver, make_request):
+        for name in ("a", "b"):
+            store.submit([make_request(name, destination="/releases/x")])
+            driver.lead_to(name, JobState.FAILED)
+        with pytest.raises(BadInputError, match=r"job 'b'.*belongs to job 'a'"):
+            store.retry(["a", "b"])
+        assert store.counts()[JobState.FAILED] == 2
+
+    @pytest.mark.parametrize("verb", ["cancel", "retry"])
+    def test_unknown_ids_are_all_named_and_nothing_changes(self, store, driver, make_request, verb):
+        store.submit([make_request("a")])
+        with pytest.raises(NotFoundError, match="no job x, y"):
+            getattr(store, verb)(["y", "a", "x"])
+        assert driver.record("a").state is JobState.QUEUED
+        assert getattr(store, verb)([]) == ()

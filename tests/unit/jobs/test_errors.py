@@ -1,0 +1,56 @@
+import pickle
+
+import pytest
+
+from jobs import errors
+from jobs.errors import FailureClass, InvalidValueError, MergefleetError
+from jobs.problems import ManifestError, Problem
+
+
+def all_errors(root=MergefleetError):
+    return [root, *(kind for child in root.__subclasses__() for kind in all_errors(child))]
+
+
+def an_error(kind):
+    if issubclass(kind, ManifestError):
+        return kind((Problem("batch.yaml", 3, "base", "a path", "'ftp://x'"),))
+    if issubclass(kind, InvalidValueError):
+        return kind("a path", "'ftp://x'")
+    return kind("what was expected, what was found")
+
+
+@pytest.mark.parametrize("kind", all_errors())
+def test_every_error_survives_pickling_with_its_message(kind):
+    error = an_error(kind)
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is kind
+    assert str(again) == str(error)
+    assert again.args == error.args
+
+
+@pytest.mark.parametrize("kind", all_errors())
+def test_every_error_has_a_class_people_see(kind):
+    assert isinstance(kind.failure_class, FailureClass)
+    assert isinstance(kind.retryable, bool)
+
+
+def test_only_faults_that_may_go_away_are_retried():
+    retryable = {kind.__name__ for kind in all_errors() if kind.retryable}
+    assert retryable == {"TransientIOError", "NoCapacityError", "OutOfMemoryError", "WorkerLostError"}
+
+
+def test_every_failure_class_belongs_to_an_error():
+    assert {kind.failure_class for kind in all_errors()} == set(FailureClass)
+
+
+def test_a_manifest_error_keeps_its_problems():
+    again = pickle.loads(pickle.dumps(an_error(ManifestError)))
+    assert again.problems == (Problem("batch.yaml", 3, "base", "a path", "'ftp://x'"),)
+    assert str(again) == "batch.yaml:3: base: expected a path, found 'ftp://x'"
+
+
+def test_an_invalid_value_is_a_value_error_with_both_sides():
+    error = InvalidValueError("a path", "'ftp://x'")
+    assert isinstance(error, ValueError)
+    assert isinstance(error, errors.BadInputError)
+    assert str(error) == "expected a path, found 'ftp://x'"

@@ -1,0 +1,131 @@
+import time
+
+import pytest
+
+from jobs.errors import FailureClass, LeaseLostError, NotFoundError
+from jobs.states import ACTIVE_STATES, Decision, JobState
+
+GIVE_UP = Decision(state=JobState.FAILED)
+
+
+class TestClaim:
+    def test_by_priority_then_age(self, store, make_request):
+        store.submit(
+            [make_request("a"), make_request("b", priority=1), make_request("c"), make_request("d", priority=1)]
+        )
+        assert [lease.job_id for lease in store.claim("driver", 3, 60)] == ["b", "d", "a"]
+        assert [lease.job_id for lease in store.claim("driver", 3, 60)] == ["c"]
+        assert store.claim("driver", 3, 60) == ()
+        assert store.claim("driver", 0, 60) == ()
+
+    def test_a_lease_says_all_a_driver_needs(self, store, driver, make_request):
+        store.submit([make_request("a")])
+        lease = driver.claim("a", "driver-1", 60)
+        assert lease.request == make_request("a")
+        assert (lease.token, lease.attempts, lease.worker_losses) == (1, 1, 0)
+        job = driver.record("a")
+        assert (job.state, job.owner, job.token) == (JobState.LEASED, "driver-1", 1)
+        assert 50 < job.lease_expires_at - time.time() < 70
+        assert store.events("a")[-1].detail == {"owner": "driver-1", "token": 1, "attempt": 1}
+
+    @pytest.mark.parametrize("state", sorted(ACTIVE_STATES - {JobState.CANCELLING}))
+    def test_the_job_of_a_lost_driver_is_claimed_again(self, store, driver, make_request, state):
+        store.submit([make_request("a")])
+        token = driver.lead_to("a", state)
+        assert store.claim("other", 1, 60) == ()
+        driver.expire("a")
+        lease = driver.claim("a", "other")
+        assert (lease.token, lease.attempts) == (token + 1, 2)
+        *_, lost, leased = store.events("a")
+        assert (lost.state, leased.state) == (JobState.QUEUED, JobState.LEASED)
+        assert lost.detail == {"reason": "lease expired", "owner": "driver", "token": token, "state": state}
+
+    def test_a_cancelled_job_of_a_lost_driver_is_not(self, store, driver, make_request):
+        store.submit([make_request("a")])
+        driver.lead_to("a", JobState.CANCELLING)
+        driver.expire("a")
+        assert store.seconds_until_due() == 0
+        assert store.claim("other", 1, 60) == ()
+        assert driver.record("a").state is JobState.CANCELLED
+        assert driver.record("a").owner is None
+        assert store.seconds_until_due() is None
+
+    def test_a_lease_runs_out_by_the_clock(self, store, driver, make_request):
+        store.submit([make_request("a")])
+        lease = driver.claim("a", seconds=0.3)
+        wait = store.seconds_until_due()
+        assert 0 < wait <= 0.3
+        time.sleep(wait + 0.01)
+        assert store.seconds_until_due() == 0
+        with pytest.raises(LeaseLostError, match="expired"):
+            store.advance("a", lease.token, JobState.PLANNING)
+        assert driver.claim("a", "other").token == 2
+
+    def test_progress_starts_anew(self, store, driver, make_request):
+        store.submit([make_request("a")])
+        token = driver.claim("a").token
+        store.report_progress("a", token, stage="merge", bytes_done=5, bytes_total=9)
+        job = driver.record("a")
+        assert (job.stage, job.bytes_done, job.bytes_total) == ("merge", 5, 9)
+        store.let_go("a", token, "drain")
+        driver.claim("a")
+        job = driver.record("a")
+        assert (job.stage, job.bytes_done, job.bytes_total) == (None, 0, 0)
+        assert len(driver.states("a")) == 4
+
+
+class TestFencing:
+    @pytest.fixture
+    def writes(self, store, make_release):
+        return {
+            "advance": lambda token: store.advance("a", token, JobState.PLANNING),
+            "report_progress": lambda token: store.report_progress("a", token, stage="x", bytes_done=0, bytes_total=0),
+            "settle": lambda token: store.settle("a", token, make_release("a"), None),
+            "fail": lambda token: store.fail("a", token, FailureClass.INTERNAL, "x", GIVE_UP),
+            "let_go": lambda token: store.let_go("a", token, "x"),
+        }
+
+    @pytest.mark.parametrize("verb", ["advance", "report_progress", "settle", "fail", "let_go"])
+    def test_no_write_without_the_lease(self, store, driver, make_request, writes, verb):
+        store.submit([make_request("a")])
+        with pytest.raises(LeaseLostError, match="the job is QUEUED"):
+            writes[verb](0)
+        first = driver.claim("a")
+        driver.expire("a")
+        with pytest.raises(LeaseLostError, match="expired"):
+            writes[verb](first.token)
+        second = driver.claim("a", "other")
+        before = driver.record("a"), store.events("a")
+        for stale in (first.token, second.token + 1):
+            with pytest.raises(LeaseLostError, match=f"its token is 2 by now, not {stale}"):
+                writes[verb](stale)
+        assert (driver.record("a"), store.events("a")) == before
+        writes[verb](second.token)
+
+    @pytest.mark.parametrize("end", ["settle", "fail", "let_go"])
+    def test_no_write_after_the_end_of_the_attempt(self, store, driver, make_request, writes, end):
+        store.submit([make_request("a")])
+        token = driver.claim("a").token
+        writes[end](token)
+        for write in writes.values():
+            with pytest.raises(LeaseLostError, match="the attempt has ended"):
+                write(token)
+
+    def test_extend_names_the_lost(self, store, driver, make_request):
+        store.submit([make_request(name) for name in ("held", "expired", "taken", "ended", "cancelling")])
+        leases = {lease.job_id: lease.token for lease in store.claim("driver", 5, 60)}
+        driver.expire("expired")
+        driver.expire("taken")
+        store.let_go("ended", leases["ended"], "drain")
+        store.cancel(["cancelling"])
+        leases["taken"] -= 1
+        before = driver.record("held").lease_expires_at
+        assert store.extend(leases | {"unknown": 1}, 600) == {"expired", "taken", "ended", "unknown"}
+        assert driver.record("held").lease_expires_at > before + 500
+        assert driver.record("expired").lease_expires_at == 1
+        assert store.extend({}, 600) == frozenset()
+
+    def test_unknown_jobs(self, writes):
+        for write in writes.values():
+            with pytest.raises(NotFoundError, match="no job a"):
+                write(1)

@@ -1,0 +1,155 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from jobs.errors import InvalidValueError
+from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions, Thresholds, parse_size
+
+PLACES = {"base": "/models/base", "adapter": "/adapters/a", "destination": "/releases/a"}
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("5GB", 5_000_000_000),
+        ("500 MiB", 524_288_000),
+        ("1.1gb", 1_100_000_000),
+        ("0.29kb", 290),
+        ("64", 64),
+        ("2 TiB", 2 * 1024**4),
+    ],
+)
+def test_sizes(text, num_bytes):
+    assert parse_size(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GB", "5 XB", "-5GB", "5GB\nx", "1e9", "٣GB"])
+def test_sizes_refused(text):
+    with pytest.raises(InvalidValueError, match="expected a size"):
+        parse_size(text)
+
+
+def test_a_request_without_id_is_named_by_its_content():
+    one, same = MergeRequest(**PLACES), MergeRequest(**PLACES)
+    assert one.id == same.id
+    assert one.id.startswith("merge-")
+    assert MergeRequest(**PLACES, priority=1).id != one.id
+    labelled = MergeRequest(**PLACES, labels={"a": "1", "b": "2"})
+    assert labelled.id == MergeRequest(**PLACES, labels={"b": "2", "a": "1"}).id
+
+
+def test_silent_requests_merge_into_nf4_with_full_parity():
+    request = MergeRequest(**PLACES)
+    assert request.base_quantization is BaseQuantization.NF4
+    assert request.parity.level == "full"
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("id", {"id": "with space"}),
+        ("id", {"id": "line\n"}),
+        ("id", {"id": "x" * 129}),
+        ("id", {"id": "-x"}),
+        ("destination", {"destination": "/models/base"}),
+        ("destination", {"destination": "/adapters/a/merged"}),
+        ("destination", {"base": "s3://bucket/a", "destination": "s3://bucket/a/b"}),
+        ("destination", {"destination": "hf://name-without-owner"}),
+        ("quantization_options", {"base_quantization": "none", "quantization_options": {"llm_int8_skip_modules": []}}),
+        ("base_quantization", {"base_quantization": "int8"}),
+        ("dtype", {"dtype": "int8"}),
+        ("max_shard_size", {"max_shard_size": 0}),
+        ("priority", {"priority": 1001}),
+        ("adaptor", {"adaptor": "/adapters/a"}),
+        ("parity", {"parity": {"prompts": []}}),
+        ("parity", {"parity": {"thresholds": {"max_mean_kl": float("inf")}}}),
+        ("parity", {"parity": {"thresholds": {"max_mean_kl": float("nan")}}}),
+        ("parity", {"parity": {"thresholds": {"max_rounding_excess": float("inf")}}}),
+        ("parity", {"parity": {"thresholds": {"min_top1_agreement": float("nan")}}}),
+    ],
+)
+def test_refuses_and_names_the_field(field, fields):
+    with pytest.raises(ValidationError) as caught:
+        MergeRequest(**PLACES | fields)
+    assert {error["loc"][0] for error in caught.value.errors()} == {field}
+
+
+def test_mistakes_that_involve_two_fields_are_found_beside_others():
+    fields = {"destination": "/models/base/out", "dtype": "int8", "base_quantization": "none"}
+    options = {"bnb_4bit_use_double_quant": True}
+    with pytest.raises(ValidationError) as caught:
+        MergeRequest(**PLACES | fields, quantization_options=options)
+    assert {error["loc"][0] for error in caught.value.errors()} == {"destination", "dtype", "quantization_options"}
+
+
+def test_the_merge_key_depends_on_what_decides_the_bytes_and_on_nothing_else():
+    key = MergeRequest(**PLACES).merge_key("b", "a")
+    assert len(key) == 64
+    for same in (
+        {"priority": 5},
+        {"labels": {"a": "b"}},
+        {"destination": "/x"},
+        {"id": "n"},
+        {"parity": {"level": "arithmetic"}},
+    ):
+        assert MergeRequest(**PLACES | same).merge_key("b", "a") == key
+    keys = {key, MergeRequest(**PLACES).merge_key("b", "x"), MergeRequest(**PLACES).merge_key("x", "a")}
+    for other in (
+        {"dtype": "float16"},
+        {"max_shard_size": "5GB"},
+        {"base_quantization": "none"},
+        {"base_quantization": "fp4"},
+        {"quantization_options": {"bnb_4bit_use_double_quant": True}},
+        {"quantization_options": {"llm_int8_skip_modules": []}},
+    ):
+        keys.add(MergeRequest(**PLACES | other).merge_key("b", "a"))
+    assert len(keys) == 9
+
+
+def test_requests_share_a_pass_when_base_quantization_and_dtype_agree():
+    key = MergeRequest(**PLACES).pass_key()
+    assert MergeRequest(**PLACES | {"adapter": "/adapters/b", "destination": "/x"}).pass_key() == key
+    for other in ({"base": "/models/b"}, {"base_quantization": "none"}, {"dtype": "float16"}):
+        assert MergeRequest(**PLACES | other).pass_key() != key
+    skips = [None, (), ("a",), ("a", "b")]
+    options = [QuantizationOptions(llm_int8_skip_modules=skip) for skip in skips]
+    assert len({MergeRequest(**PLACES, quantization_options=option).pass_key() for option in options}) == len(skips)
+
+
+texts = st.text(st.characters(codec="utf-8"), max_size=20)
+requests = st.builds(
+    MergeRequest,
+    id=st.from_regex(r"([A-Za-z0-9][A-Za-z0-9._-]{0,30})?", fullmatch=True),
+    base=st.just("hf://org/base@v1"),
+    adapter=st.just("/adapters/a"),
+    destination=st.just("s3://bucket/out"),
+    base_quantization=st.sampled_from(["nf4", "fp4"]),
+    quantization_options=st.builds(
+        QuantizationOptions,
+        bnb_4bit_use_double_quant=st.booleans(),
+        llm_int8_skip_modules=st.none() | st.lists(texts, max_size=2).map(tuple),
+    ),
+    dtype=st.sampled_from([None, "float32", "float16", "bfloat16"]),
+    max_shard_size=st.none() | st.integers(1, 10**15),
+    parity=st.fixed_dictionaries(
+        {
+            "level": st.sampled_from(["full", "arithmetic"]),
+            "prompts": st.lists(texts.filter(bool), min_size=1, max_size=3).map(tuple),
+            "thresholds": st.builds(Thresholds, max_mean_kl=st.floats(1e-9, 10)),
+        }
+    ),
+    priority=st.integers(-1000, 1000),
+    labels=st.dictionaries(texts, texts, max_size=3),
+)
+
+
+@given(requests)
+def test_a_stored_request_is_read_back_the_same(request):
+    text = request.model_dump_json(by_alias=True)
+    again = MergeRequest.model_validate_json(text)
+    assert again == request
+    assert again.model_dump_json(by_alias=True) == text
+    assert json.loads(text)["schema"] == 1

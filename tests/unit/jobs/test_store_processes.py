@@ -1,0 +1,111 @@
+"""Several processes on one store, and processes that die with SIGKILL in the middle of their work."""
+
+import itertools
+import os
+import random
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from jobs.states import TRANSITIONS, JobState
+
+ROOT = Path(__file__).parents[3]
+SCRIPT = Path(__file__).with_name("store_process.py")
+
+
+@pytest.fixture
+def start(database):
+    """Start processes on the store that have loaded everything and wait for the word to begin."""
+    started = []
+
+    def start(command, name):
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, command, f"sqlite:///{database}", name],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def begin(processes):
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+
+
+def said(process, word, kill_after=None):
+    """Return the jobs of the lines that begin with a word, once the process has ended by itself or been killed."""
+    try:
+        output, _ = process.communicate(timeout=kill_after or 120)
+        assert process.returncode == 0
+    except subprocess.TimeoutExpired:
+        assert kill_after is not None
+        process.kill()
+        output, _ = process.communicate()
+    lines = (line.split() for line in output.splitlines(keepends=True) if line.endswith("\n"))
+    return [job_id for first, job_id in lines if first == word]
+
+
+def test_four_processes_claim_200_jobs_each_once(store, start, make_request):
+    store.submit([make_request(f"r{index}") for index in range(200)])
+    processes = [start("claim_all", f"driver-{index}") for index in range(4)]
+    begin(processes)
+    claimed = Counter(job_id for process in processes for job_id in said(process, "claimed"))
+    assert claimed == {f"r{index}": 1 for index in range(200)}
+    assert {job.token for job in store.jobs()} == {1}
+
+
+def test_processes_that_open_a_new_store_at_once_all_succeed(database, start):
+    processes = [start("submit", f"person-{index}") for index in range(4)]
+    assert not database.exists()
+    begin(processes)
+    created = Counter(job_id for process in processes for job_id in said(process, "created"))
+    assert created == {f"r{index}": 1 for index in range(40)}
+
+
+def test_drivers_killed_at_any_moment_lose_nothing(store, database, start, make_request):
+    """What a driver said it settled stays settled, the rest is done by the next one, and nothing is done twice."""
+    names = {f"r{index}" for index in range(60)}
+    store.submit([make_request(name) for name in sorted(names)])
+    rng = random.Random(0)
+    settled = []
+    num_kills = 4
+    for index in range(num_kills):
+        process = start("work", f"driver-{index}")
+        begin([process])
+        settled += said(process, "settled", kill_after=rng.uniform(0.1, 0.4))
+    last = start("work", "driver-last")
+    begin([last])
+    settled += said(last, "settled")
+
+    assert len(settled) == len(set(settled))
+    assert len(names - set(settled)) <= num_kills, "only a settlement that was killed before it was told is missing"
+    assert store.counts() == dict.fromkeys(JobState, 0) | {JobState.PUBLISHED: len(names)}
+    for job in store.jobs():
+        events = store.events(job.id)
+        states = [event.state for event in events]
+        assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+        assert all(after in TRANSITIONS[before] for before, after in itertools.pairwise(states))
+        assert states.count(JobState.PUBLISHED) == 1
+        tokens = [event.detail["token"] for event in events if event.state is JobState.LEASED]
+        assert tokens == list(range(1, job.token + 1))
+        assert job.release.manifest.request_id == job.id
+    assert any(event.detail.get("reason") == "lease expired" for name in names for event in store.events(name))
+    connection = sqlite3.connect(database)
+    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+    connection.close()

@@ -1,0 +1,71 @@
+import time
+
+import pytest
+
+from jobs.errors import BadInputError
+from jobs.states import JobState
+
+
+class TestSubmit:
+    def test_jobs_are_queued_with_their_request_and_labels(self, store, driver, make_request):
+        requests = [make_request("a", labels={"team": "x"}), make_request("b", priority=3)]
+        result = store.submit(requests)
+        assert result.created == ("a", "b")
+        assert result.unchanged == ()
+        one, two = store.jobs()
+        assert (one.request, two.request) == tuple(requests)
+        assert one.state is JobState.QUEUED
+        assert (one.attempts, one.token, one.owner, one.release) == (0, 0, None, None)
+        assert abs(one.created_at - time.time()) < 60
+        assert driver.states("a") == [JobState.QUEUED]
+
+    def test_again_is_a_no_op_whatever_became_of_the_job(self, store, driver, make_request):
+        store.submit([make_request("a")])
+        driver.lead_to("a", JobState.FAILED)
+        before = driver.record("a"), store.events("a")
+        result = store.submit([make_request("a"), make_request("b"), make_request("b")])
+        assert result.created == ("b",)
+        assert result.unchanged == ("a",)
+        assert (driver.record("a"), store.events("a")) == before
+
+    def test_all_conflicts_are_reported_and_nothing_is_submitted(self, store, make_request):
+        store.submit([make_request("a"), make_request("b")])
+        with pytest.raises(BadInputError) as caught:
+            store.submit(
+                [
+                    make_request("new"),
+                    make_request("a", priority=5, dtype="float16"),
+                    make_request("c", destination="/releases/b"),
+                    make_request("d", destination="/releases/d"),
+                    make_request("e", destination="/releases/d"),
+                ]
+            )
+        lines = str(caught.value).splitlines()
+        assert len(lines) == 3
+        assert "job 'a'" in lines[0]
+        assert "another dtype, priority" in lines[0]
+        assert "job 'c'" in lines[1]
+        assert "job 'b'" in lines[1]
+        assert "job 'e'" in lines[2]
+        assert "job 'd'" in lines[2]
+        assert [job.id for job in store.jobs()] == ["a", "b"]
+
+    def test_a_destination_is_free_again_when_its_job_was_given_up(self, store, driver, make_request):
+        store.submit([make_request("a")])
+        driver.lead_to("a", JobState.FAILED)
+        assert store.submit([make_request("b", destination="/releases/a")]).created == ("b",)
+        with pytest.raises(BadInputError, match=r"job 'a'.* /releases/a, which belongs to job 'b'"):
+            store.retry(["a"])
+        assert driver.record("a").state is JobState.FAILED
+
+    def test_a_published_destination_stays_taken(self, store, driver, make_request, make_release):
+        store.submit([make_request("a")])
+        store.settle("a", driver.claim("a").token, make_release("a"), None)
+        with pytest.raises(BadInputError, match="belongs to job 'a'"):
+            store.submit([make_request("b", destination="/releases/a")])
+
+    def test_thousands_at_once(self, store, make_request):
+        requests = [make_request(f"r{index}") for index in range(3000)]
+        assert len(store.submit(requests).created) == 3000
+        assert len(store.submit(requests).unchanged) == 3000
+        assert [job.id for job in store.jobs()] == [request.id for request in requests]

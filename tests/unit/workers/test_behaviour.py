@@ -1,0 +1,330 @@
+"""The behavioural check against real transformers and PEFT, on models of a few hundred kilobytes."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from jobs.errors import BadInputError, CancelledError, NoCapacityError, ParityFailedError
+from jobs.release import BehaviourCheck
+from jobs.request import DEFAULT_PROMPTS, BaseQuantization, MergeRequest, Thresholds
+from tests.models import build_bnb_4bit, build_llama, build_qwen2, load_plain, make_adapter, merge_with_peft
+from workers.behaviour import Subject, check_behaviour
+from workers.inference import Room, load_model
+
+CPU = torch.device("cpu")
+LIMITS = Thresholds()
+
+
+def never() -> None:
+    """Nobody cancels."""
+
+
+def subject(base: Path, adapter: Path, merged: Path, **fields: Any) -> Subject:
+    places = {"base": str(base), "adapter": str(adapter), "destination": "/releases/here"}
+    parity = {"prompts": DEFAULT_PROMPTS[:3], "max_new_tokens": 8}
+    request = MergeRequest(id=merged.name, **places | {"base_quantization": "none", "parity": parity} | fields)
+    return Subject(request=request, merged=merged, adapter=adapter)
+
+
+def check(base: Path, scratch: Path, *subjects: Subject, **options: Any) -> dict[str, Any]:
+    found = check_behaviour(base, subjects, CPU, scratch, **{"cancelled": never} | options)
+    assert not list(scratch.iterdir())
+    return found
+
+
+def passes(checks: tuple[BehaviourCheck, ...]) -> bool:
+    gate = checks[0]
+    assert gate.gates
+    return gate.mean_kl <= LIMITS.max_mean_kl and gate.top1_agreement >= LIMITS.min_top1_agreement
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("behaviour")
+
+
+@pytest.fixture(scope="module")
+def base(places: Path) -> Path:
+    return build_llama(places / "llama", max_shard_size="100KB")
+
+
+@pytest.fixture(scope="module")
+def adapter(places: Path, base: Path) -> Path:
+    return make_adapter(base, places / "adapter", rank_pattern={"q_proj": 4}, alpha_pattern={"down_proj": 4})
+
+
+@pytest.fixture(scope="module")
+def halved(places: Path, adapter: Path) -> Path:
+    """The same adapter, with half its scaling."""
+    directory = shutil.copytree(adapter, places / "halved")
+    config = json.loads((directory / "adapter_config.json").read_text())
+    config["lora_alpha"] /= 2
+    config["alpha_pattern"] = {name: alpha / 2 for name, alpha in config["alpha_pattern"].items()}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def merged(places: Path, base: Path, adapter: Path) -> Path:
+    return merge_with_peft(base, adapter, places / "merged")
+
+
+@pytest.fixture(scope="module")
+def merged_nf4(places: Path, base: Path, adapter: Path) -> Path:
+    return merge_with_peft(base, adapter, places / "merged-nf4", quant_type="nf4")
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    (tmp_path / "scratch").mkdir()
+    return tmp_path / "scratch"
+
+
+@pytest.fixture
+def broken(tmp_path: Path, merged: Path) -> Callable[[Callable[[dict[str, torch.Tensor]], None]], Path]:
+    """The correct merge, with its tensors changed by a function."""
+
+    def break_it(change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+        directory = shutil.copytree(merged, tmp_path / "broken")
+        tensors = load_file(directory / "model.safetensors")
+        change(tensors)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        return directory
+
+    return break_it
+
+
+@pytest.mark.parametrize(
+    ("quantization", "double_quant"),
+    [("none", False), ("nf4", False), ("nf4", True), ("fp4", False)],
+)
+def test_correct_merge_passes_by_far(places, base, adapter, scratch, quantization, double_quant):
+    name = f"right-{quantization}-{double_quant}"
+    quant_type = None if quantization == "none" else quantization
+    merged = merge_with_peft(base, adapter, places / name, quant_type=quant_type, double_quant=double_quant)
+    options = {"quantization_options": {"bnb_4bit_use_double_quant": True}} if double_quant else {}
+    one = subject(base, adapter, merged, base_quantization=quantization, parity={}, **options)
+    gate, other = check(base, scratch, one)[name]
+    assert gate.gates
+    assert not other.gates
+    assert gate.mean_kl < LIMITS.max_mean_kl / 10
+    assert gate.top1_agreement == 1
+    assert 0 < gate.num_near_ties < gate.num_positions
+    assert gate.mean_kl < other.mean_kl / 100
+    assert gate.mean_kl < gate.adapter_kl / 100
+    assert [prompt.prompt for prompt in gate.prompts] == list(DEFAULT_PROMPTS)
+    assert sum(prompt.num_positions for prompt in gate.prompts) == gate.num_positions
+    assert max(prompt.max_abs_logit_difference for prompt in gate.prompts) == gate.max_abs_logit_difference
+    # Rounding may turn a near tie of a random model; most answers are the same all along.
+    assert sum(prompt.reference_text == prompt.merged_text for prompt in gate.prompts) >= 5
+    assert quantization in gate.reference or quantization == "none"
+
+
+def test_halved_scaling_fails(places, base, adapter, halved, scratch):
+    wrong = merge_with_peft(base, halved, places / "merged-halved")
+    checks = check(base, scratch, subject(base, adapter, wrong))[wrong.name]
+    assert not passes(checks)
+    assert 0.05 < checks[0].mean_kl / checks[0].adapter_kl < 0.5
+    assert any(prompt.reference_text != prompt.merged_text for prompt in checks[0].prompts)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_merge_into_the_other_base_fails(base, adapter, merged, merged_nf4, scratch, quantization):
+    wrong = merged_nf4 if quantization == "none" else merged
+    checks = check(base, scratch, subject(base, adapter, wrong, base_quantization=quantization))[wrong.name]
+    assert not passes(checks)
+    assert checks[1].mean_kl < LIMITS.max_mean_kl / 10  # which says what went wrong
+
+
+def test_figures_equal_those_of_peft_alone(base, adapter, merged, scratch):
+    prompt, num_new = "Once upon a time, in a village", 5
+    parity = {"prompts": [prompt], "max_new_tokens": num_new}
+    gate = check(base, scratch, subject(base, adapter, merged, parity=parity))[merged.name][0]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    plain, other = load_plain(base, torch.float32), load_plain(merged, torch.float32)
+    with torch.no_grad():
+        nll = torch.nn.CrossEntropyLoss()
+        without = plain(ids).logits
+        reference = PeftModel.from_pretrained(plain, str(adapter)).eval()
+        for _ in range(num_new):
+            ids = torch.cat([ids, reference(ids).logits[:, -1:].argmax(-1)], dim=1)
+        logits = [model(ids[:, :-1]).logits[0].double() for model in (reference, other)]
+    p, q = (x.log_softmax(-1) for x in logits)
+    assert gate.num_positions == ids.shape[1] - 1
+    assert gate.mean_kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+    assert gate.max_abs_logit_difference == pytest.approx(float((logits[0] - logits[1]).abs().max()), rel=1e-3)
+    assert gate.prompts[0].mean_abs_logit_difference == pytest.approx(float((logits[0] - logits[1]).abs().mean()), 1e-3)
+    assert gate.reference_nll == pytest.approx(float(nll(logits[0], ids[0, 1:])), rel=1e-5)
+    assert gate.merged_nll == pytest.approx(float(nll(logits[1], ids[0, 1:])), rel=1e-5)
+    assert gate.prompts[0].reference_text == tokenizer.decode(ids[0, -num_new:])
+    with torch.no_grad(), reference.disable_adapter():
+        again = reference(ids[:, :-1]).logits[0].double().log_softmax(-1)
+    assert without.shape[1] < again.shape[0]
+    assert gate.adapter_kl == pytest.approx(float((p.exp() * (p - again)).sum(-1).mean()), rel=1e-3)
+
+
+def test_tied_embeddings(places, scratch):
+    base = build_qwen2(places / "qwen2")
+    adapter = make_adapter(base, places / "qwen2-adapter")
+    merged = merge_with_peft(base, adapter, places / "qwen2-merged", quant_type="nf4")
+    assert passes(check(base, scratch, subject(base, adapter, merged, base_quantization="nf4"))[merged.name])
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_base_stored_in_4bit_has_one_reference(places, base, scratch, double_quant):
+    name = f"stored-{double_quant}"
+    stored = build_bnb_4bit(base, places / name, double_quant=double_quant)
+    adapter = make_adapter(stored, places / f"{name}-adapter")
+    merged = merge_with_peft(stored, adapter, places / f"{name}-merged")
+    one = subject(stored, adapter, merged, base_quantization="nf4")
+    checks = check(stored, scratch, one)[merged.name]
+    assert len(checks) == 1
+    assert passes(checks)
+    assert checks[0].mean_kl < LIMITS.max_mean_kl / 10
+    assert "as stored" in checks[0].reference
+
+
+def test_many_in_one_pass_are_as_one_at_a_time(places, base, adapter, merged, merged_nf4, scratch):
+    second = make_adapter(base, places / "second", rank=2, targets=["q_proj", "v_proj"], rslora=True, seed=5)
+    merged_second = merge_with_peft(base, second, places / "merged-second")
+    subjects = [
+        subject(base, adapter, merged),
+        subject(base, second, merged_second, parity={"prompts": ["Once", "Once upon a time"], "max_new_tokens": 3}),
+        subject(base, adapter, merged_nf4),
+    ]
+    together = check(base, scratch, *subjects)
+    assert list(together) == [merged.name, merged_second.name, merged_nf4.name]
+    for one in subjects:
+        assert check(base, scratch, one)[one.request.id] == together[one.request.id]
+
+
+def test_offloaded_to_disk_gives_the_same_figures(base, adapter, merged, scratch, caplog):
+    one = subject(base, adapter, merged)
+    in_memory = check(base, scratch, one)[merged.name]
+    # Too little for embeddings and head: everything stays in the checkpoint's own files.
+    offloaded = check(base, scratch, one, host_bytes=300_000)[merged.name]
+    assert offloaded == in_memory[:1]
+    assert [record.message for record in caplog.records] == ["no room for the comparison that is for information"]
+
+
+def test_4bit_base_that_fits_nowhere_is_no_capacity(base, adapter, merged_nf4, scratch):
+    with pytest.raises(NoCapacityError, match="4-bit weights cannot stay on disk"):
+        check(base, scratch, subject(base, adapter, merged_nf4, base_quantization="nf4"), host_bytes=100_000)
+
+
+def test_missing_tensor_fails_alone(base, adapter, merged, broken, scratch):
+    wrong = broken(lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    found = check(base, scratch, subject(base, adapter, wrong), subject(base, adapter, merged))
+    assert isinstance(found[wrong.name], ParityFailedError)
+    assert "missing keys: model.layers.1.mlp.up_proj.weight" in str(found[wrong.name])
+    assert passes(found[merged.name])
+
+
+def test_unexpected_tensor_fails(base, adapter, broken, scratch):
+    wrong = broken(lambda tensors: tensors.update({"model.layers.0.lora_A.weight": torch.ones(2)}))
+    found = check(base, scratch, subject(base, adapter, wrong))[wrong.name]
+    assert isinstance(found, ParityFailedError)
+    assert "unexpected keys: model.layers.0.lora_A.weight" in str(found)
+
+
+def test_tensor_of_another_shape_fails(base, adapter, broken, scratch):
+    wrong = broken(lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}))
+    found = check(base, scratch, subject(base, adapter, wrong))[wrong.name]
+    assert isinstance(found, ParityFailedError)
+    assert "model.norm.weight" in str(found)
+
+
+def test_non_finite_logits_fail(base, adapter, broken, scratch):
+    wrong = broken(lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    found = check(base, scratch, subject(base, adapter, wrong))[wrong.name]
+    assert isinstance(found, ParityFailedError)
+    assert "finite" in str(found)
+
+
+def test_merged_checkpoint_with_quantization_config_fails(base, adapter, merged, tmp_path, scratch):
+    wrong = shutil.copytree(merged, tmp_path / "wrong")
+    config = json.loads((wrong / "config.json").read_text())
+    (wrong / "config.json").write_text(json.dumps(config | {"quantization_config": {"load_in_4bit": True}}))
+    found = check(base, scratch, subject(base, adapter, wrong))[wrong.name]
+    assert isinstance(found, ParityFailedError)
+    assert "quantization_config" in str(found)
+
+
+def test_adapter_with_tensors_peft_does_not_know_is_bad_input(base, adapter, merged, tmp_path, scratch):
+    strange = shutil.copytree(adapter, tmp_path / "strange")
+    tensors = load_file(strange / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    tensors[name.replace("layers.0", "layers.7").replace("layers.1", "layers.7")] = tensors.pop(name)
+    save_file(tensors, strange / "adapter_model.safetensors")
+    found = check(base, scratch, subject(base, strange, merged))[merged.name]
+    assert isinstance(found, BadInputError)
+    assert "layers.7" in str(found)
+
+
+def test_without_a_tokenizer_prompts_are_drawn(places, scratch):
+    base = build_llama(places / "mute", tokenizer=False)
+    adapter = make_adapter(base, places / "mute-adapter")
+    merged = merge_with_peft(base, adapter, places / "mute-merged")
+    checks = check(base, scratch, subject(base, adapter, merged, parity={}))[merged.name]
+    assert passes(checks)
+    assert checks[0].prompts[0].prompt.startswith("token ids ")
+    assert checks[0].prompts[0].merged_text.startswith("token ids ")
+    asked = subject(base, adapter, merged, parity={"prompts": ["Hello"]})
+    found = check(base, scratch, asked)[merged.name]
+    assert isinstance(found, BadInputError)
+    assert "no tokenizer" in str(found)
+
+
+def test_generation_settings_of_the_base_do_not_matter(places, base, adapter, merged, scratch):
+    changed = shutil.copytree(base, places / "changed")
+    settings = json.loads((changed / "generation_config.json").read_text())
+    settings |= {"do_sample": True, "temperature": 9.0, "repetition_penalty": 4.0, "max_length": 3}
+    (changed / "generation_config.json").write_text(json.dumps(settings))
+    expected = check(base, scratch, subject(base, adapter, merged))[merged.name]
+    assert check(changed, scratch, subject(changed, adapter, merged))[merged.name] == expected
+
+
+@pytest.mark.parametrize("after", [0, 3, 12, 20])
+def test_cancelling_stops_and_leaves_nothing(base, adapter, merged, scratch, after):
+    calls = 0
+
+    def cancel() -> None:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise CancelledError("stop")
+
+    with pytest.raises(CancelledError):
+        check_behaviour(base, [subject(base, adapter, merged)], CPU, scratch, cancelled=cancel)
+    assert calls == after + 1
+    assert not list(scratch.iterdir())
+
+
+def test_nothing_on_the_terminal(base, adapter, merged, scratch, capfd, caplog):
+    check(base, scratch, subject(base, adapter, merged))
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+
+
+def test_request_quantization_names_the_reference(base, adapter, merged_nf4, scratch):
+    one = subject(base, adapter, merged_nf4, base_quantization=BaseQuantization.NF4)
+    gate, other = check(base, scratch, one)[merged_nf4.name]
+    assert gate.reference == "the base in nf4 + adapter"
+    assert other.reference == "the base in its own weights + adapter"
+
+
+def test_a_base_stored_in_4bit_runs_in_float32(tmp_path):
+    stored = build_bnb_4bit(build_llama(tmp_path / "base"), tmp_path / "stored")
+
+    running = load_model(stored, Room(device=torch.device("cpu"), scratch=tmp_path, host_bytes=None))
+
+    assert {parameter.dtype for parameter in running.model.parameters()} == {torch.float32, torch.uint8}

@@ -1,0 +1,231 @@
+"""4-bit weights: tile by tile the same bits as bitsandbytes over the whole tensor and as transformers on disk."""
+
+import itertools
+import json
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from jobs.errors import BadInputError
+from tests.models import build_bnb_4bit, build_llama
+from workers.quant import (
+    QuantizedWeight,
+    quantize_rows,
+    quantized_names,
+    quantized_owner,
+    restore,
+    row_alignment,
+    stored_tensors,
+)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NAME = "model.layers.1.mlp.down_proj.weight"
+
+# Hidden sizes that are no multiple of a block, odd ones, single rows and columns.
+shapes = st.tuples(st.integers(1, 24), st.sampled_from([1, 2, 3, 7, 16, 31, 48, 63, 64, 65, 96, 100, 128, 130]))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return build_llama(tmp_path_factory.mktemp("base") / "llama", intermediate_size=100, tokenizer=False)
+
+
+@pytest.fixture(scope="module", params=[("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)], ids=str)
+def saved(request, base, tmp_path_factory):
+    """Type, double quantization and tensors of a 4-bit checkpoint that transformers saved."""
+    quant_type, double_quant = request.param
+    directory = tmp_path_factory.mktemp("saved") / "bnb"
+    build_bnb_4bit(base, directory, quant_type=quant_type, double_quant=double_quant)
+    return quant_type, double_quant, load_file(directory / "model.safetensors")
+
+
+def random_weight(shape, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).mul_(0.1).to(dtype)
+
+
+def same_bits(left, right):
+    return left.dtype == right.dtype and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+
+
+def aligned_cuts(num_rows, alignment, seed):
+    cuts = list(range(0, num_rows, alignment))
+    generator = torch.Generator().manual_seed(seed)
+    kept = [cut for cut in cuts[1:] if torch.rand(1, generator=generator) < 0.5]
+    return [0, *kept, num_rows]
+
+
+def dequantize(codes, state):
+    """Dequantize as bitsandbytes does on devices that it has no kernel for: code times scale, rounded once."""
+    absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    return _dequantize_4bit_compute(codes.reshape(-1), absmax, state.code, state.blocksize, state.shape, state.dtype)
+
+
+def parts_of(codes, absmax, *, quant_type, shape, dtype, double_quant=False):
+    return stored_tensors(codes, absmax, quant_type=quant_type, double_quant=double_quant, shape=shape, dtype=dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=shapes, dtype=st.sampled_from(DTYPES), quant_type=st.sampled_from(["nf4", "fp4"]), seed=st.integers(0, 99))
+def test_tiles_are_quantized_as_the_whole(shape, dtype, quant_type, seed):
+    weight = random_weight(shape, dtype, seed)
+    expected, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=quant_type, compress_statistics=False)
+    cuts = aligned_cuts(shape[0], row_alignment(shape[1]), seed)
+    tiles = [quantize_rows(weight[a:b], quant_type) for a, b in itertools.pairwise(cuts)]
+    assert torch.equal(torch.cat([codes for codes, _ in tiles]), expected)
+    assert same_bits(torch.cat([absmax for _, absmax in tiles]), state.absmax)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=shapes,
+    dtype=st.sampled_from(DTYPES),
+    quant_type=st.sampled_from(["nf4", "fp4"]),
+    double_quant=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_every_aligned_slice_is_that_of_the_whole(shape, dtype, quant_type, double_quant, seed):
+    weight = random_weight(shape, dtype, seed)
+    codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=quant_type, compress_statistics=double_quant)
+    expected = dequantize(codes, state)
+    if shape[1] % 64 == 0:  # else the AVX-512 kernel of bitsandbytes 0.50.2 takes the scales of other blocks
+        assert same_bits(expected, bnb.dequantize_4bit(codes, state))
+    stored = {"": codes} | {f".{name}": part for name, part in state.as_dict(packed=True).items()}
+    restored = restore("weight", stored)
+    assert (restored.shape, restored.dtype, restored.quant_type) == (shape, dtype, quant_type)
+    bounds = [*range(0, shape[0], restored.row_alignment), shape[0]]
+    for start in bounds[:-1]:
+        for stop in (bound for bound in bounds if bound > start):
+            assert same_bits(restored.dequantize_rows(start, stop), expected[start:stop])
+
+
+@pytest.mark.parametrize("num_columns", [1, 2, 3, 63, 64, 65, 96, 100, 128, 192, 4096])
+@pytest.mark.parametrize("blocksize", [64, 128])
+def test_alignment_is_the_smallest_number_of_rows_of_whole_blocks(num_columns, blocksize):
+    whole = [rows for rows in range(1, blocksize + 1) if rows * num_columns % blocksize == 0]
+    assert row_alignment(num_columns, blocksize) == whole[0]
+
+
+def test_stored_tensors_are_those_that_transformers_saves(base, saved):
+    quant_type, double_quant, tensors = saved
+    weights = load_file(base / "model.safetensors")
+    names = quantized_names(tensors)
+    assert len(names) == 14
+    assert set(names.values()) == {quant_type}
+    for name in names:
+        weight = weights[name]
+        parts = parts_of(
+            *quantize_rows(weight, quant_type),
+            quant_type=quant_type,
+            double_quant=double_quant,
+            shape=tuple(weight.shape),
+            dtype=weight.dtype,
+        )
+        expected = {stored.removeprefix(name): tensor for stored, tensor in tensors.items() if stored.startswith(name)}
+        assert parts.keys() == expected.keys()
+        for suffix, tensor in parts.items():
+            assert tensor.shape == expected[suffix].shape, suffix
+            assert same_bits(tensor, expected[suffix]), suffix
+
+
+def test_a_stored_weight_is_dequantized_as_by_bitsandbytes(base, saved):
+    quant_type, double_quant, tensors = saved
+    weights = load_file(base / "model.safetensors")
+    for name in quantized_names(tensors):
+        codes, state = bnb.quantize_4bit(weights[name], quant_type=quant_type, compress_statistics=double_quant)
+        stored = {stored.removeprefix(name): tensor for stored, tensor in tensors.items() if stored.startswith(name)}
+        weight = restore(name, stored)
+        assert same_bits(weight.dequantize_rows(0, weight.shape[0]), dequantize(codes, state))
+
+
+def test_codes_kept_as_another_dtype_are_the_same_weight():
+    weight = random_weight((16, 64), torch.bfloat16, 0)
+    codes, state = bnb.quantize_4bit(weight, quant_type="nf4", quant_storage=torch.bfloat16)
+    assert codes.dtype == torch.bfloat16
+    stored = {"": codes} | {f".{name}": part for name, part in state.as_dict(packed=True).items()}
+    assert same_bits(restore("weight", stored).dequantize_rows(0, 16), bnb.dequantize_4bit(codes, state))
+
+
+def test_names_lead_to_the_weight_they_are_part_of():
+    weights = {"a.weight": "nf4"}
+    assert quantized_owner("a.weight", weights) == "a.weight"
+    assert quantized_owner("a.weight.absmax", weights) == "a.weight"
+    assert quantized_owner("a.weight.quant_state.bitsandbytes__nf4", weights) == "a.weight"
+    assert quantized_owner("a.weights", weights) is None
+    assert quantized_owner("b.weight.absmax", weights) is None
+    assert quantized_owner("a.bias", weights) is None
+
+
+def test_a_weight_says_how_much_it_holds():
+    weight = random_weight((8, 64), torch.bfloat16, 0)
+    codes, absmax = quantize_rows(weight, "nf4")
+    held = restore("w", parts_of(codes, absmax, quant_type="nf4", shape=(8, 64), dtype=torch.bfloat16))
+    assert isinstance(held, QuantizedWeight)
+    assert held.num_bytes == 8 * 64 // 2 + 8 * 4
+
+
+def state_tensor(**changes):
+    """Return the packed state of a weight of 8 x 64 with some fields changed."""
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [8, 64]} | changes
+    return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+
+STATE = ".quant_state.bitsandbytes__nf4"
+DAMAGE = {
+    "no codes": {"": None},
+    "too few codes": {"": torch.zeros(255, 1, dtype=torch.uint8)},
+    "no scales": {".absmax": None},
+    "too few scales": {".absmax": torch.zeros(7)},
+    "scales of another dtype": {".absmax": torch.zeros(8, dtype=torch.uint8)},
+    "no map": {".quant_map": None},
+    "no state": {STATE: None},
+    "state is no JSON": {STATE: torch.tensor([1, 2, 3], dtype=torch.uint8)},
+    "state is a list": {STATE: torch.tensor(list(b"[]"), dtype=torch.uint8)},
+    "state is empty": {STATE: torch.tensor(list(b"{}"), dtype=torch.uint8)},
+    "state of numbers": {STATE: torch.zeros(20)},
+    "another shape": {STATE: state_tensor(shape=[8, 65])},
+    "three dimensions": {STATE: state_tensor(shape=[8, 8, 8])},
+    "shape of text": {STATE: state_tensor(shape="8x64")},
+    "no shape": {STATE: state_tensor(shape=None)},
+    "negative shape": {STATE: state_tensor(shape=[-8, -64])},
+    "no blocks": {STATE: state_tensor(blocksize=0)},
+    "negative blocks": {STATE: state_tensor(blocksize=-64)},
+    "odd blocks": {STATE: state_tensor(blocksize=63)},
+    "blocks of text": {STATE: state_tensor(blocksize="64")},
+    "unknown type": {STATE: state_tensor(quant_type="int3")},
+    "unknown dtype": {STATE: state_tensor(dtype="float128")},
+    "dtype of integers": {STATE: state_tensor(dtype="int8")},
+    "dtype is no dtype": {STATE: state_tensor(dtype="nn")},
+    "a part nobody knows": {".surprise": torch.zeros(1)},
+    "half of a nested scale": {".nested_absmax": torch.zeros(1)},
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_parts_that_make_no_weight_are_refused_by_name(case):
+    weight = random_weight((8, 64), torch.bfloat16, 0)
+    codes, absmax = quantize_rows(weight, "nf4")
+    parts = parts_of(codes, absmax, quant_type="nf4", shape=(8, 64), dtype=torch.bfloat16) | DAMAGE[case]
+    with pytest.raises(BadInputError, match=f"{NAME}: expected the parts of a bitsandbytes 4-bit weight"):
+        restore(NAME, {suffix: tensor for suffix, tensor in parts.items() if tensor is not None})
+
+
+NESTED_DAMAGE = {
+    "too few nested scales": {".nested_absmax": torch.zeros(0)},
+    "a short nested map": {".nested_quant_map": torch.zeros(16)},
+    "flat scales": {".absmax": torch.zeros(8)},
+}
+
+
+@pytest.mark.parametrize("case", NESTED_DAMAGE)
+def test_nested_parts_that_make_no_weight_are_refused_by_name(case):
+    weight = random_weight((8, 64), torch.bfloat16, 0)
+    codes, absmax = quantize_rows(weight, "nf4")
+    parts = parts_of(codes, absmax, quant_type="nf4", double_quant=True, shape=(8, 64), dtype=torch.bfloat16)
+    with pytest.raises(BadInputError, match=f"{NAME}: expected the parts of a bitsandbytes 4-bit weight"):
+        restore(NAME, parts | NESTED_DAMAGE[case])

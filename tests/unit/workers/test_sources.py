@@ -1,0 +1,269 @@
+"""Bases and adapters arrive whole, pinned, and without what a checkpoint does not need."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from jobs.errors import AuthError, NotFoundError, UnsupportedError
+from jobs.locations import HubRepo, LocalPath, S3Prefix
+from tests.releases import write_files
+from tests.servers.hub import Hub
+from tests.servers.s3 import S3Server
+from workers.sources import Source, fetch_adapter, fetch_base
+
+ROOT = Path(__file__).parents[3]
+
+
+def safetensors(data: bytes) -> bytes:
+    header = json.dumps({"w": {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
+    return struct.pack("<Q", len(header)) + header + data
+
+
+BASE = {
+    "config.json": b'{"model_type": "llama"}',
+    "model-00001-of-00002.safetensors": safetensors(bytes(9_000_000)),
+    "model-00002-of-00002.safetensors": safetensors(bytes(10)),
+    "model.safetensors.index.json": b"{}",
+    "tokenizer.json": b"{}",
+    "tokenizer.model": b"spm",
+    "merges.txt": b"a b",
+    "chat_template.jinja": b"{{ x }}",
+    "additional_chat_templates/rag.jinja": b"{{ y }}",
+}
+CLUTTER = {
+    "README.md": b"# Base",
+    "pytorch_model-00001-of-00002.bin": b"pickle",
+    "consolidated.safetensors": safetensors(b"twice"),
+    "model.gguf": b"gguf",
+    "onnx/model.onnx": b"onnx",
+    "onnx/config.json": b"{}",
+    "original/consolidated.00.pth": b"pickle",
+    "nested/model.safetensors": safetensors(b"other"),
+}
+ADAPTER = {
+    "adapter_config.json": b'{"peft_type": "LORA"}',
+    "adapter_model.safetensors": safetensors(bytes(5_000)),
+    "tokenizer.json": b"{}",
+}
+ADAPTER_CLUTTER = {"optimizer.pt": b"pickle", "model.safetensors": safetensors(b"base"), "checkpoint-5/x.json": b"{}"}
+
+
+def names(source: Source) -> set[str]:
+    """Files of a source's directory."""
+    return {path.relative_to(source.directory).as_posix() for path in source.directory.rglob("*") if path.is_file()}
+
+
+def write_objects(server: S3Server, place: S3Prefix, files: dict[str, bytes]) -> None:
+    client = server.client()
+    for name, data in files.items():
+        client.put_object(Bucket=place.bucket, Key=f"{place.prefix}/{name}", Body=data)
+
+
+@pytest.fixture(scope="module")
+def written(s3_server: S3Server) -> S3Prefix:
+    """A prefix with a base and an adapter below it, both with clutter."""
+    place = S3Prefix(s3_server.bucket, "sources")
+    write_objects(s3_server, place.child("base"), BASE | CLUTTER)
+    write_objects(s3_server, place.child("adapter"), ADAPTER | ADAPTER_CLUTTER)
+    return place
+
+
+class TestLocal:
+    def test_base_stays_where_it_is(self, tmp_path: Path) -> None:
+        write_files(tmp_path / "base", BASE)
+        source = fetch_base(LocalPath(tmp_path / "base"), tmp_path / "cache")
+        assert (source.location, source.directory) == (LocalPath(tmp_path / "base"), tmp_path / "base")
+        assert len(source.digest) == 64
+        assert not (tmp_path / "cache").exists()
+
+    @pytest.mark.parametrize("fetch", [fetch_base, fetch_adapter])
+    def test_clutter_does_not_count(self, tmp_path: Path, fetch: type[fetch_base]) -> None:
+        wanted, clutter = (BASE, CLUTTER) if fetch is fetch_base else (ADAPTER, ADAPTER_CLUTTER)
+        write_files(tmp_path / "there", wanted)
+        before = fetch(LocalPath(tmp_path / "there"), tmp_path).digest
+        write_files(tmp_path / "there", clutter)
+        assert fetch(LocalPath(tmp_path / "there"), tmp_path).digest == before
+
+    @pytest.mark.parametrize("name", sorted(BASE))
+    def test_digest_of_a_base_follows_every_file(self, tmp_path: Path, name: str) -> None:
+        write_files(tmp_path / "base", BASE)
+        before = fetch_base(LocalPath(tmp_path / "base"), tmp_path).digest
+        changed = bytearray(BASE[name])
+        changed[-1] ^= 1
+        (tmp_path / "base" / name).write_bytes(changed)
+        assert fetch_base(LocalPath(tmp_path / "base"), tmp_path).digest != before
+
+    def test_digest_of_a_base_reads_no_weights(self, tmp_path: Path) -> None:
+        write_files(tmp_path / "base", BASE)
+        with (tmp_path / "base" / "model-00001-of-00002.safetensors").open("ab") as file:
+            file.truncate(1 << 40)  # a sparse TiB
+        fetch_base(LocalPath(tmp_path / "base"), tmp_path)
+
+    def test_header_that_lies_is_left_to_the_reader(self, tmp_path: Path) -> None:
+        write_files(tmp_path / "base", BASE | {"model-00002-of-00002.safetensors": b"\xff" * 8})
+        fetch_base(LocalPath(tmp_path / "base"), tmp_path)
+        write_files(tmp_path / "base", {"model-00002-of-00002.safetensors": b"cut"})
+        fetch_base(LocalPath(tmp_path / "base"), tmp_path)
+
+    def test_digest_of_an_adapter_is_that_of_its_contents(self, tmp_path: Path) -> None:
+        write_files(tmp_path / "a", ADAPTER)
+        write_files(tmp_path / "b", ADAPTER)
+        write_files(tmp_path / "c", ADAPTER | {"adapter_model.safetensors": safetensors(b"\x01" + bytes(4_999))})
+        digests = [fetch_adapter(LocalPath(tmp_path / name), tmp_path).digest for name in "abc"]
+        assert digests[0] == digests[1] != digests[2]
+
+    def test_missing_directory_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(NotFoundError, match=r"base .*/no is no directory; expected one with config\.json"):
+            fetch_base(LocalPath(tmp_path / "no"), tmp_path)
+        with pytest.raises(NotFoundError, match=r"adapter .*/no is no directory; expected one with adapter_config"):
+            fetch_adapter(LocalPath(tmp_path / "no"), tmp_path)
+
+    @pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
+    def test_missing_file_is_named(self, tmp_path: Path, missing: str) -> None:
+        write_files(tmp_path / "a", {name: data for name, data in ADAPTER.items() if name != missing})
+        with pytest.raises(NotFoundError, match=rf"has no {missing[:13]}.*found .*tokenizer\.json"):
+            fetch_adapter(LocalPath(tmp_path / "a"), tmp_path)
+
+    def test_pickled_weights_are_refused(self, tmp_path: Path) -> None:
+        write_files(tmp_path / "a", {"adapter_config.json": b"{}", "adapter_model.bin": b"pickle"})
+        with pytest.raises(UnsupportedError, match=r"adapter_model\.bin.*re-save it as safetensors"):
+            fetch_adapter(LocalPath(tmp_path / "a"), tmp_path)
+        write_files(tmp_path / "b", {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
+        with pytest.raises(UnsupportedError, match=r"pytorch_model\.bin.*re-save it as safetensors"):
+            fetch_base(LocalPath(tmp_path / "b"), tmp_path)
+
+
+@pytest.mark.s3
+class TestS3:
+    @pytest.fixture
+    def place(self, written: S3Prefix, s3: S3Server) -> S3Prefix:
+        self.server = s3
+        return written
+
+    def test_base_is_brought_without_clutter(self, place: S3Prefix, tmp_path: Path) -> None:
+        source = fetch_base(place.child("base"), tmp_path / "cache")
+        assert source.directory == tmp_path / "cache" / "sources" / source.digest
+        assert {name: (source.directory / name).read_bytes() for name in names(source)} == BASE
+
+    def test_adapter_has_the_digest_of_its_contents(self, place: S3Prefix, tmp_path: Path) -> None:
+        write_files(tmp_path / "local", ADAPTER)
+        source = fetch_adapter(place.child("adapter"), tmp_path / "cache")
+        assert names(source) == ADAPTER.keys()
+        assert source.digest == fetch_adapter(LocalPath(tmp_path / "local"), tmp_path).digest
+
+    def test_second_fetch_brings_nothing(self, place: S3Prefix, tmp_path: Path) -> None:
+        first = fetch_base(place.child("base"), tmp_path / "cache")
+        identity = {path: path.stat().st_ino for path in first.directory.rglob("*")}
+        assert fetch_base(place.child("base"), tmp_path / "cache") == first
+        assert {path: path.stat().st_ino for path in first.directory.rglob("*")} == identity
+
+    def test_many_at_once_bring_it_once(self, place: S3Prefix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import workers.sources
+
+        brought = []
+        download = workers.sources._download
+        monkeypatch.setattr(workers.sources, "_download", lambda *args: (brought.append(args), download(*args)))
+        with ThreadPoolExecutor(4) as pool:
+            sources = list(pool.map(lambda _: fetch_base(place.child("base"), tmp_path / "cache"), range(4)))
+        assert len(set(sources)) == len(brought) == 1
+
+    def test_changed_object_is_another_source(self, place: S3Prefix, tmp_path: Path) -> None:
+        adapter = place.child("changing")
+        write_objects(self.server, adapter, ADAPTER)
+        first = fetch_adapter(adapter, tmp_path / "cache")
+        write_objects(self.server, adapter, {"tokenizer.json": b"[]"})
+        second = fetch_adapter(adapter, tmp_path / "cache")
+        assert first.digest != second.digest
+        assert (second.directory / "tokenizer.json").read_bytes() == b"[]"
+
+    def test_broken_download_leaves_no_trace(
+        self, place: S3Prefix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as broken:
+            broken.setattr("workers.sources.sync_tree", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+            with pytest.raises(Exception, match="No space left"):
+                fetch_base(place.child("base"), tmp_path / "cache")
+        left = [path.suffix for path in (tmp_path / "cache" / "sources").iterdir()]
+        assert left == [".lock"]
+        assert names(fetch_base(place.child("base"), tmp_path / "cache")) == BASE.keys()
+
+    def test_missing_places_are_named(self, place: S3Prefix, tmp_path: Path) -> None:
+        with pytest.raises(NotFoundError, match=r"base s3://.*/nothing has no \*\.safetensors; found nothing"):
+            fetch_base(place.child("nothing"), tmp_path)
+        with pytest.raises(NotFoundError, match="bucket 'no-such-bucket'"):
+            fetch_base(S3Prefix("no-such-bucket", "x"), tmp_path)
+
+    def test_missing_credentials(self, place: S3Prefix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        with pytest.raises(AuthError, match="AWS_ACCESS_KEY_ID"):
+            fetch_base(place.child("base"), tmp_path)
+
+
+class TestHub:
+    @pytest.fixture
+    def place(self, hub: Hub, tmp_path: Path) -> HubRepo:
+        place = HubRepo(f"org/{tmp_path.name}")
+        hub.create(place.repo_id, BASE | CLUTTER)
+        hub.create(f"{place.repo_id}-adapter", ADAPTER | ADAPTER_CLUTTER)
+        return place
+
+    def test_base_is_brought_without_clutter_and_pinned(self, place: HubRepo, hub: Hub, tmp_path: Path) -> None:
+        source = fetch_base(place, tmp_path)
+        assert {name: (source.directory / name).read_bytes() for name in names(source)} == BASE
+        assert source.location == HubRepo(place.repo_id, hub.repos[place.repo_id][-1].oid)
+        assert fetch_base(source.location, tmp_path) == source
+
+    def test_new_commit_is_another_source(self, place: HubRepo, hub: Hub, tmp_path: Path) -> None:
+        first = fetch_base(place, tmp_path)
+        hub.commit(place.repo_id, "new tokenizer", {"tokenizer.json": hub.keep(b"[]")})
+        second = fetch_base(place, tmp_path)
+        assert first.digest != second.digest
+        assert fetch_base(first.location, tmp_path) == first
+
+    def test_adapter_has_the_digest_of_its_contents(self, place: HubRepo, tmp_path: Path) -> None:
+        write_files(tmp_path / "local", ADAPTER)
+        source = fetch_adapter(HubRepo(f"{place.repo_id}-adapter"), tmp_path)
+        assert names(source) == ADAPTER.keys()
+        assert source.digest == fetch_adapter(LocalPath(tmp_path / "local"), tmp_path).digest
+
+    @pytest.mark.parametrize("endpoint", [None, "http://127.0.0.1:9"], ids=["offline", "unreachable"])
+    def test_works_from_the_cache(self, place: HubRepo, tmp_path: Path, endpoint: str | None) -> None:
+        """huggingface_hub reads HF_HUB_OFFLINE when it is imported."""
+        source = fetch_base(place, tmp_path)
+        code = (
+            "import sys; from pathlib import Path; from jobs.locations import parse_location; "
+            "from workers.sources import fetch_base; "
+            "print(fetch_base(parse_location(sys.argv[1]), Path(sys.argv[2])))"
+        )
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment |= {"HF_ENDPOINT": endpoint} if endpoint else {"HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", code, str(place), str(tmp_path)]
+        found = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        assert found.stdout.strip() == str(source)
+
+    def test_what_is_missing_is_named(self, place: HubRepo, hub: Hub, tmp_path: Path) -> None:
+        with pytest.raises(NotFoundError, match=r"hf://org/none@main at .* does not exist, or HF_TOKEN may not see it"):
+            fetch_base(HubRepo("org/none"), tmp_path)
+        with pytest.raises(NotFoundError, match=r"@v9 at .* has no such revision"):
+            fetch_base(HubRepo(place.repo_id, "v9"), tmp_path)
+        hub.create(f"{place.repo_id}-empty")
+        with pytest.raises(NotFoundError, match=r"has no \*\.safetensors; found \.gitattributes"):
+            fetch_base(HubRepo(f"{place.repo_id}-empty"), tmp_path)
+
+    def test_pickled_weights_are_refused(self, place: HubRepo, hub: Hub, tmp_path: Path) -> None:
+        hub.create(f"{place.repo_id}-bin", {"adapter_config.json": b"{}", "adapter_model.bin": b"pickle"})
+        with pytest.raises(UnsupportedError, match=r"adapter_model\.bin.*re-save it as safetensors"):
+            fetch_adapter(HubRepo(f"{place.repo_id}-bin"), tmp_path)
+
+    @pytest.mark.parametrize(("status", "kind"), [(401, AuthError), (403, AuthError)])
+    def test_refused(self, place: HubRepo, hub: Hub, tmp_path: Path, status: int, kind: type[Exception]) -> None:
+        hub.fail("GET", "/api/models/", status=status, times=9)
+        with pytest.raises(kind, match="HF_TOKEN"):
+            fetch_base(place, tmp_path)
