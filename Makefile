@@ -2,13 +2,14 @@
 
 PYTHON ?= python3.11
 SHAPE ?= 0.5b
+ROUNDS ?= 10
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench chaos
+.PHONY: help setup demo test lint bench chaos fuzz
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,3 +42,6 @@ bench: setup  ## time and memory against the usual merges and cp -r; SHAPE=tiny,
 
 chaos: setup  ## kill -9 of a worker and of the driver in the middle of a batch; then run it to its end
 	$(BIN)/python -m pytest tests/chaos
+
+fuzz: setup  ## the property tests with new random input each round; ROUNDS=10
+	for round in $$(seq $(ROUNDS)); do $(BIN)/python -m pytest -m hypothesis --hypothesis-profile=random || exit 1; done

@@ -5,9 +5,15 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.servers.hub import Hub, serve_hub
 from tests.servers.s3 import S3Server, serve_s3
+
+# One commit gets one answer, however often it is tested; `make fuzz` is for looking further.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("random", derandomize=False)
+settings.load_profile("repeatable")
 
 _home = pytest.StashKey[tempfile.TemporaryDirectory]()
 

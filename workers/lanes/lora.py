@@ -30,7 +30,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _ADAPTER = "default"
 
-_READ_BY_PEFT = frozenset(
+_SUPPORTED = frozenset(
     {
         "r",
         "lora_alpha",
@@ -58,6 +58,9 @@ _ABOUT_TRAINING = frozenset(
     }
 )
 """Fields that change nothing in a finished adapter."""
+
+_ALSO_NEUTRAL: dict[str, tuple[Any, ...]] = {"modules_to_save": ([],), "loftq_config": (None,)}
+"""What trainers write, besides PEFT's own default, for a field they do not use."""
 
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Initializations that leave the base's weights as they are. The others move part of the base into the adapter."""
@@ -169,23 +172,31 @@ def _lora_config(directory: Path) -> LoraConfig:
         field.name: field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         for field in dataclasses.fields(LoraConfig)
     }
-    if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
+    init = raw.get("init_lora_weights", True)
+    if not any(init == plain and type(init) is type(plain) for plain in _PLAIN_INITS):
         raise UnsupportedError(
-            f"{path}: init_lora_weights {raw['init_lora_weights']!r} changed the base's weights before training, so "
+            f"{path}: init_lora_weights {init!r} changed the base's weights before training, so "
             "the adapter does not fit the published base; save it converted to plain LoRA "
             "(PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
         )
     for field, value in raw.items():
-        if field in _READ_BY_PEFT | _ABOUT_TRAINING or field == "init_lora_weights":
+        if field in _SUPPORTED | _ABOUT_TRAINING or field == "init_lora_weights":
             continue
-        neutral: tuple[Any, ...] = (None, False, "none", {}, [], defaults.get(field))
+        neutral: tuple[Any, ...] = (None, False, {}, [])
+        if field in defaults:
+            neutral = (defaults[field], *_ALSO_NEUTRAL.get(field, ()))
         if not any(value == other and type(value) is type(other) for other in neutral):
             known = (
                 "is not supported by this version" if field in defaults else f"is unknown to PEFT {peft.__version__}"
             )
             raise UnsupportedError(f"{path}: field {field} = {value!r} {known}; it would change the merge")
+    # Everything goes to PEFT as written, so that what it would refuse to load is refused here. The skeleton holds no
+    # values to initialize.
+    given = {field: value for field, value in raw.items() if field in defaults and field != "auto_mapping"}
     try:
-        return LoraConfig(inference_mode=True, **{field: raw[field] for field in _READ_BY_PEFT if field in raw})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return LoraConfig(**given | {"inference_mode": True, "init_lora_weights": True})
     except (TypeError, ValueError) as error:
         raise BadInputError(f"{path}: PEFT refuses this configuration: {error}") from error
 

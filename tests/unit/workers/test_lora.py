@@ -1,7 +1,9 @@
 """What an adapter changes is what PEFT says; what it asks for beyond plain LoRA is refused by name."""
 
+import dataclasses
 import json
 import shutil
+import warnings
 
 import peft
 import pytest
@@ -71,7 +73,9 @@ def change_tensors(adapter, change):
 
 def layers_of_peft(base, adapter):
     """Return rank and scaling of every layer that PEFT gives the whole model, by weight."""
-    with quiet_transformers():
+    with quiet_transformers(), warnings.catch_warnings():
+        # What PEFT only warns of, such as an exclusion that excludes nothing, it does all the same.
+        warnings.simplefilter("ignore")
         model = PeftModel.from_pretrained(load_plain(base), adapter).base_model.model
     return {
         f"{name}.weight": (layer.r["default"], layer.scaling["default"])
@@ -240,6 +244,8 @@ def test_a_rank_that_is_not_the_configured_one_is_refused(base, adapter):
         ("use_qalora", True),
         ("alora_invocation_tokens", [7]),
         ("loftq_config", {"loftq_bits": 4}),
+        ("use_dora", "none"),
+        ("trainable_token_indices", False),
         ("corda_config", {"cache_file": "x"}),
     ],
 )
@@ -284,8 +290,11 @@ def test_a_field_that_peft_does_not_know_is_refused(base, adapter):
         plan(base, adapter)
 
 
-def test_unknown_fields_that_are_off_are_taken(base, adapter):
-    change_config(adapter, use_magic=False, magic_config=None)
+@pytest.mark.parametrize(
+    "fields", [{"use_magic": False, "magic_config": None}, {"modules_to_save": []}, {"loftq_config": None}], ids=str
+)
+def test_fields_that_are_off_are_taken(base, adapter, fields):
+    change_config(adapter, **fields)
     assert len(plan(base, adapter)) == 14
 
 
@@ -314,6 +323,7 @@ def test_unknown_fields_that_are_off_are_taken(base, adapter):
         {"alpha_pattern": {"q_proj": "4"}},
         {"layers_to_transform": "first"},
         {"layers_pattern": "("},
+        {"lora_dropout": None},
     ],
     ids=str,
 )
@@ -350,22 +360,10 @@ def test_truncated_weights_are_refused(base, adapter):
         plan(base, adapter)
 
 
-scalars = st.none() | st.booleans() | st.integers(-3, 70) | st.floats() | st.sampled_from(["", "q_proj", "[", "a.*"])
+texts = st.sampled_from(["", "q_proj", "[", "a.*", "none"])
+scalars = st.none() | st.booleans() | st.integers(-3, 70) | st.floats() | texts
 values = scalars | st.lists(scalars, max_size=2) | st.dictionaries(st.sampled_from(["q_proj", "[", ""]), scalars)
-FIELDS = [
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "exclude_modules",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
-    "layers_pattern",
-    "init_lora_weights",
-    "peft_type",
-    "use_dora",
-]
+FIELDS = [*(field.name for field in dataclasses.fields(LoraConfig)), "unheard_of"]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
