@@ -76,7 +76,6 @@ class FleetMetrics:
 
     def publish_finished(self, outcome: PublishOutcome) -> None:
         """Count what publishing took."""
-        self._count_bytes("uploaded", outcome.bytes_uploaded)
         self._count_seconds("publish", outcome.seconds)
 
     def settled(self, outcome: str) -> None:

@@ -162,6 +162,15 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(num_before)
 
 
+def dequantize_without_kernel(codes: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:
+    """Dequantize as bitsandbytes does on devices that it has no kernel for: code times scale, rounded once."""
+    absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    weight: torch.Tensor = _dequantize_4bit_compute(
+        codes.reshape(-1), absmax, state.code, state.blocksize, state.shape, state.dtype
+    )
+    return weight
+
+
 def _dequantize(model: PreTrainedModel) -> PreTrainedModel:
     """Dequantize by transformers; weights with blocks over several rows by bitsandbytes' own code for any device.
 
@@ -172,13 +181,7 @@ def _dequantize(model: PreTrainedModel) -> PreTrainedModel:
     model = model.dequantize()
     for name, (codes, state) in quantized.items():
         if state.shape[1] % state.blocksize:
-            absmax = state.absmax
-            if state.nested:
-                absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
-            right = _dequantize_4bit_compute(
-                codes.reshape(-1), absmax, state.code, state.blocksize, state.shape, state.dtype
-            )
-            model.get_submodule(name).weight.data.copy_(right)
+            model.get_submodule(name).weight.data.copy_(dequantize_without_kernel(codes, state))
     return model
 
 

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 
 from jobs.release import TensorCheck
-from workers.lanes.lora import ADAPTER_WEIGHTS
-from workers.merge import read_operand, rows_per_tile, single_threads
+from workers.lanes.lora import ADAPTER_WEIGHTS, read_operand
 from workers.plan import BasePlan, MergePlan, OutputTensor
 from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
 from workers.tensor_io import read_rows
+from workers.tiles import rows_per_tile, single_threads
 
 TILE_ELEMENTS = 1 << 18
 
@@ -105,16 +105,14 @@ def _check_tensor(
     jobs: Sequence[CheckJob],
     on_bytes: Callable[[int], None],
 ) -> list[TensorCheck]:
-    num_rows = tensor.shape[0] if tensor.shape else 1
-    num_columns = max(1, math.prod(tensor.shape[1:]))
     weight = quantized.weight(tensor.name) if quantized is not None and tensor.stored is None else None
-    step = rows_per_tile(num_rows, num_columns, weight.row_alignment if weight else 1, TILE_ELEMENTS)
+    step = rows_per_tile(tensor.num_rows, tensor.num_columns, weight.row_alignment if weight else 1, TILE_ELEMENTS)
     sums = {job.plan.request.id: _Sums() for job in jobs}
     operands = {job.plan.request.id: _operands(job.plan, tensor.name) for job in jobs}
     for job in jobs:
         job.check()
-    for start in range(0, num_rows, max(step, 1)):
-        stop = min(start + step, num_rows)
+    for start in range(0, tensor.num_rows, max(step, 1)):
+        stop = min(start + step, tensor.num_rows)
         weight_OI = _read_weight(base, tensor, weight, start, stop)
         for job in jobs:
             shard, spec = job.plan.output.tensors[tensor.name]

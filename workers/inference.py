@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 
 from jobs.errors import BadInputError, NoCapacityError
 from workers.model import quiet_transformers, stored_quantization
+from workers.quant import of_state
 
 MAX_BATCH_TOKENS = 2048
 """Prompts that are continued together, counted with their padding and what is to come."""
@@ -258,6 +259,10 @@ def _prepare(model: PreTrainedModel, info: dict[str, Any], *, device: torch.devi
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype = torch.float32
             module.compute_type_is_set = True
+            state = module.weight.quant_state
+            if module.weight.device.type == "cpu" and state.shape[1] % state.blocksize:
+                # Its other AVX512 kernel takes the wrong scales where blocks go on from one row to the next.
+                module.forward = functools.partial(_forward_in_blocks, module)
     # PEFT would place a model with this attribute anew, and write to its files; the hooks are where they belong.
     model.__dict__.pop("hf_device_map", None)
     stop = model.generation_config.eos_token_id if model.generation_config is not None else None
@@ -273,6 +278,11 @@ def _prepare(model: PreTrainedModel, info: dict[str, Any], *, device: torch.devi
         ),
         stop_ids=frozenset(stop if isinstance(stop, list) else () if stop is None else (stop,)),
     )
+
+
+def _forward_in_blocks(module: Any, x: torch.Tensor) -> torch.Tensor:
+    weight = of_state(module.weight.data, module.weight.quant_state)
+    return torch.nn.functional.linear(x, weight.dequantize_rows(0, weight.shape[0]).to(x.dtype), module.bias)
 
 
 def _batches(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[list[Sequence[int]]]:

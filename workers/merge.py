@@ -8,7 +8,6 @@ Shape suffixes: O output features, I input features, R rank.
 """
 
 import contextlib
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,17 +19,14 @@ import torch
 
 from jobs.errors import BadInputError, MergefleetError
 from jobs.release import Artifact
-from workers.checkpoint import TensorSpec
 from workers.files import file_errors
-from workers.lanes.lora import ADAPTER_WEIGHTS
+from workers.lanes.lora import ADAPTER_WEIGHTS, read_operand
 from workers.plan import BasePlan, MergePlan, OutputTensor
 from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
-from workers.tensor_io import read_into, read_rows, tensor_bytes
+from workers.tensor_io import read_into, tensor_bytes
+from workers.tiles import TILE_ELEMENTS, TileBuffers, rows_per_tile, single_threads
 from workers.writer import CheckpointWriter
-
-TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Elements of a tile: on the CPU its float32 form stays in the cache of a core, on a GPU it fills the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,24 +54,6 @@ class PassResult:
     """Bytes of the base's own files read; those in 4-bit come out of the cache and do not count."""
     num_adapter_bytes_read: int
     num_bytes_written: int
-
-
-@contextlib.contextmanager
-def single_threads(num_threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
-    """Hand out a pool whose threads each run torch on themselves alone: threads with tiles of their own never wait.
-
-    Each thread is told so, since MKL begins on all cores in a new one, and then adds up the products of a matrix of few
-    rows in another order: the last bits of the first tile would depend on the number of cores.
-    """
-    num_before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(
-            num_threads, thread_name_prefix=name, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(num_before)
 
 
 def run_pass(
@@ -138,24 +116,7 @@ class _Tile:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.stop - self.start, _num_columns(self.weight.tensor)
-
-
-class _Buffers(threading.local):
-    """Scratch of one thread, reused for every tile; pinned where a device copies from it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._storage: dict[str, torch.Tensor] = {}
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def get(self, use: str, dtype: torch.dtype, shape: tuple[int, int], *, host: bool) -> torch.Tensor:
-        num_bytes = math.prod(shape) * dtype.itemsize
-        if use not in self._storage or self._storage[use].numel() < num_bytes:
-            pin = host and self._device.type == "cuda"
-            device = torch.device("cpu") if host else self._device
-            self._storage[use] = torch.empty(num_bytes, dtype=torch.uint8, device=device, pin_memory=pin)
-        return self._storage[use][:num_bytes].view(dtype).view(shape)
+        return self.stop - self.start, self.weight.tensor.num_columns
 
 
 class _Walk:
@@ -184,7 +145,7 @@ class _Walk:
         self._tiles = self._all_tiles()
         self._stopped = False
         self._descriptors: dict[str, int] = {}
-        self._buffers = _Buffers(device)
+        self._buffers = TileBuffers(device)
         self._num_base_bytes = 0
         self._num_adapter_bytes = 0
         self._num_written = 0
@@ -230,7 +191,6 @@ class _Walk:
 
     def _all_tiles(self) -> Iterator[_Tile]:
         for tensor in self._base.tensors:
-            num_rows = _num_rows(tensor)
             quantized = None
             if tensor.stored is None:
                 assert self._quantized is not None
@@ -240,14 +200,14 @@ class _Walk:
                         f"{self._base.source.directory}: tensor {tensor.name} is stored in 4-bit as "
                         f"{list(quantized.shape)}, config.json makes it {list(tensor.shape)}; the checkpoint is corrupt"
                     )
-            step = num_rows
+            step = tensor.num_rows
             if self._computed(tensor):
                 alignment = quantized.row_alignment if quantized else 1
-                step = rows_per_tile(num_rows, _num_columns(tensor), alignment, TILE_ELEMENTS[self._device.type])
-            starts = range(0, max(num_rows, 1), max(step, 1))
+                step = rows_per_tile(tensor.num_rows, tensor.num_columns, alignment, TILE_ELEMENTS[self._device.type])
+            starts = range(0, max(tensor.num_rows, 1), max(step, 1))
             weight = _Weight(tensor, quantized, len(starts))
             for start in starts:
-                yield _Tile(weight, start, min(start + step, num_rows))
+                yield _Tile(weight, start, min(start + step, tensor.num_rows))
 
     def _computed(self, tensor: OutputTensor) -> bool:
         if tensor.num_bytes == 0:
@@ -304,7 +264,7 @@ class _Walk:
         tensor = tile.weight.tensor
         assert tensor.stored is not None
         host_OI = self._buffers.get("stored", tensor.stored.dtype, tile.shape, host=True)
-        row_bytes = _num_columns(tensor) * tensor.stored.dtype.itemsize
+        row_bytes = tensor.num_columns * tensor.stored.dtype.itemsize
         path = self._base.source.directory / tensor.shard
         read_into(self._descriptor(tensor.shard), path, host_OI, tensor.stored.begin + tile.start * row_bytes)
         self._count(base=host_OI.numel() * host_OI.itemsize)
@@ -341,7 +301,7 @@ class _Walk:
             self._buffers.stream.synchronize()
         shard, spec = writer.locate(tile.weight.tensor.name)
         data = tensor_bytes(host_OI)
-        shard.write(spec.begin + tile.start * _num_columns(tile.weight.tensor) * rounded_OI.itemsize, data)
+        shard.write(spec.begin + tile.start * tile.weight.tensor.num_columns * rounded_OI.itemsize, data)
         self._count(written=len(data))
 
     @contextlib.contextmanager
@@ -370,31 +330,6 @@ class _Walk:
             self._on_bytes(written)
 
 
-def read_operand(path: Path, spec: TensorSpec) -> torch.Tensor:
-    """Read one adapter tensor, lifted to float32 as `PeftModel` does.
-
-    Raises:
-        BadInputError: it holds NaN or infinity.
-    """
-    stored = read_rows(path, spec, 0, spec.shape[0])
-    if not bool(torch.isfinite(stored).all()):
-        raise BadInputError(
-            f"{path}: tensor {spec.name}: expected finite numbers, found NaN or infinity; the training diverged: "
-            "use an earlier checkpoint of the adapter"
-        )
-    return stored.float()
-
-
-def rows_per_tile(num_rows: int, num_columns: int, alignment: int, tile_elements: int) -> int:
-    """Return the rows of a tile: about `tile_elements` elements, a multiple of `alignment`, all tiles about even.
-
-    Even, because a last tile of one row would go through another kernel, with other last bits.
-    """
-    most = max(1, tile_elements // (num_columns * alignment)) * alignment
-    num_tiles = max(1, math.ceil(num_rows / most))
-    return math.ceil(math.ceil(num_rows / num_tiles) / alignment) * alignment
-
-
 def _largest(values: torch.Tensor) -> float:
     low, high = torch.aminmax(values)
     return max(-float(low), float(high))
@@ -406,11 +341,3 @@ def _check_range(tensor: OutputTensor, largest: float) -> None:
             f"tensor {tensor.name}: merging gives {largest}, which {tensor.dtype} cannot hold; request another dtype, "
             "or look for NaN and overflow in base and adapter"
         )
-
-
-def _num_rows(tensor: OutputTensor) -> int:
-    return tensor.shape[0] if tensor.shape else 1
-
-
-def _num_columns(tensor: OutputTensor) -> int:
-    return max(1, math.prod(tensor.shape[1:]))

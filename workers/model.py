@@ -31,6 +31,9 @@ _REFUSALS = (
 )
 """What transformers raises on a configuration with a wrong value in it, depending on where it stumbles."""
 
+_DEPTHS = frozenset({"num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "encoder_layers"})
+"""What architectures call the number of their layers."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredQuantization:
@@ -72,10 +75,7 @@ def stored_quantization(directory: Path) -> StoredQuantization | None:
         UnsupportedError: the base is stored in a format that has no bit-exact way back to the weights of the training.
         BadInputError: the configuration contradicts itself or is none.
     """
-    config = read_json(directory / "config.json")
-    if not isinstance(config, dict):
-        raise BadInputError(f"{directory / 'config.json'}: expected a JSON object, found {type(config).__name__}")
-    stored = config.get("quantization_config")
+    stored = _read_config(directory).get("quantization_config")
     if not stored:
         return None
     if not isinstance(stored, dict) or stored.get("quant_method") != "bitsandbytes" or not stored.get("load_in_4bit"):
@@ -121,6 +121,25 @@ def load_config(directory: Path) -> Any:
             f"{directory / 'config.json'}: transformers {transformers.__version__} cannot read it, and code that comes "
             f"with a model is never run: {error}"
         ) from error
+
+
+def check_depth(directory: Path, num_tensors: int) -> None:
+    """Check that a configuration asks for no more layers than a checkpoint can fill: building them would take forever.
+
+    Raises:
+        BadInputError: it has more layers than the checkpoint has tensors.
+    """
+    path = directory / "config.json"
+    sections = [_read_config(directory)]
+    while sections:
+        for field, value in sections.pop().items():
+            if isinstance(value, dict):
+                sections.append(value)
+            elif field in _DEPTHS and isinstance(value, int) and value > num_tensors:
+                raise BadInputError(
+                    f"{path}: {field}: expected at most {num_tensors}, the tensors of the checkpoint, found {value}; "
+                    "weights and configuration are not of the same model"
+                )
 
 
 def skeleton(directory: Path) -> PreTrainedModel:
@@ -191,3 +210,10 @@ def check_names(directory: Path, model: PreTrainedModel, stored: frozenset[str])
     raise BadInputError(
         f"{directory}: {len(missing)} tensors of {type(model).__name__} are missing, first {missing[0]}"
     )
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    config = read_json(directory / "config.json")
+    if not isinstance(config, dict):
+        raise BadInputError(f"{directory / 'config.json'}: expected a JSON object, found {type(config).__name__}")
+    return config

@@ -83,7 +83,6 @@ class PublishOutcome:
     job_id: str
     failure: Failure | None = None
     release: Release | None = None
-    bytes_uploaded: int = 0
     seconds: float = 0.0
 
 

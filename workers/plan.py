@@ -17,7 +17,7 @@ from jobs.errors import BadInputError, UnsupportedError
 from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
 from workers.checkpoint import CheckpointLayout, TensorSpec, lay_out, lay_out_shard, read_checkpoint, read_json
 from workers.lanes.lora import LoraDelta, plan_lora
-from workers.model import check_names, quantized_weights, skeleton, stored_quantization
+from workers.model import check_depth, check_names, quantized_weights, skeleton, stored_quantization
 from workers.quant import quantized_names, quantized_owner
 from workers.quantized_base import QuantizationTask
 from workers.sources import Source
@@ -41,6 +41,16 @@ class OutputTensor:
     def num_bytes(self) -> int:
         """Number of bytes in the output."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the tensor as a matrix: its first dimension; a scalar has one."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of the tensor as a matrix: all further dimensions together."""
+        return max(1, math.prod(self.shape[1:]))
 
     @property
     def copied(self) -> bool:
@@ -106,6 +116,7 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
     """
     directory = source.directory
     layout = read_checkpoint(directory)
+    check_depth(directory, len(layout.tensors))
     model = skeleton(directory)
     stored_weights = quantized_names(layout.tensors)
     stored_in_4bit = _check_stored(source, request, frozenset(stored_weights.values()))

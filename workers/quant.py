@@ -178,14 +178,19 @@ def restore(name: str, stored: Mapping[str, torch.Tensor]) -> QuantizedWeight:
         codes = stored[""].reshape(-1).view(torch.uint8)
         state = bnb.QuantState.from_dict(parts, device=codes.device)
         _check_state(state, codes.numel())
-        absmax = state.absmax
-        if state.nested:
-            absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
+        return of_state(codes, state)
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise BadInputError(
             f"{name}: expected the parts of a bitsandbytes 4-bit weight, found {type(error).__name__}: {error}; the "
             "checkpoint is corrupt"
         ) from error
+
+
+def of_state(codes: torch.Tensor, state: bnb.QuantState) -> QuantizedWeight:
+    """Return the weight that bitsandbytes holds as codes, uint8 of any shape, and their state."""
+    absmax = state.absmax
+    if state.nested:
+        absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
     num_rows, num_columns = state.shape
     return QuantizedWeight(
         codes=codes.reshape(-1, 1),

@@ -3,89 +3,46 @@
 A job that fails fails alone; what the jobs share (the base) fails them all.
 """
 
-import contextlib
 import functools
 import importlib.metadata
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from jobs.errors import InternalError, MergefleetError, OutOfMemoryError, ParityFailedError
+from jobs.errors import InternalError, MergefleetError, ParityFailedError
 from jobs.release import (
     REPORT_NAME,
     REPORT_PAGE_NAME,
-    Artifact,
     BehaviourCheck,
     Manifest,
-    ParitySummary,
-    Release,
     TensorCheck,
 )
-from jobs.request import BaseQuantization, MergeRequest
+from jobs.request import BaseQuantization
 from workers.arithmetic import CheckJob, check_arithmetic
 from workers.behaviour import Subject, check_behaviour
 from workers.files import file_errors
+from workers.job import Job, own_failure
 from workers.merge import PassJob, run_pass
-from workers.outcomes import Failure, JobOutcome, Usage, WorkerSettings
+from workers.outcomes import Usage, WorkerSettings
 from workers.parity import judge, summarize, write_report, wrong_headers
-from workers.plan import BasePlan, MergePlan, plan_base, plan_merge
+from workers.plan import BasePlan, plan_base, plan_merge
 from workers.progress import Tracker
 from workers.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
 from workers.released import encode_manifest
 from workers.scratch import OwnedDirectory, sweep
 from workers.sidecars import digest_file, write_sidecars
-from workers.sinks import Staging, open_sink
+from workers.sinks import open_sink
 from workers.sources import fetch_adapter, fetch_base
 
 logger = logging.getLogger(__name__)
 
 _NUM_UPLOADS = 2
 """Files shipped at the same time by one worker."""
-
-
-@dataclass
-class Job:
-    """A job on its way through a unit."""
-
-    request: MergeRequest
-    planned: MergePlan | None = None
-    opened: Staging | None = None
-    shipped: list[tuple[Artifact, Future[None]]] = field(default_factory=list)
-    """Its finished files, each with its upload; several threads append."""
-    error: MergefleetError | None = None
-    release: Release | None = None
-    parity: ParitySummary | None = None
-    report_path: Path | None = None
-    manifest: Manifest | None = None
-
-    @property
-    def id(self) -> str:
-        """The request's id."""
-        return self.request.id
-
-    @property
-    def plan(self) -> MergePlan:
-        """The plan; every running job has one once the unit is prepared."""
-        assert self.planned is not None
-        return self.planned
-
-    @property
-    def staging(self) -> Staging:
-        """Where its release is on its way; every running job has one once the unit is prepared."""
-        assert self.opened is not None
-        return self.opened
-
-    @property
-    def running(self) -> bool:
-        """Whether it has neither failed nor found its release there already."""
-        return self.error is None and self.release is None
 
 
 class Unit:
@@ -199,7 +156,7 @@ class Unit:
             PassJob(
                 plan=job.plan,
                 directory=job.staging.directory,
-                on_file=functools.partial(_ship, job, uploads),
+                on_file=functools.partial(job.ship, uploads),
                 check=functools.partial(self._tracker.check, job.id),
             )
             for job in self._running
@@ -220,7 +177,7 @@ class Unit:
             with own_failure(job):
                 if job.error is None:
                     for artifact in write_sidecars(job.plan, job.staging.directory):
-                        _ship(job, uploads, artifact)
+                        job.ship(uploads, artifact)
 
     def _verify(self, base: BasePlan, quantized: QuantizedBase | None) -> None:
         self._tracker.enter("verify", (job.id for job in self._running))
@@ -289,7 +246,7 @@ class Unit:
         for name in (REPORT_NAME, REPORT_PAGE_NAME):
             with file_errors(f"copying the parity report to {directory}"):
                 shutil.copyfile(job.report_path / name, directory / name)
-            _ship(job, uploads, digest_file(directory, name))
+            job.ship(uploads, digest_file(directory, name))
         for _, upload in job.shipped:
             upload.result()
         quantized = job.request.base_quantization is not BaseQuantization.NONE
@@ -325,65 +282,3 @@ def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that decide the bytes of a merge."""
     names = ("mergefleet", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
     return {name: importlib.metadata.version(name) for name in names}
-
-
-def _ship(job: Job, uploads: ThreadPoolExecutor, artifact: Artifact) -> None:
-    job.shipped.append((artifact, uploads.submit(job.staging.put, artifact)))
-
-
-def drop(job: Job) -> None:
-    """Remove what a job staged. A failure to do so is logged: what is left is invisible."""
-    if job.opened is not None:
-        try:
-            job.opened.discard()
-        except MergefleetError:
-            # The next attempt at this destination clears it away.
-            logger.warning("a staged release could not be removed", extra={"job": job.id}, exc_info=True)
-
-
-def outcome(job: Job) -> JobOutcome:
-    """Return what became of a job."""
-    return JobOutcome(
-        job_id=job.id,
-        merge_key=job.planned.merge_key if job.planned else None,
-        failure=Failure.of(job.error) if job.error else None,
-        release=job.release,
-        parity=job.parity,
-        report_path=job.report_path,
-    )
-
-
-@contextlib.contextmanager
-def _failures(fail: Callable[[MergefleetError], None]) -> Iterator[None]:
-    """Turn whatever goes wrong inside into an error of ours: this is the edge of the worker."""
-    try:
-        yield
-    except MergefleetError as error:
-        fail(error)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        fail(OutOfMemoryError(f"memory ran out: {error}; use a worker with more, or parity level 'arithmetic'"))
-    except Exception as error:
-        logger.exception("a fault of mergefleet, or one it does not know")
-        fail(
-            InternalError(f"{type(error).__name__}: {error}; a fault of mergefleet: the worker's log has the traceback")
-        )
-
-
-def own_failure(job: Job) -> contextlib.AbstractContextManager[None]:
-    """Whatever goes wrong inside is the failure of this job."""
-
-    def fail(error: MergefleetError) -> None:
-        job.error = error
-
-    return _failures(fail)
-
-
-def shared_failures(jobs: Sequence[Job]) -> contextlib.AbstractContextManager[None]:
-    """Whatever goes wrong inside is the failure of all jobs that are still running."""
-
-    def fail(error: MergefleetError) -> None:
-        for job in jobs:
-            if job.running:
-                job.error = error
-
-    return _failures(fail)

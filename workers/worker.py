@@ -5,10 +5,11 @@ import time
 
 from jobs.errors import InternalError
 from jobs.request import MergeRequest
+from workers.job import Job, own_failure, shared_failures
 from workers.outcomes import Failure, Progress, PublishOutcome, UnitOutcome, WorkerSettings
 from workers.progress import Tracker
 from workers.quantized_base import ResidentBases
-from workers.unit import Job, Unit, drop, outcome, own_failure, shared_failures
+from workers.unit import Unit
 
 
 class MergeWorker:
@@ -47,9 +48,11 @@ class MergeWorker:
                 self._tracker.enter("staged", [job.id])
             else:
                 self._tracker.enter("failed" if job.error else "published", [job.id])
-                drop(job)
+                job.drop()
         self._residents.trim()
-        return UnitOutcome(jobs=tuple(outcome(job) for job in jobs), usage=unit.usage(), residents=self._residents.keys)
+        return UnitOutcome(
+            jobs=tuple(job.outcome() for job in jobs), usage=unit.usage(), residents=self._residents.keys
+        )
 
     def publish(self, job_id: str) -> PublishOutcome:
         """Make one staged job visible; afterwards nothing of it is left here, whatever came of it."""
@@ -62,7 +65,7 @@ class MergeWorker:
         assert job.manifest is not None
         with own_failure(job):
             job.release = job.staging.publish(job.manifest)
-        drop(job)
+        job.drop()
         self._tracker.enter("failed" if job.error else "published", [job_id])
         return PublishOutcome(
             job_id=job_id,
@@ -75,7 +78,7 @@ class MergeWorker:
         """Drop a staged job and everything it left. Idempotent."""
         job = self._staged.pop(job_id, None)
         if job is not None:
-            drop(job)
+            job.drop()
 
     def progress(self) -> Progress:
         """Return where the unit in work is; safe from any thread."""

@@ -63,7 +63,7 @@ class SleepingWorker:
         return JobOutcome(job_id=request.id, merge_key="a" * 64)
 
     def publish(self, job_id):
-        return PublishOutcome(job_id=job_id, bytes_uploaded=300, seconds=0.1)
+        return PublishOutcome(job_id=job_id, seconds=0.1)
 
     def discard(self, job_id):
         pass
@@ -235,7 +235,7 @@ def test_every_metric_is_on_the_prometheus_endpoint(session):
     )
     usage = Usage(bytes_read=100, bytes_written=200, bytes_uploaded=50, seconds={"merge": 1.5})
     metrics.unit_finished(UnitOutcome(jobs=(passed, failed), usage=usage, residents=()))
-    metrics.publish_finished(PublishOutcome(job_id="one", bytes_uploaded=300, seconds=0.25))
+    metrics.publish_finished(PublishOutcome(job_id="one", seconds=0.25))
     metrics.settled("published")
     metrics.worker_lost()
     expected = {
@@ -247,7 +247,7 @@ def test_every_metric_is_on_the_prometheus_endpoint(session):
         ("ray_mergefleet_resident_bases", "merge-worker-0"): 1,
         ("ray_mergefleet_bytes_total", "read"): 100,
         ("ray_mergefleet_bytes_total", "written"): 200,
-        ("ray_mergefleet_bytes_total", "uploaded"): 350,
+        ("ray_mergefleet_bytes_total", "uploaded"): 50,
         ("ray_mergefleet_stage_seconds_total", "merge"): 1.5,
         ("ray_mergefleet_stage_seconds_total", "publish"): 0.25,
         ("ray_mergefleet_units_total", ""): 1,

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from jobs.errors import BadInputError, UnsupportedError
 from workers.checkpoint import TensorSpec, read_json, read_shard
+from workers.tensor_io import read_rows
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -160,6 +161,21 @@ def plan_lora(directory: Path, model: PreTrainedModel, shapes: Mapping[str, tupl
             f"first {left_over[0]}; leaving them out would change the model, so the merge is refused"
         )
     return tuple(deltas)
+
+
+def read_operand(path: Path, spec: TensorSpec) -> torch.Tensor:
+    """Read one adapter tensor, lifted to float32 as `PeftModel` does.
+
+    Raises:
+        BadInputError: it holds NaN or infinity.
+    """
+    stored = read_rows(path, spec, 0, spec.shape[0])
+    if not bool(torch.isfinite(stored).all()):
+        raise BadInputError(
+            f"{path}: tensor {spec.name}: expected finite numbers, found NaN or infinity; the training diverged: "
+            "use an earlier checkpoint of the adapter"
+        )
+    return stored.float()
 
 
 def _lora_config(directory: Path) -> LoraConfig:

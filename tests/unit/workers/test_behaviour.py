@@ -6,15 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from jobs.errors import BadInputError, CancelledError, NoCapacityError, ParityFailedError
 from jobs.release import BehaviourCheck
 from jobs.request import DEFAULT_PROMPTS, BaseQuantization, MergeRequest, Thresholds
+from tests.merges import dequantize_without_kernel
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, load_plain, make_adapter, merge_with_peft
 from workers.behaviour import Subject, check_behaviour
 from workers.inference import Room, load_model
@@ -328,3 +330,27 @@ def test_a_base_stored_in_4bit_runs_in_float32(tmp_path):
     running = load_model(stored, Room(device=torch.device("cpu"), scratch=tmp_path, host_bytes=None))
 
     assert {parameter.dtype for parameter in running.model.parameters()} == {torch.float32, torch.uint8}
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_4bit_weights_whose_rows_are_no_whole_blocks_run_with_their_own_scales(
+    tmp_path, scratch, quant_type, double_quant
+):
+    wide = build_llama(tmp_path / "base", hidden_size=160, intermediate_size=208)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double_quant
+    )
+    running = load_model(wide, Room(device=CPU, scratch=scratch), config)
+    expected = load_plain(wide).float().eval()
+    for name, module in expected.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            weight = module.weight.data
+            codes, state = bnb.quantize_4bit(
+                weight, blocksize=64, quant_type=quant_type, compress_statistics=double_quant
+            )
+            module.weight.data = dequantize_without_kernel(codes, state)
+    ids = list(range(7, 40))
+    with torch.inference_mode():
+        logits_TV = expected(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(running.logits(ids, len(ids)), logits_TV, rtol=1e-4, atol=1e-4)

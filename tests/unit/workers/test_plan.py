@@ -202,6 +202,13 @@ def test_weights_that_are_not_of_the_configuration_are_refused(copy, tmp_path, f
         base_plan(copy, tmp_path)
 
 
+@pytest.mark.parametrize("fields", [{"num_hidden_layers": 10**12}, {"text_config": {"num_hidden_layers": 22}}], ids=str)
+def test_more_layers_than_tensors_are_refused_before_they_are_built(copy, tmp_path, fields):
+    change_config(copy, **fields)
+    with pytest.raises(BadInputError, match=r"config\.json: num_hidden_layers: expected at most 21, .* found"):
+        base_plan(copy, tmp_path)
+
+
 @pytest.mark.parametrize("entry", ["lm_haed", "model.layers.7", "proj_q"])
 def test_an_entry_of_the_skip_list_that_names_nothing_is_refused(base, tmp_path, entry):
     with pytest.raises(BadInputError, match=f"llm_int8_skip_modules: '{entry}' names no module"):

@@ -1,0 +1,65 @@
+"""Tiles: how a weight is cut into pieces that many threads work on at once, and the memory they work in."""
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Elements of a tile: on the CPU its float32 form stays in the cache of a core, on a GPU it fills the device."""
+
+
+@contextlib.contextmanager
+def single_threads(num_threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    """Hand out a pool whose threads each run torch on themselves alone: threads with tiles of their own never wait.
+
+    Each thread is told so, since MKL begins on all cores in a new one, and then adds up the products of a matrix of few
+    rows in another order: the last bits of the first tile would depend on the number of cores.
+    """
+    num_before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(
+            num_threads, thread_name_prefix=name, initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(num_before)
+
+
+def rows_per_tile(num_rows: int, num_columns: int, alignment: int, tile_elements: int) -> int:
+    """Return the rows of a tile: about `tile_elements` elements, a multiple of `alignment`, all tiles about even.
+
+    Even, because a last tile of one row would go through another kernel, with other last bits.
+    """
+    most = max(1, tile_elements // (num_columns * alignment)) * alignment
+    num_tiles = max(1, math.ceil(num_rows / most))
+    return math.ceil(math.ceil(num_rows / num_tiles) / alignment) * alignment
+
+
+class TileBuffers(threading.local):
+    """Scratch of one thread, reused for every tile; pinned where a device copies from it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._storage: dict[str, torch.Tensor] = {}
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def get(self, use: str, dtype: torch.dtype, shape: tuple[int, int], *, host: bool) -> torch.Tensor:
+        """Return the buffer of one use, uninitialized.
+
+        Args:
+            use: names the buffer; the same use gets the same memory again.
+            dtype: of its elements.
+            shape: rows and columns of the tile.
+            host: whether it lies in main memory rather than on the device.
+        """
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if use not in self._storage or self._storage[use].numel() < num_bytes:
+            pin = host and self._device.type == "cuda"
+            device = torch.device("cpu") if host else self._device
+            self._storage[use] = torch.empty(num_bytes, dtype=torch.uint8, device=device, pin_memory=pin)
+        return self._storage[use][:num_bytes].view(dtype).view(shape)
