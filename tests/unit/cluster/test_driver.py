@@ -101,7 +101,6 @@ class ScriptedPool:
             job_id=name,
             failure=failure,
             release=None if failure else release(name),
-            bytes_uploaded=0,
             seconds=0.0,
         )
         self.events.append(PublishFinished(worker=worker, outcome=outcome))
