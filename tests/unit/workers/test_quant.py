@@ -86,12 +86,14 @@ def test_tiles_are_quantized_as_the_whole(shape, dtype, quant_type, seed):
 def test_every_aligned_slice_is_that_of_the_whole(shape, dtype, quant_type, double_quant, seed):
     weight = random_weight(shape, dtype, seed)
     codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=quant_type, compress_statistics=double_quant)
-    expected = dequantize_without_kernel(codes, state)
-    if shape[1] % 64 == 0:  # else the AVX-512 kernel of bitsandbytes 0.50.2 takes the scales of other blocks
-        assert same_bits(expected, bnb.dequantize_4bit(codes, state))
     stored = {"": codes} | {f".{name}": part for name, part in state.as_dict(packed=True).items()}
     restored = restore("weight", stored)
     assert (restored.shape, restored.dtype, restored.quant_type) == (shape, dtype, quant_type)
+    expected = restored.dequantize_rows(0, shape[0])
+    # Equal, zeros of either sign: those of fp4 depend on the processor.
+    assert torch.equal(expected, dequantize_without_kernel(codes, state))
+    if shape[1] % 64 == 0:  # else the AVX-512 kernel of bitsandbytes 0.50.2 takes the scales of other blocks
+        assert same_bits(expected, bnb.dequantize_4bit(codes, state))
     bounds = [*range(0, shape[0], restored.row_alignment), shape[0]]
     for start in bounds[:-1]:
         for stop in (bound for bound in bounds if bound > start):
@@ -134,7 +136,7 @@ def test_a_stored_weight_is_dequantized_as_by_bitsandbytes(base, saved):
         codes, state = bnb.quantize_4bit(weights[name], quant_type=quant_type, compress_statistics=double_quant)
         stored = {stored.removeprefix(name): tensor for stored, tensor in tensors.items() if stored.startswith(name)}
         weight = restore(name, stored)
-        assert same_bits(weight.dequantize_rows(0, weight.shape[0]), dequantize_without_kernel(codes, state))
+        assert torch.equal(weight.dequantize_rows(0, weight.shape[0]), dequantize_without_kernel(codes, state))
 
 
 def test_codes_kept_as_another_dtype_are_the_same_weight():
