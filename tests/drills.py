@@ -17,7 +17,7 @@ from workers.arithmetic import check_arithmetic
 from workers.merge import run_pass
 
 
-def flip_byte(base, quantized, jobs, **options):
+def flip_byte(base, quantized, weights, jobs, **options):
     plan, directory = jobs[0].plan, jobs[0].directory
     shard = plan.output.shards[0]
     offset = (len(shard.header) + shard.num_bytes) // 2
@@ -27,15 +27,15 @@ def flip_byte(base, quantized, jobs, **options):
         file.seek(offset)
         file.write(bytes([byte ^ 0xFF]))
     sys.stderr.write(f"drill: flipped byte {offset} of {shard.name}\n")
-    return check_arithmetic(base, quantized, jobs, **options)
+    return check_arithmetic(base, quantized, weights, jobs, **options)
 
 
-def halve_scaling(base, quantized, jobs, **options):
+def halve_scaling(base, quantized, weights, jobs, **options):
     first, *others = jobs
     deltas = {name: dataclasses.replace(delta, scaling=delta.scaling / 2) for name, delta in first.plan.deltas.items()}
     plan = dataclasses.replace(first.plan, deltas=deltas)
     sys.stderr.write(f"drill: halved the scaling of {plan.request.id}\n")
-    return run_pass(base, quantized, [dataclasses.replace(first, plan=plan), *others], **options)
+    return run_pass(base, quantized, weights, [dataclasses.replace(first, plan=plan), *others], **options)
 
 
 DRILLS = {"flip-byte": ("check_arithmetic", flip_byte), "halve-scaling": ("run_pass", halve_scaling)}

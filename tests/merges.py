@@ -17,8 +17,10 @@ from jobs.locations import LocalPath
 from jobs.release import TensorCheck
 from jobs.request import MergeRequest
 from workers.arithmetic import CheckJob, check_arithmetic
-from workers.merge import PassJob, PassResult, run_pass
-from workers.model import quiet_transformers
+from workers.inference import quiet_libraries
+from workers.merge import PassResult, run_pass
+from workers.module_weights import ModuleWeights
+from workers.passes import PassJob
 from workers.plan import BasePlan, MergePlan, plan_base, plan_merge
 from workers.quantized_base import QuantizedBase, QuantizedCache
 from workers.sources import fetch_adapter, fetch_base
@@ -32,6 +34,7 @@ class Pass:
 
     base: BasePlan
     quantized: QuantizedBase | None
+    weights: ModuleWeights | None
     plans: tuple[MergePlan, ...]
     directory: Path
 
@@ -60,12 +63,16 @@ class Pass:
                     check=lambda job_id=job_id: check(job_id),
                 )
             )
-        return run_pass(self.base, self.quantized, jobs, device=CPU, num_threads=num_threads, on_bytes=on_bytes)
+        return run_pass(
+            self.base, self.quantized, self.weights, jobs, device=CPU, num_threads=num_threads, on_bytes=on_bytes
+        )
 
     def check(self, *, num_threads: int = 2) -> dict[str, tuple[TensorCheck, ...]]:
         """Check the arithmetic of all outputs."""
         jobs = [CheckJob(plan=plan, directory=self.output(plan.request.id), check=lambda: None) for plan in self.plans]
-        return check_arithmetic(self.base, self.quantized, jobs, num_threads=num_threads, on_bytes=lambda _: None)
+        return check_arithmetic(
+            self.base, self.quantized, self.weights, jobs, num_threads=num_threads, on_bytes=lambda _: None
+        )
 
 
 def plan_pass(base: Path, adapters: Mapping[str, Path], directory: Path, **fields: Any) -> Pass:
@@ -95,7 +102,12 @@ def plan_pass(base: Path, adapters: Mapping[str, Path], directory: Path, **field
         quantized = QuantizedBase(base, planned.layout, CPU)
     elif planned.quantization is not None:
         quantized = QuantizedCache(cache, CPU, 2).open(planned.quantization, lambda _: None)
-    return Pass(planned, quantized, plans, directory / "outputs")
+    weights = None
+    names = {name for plan in plans for name in plan.by_peft}
+    if names:
+        (directory / "weights").mkdir(parents=True)
+        weights = ModuleWeights(planned, quantized, names, directory / "weights", lambda _: None)
+    return Pass(planned, quantized, weights, plans, directory / "outputs")
 
 
 def merge(
@@ -137,7 +149,7 @@ def merge_by_peft(
         The tensors of the saved files, by name.
     """
     how = {"quantization_config": quantization} if quantization is not None else {}
-    with quiet_transformers(), _one_torch_thread():
+    with quiet_libraries(), _one_torch_thread():
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map="cpu", local_files_only=True, **how)
         if quantization is not None or dequantize:
             model = _dequantize(model)

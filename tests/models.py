@@ -23,6 +23,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from workers.inference import quiet_libraries
 from workers.model import quiet_transformers
 
 VOCAB_SIZE = 512
@@ -180,6 +181,8 @@ def make_adapter(
     seed: int = 1,
     quantized: bool = False,
     std: float = 0.05,
+    trained: bool = False,
+    **config: Any,
 ) -> Path:
     """Make a LoRA adapter for a base through PEFT, as after training: lora_B is not zero.
 
@@ -195,9 +198,11 @@ def make_adapter(
         seed: of lora_A and lora_B.
         quantized: whether the base is loaded in 4-bit first, as for QLoRA.
         std: standard deviation of lora_B.
+        trained: whether every parameter that training would change is changed, not lora_B alone.
+        config: further fields of `LoraConfig`.
     """
     torch.manual_seed(seed)
-    config = LoraConfig(
+    lora_config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules=targets if isinstance(targets, str) else list(targets),
@@ -205,13 +210,16 @@ def make_adapter(
         rank_pattern=dict(rank_pattern or {}),
         alpha_pattern=dict(alpha_pattern or {}),
         task_type="CAUSAL_LM",
+        **config,
     )
-    with quiet_transformers():
+    with quiet_libraries():
         model = _load_4bit(base, "nf4", double_quant=False) if quantized else load_plain(base)
-        peft_model = get_peft_model(model, config)
+        peft_model = get_peft_model(model, lora_config)
         for name, parameter in peft_model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=std)
+            elif trained and parameter.requires_grad:
+                parameter.data.add_(torch.randn(parameter.shape), alpha=std)
         peft_model.save_pretrained(directory)
     return directory
 

@@ -19,19 +19,17 @@ from pathlib import Path
 import torch
 
 from jobs.release import TensorCheck
-from workers.lanes.lora import ADAPTER_WEIGHTS, read_operand
+from workers.lanes.lora import read_operand
+from workers.module_weights import ModuleWeights
 from workers.plan import BasePlan, MergePlan, OutputTensor
+from workers.probes import check_modules
 from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
+from workers.rounding import BITS, EXPONENT_BITS, MANTISSA_BITS, half_ulp, precision_for
 from workers.tensor_io import read_rows
 from workers.tiles import rows_per_tile, single_threads
 
 TILE_ELEMENTS = 1 << 18
-
-_EXPONENT_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
-_MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
-_LARGEST_POWER = {torch.bfloat16: 2.0**127, torch.float16: 2.0**15, torch.float32: 2.0**127}
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +67,7 @@ class _Sums:
 def check_arithmetic(
     base: BasePlan,
     quantized: QuantizedBase | None,
+    weights: ModuleWeights | None,
     jobs: Sequence[CheckJob],
     *,
     num_threads: int,
@@ -79,23 +78,33 @@ def check_arithmetic(
     Args:
         base: the planned base.
         quantized: its weights in 4-bit, where the plan asks for them.
+        weights: its weights for PEFT, where a plan leaves any to it.
         jobs: the checkpoints; CancelledError of one ends the check of all.
         num_threads: tensors checked at the same time.
         on_bytes: told the bytes of merged tensors checked, as they are.
 
     Returns:
-        One check for each tensor, in the base's order, by request id.
+        One check for each tensor, in the order of the plan, by request id.
     """
-    results: dict[str, list[TensorCheck]] = {job.plan.request.id: [] for job in jobs}
+    results: dict[str, dict[str, TensorCheck]] = {job.plan.request.id: {} for job in jobs}
 
-    def check_tensor(tensor: OutputTensor) -> list[TensorCheck]:
-        return _check_tensor(base, quantized, tensor, jobs, on_bytes)
+    def check_tensor(tensor: OutputTensor) -> dict[str, TensorCheck]:
+        takers = [job for job in jobs if tensor.name not in job.plan.by_peft]
+        return _check_tensor(base, quantized, tensor, takers, on_bytes) if takers else {}
 
     with single_threads(num_threads, "check") as pool:
         for checks in pool.map(check_tensor, base.tensors):
-            for name, check in zip(results, checks, strict=True):
-                results[name].append(check)
-    return {name: tuple(checks) for name, checks in results.items()}
+            for name, check in checks.items():
+                results[name][check.tensor] = check
+        for job in jobs:
+            if job.plan.by_peft:
+                assert weights is not None
+                found = pool.submit(check_modules, job.plan, job.directory, weights, job.check, on_bytes)
+                results[job.plan.request.id] |= found.result()
+    return {
+        job.plan.request.id: tuple(results[job.plan.request.id][tensor.name] for tensor in job.plan.tensors)
+        for job in jobs
+    }
 
 
 def _check_tensor(
@@ -104,7 +113,7 @@ def _check_tensor(
     tensor: OutputTensor,
     jobs: Sequence[CheckJob],
     on_bytes: Callable[[int], None],
-) -> list[TensorCheck]:
+) -> dict[str, TensorCheck]:
     weight = quantized.weight(tensor.name) if quantized is not None and tensor.stored is None else None
     step = rows_per_tile(tensor.num_rows, tensor.num_columns, weight.row_alignment if weight else 1, TILE_ELEMENTS)
     sums = {job.plan.request.id: _Sums() for job in jobs}
@@ -120,7 +129,10 @@ def _check_tensor(
             name = job.plan.request.id
             sums[name].add(_check_tile(merged_OI, weight_OI, operands[name], start))
             on_bytes(merged_OI.numel() * merged_OI.itemsize)
-    return [_summarize(tensor.name, sums[job.plan.request.id], tensor.name in job.plan.deltas) for job in jobs]
+    return {
+        job.plan.request.id: _summarize(tensor.name, sums[job.plan.request.id], tensor.name in job.plan.deltas)
+        for job in jobs
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,16 +148,11 @@ def _operands(plan: MergePlan, name: str) -> _Operands | None:
     delta = plan.deltas.get(name)
     if delta is None:
         return None
-    path = plan.adapter.directory / ADAPTER_WEIGHTS
-    precision = _precision(plan.base.by_name[name].dtype)
-    a_RI = read_operand(path, delta.a_RI).to(precision)
+    precision = precision_for(plan.base.by_name[name].dtype)
+    a_RI = read_operand(plan.opened, delta.a_RI).to(precision)
     # Unlike the merge, the scaling goes into B in float64 first: the two must not share a slip.
-    scaled_b_OR = (read_operand(path, delta.b_OR).double() * delta.scaling).to(precision)
+    scaled_b_OR = (read_operand(plan.opened, delta.b_OR).double() * delta.scaling).to(precision)
     return _Operands(a_RI, scaled_b_OR, float(torch.linalg.vector_norm(a_RI, dim=0).max()))
-
-
-def _precision(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype.itemsize >= 4 else torch.float32
 
 
 def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
@@ -165,11 +172,11 @@ def _check_tile(merged_OI: torch.Tensor, weight_OI: torch.Tensor, operands: _Ope
     dtype = merged_OI.dtype
     if operands is None and weight_OI.dtype == dtype:
         return _check_equal(merged_OI, weight_OI)
-    precision = _precision(dtype)
+    precision = precision_for(dtype)
     exact_weight_OI = weight_OI.to(precision)
     change_OI = merged_OI.to(precision).sub_(exact_weight_OI)
     sums = _Sums(weight_square=float(torch.dot(exact_weight_OI.view(-1), exact_weight_OI.view(-1))))
-    bound_OI = _half_ulp(merged_OI).to(precision)
+    bound_OI = half_ulp(merged_OI).to(precision)
     if operands is not None:
         scaled_b_OR = operands.scaled_b_OR[start : start + merged_OI.shape[0]]
         delta_OI = torch.mm(scaled_b_OR, operands.a_RI)
@@ -182,7 +189,7 @@ def _check_tile(merged_OI: torch.Tensor, weight_OI: torch.Tensor, operands: _Ope
         if precision is torch.float32:
             # W + delta is rounded to float32 before it is rounded to the output's dtype: by at most 2**-23 of the power
             # of two below the value, of which half a unit in the last place is 2**-(mantissa bits + 1).
-            bound_OI *= 1 + 2.0 ** (_MANTISSA_BITS[dtype] - 22)
+            bound_OI *= 1 + 2.0 ** (MANTISSA_BITS[dtype] - 22)
         bound_OI += (2 * num_roundings * torch.finfo(torch.float32).eps * slack_O).unsqueeze(1)
         change_OI -= delta_OI
     error_OI = change_OI.abs_()
@@ -194,7 +201,7 @@ def _check_tile(merged_OI: torch.Tensor, weight_OI: torch.Tensor, operands: _Ope
 
 
 def _check_equal(merged_OI: torch.Tensor, weight_OI: torch.Tensor) -> _Sums:
-    left, right = merged_OI.view(_BITS[merged_OI.itemsize]), weight_OI.view(_BITS[weight_OI.itemsize])
+    left, right = merged_OI.view(BITS[merged_OI.itemsize]), weight_OI.view(BITS[weight_OI.itemsize])
     sums = _Sums()
     if weight_OI.is_floating_point():
         sums.weight_square = float(torch.linalg.vector_norm(weight_OI.float())) ** 2
@@ -204,8 +211,8 @@ def _check_equal(merged_OI: torch.Tensor, weight_OI: torch.Tensor) -> _Sums:
     error = (merged_OI.double() - weight_OI.double()).abs()[different]
     sums.num_bad_elements = int(different.sum())
     sums.max_abs_error = _largest(error)
-    half_ulp = _half_ulp(weight_OI[different]) if weight_OI.dtype in _EXPONENT_BITS else 0.5
-    sums.rounding_excess = _largest(error / half_ulp)
+    allowed = half_ulp(weight_OI[different]) if weight_OI.dtype in EXPONENT_BITS else 0.5
+    sums.rounding_excess = _largest(error / allowed)
     return sums
 
 
@@ -216,19 +223,6 @@ def _largest(values: torch.Tensor) -> float:
 def _finite(value: float) -> float:
     # NaN and infinity have no place in a JSON report; they are as wrong as can be.
     return value if math.isfinite(value) else sys.float_info.max
-
-
-def _half_ulp(values: torch.Tensor) -> torch.Tensor:
-    """Return half a unit in the last place of each value, in the values' own dtype where it can be held.
-
-    The exponent alone, without the mantissa's bits, is the power of two below the value: one unit in the last place is
-    that, shifted by the length of the mantissa.
-    """
-    bits = _BITS[values.itemsize]
-    powers = values.view(bits).bitwise_and(_EXPONENT_BITS[values.dtype]).view(values.dtype)
-    smallest = torch.finfo(values.dtype).smallest_normal
-    wide = powers.to(_precision(values.dtype)).clamp_(smallest, _LARGEST_POWER[values.dtype])
-    return wide.mul_(2.0 ** -(_MANTISSA_BITS[values.dtype] + 1))
 
 
 def _summarize(name: str, sums: _Sums, changed: bool) -> TensorCheck:

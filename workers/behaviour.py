@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
-from jobs.errors import BadInputError, MergefleetError, NoCapacityError, ParityFailedError
+from jobs.errors import BadInputError, MergefleetError, NoCapacityError, ParityFailedError, UnsupportedError
 from jobs.release import BehaviourCheck, PromptCheck
 from jobs.request import MergeRequest
 from workers.checkpoint import read_json
 from workers.divergence import NEAR_TIE_MARGIN, Divergence, compare_logits, total, working_bytes
 from workers.inference import Room, RunningModel, load_model, release_memory
+from workers.lanes.adapter import Adapter
 from workers.model import load_config
 from workers.plan import MergePlan
 from workers.prompts import Prompts, read_prompts
@@ -45,7 +46,9 @@ class Subject:
     request: MergeRequest
     merged: Path
     """Its directory: shards, config and tokenizer, as they will ship."""
-    adapter: Path
+    adapter: Adapter
+    streamed: bool
+    """Whether the adapter does no more than to add to linear weights."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,13 +93,13 @@ def check_behaviour(
     Returns:
         By request id: the gating check, then the informational one, which is missing where the base is stored in 4-bit
         and so has no other weights, or where there is no room for them; or the error that this subject alone failed
-        with: ParityFailedError for a merged checkpoint that does not load as it should, BadInputError for prompts or
-        adapter.
+        with: ParityFailedError for a merged checkpoint that does not load as it should, BadInputError or
+        UnsupportedError for prompts or adapter, NoCapacityError where the gating reference has no room.
 
     Raises:
         CancelledError: by `cancelled`.
         BadInputError: the base does not load as it should.
-        NoCapacityError: scratch is full, or a 4-bit base fits neither device nor main memory.
+        NoCapacityError: scratch is full.
     """
     outcomes: dict[str, tuple[BehaviourCheck, ...] | MergefleetError] = {}
     with tempfile.TemporaryDirectory(prefix="behaviour-", dir=scratch) as directory:
@@ -161,24 +164,40 @@ def _ask_reference(
 ) -> dict[str, MergefleetError]:
     """Add what one reference says to each trial; return the errors of those that failed alone."""
     errors: dict[str, MergefleetError] = {}
-    try:
-        running = load_model(base, room, reference.quantization)
-    except NoCapacityError:
-        if reference.gates:
-            raise
-        logger.warning("no room for the comparison that is for information", extra={"base": str(base)})
-        return errors
-    if running.misfits:
-        raise BadInputError(f"{base}: the base does not fit its own configuration: {'; '.join(running.misfits)}")
-    for number, trial in enumerate(trials):
+    running: RunningModel | None = None
+    # What only adds to linear weights fits on 4-bit ones and comes off again: one loaded base serves all of those.
+    for number, trial in enumerate(sorted(trials, key=lambda trial: not trial.subject.streamed)):
         cancelled()
+        try:
+            if running is None or not trial.subject.streamed:
+                running = None
+                release_memory()
+                running = _load_reference(base, reference, room, dequantize=not trial.subject.streamed)
+        except NoCapacityError as error:
+            if reference.gates:
+                errors[trial.subject.request.id] = error
+            else:
+                logger.warning("no room for the comparison that is for information", extra={"base": str(base)})
+            continue
         directory = room.scratch / f"{'gating' if reference.gates else 'other'}-{number}"
         directory.mkdir()
         try:
             trial.answers.append(_answer(running, reference, trial, directory, cancelled))
-        except BadInputError as error:
+        except (BadInputError, UnsupportedError) as error:
             errors[trial.subject.request.id] = error
     return errors
+
+
+def _load_reference(base: Path, reference: Reference, room: Room, *, dequantize: bool) -> RunningModel:
+    running = load_model(base, room, reference.quantization, dequantize=dequantize)
+    if running.misfits:
+        raise BadInputError(f"{base}: the base does not fit its own configuration: {'; '.join(running.misfits)}")
+    if dequantize and running.offloaded:
+        raise NoCapacityError(
+            f"{base}: the adapter looks at the weights it changes, and the base does not fit into memory; use a larger "
+            "worker, or parity level: arithmetic"
+        )
+    return running
 
 
 def _answer(
@@ -196,7 +215,7 @@ def _answer(
             logits_TV = running.logits(text.input_ids, text.num_positions)
             if not logits_TV.isfinite().all():
                 raise BadInputError(
-                    f"{adapter}: {reference.words} gives logits that are not finite at prompt "
+                    f"{adapter.directory}: {reference.words} gives logits that are not finite at prompt "
                     f"{trial.prompts.texts[number]!r}"
                 )
             text.write_logits(logits_TV)

@@ -71,14 +71,14 @@ def estimate(plan: MergePlan, num_threads: int) -> Estimate:
         seconds += quantized / _QUANTIZE_RATE
     if plan.request.parity.level == "full":
         seconds += 2 * written / _BEHAVIOUR_RATE
-    sizes = {tensor.name: tensor.num_bytes // tensor.dtype.itemsize for tensor in plan.base.tensors}
+    sizes = {tensor.name: tensor.num_bytes // tensor.dtype.itemsize for tensor in plan.tensors}
     return Estimate(
         request_id=plan.request.id,
         merges_into=merges_into(plan),
-        num_tensors=len(plan.base.tensors),
-        num_changed_tensors=len(plan.deltas),
+        num_tensors=len(plan.tensors),
+        num_changed_tensors=len(plan.changed),
         num_parameters=sum(sizes.values()),
-        num_changed_parameters=sum(sizes[name] for name in plan.deltas),
+        num_changed_parameters=sum(sizes[name] for name in plan.changed),
         bytes_read=plan.num_bytes_read,
         bytes_written=written,
         bytes_computed=plan.num_bytes_changed,

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
-from jobs.errors import BadInputError, NoCapacityError
+from jobs.errors import NoCapacityError
+from workers.lanes.adapter import Adapter, put_on
 from workers.model import quiet_transformers, stored_quantization
 from workers.quant import of_state
 
@@ -107,46 +107,36 @@ class RunningModel:
         stops = [index for index, token_id in enumerate(token_ids) if token_id in self.stop_ids]
         return tuple(token_ids[: stops[0] + 1] if stops else token_ids)
 
+    @property
+    def offloaded(self) -> bool:
+        """Whether weights stay in their files and come to the device when they are needed."""
+        return any(parameter.device.type == "meta" for parameter in self.model.parameters())
+
     @contextlib.contextmanager
-    def with_adapter(self, adapter: Path) -> Iterator[PeftModel]:
+    def with_adapter(self, adapter: Adapter) -> Iterator[PeftModel]:
         """Put an adapter on, through PEFT, not merged; take it off again at the end.
 
         Args:
-            adapter: directory as PEFT saves it.
+            adapter: of the model's base. What it replaces, rather than adds to, stays replaced at the end.
 
         Yields:
             The wrapped model; this model computes with the adapter until the end of the context.
 
         Raises:
-            BadInputError: PEFT finds tensors that it does not know, or misses some.
+            UnsupportedError, BadInputError: adapter and base do not fit, or a tensor is missing or left over.
         """
         with quiet_libraries():
-            config = PeftConfig.from_pretrained(str(adapter))
-            config.inference_mode = True
-            peft_model = PeftModel(self.model, config, low_cpu_mem_usage=True)
-            for layer in peft_model.modules():
-                if isinstance(layer, BaseTunerLayer):
-                    # PEFT puts an adapter where its base weight is: for an offloaded one that is the meta device, and
-                    # the adapter would be lost.
-                    layer._move_adapter_to_device_of_base_layer = functools.partial(  # type: ignore[method-assign] # noqa: SLF001
-                        layer._move_adapter_to_device_of_base_layer,  # noqa: SLF001
-                        device=self.device,
-                    )
-            found = peft_model.load_adapter(
-                adapter, peft_model.active_adapter, torch_device=str(self.device), low_cpu_mem_usage=True
-            )
+            offloaded_to = self.device if self.offloaded else None
+            peft_model = put_on(adapter, self.model, values=True, offloaded_to=offloaded_to).model
         try:
-            if found.missing_keys or found.unexpected_keys:
-                raise BadInputError(
-                    f"{adapter}: expected exactly the tensors PEFT looks for; missing: "
-                    f"{_some(found.missing_keys)}; unexpected: {_some(found.unexpected_keys)}"
-                )
             yield peft_model
         finally:
             peft_model.unload()
 
 
-def load_model(directory: Path, room: Room, quantization: BitsAndBytesConfig | None = None) -> RunningModel:
+def load_model(
+    directory: Path, room: Room, quantization: BitsAndBytesConfig | None = None, *, dequantize: bool = False
+) -> RunningModel:
     """Load a checkpoint to run in float32.
 
     Args:
@@ -154,6 +144,7 @@ def load_model(directory: Path, room: Room, quantization: BitsAndBytesConfig | N
         room: where it may go. Weights that do not fit the device go to main memory, then stay in their files, and are
             fetched when they are needed; 4-bit weights go to the device all together, or to main memory.
         quantization: how linear weights are converted to 4-bit while loading; None takes them as they are stored.
+        dequantize: whether weights in 4-bit are turned back, so that any adapter fits on them.
 
     Raises:
         NoCapacityError: 4-bit weights fit neither the device nor main memory.
@@ -180,7 +171,13 @@ def load_model(directory: Path, room: Room, quantization: BitsAndBytesConfig | N
             if not in_4bit or "dispatched on the CPU or the disk" not in str(error):
                 raise
         else:
-            return _prepare(*loaded, device=device)
+            model, info = loaded
+            if dequantize and in_4bit:
+                with quiet_libraries():
+                    model = model.dequantize()
+                # transformers 5.23 leaves it set, and some of PEFT's methods refuse such a model.
+                model.is_loaded_in_4bit = False
+            return _prepare(model, info, device=device)
     raise NoCapacityError(
         f"{directory}: in 4-bit it fits neither {room.device} nor main memory, and 4-bit weights cannot stay on disk; "
         "use a larger worker, or parity level: arithmetic"

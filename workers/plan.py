@@ -4,9 +4,10 @@ A base is planned once per pass, each adapter on top of it. Strict accounting is
 of the adapter ends up in exactly one action, or the plan fails and names it.
 """
 
+import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +17,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
 from workers.checkpoint import CheckpointLayout, TensorSpec, lay_out, lay_out_shard, read_checkpoint, read_json
+from workers.lanes.adapter import Adapter, open_adapter
+from workers.lanes.coverage import Coverage, cover
 from workers.lanes.lora import LoraDelta, plan_lora
 from workers.model import check_depth, check_names, quantized_weights, skeleton, stored_quantization
 from workers.quant import quantized_names, quantized_owner
@@ -83,15 +86,36 @@ class MergePlan:
     request: MergeRequest
     base: BasePlan
     adapter: Source
+    opened: Adapter
+    """The adapter, its configuration and headers read."""
     merge_key: str
     deltas: Mapping[str, LoraDelta]
-    """By base tensor."""
+    """What the stream lane adds, by base tensor."""
+    by_peft: Mapping[str, str]
+    """What the `peft` lane makes: the name in the model by output tensor."""
+    tied: frozenset[str]
+    """Names in the model of the tensors that share their values with others in the base."""
+    unties: bool
+    """Whether some of them come apart."""
+    tensors: tuple[OutputTensor, ...]
+    """Of the output, in its order: the base's, changed where the adapter changes a shape, and what comes apart."""
     output: CheckpointLayout
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Names of the output tensors that the adapter decides."""
+        return frozenset(self.deltas) | frozenset(self.by_peft)
+
+    def merges(self, module: str) -> bool:
+        """Whether PEFT merges a module; it leaves alone what is streamed, and what the adapter replaces as it is."""
+        return any(source.startswith(f"{module}.") for source in self.by_peft.values()) and not any(
+            name.startswith(f"{module}.") for name in self.deltas
+        )
 
     @property
     def num_adapter_bytes(self) -> int:
         """Bytes of the adapter's tensors."""
-        return sum(delta.a_RI.num_bytes + delta.b_OR.num_bytes for delta in self.deltas.values())
+        return self.opened.num_bytes
 
     @property
     def num_bytes_read(self) -> int:
@@ -101,7 +125,7 @@ class MergePlan:
     @property
     def num_bytes_changed(self) -> int:
         """Bytes of the output that are computed; the rest is copied."""
-        return sum(t.num_bytes for t in self.base.tensors if t.name in self.deltas or not t.copied)
+        return sum(t.num_bytes for t in self.tensors if t.name in self.changed or not t.copied)
 
 
 def plan_base(source: Source, request: MergeRequest) -> BasePlan:
@@ -152,23 +176,61 @@ def plan_merge(base: BasePlan, request: MergeRequest, adapter: Source) -> MergeP
     Raises:
         NotFoundError, BadInputError, UnsupportedError: the adapter cannot be used, or does not fit the base.
     """
-    weight_shapes = {tensor.name: tensor.shape for tensor in base.tensors}
-    deltas = plan_lora(adapter.directory, skeleton(base.source.directory), weight_shapes)
-    for delta in deltas:
-        dtype = base.by_name[delta.weight].dtype
-        if dtype not in _TORCH_DTYPES.values():
+    opened = open_adapter(adapter.directory)
+    coverage = cover(opened, skeleton(base.source.directory))
+    deltas = {delta.weight: delta for delta in plan_lora(opened, coverage)}
+    by_peft = _by_peft(base, opened, coverage, frozenset(deltas))
+    tensors = _output_tensors(base, coverage, by_peft)
+    for tensor in tensors:
+        if (tensor.name in deltas or tensor.name in by_peft) and tensor.dtype not in _TORCH_DTYPES.values():
             raise UnsupportedError(
-                f"{base.source.directory}: tensor {delta.weight} is {dtype}; merging needs float32, float16 or "
+                f"{base.source.directory}: tensor {tensor.name} is {tensor.dtype}; merging needs float32, float16 or "
                 "bfloat16 weights: use the base that this one was made from"
             )
     return MergePlan(
         request=request,
         base=base,
         adapter=adapter,
+        opened=opened,
         merge_key=request.merge_key(base.source.digest, adapter.digest),
-        deltas={delta.weight: delta for delta in deltas},
-        output=_output_layout(base, request.max_shard_size),
+        deltas=deltas,
+        by_peft=by_peft,
+        tied=frozenset(coverage.tied),
+        unties=bool(coverage.untied),
+        tensors=tensors,
+        output=_output_layout(base, tensors, request.max_shard_size),
     )
+
+
+def _by_peft(base: BasePlan, adapter: Adapter, coverage: Coverage, streamed: frozenset[str]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for name in coverage.shapes:
+        # Beside a streamed weight nothing changes but what the adapter brings itself.
+        if name in streamed or (f"{name.rpartition('.')[0]}.weight" in streamed and name not in coverage.replaced):
+            continue
+        # Values that stay tied are written under each name the base stores them by.
+        same = (name,) if name in coverage.untied else coverage.tied.get(name, (name,))
+        outputs = [other for other in same if other in base.by_name]
+        if not outputs and name not in coverage.untied:
+            raise UnsupportedError(
+                f"{adapter.directory}: the adapter changes {name}, which {base.source.directory} does not store"
+            )
+        names |= dict.fromkeys(outputs or [name], name)
+    return names
+
+
+def _output_tensors(base: BasePlan, coverage: Coverage, by_peft: Mapping[str, str]) -> tuple[OutputTensor, ...]:
+    tensors = []
+    for tensor in base.tensors:
+        name = by_peft.get(tensor.name)
+        tensors.append(dataclasses.replace(tensor, shape=coverage.shapes[name]) if name is not None else tensor)
+        # What comes apart from a tensor goes behind it, into the same file.
+        tensors += [
+            dataclasses.replace(tensor, name=other, shape=coverage.shapes[other], stored=None)
+            for other in coverage.tied.get(tensor.name, ())
+            if other in by_peft and other not in base.by_name
+        ]
+    return tuple(tensors)
 
 
 def _check_shapes(
@@ -260,14 +322,13 @@ def _config_dtype(source: Source) -> torch.dtype:
     return _TORCH_DTYPES[name]
 
 
-def _output_layout(base: BasePlan, max_shard_size: int | None) -> CheckpointLayout:
+def _output_layout(base: BasePlan, tensors: Sequence[OutputTensor], max_shard_size: int | None) -> CheckpointLayout:
     if max_shard_size is not None:
-        return lay_out(((t.name, t.dtype, t.shape) for t in base.tensors), max_shard_size)
-    if not base.stored_in_4bit and all(
-        tensor.dtype == base.layout.tensors[tensor.name][1].dtype for tensor in base.tensors
-    ):
+        return lay_out(((t.name, t.dtype, t.shape) for t in tensors), max_shard_size)
+    as_stored = [(name, spec.dtype, spec.shape) for name, (_, spec) in base.layout.tensors.items()]
+    if [(t.name, t.dtype, t.shape) for t in tensors] == as_stored:
         return base.layout
     by_shard: dict[str, list[tuple[str, torch.dtype, tuple[int, ...]]]] = defaultdict(list)
-    for tensor in base.tensors:
+    for tensor in tensors:
         by_shard[tensor.shard].append((tensor.name, tensor.dtype, tensor.shape))
     return CheckpointLayout(tuple(lay_out_shard(name, group) for name, group in by_shard.items()))

@@ -15,7 +15,7 @@ from jobs.locations import HubRepo
 from jobs.release import Artifact
 from workers.checkpoint import INDEX_FILE, read_json
 from workers.files import file_errors, sha256_of
-from workers.lanes.lora import ADAPTER_CONFIG
+from workers.lanes.adapter import ADAPTER_CONFIG
 from workers.plan import MergePlan
 
 CARD_NAME = "README.md"
@@ -141,6 +141,8 @@ def _merged_config(plan: MergePlan) -> dict[str, Any]:
     if plan.request.dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = plan.request.dtype
+    if plan.unties:
+        config["tie_word_embeddings"] = False
     return config
 
 
@@ -160,7 +162,7 @@ def _model_card(plan: MergePlan) -> str:
         f"- base: `{base}`",
         f"- adapter: `{adapter}`",
         f"- merged into: {_merged_into(plan)}",
-        f"- tensors changed: {len(plan.deltas)} of {len(plan.base.tensors)}",
+        f"- tensors changed: {len(plan.changed)} of {len(plan.tensors)}",
         f"- merge key: `{plan.merge_key}`",
         "",
         "`manifest.json` lists every file with its SHA-256; `parity.json` and `parity.html` are the evidence that this",

@@ -3,13 +3,14 @@
 A job that fails fails alone; what the jobs share (the base) fails them all.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -27,9 +28,11 @@ from workers.arithmetic import CheckJob, check_arithmetic
 from workers.behaviour import Subject, check_behaviour
 from workers.files import file_errors
 from workers.job import Job, own_failure
-from workers.merge import PassJob, run_pass
+from workers.merge import run_pass
+from workers.module_weights import ModuleWeights
 from workers.outcomes import Usage, WorkerSettings
 from workers.parity import judge, summarize, write_report, wrong_headers
+from workers.passes import PassJob
 from workers.plan import BasePlan, plan_base, plan_merge
 from workers.progress import Tracker
 from workers.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
@@ -75,8 +78,9 @@ class Unit:
         quantized = self._open_quantized(base)
         with ThreadPoolExecutor(_NUM_UPLOADS, thread_name_prefix="upload") as uploads:
             try:
-                self._merge(base, quantized, uploads)
-                self._verify(base, quantized)
+                with self._module_weights(base, quantized) as weights:
+                    self._merge(base, quantized, weights, uploads)
+                    self._verify(base, quantized, weights)
                 with self._tracker.timed("upload"):
                     for job in self._running:
                         with own_failure(job):
@@ -150,7 +154,29 @@ class Unit:
             key = self._jobs[0].request.pass_key()
             return self._residents.get(key, task.key(self._device), lambda: cache.open(task, on_bytes))
 
-    def _merge(self, base: BasePlan, quantized: QuantizedBase | None, uploads: ThreadPoolExecutor) -> None:
+    @contextlib.contextmanager
+    def _module_weights(self, base: BasePlan, quantized: QuantizedBase | None) -> Iterator[ModuleWeights | None]:
+        """Hand out the base's weights for PEFT, if a job leaves any tensor to it."""
+        names = {name for job in self._running for name in job.plan.by_peft}
+        if not names:
+            yield None
+            return
+        ids = [job.id for job in self._running]
+        scratch = OwnedDirectory(self._settings.scratch, "weights-")
+        try:
+            with self._tracker.timed("merge"):
+                weights = ModuleWeights(base, quantized, names, scratch.path, lambda _: self._tracker.check_all(ids))
+            yield weights
+        finally:
+            scratch.remove()
+
+    def _merge(
+        self,
+        base: BasePlan,
+        quantized: QuantizedBase | None,
+        weights: ModuleWeights | None,
+        uploads: ThreadPoolExecutor,
+    ) -> None:
         self._tracker.enter("merge", (job.id for job in self._running))
         pass_jobs = [
             PassJob(
@@ -165,6 +191,7 @@ class Unit:
             result = run_pass(
                 base,
                 quantized,
+                weights,
                 pass_jobs,
                 device=self._device,
                 num_threads=self._num_threads,
@@ -179,12 +206,12 @@ class Unit:
                     for artifact in write_sidecars(job.plan, job.staging.directory):
                         job.ship(uploads, artifact)
 
-    def _verify(self, base: BasePlan, quantized: QuantizedBase | None) -> None:
+    def _verify(self, base: BasePlan, quantized: QuantizedBase | None, weights: ModuleWeights | None) -> None:
         self._tracker.enter("verify", (job.id for job in self._running))
         # A shard that is cut short cannot be compared; its job fails with what is wrong about it.
         whole = [job for job in self._running if not wrong_headers(job.plan, job.staging.directory)]
         with self._tracker.timed("arithmetic"):
-            tensors = self._check_arithmetic(base, quantized, whole)
+            tensors = self._check_arithmetic(base, quantized, weights, whole)
         with self._tracker.timed("behaviour"):
             behaviour = self._check_behaviour(base, [job for job in whole if job.request.parity.level == "full"])
         for job in self._running:
@@ -193,20 +220,25 @@ class Unit:
                 self._judge(job, tensors.get(job.id, ()), behaviour.get(job.id, ()))
 
     def _check_arithmetic(
-        self, base: BasePlan, quantized: QuantizedBase | None, jobs: Sequence[Job]
+        self, base: BasePlan, quantized: QuantizedBase | None, weights: ModuleWeights | None, jobs: Sequence[Job]
     ) -> dict[str, tuple[TensorCheck, ...]]:
         check = functools.partial(self._tracker.check_all, [job.id for job in jobs])
         subjects = [CheckJob(plan=job.plan, directory=job.staging.directory, check=check) for job in jobs]
         if not subjects:
             return {}
         return check_arithmetic(
-            base, quantized, subjects, num_threads=self._num_threads, on_bytes=self._tracker.advance
+            base, quantized, weights, subjects, num_threads=self._num_threads, on_bytes=self._tracker.advance
         )
 
     def _check_behaviour(self, base: BasePlan, jobs: Sequence[Job]) -> dict[str, tuple[BehaviourCheck, ...]]:
         check = functools.partial(self._tracker.check_all, [job.id for job in jobs])
         subjects = [
-            Subject(request=job.request, merged=job.staging.directory, adapter=job.plan.adapter.directory)
+            Subject(
+                request=job.request,
+                merged=job.staging.directory,
+                adapter=job.plan.opened,
+                streamed=not job.plan.by_peft,
+            )
             for job in jobs
         ]
         if not subjects:

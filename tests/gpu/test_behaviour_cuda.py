@@ -8,6 +8,7 @@ import torch
 from jobs.request import MergeRequest, Thresholds
 from tests.models import build_llama, make_adapter, merge_with_peft
 from workers.behaviour import Subject, check_behaviour
+from workers.lanes.adapter import open_adapter
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -22,7 +23,7 @@ def test_cuda_gives_the_figures_of_the_cpu(tmp_path: Path, quantization: str):
     request = MergeRequest(
         id="one", base=str(base), adapter=str(adapter), destination="/releases/one", base_quantization=quantization
     )
-    subject = Subject(request=request, merged=merged, adapter=adapter)
+    subject = Subject(request=request, merged=merged, adapter=open_adapter(adapter), streamed=True)
     on_gpu, on_cpu = (
         check_behaviour(base, [subject], torch.device(kind), tmp_path, cancelled=lambda: None)["one"]
         for kind in ("cuda", "cpu")

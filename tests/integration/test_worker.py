@@ -21,7 +21,7 @@ from jobs.release import Manifest, ParityReport
 from jobs.request import MergeRequest
 from tests.merges import different, merge_by_peft, open_descriptors, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
-from workers.lanes.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from workers.model import quiet_transformers
 from workers.outcomes import WorkerSettings
 from workers.sinks.directory import DirectoryStaging
@@ -197,7 +197,7 @@ def damaged_adapters(adapters, tmp_path):
         "nan": (copy("nan", set_nan), bad_input, f"tensor {name}: expected finite numbers"),
         "left-over": (copy("left-over", lambda t: t.update(extra=torch.zeros(1))), bad_input, "1 tensors belong to"),
         "half": (copy("half", lambda t: t.pop(name)), bad_input, f"expected tensor {name}"),
-        "dora": (copy("dora", use_dora=True), bad_input, "use_dora = True is not supported"),
+        "dora": (copy("dora", use_dora=True), bad_input, "lora_magnitude_vector"),
         "unknown": (copy("unknown", surprise=1), bad_input, "surprise = 1 is unknown to PEFT"),
         "nothing": (copy("nothing", target_modules=["c_attn"]), bad_input, "does not fit this base"),
         "truncated": (truncated, bad_input, "truncated"),
@@ -281,8 +281,8 @@ def with_damage_after_the_merge(monkeypatch, damage):
     """Damage the merged files of one job before they are verified."""
     really = workers.unit.run_pass
 
-    def run_pass(base, quantized, jobs, **kwargs):
-        result = really(base, quantized, jobs, **kwargs)
+    def run_pass(base, quantized, weights, jobs, **kwargs):
+        result = really(base, quantized, weights, jobs, **kwargs)
         damage({job.plan.request.id: job.directory for job in jobs})
         return result
 
@@ -317,7 +317,7 @@ def test_a_flipped_byte_is_not_published(worker, requests, base, adapters, tmp_p
 def test_half_a_scaling_is_not_published(worker, request_for, adapters, tmp_path, monkeypatch, quantization):
     really = workers.unit.run_pass
 
-    def run_pass(base, quantized, jobs, **kwargs):
+    def run_pass(base, quantized, weights, jobs, **kwargs):
         halved = []
         for job in jobs:
             deltas = {
@@ -325,7 +325,7 @@ def test_half_a_scaling_is_not_published(worker, request_for, adapters, tmp_path
             }
             plan = dataclasses.replace(job.plan, deltas=deltas) if job.plan.request.id == "wrong" else job.plan
             halved.append(dataclasses.replace(job, plan=plan))
-        return really(base, quantized, halved, **kwargs)
+        return really(base, quantized, weights, halved, **kwargs)
 
     monkeypatch.setattr(workers.unit, "run_pass", run_pass)
     requests = [

@@ -16,7 +16,7 @@ from tests.merges import CPU, merge_by_peft, open_descriptors, plan_pass, read_t
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
 from workers.arithmetic import CheckJob, check_arithmetic, failures
 from workers.checkpoint import DTYPES
-from workers.lanes.lora import ADAPTER_WEIGHTS
+from workers.lanes.adapter import ADAPTER_WEIGHTS
 from workers.parity import wrong_headers
 from workers.quantized_base import QuantizedCache
 
@@ -351,12 +351,12 @@ def test_progress_and_cancellation(merged):
         raise CancelledError("stop")
 
     job = CheckJob(plan=plan, directory=merged.output("job"), check=lambda: None)
-    check_arithmetic(merged.base, None, [job], num_threads=2, on_bytes=told.append)
+    check_arithmetic(merged.base, None, None, [job], num_threads=2, on_bytes=told.append)
     assert sum(told) == sum(tensor.nbytes for tensor in read_tensors(merged.output("job")).values())
     before = open_descriptors()
     with pytest.raises(CancelledError):
         check_arithmetic(
-            merged.base, None, [dataclasses.replace(job, check=stop)], num_threads=2, on_bytes=lambda _: None
+            merged.base, None, None, [dataclasses.replace(job, check=stop)], num_threads=2, on_bytes=lambda _: None
         )
     assert open_descriptors() == before
 

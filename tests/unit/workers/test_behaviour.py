@@ -20,6 +20,7 @@ from tests.merges import dequantize_without_kernel
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, load_plain, make_adapter, merge_with_peft
 from workers.behaviour import Subject, check_behaviour
 from workers.inference import Room, load_model
+from workers.lanes.adapter import open_adapter
 
 CPU = torch.device("cpu")
 LIMITS = Thresholds()
@@ -33,7 +34,7 @@ def subject(base: Path, adapter: Path, merged: Path, **fields: Any) -> Subject:
     places = {"base": str(base), "adapter": str(adapter), "destination": "/releases/here"}
     parity = {"prompts": DEFAULT_PROMPTS[:3], "max_new_tokens": 8}
     request = MergeRequest(id=merged.name, **places | {"base_quantization": "none", "parity": parity} | fields)
-    return Subject(request=request, merged=merged, adapter=adapter)
+    return Subject(request=request, merged=merged, adapter=open_adapter(adapter), streamed=True)
 
 
 def check(base: Path, scratch: Path, *subjects: Subject, **options: Any) -> dict[str, Any]:
@@ -219,8 +220,10 @@ def test_offloaded_to_disk_gives_the_same_figures(base, adapter, merged, scratch
 
 
 def test_4bit_base_that_fits_nowhere_is_no_capacity(base, adapter, merged_nf4, scratch):
-    with pytest.raises(NoCapacityError, match="4-bit weights cannot stay on disk"):
-        check(base, scratch, subject(base, adapter, merged_nf4, base_quantization="nf4"), host_bytes=100_000)
+    found = check(base, scratch, subject(base, adapter, merged_nf4, base_quantization="nf4"), host_bytes=100_000)
+    (error,) = found.values()
+    assert isinstance(error, NoCapacityError)
+    assert "4-bit weights cannot stay on disk" in str(error)
 
 
 def test_missing_tensor_fails_alone(base, adapter, merged, broken, scratch):

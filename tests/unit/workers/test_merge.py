@@ -19,8 +19,8 @@ from transformers import BitsAndBytesConfig
 from jobs.errors import BadInputError, CancelledError, NoCapacityError, NotFoundError, TransientIOError
 from tests.merges import different, merge, merge_by_peft, open_descriptors, plan_pass, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
-from workers.lanes.lora import ADAPTER_WEIGHTS
-from workers.merge import rows_per_tile
+from workers.lanes.adapter import ADAPTER_WEIGHTS
+from workers.tiles import rows_per_tile
 
 QV = ("q_proj", "v_proj")
 
@@ -136,8 +136,7 @@ def test_adapters_in_16_bits_are_lifted_first(llama, adapters, tmp_path, dtype):
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
 def test_a_separate_head_as_a_target(llama, tmp_path, quantization):
-    with pytest.warns(UserWarning, match="save_embedding_layers"):
-        adapter = make_adapter(llama, tmp_path / "adapter", targets=["lm_head", "o_proj"])
+    adapter = make_adapter(llama, tmp_path / "adapter", targets=["lm_head", "o_proj"])
     change_tensors(adapter, lambda tensors: tensors.pop("base_model.model.lm_head.base_layer.weight"))
     config = bitsandbytes(quantization) if quantization else None
     merged = merge(llama, adapter, tmp_path, base_quantization=quantization or "none")
@@ -436,7 +435,7 @@ def test_a_limit_of_the_system_fails_its_job_alone(llama, adapters, tmp_path):
     """Jobs of one pass may want shards of different sizes; the large one is more than this process may write."""
     small = plan_pass(llama, {"small": adapters["plain"]}, tmp_path, max_shard_size="60KB")
     large = plan_pass(llama, {"large": adapters["qv"]}, tmp_path, max_shard_size="1GB")
-    planned = type(small)(small.base, None, (*small.plans, *large.plans), tmp_path / "outputs")
+    planned = type(small)(small.base, None, None, (*small.plans, *large.plans), tmp_path / "outputs")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
     try:

@@ -1,0 +1,79 @@
+"""Adapters beyond LoRA on linear layers, from request to release, with both kinds of parity."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from jobs.request import MergeRequest
+from tests.methods import make_method_adapter
+from tests.models import build_llama, build_qwen2, make_adapter
+from workers.inference import quiet_libraries
+from workers.lanes.methods import MERGED
+from workers.outcomes import WorkerSettings
+from workers.worker import MergeWorker
+
+PARITY = {"prompts": ["The capital of France is"], "max_new_tokens": 3}
+# Both decompose the base's weights while they are put on, and come out otherwise when the last bits differ, as between
+# 16 and 32 bits: what was trained is then not what is loaded, merged or not.
+UNSTABLE = {"ADAMSS", "FROD"}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return build_llama(tmp_path_factory.mktemp("base") / "llama")
+
+
+@pytest.fixture
+def worker(tmp_path):
+    worker = MergeWorker(
+        WorkerSettings(
+            cache=tmp_path / "cache",
+            scratch=tmp_path / "scratch",
+            reports=tmp_path / "reports",
+            device="cpu",
+            num_threads=2,
+        )
+    )
+    yield worker
+    worker.close()
+
+
+def outcomes_of(worker, base, adapters, tmp_path, **fields):
+    requests = [
+        MergeRequest(
+            id=name,
+            base=str(base),
+            adapter=str(adapter),
+            destination=str(tmp_path / "releases" / name),
+            parity=PARITY,
+            **fields,
+        )
+        for name, adapter in adapters.items()
+    ]
+    return {outcome.job_id: outcome for outcome in worker.run_unit("unit", tuple(requests)).jobs}
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_every_method_behaves_as_base_and_adapter_do(worker, llama, tmp_path, quantization):
+    methods = sorted(MERGED - UNSTABLE - {"BEFT"})
+    adapters = {name: make_method_adapter(llama, tmp_path / name, name, std=0.05) for name in methods}
+    outcomes = outcomes_of(worker, llama, adapters, tmp_path, base_quantization=quantization)
+    assert {name: outcome.failure for name, outcome in outcomes.items()} == dict.fromkeys(methods)
+    assert max(outcome.parity.mean_kl for outcome in outcomes.values()) < 1e-3
+    assert {outcome.parity.top1_agreement for outcome in outcomes.values()} == {1.0}
+    assert not list((tmp_path / "scratch").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("trained", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_tied_embeddings_that_come_apart_load_as_such(worker, tmp_path, trained, quantization):
+    base = build_qwen2(tmp_path / "qwen2")
+    adapter = make_adapter(base, tmp_path / "adapter", modules_to_save=trained, trained=True)
+    outcomes = outcomes_of(worker, base, {"job": adapter}, tmp_path, base_quantization=quantization)
+    assert outcomes["job"].failure is None
+    directory = worker.publish("job").release.location.path
+    with quiet_libraries():
+        model, info = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
+    assert not any(info.values()), info
+    assert not model.config.tie_word_embeddings
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)

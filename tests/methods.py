@@ -1,0 +1,82 @@
+"""Adapters of every PEFT method, as after training: each parameter that would be trained is random.
+
+The table is held against the installed PEFT by `tests/unit/workers/test_methods.py`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from tests.models import load_plain
+from workers.inference import quiet_libraries
+
+_LINEARS = {"target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"]}
+
+METHODS: dict[str, dict[str, Any]] = {
+    "ADALORA": _LINEARS | {"init_r": 6, "target_r": 4, "total_step": 100},
+    "ADAMSS": _LINEARS | {"r": 8, "num_subspaces": 2},
+    "BEFT": {"target_modules": ["q_proj", "v_proj"]},
+    "BOFT": _LINEARS | {"boft_block_size": 4},
+    "C3A": _LINEARS | {"block_size": 16},
+    "DEFT": _LINEARS | {"r": 4},
+    "DELORA": _LINEARS | {"r": 4},
+    "FOURIERFT": _LINEARS | {"n_frequency": 50},
+    "FROD": _LINEARS | {"progressbar": False},
+    "GLORA": _LINEARS | {"r": 4},
+    "GRALORA": _LINEARS | {"r": 8},
+    "HIRA": _LINEARS | {"r": 4},
+    "HRA": _LINEARS | {"r": 4},
+    "IA3": _LINEARS | {"feedforward_modules": ["down_proj"]},
+    "LN_TUNING": {"target_modules": ["input_layernorm", "norm"]},
+    "LOHA": _LINEARS | {"r": 4},
+    "LOKR": _LINEARS | {"r": 4},
+    "LORA": _LINEARS | {"r": 4},
+    "MISS": _LINEARS | {"r": 4},
+    "OFT": _LINEARS | {"r": 0, "oft_block_size": 8},
+    "OSF": _LINEARS,
+    "PEANUT": _LINEARS | {"r": 4},
+    "PSOFT": _LINEARS | {"r": 4},
+    "PVERA": _LINEARS | {"r": 4},
+    "RANDLORA": _LINEARS | {"r": 4},
+    "ROAD": _LINEARS | {"group_size": 8},
+    "SHIRA": _LINEARS | {"r": 4},
+    "SUPERTUNING": _LINEARS,
+    "TINYLORA": _LINEARS | {"r": 2, "u": 8},
+    "TRAINABLE_TOKENS": {"token_indices": [1, 5, 9], "target_modules": ["embed_tokens"]},
+    "UNILORA": _LINEARS | {"r": 4},
+    "VBLORA": _LINEARS | {"r": 2, "num_vectors": 16, "vector_length": 16, "topk": 2},
+    "VERA": _LINEARS | {"r": 8},
+    "WAVEFT": _LINEARS | {"n_frequency": 50},
+    # Those that cannot be merged, to see that they are refused.
+    "LILY": _LINEARS | {"r": 4},
+    "POLY": _LINEARS | {"r": 4, "n_tasks": 1, "n_skills": 2},
+    "SHADOW": _LINEARS | {"r": 4},
+}
+"""For a Llama with separate head; BEFT needs a base with biases, such as Qwen2."""
+
+
+def make_method_adapter(
+    base: Path, directory: Path, method: str, *, std: float = 0.02, seed: int = 1, **fields: Any
+) -> Path:
+    """Make an adapter of any method for a base through PEFT.
+
+    Args:
+        base: the base it is made on.
+        directory: becomes the adapter.
+        method: PEFT's name of it.
+        std: standard deviation of what is added to every parameter that training would change.
+        seed: of these numbers.
+        fields: of the method's configuration, beyond the table's.
+    """
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)](task_type="CAUSAL_LM", **METHODS[method] | fields)
+    torch.manual_seed(seed)
+    with quiet_libraries():
+        peft_model = get_peft_model(load_plain(base), config)
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(torch.randn(parameter.shape), alpha=std)
+        peft_model.save_pretrained(directory)
+    return directory

@@ -1,0 +1,353 @@
+"""Adapters as PEFT saves them: read under the same suspicion as a base, and put on a model by PEFT itself."""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from jobs.errors import BadInputError, UnsupportedError
+from workers.checkpoint import TensorSpec, read_json, read_shard
+from workers.lanes.methods import MERGED, REFUSED, SHAPED_BY_VALUES, WEIGHED
+from workers.tensor_io import read_rows
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_NAME = "default"
+PREFIX = "base_model.model."
+"""What PEFT puts before the name of every module it saves tensors of."""
+
+_PICKLED_WEIGHTS = "adapter_model.bin"
+_NEUTRAL: tuple[Any, ...] = (None, False, {}, [])
+"""What a field that this PEFT does not know may hold: a newer one wrote down that it is not used."""
+
+_NOT_FOR_PEFT = frozenset({"auto_mapping", "runtime_config"})
+"""Fields that PEFT itself leaves aside when it loads an adapter."""
+
+_ALTERS_THE_MODEL = ("layer_replication", "alora_invocation_tokens", "arrow_config", "use_qalora", "megatron_config")
+"""Fields of LoRA whose effect is no weight of the base's own model, or that belong to other model classes."""
+
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
+"""Initializations that leave the base's weights as they are. The others move part of the base into the adapter."""
+
+_REFUSALS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    re.error,
+)
+"""What PEFT raises on an adapter that it cannot use, depending on where it stumbles."""
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter, configuration and headers read."""
+
+    directory: Path
+    method: str
+    """PEFT's name of it, such as `LORA`."""
+    config: PeftConfig
+    """Never handed out as it is: PEFT writes into the one it wraps a model with."""
+    tensors: Mapping[str, TensorSpec]
+    """By the names it is saved under."""
+
+    @property
+    def weights_path(self) -> Path:
+        """The file of its tensors."""
+        return self.directory / ADAPTER_WEIGHTS
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(spec.num_bytes for spec in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """A model that wears an adapter."""
+
+    model: PeftModel
+    loaded: frozenset[str]
+    """Names in the wrapped model of the tensors that took their values from the adapter's file."""
+
+
+def open_adapter(directory: Path) -> Adapter:
+    """Read the configuration and the headers of an adapter.
+
+    Raises:
+        NotFoundError: a file is missing.
+        UnsupportedError: the method, or something the configuration asks for, cannot be merged; the message names it.
+        BadInputError: configuration or weights are malformed.
+    """
+    config = _read_peft_config(directory)
+    path = directory / ADAPTER_WEIGHTS
+    if not path.exists() and (directory / _PICKLED_WEIGHTS).exists():
+        raise UnsupportedError(
+            f"{directory / _PICKLED_WEIGHTS}: pickled adapters are not read; load it with PEFT and save it again, "
+            f"which writes {ADAPTER_WEIGHTS}"
+        )
+    method = PeftType(config.peft_type).value
+    return Adapter(directory, method, config, {spec.name: spec for spec in read_shard(path).tensors})
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read `adapter_config.json`.
+
+    Raises:
+        NotFoundError, BadInputError: it is missing, or no JSON object.
+    """
+    config = read_json(directory / ADAPTER_CONFIG)
+    if not isinstance(config, dict):
+        raise BadInputError(f"{directory / ADAPTER_CONFIG}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def read_tensor(path: Path, spec: TensorSpec) -> torch.Tensor:
+    """Read one adapter tensor, as stored.
+
+    Raises:
+        BadInputError: it holds NaN or infinity.
+    """
+    stored = read_rows(path, spec, 0, spec.shape[0] if spec.shape else 1)
+    if spec.dtype.is_floating_point and not bool(torch.isfinite(stored.float()).all()):
+        raise BadInputError(
+            f"{path}: tensor {spec.name}: expected finite numbers, found NaN or infinity; the training diverged: "
+            "use an earlier checkpoint of the adapter"
+        )
+    return stored
+
+
+def put_on(
+    adapter: Adapter, model: PreTrainedModel, *, values: bool, offloaded_to: torch.device | None = None
+) -> Wrapped:
+    """Let PEFT wrap a model and load the adapter, exactly as `PeftModel.from_pretrained` does.
+
+    Args:
+        adapter: to put on.
+        model: of its base; it is wrapped, so it is of no further use alone.
+        values: whether to load the adapter's values. Without, only names and shapes are accounted for (nothing, where
+            those follow from the base's values), and the model is a skeleton: on the meta device, or all zeros for a
+            method that computes with values.
+        offloaded_to: where the weights of an offloaded model come when they are needed, and the adapter stays; only for
+            adapters that are streamed, as others look at the weights they change.
+
+    Returns:
+        The wrapped model, in evaluation mode.
+
+    Raises:
+        UnsupportedError, BadInputError: adapter and base do not fit, or a tensor is missing or left over; the message
+            names it.
+    """
+    config = copy.deepcopy(adapter.config)
+    if hasattr(config, "progressbar"):
+        config.progressbar = False
+    on_meta = not values and adapter.method not in WEIGHED
+    with _refusals(adapter, f"{ADAPTER_CONFIG}: does not fit this base, {type(model).__name__}"), _device(on_meta):
+        peft_model = PeftModel(model, config, low_cpu_mem_usage=on_meta or offloaded_to is not None)
+    if not values and adapter.method in SHAPED_BY_VALUES:
+        return Wrapped(peft_model, frozenset())
+    tensors = {}
+    for name, spec in adapter.tensors.items():
+        if not values:
+            tensors[name] = torch.zeros(spec.shape, dtype=spec.dtype, device="meta" if on_meta else "cpu")
+        elif offloaded_to is not None:
+            tensors[name] = read_tensor(adapter.weights_path, spec).float().to(offloaded_to)
+        else:
+            tensors[name] = read_tensor(adapter.weights_path, spec)
+    if offloaded_to is not None:
+        _keep_adapters_on(offloaded_to, peft_model)
+    _check_tensors(adapter, peft_model)
+    names = set(peft_model.state_dict())
+    with _refusals(adapter, f"{ADAPTER_WEIGHTS}: PEFT cannot load it"):
+        found: Any = set_peft_model_state_dict(peft_model, tensors, low_cpu_mem_usage=offloaded_to is not None)
+    _account_for(adapter, peft_model, found.missing_keys, found.unexpected_keys)
+    return Wrapped(peft_model.eval(), frozenset(names.difference(found.missing_keys)))
+
+
+def wrapped_modules(peft_model: PeftModel) -> list[tuple[str, Any]]:
+    """Return the outermost layers that hold adapters or trained copies, each with the name of what it wraps."""
+    wrapped: list[tuple[str, Any]] = []
+    for name, module in peft_model.get_base_model().named_modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not (
+            wrapped and name.startswith(f"{wrapped[-1][0]}.")
+        ):
+            wrapped.append((name, module))
+    return wrapped
+
+
+def take_off(adapter: Adapter, peft_model: PeftModel, name: str, *, merge: bool) -> nn.Module:
+    """Take the adapter off one module, as `merge_and_unload` of PEFT 0.21 does.
+
+    Args:
+        adapter: that was put on.
+        peft_model: loses the wrapped module.
+        name: of the module.
+        merge: whether it takes what the adapter adds with it.
+
+    Returns:
+        The module, plain again and back in its place.
+
+    Raises:
+        UnsupportedError, BadInputError: PEFT refuses to merge it.
+    """
+    tree = peft_model.get_base_model()
+    module: Any = tree.get_submodule(name)
+    plain: nn.Module
+    with _refusals(adapter, f"{ADAPTER_WEIGHTS}: module {name} cannot be merged"):
+        if hasattr(module, "unload_and_optionally_merge_module"):
+            plain = module.unload_and_optionally_merge_module(merge=merge, safe_merge=False, adapter_names=None)
+        else:
+            if merge:
+                module.merge(safe_merge=False)
+            plain = module.get_base_layer()
+    tree.set_submodule(name, plain)
+    return plain
+
+
+def _keep_adapters_on(device: torch.device, peft_model: PeftModel) -> None:
+    """Stop PEFT from putting an adapter where its base weight is: for an offloaded one, that is the meta device."""
+    for layer in peft_model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer._move_adapter_to_device_of_base_layer = functools.partial(  # type: ignore[method-assign] # noqa: SLF001
+                layer._move_adapter_to_device_of_base_layer,  # noqa: SLF001
+                device=device,
+            )
+
+
+def _read_peft_config(directory: Path) -> PeftConfig:
+    path = directory / ADAPTER_CONFIG
+    raw = read_config(directory)
+    method = raw.get("peft_type")
+    if not isinstance(method, str) or method not in MERGED:
+        reason = REFUSED.get(method) if isinstance(method, str) else None
+        raise UnsupportedError(
+            f"{path}: peft_type {method!r}: {reason}"
+            if reason
+            else f"{path}: peft_type {method!r} is unknown to this version; expected one of {', '.join(sorted(MERGED))}"
+        )
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)]
+    known = {field.name for field in dataclasses.fields(config_class)}
+    for field, value in raw.items():
+        if field not in known and not any(value == other and type(value) is type(other) for other in _NEUTRAL):
+            raise UnsupportedError(
+                f"{path}: field {field} = {value!r} is unknown to PEFT {peft.__version__}; it would change the merge"
+            )
+    if "init_lora_weights" in known:
+        _check_init(path, raw.get("init_lora_weights", True))
+        raw["init_lora_weights"] = True  # the values come from the file
+    for field in _ALTERS_THE_MODEL:
+        if field in known and raw.get(field):
+            raise UnsupportedError(
+                f"{path}: field {field} = {raw[field]!r} is not supported by this version; it would change the merge"
+            )
+    given = {field: value for field, value in raw.items() if field in known - _NOT_FOR_PEFT}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config: PeftConfig = config_class(**given | {"inference_mode": True})
+    except _REFUSALS as error:
+        raise BadInputError(f"{path}: PEFT refuses this configuration: {error}") from error
+    return config
+
+
+def _check_init(path: Path, init: object) -> None:
+    if not any(init == plain and type(init) is type(plain) for plain in _PLAIN_INITS):
+        raise UnsupportedError(
+            f"{path}: init_lora_weights {init!r} changed the base's weights before training, so "
+            "the adapter does not fit the published base; save it converted to plain LoRA "
+            "(PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+        )
+
+
+def _account_for(adapter: Adapter, peft_model: PeftModel, missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    path = adapter.weights_path
+    if unexpected:
+        raise UnsupportedError(
+            f"{path}: {len(unexpected)} tensors belong to nothing this adapter's configuration declares, first "
+            f"{min(unexpected)}; leaving them out would change the model, so the merge is refused"
+        )
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(adapter.method)]
+    parameters = dict(peft_model.named_parameters(remove_duplicate=False))
+    not_loaded = set(missing)
+    # One parameter may stand under several names (a bank of vectors that all layers share); once is enough.
+    loaded = {id(parameter) for name, parameter in parameters.items() if name not in not_loaded}
+    left = [
+        name
+        for name, parameter in parameters.items()
+        if name in not_loaded and prefix in name and ADAPTER_NAME in name and id(parameter) not in loaded
+    ]
+    if left:
+        _raise_missing(adapter, [name.replace(f".{ADAPTER_NAME}", "") for name in left])
+
+
+def _check_tensors(adapter: Adapter, peft_model: PeftModel) -> None:
+    """Hold the file against what PEFT would save of this model.
+
+    Names may differ where PEFT converts what older versions saved; those are accounted for when they are loaded.
+    """
+    with _refusals(adapter, f"{ADAPTER_CONFIG}: cannot be saved again"):
+        expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    for name in sorted(adapter.tensors.keys() & expected.keys()):
+        spec = adapter.tensors[name]
+        if tuple(expected[name].shape) != spec.shape:
+            raise BadInputError(
+                f"{adapter.weights_path}: tensor {name}: expected shape {list(expected[name].shape)} for this base and "
+                f"configuration, found {list(spec.shape)}; the adapter was trained on another base, or the "
+                "configuration is not its own"
+            )
+        if expected[name].is_floating_point() and spec.dtype not in _FLOATS:
+            raise UnsupportedError(
+                f"{adapter.weights_path}: tensor {name}: dtype {spec.dtype} is not one of "
+                f"{', '.join(map(str, _FLOATS))}"
+            )
+    if adapter.tensors.keys() < expected.keys():
+        _raise_missing(adapter, sorted(expected.keys() - adapter.tensors.keys()))
+
+
+def _raise_missing(adapter: Adapter, names: Sequence[str]) -> None:
+    raise BadInputError(
+        f"{adapter.weights_path}: expected tensor {names[0]} for a module the configuration targets, found none "
+        f"({len(names)} such tensors); the file holds {len(adapter.tensors)} tensors such as "
+        f"{next(iter(adapter.tensors), 'nothing')}: the adapter is incomplete or was trained on another base"
+    )
+
+
+@contextlib.contextmanager
+def _refusals(adapter: Adapter, words: str) -> Iterator[None]:
+    """Whatever PEFT stumbles over inside is the adapter's fault, or the base's."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except ImportError as error:
+        raise UnsupportedError(f"{adapter.directory}: {adapter.method} needs another package here: {error}") from error
+    except KeyError as error:
+        raise BadInputError(f"{adapter.directory}/{words}: nothing is there under {error}") from error
+    except _REFUSALS as error:
+        raise BadInputError(f"{adapter.directory}/{words}: {error}") from error
+
+
+def _device(on_meta: bool) -> contextlib.AbstractContextManager[Any]:
+    return torch.device("meta") if on_meta else contextlib.nullcontext()

@@ -1,0 +1,103 @@
+"""What the lanes of a pass share: its jobs, their writers, and whose failure it is when something goes wrong."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from jobs.errors import BadInputError, MergefleetError
+from jobs.release import Artifact
+from workers.plan import MergePlan, OutputTensor
+from workers.tensor_io import tensor_bytes
+from workers.writer import CheckpointWriter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassJob:
+    """One job of a pass."""
+
+    plan: MergePlan
+    directory: Path
+    """Where the merged shards are written; empty."""
+    on_file: Callable[[Artifact], None]
+    """Told each file as it is closed, in a thread of the pass; an error of ours fails the job."""
+    check: Callable[[], None]
+    """Raises CancelledError when the job should stop; called once per tile."""
+
+
+class PassState:
+    """The jobs of one pass and what has been done for them; threads share it."""
+
+    def __init__(self, jobs: Sequence[PassJob], hashing: Executor, on_bytes: Callable[[int], None]) -> None:
+        self.jobs = {job.plan.request.id: job for job in jobs}
+        self.writers = {
+            name: CheckpointWriter(job.directory, job.plan.output, hashing, job.on_file)
+            for name, job in self.jobs.items()
+        }
+        self.num_base_bytes = 0
+        self.num_adapter_bytes = 0
+        self.num_written = 0
+        self._on_bytes = on_bytes
+        self._lock = threading.Lock()
+
+    @property
+    def over(self) -> bool:
+        """Whether every job has failed."""
+        return all(writer.error for writer in self.writers.values())
+
+    @contextlib.contextmanager
+    def job(self, name: str) -> Iterator[CheckpointWriter | None]:
+        """Hand out the writer of a job that is still well; what goes wrong inside is that job's failure alone."""
+        writer = self.writers[name]
+        if writer.error is None:
+            try:
+                self.jobs[name].check()
+            except MergefleetError as error:
+                writer.fail(error)
+        if writer.error is not None:
+            yield None
+            return
+        try:
+            yield writer
+        except MergefleetError as error:
+            writer.fail(error)
+
+    def count(self, *, base: int = 0, adapter: int = 0, written: int = 0) -> None:
+        """Add to the bytes read and written."""
+        with self._lock:
+            self.num_base_bytes += base
+            self.num_adapter_bytes += adapter
+            self.num_written += written
+        if written:
+            self._on_bytes(written)
+
+    def write(self, writer: CheckpointWriter, tensor: OutputTensor, start: int, rows: torch.Tensor) -> None:
+        """Write rows of a tensor, contiguous and on the CPU, from row `start` on."""
+        shard, spec = writer.locate(tensor.name)
+        data = tensor_bytes(rows)
+        shard.write(spec.begin + start * tensor.num_columns * rows.itemsize, data)
+        self.count(written=len(data))
+
+    def close(self) -> None:
+        """Close all files, once nobody writes or hashes any more."""
+        for writer in self.writers.values():
+            writer.close()
+
+
+def check_range(tensor: OutputTensor, values: torch.Tensor) -> None:
+    """Check that the tensor's dtype can hold the values.
+
+    Raises:
+        BadInputError: it cannot, or there are values that are no numbers.
+    """
+    low, high = torch.aminmax(values)
+    largest = max(-float(low), float(high))
+    if not largest <= torch.finfo(tensor.dtype).max:
+        raise BadInputError(
+            f"tensor {tensor.name}: merging gives {largest}, which {tensor.dtype} cannot hold; request another dtype, "
+            "or look for NaN and overflow in base and adapter"
+        )
