@@ -9,10 +9,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench chaos fuzz
+.PHONY: help setup demo test lint bench fidelity chaos fuzz
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## make .venv with exactly the versions of constraints.txt
 
@@ -39,6 +39,9 @@ test: lint  ## lint, then every test
 
 bench: setup  ## time and memory against the usual merges and cp -r; SHAPE=tiny, 0.5b, 1.1b, 1.5b or 13b
 	$(BIN)/python -m benchmarks.bench --shape $(SHAPE)
+
+fidelity: setup  ## every method, and LoRA on every architecture, against PEFT; writes docs/compatibility.md
+	$(BIN)/python -m tests.fidelity
 
 chaos: setup  ## kill -9 of a worker and of the driver in the middle of a batch; then run it to its end
 	$(BIN)/python -m pytest tests/chaos

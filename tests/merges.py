@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from jobs.locations import LocalPath
 from jobs.release import TensorCheck
@@ -19,6 +19,7 @@ from jobs.request import MergeRequest
 from workers.arithmetic import CheckJob, check_arithmetic
 from workers.inference import quiet_libraries
 from workers.merge import PassResult, run_pass
+from workers.model import load_config, model_class
 from workers.module_weights import ModuleWeights
 from workers.passes import PassJob
 from workers.plan import BasePlan, MergePlan, plan_base, plan_merge
@@ -99,11 +100,11 @@ def plan_pass(base: Path, adapters: Mapping[str, Path], directory: Path, **field
     plans = tuple(plan_merge(planned, request, fetch_adapter(request.adapter, cache)) for request in requests)
     quantized = None
     if planned.stored_in_4bit:
-        quantized = QuantizedBase(base, planned.layout, CPU)
+        quantized = QuantizedBase(base, planned.layout, CPU, planned.transposed)
     elif planned.quantization is not None:
         quantized = QuantizedCache(cache, CPU, 2).open(planned.quantization, lambda _: None)
     weights = None
-    names = {name for plan in plans for name in plan.by_peft}
+    names = {name for plan in plans for sources in plan.by_peft.values() for name in sources}
     if names:
         (directory / "weights").mkdir(parents=True)
         weights = ModuleWeights(planned, quantized, names, directory / "weights", lambda _: None)
@@ -150,7 +151,9 @@ def merge_by_peft(
     """
     how = {"quantization_config": quantization} if quantization is not None else {}
     with quiet_libraries(), _one_torch_thread():
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map="cpu", local_files_only=True, **how)
+        model = model_class(load_config(base)).from_pretrained(
+            base, dtype=dtype, device_map="cpu", local_files_only=True, **how
+        )
         if quantization is not None or dequantize:
             model = _dequantize(model)
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()

@@ -71,7 +71,7 @@ def make_method_adapter(
         seed: of these numbers.
         fields: of the method's configuration, beyond the table's.
     """
-    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)](task_type="CAUSAL_LM", **METHODS[method] | fields)
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)](**{"task_type": "CAUSAL_LM"} | METHODS[method] | fields)
     torch.manual_seed(seed)
     with quiet_libraries():
         peft_model = get_peft_model(load_plain(base), config)

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from workers.inference import quiet_libraries
-from workers.model import quiet_transformers
+from workers.model import load_config, model_class, quiet_transformers
 
 VOCAB_SIZE = 512
 LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -227,7 +227,7 @@ def make_adapter(
 def load_plain(directory: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """Load a checkpoint as anybody would, by plain transformers, on the CPU."""
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+        model = model_class(load_config(directory)).from_pretrained(directory, dtype=dtype, local_files_only=True)
     assert isinstance(model, PreTrainedModel)
     return model.eval()
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from jobs.errors import NoCapacityError
 from workers.lanes.adapter import Adapter, put_on
-from workers.model import quiet_transformers, stored_quantization
+from workers.model import load_config, model_class, quiet_transformers, stored_quantization
 from workers.quant import of_state
 
 MAX_BATCH_TOKENS = 2048
@@ -154,7 +154,7 @@ def load_model(
     for device, max_memory in _placements(room, in_4bit=in_4bit):
         try:
             with quiet_libraries():
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                loaded: Any = model_class(load_config(directory)).from_pretrained(
                     directory,
                     dtype=torch.float32,
                     # None would make transformers overlook the 4-bit format of a checkpoint that is stored in it.

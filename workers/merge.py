@@ -88,11 +88,12 @@ def _merge_by_peft(state: PassState, name: str, weights: ModuleWeights) -> None:
         if writer is None:
             return
         state.count(adapter=plan.num_adapter_bytes)
-        for output, values in merge_modules(plan, weights):
+        for module in merge_modules(plan, weights):
             state.jobs[name].check()
-            rounded = values.detach().to(outputs[output].dtype).contiguous()
-            check_range(outputs[output], rounded)
-            state.write(writer, outputs[output], 0, rounded)
+            for output, values in module.outputs.items():
+                rounded = values.detach().to(outputs[output].dtype).contiguous()
+                check_range(outputs[output], rounded)
+                state.write(writer, outputs[output], 0, rounded)
 
 
 def _result(state: PassState) -> PassResult:

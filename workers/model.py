@@ -1,7 +1,9 @@
 """What transformers knows of a base before any weight is read: its modules, and which ones 4-bit loading converts."""
 
 import contextlib
+import inspect
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.initialization import no_tie_weights
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
@@ -142,26 +145,56 @@ def check_depth(directory: Path, num_tensors: int) -> None:
                 )
 
 
-def skeleton(directory: Path) -> PreTrainedModel:
+def model_class(config: Any) -> Any:
+    """Return the class of transformers that a checkpoint is loaded with: the one that saved it.
+
+    A configuration that names none, or one that is not transformers' own, stands for a causal language model.
+    """
+    for name in getattr(config, "architectures", None) or ():
+        named = getattr(transformers, name, None)
+        if isinstance(named, type) and issubclass(named, PreTrainedModel):
+            return named
+    return AutoModelForCausalLM
+
+
+def skeleton(directory: Path, *, tied: bool = True) -> PreTrainedModel:
     """Build the base's model on the meta device: every module and name, no weights.
 
+    Args:
+        directory: of the base.
+        tied: whether tied weights are one parameter already; while `from_pretrained` loads, they are not.
+
     Raises:
-        UnsupportedError: transformers has no causal language model for this configuration.
+        UnsupportedError: transformers builds no model from this configuration.
     """
     config = load_config(directory)
     # A stored 4-bit format would make transformers quantize; names and shapes are those of the plain model.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    kind = model_class(config)
     try:
-        with torch.device("meta"), quiet_transformers():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        ties = contextlib.nullcontext() if tied else no_tie_weights()
+        with torch.device("meta"), quiet_transformers(), ties:
+            model = kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)  # noqa: SLF001
     except _REFUSALS as error:
         raise UnsupportedError(
-            f"{directory / 'config.json'}: transformers {transformers.__version__} builds no causal language model of "
+            f"{directory / 'config.json'}: transformers {transformers.__version__} builds no {kind.__name__} of "
             f"model_type {getattr(config, 'model_type', None)!r} from it: {type(error).__name__}: {error}"
         ) from error
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def answers_prompts(model: PreTrainedModel) -> bool:
+    """Return whether a model continues text, given nothing but its tokens."""
+    parameters = inspect.signature(model.forward).parameters
+    return bool(model.can_generate()) and not model.config.is_encoder_decoder and "input_ids" in parameters
+
+
+def ignores_missing(model: PreTrainedModel, name: str) -> bool:
+    """Return whether transformers makes a tensor by itself, so that checkpoints need not hold it."""
+    patterns: Any = model._keys_to_ignore_on_load_missing or ()  # noqa: SLF001
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def quantized_weights(
@@ -170,7 +203,7 @@ def quantized_weights(
     """Ask transformers which weights 4-bit loading converts.
 
     Args:
-        model: skeleton on the meta device; its linear modules are replaced, so it is of no further use.
+        model: skeleton, not tied; its linear modules are replaced, so it is of no further use.
         quantization: nf4 or fp4.
         options: double quantization and skip list.
 
@@ -181,35 +214,6 @@ def quantized_weights(
     with quiet_transformers():
         quantizer.preprocess_model(model=model, device_map=None)
     return [f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"]
-
-
-def check_names(directory: Path, model: PreTrainedModel, stored: frozenset[str]) -> None:
-    """Check that the checkpoint's tensor names are the model's own, so that they can be streamed one by one.
-
-    Args:
-        directory: of the base, for the message.
-        model: skeleton.
-        stored: tensor names in the checkpoint.
-
-    Raises:
-        UnsupportedError: transformers renames or fuses tensors of this architecture while loading.
-        BadInputError: tensors of the model are missing from the checkpoint.
-    """
-    tied = set(model.all_tied_weights_keys)
-    missing = [name for name, _ in model.named_parameters() if name not in stored and name not in tied]
-    if not missing:
-        return
-    expected = {name for name, _ in model.named_parameters()}
-    foreign = sorted(stored - expected)
-    if foreign:
-        raise UnsupportedError(
-            f"{directory}: {len(missing)} tensors of {type(model).__name__} are not in the checkpoint under their own "
-            f"names (first: {missing[0]}), which holds {foreign[0]} and others instead; checkpoints that transformers "
-            "converts while loading are not streamed by this version"
-        )
-    raise BadInputError(
-        f"{directory}: {len(missing)} tensors of {type(model).__name__} are missing, first {missing[0]}"
-    )
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """A base as a model whose weights take no memory: private mappings of files, read where they are needed.
 
-What the merge takes as it is stored is mapped from the base's own shards. What it takes otherwise (dequantized, or cast
-to another dtype) is written to a file of its own first, and mapped from there. Whoever changes a mapped weight changes
-a copy of those pages, never a file.
+What the merge takes as it is stored is mapped from the base's own shards. What it takes otherwise (dequantized, cast to
+another dtype, or put together of several stored tensors) is written to a file of its own first, and mapped from there.
+Whoever changes a mapped weight changes a copy of those pages, never a file. Names are those of the model.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from jobs.errors import BadInputError
 from workers.checkpoint import ShardLayout, lay_out_shard
+from workers.conversions import Group
 from workers.files import file_errors
 from workers.model import skeleton
 from workers.plan import BasePlan, OutputTensor
@@ -49,12 +50,20 @@ class ModuleWeights:
             NoCapacityError: the disk is full.
         """
         self._base = base
-        converted = [tensor for tensor in base.tensors if tensor.name in names and not tensor.copied]
-        self._converted = frozenset(tensor.name for tensor in converted)
         self._path = directory / _FILE_NAME
-        if converted:
-            layout = lay_out_shard(_FILE_NAME, [(t.name, t.dtype, t.shape) for t in converted])
-            self._write(layout, quantized, on_bytes)
+        conversions = base.conversions
+        single = {name: self._stored(name) for name in names if name in conversions.stored_names}
+        converted = {name: tensor for name, tensor in single.items() if not tensor.copied}
+        groups = tuple(dict.fromkeys(conversions.group_of[name] for name in names if name in conversions.group_of))
+        self._written = frozenset(converted) | {name for group in groups for name in group.parameters}
+        if self._written:
+            specs = [(name, tensor.dtype, tensor.shape) for name, tensor in converted.items()]
+            specs += [
+                (name, base.by_name[group.stored[0]].dtype, conversions.shapes[name])
+                for group in groups
+                for name in group.parameters
+            ]
+            self._write(lay_out_shard(_FILE_NAME, specs), groups, quantized, on_bytes)
 
     def get(self, name: str) -> torch.Tensor:
         """Return one weight, mapped: on the CPU, in the dtype and shape the merge takes it in.
@@ -62,40 +71,70 @@ class ModuleWeights:
         Raises:
             BadInputError: the file is not what its header says any more.
         """
-        tensor = self._base.by_name[name]
-        path = self._path if name in self._converted else self._base.source.directory / tensor.shard
-        try:
-            with file_errors(f"reading {path}"), safe_open(path, framework="pt") as file:
-                mapped: torch.Tensor = file.get_tensor(name)
-        except SafetensorError as error:
-            raise BadInputError(f"{path}: tensor {name} cannot be read: {error}") from error
-        return mapped
+        if name in self._written:
+            return _mapped(self._path, name)
+        tensor = self._stored(name)
+        return _mapped(self._base.source.directory / tensor.shard, tensor.name)
+
+    def output(self, stored: str) -> torch.Tensor:
+        """Return one weight as `get` does, but by its name in the base's files, and in the shape it has there."""
+        name = self._base.conversions.parameter_names.get(stored)
+        return self._read_stored(stored) if name is None else self.get(name)
 
     def model(self) -> PreTrainedModel:
-        """Return the base as a model. Parameters without values, and buffers, stay on the meta device."""
+        """Return the base as a model. What has no values in the base's files stays on the meta device."""
         model = skeleton(self._base.source.directory)
         mapped: dict[int, nn.Parameter] = {}
         # A parameter that stands under several names has its values under the first one the base stores.
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            tensor = self._base.by_name.get(name)
-            if tensor is not None and id(parameter) not in mapped and (tensor.copied or name in self._converted):
+            if id(parameter) not in mapped and self._has(name):
                 mapped[id(parameter)] = nn.Parameter(self.get(name), requires_grad=False)
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if id(parameter) in mapped:
                     setattr(module, name, mapped[id(parameter)])
+        for name, _ in list(model.named_buffers()):
+            if self._has(name):
+                owner, _, key = name.rpartition(".")
+                setattr(model.get_submodule(owner), key, self.get(name))
         return model
 
-    def _write(self, layout: ShardLayout, quantized: QuantizedBase | None, on_bytes: Callable[[int], None]) -> None:
+    def _has(self, name: str) -> bool:
+        return name in self._written or (name in self._base.conversions.stored_names and self._stored(name).copied)
+
+    def _stored(self, name: str) -> OutputTensor:
+        return self._base.by_name[self._base.conversions.stored_names[name]]
+
+    def _write(
+        self,
+        layout: ShardLayout,
+        groups: Sequence[Group],
+        quantized: QuantizedBase | None,
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        specs = {spec.name: spec for spec in layout.tensors}
+        in_groups = {name for group in groups for name in group.parameters}
         with file_errors(f"writing {self._path}"), self._path.open("xb") as file:
-            write_all(file.fileno(), self._path, layout.header, 0)
-            for spec in layout.tensors:
-                offset = spec.begin
-                for tile in self._tiles(self._base.by_name[spec.name], quantized):
+
+            def write(tiles: Iterable[torch.Tensor], offset: int) -> None:
+                for tile in tiles:
                     data = tensor_bytes(tile)
                     write_all(file.fileno(), self._path, data, offset)
                     offset += len(data)
                     on_bytes(len(data))
+
+            write_all(file.fileno(), self._path, layout.header, 0)
+            for spec in layout.tensors:
+                if spec.name not in in_groups:
+                    write(self._tiles(self._stored(spec.name), quantized), spec.begin)
+            for group in groups:
+                made = self._base.conversions.load(group, self._read_stored)
+                for name, tensor in made.items():
+                    write((tensor.contiguous(),), specs[name].begin)
+
+    def _read_stored(self, name: str) -> torch.Tensor:
+        tensor = self._base.by_name[name]
+        return _mapped(self._base.source.directory / tensor.shard, name).to(tensor.dtype)
 
     def _tiles(self, tensor: OutputTensor, quantized: QuantizedBase | None) -> Iterator[torch.Tensor]:
         weight = None
@@ -112,3 +151,12 @@ class ModuleWeights:
                 assert tensor.stored is not None
                 tile = read_rows(self._base.source.directory / tensor.shard, tensor.stored, start, stop)
             yield tile.to(tensor.dtype)
+
+
+def _mapped(path: Path, name: str) -> torch.Tensor:
+    try:
+        with file_errors(f"reading {path}"), safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+    except SafetensorError as error:
+        raise BadInputError(f"{path}: tensor {name} cannot be read: {error}") from error
+    return tensor

@@ -12,15 +12,25 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
 from workers.checkpoint import CheckpointLayout, TensorSpec, lay_out, lay_out_shard, read_checkpoint, read_json
+from workers.conversions import Conversions
 from workers.lanes.adapter import Adapter, open_adapter
 from workers.lanes.coverage import Coverage, cover
 from workers.lanes.lora import LoraDelta, plan_lora
-from workers.model import check_depth, check_names, quantized_weights, skeleton, stored_quantization
+from workers.model import (
+    answers_prompts,
+    check_depth,
+    ignores_missing,
+    quantized_weights,
+    skeleton,
+    stored_quantization,
+)
 from workers.quant import quantized_names, quantized_owner
 from workers.quantized_base import QuantizationTask
 from workers.sources import Source
@@ -72,6 +82,10 @@ class BasePlan:
     quantization: QuantizationTask | None
     """What to convert to 4-bit first; None when nothing is, or when the base is stored in 4-bit."""
     stored_in_4bit: bool
+    conversions: Conversions
+    """Between the names and tensors of its files and those of its model."""
+    transposed: frozenset[str]
+    """Weights that 4-bit loading converts as their transpose."""
 
     @cached_property
     def by_name(self) -> Mapping[str, OutputTensor]:
@@ -91,8 +105,8 @@ class MergePlan:
     merge_key: str
     deltas: Mapping[str, LoraDelta]
     """What the stream lane adds, by base tensor."""
-    by_peft: Mapping[str, str]
-    """What the `peft` lane makes: the name in the model by output tensor."""
+    by_peft: Mapping[str, tuple[str, ...]]
+    """What the `peft` lane makes: by output tensor, names in the model of what it is made of; one, or a whole group."""
     tied: frozenset[str]
     """Names in the model of the tensors that share their values with others in the base."""
     unties: bool
@@ -108,8 +122,9 @@ class MergePlan:
 
     def merges(self, module: str) -> bool:
         """Whether PEFT merges a module; it leaves alone what is streamed, and what the adapter replaces as it is."""
-        return any(source.startswith(f"{module}.") for source in self.by_peft.values()) and not any(
-            name.startswith(f"{module}.") for name in self.deltas
+        prefix = f"{module}."
+        return any(name.startswith(prefix) for names in self.by_peft.values() for name in names) and not any(
+            delta.weight.startswith(prefix) for delta in self.deltas.values()
         )
 
     @property
@@ -145,13 +160,20 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
     stored_weights = quantized_names(layout.tensors)
     stored_in_4bit = _check_stored(source, request, frozenset(stored_weights.values()))
     owners = {name: quantized_owner(name, stored_weights) for name in layout.tensors}
-    check_names(directory, model, frozenset(name for name, owner in owners.items() if owner in (None, name)))
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    conversions = _conversions(source, layout, owners, model)
+    shapes = {stored: conversions.shapes[name] for name, stored in conversions.stored_names.items()}
     _check_shapes(source, layout, owners, shapes)
+    transposed = frozenset(
+        conversions.stored_names[f"{name}.weight"]
+        for name, module in model.named_modules()
+        if isinstance(module, Conv1D) and f"{name}.weight" in conversions.stored_names
+    )
     asked_dtype = _TORCH_DTYPES[request.dtype] if request.dtype else None
     task = None
     if request.base_quantization is not BaseQuantization.NONE and not stored_in_4bit:
-        task = _quantization_task(source, layout, request, asked_dtype)
+        task = _quantization_task(
+            source, layout, request, conversions=conversions, transposed=transposed, dtype=asked_dtype
+        )
     converted = frozenset(task.weights) if task else frozenset(stored_weights)
     tensors = []
     for name, (shard, spec) in layout.tensors.items():
@@ -167,7 +189,7 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
                 stored=None if name in converted else spec,
             )
         )
-    return BasePlan(source, layout, tuple(tensors), task, stored_in_4bit)
+    return BasePlan(source, layout, tuple(tensors), task, stored_in_4bit, conversions, transposed)
 
 
 def plan_merge(base: BasePlan, request: MergeRequest, adapter: Source) -> MergePlan:
@@ -177,9 +199,16 @@ def plan_merge(base: BasePlan, request: MergeRequest, adapter: Source) -> MergeP
         NotFoundError, BadInputError, UnsupportedError: the adapter cannot be used, or does not fit the base.
     """
     opened = open_adapter(adapter.directory)
-    coverage = cover(opened, skeleton(base.source.directory))
-    deltas = {delta.weight: delta for delta in plan_lora(opened, coverage)}
-    by_peft = _by_peft(base, opened, coverage, frozenset(deltas))
+    model = skeleton(base.source.directory)
+    if request.parity.level == "full" and not answers_prompts(model):
+        raise UnsupportedError(
+            f"{base.source.directory}: {type(model).__name__} does not continue text, so parity level full cannot ask "
+            "it anything; request parity level: arithmetic, which compares every tensor"
+        )
+    coverage = cover(opened, model)
+    names = base.conversions.stored_names
+    deltas = {names[delta.weight]: delta for delta in plan_lora(opened, coverage) if delta.weight in names}
+    by_peft = _by_peft(base, opened, coverage, frozenset(delta.weight for delta in deltas.values()))
     tensors = _output_tensors(base, coverage, by_peft)
     for tensor in tensors:
         if (tensor.name in deltas or tensor.name in by_peft) and tensor.dtype not in _TORCH_DTYPES.values():
@@ -202,35 +231,100 @@ def plan_merge(base: BasePlan, request: MergeRequest, adapter: Source) -> MergeP
     )
 
 
-def _by_peft(base: BasePlan, adapter: Adapter, coverage: Coverage, streamed: frozenset[str]) -> dict[str, str]:
-    names: dict[str, str] = {}
+def _by_peft(
+    base: BasePlan, adapter: Adapter, coverage: Coverage, streamed: frozenset[str]
+) -> dict[str, tuple[str, ...]]:
+    """Find what is left to PEFT. Names in `coverage` and `streamed` are the model's."""
+    conversions = base.conversions
+    made: dict[str, tuple[str, ...]] = {}
     for name in coverage.shapes:
         # Beside a streamed weight nothing changes but what the adapter brings itself.
         if name in streamed or (f"{name.rpartition('.')[0]}.weight" in streamed and name not in coverage.replaced):
             continue
         # Values that stay tied are written under each name the base stores them by.
         same = (name,) if name in coverage.untied else coverage.tied.get(name, (name,))
-        outputs = [other for other in same if other in base.by_name]
-        if not outputs and name not in coverage.untied:
+        group = next((conversions.group_of[other] for other in same if other in conversions.group_of), None)
+        if group is not None:
+            made |= dict.fromkeys(group.stored, group.parameters)
+            continue
+        outputs = [conversions.stored_names[other] for other in same if other in conversions.stored_names]
+        if not outputs and name in coverage.untied:
+            outputs = [conversions.new_name(name)]
+        if not outputs:
             raise UnsupportedError(
                 f"{adapter.directory}: the adapter changes {name}, which {base.source.directory} does not store"
             )
-        names |= dict.fromkeys(outputs or [name], name)
-    return names
+        made |= dict.fromkeys(outputs, (name,))
+    return made
 
 
-def _output_tensors(base: BasePlan, coverage: Coverage, by_peft: Mapping[str, str]) -> tuple[OutputTensor, ...]:
+def _output_tensors(
+    base: BasePlan, coverage: Coverage, by_peft: Mapping[str, tuple[str, ...]]
+) -> tuple[OutputTensor, ...]:
+    names = base.conversions.parameter_names
+    added = {sources[0]: output for output, sources in by_peft.items() if output not in base.by_name}
     tensors = []
     for tensor in base.tensors:
-        name = by_peft.get(tensor.name)
-        tensors.append(dataclasses.replace(tensor, shape=coverage.shapes[name]) if name is not None else tensor)
+        sources = by_peft.get(tensor.name, ())
+        whole = len(sources) == 1 and tensor.name in names
+        tensors.append(dataclasses.replace(tensor, shape=coverage.shapes[sources[0]]) if whole else tensor)
         # What comes apart from a tensor goes behind it, into the same file.
         tensors += [
-            dataclasses.replace(tensor, name=other, shape=coverage.shapes[other], stored=None)
-            for other in coverage.tied.get(tensor.name, ())
-            if other in by_peft and other not in base.by_name
+            dataclasses.replace(tensor, name=added[other], shape=coverage.shapes[other], stored=None)
+            for other in coverage.tied.get(names.get(tensor.name, tensor.name), ())
+            if other in added
         ]
     return tuple(tensors)
+
+
+def _conversions(
+    source: Source, layout: CheckpointLayout, owners: Mapping[str, str | None], model: PreTrainedModel
+) -> Conversions:
+    """Relate the checkpoint's tensors to the model's.
+
+    Raises:
+        UnsupportedError: transformers cannot convert them, or only from 16 bits.
+        BadInputError: the model has tensors that the checkpoint lacks, or that it would have in another shape.
+    """
+    directory = source.directory
+    stored = {
+        name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        for name, (_, spec) in layout.tensors.items()
+        if owners[name] in (None, name)
+    }
+    try:
+        conversions = Conversions(model, stored)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{directory}: {error}") from error
+    own = conversions.shapes
+    for group in conversions.groups:
+        converted = conversions.load(group, stored.__getitem__)
+        for name, tensor in converted.items():
+            if owners[group.stored[0]] is not None:
+                raise UnsupportedError(
+                    f"{directory}: {name} is made of {group.stored[0]} and others, which are stored in 4-bit; use the "
+                    "base that this one was made from"
+                )
+            if own.get(name) != tuple(tensor.shape):
+                raise BadInputError(
+                    f"{directory}: {group.stored[0]} and {len(group.stored) - 1} more tensors make {name} of shape "
+                    f"{list(tensor.shape)}, config.json makes it {list(own.get(name, ()))}; weights and configuration "
+                    "are not of the same model"
+                )
+    tied = set(model.all_tied_weights_keys)
+    missing = [
+        name
+        for name, _ in model.named_parameters()
+        if name not in conversions.covered and name not in tied and not ignores_missing(model, name)
+    ]
+    if missing:
+        taken = conversions.parameter_names.keys() | {name for group in conversions.groups for name in group.stored}
+        foreign = sorted(stored.keys() - taken)
+        instead = f"; it holds {foreign[0]} and {len(foreign) - 1} more that the model does not take" if foreign else ""
+        raise BadInputError(
+            f"{directory}: {len(missing)} tensors of {type(model).__name__} are missing, first {missing[0]}{instead}"
+        )
+    return conversions
 
 
 def _check_shapes(
@@ -278,10 +372,16 @@ def _check_stored(source: Source, request: MergeRequest, types: frozenset[str]) 
 
 
 def _quantization_task(
-    source: Source, layout: CheckpointLayout, request: MergeRequest, dtype: torch.dtype | None
+    source: Source,
+    layout: CheckpointLayout,
+    request: MergeRequest,
+    *,
+    conversions: Conversions,
+    transposed: frozenset[str],
+    dtype: torch.dtype | None,
 ) -> QuantizationTask:
     options = request.quantization_options
-    model = skeleton(source.directory)
+    model = skeleton(source.directory, tied=False)
     module_names = [name for name, _ in model.named_modules()]
     for entry in options.llm_int8_skip_modules or ():
         if all(should_convert_module(name, [entry]) for name in module_names if name):
@@ -291,7 +391,14 @@ def _quantization_task(
     weights = quantized_weights(model, request.base_quantization, options)
     # A weight that is tied to one the checkpoint stores under another name is never converted by default, but an
     # explicit skip list replaces that default.
-    absent = [name for name in weights if name not in layout.tensors]
+    grouped = [name for name in weights if name in conversions.group_of]
+    if grouped:
+        raise UnsupportedError(
+            f"{source.directory}: 4-bit loading would convert {grouped[0]}, which transformers makes of "
+            f"{conversions.group_of[grouped[0]].stored[0]} first; request base_quantization: none, or add its module "
+            "to quantization_options.llm_int8_skip_modules"
+        )
+    absent = [name for name in weights if name not in conversions.stored_names]
     if absent:
         raise UnsupportedError(
             f"{source.directory}: 4-bit loading would convert {absent[0]}, which the base stores tied to another "
@@ -306,7 +413,8 @@ def _quantization_task(
         base=source.directory,
         base_digest=source.digest,
         layout=layout,
-        weights=tuple(weights),
+        weights=tuple(conversions.stored_names[name] for name in weights),
+        transposed=transposed & {conversions.stored_names[name] for name in weights},
         quant_type=request.base_quantization.value,
         double_quant=options.bnb_4bit_use_double_quant,
         dtype=dtype,

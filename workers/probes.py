@@ -13,7 +13,7 @@ import copy
 import math
 import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from jobs.release import TensorCheck
-from workers.lanes.adapter import put_on, take_off, wrapped_modules
+from workers.factors import Factors, factors_of
+from workers.lanes.peft import merge_modules
 from workers.module_weights import ModuleWeights
 from workers.plan import MergePlan
 from workers.rounding import BITS, EXPONENT_BITS, half_ulp
@@ -70,38 +71,62 @@ def check_modules(
     Returns:
         One check for each of these tensors, by name.
     """
-    model = weights.model()
-    peft_model = put_on(plan.opened, model, values=True).model
-    outputs: dict[str, list[str]] = {}
-    for output, source in plan.by_peft.items():
-        outputs.setdefault(source, []).append(output)
     checks: dict[str, TensorCheck] = {}
+    probes: dict[str, _Probe | tuple[Factors, ...]] = {}
+    unanswered: dict[str, nn.Module] = {}
 
-    def compare(source: str, expected: torch.Tensor) -> None:
-        for output in outputs.pop(source):
+    def ask(name: str, layer: Any) -> None:
+        check()
+        # Values that several modules share are another layer's, too.
+        if plan.merges(name) and f"{name}.weight" not in plan.tied:
+            probes[name] = _ask(name, layer) or factors_of(layer)
+
+    for module in merge_modules(plan, weights, look=ask):
+        for output, expected in module.outputs.items():
             shipped = _read(plan, directory, output)
             checks[output] = _compare_bits(plan, output, shipped, expected, weights)
             on_bytes(shipped.numel() * shipped.itemsize)
-
-    for name, layer in wrapped_modules(peft_model):
-        check()
-        merges = plan.merges(name)
-        probe = _ask(name, layer) if merges else None
-        plain = take_off(plan.opened, peft_model, name, merge=merges)
-        own = plain.state_dict()
-        for key, tensor in own.items():
-            if f"{name}.{key}" in outputs and f"{name}.{key}" not in plan.tied:
-                compare(f"{name}.{key}", tensor)
-        if probe is not None and f"{name}.weight" in checks:
-            keys = [key for key in own if f"{name}.{key}" in checks]
-            shipped = {key: _read(plan, directory, f"{name}.{key}") for key in keys}
-            before = {key: weights.get(f"{name}.{key}") for key in keys}
-            checks[f"{name}.weight"] = _judge(checks[f"{name}.weight"], plain, shipped, before, probe)
-        if plan.tied.isdisjoint(f"{name}.{key}" for key in own):
-            model.set_submodule(name, nn.Identity())  # what it held is free again
-    for source in list(outputs):
-        compare(source, model.get_parameter(source).data)
+        if module.name in probes:
+            assert module.plain is not None
+            unanswered[module.name] = module.plain
+        for name, plain in list(unanswered.items()):
+            probe = probes[name]
+            needed = {"weight"} if isinstance(probe, _Probe) else {factors.key for factors in probe}
+            state = _shipped_state(plan, directory, name, plain, checks.keys())
+            if not needed <= state.keys():
+                continue
+            del unanswered[name], probes[name]
+            before = {key: weights.get(f"{name}.{key}") for key in state}
+            if isinstance(probe, _Probe):
+                output = _output_of(plan, f"{name}.weight")
+                checks[output] = _judge(checks[output], plain, state, before, probe)
+                continue
+            for factors in probe:
+                output = _output_of(plan, f"{name}.{factors.key}")
+                found = factors.judge(state[factors.key], before[factors.key])
+                checks[output] = _judged(checks[output], found.rms, found.worst, found.kept, found.delta_square)
     return checks
+
+
+def _output_of(plan: MergePlan, source: str) -> str:
+    return next(output for output, sources in plan.by_peft.items() if source in sources)
+
+
+def _shipped_state(
+    plan: MergePlan, directory: Path, name: str, plain: nn.Module, checked: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """Return what ships of a module, by the keys of its state: made of the files as loading them would make it."""
+    conversions = plan.base.conversions
+    state: dict[str, torch.Tensor] = {}
+    for key in plain.state_dict():
+        source = f"{name}.{key}"
+        group = conversions.group_of.get(source)
+        if group is not None and set(group.stored) <= set(checked):
+            state[key] = conversions.load(group, lambda stored: _read(plan, directory, stored))[source]
+        elif (stored := conversions.stored_names.get(source)) in checked:
+            assert stored is not None
+            state[key] = _read(plan, directory, stored)
+    return state
 
 
 def _read(plan: MergePlan, directory: Path, name: str) -> torch.Tensor:
@@ -120,8 +145,9 @@ def _compare_bits(
         allowed = half_ulp(rounded[different]) if rounded.dtype in EXPONENT_BITS else 0.5
         excess = _finite(float((error / allowed).max()))
     weight_norm = delta_norm = 0.0
-    if name in plan.base.by_name and plan.base.by_name[name].shape == tuple(shipped.shape):
-        weight = weights.get(name).float()
+    before = weights.output(name) if name in plan.base.by_name else None
+    if before is not None and before.shape == shipped.shape:
+        weight = before.float()
         weight_norm = float(torch.linalg.vector_norm(weight))
         delta_norm = float(torch.linalg.vector_norm(rounded.float() - weight))
     return TensorCheck(
@@ -166,7 +192,7 @@ def _inputs(name: str, module: nn.Module) -> torch.Tensor | None:
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     if isinstance(module, nn.Embedding):
         return torch.randint(module.num_embeddings, (_NUM_ROWS,), generator=generator)
-    if isinstance(module, nn.Linear):
+    if type(module) is nn.Linear:
         shape: tuple[int, ...] = (_NUM_INPUTS, module.in_features)
     elif isinstance(module, Conv1D):
         shape = (_NUM_INPUTS, module.nx)
@@ -187,12 +213,14 @@ def _judge(check: TensorCheck, plain: nn.Module, shipped: _State, before: _State
         delta = probe.answers - unchanged
         size = float(torch.linalg.vector_norm(delta)) ** 2
         kept = float(torch.sum((merged - unchanged) * delta))
-    rms = _finite(float(error.square().mean().sqrt()))
-    worst = _finite(float(error.abs().max()))
+    return _judged(check, float(error.square().mean().sqrt()), float(error.abs().max()), kept, size)
+
+
+def _judged(check: TensorCheck, rms: float, worst: float, kept: float, delta_square: float) -> TensorCheck:
     return check.model_copy(
         update={
-            "rounding_excess": max(check.rounding_excess, rms / _MAX_RMS, worst / _MAX_WORST),
-            "survival": kept / size if size > 0 and math.isfinite(kept) else None,
+            "rounding_excess": max(check.rounding_excess, _finite(rms) / _MAX_RMS, _finite(worst) / _MAX_WORST),
+            "survival": kept / delta_square if delta_square > 0 and math.isfinite(kept) else None,
         }
     )
 

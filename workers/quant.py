@@ -6,6 +6,7 @@ bitsandbytes over the whole tensor, since its blocks run over the flattened weig
 Shape suffixes: O output features, I input features.
 """
 
+import dataclasses
 import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -37,11 +38,13 @@ class QuantizedWeight:
     shape: tuple[int, int]
     dtype: torch.dtype
     """What it dequantizes to: the dtype of the weight it was made from."""
+    transposed: bool = False
+    """Whether the blocks run over the transpose, as of a `Conv1D`, which keeps its weight [I, O]."""
 
     @property
     def row_alignment(self) -> int:
         """Rows are dequantized from and in multiples of this, so that tiles begin at a block (and at a whole byte)."""
-        return row_alignment(self.shape[1], self.blocksize)
+        return self.shape[0] if self.transposed else row_alignment(self.shape[1], self.blocksize)
 
     @property
     def num_bytes(self) -> int:
@@ -58,6 +61,10 @@ class QuantizedWeight:
         Returns:
             A new tensor [stop - start, I] of `dtype`, on the device of the codes.
         """
+        if self.transposed:
+            num_rows, num_columns = self.shape
+            upright = dataclasses.replace(self, shape=(num_columns, num_rows), transposed=False)
+            return upright.dequantize_rows(0, num_columns).T[start:stop].contiguous()
         num_columns = self.shape[1]
         begin, end = start * num_columns, stop * num_columns
         codes = self.codes[begin // 2 : (end + 1) // 2]
@@ -77,14 +84,7 @@ class QuantizedWeight:
 
     def to(self, device: torch.device) -> "QuantizedWeight":
         """Return this weight with its codes and scales on another device."""
-        return QuantizedWeight(
-            codes=self.codes.to(device),
-            absmax=self.absmax.to(device),
-            blocksize=self.blocksize,
-            quant_type=self.quant_type,
-            shape=self.shape,
-            dtype=self.dtype,
-        )
+        return dataclasses.replace(self, codes=self.codes.to(device), absmax=self.absmax.to(device))
 
 
 def row_alignment(num_columns: int, blocksize: int = BLOCK_SIZE) -> int:
@@ -162,12 +162,13 @@ def quantized_owner(name: str, weights: Container[str]) -> str | None:
     return name or None
 
 
-def restore(name: str, stored: Mapping[str, torch.Tensor]) -> QuantizedWeight:
+def restore(name: str, stored: Mapping[str, torch.Tensor], *, transposed: bool = False) -> QuantizedWeight:
     """Build a weight from the tensors a bnb-4bit checkpoint stores for it.
 
     Args:
         name: of the weight, for messages.
         stored: tensors by suffix, as `stored_tensors` returns them; views of mapped files are kept as they are.
+        transposed: whether they hold the transpose of the weight.
 
     Raises:
         BadInputError: parts are missing or do not fit together.
@@ -178,12 +179,13 @@ def restore(name: str, stored: Mapping[str, torch.Tensor]) -> QuantizedWeight:
         codes = stored[""].reshape(-1).view(torch.uint8)
         state = bnb.QuantState.from_dict(parts, device=codes.device)
         _check_state(state, codes.numel())
-        return of_state(codes, state)
+        weight = of_state(codes, state)
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise BadInputError(
             f"{name}: expected the parts of a bitsandbytes 4-bit weight, found {type(error).__name__}: {error}; the "
             "checkpoint is corrupt"
         ) from error
+    return dataclasses.replace(weight, shape=weight.shape[::-1], transposed=True) if transposed else weight
 
 
 def of_state(codes: torch.Tensor, state: bnb.QuantState) -> QuantizedWeight:

@@ -5,7 +5,7 @@ import json
 import logging
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +42,13 @@ logger = logging.getLogger(__name__)
 class QuantizedBase:
     """The 4-bit weights of one base. On the CPU they are views of mapped files, which all workers of a node share."""
 
-    def __init__(self, directory: Path, layout: CheckpointLayout, device: torch.device) -> None:
+    def __init__(
+        self, directory: Path, layout: CheckpointLayout, device: torch.device, transposed: Collection[str] = ()
+    ) -> None:
         self.directory = directory
         """Where it is kept: the name of the directory is its content's key."""
         self._device = device
+        self._transposed = frozenset(transposed)
         self._parts: dict[str, dict[str, str]] = {name: {} for name in quantized_names(layout.tensors)}
         for stored, (shard, _) in layout.tensors.items():
             name = quantized_owner(stored, self._parts)
@@ -80,7 +83,7 @@ class QuantizedBase:
                     stored[suffix] = file.get_tensor(f"{name}{suffix}")
             except SafetensorError as error:
                 raise BadInputError(f"{path}: tensor {name}{suffix} cannot be read: {error}") from error
-        weight = restore(name, stored)
+        weight = restore(name, stored, transposed=name in self._transposed)
         if self._device.type != "cpu":
             weight = self._held[name] = weight.to(self._device)
         return weight
@@ -95,6 +98,8 @@ class QuantizationTask:
     layout: CheckpointLayout
     weights: tuple[str, ...]
     """Names of the weights to convert."""
+    transposed: frozenset[str]
+    """Those of them that are converted as their transpose."""
     quant_type: str
     double_quant: bool
     dtype: torch.dtype | None
@@ -105,6 +110,7 @@ class QuantizationTask:
         decides = {
             "base": self.base_digest,
             "weights": self.weights,
+            "transposed": sorted(self.transposed),
             "quant_type": self.quant_type,
             "double_quant": self.double_quant,
             "dtype": str(self.dtype),
@@ -137,7 +143,7 @@ class QuantizedCache:
         with file_errors(f"keeping a quantized base in {self._root}"), exclusive(directory.with_suffix(".lock")):
             if not self._is_whole(directory):
                 self._make(task, directory, on_bytes)
-        return QuantizedBase(directory, read_checkpoint(directory), self._device)
+        return QuantizedBase(directory, read_checkpoint(directory), self._device, task.transposed)
 
     def _is_whole(self, directory: Path) -> bool:
         if not directory.exists():
@@ -203,6 +209,19 @@ def _quantize(
     alignment = row_alignment(num_columns)
     rows_per_tile = max(1, _TILE_ELEMENTS // (num_columns * alignment)) * alignment
     dtype = task.dtype or spec.dtype
+    if name in task.transposed:
+        # As transformers does, over the whole transpose: its blocks take a value from every row of the file.
+        weight = read_rows(task.base / shard.name, spec, 0, num_rows)
+        on_bytes(weight.numel() * weight.itemsize)
+        codes, absmax = quantize_rows(weight.to(device=device, dtype=dtype).T.contiguous(), task.quant_type)
+        return stored_tensors(
+            codes,
+            absmax,
+            quant_type=task.quant_type,
+            double_quant=task.double_quant,
+            shape=(num_columns, num_rows),
+            dtype=dtype,
+        )
 
     def quantize_tile(start: int) -> tuple[torch.Tensor, torch.Tensor]:
         stop = min(start + rows_per_tile, num_rows)

@@ -135,7 +135,7 @@ class Unit:
 
     def _open_quantized(self, base: BasePlan) -> QuantizedBase | None:
         if base.stored_in_4bit:
-            return QuantizedBase(base.source.directory, base.layout, self._device)
+            return QuantizedBase(base.source.directory, base.layout, self._device, base.transposed)
         task = base.quantization
         if task is None:
             return None
@@ -157,7 +157,7 @@ class Unit:
     @contextlib.contextmanager
     def _module_weights(self, base: BasePlan, quantized: QuantizedBase | None) -> Iterator[ModuleWeights | None]:
         """Hand out the base's weights for PEFT, if a job leaves any tensor to it."""
-        names = {name for job in self._running for name in job.plan.by_peft}
+        names = {name for job in self._running for sources in job.plan.by_peft.values() for name in sources}
         if not names:
             yield None
             return

@@ -86,12 +86,12 @@ class Fleet:
         self.processes.append(process)
         return process
 
-    def finish(self, process, seconds=240):
+    def finish(self, process, seconds=300):
         """Wait for a run; return its exit code and events."""
         code = process.wait(seconds)
         return code, [json.loads(line) for line in process.events_path.read_text().splitlines()]
 
-    def until(self, condition, what, seconds=120):
+    def until(self, condition, what, seconds=240):
         end = time.monotonic() + seconds
         while not (found := condition()):
             assert time.monotonic() < end, f"{what} did not come: {self.logs()}"

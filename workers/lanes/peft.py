@@ -5,43 +5,105 @@ in work and the adapter take memory (docs/decisions/0006-peft-lane.md).
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from workers.lanes.adapter import put_on, take_off, wrapped_modules
 from workers.module_weights import ModuleWeights
 from workers.plan import MergePlan
 
 
-def merge_modules(plan: MergePlan, weights: ModuleWeights) -> Iterator[tuple[str, torch.Tensor]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergedModule:
+    """A module that lost its adapter, and what is final with it."""
+
+    name: str | None
+    """None for what is final before the first module, and after the last."""
+    plain: nn.Module | None
+    outputs: Mapping[str, torch.Tensor]
+    """Output tensors by name, on the CPU."""
+
+
+def merge_modules(
+    plan: MergePlan, weights: ModuleWeights, *, look: Callable[[str, Any], None] = lambda _name, _layer: None
+) -> Iterator[MergedModule]:
     """Merge what the plan leaves to PEFT.
 
     Args:
         plan: of the job.
         weights: of its base; not changed.
+        look: told the name and the layer of each module before it is merged.
 
     Yields:
-        Name of the output tensor and its values, on the CPU, each once.
+        Each module, merged; every output tensor of the lane is with exactly one of them.
 
     Raises:
         UnsupportedError, BadInputError: PEFT refuses the adapter, or a tensor of it is missing or left over.
     """
     model = weights.model()
     peft_model = put_on(plan.opened, model, values=True).model
-    outputs = defaultdict(list)
-    for output, source in plan.by_peft.items():
-        outputs[source].append(output)
-    for name, _ in wrapped_modules(peft_model):
-        own = take_off(plan.opened, peft_model, name, merge=plan.merges(name)).state_dict()
-        for key, tensor in own.items():
-            if f"{name}.{key}" not in plan.tied:
-                for output in outputs.pop(f"{name}.{key}", ()):
-                    yield output, tensor
-        if plan.tied.isdisjoint(f"{name}.{key}" for key in own):
+    modules = wrapped_modules(peft_model)
+    due = _when_final(plan, [name for name, _ in modules])
+    kept: dict[str, torch.Tensor] = {}
+
+    def final(step: int) -> dict[str, torch.Tensor]:
+        outputs: dict[str, torch.Tensor] = {}
+        for sources, names in due[step]:
+            values = {name: kept.pop(name) if name in kept else _value(model, name) for name in sources}
+            outputs |= _outputs(plan, sources, names, values)
+        return outputs
+
+    yield MergedModule(name=None, plain=None, outputs=final(-1))
+    wanted = {source for sources in plan.by_peft.values() for source in sources} - plan.tied
+    for step, (name, layer) in enumerate(modules):
+        look(name, layer)
+        plain = take_off(plan.opened, peft_model, name, merge=plan.merges(name))
+        own = {f"{name}.{key}": tensor for key, tensor in plain.state_dict().items()}
+        kept |= {source: own[source] for source in own.keys() & wanted}
+        yield MergedModule(name=name, plain=plain, outputs=final(step))
+        if plan.tied.isdisjoint(own):
             model.set_submodule(name, nn.Identity())  # what it held is free again
-    # Values that several modules share are final when all of them are done; others lie outside of any layer.
-    for source, names in outputs.items():
-        for output in names:
-            yield output, model.get_parameter(source).data
+    yield MergedModule(name=None, plain=None, outputs=final(len(modules)))
+
+
+def _when_final(plan: MergePlan, modules: Sequence[str]) -> Mapping[int, list[tuple[tuple[str, ...], list[str]]]]:
+    """Return what is final after each module, as sources and outputs: -1 is before the first.
+
+    Values that several modules share are final when all of them are done; those that lie outside of any are at once.
+    """
+    steps = {name: step for step, name in enumerate(modules)}
+
+    def step_of(source: str) -> int:
+        if source in plan.tied:
+            return len(modules)
+        owner = source.rpartition(".")[0]
+        while owner and owner not in steps:
+            owner = owner.rpartition(".")[0]
+        return steps.get(owner, -1)
+
+    outputs = defaultdict(list)
+    for output, sources in plan.by_peft.items():
+        outputs[sources].append(output)
+    due = defaultdict(list)
+    for sources, names in outputs.items():
+        due[max(map(step_of, sources))].append((sources, names))
+    return due
+
+
+def _value(model: PreTrainedModel, name: str) -> torch.Tensor:
+    owner, _, key = name.rpartition(".")
+    value: torch.Tensor = getattr(model.get_submodule(owner), key)
+    return value.detach()
+
+
+def _outputs(
+    plan: MergePlan, sources: Sequence[str], names: Sequence[str], values: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    conversions = plan.base.conversions
+    group = conversions.group_of.get(sources[0])
+    return dict.fromkeys(names, values[sources[0]]) if group is None else conversions.revert(group, values)

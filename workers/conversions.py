@@ -1,0 +1,174 @@
+"""How the files of a base hold its weights, against how its model does: renamed, fused or split while loading.
+
+transformers owns the rules (`conversion_mapping` of 5.23) and applies them in `from_pretrained` and `save_pretrained`;
+here they are asked for one weight at a time, so that a base can be merged in the layout it is stored in.
+"""
+
+import copy
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from jobs.errors import UnsupportedError
+
+_REFUSALS = (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What the conversions of transformers raise on tensors that they are not made for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors of a model that are made of tensors of a checkpoint, all of them together."""
+
+    parameters: tuple[str, ...]
+    """Their names in the model."""
+    stored: tuple[str, ...]
+    """Names in the checkpoint of what they are made of, in the order in which they are put together."""
+
+
+class Conversions:
+    """The way from the tensors of one checkpoint to those of its model, and back."""
+
+    def __init__(self, model: PreTrainedModel, stored: Mapping[str, torch.Tensor]) -> None:
+        """Find out what becomes of each stored tensor.
+
+        Args:
+            model: skeleton on the meta device; kept.
+            stored: the checkpoint's tensors by name, on the meta device.
+
+        Raises:
+            UnsupportedError: a conversion of transformers fails on these tensors, or its way back leads elsewhere.
+        """
+        self._model = model
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        """Of the model's tensors, by their names in the model."""
+        transforms = get_model_conversion_mapping(model)
+        expected = model.state_dict()
+        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        rename = functools.partial(
+            rename_source_key,
+            weight_renamings=[transform for transform in transforms if isinstance(transform, WeightRenaming)],
+            weight_converters=converters,
+            base_model_prefix=model.base_model_prefix,
+            meta_state_dict=expected,
+        )
+        add_prefix = functools.partial(
+            rename_source_key,
+            weight_renamings=[],
+            weight_converters=[],
+            base_model_prefix=model.base_model_prefix,
+            meta_state_dict=expected,
+        )
+        names: dict[str, str] = {}
+        self._converters: dict[str, WeightConverter] = {}
+        self._patterns: dict[str, str] = {}
+        parts: dict[str, list[str]] = defaultdict(list)
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        # The order and the choices are those of `convert_and_load_state_dict_in_model`.
+        for name in sorted(stored, key=dot_natural_key):
+            target, pattern = rename(name)
+            if target not in expected and name in expected:
+                target, pattern = add_prefix(name)
+            if target not in expected:
+                continue  # the model does not take it; it is kept as it is
+            if pattern is None:
+                names[target] = name
+            else:
+                self._converters.setdefault(target, by_pattern[pattern])
+                self._patterns[name] = pattern
+                parts[target].append(name)
+        self.stored_names: Mapping[str, str] = names
+        """Names in the checkpoint of the model's tensors that are there as they are, by their names in the model."""
+        # What `save_pretrained` goes by, as after `from_pretrained`.
+        used: Any = [transform for transform in transforms if transform.was_used()]
+        model._weight_conversions = used  # noqa: SLF001
+        self.groups = tuple(self._group(target, tuple(members), stored) for target, members in parts.items())
+
+    @functools.cached_property
+    def parameter_names(self) -> Mapping[str, str]:
+        """Names in the model by names in the checkpoint, of tensors that are there as they are."""
+        return {stored: name for name, stored in self.stored_names.items()}
+
+    @functools.cached_property
+    def group_of(self) -> Mapping[str, Group]:
+        """Groups by the names of their parameters in the model."""
+        return {name: group for group in self.groups for name in group.parameters}
+
+    @functools.cached_property
+    def covered(self) -> Collection[str]:
+        """Names of all tensors of the model that the checkpoint has values for."""
+        return self.stored_names.keys() | self.group_of.keys()
+
+    def load(self, group: Group, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Make the model's tensors of a group.
+
+        Args:
+            group: of this checkpoint.
+            read: returns a stored tensor by name.
+
+        Returns:
+            The group's parameters by their names in the model.
+        """
+        return self._convert(self._target(group), {name: read(name) for name in group.stored})
+
+    def revert(self, group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Make the checkpoint's tensors of a group, as `save_pretrained` would.
+
+        Args:
+            group: of this checkpoint.
+            tensors: all its parameters, by their names in the model.
+
+        Returns:
+            The stored tensors of the group, by name.
+        """
+        reverted: dict[str, torch.Tensor] = revert_weight_conversion(
+            self._model, {name: tensors[name] for name in group.parameters}
+        )
+        return reverted
+
+    def new_name(self, name: str) -> str:
+        """Return what a tensor of the model is called in the checkpoint that does not hold it yet."""
+        (stored,) = revert_weight_conversion(self._model, {name: torch.empty(self.shapes[name], device="meta")})
+        return str(stored)
+
+    def _target(self, group: Group) -> str:
+        return next(name for name in group.parameters if name in self._converters)
+
+    def _convert(self, target: str, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        converter: Any = copy.deepcopy(self._converters[target])
+        for name, tensor in parts.items():
+            converter.add_tensor(target, name, self._patterns[name], tensor)
+        converted = converter.convert(target, model=self._model, config=self._model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+
+    def _group(self, target: str, members: tuple[str, ...], stored: Mapping[str, torch.Tensor]) -> Group:
+        parts = {name: stored[name] for name in members}
+        try:
+            parameters = self._convert(target, parts)
+            group = Group(tuple(parameters), members)
+            back = self.revert(group, parameters)
+        except _REFUSALS as error:
+            raise UnsupportedError(
+                f"tensors {members[0]} and {len(members) - 1} more become {target} in {type(self._model).__name__}, "
+                f"and transformers cannot convert them there and back: {type(error).__name__}: {error}"
+            ) from error
+        found = {name: tuple(tensor.shape) for name, tensor in back.items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in parts.items()}
+        if found != expected:
+            raise UnsupportedError(
+                f"{target} of {type(self._model).__name__} is made of {sorted(expected)[:3]} ..., but transformers "
+                f"would write it as {sorted(found)[:3]} ...; such a base cannot be merged in its own layout"
+            )
+        return group
