@@ -29,11 +29,12 @@ from transformers.pytorch_utils import Conv1D
 
 from jobs.errors import MergefleetError
 from tests import architectures
-from tests.merges import merge_by_peft, plan_pass, read_tensors
+from tests.merges import load_dequantized, merge_by_peft, plan_pass, read_tensors
 from tests.methods import METHODS, make_method_adapter
 from tests.models import build_llama, build_qwen2, load_plain
 from workers.inference import quiet_libraries
 from workers.lanes.adapter import ADAPTER_WEIGHTS
+from workers.lanes.methods import SHAPED_BY_VALUES
 from workers.model import load_config, model_class
 from workers.sidecars import write_sidecars
 
@@ -72,9 +73,7 @@ def merge_both(base: Path, adapter: Path, directory: Path, quantization: str = "
         directory: of this cell alone.
         quantization: what the base is merged in.
     """
-    config = None
-    if quantization != "none":
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization)
+    config = _in_4bit(quantization)
     try:
         planned = plan_pass(
             base, {"job": adapter}, directory, base_quantization=quantization, parity={"level": "arithmetic"}
@@ -88,7 +87,7 @@ def merge_both(base: Path, adapter: Path, directory: Path, quantization: str = "
     if bad:
         return Cell("wrong", f"its own arithmetic check fails: {bad[:3]}")
     ours = read_tensors(planned.output("job"))
-    theirs = merge_by_peft(base, adapter, directory / "peft", quantization=config)
+    theirs, minded = _merge_by_peft(base, adapter, directory / "peft", config)
     write_sidecars(planned.plans[0], planned.output("job"))
     loaded, misfits = _load(planned.output("job"))
     if misfits:
@@ -97,7 +96,30 @@ def merge_both(base: Path, adapter: Path, directory: Path, quantization: str = "
         in_memory = _merged_in_memory(base, adapter)
         if _same(loaded, in_memory) and not _same(_load(directory / "peft")[0], in_memory):
             return Cell("better", "PEFT's model loses values of tied tensors that came apart when it is saved")
-    return _compare(base, ours, theirs, quantized=config is not None)
+    cell = _compare(base, ours, theirs, quantized=config is not None)
+    if minded and cell.verdict == "equal":
+        return Cell(
+            "better", "PEFT refuses to merge into a model that was loaded in 4-bit, even when it is dequantized"
+        )
+    return cell
+
+
+def _in_4bit(quantization: str) -> BitsAndBytesConfig | None:
+    if quantization == "none":
+        return None
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization)
+
+
+def _merge_by_peft(
+    base: Path, adapter: Path, directory: Path, config: BitsAndBytesConfig | None
+) -> tuple[dict[str, torch.Tensor], bool]:
+    """Return the tensors, and whether PEFT had to be kept from seeing that the model was in 4-bit once."""
+    try:
+        return merge_by_peft(base, adapter, directory, quantization=config), False
+    except ValueError as error:
+        if config is None or "4-bit mode" not in str(error):
+            raise
+        return merge_by_peft(base, adapter, directory, quantization=config, forget_4bit=True), True
 
 
 def _compare(
@@ -159,7 +181,9 @@ def _fault_of_peft(base: Path, adapter: Path, directory: Path, config: BitsAndBy
     """Return why PEFT cannot merge its own adapter, or nothing where it can."""
     with quiet_libraries():
         try:
-            model = PeftModel(load_plain(base), PeftConfig.from_pretrained(str(adapter)))
+            model = PeftModel(
+                load_dequantized(base, config) if config else load_plain(base), PeftConfig.from_pretrained(str(adapter))
+            )
             found: Any = set_peft_model_state_dict(model, load_file(adapter / ADAPTER_WEIGHTS))
             if found.unexpected_keys:
                 return f"PEFT drops {len(found.unexpected_keys)} tensors of its own adapter when it loads it"
@@ -200,7 +224,10 @@ def _cell(base: Path, scratch: Path, quantization: str, method: str, fields: Map
     if fields.get("modules_to_save") == "embeddings and head":
         fields = dict(fields) | {"modules_to_save": _embeddings_and_head(base)}
     try:
-        adapter = make_method_adapter(base, scratch / "adapter", method, **{"task_type": None} | dict(fields))
+        made_on = _in_4bit(quantization) if method in SHAPED_BY_VALUES else None
+        adapter = make_method_adapter(
+            base, scratch / "adapter", method, quantization=made_on, **{"task_type": None} | dict(fields)
+        )
     except Exception as error:  # noqa: BLE001 - whatever PEFT raises is the reason
         return Cell("refused", f"PEFT cannot make it: {_first_line(error)}")
     try:

@@ -16,6 +16,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from jobs.locations import LocalPath
 from jobs.release import TensorCheck
 from jobs.request import MergeRequest
+from tests.models import load_plain
 from workers.arithmetic import CheckJob, check_arithmetic
 from workers.inference import quiet_libraries
 from workers.merge import PassResult, run_pass
@@ -133,6 +134,7 @@ def merge_by_peft(
     dtype: torch.dtype | str = "auto",
     quantization: BitsAndBytesConfig | None = None,
     dequantize: bool = False,
+    forget_4bit: bool = False,
     max_shard_size: str = "5GB",
 ) -> dict[str, torch.Tensor]:
     """Merge one adapter over the whole model, as anybody would: load, dequantize, merge_and_unload, save.
@@ -144,18 +146,19 @@ def merge_by_peft(
         dtype: as in `from_pretrained`.
         quantization: how the base is loaded; None for its own weights.
         dequantize: whether the base is stored in 4-bit.
+        forget_4bit: whether the flag is taken off that transformers leaves on a dequantized model; IA3 minds it.
         max_shard_size: as in `save_pretrained`.
 
     Returns:
         The tensors of the saved files, by name.
     """
-    how = {"quantization_config": quantization} if quantization is not None else {}
     with quiet_libraries(), _one_torch_thread():
-        model = model_class(load_config(base)).from_pretrained(
-            base, dtype=dtype, device_map="cpu", local_files_only=True, **how
-        )
-        if quantization is not None or dequantize:
-            model = _dequantize(model)
+        if quantization is None and not dequantize:
+            model = load_plain(base, dtype)
+        else:
+            model = load_dequantized(base, quantization, dtype)
+            if forget_4bit:
+                model.is_loaded_in_4bit = False
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         if dequantize:
             # transformers 5.23 cannot undo how it read a 4-bit checkpoint, and refuses to save what it dequantized.
@@ -164,6 +167,23 @@ def merge_by_peft(
         else:
             merged.save_pretrained(directory, max_shard_size=max_shard_size)
     return read_tensors(directory)
+
+
+def load_dequantized(
+    base: Path, quantization: BitsAndBytesConfig | None, dtype: torch.dtype | str = "auto"
+) -> PreTrainedModel:
+    """Load a base in 4-bit, and turn its weights back.
+
+    Args:
+        base: directory of the base.
+        quantization: how it is loaded; None where it is stored in 4-bit.
+        dtype: as in `from_pretrained`.
+    """
+    how = {"quantization_config": quantization} if quantization is not None else {}
+    model = model_class(load_config(base)).from_pretrained(
+        base, dtype=dtype, device_map="cpu", local_files_only=True, **how
+    )
+    return _dequantize(model)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from peft import PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from transformers import BitsAndBytesConfig
 
+from tests.merges import load_dequantized
 from tests.models import load_plain
 from workers.inference import quiet_libraries
 
@@ -59,7 +61,14 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def make_method_adapter(
-    base: Path, directory: Path, method: str, *, std: float = 0.02, seed: int = 1, **fields: Any
+    base: Path,
+    directory: Path,
+    method: str,
+    *,
+    std: float = 0.02,
+    seed: int = 1,
+    quantization: BitsAndBytesConfig | None = None,
+    **fields: Any,
 ) -> Path:
     """Make an adapter of any method for a base through PEFT.
 
@@ -69,12 +78,13 @@ def make_method_adapter(
         method: PEFT's name of it.
         std: standard deviation of what is added to every parameter that training would change.
         seed: of these numbers.
+        quantization: for an adapter of the base through 4 bits and back, which some methods decompose.
         fields: of the method's configuration, beyond the table's.
     """
     config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)](**{"task_type": "CAUSAL_LM"} | METHODS[method] | fields)
     torch.manual_seed(seed)
     with quiet_libraries():
-        peft_model = get_peft_model(load_plain(base), config)
+        peft_model = get_peft_model(load_dequantized(base, quantization) if quantization else load_plain(base), config)
         for parameter in peft_model.parameters():
             if parameter.requires_grad:
                 parameter.data.add_(torch.randn(parameter.shape), alpha=std)
