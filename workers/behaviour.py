@@ -22,8 +22,9 @@ from jobs.release import BehaviourCheck, PromptCheck
 from jobs.request import MergeRequest
 from workers.checkpoint import read_json
 from workers.divergence import NEAR_TIE_MARGIN, Divergence, compare_logits, total, working_bytes
-from workers.inference import Room, RunningModel, load_model, release_memory
+from workers.inference import Room, RunningModel, load_model
 from workers.lanes.adapter import Adapter
+from workers.memory import release_memory
 from workers.model import load_config
 from workers.plan import MergePlan
 from workers.prompts import Prompts, read_prompts

@@ -8,9 +8,7 @@ Shape suffixes: T positions, V vocabulary.
 """
 
 import contextlib
-import ctypes
 import functools
-import gc
 import inspect
 import logging
 import warnings
@@ -25,6 +23,7 @@ from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from jobs.errors import NoCapacityError
 from workers.lanes.adapter import Adapter, put_on
+from workers.memory import available_host_bytes, give_back_large_blocks
 from workers.model import load_config, model_class, quiet_transformers, stored_quantization
 from workers.quant import of_state
 
@@ -33,10 +32,6 @@ MAX_BATCH_TOKENS = 2048
 
 _USABLE = 0.9
 """Share of free memory that weights may take; the rest is for activations, and for what others do meanwhile."""
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Parameters of mallopt(3)."""
-_LARGE_BYTES = 4 << 20
 
 _NUM_NAMED = 5
 """Tensors named in a message that could name thousands."""
@@ -149,7 +144,7 @@ def load_model(
     Raises:
         NoCapacityError: 4-bit weights fit neither the device nor main memory.
     """
-    _give_back_large_blocks()
+    give_back_large_blocks()
     in_4bit = quantization is not None or stored_quantization(directory) is not None
     for device, max_memory in _placements(room, in_4bit=in_4bit):
         try:
@@ -184,27 +179,6 @@ def load_model(
     )
 
 
-def release_memory() -> None:
-    """Give back what models held that nobody refers to any more. Models hold reference cycles."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def available_host_bytes() -> int:
-    """Return the main memory that is free, within this process's container."""
-    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(memory["MemAvailable"].removesuffix("kB")) * 1024
-    limits = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        limit = int((limits / "memory.max").read_text())
-        statistics = dict(line.split() for line in (limits / "memory.stat").read_text().splitlines())
-        in_use = int((limits / "memory.current").read_text()) - int(statistics["inactive_file"])
-        available = min(available, limit - in_use)
-    return max(available, 0)
-
-
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keep notices and warnings of transformers, PEFT and accelerate away; errors still arrive as exceptions."""
@@ -217,17 +191,6 @@ def quiet_libraries() -> Iterator[None]:
             yield
     finally:
         accelerate_logger.setLevel(level)
-
-
-def _give_back_large_blocks() -> None:
-    """Make malloc map large blocks by themselves, so that they go back to the system when they are freed.
-
-    Left alone, glibc raises the size it maps from to 32 MiB: weights then share the heap with what passes through while
-    they are converted, and its holes stay with the process, at worst as large as the model again.
-    """
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE_BYTES)
 
 
 def _placements(room: Room, *, in_4bit: bool) -> list[tuple[torch.device, dict[int | str, int]]]:

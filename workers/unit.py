@@ -28,6 +28,7 @@ from workers.arithmetic import CheckJob, check_arithmetic
 from workers.behaviour import Subject, check_behaviour
 from workers.files import file_errors
 from workers.job import Job, own_failure
+from workers.memory import give_back_large_blocks
 from workers.merge import run_pass
 from workers.module_weights import ModuleWeights
 from workers.outcomes import Usage, WorkerSettings
@@ -72,6 +73,7 @@ class Unit:
         sweep(self._settings.scratch)
         # Several workers share the cores of a machine; threads of theirs that wait for each other would stand still.
         torch.set_num_threads(self._num_threads)
+        give_back_large_blocks()
         base = self._prepare()
         if not self._running:
             return

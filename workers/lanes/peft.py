@@ -47,28 +47,29 @@ def merge_modules(
     """
     model = weights.model()
     peft_model = put_on(plan.opened, model, values=True).model
-    modules = wrapped_modules(peft_model)
-    due = _when_final(plan, [name for name, _ in modules])
+    names = [name for name, _ in wrapped_modules(peft_model)]
+    due = _when_final(plan, names)
     kept: dict[str, torch.Tensor] = {}
 
     def final(step: int) -> dict[str, torch.Tensor]:
         outputs: dict[str, torch.Tensor] = {}
-        for sources, names in due[step]:
+        for sources, made in due[step]:
             values = {name: kept.pop(name) if name in kept else _value(model, name) for name in sources}
-            outputs |= _outputs(plan, sources, names, values)
+            outputs |= _outputs(plan, sources, made, values)
         return outputs
 
     yield MergedModule(name=None, plain=None, outputs=final(-1))
     wanted = {source for sources in plan.by_peft.values() for source in sources} - plan.tied
-    for step, (name, layer) in enumerate(modules):
-        look(name, layer)
+    for step, name in enumerate(names):
+        # Nothing but the model may hold on to a layer: what it computes stays with it.
+        look(name, model.get_submodule(name))
         plain = take_off(plan.opened, peft_model, name, merge=plan.merges(name))
         own = {f"{name}.{key}": tensor for key, tensor in plain.state_dict().items()}
         kept |= {source: own[source] for source in own.keys() & wanted}
         yield MergedModule(name=name, plain=plain, outputs=final(step))
         if plan.tied.isdisjoint(own):
             model.set_submodule(name, nn.Identity())  # what it held is free again
-    yield MergedModule(name=None, plain=None, outputs=final(len(modules)))
+    yield MergedModule(name=None, plain=None, outputs=final(len(names)))
 
 
 def _when_final(plan: MergePlan, modules: Sequence[str]) -> Mapping[int, list[tuple[tuple[str, ...], list[str]]]]:

@@ -1,0 +1,44 @@
+"""The memory of this process: what is free for it, and what it gives back."""
+
+import contextlib
+import ctypes
+import gc
+from pathlib import Path
+
+import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Parameters of mallopt(3)."""
+_LARGE_BYTES = 4 << 20
+
+
+def release_memory() -> None:
+    """Give back what models held that nobody refers to any more. Models hold reference cycles."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def available_host_bytes() -> int:
+    """Return the main memory that is free, within this process's container."""
+    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(memory["MemAvailable"].removesuffix("kB")) * 1024
+    limits = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        limit = int((limits / "memory.max").read_text())
+        statistics = dict(line.split() for line in (limits / "memory.stat").read_text().splitlines())
+        in_use = int((limits / "memory.current").read_text()) - int(statistics["inactive_file"])
+        available = min(available, limit - in_use)
+    return max(available, 0)
+
+
+def give_back_large_blocks() -> None:
+    """Make malloc map large blocks by themselves, so that they go back to the system when they are freed.
+
+    Left alone, glibc raises the size it maps from to 32 MiB: weights then share the heap with what passes through while
+    they are converted, and its holes stay with the process, at worst as large as the model again.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+    libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE_BYTES)
