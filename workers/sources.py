@@ -1,21 +1,24 @@
 """Base and adapter bytes: wherever they are, pinned, digested, and brought to a local directory.
 
-Only what a checkpoint needs is brought: safetensors, configs, tokenizer files and chat templates. Pickled weights are
-refused, and other formats of the same weights are left where they are.
+Only what a checkpoint needs is brought: safetensors, configs, tokenizer files and chat templates. Other formats of the
+same weights are left where they are. A base without safetensors is refused; an adapter that has its weights only in
+`adapter_model.bin` is converted, once, in a closed process.
 """
 
 import fnmatch
 import hashlib
 import json
+import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.errors import NotFoundError, UnsupportedError
+from jobs.errors import NotFoundError, TransientIOError, UnsupportedError
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
 from workers.files import file_errors, sha256_of, sync_tree
+from workers.pickled import CONVERTED_WEIGHTS, PICKLED_WEIGHTS, convert
 from workers.scratch import OwnedDirectory, exclusive, sweep
 
 if TYPE_CHECKING:
@@ -49,6 +52,16 @@ class _Kind:
     """Pattern of safetensors files that repeat the weights in a form that is not read here."""
     pickled: tuple[str, ...]
     """Patterns of the same weights in pickle files."""
+    convertible: str | None
+    """The pickle file that stands in for safetensors where there are none."""
+
+    def select(self, names: Iterable[str]) -> list[str]:
+        """Return the names, in order, of the files that belong to it, out of all that are at a place."""
+        there = frozenset(names)
+        wanted = {name for name in there if self.wants(name)}
+        if self.convertible in there and not any(name.endswith(".safetensors") for name in wanted):
+            wanted.add(self.convertible)
+        return sorted(wanted)
 
     def wants(self, name: str) -> bool:
         """Whether a file belongs to it. Directories hold other formats; of theirs only chat templates are taken."""
@@ -63,10 +76,10 @@ class _Kind:
 
         Raises:
             NotFoundError: they are not; the message names what was expected.
-            UnsupportedError: there are only pickled weights.
+            UnsupportedError: there are only pickled weights, of a kind that is not converted.
         """
         there = frozenset(names)
-        if not any(self.wants(name) and name.endswith(".safetensors") for name in there):
+        if not any(name.endswith(".safetensors") or name == self.convertible for name in self.select(there)):
             if pickled := sorted(name for name in there if _matches(name, self.pickled)):
                 raise UnsupportedError(
                     f"{self.name} {location} has its weights only in pickle files ({pickled[0]}), which can run code "
@@ -86,6 +99,7 @@ _BASE = _Kind(
     weights="*.safetensors",
     duplicates="consolidated*.safetensors",  # the release format of some makers, beside the one of transformers
     pickled=("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt"),
+    convertible=None,
 )
 _ADAPTER = _Kind(
     name="adapter",
@@ -93,6 +107,7 @@ _ADAPTER = _Kind(
     weights="adapter_model*.safetensors",
     duplicates=None,
     pickled=("adapter_model*.bin",),
+    convertible=PICKLED_WEIGHTS,
 )
 
 
@@ -118,17 +133,45 @@ def fetch_base(location: Location, cache: Path) -> Source:
 def fetch_adapter(location: Location, cache: Path) -> Source:
     """Bring an adapter to a local directory. Its digest is taken from the names and contents of its files.
 
+    One without safetensors has its `adapter_model.bin` converted; the digest stays that of the files as they were.
+
     Args:
-        location: a directory with `adapter_config.json` and `adapter_model.safetensors`, a prefix, or a repository.
-        cache: where adapters from S3 are kept; those from a Hub are kept in huggingface_hub's own cache.
+        location: a directory with `adapter_config.json` and `adapter_model.safetensors` or `adapter_model.bin`, a
+            prefix, or a repository.
+        cache: where adapters from S3 and converted ones are kept; those from a Hub are kept in huggingface_hub's own
+            cache.
 
     Raises:
-        As `fetch_base`.
+        As `fetch_base`; as `workers.pickled.convert` for an adapter that is converted.
     """
     directory, pinned, _ = _bring(_ADAPTER, location, cache)
     with file_errors(f"reading adapter {pinned}"):
-        contents = [(path.relative_to(directory).as_posix(), sha256_of(path)) for path in _files(_ADAPTER, directory)]
-    return Source(location=pinned, directory=directory, digest=_digest(contents))
+        contents = _contents(directory)
+    digest = _digest(contents)
+    if any(name == PICKLED_WEIGHTS for name, _ in contents):
+        converted = cache / "sources" / digest
+        with file_errors(f"converting adapter {pinned} to {converted}"):
+            _keep(converted, lambda path: _convert(directory, contents, path))
+        directory = converted
+    return Source(location=pinned, directory=directory, digest=digest)
+
+
+def _contents(directory: Path) -> list[tuple[str, str]]:
+    """Return what identifies an adapter: name and SHA-256 of each file."""
+    return [(path.relative_to(directory).as_posix(), sha256_of(path)) for path in _files(_ADAPTER, directory)]
+
+
+def _convert(directory: Path, contents: list[tuple[str, str]], target: Path) -> None:
+    """Fill a directory with an adapter's files, the weights as safetensors."""
+    for name, _ in contents:
+        path = target / name
+        if name == PICKLED_WEIGHTS:
+            convert(directory / name, target / CONVERTED_WEIGHTS)
+        else:
+            path.parent.mkdir(exist_ok=True)
+            shutil.copyfile(directory / name, path)
+    if _contents(directory) != contents:
+        raise TransientIOError(f"adapter {directory} was changed while it was read; it is read anew")
 
 
 def _bring(kind: _Kind, location: Location, cache: Path) -> tuple[Path, Location, Any]:
@@ -154,30 +197,37 @@ def _bring_from_s3(kind: _Kind, location: S3Prefix, cache: Path) -> tuple[Path, 
     store = S3Store(location)
     objects = store.objects()
     kind.check(objects, location)
-    wanted = [entry for name, entry in sorted(objects.items()) if kind.wants(name)]
+    wanted = [objects[name] for name in kind.select(objects)]
     identity = [(entry.name, entry.etag, entry.num_bytes) for entry in wanted]
     directory = cache / "sources" / _digest(identity)
     with file_errors(f"bringing {kind.name} {location} to {directory}"):
-        if not directory.is_dir():
-            with exclusive(directory.with_name(f"{directory.name}.lock")):
-                if not directory.is_dir():  # nor has another process brought it while this one waited
-                    _download(store, wanted, directory)
+        _keep(directory, lambda path: _download(store, wanted, path))
     return directory, location, identity
 
 
+def _keep(directory: Path, fill: Callable[[Path], None]) -> None:
+    """Make a directory of the cache, unless it is there: whole or not at all, and once, however many ask for it."""
+    if directory.is_dir():
+        return
+    with exclusive(directory.with_name(f"{directory.name}.lock")):
+        if directory.is_dir():
+            return  # another process has made it while this one waited
+        sweep(directory.parent, f"{directory.name}.part-")
+        owned = OwnedDirectory(directory.parent, f"{directory.name}.part-")
+        try:
+            fill(owned.path)
+            sync_tree(owned.path)
+            owned.path.rename(directory)
+        finally:
+            owned.remove()
+
+
 def _download(store: "S3Store", wanted: list["S3Object"], directory: Path) -> None:
-    sweep(directory.parent, f"{directory.name}.part-")
-    owned = OwnedDirectory(directory.parent, f"{directory.name}.part-")
-    try:
-        for entry in wanted:
-            path = owned.path / entry.name
-            path.parent.mkdir(exist_ok=True)
-            with path.open("xb") as file:
-                file.writelines(store.read(entry))
-        sync_tree(owned.path)
-        owned.path.rename(directory)
-    finally:
-        owned.remove()
+    for entry in wanted:
+        path = directory / entry.name
+        path.parent.mkdir(exist_ok=True)
+        with path.open("xb") as file:
+            file.writelines(store.read(entry))
 
 
 def _bring_from_hub(kind: _Kind, location: HubRepo) -> tuple[Path, Location, Any]:
@@ -190,8 +240,11 @@ def _bring_from_hub(kind: _Kind, location: HubRepo) -> tuple[Path, Location, Any
     commit = directory.name
     names = store.listed(commit) or frozenset(path.name for path in directory.iterdir())
     kind.check(names, location)
-    wanted = sorted(name for name in names if kind.wants(name))
-    return directory, HubRepo(location.repo_id, commit), [location.repo_id, commit, *wanted]
+    wanted = kind.select(names)
+    pinned = HubRepo(location.repo_id, commit)
+    if kind.convertible in wanted:
+        directory = HubStore(pinned).snapshot([*allowed, kind.convertible], ignored)
+    return directory, pinned, [location.repo_id, commit, *wanted]
 
 
 def _look_at_base(directory: Path, location: Location) -> list[tuple[str, ...]]:
@@ -217,7 +270,8 @@ def _files(kind: _Kind, directory: Path) -> list[Path]:
     """Return the files of a local directory that belong to a kind, by name."""
     top = [path for path in directory.iterdir() if path.is_file()]
     templates = (directory / "additional_chat_templates").glob("*.jinja")
-    return sorted(path for path in (*top, *templates) if kind.wants(path.relative_to(directory).as_posix()))
+    names = (path.relative_to(directory).as_posix() for path in (*top, *templates))
+    return sorted(directory / name for name in kind.select(names))
 
 
 def _digest(identity: Any) -> str:

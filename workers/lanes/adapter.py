@@ -31,7 +31,6 @@ ADAPTER_NAME = "default"
 PREFIX = "base_model.model."
 """What PEFT puts before the name of every module it saves tensors of."""
 
-_PICKLED_WEIGHTS = "adapter_model.bin"
 _NEUTRAL: tuple[Any, ...] = (None, False, {}, [])
 """What a field that this PEFT does not know may hold: a newer one wrote down that it is not used."""
 
@@ -103,11 +102,6 @@ def open_adapter(directory: Path) -> Adapter:
     """
     config = _read_peft_config(directory)
     path = directory / ADAPTER_WEIGHTS
-    if not path.exists() and (directory / _PICKLED_WEIGHTS).exists():
-        raise UnsupportedError(
-            f"{directory / _PICKLED_WEIGHTS}: pickled adapters are not read; load it with PEFT and save it again, "
-            f"which writes {ADAPTER_WEIGHTS}"
-        )
     method = PeftType(config.peft_type).value
     return Adapter(directory, method, config, {spec.name: spec for spec in read_shard(path).tensors})
 

@@ -1,5 +1,6 @@
 """Bases and adapters arrive whole, pinned, and without what a checkpoint does not need."""
 
+import io
 import json
 import os
 import struct
@@ -9,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from jobs.errors import AuthError, NotFoundError, UnsupportedError
-from jobs.locations import HubRepo, LocalPath, S3Prefix
+from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
 from tests.releases import write_files
 from tests.servers.hub import Hub
 from tests.servers.s3 import S3Server
@@ -51,7 +54,19 @@ ADAPTER = {
     "adapter_model.safetensors": safetensors(bytes(5_000)),
     "tokenizer.json": b"{}",
 }
-ADAPTER_CLUTTER = {"optimizer.pt": b"pickle", "model.safetensors": safetensors(b"base"), "checkpoint-5/x.json": b"{}"}
+ADAPTER_CLUTTER = {
+    "adapter_model.bin": b"pickle",
+    "optimizer.pt": b"pickle",
+    "model.safetensors": safetensors(b"base"),
+    "checkpoint-5/x.json": b"{}",
+}
+
+
+def pickled() -> dict[str, bytes]:
+    """Return the files of an adapter whose weights are only in a pickle."""
+    weights = io.BytesIO()
+    torch.save({"w": torch.arange(5000)}, weights)
+    return {"adapter_config.json": b"{}", "tokenizer.json": b"{}", "adapter_model.bin": weights.getvalue()}
 
 
 def names(source: Source) -> set[str]:
@@ -130,13 +145,37 @@ class TestLocal:
         with pytest.raises(NotFoundError, match=rf"has no {missing[:13]}.*found .*tokenizer\.json"):
             fetch_adapter(LocalPath(tmp_path / "a"), tmp_path)
 
-    def test_pickled_weights_are_refused(self, tmp_path: Path) -> None:
-        write_files(tmp_path / "a", {"adapter_config.json": b"{}", "adapter_model.bin": b"pickle"})
-        with pytest.raises(UnsupportedError, match=r"adapter_model\.bin.*re-save it as safetensors"):
+    def test_pickled_bases_are_refused(self, tmp_path: Path) -> None:
+        for name in ("pytorch_model.bin", "adapter_model.bin", "model.pt"):
+            write_files(tmp_path / name, {"config.json": b"{}", name: pickled()["adapter_model.bin"]})
+        with pytest.raises(UnsupportedError, match=r"base .*pytorch_model\.bin.*re-save it as safetensors"):
+            fetch_base(LocalPath(tmp_path / "pytorch_model.bin"), tmp_path)
+        with pytest.raises(UnsupportedError, match=r"base .*model\.pt.*re-save it as safetensors"):
+            fetch_base(LocalPath(tmp_path / "model.pt"), tmp_path)
+        with pytest.raises(NotFoundError, match=r"has no \*\.safetensors; found adapter_model\.bin"):
+            fetch_base(LocalPath(tmp_path / "adapter_model.bin"), tmp_path)
+
+    def test_pickled_adapters_under_other_names_are_refused(self, tmp_path: Path) -> None:
+        write_files(tmp_path / "a", {"adapter_config.json": b"{}", "adapter_model-00001-of-00002.bin": b"pickle"})
+        with pytest.raises(UnsupportedError, match=r"adapter_model-00001-of-00002\.bin.*re-save it as safetensors"):
             fetch_adapter(LocalPath(tmp_path / "a"), tmp_path)
-        write_files(tmp_path / "b", {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
-        with pytest.raises(UnsupportedError, match=r"pytorch_model\.bin.*re-save it as safetensors"):
-            fetch_base(LocalPath(tmp_path / "b"), tmp_path)
+
+    def test_pickled_adapter_without_a_config_is_named(self, tmp_path: Path) -> None:
+        write_files(tmp_path / "a", {"adapter_model.bin": b"pickle"})
+        with pytest.raises(NotFoundError, match=r"has no adapter_config\.json"):
+            fetch_adapter(LocalPath(tmp_path / "a"), tmp_path)
+
+
+def check_converted(place: Location, tmp_path: Path) -> Source:
+    """Fetch a pickled adapter: it is what the same files in a directory are."""
+    source = fetch_adapter(place, tmp_path / "cache")
+    assert source.directory == tmp_path / "cache" / "sources" / source.digest
+    assert names(source) == pickled().keys() - {"adapter_model.bin"} | {"adapter_model.safetensors"}
+    assert torch.equal(load_file(source.directory / "adapter_model.safetensors")["w"], torch.arange(5000))
+    write_files(tmp_path / "local", pickled())
+    assert fetch_adapter(LocalPath(tmp_path / "local"), tmp_path / "cache").directory == source.directory
+    assert fetch_adapter(place, tmp_path / "cache") == source
+    return source
 
 
 @pytest.mark.s3
@@ -156,6 +195,10 @@ class TestS3:
         source = fetch_adapter(place.child("adapter"), tmp_path / "cache")
         assert names(source) == ADAPTER.keys()
         assert source.digest == fetch_adapter(LocalPath(tmp_path / "local"), tmp_path).digest
+
+    def test_pickled_adapter_is_converted(self, place: S3Prefix, tmp_path: Path) -> None:
+        write_objects(self.server, place.child("pickled"), pickled())
+        check_converted(place.child("pickled"), tmp_path)
 
     def test_second_fetch_brings_nothing(self, place: S3Prefix, tmp_path: Path) -> None:
         first = fetch_base(place.child("base"), tmp_path / "cache")
@@ -257,10 +300,15 @@ class TestHub:
         with pytest.raises(NotFoundError, match=r"has no \*\.safetensors; found \.gitattributes"):
             fetch_base(HubRepo(f"{place.repo_id}-empty"), tmp_path)
 
-    def test_pickled_weights_are_refused(self, place: HubRepo, hub: Hub, tmp_path: Path) -> None:
-        hub.create(f"{place.repo_id}-bin", {"adapter_config.json": b"{}", "adapter_model.bin": b"pickle"})
-        with pytest.raises(UnsupportedError, match=r"adapter_model\.bin.*re-save it as safetensors"):
-            fetch_adapter(HubRepo(f"{place.repo_id}-bin"), tmp_path)
+    def test_pickled_adapter_is_converted(self, place: HubRepo, hub: Hub, tmp_path: Path) -> None:
+        hub.create(f"{place.repo_id}-pickled", pickled() | {"nested/adapter_model.bin": b"pickle"})
+        source = check_converted(HubRepo(f"{place.repo_id}-pickled"), tmp_path)
+        assert source.location == HubRepo(f"{place.repo_id}-pickled", hub.repos[f"{place.repo_id}-pickled"][-1].oid)
+
+    def test_pickled_bases_are_refused(self, place: HubRepo, hub: Hub, tmp_path: Path) -> None:
+        hub.create(f"{place.repo_id}-bin", {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
+        with pytest.raises(UnsupportedError, match=r"pytorch_model\.bin.*re-save it as safetensors"):
+            fetch_base(HubRepo(f"{place.repo_id}-bin"), tmp_path)
 
     @pytest.mark.parametrize(("status", "kind"), [(401, AuthError), (403, AuthError)])
     def test_refused(self, place: HubRepo, hub: Hub, tmp_path: Path, status: int, kind: type[Exception]) -> None:
