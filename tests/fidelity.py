@@ -127,7 +127,8 @@ def _compare(
 ) -> Cell:
     if ours.keys() != theirs.keys():
         return Cell("wrong", f"names differ: {sorted(ours.keys() ^ theirs.keys())[:3]}")
-    reasons = {_difference(ours[name], theirs[name], quantized and _has_conv1d(base)) for name in ours}
+    conv1d_in_4bit = quantized and _has_conv1d(base)
+    reasons = {_difference(ours[name], theirs[name], conv1d_in_4bit) for name in ours}
     reasons.discard("")
     if any(reason.startswith("differs") for reason in reasons):
         return Cell("wrong", "; ".join(sorted(reasons)))
