@@ -1,1 +1,1 @@
-"""How a delta is computed. A lane reads an adapter's headers and says which base tensor gets which delta."""
+"""How an adapter changes a base: what it covers, found by PEFT on a skeleton, and the two lanes that compute it."""
