@@ -28,7 +28,7 @@ MAX_PARAMETERS = 8_000_000
 """Of a model that still counts as tiny."""
 
 _SMALL: dict[str, int] = (
-    dict.fromkeys(["vocab_size", "vocab_size_per_layer_input", "padded_vocab_size"], 128)
+    dict.fromkeys(["vocab_size", "decoder_vocab_size", "padded_vocab_size", "vocab_size_per_layer_input"], 128)
     | dict.fromkeys(["hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size", "embed_dim"], 64)
     | dict.fromkeys(["out_hidden_size", "attention_hidden_size", "lru_width"], 64)
     | dict.fromkeys(["intermediate_size", "n_inner", "d_ff", "ffn_dim", "ffn_hidden_size", "d_inner"], 128)

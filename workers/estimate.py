@@ -4,6 +4,7 @@ Throughputs were measured on two cores of an AMD EPYC with everything in the pag
 anew); they are for a person who waits, nothing depends on them.
 """
 
+import math
 from dataclasses import dataclass
 
 from workers.behaviour import estimate_peak_bytes
@@ -17,6 +18,9 @@ _TILE_BYTES = 12 << 20
 
 _QUANTIZE_BYTES = 192 << 20
 """A group of quantized tensors, once as tensors and once as it is being written, and the tiles in work."""
+
+_MODULE_ELEMENT_BYTES = 28
+"""What the check of a module that PEFT merged holds of each of its weights: three copies in float64, one in float32."""
 
 _MERGE_RATE = 0.7e9
 _ARITHMETIC_RATE = 0.35e9
@@ -91,14 +95,23 @@ def estimate(plan: MergePlan, num_threads: int) -> Estimate:
 def peak_memory_bytes(plan: MergePlan, num_threads: int) -> int:
     """Return the host memory of the process at its peak, mapped file pages not counted.
 
-    Streaming is bounded by tiles and by the adapter tensors of the weights in work, whatever the model's size; loading
-    whole models for the behavioural check is not.
+    Streaming is bounded by tiles and by the adapter tensors of the weights in work, and merging by PEFT by the adapter
+    and one module, whatever the model's size; loading whole models for the behavioural check is not.
     """
     operands = max((4 * (d.a_RI.num_elements + 3 * d.b_OR.num_elements) for d in plan.deltas.values()), default=0)
     streaming = num_threads * (_TILE_BYTES + operands)
     if plan.base.quantization is not None:
         streaming = max(streaming, _QUANTIZE_BYTES)
-    streamed = _LIBRARY_BYTES + streaming
+    peak = _LIBRARY_BYTES + max(streaming, _bytes_by_peft(plan))
     if plan.request.parity.level == "arithmetic":
-        return streamed
-    return max(streamed, estimate_peak_bytes(plan))
+        return peak
+    return max(peak, estimate_peak_bytes(plan))
+
+
+def _bytes_by_peft(plan: MergePlan) -> int:
+    """Return what merging by PEFT takes: the adapter in float32, once as it is read and once in PEFT, and a module."""
+    if not plan.by_peft:
+        return 0
+    adapter = sum(spec.num_elements for spec in plan.opened.tensors.values())
+    widest = max(math.prod(tensor.shape) for tensor in plan.tensors if tensor.name in plan.by_peft)
+    return 2 * 4 * adapter + _MODULE_ELEMENT_BYTES * widest
