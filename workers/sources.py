@@ -35,6 +35,8 @@ class Source:
     directory: Path
     digest: str
     """64 hexadecimal digits that identify its bytes."""
+    parts: "tuple[Source, ...]" = ()
+    """The adapters that this one was combined of; empty where it was not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
