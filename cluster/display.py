@@ -41,7 +41,9 @@ def preview_table(previews: "Sequence[Preview]") -> Table:
         if each.estimate is not None:
             it = each.estimate
             table.add_row(
-                each.request.id,
+                each.request.id
+                if each.request.combination is None
+                else f"{each.request.id}: {each.request.adapter_words}",
                 it.merges_into,
                 f"{it.num_changed_tensors} of {it.num_tensors}",
                 f"{it.num_changed_parameters / it.num_parameters:.1%}",
@@ -70,7 +72,7 @@ def job_table(records: Sequence[JobRecord]) -> Table:
         table.add_row(
             record.id,
             base_name(record.request),
-            record.request.adapter.name,
+            record.request.adapter_name,
             Text(record.state.value, _STYLES.get(record.state, "cyan")),
             record.stage or "" if record.state in ACTIVE_STATES else "",
             _percent(record),

@@ -10,6 +10,7 @@ from cluster.progress import BaseProgress
 from jobs.errors import MergefleetError
 from jobs.problems import ManifestError
 from jobs.release import Manifest, Release
+from jobs.request import MergeRequest
 from jobs.store import JobRecord
 from workers.outcomes import Failure
 
@@ -25,7 +26,7 @@ def job_document(record: JobRecord) -> dict[str, Any]:
         "state": record.state.value,
         "stage": record.stage,
         "base": str(request.base),
-        "adapter": str(request.adapter),
+        **adapter_document(request),
         "base_quantization": request.base_quantization.value,
         "destination": str(request.destination),
         "priority": request.priority,
@@ -42,6 +43,13 @@ def job_document(record: JobRecord) -> dict[str, Any]:
         "created_at": record.created_at,
         "updated_at": record.updated_at,
     }
+
+
+def adapter_document(request: MergeRequest) -> dict[str, Any]:
+    """Return which adapter a request merges, or which ones and how they are combined."""
+    if request.combination is None:
+        return {"adapter": str(request.adapter)}
+    return request.model_dump(mode="json", include={"adapters", "combination"}, exclude_none=True)
 
 
 def release_document(release: Release) -> dict[str, Any]:
@@ -75,7 +83,7 @@ def preview_document(each: "Preview") -> dict[str, Any]:
     return {
         "id": each.request.id,
         "base": str(each.request.base),
-        "adapter": str(each.request.adapter),
+        **adapter_document(each.request),
         "destination": str(each.request.destination),
         "plan": plain(each.estimate),
         "failure": failure_document(each.failure),

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster.display import manifest_line
-from cluster.documents import failure_document, plain, release_document
+from cluster.documents import adapter_document, failure_document, plain, release_document
 from cluster.settings import load_settings, worker_settings
 from cluster.terminal import Terminal
 from jobs.errors import BadInputError, FailureClass
@@ -115,7 +115,7 @@ def merge_and_show(output: Terminal, requests: tuple[MergeRequest, ...]) -> tupl
 def _document(result: MergeResult) -> dict[str, Any]:
     return {
         "id": result.request.id,
-        "adapter": str(result.request.adapter),
+        **adapter_document(result.request),
         "destination": str(result.request.destination),
         "release": None if result.release is None else release_document(result.release),
         "failure": failure_document(result.failure),

@@ -1,6 +1,7 @@
 """The `plan` command: what each request would do, from headers alone. Nothing is merged, and no weight is read."""
 
 import os
+import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,10 +9,11 @@ from pathlib import Path
 
 from jobs.errors import MergefleetError
 from jobs.request import MergeRequest
+from workers.adapters import outline_adapters
 from workers.estimate import Estimate, estimate
 from workers.outcomes import Failure
 from workers.plan import BasePlan, plan_base, plan_merge
-from workers.sources import fetch_adapter, fetch_base
+from workers.sources import fetch_base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,8 @@ def _preview_pass(requests: list[MergeRequest], cache: Path, num_threads: int) -
 
 def _preview_job(base: BasePlan, request: MergeRequest, cache: Path, num_threads: int) -> Preview:
     try:
-        plan = plan_merge(base, request, fetch_adapter(request.adapter, cache))
+        with tempfile.TemporaryDirectory(prefix="mergefleet-plan-") as outline:
+            plan = plan_merge(base, request, outline_adapters(request, base.source, cache, Path(outline)))
+            return Preview(request=request, estimate=estimate(plan, num_threads), failure=None)
     except MergefleetError as error:
         return Preview(request=request, estimate=None, failure=Failure.of(error))
-    return Preview(request=request, estimate=estimate(plan, num_threads), failure=None)

@@ -9,9 +9,10 @@ from pydantic import BaseModel, ValidationError
 
 from jobs.documents import Node, joined
 from jobs.errors import InvalidValueError
+from jobs.frozen import inner_model
 from jobs.locations import Location, parse_location
 from jobs.problems import ProblemList, closest, expectation, known_name, mistakes, show
-from jobs.request import BaseQuantization, MergeRequest
+from jobs.request import BaseQuantization, MergeRequest, adapter_name
 from jobs.templates import PLACEHOLDERS, fill
 
 _TEMPLATES = ("id", "destination")
@@ -39,7 +40,7 @@ class DraftCheck:
         for name in _TEMPLATES:
             self._fill(draft, name, fields, dict.fromkeys(PLACEHOLDERS, ""))
             fields.pop(name, None)
-        self._validate(draft, fields, set_aside={"base", "adapter", "destination"})
+        self._validate(draft, fields, set_aside={"base", "adapter", "adapters", "combination", "destination"})
 
     def request(self, draft: Node) -> MergeRequest | None:
         """Return the request, or None when something is wrong with it."""
@@ -61,13 +62,22 @@ class DraftCheck:
 
     def _names(self, fields: dict[str, Any]) -> dict[str, str | None]:
         """Return what the placeholders stand for, before the id is known."""
-        base, adapter = self._location(fields.get("base")), self._location(fields.get("adapter"))
+        base, adapters = self._location(fields.get("base")), self._adapters(fields)
         quantization = fields.get("base_quantization", BaseQuantization.NF4.value)
         return {
             "base": base.name if base else None,
-            "adapter": adapter.name if adapter else None,
+            "adapter": adapter_name(adapters) if adapters else None,
             "quantization": quantization if quantization in list(BaseQuantization) else None,
         }
+
+    def _adapters(self, fields: dict[str, Any]) -> list[Location] | None:
+        """Return the places of one adapter or of several, or None when one of them is wrong."""
+        several = fields.get("adapters")
+        if not isinstance(several, list):
+            several = [{"adapter": fields.get("adapter")}]
+        found = [self._location(each.get("adapter")) if isinstance(each, dict) else None for each in several]
+        places = [place for place in found if place is not None]
+        return places if len(places) == len(several) else None
 
     def _location(self, text: Any) -> Location | None:
         try:
@@ -125,6 +135,8 @@ class DraftCheck:
             details = list(mistakes(error))
             unknown = [detail["loc"] for detail in details if detail["type"] == "extra_forbidden"]
             misspelt = {(*parents, closest(str(name), _known_fields(parents))) for *parents, name in unknown}
+            if ("adapters",) in misspelt:
+                misspelt |= {("adapter",), ("combination",)}
             for detail in details:
                 *parents, last = path = detail["loc"]
                 if detail["type"] == "missing" and (path[0] in set_aside or path in misspelt):
@@ -142,8 +154,8 @@ def _known_fields(path: Iterable[int | str]) -> list[str]:
     """Return the names of the fields of the model at a path inside a request."""
     model: type[BaseModel] = MergeRequest
     for step in path:
-        kind = model.model_fields[str(step)].annotation
-        assert isinstance(kind, type)
-        assert issubclass(kind, BaseModel)
-        model = kind
+        if isinstance(step, str):  # an item of a list has the model that its list is annotated with
+            inner = inner_model(model.model_fields[step].annotation)
+            assert inner is not None
+            model = inner
     return [info.alias or name for name, info in model.model_fields.items()]

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from jobs.documents import DocumentTooLargeError, joined, read_csv, read_jsonl
 from jobs.drafts import DraftCheck
+from jobs.frozen import inner_model
 from jobs.matrix import MAX_REQUESTS, Expansion, expand
 from jobs.problems import ManifestError, Problem, ProblemList, show
 from jobs.request import MergeRequest
@@ -99,10 +100,12 @@ def _columns(model: type[BaseModel], parent: str = "") -> dict[str, bool]:
     for name, info in model.model_fields.items():
         column = joined(parent, name)
         kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            columns |= _columns(kind, column)
+        is_list = any(get_origin(part) is tuple for part in (kind, *get_args(kind)))
+        inner = inner_model(kind)
+        if inner is not None and not is_list:
+            columns |= _columns(inner, column)
         elif get_origin(kind) is dict:
             columns[f"{column}.*"] = False
         elif info.alias is None:
-            columns[column] = any(get_origin(part) is tuple for part in (kind, *get_args(kind)))
+            columns[column] = is_list
     return columns

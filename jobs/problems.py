@@ -119,7 +119,7 @@ def expectation(detail: ErrorDetails) -> tuple[str, str]:
     found = show(detail["input"])
     match detail["type"]:
         case "missing":
-            expected, found = "a value", "nothing"
+            expected, found = context.get("expected", "a value"), "nothing"
         case "model_type" | "dict_type":
             expected = "a mapping"
         case "tuple_type" | "list_type":

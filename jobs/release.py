@@ -5,9 +5,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from jobs.combination import Combination
 from jobs.errors import InvalidValueError
+from jobs.frozen import Frozen, is_none
 from jobs.locations import LocationField
-from jobs.request import BaseQuantization, Dtype, Frozen, QuantizationOptions, Thresholds
+from jobs.request import BaseQuantization, Dtype, QuantizationOptions, Thresholds
 
 MANIFEST_NAME = "manifest.json"
 REPORT_NAME = "parity.json"
@@ -99,6 +101,14 @@ class BehaviourCheck(Frozen):
     merged_nll: float
 
 
+class CombinedAdapter(Frozen):
+    """One of several adapters that were combined into one, as it was fetched."""
+
+    adapter: LocationField
+    adapter_digest: Sha256
+    weight: float
+
+
 class ParityReport(Frozen):
     """The evidence that the merged checkpoint computes what base + adapter computes."""
 
@@ -106,7 +116,10 @@ class ParityReport(Frozen):
     request_id: str
     merge_key: Sha256
     base: LocationField
-    adapter: LocationField
+    adapter: LocationField | None = Field(default=None, exclude_if=is_none)
+    """None where several were combined."""
+    adapters: tuple[CombinedAdapter, ...] | None = Field(default=None, exclude_if=is_none)
+    combination: Combination | None = Field(default=None, exclude_if=is_none)
     base_quantization: BaseQuantization
     level: Literal["full", "arithmetic"]
     thresholds: Thresholds
@@ -137,8 +150,12 @@ class Manifest(Frozen):
     request_id: str
     base: LocationField
     base_digest: Sha256
-    adapter: LocationField
+    adapter: LocationField | None = Field(default=None, exclude_if=is_none)
+    """None where several were combined."""
+    adapters: tuple[CombinedAdapter, ...] | None = Field(default=None, exclude_if=is_none)
+    combination: Combination | None = Field(default=None, exclude_if=is_none)
     adapter_digest: Sha256
+    """Of the adapter, or of the digests of all that were combined."""
     base_quantization: BaseQuantization
     quantization_options: QuantizationOptions | None
     dtype: Dtype | None

@@ -3,12 +3,12 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from decimal import Decimal
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -17,8 +17,11 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
+from jobs.combination import Combination, CombinationType, WeightedAdapter
 from jobs.errors import InvalidValueError
+from jobs.frozen import Frozen, is_none
 from jobs.locations import HubRepo, Location, LocationField
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -51,12 +54,6 @@ class BaseQuantization(StrEnum):
     """Those weights through bitsandbytes NF4 and back: what a QLoRA adapter was trained on."""
     FP4 = "fp4"
     """Those weights through bitsandbytes FP4 and back."""
-
-
-class Frozen(BaseModel):
-    """A value from the outside: immutable, and unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_enum_values=False, validate_default=True)
 
 
 def parse_size(value: Any) -> Any:
@@ -109,13 +106,17 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 class MergeRequest(Frozen):
-    """One base, one adapter, one destination, and how the merge is made and proven."""
+    """One base, one adapter or several that become one, one destination, and how the merge is made and proven."""
 
     schema_version: Annotated[Literal[1], Field(alias="schema")] = 1
     id: str = ""
     """Unique name of the job; when left out, a digest of the request, so that the same request is the same job."""
     base: LocationField
-    adapter: LocationField
+    adapters: tuple[WeightedAdapter, ...] | None = Field(default=None, min_length=1, exclude_if=is_none)
+    """In the place of `adapter`: several, combined into one before they are merged."""
+    combination: Combination | None = Field(default=None, exclude_if=is_none)
+    """How `adapters` are combined; given exactly when they are."""
+    adapter: LocationField | None = Field(default=None, exclude_if=is_none)
     destination: LocationField
     base_quantization: BaseQuantization = BaseQuantization.NF4
     quantization_options: QuantizationOptions = QuantizationOptions()
@@ -126,7 +127,7 @@ class MergeRequest(Frozen):
     parity: ParityPolicy = ParityPolicy()
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
     """Higher goes first."""
-    labels: Annotated[dict[str, str], PlainSerializer(lambda labels: dict(sorted(labels.items())))] = {}
+    labels: Annotated[dict[str, str], PlainSerializer(lambda labels: dict(sorted(labels.items())))] = Field(default={})
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -139,11 +140,39 @@ class MergeRequest(Frozen):
         return value
 
     # Checks that look at an earlier field are checks of one field too: a mistake elsewhere does not hide them.
+    # What is missing is called so: where many requests share their fields, another one may fill it in.
+    @field_validator("combination")
+    @classmethod
+    def _check_combination(cls, value: Combination | None, info: ValidationInfo) -> Combination | None:
+        if "adapters" not in info.data:
+            return value
+        adapters = info.data["adapters"]
+        if value is None and adapters is not None:
+            raise PydanticCustomError("missing", "type", {"expected": "a combination with its type, for the adapters"})
+        if value is not None and adapters is None:
+            raise PydanticCustomError("missing", "adapters", {"expected": "adapters beside it, which it combines"})
+        if value is not None and len(adapters) == 1 and value.type is not CombinationType.LINEAR:
+            raise InvalidValueError("type linear, the only one for a single adapter", f"'{value.type}'")
+        return value
+
+    @field_validator("adapter")
+    @classmethod
+    def _check_adapter(cls, value: Location | None, info: ValidationInfo) -> Location | None:
+        if "adapters" in info.data:
+            several = info.data["adapters"] is not None
+            if value is None and not several:
+                raise PydanticCustomError("missing", "adapter", {"expected": "an adapter, or adapters"})
+            if value is not None and several:
+                raise InvalidValueError("either an adapter or adapters", "both")
+        return value
+
     @field_validator("destination")
     @classmethod
     def _check_destination(cls, value: Location, info: ValidationInfo) -> Location:
-        for role in ("base", "adapter"):
-            if role in info.data and value.is_inside(info.data[role]):
+        places = [("base", info.data.get("base")), ("adapter", info.data.get("adapter"))]
+        places += [("adapter", each.adapter) for each in info.data.get("adapters") or ()]
+        for role, place in places:
+            if place is not None and value.is_inside(place):
                 raise InvalidValueError(f"a place outside the {role}, which is never overwritten", f"'{value}'")
         if isinstance(value, HubRepo) and "/" not in value.repo_id:
             raise InvalidValueError("a repository with its owner, hf://owner/name", f"'{value}'")
@@ -163,6 +192,27 @@ class MergeRequest(Frozen):
             object.__setattr__(self, "id", f"merge-{digest[:16]}")
         return self
 
+    @property
+    def weighted(self) -> tuple[WeightedAdapter, ...]:
+        """The adapters with their weights; a single one has the weight 1."""
+        if self.adapters is not None:
+            return self.adapters
+        assert self.adapter is not None
+        return (WeightedAdapter(adapter=self.adapter),)
+
+    @property
+    def adapter_name(self) -> str:
+        """What people call the adapter; several are joined by hyphens."""
+        return adapter_name(each.adapter for each in self.weighted)
+
+    @property
+    def adapter_words(self) -> str:
+        """What people call the adapter, or what is combined and how: `ties of 1 x a, -0.5 x b`."""
+        if self.combination is None:
+            return self.adapter_name
+        parts = ", ".join(f"{each.weight:g} x {each.adapter.name}" for each in self.weighted)
+        return f"{self.combination.type} of {parts}"
+
     def pass_key(self) -> str:
         """Return what requests must have in common to be merged in one pass over a base."""
         options = self.quantization_options
@@ -177,7 +227,7 @@ class MergeRequest(Frozen):
 
         Args:
             base_digest: identifies the base's bytes at its pinned revision.
-            adapter_digest: identifies the adapter's bytes.
+            adapter_digest: identifies the adapter's bytes, or those of all adapters that are combined.
 
         Returns:
             64 hexadecimal digits.
@@ -192,4 +242,12 @@ class MergeRequest(Frozen):
             "dtype": self.dtype,
             "max_shard_size": self.max_shard_size,
         }
+        if self.combination is not None:
+            decides["weights"] = [each.weight for each in self.weighted]
+            decides["combination"] = {"type": self.combination.type.value, **self.combination.arguments()}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def adapter_name(adapters: Iterable[Location]) -> str:
+    """Return one name for adapters that are combined: their names, joined by hyphens."""
+    return "-".join(adapter.name for adapter in adapters)

@@ -1,7 +1,7 @@
 """Merges for the tests: by the engine, and, for expected values, by PEFT and transformers over the whole model."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from jobs.locations import LocalPath
 from jobs.release import TensorCheck
 from jobs.request import MergeRequest
 from tests.models import load_plain
+from workers.adapters import fetch_adapters
 from workers.arithmetic import CheckJob, check_arithmetic
 from workers.inference import quiet_libraries
 from workers.merge import PassResult, run_pass
@@ -25,7 +26,7 @@ from workers.module_weights import ModuleWeights
 from workers.passes import PassJob
 from workers.plan import BasePlan, MergePlan, plan_base, plan_merge
 from workers.quantized_base import QuantizedBase, QuantizedCache
-from workers.sources import fetch_adapter, fetch_base
+from workers.sources import fetch_base
 
 CPU = torch.device("cpu")
 
@@ -96,9 +97,20 @@ def plan_pass(base: Path, adapters: Mapping[str, Path], directory: Path, **field
         )
         for job_id, adapter in adapters.items()
     ]
+    return plan_requests(requests, directory)
+
+
+def plan_requests(requests: Sequence[MergeRequest], directory: Path) -> Pass:
+    """Plan a pass of requests for one local base, and quantize the base where it is wanted.
+
+    Args:
+        requests: that share a pass.
+        directory: where the outputs go, and the cache.
+    """
+    base = Path(str(requests[0].base))
     cache = directory / "cache"
     planned = plan_base(fetch_base(LocalPath(base), cache), requests[0])
-    plans = tuple(plan_merge(planned, request, fetch_adapter(request.adapter, cache)) for request in requests)
+    plans = tuple(plan_merge(planned, request, fetch_adapters(request, planned.source, cache)) for request in requests)
     quantized = None
     if planned.stored_in_4bit:
         quantized = QuantizedBase(base, planned.layout, CPU, planned.transposed)
@@ -152,7 +164,7 @@ def merge_by_peft(
     Returns:
         The tensors of the saved files, by name.
     """
-    with quiet_libraries(), _one_torch_thread():
+    with quiet_libraries(), one_torch_thread():
         if quantization is None and not dequantize:
             model = load_plain(base, dtype)
         else:
@@ -187,7 +199,7 @@ def load_dequantized(
 
 
 @contextlib.contextmanager
-def _one_torch_thread() -> Iterator[None]:
+def one_torch_thread() -> Iterator[None]:
     """MKL adds up the products of a matrix of few rows in another order when it shares them among threads."""
     num_before = torch.get_num_threads()
     torch.set_num_threads(1)

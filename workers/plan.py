@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from jobs.errors import BadInputError, UnsupportedError
+from jobs.release import CombinedAdapter
 from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
 from workers.checkpoint import CheckpointLayout, TensorSpec, lay_out, lay_out_shard, read_checkpoint, read_json
 from workers.conversions import Conversions
@@ -125,6 +126,22 @@ class MergePlan:
         prefix = f"{module}."
         return any(name.startswith(prefix) for names in self.by_peft.values() for name in names) and not any(
             delta.weight.startswith(prefix) for delta in self.deltas.values()
+        )
+
+    @property
+    def weighted(self) -> tuple[tuple[Source, float], ...]:
+        """The adapters as they were fetched, with their weights; a single one has the weight 1."""
+        weights = [each.weight for each in self.request.weighted]
+        return tuple(zip(self.adapter.parts or (self.adapter,), weights, strict=True))
+
+    @property
+    def combined(self) -> tuple[CombinedAdapter, ...] | None:
+        """What the adapter was combined of, for those who read about it later; None where it was not."""
+        if self.request.combination is None:
+            return None
+        return tuple(
+            CombinedAdapter(adapter=adapter.location, adapter_digest=adapter.digest, weight=weight)
+            for adapter, weight in self.weighted
         )
 
     @property

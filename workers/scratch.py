@@ -12,8 +12,10 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from workers.files import sync_tree
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +90,28 @@ def exclusive(lock_path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def keep_directory(directory: Path, fill: Callable[[Path], None]) -> None:
+    """Make a directory that stays, unless it is there: whole or not at all, and once, however many ask for it.
+
+    Args:
+        directory: becomes visible when it is whole and on disk.
+        fill: writes into the directory it is given; what it raises is passed on, and nothing stays.
+    """
+    if directory.is_dir():
+        return
+    with exclusive(directory.with_name(f"{directory.name}{_LOCK_SUFFIX}")):
+        if directory.is_dir():
+            return  # another process has made it while this one waited
+        sweep(directory.parent, f"{directory.name}.part-")
+        owned = OwnedDirectory(directory.parent, f"{directory.name}.part-")
+        try:
+            fill(owned.path)
+            sync_tree(owned.path)
+            owned.path.rename(directory)
+        finally:
+            owned.remove()
 
 
 def _new_lock(directory: Path) -> int | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from jobs.locations import HubRepo
 from jobs.release import Artifact
+from jobs.request import adapter_name
 from workers.checkpoint import INDEX_FILE, read_json
 from workers.files import file_errors, sha256_of
 from workers.lanes.adapter import ADAPTER_CONFIG
@@ -74,6 +75,12 @@ def write_sidecars(plan: MergePlan, directory: Path) -> tuple[Artifact, ...]:
         write_text(directory / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     write_text(directory / CARD_NAME, _model_card(plan))
     return tuple(digest_file(directory, name) for name in sorted({*names, *written, CARD_NAME}))
+
+
+def shipped_files(adapter: Path) -> Mapping[str, Path]:
+    """Return the files of an adapter's directory that a merged model takes from it: tokenizer, processor, templates."""
+    taken = _TOKENIZER_FILES | _PROCESSOR_FILES
+    return {name: path for name, path in _plain_files(adapter).items() if name in taken or _is_template(name)}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -148,19 +155,20 @@ def _merged_config(plan: MergePlan) -> dict[str, Any]:
 
 def _model_card(plan: MergePlan) -> str:
     request = plan.request
-    base, adapter = plan.base.source.location, plan.adapter.location
+    base, adapters = plan.base.source.location, [adapter.location for adapter, _ in plan.weighted]
+    several = len(adapters) > 1
     lines = ["---", "library_name: transformers", "tags:", "- mergefleet"]
     if isinstance(base, HubRepo):
-        lines += [f"base_model: {base.repo_id}", "base_model_relation: finetune"]
+        lines += [f"base_model: {base.repo_id}", f"base_model_relation: {'merge' if several else 'finetune'}"]
     lines += [
         "---",
         "",
-        f"# {adapter.name} merged into {base.name}",
+        f"# {adapter_name(adapters)} merged into {base.name}",
         "",
-        "A plain checkpoint: base and adapter fused, loadable by transformers without PEFT.",
+        f"A plain checkpoint: base and adapter{'s' if several else ''} fused, loadable by transformers without PEFT.",
         "",
         f"- base: `{base}`",
-        f"- adapter: `{adapter}`",
+        *_adapter_lines(plan),
         f"- merged into: {_merged_into(plan)}",
         f"- tensors changed: {len(plan.changed)} of {len(plan.tensors)}",
         f"- merge key: `{plan.merge_key}`",
@@ -170,6 +178,15 @@ def _model_card(plan: MergePlan) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _adapter_lines(plan: MergePlan) -> list[str]:
+    combination = plan.request.combination
+    if combination is None:
+        return [f"- adapter: `{plan.adapter.location}`"]
+    lines = [f"- adapter: `{adapter.location}`, weight {weight:g}" for adapter, weight in plan.weighted]
+    how = "".join(f", {name} {value}" for name, value in combination.arguments().items() if value is not None)
+    return [*lines, f"- combined by PEFT: {combination.type}{how}"]
 
 
 def _merged_into(plan: MergePlan) -> str:

@@ -10,16 +10,16 @@ import hashlib
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import NotFoundError, TransientIOError, UnsupportedError
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
-from workers.files import file_errors, sha256_of, sync_tree
+from workers.files import file_errors, sha256_of
 from workers.pickled import CONVERTED_WEIGHTS, PICKLED_WEIGHTS, convert
-from workers.scratch import OwnedDirectory, exclusive, sweep
+from workers.scratch import keep_directory
 
 if TYPE_CHECKING:
     from workers.s3_client import S3Object, S3Store
@@ -38,6 +38,8 @@ class Source:
     directory: Path
     digest: str
     """64 hexadecimal digits that identify its bytes."""
+    parts: "tuple[Source, ...]" = ()
+    """The adapters that this one was combined of; empty where it was not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +153,7 @@ def fetch_adapter(location: Location, cache: Path) -> Source:
     if any(name == PICKLED_WEIGHTS for name, _ in contents):
         converted = cache / "sources" / digest
         with file_errors(f"converting adapter {pinned} to {converted}"):
-            _keep(converted, lambda path: _convert(directory, contents, path))
+            keep_directory(converted, lambda path: _convert(directory, contents, path))
         directory = converted
     return Source(location=pinned, directory=directory, digest=digest)
 
@@ -201,25 +203,8 @@ def _bring_from_s3(kind: _Kind, location: S3Prefix, cache: Path) -> tuple[Path, 
     identity = [(entry.name, entry.etag, entry.num_bytes) for entry in wanted]
     directory = cache / "sources" / _digest(identity)
     with file_errors(f"bringing {kind.name} {location} to {directory}"):
-        _keep(directory, lambda path: _download(store, wanted, path))
+        keep_directory(directory, lambda path: _download(store, wanted, path))
     return directory, location, identity
-
-
-def _keep(directory: Path, fill: Callable[[Path], None]) -> None:
-    """Make a directory of the cache, unless it is there: whole or not at all, and once, however many ask for it."""
-    if directory.is_dir():
-        return
-    with exclusive(directory.with_name(f"{directory.name}.lock")):
-        if directory.is_dir():
-            return  # another process has made it while this one waited
-        sweep(directory.parent, f"{directory.name}.part-")
-        owned = OwnedDirectory(directory.parent, f"{directory.name}.part-")
-        try:
-            fill(owned.path)
-            sync_tree(owned.path)
-            owned.path.rename(directory)
-        finally:
-            owned.remove()
 
 
 def _download(store: "S3Store", wanted: list["S3Object"], directory: Path) -> None:

@@ -24,6 +24,7 @@ from jobs.release import (
     TensorCheck,
 )
 from jobs.request import BaseQuantization
+from workers.adapters import fetch_adapters
 from workers.arithmetic import CheckJob, check_arithmetic
 from workers.behaviour import Subject, check_behaviour
 from workers.files import file_errors
@@ -41,7 +42,7 @@ from workers.released import encode_manifest
 from workers.scratch import OwnedDirectory, sweep
 from workers.sidecars import digest_file, write_sidecars
 from workers.sinks import open_sink
-from workers.sources import fetch_adapter, fetch_base
+from workers.sources import fetch_base
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class Unit:
             for job in self._jobs:
                 with own_failure(job):
                     self._tracker.check(job.id)
-                    adapter = fetch_adapter(job.request.adapter, self._settings.cache)
+                    adapter = fetch_adapters(job.request, source, self._settings.cache)
                     job.planned = plan_merge(base, job.request, adapter)
                     self._open_sink(job)
         for job in self._running:
@@ -289,7 +290,9 @@ class Unit:
             request_id=job.id,
             base=plan.base.source.location,
             base_digest=plan.base.source.digest,
-            adapter=plan.adapter.location,
+            adapter=None if plan.combined else plan.adapter.location,
+            adapters=plan.combined,
+            combination=job.request.combination,
             adapter_digest=plan.adapter.digest,
             base_quantization=job.request.base_quantization,
             quantization_options=job.request.quantization_options if quantized else None,

@@ -98,3 +98,20 @@ def test_plan_tells_what_would_happen_and_which_requests_are_bad(models, tmp_pat
     assert "14 of" in result.stdout
     assert "nowhere: not_found" in result.stderr
     assert not (tmp_path / "north").exists()
+
+
+def test_plan_names_what_is_combined(models, tmp_path):
+    path = tmp_path / "requests.jsonl"
+    adapters = [{"adapter": str(models / "north"), "weight": 0.5}, {"adapter": str(models / "south"), "weight": -1}]
+    how = {"type": "svd", "svd_rank": 4}
+    places = {"base": str(models / "base"), "destination": str(tmp_path / "both")}
+    path.write_text(json.dumps({"id": "both", "adapters": adapters, "combination": how, **places}) + "\n")
+    code, result = call("plan", path, "--json")
+    assert code == 0
+    (both,) = json.loads(result.stdout)["requests"]
+    assert (both["adapters"], both["combination"]) == (adapters, how)
+    assert both["plan"]["num_changed_tensors"] == 14
+    code, result = call("plan", path)
+    assert code == 0
+    assert "svd" in result.stdout
+    assert not list(tmp_path.rglob("combined"))

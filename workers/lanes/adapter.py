@@ -43,7 +43,7 @@ _ALTERS_THE_MODEL = ("layer_replication", "alora_invocation_tokens", "arrow_conf
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Initializations that leave the base's weights as they are. The others move part of the base into the adapter."""
 
-_REFUSALS = (
+REFUSALS = (
     ArithmeticError,
     AttributeError,
     ImportError,
@@ -171,7 +171,7 @@ def put_on(
         else:
             tensors[name] = read_tensor(adapter.weights_path, spec)
     if offloaded_to is not None:
-        _keep_adapters_on(offloaded_to, peft_model)
+        keep_adapters_on(offloaded_to, peft_model)
     _check_tensors(adapter, peft_model)
     names = set(peft_model.state_dict())
     with _refusals(adapter, f"{ADAPTER_WEIGHTS}: PEFT cannot load it"):
@@ -220,7 +220,7 @@ def take_off(adapter: Adapter, peft_model: PeftModel, name: str, *, merge: bool)
     return plain
 
 
-def _keep_adapters_on(device: torch.device, peft_model: PeftModel) -> None:
+def keep_adapters_on(device: torch.device, peft_model: PeftModel) -> None:
     """Stop PEFT from putting an adapter where its base weight is: for an offloaded one, that is the meta device."""
     for layer in peft_model.modules():
         if isinstance(layer, BaseTunerLayer):
@@ -261,7 +261,7 @@ def _read_peft_config(directory: Path) -> PeftConfig:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config: PeftConfig = config_class(**given | {"inference_mode": True})
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise BadInputError(f"{path}: PEFT refuses this configuration: {error}") from error
     return config
 
@@ -339,7 +339,7 @@ def _refusals(adapter: Adapter, words: str) -> Iterator[None]:
         raise UnsupportedError(f"{adapter.directory}: {adapter.method} needs another package here: {error}") from error
     except KeyError as error:
         raise BadInputError(f"{adapter.directory}/{words}: nothing is there under {error}") from error
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise BadInputError(f"{adapter.directory}/{words}: {error}") from error
 
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from jobs.errors import BadInputError, NoCapacityError
 from jobs.locations import HubRepo
-from tests.merges import merge_by_peft, plan_pass, read_tensors
+from jobs.request import MergeRequest
+from tests.merges import merge_by_peft, plan_pass, plan_requests, read_tensors
 from tests.models import (
     CHAT_TEMPLATE,
     build_bnb_4bit,
@@ -291,6 +292,26 @@ def test_the_card_of_a_base_from_the_hub_names_it(bases, adapters, tmp_path):
     write_sidecars(dataclasses.replace(plan, base=dataclasses.replace(plan.base, source=source)), planned.output("job"))
     card = ModelCard.load(planned.output("job") / "README.md")
     assert (card.data.base_model, card.data.get("base_model_relation")) == ("org/base", "finetune")
+
+
+def test_the_card_of_several_adapters_calls_it_a_merge(bases, adapters, tmp_path):
+    several = [{"adapter": str(adapters["llama"]), "weight": weight} for weight in (1, -0.5)]
+    request = MergeRequest(
+        base=str(bases["llama"]),
+        adapters=several,
+        combination={"type": "cat"},
+        destination=str(tmp_path / "release"),
+        base_quantization="none",
+    )
+    planned = plan_requests([request], tmp_path)
+    planned.run()
+    (plan,) = planned.plans
+    source = Source(location=HubRepo("org/base", "main"), directory=bases["llama"], digest="0" * 64)
+    output = planned.output(request.id)
+    write_sidecars(dataclasses.replace(plan, base=dataclasses.replace(plan.base, source=source)), output)
+    card = ModelCard.load(output / "README.md")
+    assert (card.data.base_model, card.data.get("base_model_relation")) == ("org/base", "merge")
+    assert f"- adapter: `{adapters['llama']}`, weight -0.5\n- combined by PEFT: cat\n" in card.text
 
 
 def test_a_tokenizer_that_is_no_json_is_named(base, adapter, tmp_path):

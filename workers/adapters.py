@@ -1,0 +1,116 @@
+"""The adapter of a request in a local directory: fetched, or made of several and kept in the cache."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import peft
+import torch
+from safetensors.torch import save_file
+
+from jobs.errors import UnsupportedError
+from jobs.locations import LocalPath
+from jobs.request import MergeRequest
+from workers.checkpoint import lay_out_shard
+from workers.combination import Combined, combine
+from workers.files import file_errors, sha256_of
+from workers.lanes.adapter import ADAPTER_WEIGHTS, open_adapter
+from workers.scratch import keep_directory
+from workers.sidecars import shipped_files
+from workers.sources import Source, fetch_adapter
+
+
+def fetch_adapters(request: MergeRequest, base: Source, cache: Path) -> Source:
+    """Bring the adapter of a request to a local directory; several are combined into one, once, and kept in the cache.
+
+    Args:
+        request: says where the adapters are, and how they are combined.
+        base: that they were made for.
+        cache: where fetched and combined adapters are kept.
+
+    Returns:
+        One adapter. One that was combined knows what of, and its digest is made of the digests of those.
+
+    Raises:
+        NotFoundError, AuthError, TransientIOError, NoCapacityError: by kind of fault.
+        UnsupportedError, BadInputError: an adapter cannot be used, or PEFT does not combine them without loss.
+    """
+    parts = tuple(fetch_adapter(each.adapter, cache) for each in request.weighted)
+    if request.combination is None:
+        return parts[0]
+    directory = cache / "combined" / _cache_key(request, base, parts)
+    with file_errors(f"combining adapters in {directory}"):
+        keep_directory(directory, lambda path: _make(request, base, parts, path))
+    return _source(directory, parts)
+
+
+def outline_adapters(request: MergeRequest, base: Source, cache: Path, directory: Path) -> Source:
+    """Do as `fetch_adapters`, but combine names and shapes alone: enough to plan with, and no weight is read.
+
+    Args:
+        request: says where the adapters are, and how they are combined.
+        base: that they were made for.
+        cache: where fetched adapters are kept.
+        directory: an existing one, for the outline; its weights are a hole in a file.
+    """
+    parts = tuple(fetch_adapter(each.adapter, cache) for each in request.weighted)
+    if request.combination is None:
+        return parts[0]
+    combined = _combine(request, base, parts, values=False)
+    shapes = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in combined.tensors.items()]
+    layout = lay_out_shard(ADAPTER_WEIGHTS, shapes)
+    with file_errors(f"outlining adapters in {directory}"):
+        combined.config.save_pretrained(str(directory))
+        with (directory / ADAPTER_WEIGHTS).open("wb") as file:
+            file.write(layout.header)
+            file.truncate(layout.num_bytes)
+    return _source(directory, parts)
+
+
+def _source(directory: Path, parts: tuple[Source, ...]) -> Source:
+    digest = hashlib.sha256(json.dumps([part.digest for part in parts]).encode()).hexdigest()
+    return Source(location=LocalPath(directory), directory=directory, digest=digest, parts=parts)
+
+
+def _cache_key(request: MergeRequest, base: Source, parts: Sequence[Source]) -> str:
+    key = request.merge_key(base.digest, _source(Path(), tuple(parts)).digest)
+    return hashlib.sha256(json.dumps([key, peft.__version__, torch.__version__]).encode()).hexdigest()
+
+
+def _make(request: MergeRequest, base: Source, parts: Sequence[Source], directory: Path) -> None:
+    combined = _combine(request, base, parts, values=True)
+    combined.config.save_pretrained(str(directory))
+    save_file(dict(combined.tensors), directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    for name, path in _common_files(parts).items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, directory / name)
+
+
+def _combine(request: MergeRequest, base: Source, parts: Sequence[Source], *, values: bool) -> Combined:
+    assert request.combination is not None
+    _common_files(parts)
+    adapters = [open_adapter(part.directory) for part in parts]
+    weights = [each.weight for each in request.weighted]
+    return combine(adapters, weights, request.combination, base.directory, values=values)
+
+
+def _common_files(parts: Sequence[Source]) -> dict[str, Path]:
+    """Return the tokenizer, processor and template files that the adapters ship.
+
+    Raises:
+        UnsupportedError: two of them ship different ones.
+    """
+    files: dict[str, Path] = {}
+    for part in parts:
+        for name, path in shipped_files(part.directory).items():
+            other = files.setdefault(name, path)
+            with file_errors(f"reading {path}"):
+                is_same = sha256_of(other) == sha256_of(path)
+            if not is_same:
+                raise UnsupportedError(
+                    f"{path} and {other} differ, and the merged model has one {name}; remove it from the adapters "
+                    "that the merged model should not take it from"
+                )
+    return files
