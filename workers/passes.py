@@ -94,6 +94,8 @@ def check_range(tensor: OutputTensor, values: torch.Tensor) -> None:
     Raises:
         BadInputError: it cannot, or there are values that are no numbers.
     """
+    if values.numel() == 0:
+        return
     low, high = torch.aminmax(values)
     largest = max(-float(low), float(high))
     if not largest <= torch.finfo(tensor.dtype).max:
