@@ -64,7 +64,7 @@ class Cell:
     reason: str = ""
 
 
-def merge_both(base: Path, adapter: Path, directory: Path, quantization: str = "none") -> Cell:
+def merge_both(base: Path, adapter: Path, directory: Path, quantization: str = "none", *, double: bool = False) -> Cell:
     """Merge here and by PEFT, and compare.
 
     Args:
@@ -72,11 +72,13 @@ def merge_both(base: Path, adapter: Path, directory: Path, quantization: str = "
         adapter: made on it.
         directory: of this cell alone.
         quantization: what the base is merged in.
+        double: whether the scales are quantized, too.
     """
-    config = _in_4bit(quantization)
+    config = _in_4bit(quantization, double=double)
+    options = {"quantization_options": {"bnb_4bit_use_double_quant": True}} if double else {}
     try:
         planned = plan_pass(
-            base, {"job": adapter}, directory, base_quantization=quantization, parity={"level": "arithmetic"}
+            base, {"job": adapter}, directory, base_quantization=quantization, parity={"level": "arithmetic"}, **options
         )
         for error in planned.run().errors.values():
             raise error
@@ -104,10 +106,10 @@ def merge_both(base: Path, adapter: Path, directory: Path, quantization: str = "
     return cell
 
 
-def _in_4bit(quantization: str) -> BitsAndBytesConfig | None:
+def _in_4bit(quantization: str, *, double: bool = False) -> BitsAndBytesConfig | None:
     if quantization == "none":
         return None
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_use_double_quant=double)
 
 
 def _merge_by_peft(
@@ -210,18 +212,21 @@ def method_cells(directory: Path) -> Iterator[tuple[str, str, Cell]]:
 def architecture_cells(
     kind: str, model_type: str, base: Path, variants: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[tuple[str, Cell]]:
-    """Yield column and cell of one architecture: every variant on 16 bits, plain LoRA on NF4."""
+    """Yield column and cell of one architecture: every variant on 16 bits, plain LoRA on NF4, doubly, too."""
     state_space = "mamba" in model_type or model_type == "nemotron_h"
     targets = {"r": 4, "lora_alpha": 8, "target_modules": _MAMBA_LINEARS if state_space else "all-linear"}
     for name, fields in variants.items():
         with _scratch() as scratch:
             yield name, _cell(base, scratch, "none", "LORA", targets | fields)
     if kind in ("decoder", "vision-language"):
-        with _scratch() as scratch:
-            yield "LoRA, NF4", _cell(base, scratch, "nf4", "LORA", targets)
+        for name, double in (("LoRA, NF4", False), ("LoRA, NF4 doubly", True)):
+            with _scratch() as scratch:
+                yield name, _cell(base, scratch, "nf4", "LORA", targets, double=double)
 
 
-def _cell(base: Path, scratch: Path, quantization: str, method: str, fields: Mapping[str, Any]) -> Cell:
+def _cell(
+    base: Path, scratch: Path, quantization: str, method: str, fields: Mapping[str, Any], *, double: bool = False
+) -> Cell:
     if fields.get("modules_to_save") == "embeddings and head":
         fields = dict(fields) | {"modules_to_save": _embeddings_and_head(base)}
     try:
@@ -232,7 +237,7 @@ def _cell(base: Path, scratch: Path, quantization: str, method: str, fields: Map
     except Exception as error:  # noqa: BLE001 - whatever PEFT raises is the reason
         return Cell("refused", f"PEFT cannot make it: {_first_line(error)}")
     try:
-        return merge_both(base, adapter, scratch, quantization)
+        return merge_both(base, adapter, scratch, quantization, double=double)
     except Exception as error:  # noqa: BLE001 - a fault of ours is a cell, too
         return Cell("wrong", f"{type(error).__name__}: {_first_line(error)}")
 

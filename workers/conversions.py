@@ -9,6 +9,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from jobs.errors import UnsupportedError
+from jobs.errors import BadInputError, UnsupportedError
+from workers.model import ignores_missing
 
 _REFUSALS = (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What the conversions of transformers raise on tensors that they are not made for."""
@@ -107,6 +109,11 @@ class Conversions:
         return {name: group for group in self.groups for name in group.parameters}
 
     @functools.cached_property
+    def group_behind(self) -> Mapping[str, Group]:
+        """Groups by the names of their tensors in the checkpoint."""
+        return {name: group for group in self.groups for name in group.stored}
+
+    @functools.cached_property
     def covered(self) -> Collection[str]:
         """Names of all tensors of the model that the checkpoint has values for."""
         return self.stored_names.keys() | self.group_of.keys()
@@ -172,3 +179,44 @@ class Conversions:
                 f"would write it as {sorted(found)[:3]} ...; such a base cannot be merged in its own layout"
             )
         return group
+
+
+def relate(directory: Path, model: PreTrainedModel, stored: Mapping[str, torch.Tensor]) -> Conversions:
+    """Relate a checkpoint to its model, and check that the two belong together.
+
+    Args:
+        directory: of the checkpoint, for messages.
+        model: skeleton on the meta device; kept.
+        stored: the checkpoint's tensors by name, on the meta device.
+
+    Raises:
+        UnsupportedError: transformers cannot convert the tensors.
+        BadInputError: the model has tensors that the checkpoint lacks, or that it would have in another shape.
+    """
+    try:
+        conversions = Conversions(model, stored)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{directory}: {error}") from error
+    own = conversions.shapes
+    for group in conversions.groups:
+        for name, tensor in conversions.load(group, stored.__getitem__).items():
+            if own.get(name) != tuple(tensor.shape):
+                raise BadInputError(
+                    f"{directory}: {group.stored[0]} and {len(group.stored) - 1} more tensors make {name} of shape "
+                    f"{list(tensor.shape)}, config.json makes it {list(own.get(name, ()))}; weights and configuration "
+                    "are not of the same model"
+                )
+    tied = set(model.all_tied_weights_keys)
+    missing = [
+        name
+        for name, _ in model.named_parameters()
+        if name not in conversions.covered and name not in tied and not ignores_missing(model, name)
+    ]
+    if missing:
+        taken = conversions.parameter_names.keys() | conversions.group_behind.keys()
+        foreign = sorted(stored.keys() - taken)
+        instead = f"; it holds {foreign[0]} and {len(foreign) - 1} more that the model does not take" if foreign else ""
+        raise BadInputError(
+            f"{directory}: {len(missing)} tensors of {type(model).__name__} are missing, first {missing[0]}{instead}"
+        )
+    return conversions

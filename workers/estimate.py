@@ -61,7 +61,7 @@ def merges_into(plan: MergePlan) -> str:
     if plan.base.stored_in_4bit:
         return f"the base's stored {quantization} weights, dequantized"
     if plan.base.quantization is not None:
-        return f"the base's weights through {quantization} and back ({len(plan.base.quantization.weights)} tensors)"
+        return f"the base's weights through {quantization} and back ({plan.base.quantization.num_weights} tensors)"
     return "the base's own weights"
 
 

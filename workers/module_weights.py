@@ -19,6 +19,7 @@ from workers.conversions import Group
 from workers.files import file_errors
 from workers.model import skeleton
 from workers.plan import BasePlan, OutputTensor
+from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
 from workers.tensor_io import read_rows, tensor_bytes, write_all
 from workers.tiles import TILE_ELEMENTS, rows_per_tile
@@ -78,6 +79,9 @@ class ModuleWeights:
 
     def output(self, stored: str) -> torch.Tensor:
         """Return one weight as `get` does, but by its name in the base's files, and in the shape it has there."""
+        group = self._base.conversions.group_behind.get(stored)
+        if group is not None and self._base.by_name[stored].stored is None:
+            return self._base.conversions.revert(group, {name: self.get(name) for name in group.parameters})[stored]
         name = self._base.conversions.parameter_names.get(stored)
         return self._read_stored(stored) if name is None else self.get(name)
 
@@ -130,27 +134,34 @@ class ModuleWeights:
             for group in groups:
                 made = self._base.conversions.load(group, self._read_stored)
                 for name, tensor in made.items():
-                    write((tensor.contiguous(),), specs[name].begin)
+                    if quantized is not None and name in quantized.names:
+                        write(_dequantized(quantized.weight(name), tensor.dtype), specs[name].begin)
+                    else:
+                        write((tensor.contiguous(),), specs[name].begin)
 
     def _read_stored(self, name: str) -> torch.Tensor:
         tensor = self._base.by_name[name]
         return _mapped(self._base.source.directory / tensor.shard, name).to(tensor.dtype)
 
     def _tiles(self, tensor: OutputTensor, quantized: QuantizedBase | None) -> Iterator[torch.Tensor]:
-        weight = None
         if tensor.stored is None:
             assert quantized is not None
-            weight = quantized.weight(tensor.name)
-        alignment = weight.row_alignment if weight else 1
-        step = rows_per_tile(tensor.num_rows, tensor.num_columns, alignment, TILE_ELEMENTS["cpu"])
-        for start in range(0, tensor.num_rows, max(step, 1)):
-            stop = min(start + step, tensor.num_rows)
-            if weight is not None:
-                tile = weight.dequantize_rows(start, stop).cpu()
-            else:
-                assert tensor.stored is not None
-                tile = read_rows(self._base.source.directory / tensor.shard, tensor.stored, start, stop)
-            yield tile.to(tensor.dtype)
+            yield from _dequantized(quantized.weight(tensor.name), tensor.dtype)
+            return
+        path = self._base.source.directory / tensor.shard
+        for start, stop in _ranges(tensor.num_rows, tensor.num_columns):
+            yield read_rows(path, tensor.stored, start, stop).to(tensor.dtype)
+
+
+def _dequantized(weight: QuantizedWeight, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    for start, stop in _ranges(*weight.shape, weight.row_alignment):
+        yield weight.dequantize_rows(start, stop).cpu().to(dtype)
+
+
+def _ranges(num_rows: int, num_columns: int, alignment: int = 1) -> Iterator[tuple[int, int]]:
+    step = rows_per_tile(num_rows, num_columns, alignment, TILE_ELEMENTS["cpu"])
+    for start in range(0, num_rows, max(step, 1)):
+        yield start, min(start + step, num_rows)
 
 
 def _mapped(path: Path, name: str) -> torch.Tensor:

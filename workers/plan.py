@@ -14,24 +14,17 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.release import CombinedAdapter
-from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
+from jobs.request import BaseQuantization, MergeRequest
 from workers.checkpoint import CheckpointLayout, TensorSpec, lay_out, lay_out_shard, read_checkpoint, read_json
-from workers.conversions import Conversions
+from workers.conversions import Conversions, relate
+from workers.four_bit import plan_quantization, stored_as_asked
 from workers.lanes.adapter import Adapter, open_adapter
 from workers.lanes.coverage import Coverage, cover
 from workers.lanes.lora import LoraDelta, plan_lora
-from workers.model import (
-    answers_prompts,
-    check_depth,
-    ignores_missing,
-    quantized_weights,
-    skeleton,
-    stored_quantization,
-)
+from workers.model import answers_prompts, check_depth, skeleton
 from workers.quant import quantized_names, quantized_owner
 from workers.quantized_base import QuantizationTask
 from workers.sources import Source
@@ -175,7 +168,7 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
     check_depth(directory, len(layout.tensors))
     model = skeleton(directory)
     stored_weights = quantized_names(layout.tensors)
-    stored_in_4bit = _check_stored(source, request, frozenset(stored_weights.values()))
+    stored_in_4bit = stored_as_asked(source, request, frozenset(stored_weights.values()))
     owners = {name: quantized_owner(name, stored_weights) for name in layout.tensors}
     conversions = _conversions(source, layout, owners, model)
     shapes = {stored: conversions.shapes[name] for name, stored in conversions.stored_names.items()}
@@ -188,10 +181,10 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
     asked_dtype = _TORCH_DTYPES[request.dtype] if request.dtype else None
     task = None
     if request.base_quantization is not BaseQuantization.NONE and not stored_in_4bit:
-        task = _quantization_task(
+        task = plan_quantization(
             source, layout, request, conversions=conversions, transposed=transposed, dtype=asked_dtype
         )
-    converted = frozenset(task.weights) if task else frozenset(stored_weights)
+    converted = frozenset(stored_weights) if task is None else task.converted
     tensors = []
     for name, (shard, spec) in layout.tensors.items():
         if owners[name] not in (None, name):
@@ -200,7 +193,7 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
         tensors.append(
             OutputTensor(
                 name=name,
-                shape=shapes[name] if name in converted else spec.shape,
+                shape=shapes.get(name, spec.shape) if name in converted else spec.shape,
                 dtype=asked_dtype if asked_dtype is not None and own_dtype.is_floating_point else own_dtype,
                 shard=shard.name,
                 stored=None if name in converted else spec,
@@ -254,6 +247,10 @@ def _by_peft(
     """Find what is left to PEFT. Names in `coverage` and `streamed` are the model's."""
     conversions = base.conversions
     made: dict[str, tuple[str, ...]] = {}
+    if base.quantization is not None:
+        # What is converted after it was put together has to be taken apart again, whether an adapter changes it or not.
+        for converted in base.quantization.groups:
+            made |= dict.fromkeys(converted.stored, converted.parameters)
     for name in coverage.shapes:
         # Beside a streamed weight nothing changes but what the adapter brings itself.
         if name in streamed or (f"{name.rpartition('.')[0]}.weight" in streamed and name not in coverage.replaced):
@@ -297,50 +294,18 @@ def _output_tensors(
 def _conversions(
     source: Source, layout: CheckpointLayout, owners: Mapping[str, str | None], model: PreTrainedModel
 ) -> Conversions:
-    """Relate the checkpoint's tensors to the model's.
-
-    Raises:
-        UnsupportedError: transformers cannot convert them, or only from 16 bits.
-        BadInputError: the model has tensors that the checkpoint lacks, or that it would have in another shape.
-    """
-    directory = source.directory
     stored = {
         name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
         for name, (_, spec) in layout.tensors.items()
         if owners[name] in (None, name)
     }
-    try:
-        conversions = Conversions(model, stored)
-    except UnsupportedError as error:
-        raise UnsupportedError(f"{directory}: {error}") from error
-    own = conversions.shapes
-    for group in conversions.groups:
-        converted = conversions.load(group, stored.__getitem__)
-        for name, tensor in converted.items():
-            if owners[group.stored[0]] is not None:
-                raise UnsupportedError(
-                    f"{directory}: {name} is made of {group.stored[0]} and others, which are stored in 4-bit; use the "
-                    "base that this one was made from"
-                )
-            if own.get(name) != tuple(tensor.shape):
-                raise BadInputError(
-                    f"{directory}: {group.stored[0]} and {len(group.stored) - 1} more tensors make {name} of shape "
-                    f"{list(tensor.shape)}, config.json makes it {list(own.get(name, ()))}; weights and configuration "
-                    "are not of the same model"
-                )
-    tied = set(model.all_tied_weights_keys)
-    missing = [
-        name
-        for name, _ in model.named_parameters()
-        if name not in conversions.covered and name not in tied and not ignores_missing(model, name)
-    ]
-    if missing:
-        taken = conversions.parameter_names.keys() | {name for group in conversions.groups for name in group.stored}
-        foreign = sorted(stored.keys() - taken)
-        instead = f"; it holds {foreign[0]} and {len(foreign) - 1} more that the model does not take" if foreign else ""
-        raise BadInputError(
-            f"{directory}: {len(missing)} tensors of {type(model).__name__} are missing, first {missing[0]}{instead}"
-        )
+    conversions = relate(source.directory, model, stored)
+    for name, group in conversions.group_behind.items():
+        if owners[name] is not None:
+            raise UnsupportedError(
+                f"{source.directory}: {group.parameters[0]} is made of {name} and others, which are stored in 4-bit; "
+                "use the base that this one was made from"
+            )
     return conversions
 
 
@@ -361,81 +326,6 @@ def _check_shapes(
                 f"{source.directory}: tensor {name} is stored in 4-bit and belongs to no module of the model, so "
                 "nothing says what it becomes; use the base that this one was made from"
             )
-
-
-def _check_stored(source: Source, request: MergeRequest, types: frozenset[str]) -> bool:
-    stored = stored_quantization(source.directory)
-    declared = frozenset({stored.quantization.value}) if stored else frozenset()
-    if declared != types:
-        raise BadInputError(
-            f"{source.directory}: config.json says that weights are stored in "
-            f"{', '.join(declared) or 'no 4-bit type'}, the tensors say "
-            f"{', '.join(sorted(types)) or 'no 4-bit type'}; the checkpoint is inconsistent"
-        )
-    if stored is None:
-        return False
-    if request.base_quantization is not stored.quantization:
-        raise UnsupportedError(
-            f"{source.directory}: the base is stored in {stored.quantization}, so there are no other weights to merge "
-            f"into; request base_quantization: {stored.quantization}, or name the 16-bit base (found "
-            f"base_quantization: {request.base_quantization})"
-        )
-    if request.quantization_options not in (QuantizationOptions(), stored.options):
-        raise UnsupportedError(
-            f"{source.directory}: the base is stored in 4-bit with {stored.options!r}; quantization_options cannot "
-            f"change that: leave them out (found {request.quantization_options!r})"
-        )
-    return True
-
-
-def _quantization_task(
-    source: Source,
-    layout: CheckpointLayout,
-    request: MergeRequest,
-    *,
-    conversions: Conversions,
-    transposed: frozenset[str],
-    dtype: torch.dtype | None,
-) -> QuantizationTask:
-    options = request.quantization_options
-    model = skeleton(source.directory, tied=False)
-    module_names = [name for name, _ in model.named_modules()]
-    for entry in options.llm_int8_skip_modules or ():
-        if all(should_convert_module(name, [entry]) for name in module_names if name):
-            raise BadInputError(
-                f"quantization_options.llm_int8_skip_modules: {entry!r} names no module of {source.directory}"
-            )
-    weights = quantized_weights(model, request.base_quantization, options)
-    # A weight that is tied to one the checkpoint stores under another name is never converted by default, but an
-    # explicit skip list replaces that default.
-    grouped = [name for name in weights if name in conversions.group_of]
-    if grouped:
-        raise UnsupportedError(
-            f"{source.directory}: 4-bit loading would convert {grouped[0]}, which transformers makes of "
-            f"{conversions.group_of[grouped[0]].stored[0]} first; request base_quantization: none, or add its module "
-            "to quantization_options.llm_int8_skip_modules"
-        )
-    absent = [name for name in weights if name not in conversions.stored_names]
-    if absent:
-        raise UnsupportedError(
-            f"{source.directory}: 4-bit loading would convert {absent[0]}, which the base stores tied to another "
-            "tensor; add its module to quantization_options.llm_int8_skip_modules"
-        )
-    if not weights:
-        raise BadInputError(
-            f"{source.directory}: 4-bit loading converts no weight of this base with these quantization_options; "
-            "request base_quantization: none"
-        )
-    return QuantizationTask(
-        base=source.directory,
-        base_digest=source.digest,
-        layout=layout,
-        weights=tuple(conversions.stored_names[name] for name in weights),
-        transposed=transposed & {conversions.stored_names[name] for name in weights},
-        quant_type=request.base_quantization.value,
-        double_quant=options.bnb_4bit_use_double_quant,
-        dtype=dtype,
-    )
 
 
 def _config_dtype(source: Source) -> torch.dtype:

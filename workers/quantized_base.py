@@ -12,11 +12,13 @@ from pathlib import Path
 
 import bitsandbytes
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from jobs.errors import BadInputError, NoCapacityError, NotFoundError
 from workers.checkpoint import INDEX_FILE, CheckpointLayout, read_checkpoint, read_json
+from workers.conversions import Conversions, Group
 from workers.files import file_errors, sha256_of, sync_tree
 from workers.quant import (
     QuantizedWeight,
@@ -97,13 +99,32 @@ class QuantizationTask:
     base_digest: str
     layout: CheckpointLayout
     weights: tuple[str, ...]
-    """Names of the weights to convert."""
+    """Names in the checkpoint of the weights to convert that are stored as they are."""
     transposed: frozenset[str]
     """Those of them that are converted as their transpose."""
+    made: frozenset[str]
+    """Names in the model of weights to convert that are made of several stored tensors, or of a part of one."""
+    conversions: Conversions
+    """How they are made."""
     quant_type: str
     double_quant: bool
     dtype: torch.dtype | None
     """Weights are cast to this first, as `from_pretrained(dtype=...)` does; None keeps their own."""
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups in which some weight is converted."""
+        return tuple(group for group in self.conversions.groups if not self.made.isdisjoint(group.parameters))
+
+    @property
+    def converted(self) -> frozenset[str]:
+        """Names of the stored tensors whose values go through 4 bits, in part at least."""
+        return frozenset(self.weights).union(*(group.stored for group in self.groups))
+
+    @property
+    def num_weights(self) -> int:
+        """Number of weights to convert."""
+        return len(self.weights) + len(self.made)
 
     def key(self, device: torch.device) -> str:
         """Return the digest under which the result is kept. Devices may round differently, so each has its own."""
@@ -111,6 +132,8 @@ class QuantizationTask:
             "base": self.base_digest,
             "weights": self.weights,
             "transposed": sorted(self.transposed),
+            "made": {name: self.conversions.group_of[name].stored for name in self.made},
+            "transformers": transformers.__version__ if self.made else None,
             "quant_type": self.quant_type,
             "double_quant": self.double_quant,
             "dtype": str(self.dtype),
@@ -187,8 +210,7 @@ class QuantizedCache:
     def _groups(self, task: QuantizationTask, on_bytes: Callable[[int], None]) -> Iterator[dict[str, torch.Tensor]]:
         group: dict[str, torch.Tensor] = {}
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="quantize") as pool:
-            for name in task.weights:
-                tensors = _quantize(task, name, self._device, pool, on_bytes)
+            for name, tensors in _quantized(task, self._device, pool, on_bytes):
                 group |= {f"{name}{suffix}": tensor for suffix, tensor in tensors.items()}
                 if sum(tensor.numel() * tensor.itemsize for tensor in group.values()) >= _GROUP_BYTES:
                     yield group
@@ -197,7 +219,43 @@ class QuantizedCache:
             yield group
 
 
-def _quantize(
+def _quantized(
+    task: QuantizationTask, device: torch.device, pool: ThreadPoolExecutor, on_bytes: Callable[[int], None]
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Yield each weight's name, and the tensors it is stored as in 4-bit."""
+
+    def read(name: str) -> torch.Tensor:
+        shard, spec = task.layout.tensors[name]
+        tensor = read_rows(task.base / shard.name, spec, 0, spec.shape[0] if spec.shape else 1)
+        on_bytes(tensor.numel() * tensor.itemsize)
+        return tensor.to(task.dtype or spec.dtype)
+
+    for name in task.weights:
+        if name in task.transposed:
+            # As transformers does, over the whole transpose: its blocks take a value from every row of the file.
+            yield name, _quantize_whole(task, read(name).T, device)
+        else:
+            yield name, _quantize_rows(task, name, device, pool, on_bytes)
+    for group in task.groups:
+        for name, tensor in task.conversions.load(group, read).items():
+            if name in task.made:
+                yield name, _quantize_whole(task, tensor, device)
+
+
+def _quantize_whole(task: QuantizationTask, weight: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
+    codes, absmax = quantize_rows(weight.to(device).contiguous(), task.quant_type)
+    num_rows, num_columns = weight.shape
+    return stored_tensors(
+        codes,
+        absmax,
+        quant_type=task.quant_type,
+        double_quant=task.double_quant,
+        shape=(num_rows, num_columns),
+        dtype=weight.dtype,
+    )
+
+
+def _quantize_rows(
     task: QuantizationTask,
     name: str,
     device: torch.device,
@@ -209,19 +267,6 @@ def _quantize(
     alignment = row_alignment(num_columns)
     rows_per_tile = max(1, _TILE_ELEMENTS // (num_columns * alignment)) * alignment
     dtype = task.dtype or spec.dtype
-    if name in task.transposed:
-        # As transformers does, over the whole transpose: its blocks take a value from every row of the file.
-        weight = read_rows(task.base / shard.name, spec, 0, num_rows)
-        on_bytes(weight.numel() * weight.itemsize)
-        codes, absmax = quantize_rows(weight.to(device=device, dtype=dtype).T.contiguous(), task.quant_type)
-        return stored_tensors(
-            codes,
-            absmax,
-            quant_type=task.quant_type,
-            double_quant=task.double_quant,
-            shape=(num_columns, num_rows),
-            dtype=dtype,
-        )
 
     def quantize_tile(start: int) -> tuple[torch.Tensor, torch.Tensor]:
         stop = min(start + rows_per_tile, num_rows)

@@ -8,6 +8,7 @@ from tests.fidelity import VARIANTS, architecture_cells
 SAMPLE = [
     ("decoder", "gemma3"),
     ("decoder", "gpt2"),
+    ("decoder", "hrm_text"),
     ("decoder", "mamba"),
     ("decoder", "mixtral"),
     ("decoder", "deepseek_v3"),
@@ -17,7 +18,7 @@ SAMPLE = [
     ("encoder", "bert"),
 ]
 REFUSED = {("mixtral", "DoRA"), ("deepseek_v3", "DoRA")}
-BETTER = {("gpt2", "LoRA, NF4"), ("t5", "embeddings, head")}
+BETTER = {("gpt2", "LoRA, NF4"), ("gpt2", "LoRA, NF4 doubly"), ("t5", "embeddings, head")}
 
 
 @pytest.mark.parametrize(("kind", "model_type"), SAMPLE, ids=lambda value: value)
