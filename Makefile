@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench fidelity chaos fuzz
+.PHONY: help setup demo test lint bench bases fidelity chaos fuzz
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ bench: setup  ## time and memory against the usual merges and cp -r; SHAPE=tiny,
 
 fidelity: setup  ## every method, and LoRA on every architecture, against PEFT; writes docs/compatibility.md
 	$(BIN)/python -m tests.fidelity
+
+bases: setup  ## 16-bit or 4-bit base: adapters trained on each, merged into both, on held-out chats
+	$(BIN)/python -m benchmarks.bases
 
 chaos: setup  ## kill -9 of a worker and of the driver in the middle of a batch; then run it to its end
 	$(BIN)/python -m pytest tests/chaos

@@ -161,6 +161,9 @@ def merge(
     ] = BaseQuantization.NF4,
     dtype: Annotated[Dtype | None, typer.Option(help="Output dtype; the base's own by default.")] = None,
     parity: Annotated[Literal["full", "arithmetic"], typer.Option(help="How the merge is proven.")] = "full",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Merge into the other base (16-bit, 4-bit) too, and show how both do.")
+    ] = False,
     log_format: LogFormat = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -176,6 +179,7 @@ def merge(
             base_quantization=base_quantization,
             dtype=dtype,
             parity=parity,
+            compare=compare,
         )
         raise typer.Exit(exit_codes.of_command(merge_and_show(output, requests)))
 

@@ -11,7 +11,8 @@ from rich.text import Text
 
 from cluster.events import DriverEvent, JobSettled, Summary, UnitStarted
 from cluster.progress import BaseProgress, base_name
-from jobs.release import Manifest
+from jobs.release import Manifest, Way
+from jobs.request import BaseQuantization
 from jobs.states import ACTIVE_STATES, JobState
 from jobs.store import JobRecord
 
@@ -164,6 +165,35 @@ def manifest_line(place: object, manifest: Manifest) -> Text:
         figures.append(f"top-1 {parity.top1_agreement:.3f}")
     size = f"{len(manifest.files)} files, {decimal(manifest.num_bytes)}"
     return Text(f"{place}  {size}  parity ({parity.level}): {', '.join(figures)}", "green")
+
+
+def comparison_table(ways: Sequence[Way]) -> Table:
+    """Return one row for each merge of a comparison and each reference: how near it is, and how well it does."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("compared with", "merged into"):
+        table.add_column(name, overflow="fold")
+    for name in ("KL", "top-1", "held-out KL", "top-1", "NLL", "NLL by base + adapter"):
+        table.add_column(name, justify="right")
+    for way in ways:
+        into = "own weights" if way.base_quantization is BaseQuantization.NONE else way.base_quantization.value
+        held_out = way.check.held_out
+        table.add_row(
+            way.check.reference,
+            f"{into} (this release)" if way.published else into,
+            f"{way.check.mean_kl:.2g}",
+            f"{way.check.top1_agreement:.3f}",
+            *(
+                ("", "", "", "")
+                if held_out is None
+                else (
+                    f"{held_out.mean_kl:.2g}",
+                    f"{held_out.top1_agreement:.3f}",
+                    f"{held_out.merged_nll:.4f}",
+                    f"{held_out.reference_nll:.4f}",
+                )
+            ),
+        )
+    return table
 
 
 def summary_line(summary: Summary, seconds: float) -> Text:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cluster.display import manifest_line
+from cluster.display import comparison_table, manifest_line
 from cluster.documents import adapter_document, failure_document, plain, release_document
 from cluster.settings import load_settings, worker_settings
 from cluster.terminal import Terminal
 from jobs.errors import BadInputError, FailureClass
 from jobs.locations import Location, parse_location
 from jobs.problems import expectation, mistakes
-from jobs.release import Release
+from jobs.release import REPORT_NAME, ParityReport, Release, Way
 from jobs.request import BaseQuantization, Dtype, MergeRequest, ParityPolicy
 from workers.outcomes import Failure, JobOutcome, Usage, WorkerSettings
 from workers.outcomes import Progress as UnitProgress
@@ -38,6 +38,13 @@ class MergeResult:
     failure: Failure | None
     report_path: Path | None
 
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """The comparison its report holds, if one was asked for."""
+        if self.report_path is None or not self.request.compare:
+            return ()
+        return ParityReport.model_validate_json((self.report_path / REPORT_NAME).read_bytes()).ways
+
 
 def build_requests(
     *,
@@ -47,6 +54,7 @@ def build_requests(
     base_quantization: BaseQuantization,
     dtype: Dtype | None,
     parity: Literal["full", "arithmetic"],
+    compare: bool,
 ) -> tuple[MergeRequest, ...]:
     """Return a request for each adapter; several go to `<destination>/<adapter name>`.
 
@@ -71,6 +79,7 @@ def build_requests(
                 base_quantization=base_quantization,
                 dtype=dtype,
                 parity=ParityPolicy(level=parity),
+                compare=compare,
             )
             for place in places
         )
@@ -107,6 +116,10 @@ def merge_and_show(output: Terminal, requests: tuple[MergeRequest, ...]) -> tupl
     for result in results:
         if result.release is not None:
             output.show(manifest_line(result.release.location, result.release.manifest))
+            if result.ways:
+                output.show(comparison_table(result.ways))
+            elif result.request.compare:
+                output.show("The release was there already: nothing was merged, and nothing compared.")
         elif result.failure is not None:
             output.show_error(f"{result.request.adapter}: {result.failure.failure_class}: {result.failure.message}")
     return tuple(result.failure.failure_class for result in results if result.failure is not None)
@@ -119,6 +132,7 @@ def _document(result: MergeResult) -> dict[str, Any]:
         "destination": str(result.request.destination),
         "release": None if result.release is None else release_document(result.release),
         "failure": failure_document(result.failure),
+        "comparison": [way.model_dump(mode="json", exclude={"check": {"prompts"}}) for way in result.ways],
         "report_path": None if result.report_path is None else str(result.report_path),
     }
 

@@ -18,6 +18,11 @@ def inner_model(annotation: Any) -> type[BaseModel] | None:
     return next((model for part in get_args(annotation) if (model := inner_model(part)) is not None), None)
 
 
+def is_empty(value: Any) -> bool:
+    """Tell pydantic's `exclude_if` to leave out a field that stands at what it means when it is left out."""
+    return not value
+
+
 def is_none(value: Any) -> bool:
     """Return whether a value is None: what values of an earlier version lack is not written where it says nothing."""
     return value is None

@@ -51,6 +51,8 @@ class TensorCheck(Frozen):
     """Frobenius norm of W."""
     delta_norm: float = 0.0
     """Frobenius norm of the exact delta."""
+    quantization_error: float | None = Field(default=None, exclude_if=is_none)
+    """Frobenius norm of what 4 bits changed of W; None where W did not go through them, or came in them."""
     survival: float | None = None
     """<merged - W, delta> / <delta, delta>: how much of the delta outlived the rounding; None without a delta, or
     where the merged tensor holds no numbers."""
@@ -78,6 +80,21 @@ class PromptCheck(Frozen):
     merged_nll: float
 
 
+class HeldOutCheck(Frozen):
+    """Held-out texts through the reference and through the merged checkpoint; figures are means over positions."""
+
+    num_texts: int
+    num_positions: int
+    base_nll: float
+    """Negative log likelihood (nats) of a token by the reference's base without the adapter."""
+    reference_nll: float
+    merged_nll: float
+    mean_kl: float
+    """KL(reference || merged) in nats."""
+    top1_agreement: float
+    """Share of positions with the same most likely token, near ties left out."""
+
+
 class BehaviourCheck(Frozen):
     """The merged checkpoint, loaded by plain transformers, against base + adapter through PEFT."""
 
@@ -99,6 +116,23 @@ class BehaviourCheck(Frozen):
     """Undecided: its two highest logits are nearer to each other than this."""
     reference_nll: float
     merged_nll: float
+    held_out: HeldOutCheck | None = Field(default=None, exclude_if=is_none)
+    """None where the request brings no texts."""
+
+
+class Alternative(Frozen):
+    """The same adapter merged into the base in its other weights, for comparison; it is not published."""
+
+    base_quantization: BaseQuantization
+    behaviour: tuple[BehaviourCheck, ...]
+
+
+class Way(Frozen):
+    """One of the two merges of a comparison, beside one of the two references."""
+
+    base_quantization: BaseQuantization
+    published: bool
+    check: BehaviourCheck
 
 
 class CombinedAdapter(Frozen):
@@ -128,6 +162,24 @@ class ParityReport(Frozen):
     """One sentence for each reason it did not pass; names the tensor or the figure."""
     tensors: tuple[TensorCheck, ...]
     behaviour: tuple[BehaviourCheck, ...] = ()
+    alternative: Alternative | None = Field(default=None, exclude_if=is_none)
+    """Where the request asks to compare."""
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """The rows of a comparison: by reference, this release and then the alternative; none without one."""
+        if self.alternative is None:
+            return ()
+        merges = (
+            (True, self.base_quantization, self.behaviour),
+            (False, self.alternative.base_quantization, self.alternative.behaviour),
+        )
+        rows = (
+            Way(base_quantization=quantization, published=published, check=check)
+            for published, quantization, checks in merges
+            for check in checks
+        )
+        return tuple(sorted(rows, key=lambda row: row.check.reference))
 
 
 class ParitySummary(Frozen):

@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from jobs.combination import Combination, CombinationType, WeightedAdapter
 from jobs.errors import InvalidValueError
-from jobs.frozen import Frozen, is_none
+from jobs.frozen import Frozen, is_empty, is_none
 from jobs.locations import HubRepo, Location, LocationField
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -99,7 +99,16 @@ class ParityPolicy(Frozen):
     prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=DEFAULT_PROMPTS, min_length=1)
     max_new_tokens: Annotated[int, Field(ge=1, le=512)] = 16
     """Length of the greedy continuation shown in the report."""
+    texts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), exclude_if=is_empty)
+    """Held-out texts whose likelihood is measured, as the model reads them: of a chat, with its template's marks."""
     thresholds: Thresholds = Thresholds()
+
+    @field_validator("texts")
+    @classmethod
+    def _check_texts(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if value and info.data.get("level") == "arithmetic":
+            raise InvalidValueError("no texts, as level 'arithmetic' runs no model", "some")
+        return value
 
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -125,6 +134,9 @@ class MergeRequest(Frozen):
     max_shard_size: NumBytes | None = None
     """Largest output shard in bytes; None keeps the base's own shards."""
     parity: ParityPolicy = ParityPolicy()
+    compare: bool = Field(default=False, exclude_if=is_empty)
+    """Whether the adapter is also merged into the base in its other weights (16-bit against 4-bit), not to be
+    published but for the report to say how either stands against base + adapter."""
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
     """Higher goes first."""
     labels: Annotated[dict[str, str], PlainSerializer(lambda labels: dict(sorted(labels.items())))] = Field(default={})
@@ -183,6 +195,14 @@ class MergeRequest(Frozen):
     def _check_quantization_options(cls, value: QuantizationOptions, info: ValidationInfo) -> QuantizationOptions:
         if info.data.get("base_quantization") is BaseQuantization.NONE and value != QuantizationOptions():
             raise InvalidValueError("no options, as base_quantization 'none' would ignore them", "some")
+        return value
+
+    @field_validator("compare")
+    @classmethod
+    def _check_compare(cls, value: bool, info: ValidationInfo) -> bool:
+        parity = info.data.get("parity")
+        if value and parity is not None and parity.level == "arithmetic":
+            raise InvalidValueError("false, as parity level 'arithmetic' runs no model to compare", "true")
         return value
 
     @model_validator(mode="after")

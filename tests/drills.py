@@ -12,6 +12,7 @@ import functools
 import sys
 
 import workers.unit
+import workers.verification
 from cluster.cli import main
 from workers.arithmetic import check_arithmetic
 from workers.merge import run_pass
@@ -38,12 +39,15 @@ def halve_scaling(base, quantized, weights, jobs, **options):
     return run_pass(base, quantized, weights, [dataclasses.replace(first, plan=plan), *others], **options)
 
 
-DRILLS = {"flip-byte": ("check_arithmetic", flip_byte), "halve-scaling": ("run_pass", halve_scaling)}
+DRILLS = {
+    "flip-byte": (workers.verification, "check_arithmetic", flip_byte),
+    "halve-scaling": (workers.unit, "run_pass", halve_scaling),
+}
 
 
 def start(drill: str) -> None:
-    name, fault = DRILLS[drill]
-    setattr(workers.unit, name, functools.wraps(getattr(workers.unit, name))(fault))
+    module, name, fault = DRILLS[drill]
+    setattr(module, name, functools.wraps(getattr(module, name))(fault))
 
 
 if __name__ == "__main__":

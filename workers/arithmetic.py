@@ -101,9 +101,13 @@ def check_arithmetic(
                 assert weights is not None
                 found = pool.submit(check_modules, job.plan, job.directory, weights, job.check, on_bytes)
                 results[job.plan.request.id] |= found.result()
+    errors = {} if quantized is None else quantized.errors
     return {
-        job.plan.request.id: tuple(results[job.plan.request.id][tensor.name] for tensor in job.plan.tensors)
-        for job in jobs
+        name: tuple(
+            results[name][tensor.name].model_copy(update={"quantization_error": errors.get(tensor.name)})
+            for tensor in job.plan.tensors
+        )
+        for name, job in zip(results, jobs, strict=True)
     }
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from jobs.errors import BadInputError, MergefleetError, NoCapacityError, ParityFailedError, UnsupportedError
-from jobs.release import BehaviourCheck, PromptCheck
+from jobs.release import BehaviourCheck, HeldOutCheck, PromptCheck
 from jobs.request import MergeRequest
 from workers.checkpoint import read_json
 from workers.divergence import NEAR_TIE_MARGIN, Divergence, compare_logits, total, working_bytes
@@ -67,8 +67,9 @@ class _Answers:
 
     reference: Reference
     texts: tuple[Text, ...]
-    adapter_kl: float
-    """KL(reference || its base without the adapter)."""
+    """Prompts with its continuations, then held-out texts."""
+    effects: tuple[Divergence, ...]
+    """From it to its base without the adapter, by text."""
 
 
 def check_behaviour(
@@ -79,6 +80,7 @@ def check_behaviour(
     *,
     cancelled: Callable[[], None],
     host_bytes: int | None = None,
+    beside: Sequence[Reference] | None = None,
 ) -> dict[str, tuple[BehaviourCheck, ...] | MergefleetError]:
     """Compare the merged checkpoints of a pass with base + adapter.
 
@@ -90,6 +92,7 @@ def check_behaviour(
             subject; emptied again.
         cancelled: raises CancelledError when the work should stop; called between prompts and between models.
         host_bytes: main memory that weights may take; None means nine tenths of what is free.
+        beside: what the checkpoints are compared with, the one that gates first; None means what their requests say.
 
     Returns:
         By request id: the gating check, then the informational one, which is missing where the base is stored in 4-bit
@@ -112,7 +115,7 @@ def check_behaviour(
                 trials.append(_Trial(subject=subject, prompts=read_prompts(subject.request, subject.merged)))
             except (BadInputError, ParityFailedError) as error:
                 outcomes[subject.request.id] = error
-        for reference in references(base, subjects[0].request):
+        for reference in beside or references(base, subjects[0].request):
             trials = [trial for trial in trials if trial.subject.request.id not in outcomes]
             if not trials:
                 break
@@ -147,7 +150,7 @@ def estimate_peak_bytes(plan: MergePlan) -> int:
     # A 4-bit weight takes half a byte and, for every 64, a float32 scale.
     num_weight_bytes = max(4 * lifted, widest * 9 // 16)
     parity = plan.request.parity
-    longest = max(len(prompt.encode()) for prompt in parity.prompts) // _BYTES_PER_TOKEN
+    longest = max(len(text.encode()) for text in (*parity.prompts, *parity.texts)) // _BYTES_PER_TOKEN
     vocab_size: int = load_config(plan.base.source.directory).get_text_config().vocab_size
     num_logit_bytes = 3 * 4 * vocab_size * min(longest + parity.max_new_tokens, MAX_POSITIONS)
     return _LIBRARY_BYTES + num_weight_bytes + plan.num_adapter_bytes + num_logit_bytes + working_bytes(vocab_size)
@@ -205,19 +208,21 @@ def _answer(
     running: RunningModel, reference: Reference, trial: _Trial, directory: Path, cancelled: Callable[[], None]
 ) -> _Answers:
     request, adapter = trial.subject.request, trial.subject.adapter
+    prompts = trial.prompts
     texts: list[Text] = []
     effects = []
     with running.with_adapter(adapter) as peft_model:
-        continuations = running.continue_greedily(trial.prompts.token_ids, request.parity.max_new_tokens)
-        for number, (prompt, continuation) in enumerate(zip(trial.prompts.token_ids, continuations, strict=True)):
+        continuations = running.continue_greedily(prompts.token_ids, request.parity.max_new_tokens)
+        read = [*zip(prompts.token_ids, continuations, strict=True), *((ids[:1], ids[1:]) for ids in prompts.held_out)]
+        for number, (prompt, continuation) in enumerate(read):
             cancelled()
-            path = directory / f"prompt-{number}.f32"
+            path = directory / f"text-{number}.f32"
             text = Text(prompt_ids=prompt, continuation_ids=continuation, logits_path=path)
             logits_TV = running.logits(text.input_ids, text.num_positions)
             if not logits_TV.isfinite().all():
                 raise BadInputError(
-                    f"{adapter.directory}: {reference.words} gives logits that are not finite at prompt "
-                    f"{trial.prompts.texts[number]!r}"
+                    f"{adapter.directory}: {reference.words} gives logits that are not finite at "
+                    f"{(*prompts.texts, *request.parity.texts)[number]!r}"
                 )
             text.write_logits(logits_TV)
             texts.append(text)
@@ -226,7 +231,7 @@ def _answer(
                 cancelled()
                 without_TV = running.logits(text.input_ids, text.num_positions)
                 effects.append(compare_logits(text.read_logits(), without_TV, text.target_T))
-    return _Answers(reference=reference, texts=tuple(texts), adapter_kl=total(effects).mean_kl)
+    return _Answers(reference=reference, texts=tuple(texts), effects=tuple(effects))
 
 
 def _ask_merged(trial: _Trial, room: Room, cancelled: Callable[[], None]) -> tuple[BehaviourCheck, ...]:
@@ -237,7 +242,8 @@ def _ask_merged(trial: _Trial, room: Room, cancelled: Callable[[], None]) -> tup
             f"{merged}: expected every tensor of the model and no other, found {'; '.join(running.misfits)}"
         )
     gating = trial.answers[0]
-    continuations = [text.continuation_ids for text in gating.texts]
+    num_prompts = len(trial.prompts.token_ids)
+    continuations = [text.continuation_ids for text in gating.texts[:num_prompts]]
     divergences: list[list[Divergence]] = []
     others: list[int] = []
     for answers in trial.answers:
@@ -248,7 +254,7 @@ def _ask_merged(trial: _Trial, room: Room, cancelled: Callable[[], None]) -> tup
             logits_TV = running.logits(text.input_ids, text.num_positions)
             _check_logits(merged, logits_TV, reference_TV.shape[1])
             divergences[-1].append(compare_logits(reference_TV, logits_TV, text.target_T))
-            if answers is gating and not text.continued_by(logits_TV):
+            if answers is gating and number < num_prompts and not text.continued_by(logits_TV):
                 others.append(number)
     # Where the best token was the reference's all along, so is the continuation; only the others have to be written.
     own = running.continue_greedily(
@@ -272,6 +278,7 @@ def _check_logits(merged: Path, logits_TV: torch.Tensor, vocab_size: int) -> Non
 def _summarize(
     prompts: Prompts, answers: _Answers, divergences: Sequence[Divergence], merged: Sequence[tuple[int, ...]]
 ) -> BehaviourCheck:
+    num_prompts = len(prompts.token_ids)
     checks = tuple(
         PromptCheck(
             prompt=prompt,
@@ -286,20 +293,38 @@ def _summarize(
             reference_nll=divergence.reference_nll,
             merged_nll=divergence.other_nll,
         )
-        for prompt, text, merged_ids, divergence in zip(prompts.texts, answers.texts, merged, divergences, strict=True)
+        for prompt, text, merged_ids, divergence in zip(
+            prompts.texts, answers.texts[:num_prompts], merged, divergences[:num_prompts], strict=True
+        )
     )
-    all_of_them = total(divergences)
+    all_of_them = total(divergences[:num_prompts])
     return BehaviourCheck(
         reference=answers.reference.words,
         gates=answers.reference.gates,
         prompts=checks,
         max_abs_logit_difference=all_of_them.max_abs_difference,
         mean_kl=all_of_them.mean_kl,
-        adapter_kl=answers.adapter_kl,
+        adapter_kl=total(answers.effects[:num_prompts]).mean_kl,
         top1_agreement=all_of_them.top1_agreement,
         near_tie_margin=NEAR_TIE_MARGIN,
         num_positions=all_of_them.num_positions,
         num_near_ties=all_of_them.num_near_ties,
         reference_nll=all_of_them.reference_nll,
         merged_nll=all_of_them.other_nll,
+        held_out=_summarize_held_out(answers.effects[num_prompts:], divergences[num_prompts:]),
+    )
+
+
+def _summarize_held_out(effects: Sequence[Divergence], divergences: Sequence[Divergence]) -> HeldOutCheck | None:
+    if not divergences:
+        return None
+    found = total(divergences)
+    return HeldOutCheck(
+        num_texts=len(divergences),
+        num_positions=found.num_positions,
+        base_nll=total(effects).other_nll,
+        reference_nll=found.reference_nll,
+        merged_nll=found.other_nll,
+        mean_kl=found.mean_kl,
+        top1_agreement=found.top1_agreement,
     )

@@ -79,6 +79,10 @@ def estimate(plan: MergePlan, num_threads: int) -> Estimate:
         seconds += quantized / _QUANTIZE_RATE
     if plan.request.parity.level == "full":
         seconds += 2 * written / _BEHAVIOUR_RATE
+    if plan.request.compare:
+        seconds += written / _MERGE_RATE + 2 * written / _BEHAVIOUR_RATE
+        if plan.base.quantization is None:
+            seconds += written / _QUANTIZE_RATE
     sizes = {tensor.name: tensor.num_bytes // tensor.dtype.itemsize for tensor in plan.tensors}
     return Estimate(
         request_id=plan.request.id,
@@ -104,7 +108,7 @@ def peak_memory_bytes(plan: MergePlan, num_threads: int) -> int:
     """
     operands = max((4 * (d.a_RI.num_elements + 3 * d.b_OR.num_elements) for d in plan.deltas.values()), default=0)
     streaming = num_threads * (_TILE_BYTES + operands)
-    if plan.base.quantization is not None:
+    if plan.base.quantization is not None or plan.request.compare:
         streaming = max(streaming, _QUANTIZE_BYTES)
     peak = _LIBRARY_BYTES + max(streaming, _bytes_by_peft(plan), combination_bytes(plan))
     if plan.request.parity.level == "arithmetic":

@@ -8,7 +8,7 @@ from jobs.request import MergeRequest, QuantizationOptions
 from workers.checkpoint import CheckpointLayout
 from workers.conversions import Conversions
 from workers.model import quantized_weights, skeleton, stored_quantization
-from workers.quantized_base import QuantizationTask
+from workers.quantization import QuantizationTask
 from workers.sources import Source
 
 

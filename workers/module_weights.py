@@ -5,6 +5,7 @@ another dtype, or put together of several stored tensors) is written to a file o
 Whoever changes a mapped weight changes a copy of those pages, never a file. Names are those of the model.
 """
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from workers.checkpoint import ShardLayout, lay_out_shard
 from workers.conversions import Group
 from workers.files import file_errors
 from workers.model import skeleton
-from workers.plan import BasePlan, OutputTensor
+from workers.plan import BasePlan, MergePlan, OutputTensor
 from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
+from workers.scratch import OwnedDirectory
 from workers.tensor_io import read_rows, tensor_bytes, write_all
 from workers.tiles import TILE_ELEMENTS, rows_per_tile
 
@@ -151,6 +153,37 @@ class ModuleWeights:
         path = self._base.source.directory / tensor.shard
         for start, stop in _ranges(tensor.num_rows, tensor.num_columns):
             yield read_rows(path, tensor.stored, start, stop).to(tensor.dtype)
+
+
+@contextlib.contextmanager
+def module_weights(
+    base: BasePlan,
+    quantized: QuantizedBase | None,
+    plans: Iterable[MergePlan],
+    scratch: Path,
+    on_bytes: Callable[[int], None],
+) -> Iterator[ModuleWeights | None]:
+    """Hand out the base's weights for PEFT, if a plan leaves any tensor to it.
+
+    Args:
+        base: the planned base.
+        quantized: its weights in 4-bit, where the plans ask for them.
+        plans: on this base.
+        scratch: for what cannot be mapped from the base; emptied again.
+        on_bytes: told the bytes written, as they are; may raise to stop.
+
+    Raises:
+        NoCapacityError: the disk is full.
+    """
+    names = {name for plan in plans for sources in plan.by_peft.values() for name in sources}
+    if not names:
+        yield None
+        return
+    directory = OwnedDirectory(scratch, "weights-")
+    try:
+        yield ModuleWeights(base, quantized, names, directory.path, on_bytes)
+    finally:
+        directory.remove()
 
 
 def _dequantized(weight: QuantizedWeight, dtype: torch.dtype) -> Iterator[torch.Tensor]:

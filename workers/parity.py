@@ -4,7 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.errors import BadInputError, NotFoundError
-from jobs.release import REPORT_NAME, REPORT_PAGE_NAME, BehaviourCheck, ParityReport, ParitySummary, TensorCheck
+from jobs.release import (
+    REPORT_NAME,
+    REPORT_PAGE_NAME,
+    Alternative,
+    BehaviourCheck,
+    ParityReport,
+    ParitySummary,
+    TensorCheck,
+)
 from workers.arithmetic import failures as arithmetic_failures
 from workers.checkpoint import read_shard
 from workers.files import file_errors
@@ -17,7 +25,11 @@ _NUM_NAMED = 20
 
 
 def judge(
-    plan: MergePlan, directory: Path, tensors: Sequence[TensorCheck], behaviour: Sequence[BehaviourCheck]
+    plan: MergePlan,
+    directory: Path,
+    tensors: Sequence[TensorCheck],
+    behaviour: Sequence[BehaviourCheck],
+    alternative: Alternative | None = None,
 ) -> ParityReport:
     """Hold what was found against the thresholds.
 
@@ -26,6 +38,7 @@ def judge(
         directory: the files that will ship; their headers are compared with the plan's.
         tensors: the arithmetic check, of every tensor.
         behaviour: the behavioural checks; empty at level `arithmetic`.
+        alternative: what the request asks to compare with; it decides nothing.
 
     Returns:
         The report; it passed only if nothing failed.
@@ -65,6 +78,7 @@ def judge(
         failures=tuple(wrong),
         tensors=tuple(tensors),
         behaviour=tuple(behaviour),
+        alternative=alternative,
     )
 
 

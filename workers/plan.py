@@ -26,7 +26,7 @@ from workers.lanes.coverage import Coverage, cover
 from workers.lanes.lora import LoraDelta, plan_lora
 from workers.model import answers_prompts, check_depth, skeleton
 from workers.quant import quantized_names, quantized_owner
-from workers.quantized_base import QuantizationTask
+from workers.quantization import QuantizationTask
 from workers.sources import Source
 
 _TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -214,6 +214,11 @@ def plan_merge(base: BasePlan, request: MergeRequest, adapter: Source) -> MergeP
         raise UnsupportedError(
             f"{base.source.directory}: {type(model).__name__} does not continue text, so parity level full cannot ask "
             "it anything; request parity level: arithmetic, which compares every tensor"
+        )
+    if request.compare and base.stored_in_4bit:
+        raise UnsupportedError(
+            f"{base.source.directory}: the base is stored in 4-bit and has no other weights to compare with; leave out "
+            "compare, or name the 16-bit base"
         )
     coverage = cover(opened, model)
     names = base.conversions.stored_names

@@ -25,6 +25,8 @@ class Prompts:
     texts: tuple[str, ...]
     """As shown in the report; of a checkpoint without a tokenizer, the ids themselves."""
     token_ids: tuple[tuple[int, ...], ...]
+    held_out: tuple[tuple[int, ...], ...]
+    """Token ids of the request's held-out texts."""
     tokenizer: PreTrainedTokenizerBase | None
 
     def show(self, token_ids: Sequence[int]) -> str:
@@ -42,30 +44,40 @@ def read_prompts(request: MergeRequest, merged: Path) -> Prompts:
         merged: merged checkpoint. Where it has no tokenizer, the prompts are random ids, drawn with a fixed seed.
 
     Raises:
-        BadInputError: the request has prompts of its own and the checkpoint no tokenizer; the tokenizer cannot be
-            loaded or does not fit the model; a prompt is empty or too long for the model.
+        BadInputError: the request has prompts or texts of its own and the checkpoint no tokenizer; the tokenizer cannot
+            be loaded or does not fit the model; a prompt or text is empty or too long for the model.
     """
     config = load_config(merged).get_text_config()
     if not any((merged / name).exists() for name in _TOKENIZER_FILES):
         return _draw(request, merged, config.vocab_size)
     tokenizer = _load_tokenizer(merged)
-    prompts = request.parity.prompts
-    token_ids = tuple(tuple(tokenizer(prompt)["input_ids"]) for prompt in prompts)
-    longest = getattr(config, "max_position_embeddings", None)
-    for prompt, ids in zip(prompts, token_ids, strict=True):
-        if not ids:
-            raise BadInputError(f"parity.prompts: {prompt!r} has no tokens; give a longer prompt")
-        if longest is not None and len(ids) + request.parity.max_new_tokens > longest:
+
+    def encode(field: str, text: str, num_new: int, at_least: int) -> tuple[int, ...]:
+        ids = tuple(tokenizer(text)["input_ids"])
+        if len(ids) < at_least:
+            raise BadInputError(f"parity.{field}: {text!r} has {len(ids) or 'no'} tokens, expected {at_least} or more")
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and len(ids) + num_new > longest:
+            more = f"; with max_new_tokens {num_new} that is" if num_new else ","
             raise BadInputError(
-                f"parity.prompts: {prompt[:40]!r}… has {len(ids)} tokens; with max_new_tokens "
-                f"{request.parity.max_new_tokens} that is more than the {longest} positions of {merged.name}"
+                f"parity.{field}: {text[:40]!r}… has {len(ids)} tokens{more} more than the {longest} positions of "
+                f"{merged.name}"
             )
         if max(ids) >= config.vocab_size:
             raise BadInputError(
                 f"{merged}: the tokenizer gives token {max(ids)}, the model has {config.vocab_size}; base and "
                 "tokenizer do not belong together"
             )
-    return Prompts(texts=prompts, token_ids=token_ids, tokenizer=tokenizer)
+        return ids
+
+    parity = request.parity
+    return Prompts(
+        texts=parity.prompts,
+        token_ids=tuple(encode("prompts", prompt, parity.max_new_tokens, 1) for prompt in parity.prompts),
+        # The likelihood of a text is that of its tokens after the first.
+        held_out=tuple(encode("texts", text, 0, 2) for text in parity.texts),
+        tokenizer=tokenizer,
+    )
 
 
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -79,15 +91,16 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def _draw(request: MergeRequest, merged: Path, vocab_size: int) -> Prompts:
-    if request.parity.prompts != DEFAULT_PROMPTS:
+    if request.parity.prompts != DEFAULT_PROMPTS or request.parity.texts:
+        given = "texts" if request.parity.texts else "prompts"
         raise BadInputError(
-            f"parity.prompts are given, but {merged.name} has no tokenizer to read them with; leave them out, or add a "
+            f"parity.{given} are given, but {merged.name} has no tokenizer to read them with; leave them out, or add a "
             "tokenizer to the base or the adapter"
         )
     generator = torch.Generator().manual_seed(_DRAWN_SEED)
     drawn = torch.randint(vocab_size, (len(DEFAULT_PROMPTS), _DRAWN_LENGTH), generator=generator).tolist()
     token_ids = tuple(map(tuple, drawn))
-    return Prompts(texts=tuple(map(_show_ids, token_ids)), token_ids=token_ids, tokenizer=None)
+    return Prompts(texts=tuple(map(_show_ids, token_ids)), token_ids=token_ids, held_out=(), tokenizer=None)
 
 
 def _show_ids(token_ids: Sequence[int]) -> str:

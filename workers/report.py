@@ -56,6 +56,7 @@ def render_report(report: ParityReport) -> str:
         num_changed=len(changed),
         width=WIDTH,
         figure=figure,
+        exact="{:.4f}".format,
         mark=_mark_differences,
     )
 
@@ -127,6 +128,18 @@ def _layer_charts(
             "Size of the delta",
             "What the adapter adds to a weight, over the weight: |Δ| / |W|, Frobenius norms.",
             {c.tensor: c.delta_norm / c.weight_norm for c in changed if c.weight_norm > 0},
+            colours,
+            is_log=True,
+        ),
+        layer_chart(
+            "Quantization error over delta",
+            "What 4 bits changed of a weight, over what the adapter adds to it: |W₄ - W| / |Δ|. An adapter that was "
+            "trained on those 4 bits has learned with it; for one that was trained on W it is noise.",
+            {
+                c.tensor: c.quantization_error / c.delta_norm
+                for c in changed
+                if c.quantization_error and c.delta_norm > 0
+            },
             colours,
             is_log=True,
         ),

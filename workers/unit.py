@@ -15,34 +15,30 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from jobs.errors import InternalError, MergefleetError, ParityFailedError
+from jobs.errors import InternalError
 from jobs.release import (
     REPORT_NAME,
     REPORT_PAGE_NAME,
-    BehaviourCheck,
     Manifest,
-    TensorCheck,
 )
 from jobs.request import BaseQuantization
 from workers.adapters import fetch_adapters
-from workers.arithmetic import CheckJob, check_arithmetic
-from workers.behaviour import Subject, check_behaviour
 from workers.files import file_errors
 from workers.job import Job, own_failure
 from workers.memory import give_back_large_blocks
 from workers.merge import run_pass
-from workers.module_weights import ModuleWeights
+from workers.module_weights import ModuleWeights, module_weights
 from workers.outcomes import Usage, WorkerSettings
-from workers.parity import judge, summarize, write_report, wrong_headers
 from workers.passes import PassJob
 from workers.plan import BasePlan, plan_base, plan_merge
 from workers.progress import Tracker
 from workers.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
 from workers.released import encode_manifest
-from workers.scratch import OwnedDirectory, sweep
+from workers.scratch import sweep
 from workers.sidecars import digest_file, write_sidecars
 from workers.sinks import open_sink
 from workers.sources import fetch_base
+from workers.verification import Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +58,8 @@ class Unit:
         self._jobs = jobs
         self._num_threads = settings.num_threads or len(os.sched_getaffinity(0))
         self._device = resolve_device(settings.device)
+        self._quantized_cache = QuantizedCache(settings.cache / "quantized", self._device, self._num_threads)
+        self._verifier = Verifier(settings, tracker, self._quantized_cache, self._device, self._num_threads)
         self._bytes_read = 0
         self._bytes_written = 0
 
@@ -83,7 +81,7 @@ class Unit:
             try:
                 with self._module_weights(base, quantized) as weights:
                     self._merge(base, quantized, weights, uploads)
-                    self._verify(base, quantized, weights)
+                    self._verifier.verify(base, quantized, weights, self._running)
                 with self._tracker.timed("upload"):
                     for job in self._running:
                         with own_failure(job):
@@ -144,8 +142,6 @@ class Unit:
             return None
         ids = [job.id for job in self._running]
         self._tracker.enter("quantize", ids)
-        cache = QuantizedCache(self._settings.cache / "quantized", self._device, self._num_threads)
-
         lock = threading.Lock()
 
         def on_bytes(num_bytes: int) -> None:
@@ -155,23 +151,21 @@ class Unit:
 
         with self._tracker.timed("quantize"):
             key = self._jobs[0].request.pass_key()
-            return self._residents.get(key, task.key(self._device), lambda: cache.open(task, on_bytes))
+            load = functools.partial(self._quantized_cache.open, task, on_bytes)
+            return self._residents.get(key, task.key(self._device), load)
 
     @contextlib.contextmanager
     def _module_weights(self, base: BasePlan, quantized: QuantizedBase | None) -> Iterator[ModuleWeights | None]:
-        """Hand out the base's weights for PEFT, if a job leaves any tensor to it."""
-        names = {name for job in self._running for sources in job.plan.by_peft.values() for name in sources}
-        if not names:
-            yield None
-            return
         ids = [job.id for job in self._running]
-        scratch = OwnedDirectory(self._settings.scratch, "weights-")
-        try:
+        plans = [job.plan for job in self._running]
+
+        def on_bytes(_: int) -> None:
+            self._tracker.check_all(ids)
+
+        with contextlib.ExitStack() as stack:
             with self._tracker.timed("merge"):
-                weights = ModuleWeights(base, quantized, names, scratch.path, lambda _: self._tracker.check_all(ids))
+                weights = stack.enter_context(module_weights(base, quantized, plans, self._settings.scratch, on_bytes))
             yield weights
-        finally:
-            scratch.remove()
 
     def _merge(
         self,
@@ -208,71 +202,6 @@ class Unit:
                 if job.error is None:
                     for artifact in write_sidecars(job.plan, job.staging.directory):
                         job.ship(uploads, artifact)
-
-    def _verify(self, base: BasePlan, quantized: QuantizedBase | None, weights: ModuleWeights | None) -> None:
-        self._tracker.enter("verify", (job.id for job in self._running))
-        # A shard that is cut short cannot be compared; its job fails with what is wrong about it.
-        whole = [job for job in self._running if not wrong_headers(job.plan, job.staging.directory)]
-        with self._tracker.timed("arithmetic"):
-            tensors = self._check_arithmetic(base, quantized, weights, whole)
-        with self._tracker.timed("behaviour"):
-            behaviour = self._check_behaviour(base, [job for job in whole if job.request.parity.level == "full"])
-        for job in self._running:
-            with own_failure(job):
-                self._tracker.check(job.id)
-                self._judge(job, tensors.get(job.id, ()), behaviour.get(job.id, ()))
-
-    def _check_arithmetic(
-        self, base: BasePlan, quantized: QuantizedBase | None, weights: ModuleWeights | None, jobs: Sequence[Job]
-    ) -> dict[str, tuple[TensorCheck, ...]]:
-        check = functools.partial(self._tracker.check_all, [job.id for job in jobs])
-        subjects = [CheckJob(plan=job.plan, directory=job.staging.directory, check=check) for job in jobs]
-        if not subjects:
-            return {}
-        return check_arithmetic(
-            base, quantized, weights, subjects, num_threads=self._num_threads, on_bytes=self._tracker.advance
-        )
-
-    def _check_behaviour(self, base: BasePlan, jobs: Sequence[Job]) -> dict[str, tuple[BehaviourCheck, ...]]:
-        check = functools.partial(self._tracker.check_all, [job.id for job in jobs])
-        subjects = [
-            Subject(
-                request=job.request,
-                merged=job.staging.directory,
-                adapter=job.plan.opened,
-                streamed=not job.plan.by_peft,
-            )
-            for job in jobs
-        ]
-        if not subjects:
-            return {}
-        scratch = OwnedDirectory(self._settings.scratch, "behaviour-")
-        try:
-            found = check_behaviour(base.source.directory, subjects, self._device, scratch.path, cancelled=check)
-        finally:
-            scratch.remove()
-        self._tracker.advance(sum(job.plan.output.total_size for job in jobs))
-        checks: dict[str, tuple[BehaviourCheck, ...]] = {}
-        for job in jobs:
-            answer = found[job.id]
-            if isinstance(answer, MergefleetError):
-                job.error = answer
-            else:
-                checks[job.id] = answer
-        return checks
-
-    def _judge(self, job: Job, tensors: tuple[TensorCheck, ...], behaviour: tuple[BehaviourCheck, ...]) -> None:
-        directory = job.staging.directory
-        report = judge(job.plan, directory, tensors, behaviour)
-        job.report_path = self._settings.reports / job.id
-        write_report(report, job.report_path)
-        if not report.passed:
-            more = f" (and {len(report.failures) - 1} more)" if len(report.failures) > 1 else ""
-            raise ParityFailedError(
-                f"parity failed: {report.failures[0]}{more}; nothing was published, the report is "
-                f"{job.report_path / REPORT_NAME}"
-            )
-        job.parity = summarize(report)
 
     def _seal(self, job: Job, uploads: ThreadPoolExecutor) -> None:
         assert job.parity is not None

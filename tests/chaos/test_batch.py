@@ -20,7 +20,7 @@ from jobs.store import JobStore
 from tests.models import build_tokenizer, make_adapter
 from workers.model import quiet_transformers
 
-pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 MERGEFLEET = Path(sys.executable).with_name("mergefleet")
 ROOT = Path(__file__).parents[2]

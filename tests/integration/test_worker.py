@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import workers.unit
+import workers.verification
 from jobs.errors import BadInputError, FailureClass
 from jobs.release import Manifest, ParityReport
 from jobs.request import MergeRequest
@@ -474,13 +475,13 @@ def test_a_job_cancelled_in_the_middle_stops_alone(worker, requests, base, adapt
 
 
 def test_a_job_cancelled_while_it_is_verified_is_not_staged(worker, requests, tmp_path, monkeypatch):
-    really = workers.unit.check_arithmetic
+    really = workers.verification.check_arithmetic
 
     def check_arithmetic(*arguments, **options):
         worker.cancel(frozenset({"two"}))
         return really(*arguments, **options)
 
-    monkeypatch.setattr(workers.unit, "check_arithmetic", check_arithmetic)
+    monkeypatch.setattr(workers.verification, "check_arithmetic", check_arithmetic)
     outcomes = run(worker, *requests)
     assert outcomes["two"].failure.failure_class is FailureClass.CANCELLED
     assert [outcomes[name].failure for name in ("one", "three")] == [None, None]
@@ -601,14 +602,14 @@ def test_what_a_unit_took_is_told(worker, requests, base, adapters):
 
 
 def test_a_fault_nobody_expected_is_that_of_its_job(worker, requests, base, adapters, tmp_path, monkeypatch):
-    really = workers.unit.judge
+    really = workers.verification.judge
 
     def judge(plan, *arguments):
         if plan.request.id == "two":
             raise ZeroDivisionError("surprise")
         return really(plan, *arguments)
 
-    monkeypatch.setattr(workers.unit, "judge", judge)
+    monkeypatch.setattr(workers.verification, "judge", judge)
     outcomes = run(worker, *requests)
     assert outcomes["two"].failure.failure_class is FailureClass.INTERNAL
     assert "ZeroDivisionError: surprise" in outcomes["two"].failure.message

@@ -61,6 +61,25 @@ def test_prompt_without_tokens_is_refused(copy):
         read_prompts(request(prompts=["fine", "  "]), copy)
 
 
+def test_held_out_texts_are_read_by_the_same_tokenizer(model):
+    prompts = read_prompts(request(texts=["Bees make honey"]), model)
+    assert [list(ids) for ids in prompts.held_out] == [
+        AutoTokenizer.from_pretrained(model)("Bees make honey")["input_ids"]
+    ]
+
+
+def test_a_text_of_one_token_has_no_likelihood(model):
+    with pytest.raises(BadInputError, match=r"parity\.texts: 'B' has 1 tokens, expected 2 or more"):
+        read_prompts(request(texts=["B"]), model)
+
+
+def test_texts_of_a_model_without_a_tokenizer_are_refused(copy):
+    for path in copy.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(BadInputError, match=r"parity\.texts are given"):
+        read_prompts(request(texts=["Bees make honey"]), copy)
+
+
 def test_tokenizer_of_a_larger_model_is_refused(copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"vocab_size": 50}))

@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
 
 from jobs.errors import CancelledError, NoCapacityError, NotFoundError
 from jobs.locations import LocalPath
 from jobs.request import MergeRequest
-from tests.merges import CPU, different, open_descriptors, read_tensors
-from tests.models import build_bnb_4bit, build_llama
+from tests.merges import CPU, different, load_dequantized, open_descriptors, read_tensors
+from tests.models import build_bnb_4bit, build_llama, load_plain
 from workers.checkpoint import INDEX_FILE
 from workers.plan import plan_base
 from workers.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
@@ -105,6 +106,17 @@ def test_what_is_kept_is_what_transformers_saves(base, tmp_path, quant_type, dou
     assert made.names == frozenset(task.weights)
     assert different(stored, {name: tensor for name, tensor in saved.items() if name in stored}) == []
     assert len(stored) == sum("proj" in name for name in saved)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_errors_are_those_of_transformers_dequantized_weights(base, tmp_path, double_quant):
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant)
+    through_4bit, plain = load_dequantized(base, config).state_dict(), load_plain(base).state_dict()
+    task = make_task(base, tmp_path, quantization_options={"bnb_4bit_use_double_quant": double_quant})
+    errors = QuantizedCache(tmp_path / "cache", CPU, 2).open(task, lambda _: None).errors
+    assert errors.keys() == set(task.weights)
+    for name, error in errors.items():
+        assert error == pytest.approx(float((through_4bit[name].double() - plain[name].double()).norm()), rel=1e-5)
 
 
 def test_it_is_made_once(task, tmp_path):

@@ -1,0 +1,145 @@
+"""Faults of the libraries that this project works around: each as small as it gets, each still there.
+
+`docs/upstream-faults.md` says what follows from each. A test that fails here is good news: the library does it right
+now, and what was done about it can go.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from tests import architectures
+from tests.combinations import combine_by_peft
+from tests.merges import dequantize_without_kernel, load_dequantized
+from tests.methods import make_method_adapter
+from tests.models import build_bnb_4bit, build_llama, load_plain, make_adapter
+from workers.inference import quiet_libraries
+
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    return tmp_path_factory.mktemp("upstream")
+
+
+@pytest.fixture(scope="module")
+def llama(places):
+    return build_llama(places / "llama", tokenizer=False)
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with quiet_libraries():
+        yield
+
+
+def test_transformers_dequantizes_conv1d_into_its_transpose(places):
+    base = architectures.build("decoder", "gpt2", places / "gpt2")
+    name = "transformer.h.0.mlp.c_fc.weight"
+    assert load_plain(base).state_dict()[name].shape == (64, 256)
+    assert load_dequantized(base, NF4).state_dict()[name].shape == (256, 64)
+
+
+def test_transformers_leaves_a_dequantized_model_marked_as_4bit(llama, places):
+    adapter = make_method_adapter(llama, places / "ia3", "IA3")
+    model = PeftModel.from_pretrained(load_dequantized(llama, NF4), adapter)
+    assert model.base_model.model.is_loaded_in_4bit
+    with pytest.raises(ValueError, match="4-bit mode"):
+        model.merge_and_unload()
+
+
+def test_transformers_cannot_save_what_it_dequantized_of_a_4bit_checkpoint(llama, places, tmp_path):
+    model = load_dequantized(build_bnb_4bit(llama, places / "stored"), None)
+    with pytest.raises((NotImplementedError, AttributeError, KeyError, ValueError)):
+        model.save_pretrained(tmp_path)
+
+
+def test_transformers_loads_a_4bit_checkpoint_in_another_dtype_than_it_is_told(llama, places):
+    stored = build_bnb_4bit(llama, places / "stored-bf16")
+    model = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float32, device_map="cpu")
+    assert model.model.norm.weight.dtype is torch.bfloat16
+
+
+def test_transformers_rounds_in_4bit_what_it_keeps_in_float32_otherwise(places):
+    base = architectures.build("decoder", "hy_v4", places / "hy_v4")
+    plain, through_4bit = load_plain(base).state_dict(), load_dequantized(base, NF4).state_dict()
+    rounded = [name for name in plain if plain[name].dtype is torch.float32 != through_4bit[name].dtype]
+    assert rounded
+
+
+def test_peft_saves_a_merged_t5_without_a_tied_tensor_that_came_apart(places, tmp_path):
+    base = architectures.build("encoder-decoder", "t5", places / "t5")
+    fields = {"task_type": None, "r": 4, "modules_to_save": ["shared", "lm_head"]}
+    adapter = make_method_adapter(base, tmp_path / "adapter", "LORA", target_modules="all-linear", **fields)
+    merged = PeftModel.from_pretrained(load_plain(base), adapter).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    again = load_plain(tmp_path / "merged").state_dict()
+    lost = [name for name, tensor in merged.state_dict().items() if not torch.equal(tensor, again[name])]
+    assert lost
+
+
+@pytest.mark.skipif(
+    not re.search(r"\bavx512f\b", Path("/proc/cpuinfo").read_text()), reason="the kernel is for CPUs with AVX-512"
+)
+def test_bitsandbytes_takes_the_scales_of_other_blocks_in_its_avx512_kernel():
+    weight = torch.randn(64, 80, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 10, 64)[:, None]
+    codes, state = bnb.quantize_4bit(weight.bfloat16(), blocksize=64, quant_type="nf4")
+    assert not torch.equal(bnb.dequantize_4bit(codes, state), dequantize_without_kernel(codes, state))
+
+
+@pytest.mark.parametrize("model_type", ["laguna", "inkling2_text"])
+def test_peft_drops_tensors_of_its_own_adapter(places, tmp_path, model_type):
+    base = places / model_type
+    if not base.exists():
+        architectures.build("decoder", model_type, base)
+    fields = {"task_type": None, "r": 4, "target_modules": "all-linear"}
+    adapter = make_method_adapter(base, tmp_path / "adapter", "LORA", **fields)
+    model = PeftModel(load_plain(base), PeftConfig.from_pretrained(str(adapter)))
+    found = set_peft_model_state_dict(model, load_file(adapter / "adapter_model.safetensors"))
+    assert found.unexpected_keys
+    # Without a word: this is what everybody calls.
+    PeftModel.from_pretrained(load_plain(base), adapter)
+
+
+def test_peft_takes_tensors_of_another_shape_for_adamss(llama, places):
+    adapter = make_method_adapter(llama, places / "adamss", "ADAMSS")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in tensors if "adamss_B" in name)
+    tensors[name] = torch.cat([tensors[name], tensors[name]])
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    PeftModel.from_pretrained(load_plain(llama), adapter)
+
+
+def test_peft_gives_a_combination_the_scaling_of_rslora_where_that_comes_first(llama, places):
+    rank = 4
+    first = make_adapter(llama, places / "rslora", rank=rank, rslora=True, seed=1)
+    second = make_adapter(llama, places / "plain", rank=rank, seed=2)
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    scaled, right = (
+        combine_by_peft(llama, order, weights, combination_type="linear").get_submodule(layer).get_delta_weight("all")
+        for order, weights in (((first, second), (0.3, 0.7)), ((second, first), (0.7, 0.3)))
+    )
+    torch.testing.assert_close(scaled, right * math.sqrt(rank), rtol=1e-4, atol=1e-6)
+
+
+def test_peft_rounds_what_it_concatenates_to_the_dtype_of_the_base(llama, places):
+    adapters = [make_adapter(llama, places / f"float32-{seed}", rank=4, seed=seed) for seed in (1, 2)]
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    combined = combine_by_peft(llama, adapters, (0.5, 0.5), combination_type="cat").get_submodule(layer)
+    assert combined.lora_A["adapter0"].weight.dtype is torch.float32
+    assert combined.lora_A["all"].weight.dtype is torch.bfloat16
+
+
+def test_every_fault_is_in_the_table():
+    page = (Path(__file__).parents[2] / "docs" / "upstream-faults.md").read_text()
+    tests = re.findall(r"^def (test_\w+)", Path(__file__).read_text(), re.MULTILINE)
+    listed = re.findall(r"`(test_\w+)`", page)
+    assert sorted(listed) == sorted(name for name in tests if name != "test_every_fault_is_in_the_table")

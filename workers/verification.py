@@ -1,0 +1,144 @@
+"""The verification of merged jobs: both questions of parity, the comparison a request may ask for, and the verdict."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from jobs.errors import MergefleetError, ParityFailedError
+from jobs.release import REPORT_NAME, Alternative, BehaviourCheck, TensorCheck
+from workers.arithmetic import CheckJob, check_arithmetic
+from workers.behaviour import Subject, check_behaviour
+from workers.comparison import compare_ways
+from workers.job import Job, own_failure
+from workers.module_weights import ModuleWeights
+from workers.outcomes import WorkerSettings
+from workers.parity import judge, summarize, write_report, wrong_headers
+from workers.plan import BasePlan
+from workers.progress import Tracker
+from workers.quantized_base import QuantizedBase, QuantizedCache
+from workers.scratch import OwnedDirectory
+
+
+class Verifier:
+    """Verifies the jobs of one unit."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        tracker: Tracker,
+        quantized_cache: QuantizedCache,
+        device: torch.device,
+        num_threads: int,
+    ) -> None:
+        self._settings = settings
+        self._tracker = tracker
+        self._quantized_cache = quantized_cache
+        self._device = device
+        self._num_threads = num_threads
+
+    def verify(
+        self, base: BasePlan, quantized: QuantizedBase | None, weights: ModuleWeights | None, jobs: Sequence[Job]
+    ) -> None:
+        """Check merged jobs; each gets its report, and its parity or its error.
+
+        Args:
+            base: the planned base.
+            quantized: its weights in 4-bit, where the plan asks for them.
+            weights: its weights for PEFT, where a plan leaves any to it.
+            jobs: running, their shards and sidecars written.
+        """
+        self._tracker.enter("verify", (job.id for job in jobs))
+        # A shard that is cut short cannot be compared; its job fails with what is wrong about it.
+        whole = [job for job in jobs if not wrong_headers(job.plan, job.staging.directory)]
+        with self._tracker.timed("arithmetic"):
+            tensors = self._check_arithmetic(base, quantized, weights, whole)
+        with self._tracker.timed("behaviour"):
+            behaviour = self._check_behaviour(base, [job for job in whole if job.request.parity.level == "full"])
+        with self._tracker.timed("compare"):
+            alternatives = self._compare([job for job in whole if job.request.compare and job.running])
+        for job in jobs:
+            if not job.running:
+                continue
+            with own_failure(job):
+                self._tracker.check(job.id)
+                self._judge(job, tensors.get(job.id, ()), behaviour.get(job.id, ()), alternatives.get(job.id))
+
+    def _check_arithmetic(
+        self, base: BasePlan, quantized: QuantizedBase | None, weights: ModuleWeights | None, jobs: Sequence[Job]
+    ) -> dict[str, tuple[TensorCheck, ...]]:
+        check = functools.partial(self._tracker.check_all, [job.id for job in jobs])
+        subjects = [CheckJob(plan=job.plan, directory=job.staging.directory, check=check) for job in jobs]
+        if not subjects:
+            return {}
+        return check_arithmetic(
+            base, quantized, weights, subjects, num_threads=self._num_threads, on_bytes=self._tracker.advance
+        )
+
+    def _check_behaviour(self, base: BasePlan, jobs: Sequence[Job]) -> dict[str, tuple[BehaviourCheck, ...]]:
+        check = functools.partial(self._tracker.check_all, [job.id for job in jobs])
+        subjects = [
+            Subject(
+                request=job.request,
+                merged=job.staging.directory,
+                adapter=job.plan.opened,
+                streamed=not job.plan.by_peft,
+            )
+            for job in jobs
+        ]
+        if not subjects:
+            return {}
+        scratch = OwnedDirectory(self._settings.scratch, "behaviour-")
+        try:
+            found = check_behaviour(base.source.directory, subjects, self._device, scratch.path, cancelled=check)
+        finally:
+            scratch.remove()
+        self._tracker.advance(sum(job.plan.output.total_size for job in jobs))
+        checks: dict[str, tuple[BehaviourCheck, ...]] = {}
+        for job in jobs:
+            answer = found[job.id]
+            if isinstance(answer, MergefleetError):
+                job.error = answer
+            else:
+                checks[job.id] = answer
+        return checks
+
+    def _compare(self, jobs: Sequence[Job]) -> dict[str, Alternative]:
+        if not jobs:
+            return {}
+        self._tracker.enter("compare", (job.id for job in jobs))
+        found = compare_ways(
+            [job.plan for job in jobs],
+            cache=self._quantized_cache,
+            scratch=self._settings.scratch,
+            device=self._device,
+            num_threads=self._num_threads,
+            cancelled=functools.partial(self._tracker.check_all, [job.id for job in jobs]),
+        )
+        alternatives: dict[str, Alternative] = {}
+        for job in jobs:
+            answer = found[job.id]
+            if isinstance(answer, MergefleetError):
+                job.error = answer
+            else:
+                alternatives[job.id] = answer
+        return alternatives
+
+    def _judge(
+        self,
+        job: Job,
+        tensors: tuple[TensorCheck, ...],
+        behaviour: tuple[BehaviourCheck, ...],
+        alternative: Alternative | None,
+    ) -> None:
+        directory = job.staging.directory
+        report = judge(job.plan, directory, tensors, behaviour, alternative)
+        job.report_path = self._settings.reports / job.id
+        write_report(report, job.report_path)
+        if not report.passed:
+            more = f" (and {len(report.failures) - 1} more)" if len(report.failures) > 1 else ""
+            raise ParityFailedError(
+                f"parity failed: {report.failures[0]}{more}; nothing was published, the report is "
+                f"{job.report_path / REPORT_NAME}"
+            )
+        job.parity = summarize(report)
