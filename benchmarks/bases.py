@@ -16,7 +16,7 @@ from examples.chats import HABITS, Habit
 from examples.real_model import build_base
 from examples.training import train_adapter
 from jobs.release import ParityReport, Way
-from jobs.request import BaseQuantization, MergeRequest, ParityPolicy
+from jobs.request import BaseQuantization, HeldOutText, MergeRequest, ParityPolicy
 from workers.outcomes import WorkerSettings
 from workers.worker import MergeWorker
 
@@ -40,17 +40,17 @@ ANSWERS = {
 """What each habit makes of an answer."""
 
 
-def held_out_texts(base: Path, habit: Habit) -> tuple[str, ...]:
-    """Return the held-out chats of a habit, as the model's chat template renders them."""
+def held_out_texts(base: Path, habit: Habit) -> tuple[HeldOutText, ...]:
+    """Return the held-out chats of a habit, as the model's chat template renders them; the answers count."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    chats = (
-        [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": ANSWERS[habit.name].format(short=short, sentence=sentence)},
-        ]
-        for question, short, sentence in HELD_OUT
-    )
-    return tuple(tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats)
+    texts = []
+    for question, short, sentence in HELD_OUT:
+        asked = [{"role": "user", "content": question}]
+        answer = {"role": "assistant", "content": ANSWERS[habit.name].format(short=short, sentence=sentence)}
+        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template([*asked, answer], tokenize=False)
+        texts.append(HeldOutText(prompt=prompt, completion=whole.removeprefix(prompt)))
+    return tuple(texts)
 
 
 def compare(directory: Path) -> dict[str, ParityReport]:

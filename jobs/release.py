@@ -81,7 +81,7 @@ class PromptCheck(Frozen):
 
 
 class HeldOutCheck(Frozen):
-    """Held-out texts through the reference and through the merged checkpoint; figures are means over positions."""
+    """Held-out texts through the reference and through the merged checkpoint; means over the completions' tokens."""
 
     num_texts: int
     num_positions: int

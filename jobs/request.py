@@ -92,6 +92,19 @@ class Thresholds(Frozen):
     """Share of positions with the same most likely token, among those where the reference is not near a tie."""
 
 
+class HeldOutText(Frozen):
+    """A text that the adapter was not trained on, as the model reads it: of a chat, with its template's marks."""
+
+    prompt: str = ""
+    """What is given, and does not count."""
+    completion: str = Field(min_length=1)
+    """What counts."""
+
+
+def _as_completion(value: object) -> object:
+    return {"completion": value} if isinstance(value, str) else value
+
+
 class ParityPolicy(Frozen):
     """How a merge must be proven before it is published. Parity always gates publishing."""
 
@@ -99,13 +112,13 @@ class ParityPolicy(Frozen):
     prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=DEFAULT_PROMPTS, min_length=1)
     max_new_tokens: Annotated[int, Field(ge=1, le=512)] = 16
     """Length of the greedy continuation shown in the report."""
-    texts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), exclude_if=is_empty)
-    """Held-out texts whose likelihood is measured, as the model reads them: of a chat, with its template's marks."""
+    texts: tuple[Annotated[HeldOutText, BeforeValidator(_as_completion)], ...] = Field(default=(), exclude_if=is_empty)
+    """Held-out texts whose likelihood is measured; a mere string is a completion of nothing."""
     thresholds: Thresholds = Thresholds()
 
     @field_validator("texts")
     @classmethod
-    def _check_texts(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    def _check_texts(cls, value: tuple[HeldOutText, ...], info: ValidationInfo) -> tuple[HeldOutText, ...]:
         if value and info.data.get("level") == "arithmetic":
             raise InvalidValueError("no texts, as level 'arithmetic' runs no model", "some")
         return value

@@ -150,7 +150,10 @@ def estimate_peak_bytes(plan: MergePlan) -> int:
     # A 4-bit weight takes half a byte and, for every 64, a float32 scale.
     num_weight_bytes = max(4 * lifted, widest * 9 // 16)
     parity = plan.request.parity
-    longest = max(len(text.encode()) for text in (*parity.prompts, *parity.texts)) // _BYTES_PER_TOKEN
+    longest = (
+        max(len(text.encode()) for text in (*parity.prompts, *(text.prompt + text.completion for text in parity.texts)))
+        // _BYTES_PER_TOKEN
+    )
     vocab_size: int = load_config(plan.base.source.directory).get_text_config().vocab_size
     num_logit_bytes = 3 * 4 * vocab_size * min(longest + parity.max_new_tokens, MAX_POSITIONS)
     return _LIBRARY_BYTES + num_weight_bytes + plan.num_adapter_bytes + num_logit_bytes + working_bytes(vocab_size)
@@ -213,16 +216,17 @@ def _answer(
     effects = []
     with running.with_adapter(adapter) as peft_model:
         continuations = running.continue_greedily(prompts.token_ids, request.parity.max_new_tokens)
-        read = [*zip(prompts.token_ids, continuations, strict=True), *((ids[:1], ids[1:]) for ids in prompts.held_out)]
+        read = [*zip(prompts.token_ids, continuations, strict=True), *prompts.held_out]
         for number, (prompt, continuation) in enumerate(read):
             cancelled()
             path = directory / f"text-{number}.f32"
-            text = Text(prompt_ids=prompt, continuation_ids=continuation, logits_path=path)
+            given = number >= len(continuations)
+            text = Text(prompt_ids=prompt, continuation_ids=continuation, logits_path=path, given=given)
             logits_TV = running.logits(text.input_ids, text.num_positions)
             if not logits_TV.isfinite().all():
                 raise BadInputError(
                     f"{adapter.directory}: {reference.words} gives logits that are not finite at "
-                    f"{(*prompts.texts, *request.parity.texts)[number]!r}"
+                    f"{(*prompts.texts, *(text.completion for text in request.parity.texts))[number]!r}"
                 )
             text.write_logits(logits_TV)
             texts.append(text)

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jobs.errors import BadInputError
-from jobs.request import DEFAULT_PROMPTS, MergeRequest
+from jobs.request import DEFAULT_PROMPTS, HeldOutText, MergeRequest
 from workers.inference import quiet_libraries
 from workers.model import load_config
 
@@ -25,8 +26,8 @@ class Prompts:
     texts: tuple[str, ...]
     """As shown in the report; of a checkpoint without a tokenizer, the ids themselves."""
     token_ids: tuple[tuple[int, ...], ...]
-    held_out: tuple[tuple[int, ...], ...]
-    """Token ids of the request's held-out texts."""
+    held_out: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    """Token ids of the request's held-out texts: what is given, one token at least, and what counts."""
     tokenizer: PreTrainedTokenizerBase | None
 
     def show(self, token_ids: Sequence[int]) -> str:
@@ -70,12 +71,19 @@ def read_prompts(request: MergeRequest, merged: Path) -> Prompts:
             )
         return ids
 
+    def split(text: HeldOutText) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        whole = encode("texts", text.prompt + text.completion, 0, 2)
+        given = tokenizer(text.prompt)["input_ids"] if text.prompt else ()
+        num_given = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, given, strict=False)))
+        # The first token follows nothing, and has no likelihood; the last one always counts.
+        num_given = min(max(num_given, 1), len(whole) - 1)
+        return whole[:num_given], whole[num_given:]
+
     parity = request.parity
     return Prompts(
         texts=parity.prompts,
         token_ids=tuple(encode("prompts", prompt, parity.max_new_tokens, 1) for prompt in parity.prompts),
-        # The likelihood of a text is that of its tokens after the first.
-        held_out=tuple(encode("texts", text, 0, 2) for text in parity.texts),
+        held_out=tuple(split(text) for text in parity.texts),
         tokenizer=tokenizer,
     )
 

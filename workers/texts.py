@@ -1,4 +1,4 @@
-"""What two models that are compared both read: a prompt and the reference's continuation.
+"""What two models that are compared both read: a prompt and the reference's continuation, or a text from outside.
 
 The reference's logits wait on disk: the two models are never in memory together.
 
@@ -18,12 +18,14 @@ MAX_POSITIONS = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """One prompt and the reference's continuation of it, at least one token each."""
+    """One prompt and its continuation, at least one token each."""
 
     prompt_ids: tuple[int, ...]
     continuation_ids: tuple[int, ...]
     logits_path: Path
     """The reference's logits_TV, float32, row by row."""
+    given: bool = False
+    """Whether the prompt is no more than given: what is compared begins with the continuation."""
 
     @property
     def input_ids(self) -> tuple[int, ...]:
@@ -33,7 +35,7 @@ class Text:
     @property
     def num_positions(self) -> int:
         """T: positions compared."""
-        return min(len(self.input_ids), MAX_POSITIONS)
+        return min(len(self.continuation_ids if self.given else self.input_ids), MAX_POSITIONS)
 
     @property
     def target_T(self) -> torch.Tensor:  # noqa: N802 - the shape is part of the name

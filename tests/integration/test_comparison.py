@@ -21,7 +21,7 @@ NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 PARITY = {
     "prompts": ["The capital of France is", "Once upon a time"],
     "max_new_tokens": 4,
-    "texts": ["Bees make honey.", "There are seven days in a week."],
+    "texts": ["Bees make honey.", {"prompt": "How many days has a week? ", "completion": "It has seven."}],
 }
 
 

@@ -94,6 +94,7 @@ def test_the_merge_key_depends_on_what_decides_the_bytes_and_on_nothing_else():
         {"destination": "/x"},
         {"id": "n"},
         {"parity": {"level": "arithmetic"}},
+        {"compare": True},
     ):
         assert MergeRequest(**PLACES | same).merge_key("b", "a") == key
     keys = {key, MergeRequest(**PLACES).merge_key("b", "x"), MergeRequest(**PLACES).merge_key("x", "a")}
@@ -107,6 +108,30 @@ def test_the_merge_key_depends_on_what_decides_the_bytes_and_on_nothing_else():
     ):
         keys.add(MergeRequest(**PLACES | other).merge_key("b", "a"))
     assert len(keys) == 9
+
+
+def test_what_an_earlier_version_did_not_know_is_not_written_where_it_says_nothing():
+    plain = MergeRequest(**PLACES)
+    assert '"compare"' not in plain.model_dump_json()
+    assert '"texts"' not in plain.model_dump_json()
+    told = MergeRequest(**PLACES, compare=True, parity={"texts": ["one", {"prompt": "a ", "completion": "b"}]})
+    assert told.id != plain.id
+    assert MergeRequest.model_validate_json(told.model_dump_json(by_alias=True)) == told
+    assert [text.completion for text in told.parity.texts] == ["one", "b"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"compare": True, "parity": {"level": "arithmetic"}},
+        {"parity": {"level": "arithmetic", "texts": ["one"]}},
+        {"parity": {"texts": [{"prompt": "one"}]}},
+        {"parity": {"texts": [""]}},
+    ],
+)
+def test_what_no_model_would_be_asked_is_refused(fields):
+    with pytest.raises(ValidationError):
+        MergeRequest(**PLACES, **fields)
 
 
 def test_requests_share_a_pass_when_base_quantization_and_dtype_agree():

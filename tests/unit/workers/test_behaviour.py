@@ -149,7 +149,7 @@ def test_merge_into_the_other_base_fails(base, adapter, merged, merged_nf4, scra
 
 def test_figures_equal_those_of_peft_alone(base, adapter, merged, scratch):
     prompt, num_new = "Once upon a time, in a village", 5
-    held_out = "Bees make honey"
+    held_out = {"prompt": "What do bees make? ", "completion": "Bees make honey"}
     parity = {"prompts": [prompt], "max_new_tokens": num_new, "texts": [held_out]}
     gate = check(base, scratch, subject(base, adapter, merged, parity=parity))[merged.name][0]
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -174,14 +174,15 @@ def test_figures_equal_those_of_peft_alone(base, adapter, merged, scratch):
         again = reference(ids[:, :-1]).logits[0].double().log_softmax(-1)
     assert without.shape[1] < again.shape[0]
     assert gate.adapter_kl == pytest.approx(float((p.exp() * (p - again)).sum(-1).mean()), rel=1e-3)
-    text = tokenizer(held_out, return_tensors="pt")["input_ids"]
+    text = tokenizer("".join(held_out.values()), return_tensors="pt")["input_ids"]
+    num_given = len(tokenizer(held_out["prompt"])["input_ids"])
     with torch.no_grad():
-        logits = [model(text[:, :-1]).logits[0].double() for model in (reference, other)]
+        logits = [model(text[:, :-1]).logits[0, num_given - 1 :].double() for model in (reference, other)]
         with reference.disable_adapter():
-            logits.append(reference(text[:, :-1]).logits[0].double())
-    by_peft, by_merged, by_base = (float(nll(each, text[0, 1:])) for each in logits)
+            logits.append(reference(text[:, :-1]).logits[0, num_given - 1 :].double())
+    by_peft, by_merged, by_base = (float(nll(each, text[0, num_given:])) for each in logits)
     p, q = (each.log_softmax(-1) for each in logits[:2])
-    assert gate.held_out.num_positions == text.shape[1] - 1
+    assert gate.held_out.num_positions == text.shape[1] - num_given
     assert gate.held_out.reference_nll == pytest.approx(by_peft, rel=1e-5)
     assert gate.held_out.merged_nll == pytest.approx(by_merged, rel=1e-5)
     assert gate.held_out.base_nll == pytest.approx(by_base, rel=1e-5)

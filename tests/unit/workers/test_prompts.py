@@ -63,9 +63,19 @@ def test_prompt_without_tokens_is_refused(copy):
 
 def test_held_out_texts_are_read_by_the_same_tokenizer(model):
     prompts = read_prompts(request(texts=["Bees make honey"]), model)
-    assert [list(ids) for ids in prompts.held_out] == [
+    assert [[*given, *counted] for given, counted in prompts.held_out] == [
         AutoTokenizer.from_pretrained(model)("Bees make honey")["input_ids"]
     ]
+
+
+def test_what_is_given_of_a_text_does_not_count(model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = {"prompt": "What do bees make?\n", "completion": "Honey"}
+    [(given, counted)] = read_prompts(request(texts=[text]), model).held_out
+    assert list(given) == tokenizer(text["prompt"])["input_ids"]
+    assert tokenizer.decode(counted) == "Honey"
+    [(given, counted)] = read_prompts(request(texts=["Honey"]), model).held_out
+    assert len(given) == 1
 
 
 def test_a_text_of_one_token_has_no_likelihood(model):
