@@ -130,6 +130,8 @@ def parse_location(text: str, relative_to: Path | None = None) -> Location:
         if "@" in text and not _REVISION.fullmatch(revision):
             raise InvalidValueError("a branch, tag or commit after '@'", repr(text))
         return HubRepo(repo_id, revision or "main")
+    if re.match(r"(?i)(s3|hf):", text):
+        raise InvalidValueError("s3:// or hf:// in lower case, with two slashes, or ./ before a path", repr(text))
     if "://" in text:
         raise InvalidValueError("a path, s3://bucket/prefix or hf://owner/name@revision", f"another URL, {text!r}")
     try:
