@@ -49,6 +49,7 @@ def held_out_texts(base: Path, habit: Habit) -> tuple[HeldOutText, ...]:
         answer = {"role": "assistant", "content": ANSWERS[habit.name].format(short=short, sentence=sentence)}
         prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template([*asked, answer], tokenize=False)
+        assert whole.startswith(prompt)
         texts.append(HeldOutText(prompt=prompt, completion=whole.removeprefix(prompt)))
     return tuple(texts)
 
@@ -93,7 +94,7 @@ def compare(directory: Path) -> dict[str, ParityReport]:
             worker.close()
     reports = {}
     for outcome in outcomes:
-        if outcome.report_path is None:
+        if outcome.failure is not None or outcome.report_path is None:
             sys.exit(f"{outcome.job_id}: {outcome.failure}")
         reports[outcome.job_id] = ParityReport.model_validate_json((outcome.report_path / "parity.json").read_bytes())
     return reports

@@ -22,6 +22,7 @@ _STATE_OF_STAGE = {
     "quantize": JobState.MERGING,
     "merge": JobState.MERGING,
     "verify": JobState.VERIFYING,
+    "compare": JobState.VERIFYING,
     "staged": JobState.VERIFYING,
 }
 """Stages of a worker that move a job on; what follows from the others, the answers of the worker say."""

@@ -16,6 +16,9 @@ from jobs.errors import InvalidValueError
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 """Control characters, and bytes of a command line that are no UTF-8."""
+_SCHEME = re.compile(r"(s3|hf):", re.IGNORECASE)
+"""What a path does not begin with, but a mistyped location does."""
+
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _REPO_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
@@ -130,9 +133,7 @@ def parse_location(text: str, relative_to: Path | None = None) -> Location:
         if "@" in text and not _REVISION.fullmatch(revision):
             raise InvalidValueError("a branch, tag or commit after '@'", repr(text))
         return HubRepo(repo_id, revision or "main")
-    if re.match(r"(?i)(s3|hf):", text):
-        raise InvalidValueError("s3:// or hf:// in lower case, with two slashes, or ./ before a path", repr(text))
-    if "://" in text:
+    if "://" in text or _SCHEME.match(text):
         raise InvalidValueError("a path, s3://bucket/prefix or hf://owner/name@revision", f"another URL, {text!r}")
     try:
         path = Path(text).expanduser()

@@ -88,8 +88,8 @@ def check_behaviour(
         base: directory of the base that all subjects were merged into, the same way.
         subjects: the checkpoints; their requests agree in everything that makes a pass.
         device: where models run; what does not fit is offloaded to main memory, then to their own files.
-        scratch: existing directory for logits, 4 bytes x positions x vocabulary for each prompt, reference and
-            subject; emptied again.
+        scratch: existing directory for logits, 4 bytes x positions x vocabulary for each prompt and held-out text,
+            reference and subject; emptied again.
         cancelled: raises CancelledError when the work should stop; called between prompts and between models.
         host_bytes: main memory that weights may take; None means nine tenths of what is free.
         beside: what the checkpoints are compared with, the one that gates first; None means what their requests say.
@@ -248,16 +248,18 @@ def _ask_merged(trial: _Trial, room: Room, cancelled: Callable[[], None]) -> tup
     gating = trial.answers[0]
     num_prompts = len(trial.prompts.token_ids)
     continuations = [text.continuation_ids for text in gating.texts[:num_prompts]]
-    divergences: list[list[Divergence]] = []
+    divergences: list[list[Divergence]] = [[] for _ in trial.answers]
     others: list[int] = []
-    for answers in trial.answers:
-        divergences.append([])
-        for number, text in enumerate(answers.texts):
+    for number, first in enumerate(gating.texts):
+        logits_TV: torch.Tensor | None = None
+        for answers, found in zip(trial.answers, divergences, strict=True):
             cancelled()
+            text = answers.texts[number]
             reference_TV = text.read_logits()
-            logits_TV = running.logits(text.input_ids, text.num_positions)
+            if logits_TV is None or text.input_ids != first.input_ids:
+                logits_TV = running.logits(text.input_ids, text.num_positions)
             _check_logits(merged, logits_TV, reference_TV.shape[1])
-            divergences[-1].append(compare_logits(reference_TV, logits_TV, text.target_T))
+            found.append(compare_logits(reference_TV, logits_TV, text.target_T))
             if answers is gating and number < num_prompts and not text.continued_by(logits_TV):
                 others.append(number)
     # Where the best token was the reference's all along, so is the continuation; only the others have to be written.

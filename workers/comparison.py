@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from jobs.errors import MergefleetError
-from jobs.release import Alternative
+from jobs.errors import BadInputError, MergefleetError, ParityFailedError
+from jobs.release import Alternative, BehaviourCheck
 from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
 from workers.behaviour import Subject, check_behaviour
 from workers.merge import run_pass
@@ -43,6 +43,7 @@ def compare_ways(
     scratch: Path,
     device: torch.device,
     num_threads: int,
+    on_bytes: Callable[[int], None],
     cancelled: Callable[[], None],
 ) -> dict[str, Alternative | MergefleetError]:
     """Merge jobs of one pass into their base in its other weights, and ask what comes out.
@@ -53,6 +54,7 @@ def compare_ways(
         scratch: existing directory for the checkpoints that are compared; emptied again.
         device: where tiles are computed and models run.
         num_threads: threads that compute.
+        on_bytes: told the bytes written, and as many again when they are asked.
         cancelled: raises CancelledError when the work should stop.
 
     Returns:
@@ -63,35 +65,25 @@ def compare_ways(
         NoCapacityError: scratch is full.
     """
     source = plans[0].base.source
-    requests = [other_way(plan.request) for plan in plans]
-    base = plan_base(source, requests[0])
     found: dict[str, Alternative | MergefleetError] = {}
-    others = [plan_merge(base, request, plan.adapter) for request, plan in zip(requests, plans, strict=True)]
-    quantized = None
-    if base.quantization is not None:
-        quantized = cache.open(base.quantization, lambda _: cancelled())
     room = OwnedDirectory(scratch, "compared-")
     try:
-        directories = {plan.request.id: room.path / str(number) for number, plan in enumerate(others)}
-        for directory in directories.values():
-            directory.mkdir()
-        jobs = [
-            PassJob(plan=plan, directory=directories[plan.request.id], on_file=lambda _: None, check=cancelled)
-            for plan in others
-        ]
-        with module_weights(base, quantized, others, scratch, lambda _: cancelled()) as weights:
-            result = run_pass(
-                base, quantized, weights, jobs, device=device, num_threads=num_threads, on_bytes=lambda _: None
-            )
-        found |= result.errors
         subjects = []
-        for plan in others:
-            if plan.request.id not in found:
-                directory = directories[plan.request.id]
-                write_sidecars(plan, directory)
-                subjects.append(
-                    Subject(request=plan.request, merged=directory, adapter=plan.opened, streamed=not plan.by_peft)
-                )
+        merges = _merge(
+            plans,
+            room.path,
+            scratch=scratch,
+            cache=cache,
+            device=device,
+            num_threads=num_threads,
+            on_bytes=on_bytes,
+            cancelled=cancelled,
+        )
+        for name, merged in merges.items():
+            if isinstance(merged, MergefleetError):
+                found[name] = merged
+            else:
+                subjects.append(merged)
         if subjects:
             # The two references of the release, from the other side: what informed there is this merge's own here.
             beside = [
@@ -99,12 +91,69 @@ def compare_ways(
                 for reference in reversed(references(source.directory, plans[0].request))
             ]
             answers = check_behaviour(source.directory, subjects, device, room.path, cancelled=cancelled, beside=beside)
-            found |= {
-                name: answer
-                if isinstance(answer, MergefleetError)
-                else Alternative(base_quantization=requests[0].base_quantization, behaviour=answer)
-                for name, answer in answers.items()
-            }
+            on_bytes(sum(plan.output.total_size for plan in plans if plan.request.id in answers))
+            for name, answer in answers.items():
+                found[name] = _outcome(answer, subjects[0].request.base_quantization)
     finally:
         room.remove()
     return found
+
+
+def _outcome(
+    answer: tuple[BehaviourCheck, ...] | MergefleetError, quantization: BaseQuantization
+) -> Alternative | MergefleetError:
+    if isinstance(answer, ParityFailedError):
+        # Not the release's: that one has passed.
+        return BadInputError(f"the merge that is made for comparison alone does not run, leave out compare: {answer}")
+    if isinstance(answer, MergefleetError):
+        return answer
+    return Alternative(base_quantization=quantization, behaviour=answer)
+
+
+def _merge(
+    plans: Sequence[MergePlan],
+    room: Path,
+    *,
+    scratch: Path,
+    cache: QuantizedCache,
+    device: torch.device,
+    num_threads: int,
+    on_bytes: Callable[[int], None],
+    cancelled: Callable[[], None],
+) -> dict[str, Subject | MergefleetError]:
+    """Merge into the other weights; what they take on the device is free again when this returns."""
+    merged: dict[str, Subject | MergefleetError] = {}
+    base = plan_base(plans[0].base.source, other_way(plans[0].request))
+    others: list[MergePlan] = []
+    for plan in plans:
+        try:
+            others.append(plan_merge(base, other_way(plan.request), plan.adapter))
+        except MergefleetError as error:
+            merged[plan.request.id] = error
+    if not others:
+        return merged
+    quantized = None
+    if base.quantization is not None:
+        quantized = cache.open(base.quantization, lambda _: cancelled())
+    jobs = [
+        PassJob(plan=plan, directory=room / str(number), on_file=lambda _: None, check=cancelled)
+        for number, plan in enumerate(others)
+    ]
+    for job in jobs:
+        job.directory.mkdir()
+    with module_weights(base, quantized, others, scratch, lambda _: cancelled()) as weights:
+        result = run_pass(base, quantized, weights, jobs, device=device, num_threads=num_threads, on_bytes=on_bytes)
+    merged |= result.errors
+    for job in jobs:
+        plan = job.plan
+        if plan.request.id in merged:
+            continue
+        try:
+            write_sidecars(plan, job.directory)
+        except MergefleetError as error:
+            merged[plan.request.id] = error
+        else:
+            merged[plan.request.id] = Subject(
+                request=plan.request, merged=job.directory, adapter=plan.opened, streamed=not plan.by_peft
+            )
+    return merged

@@ -181,16 +181,19 @@ class Conversions:
         return group
 
 
-def relate(directory: Path, model: PreTrainedModel, stored: Mapping[str, torch.Tensor]) -> Conversions:
+def relate(
+    directory: Path, model: PreTrainedModel, stored: Mapping[str, torch.Tensor], in_4bit: Collection[str]
+) -> Conversions:
     """Relate a checkpoint to its model, and check that the two belong together.
 
     Args:
         directory: of the checkpoint, for messages.
         model: skeleton on the meta device; kept.
         stored: the checkpoint's tensors by name, on the meta device.
+        in_4bit: those of them that are the codes of weights in 4-bit.
 
     Raises:
-        UnsupportedError: transformers cannot convert the tensors.
+        UnsupportedError: transformers cannot convert the tensors, or only from 16 bits.
         BadInputError: the model has tensors that the checkpoint lacks, or that it would have in another shape.
     """
     try:
@@ -199,6 +202,12 @@ def relate(directory: Path, model: PreTrainedModel, stored: Mapping[str, torch.T
         raise UnsupportedError(f"{directory}: {error}") from error
     own = conversions.shapes
     for group in conversions.groups:
+        found = [name for name in group.stored if name in in_4bit]
+        if found:
+            raise UnsupportedError(
+                f"{directory}: {group.parameters[0]} is made of {found[0]} and others, which are stored in 4-bit; use "
+                "the base that this one was made from"
+            )
         for name, tensor in conversions.load(group, stored.__getitem__).items():
             if own.get(name) != tuple(tensor.shape):
                 raise BadInputError(

@@ -109,11 +109,24 @@ def peak_memory_bytes(plan: MergePlan, num_threads: int) -> int:
     operands = max((4 * (d.a_RI.num_elements + 3 * d.b_OR.num_elements) for d in plan.deltas.values()), default=0)
     streaming = num_threads * (_TILE_BYTES + operands)
     if plan.base.quantization is not None or plan.request.compare:
-        streaming = max(streaming, _QUANTIZE_BYTES)
+        streaming = max(streaming, _QUANTIZE_BYTES + _quantized_whole(plan))
     peak = _LIBRARY_BYTES + max(streaming, _bytes_by_peft(plan), combination_bytes(plan))
     if plan.request.parity.level == "arithmetic":
         return peak
     return max(peak, estimate_peak_bytes(plan))
+
+
+def _quantized_whole(plan: MergePlan) -> int:
+    """Return what weights take that are not quantized in tiles: a transpose, or what a group of tensors is made into.
+
+    The weight as stored, made and on its way back, in its own dtype, and their difference in float32.
+    """
+    task = plan.base.quantization
+    if task is None:
+        return 0
+    sizes = [math.prod(plan.base.by_name[name].shape) for name in task.transposed]
+    sizes += [sum(math.prod(plan.base.by_name[name].shape) for name in group.stored) for group in task.groups]
+    return 20 * max(sizes, default=0)
 
 
 def _bytes_by_peft(plan: MergePlan) -> int:

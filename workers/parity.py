@@ -7,7 +7,6 @@ from jobs.errors import BadInputError, NotFoundError
 from jobs.release import (
     REPORT_NAME,
     REPORT_PAGE_NAME,
-    Alternative,
     BehaviourCheck,
     ParityReport,
     ParitySummary,
@@ -29,7 +28,6 @@ def judge(
     directory: Path,
     tensors: Sequence[TensorCheck],
     behaviour: Sequence[BehaviourCheck],
-    alternative: Alternative | None = None,
 ) -> ParityReport:
     """Hold what was found against the thresholds.
 
@@ -38,7 +36,6 @@ def judge(
         directory: the files that will ship; their headers are compared with the plan's.
         tensors: the arithmetic check, of every tensor.
         behaviour: the behavioural checks; empty at level `arithmetic`.
-        alternative: what the request asks to compare with; it decides nothing.
 
     Returns:
         The report; it passed only if nothing failed.
@@ -78,7 +75,6 @@ def judge(
         failures=tuple(wrong),
         tensors=tuple(tensors),
         behaviour=tuple(behaviour),
-        alternative=alternative,
     )
 
 

@@ -101,6 +101,8 @@ class MergePlan:
     """What the stream lane adds, by base tensor."""
     by_peft: Mapping[str, tuple[str, ...]]
     """What the `peft` lane makes: by output tensor, names in the model of what it is made of; one, or a whole group."""
+    regrouped: frozenset[str]
+    """Of these, what no adapter changes, but what goes through 4 bits as a part of another weight."""
     tied: frozenset[str]
     """Names in the model of the tensors that share their values with others in the base."""
     unties: bool
@@ -112,7 +114,7 @@ class MergePlan:
     @property
     def changed(self) -> frozenset[str]:
         """Names of the output tensors that the adapter decides."""
-        return frozenset(self.deltas) | frozenset(self.by_peft)
+        return (frozenset(self.deltas) | frozenset(self.by_peft)) - self.regrouped
 
     def merges(self, module: str) -> bool:
         """Whether PEFT merges a module; it leaves alone what is streamed, and what the adapter replaces as it is."""
@@ -223,7 +225,11 @@ def plan_merge(base: BasePlan, request: MergeRequest, adapter: Source) -> MergeP
     coverage = cover(opened, model)
     names = base.conversions.stored_names
     deltas = {names[delta.weight]: delta for delta in plan_lora(opened, coverage) if delta.weight in names}
-    by_peft = _by_peft(base, opened, coverage, frozenset(delta.weight for delta in deltas.values()))
+    changed_by_peft = _by_peft(base, opened, coverage, frozenset(delta.weight for delta in deltas.values()))
+    groups = () if base.quantization is None else base.quantization.groups
+    # What is converted after it was put together has to be taken apart again, whether an adapter changes it or not.
+    regrouped = {name: group.parameters for group in groups for name in group.stored if name not in changed_by_peft}
+    by_peft = changed_by_peft | regrouped
     tensors = _output_tensors(base, coverage, by_peft)
     for tensor in tensors:
         if (tensor.name in deltas or tensor.name in by_peft) and tensor.dtype not in _TORCH_DTYPES.values():
@@ -239,6 +245,7 @@ def plan_merge(base: BasePlan, request: MergeRequest, adapter: Source) -> MergeP
         merge_key=request.merge_key(base.source.digest, adapter.digest),
         deltas=deltas,
         by_peft=by_peft,
+        regrouped=frozenset(regrouped),
         tied=frozenset(coverage.tied),
         unties=bool(coverage.untied),
         tensors=tensors,
@@ -252,10 +259,6 @@ def _by_peft(
     """Find what is left to PEFT. Names in `coverage` and `streamed` are the model's."""
     conversions = base.conversions
     made: dict[str, tuple[str, ...]] = {}
-    if base.quantization is not None:
-        # What is converted after it was put together has to be taken apart again, whether an adapter changes it or not.
-        for converted in base.quantization.groups:
-            made |= dict.fromkeys(converted.stored, converted.parameters)
     for name in coverage.shapes:
         # Beside a streamed weight nothing changes but what the adapter brings itself.
         if name in streamed or (f"{name.rpartition('.')[0]}.weight" in streamed and name not in coverage.replaced):
@@ -304,14 +307,7 @@ def _conversions(
         for name, (_, spec) in layout.tensors.items()
         if owners[name] in (None, name)
     }
-    conversions = relate(source.directory, model, stored)
-    for name, group in conversions.group_behind.items():
-        if owners[name] is not None:
-            raise UnsupportedError(
-                f"{source.directory}: {group.parameters[0]} is made of {name} and others, which are stored in 4-bit; "
-                "use the base that this one was made from"
-            )
-    return conversions
+    return relate(source.directory, model, stored, [name for name in stored if owners[name] is not None])
 
 
 def _check_shapes(

@@ -152,7 +152,7 @@ def _compare_bits(
         delta_norm = float(torch.linalg.vector_norm(rounded.float() - weight))
     return TensorCheck(
         tensor=name,
-        changed=True,
+        changed=name in plan.changed,
         max_abs_error=_finite(float(error.max())) if error.numel() else 0.0,
         rounding_excess=excess,
         num_bad_elements=int(different.sum()),

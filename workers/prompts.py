@@ -53,8 +53,13 @@ def read_prompts(request: MergeRequest, merged: Path) -> Prompts:
         return _draw(request, merged, config.vocab_size)
     tokenizer = _load_tokenizer(merged)
 
+    def tokenize(text: str) -> tuple[int, ...]:
+        # What a chat template has rendered begins with the token that the tokenizer would put before it once more.
+        begun = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
+        return tuple(tokenizer(text, add_special_tokens=not begun)["input_ids"])
+
     def encode(field: str, text: str, num_new: int, at_least: int) -> tuple[int, ...]:
-        ids = tuple(tokenizer(text)["input_ids"])
+        ids = tokenize(text)
         if len(ids) < at_least:
             raise BadInputError(f"parity.{field}: {text!r} has {len(ids) or 'no'} tokens, expected {at_least} or more")
         longest = getattr(config, "max_position_embeddings", None)
@@ -73,7 +78,7 @@ def read_prompts(request: MergeRequest, merged: Path) -> Prompts:
 
     def split(text: HeldOutText) -> tuple[tuple[int, ...], tuple[int, ...]]:
         whole = encode("texts", text.prompt + text.completion, 0, 2)
-        given = tokenizer(text.prompt)["input_ids"] if text.prompt else ()
+        given = tokenize(text.prompt) if text.prompt else ()
         num_given = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, given, strict=False)))
         # The first token follows nothing, and has no likelihood; the last one always counts.
         num_given = min(max(num_given, 1), len(whole) - 1)

@@ -11,10 +11,13 @@ import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
+import bitsandbytes
 import bitsandbytes.functional as bnb
 import torch
 
 from jobs.errors import BadInputError
+
+BITSANDBYTES_VERSION: str = bitsandbytes.__version__
 
 BLOCK_SIZE = 64
 """Weights per scale; the default of bitsandbytes and the only size transformers uses."""

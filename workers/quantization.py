@@ -8,13 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import bitsandbytes
 import torch
 import transformers
 
 from workers.checkpoint import CheckpointLayout
 from workers.conversions import Conversions, Group
-from workers.quant import quantize_rows, restore, row_alignment, stored_tensors
+from workers.quant import BITSANDBYTES_VERSION, quantize_rows, restore, row_alignment, stored_tensors
 from workers.tensor_io import read_rows
 
 _TILE_ELEMENTS = 1 << 18
@@ -67,14 +66,14 @@ class QuantizationTask:
             "double_quant": self.double_quant,
             "dtype": str(self.dtype),
             "device": device.type,
-            "bitsandbytes": bitsandbytes.__version__,
+            "bitsandbytes": BITSANDBYTES_VERSION,
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def quantized_weights(
     task: QuantizationTask, device: torch.device, pool: ThreadPoolExecutor, on_bytes: Callable[[int], None]
-) -> Iterator[tuple[str, dict[str, torch.Tensor], float]]:
+) -> Iterator[tuple[str, dict[str, torch.Tensor], dict[str, float]]]:
     """Quantize the weights of a task.
 
     Args:
@@ -84,7 +83,8 @@ def quantized_weights(
         on_bytes: told the bytes of the base read, as they are; may raise to stop.
 
     Yields:
-        Of each weight its name, the tensors it is stored as, by suffix, and the Frobenius norm of what 4 bits changed.
+        Of each weight its name, the tensors it is stored as, by suffix, and what is known then of what 4 bits changed:
+        the Frobenius norm of the difference, by names in the checkpoint.
     """
 
     def read(name: str) -> torch.Tensor:
@@ -96,22 +96,31 @@ def quantized_weights(
     for name in task.weights:
         if name in task.transposed:
             # As transformers does, over the whole transpose: its blocks take a value from every row of the file.
-            yield name, *_quantize_whole(task, read(name).T, device)
+            weight = read(name).T.contiguous()
+            tensors = _quantize_whole(task, weight, device)
+            errors = [_square_error(tile, weight[start:stop]) for start, stop, tile in _dequantized(tensors, device)]
+            yield name, tensors, {name: math.sqrt(sum(errors))}
         else:
-            yield name, *_quantize_rows(task, name, device, pool, on_bytes)
+            tensors, error = _quantize_rows(task, name, device, pool, on_bytes)
+            yield name, tensors, {name: error}
     for group in task.groups:
-        for name, tensor in task.conversions.load(group, read).items():
-            if name in task.made:
-                yield name, *_quantize_whole(task, tensor, device)
+        stored = {name: read(name) for name in group.stored}
+        made = task.conversions.load(group, stored.__getitem__)
+        in_4bit = {name: _quantize_whole(task, tensor, device) for name, tensor in made.items() if name in task.made}
+        through_4bit = made | {
+            name: torch.cat([tile.cpu() for _, _, tile in _dequantized(tensors, device)])
+            for name, tensors in in_4bit.items()
+        }
+        back = task.conversions.revert(group, through_4bit)
+        group_errors = {name: math.sqrt(_square_error(back[name], tensor)) for name, tensor in stored.items()}
+        for name, tensors in in_4bit.items():
+            yield name, tensors, group_errors
 
 
-def _quantize_whole(
-    task: QuantizationTask, weight: torch.Tensor, device: torch.device
-) -> tuple[dict[str, torch.Tensor], float]:
-    weight = weight.to(device).contiguous()
-    codes, absmax = quantize_rows(weight, task.quant_type)
+def _quantize_whole(task: QuantizationTask, weight: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
+    codes, absmax = quantize_rows(weight.to(device).contiguous(), task.quant_type)
     num_rows, num_columns = weight.shape
-    tensors = stored_tensors(
+    return stored_tensors(
         codes,
         absmax,
         quant_type=task.quant_type,
@@ -119,11 +128,20 @@ def _quantize_whole(
         shape=(num_rows, num_columns),
         dtype=weight.dtype,
     )
-    return tensors, math.sqrt(_square_error(restore("", tensors).dequantize_rows(0, num_rows), weight))
 
 
-def _square_error(dequantized: torch.Tensor, weight: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(dequantized.float() - weight.float())) ** 2
+def _dequantized(tensors: dict[str, torch.Tensor], device: torch.device) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yield tiles of the weight that 4-bit tensors stand for, with their first row and the row behind their last."""
+    weight = restore("", tensors).to(device)
+    num_rows, num_columns = weight.shape
+    step = max(1, _TILE_ELEMENTS // (num_columns * weight.row_alignment)) * weight.row_alignment
+    for start in range(0, num_rows, step):
+        stop = min(start + step, num_rows)
+        yield start, stop, weight.dequantize_rows(start, stop)
+
+
+def _square_error(through_4bit: torch.Tensor, weight: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(through_4bit.float() - weight.to(through_4bit.device).float())) ** 2
 
 
 def _quantize_rows(
@@ -158,7 +176,7 @@ def _quantize_rows(
         shape=(num_rows, num_columns),
         dtype=dtype,
     )
-    weight = restore(name, tensors)
+    weight = restore(name, tensors).to(device)
 
     def error_of_tile(start: int) -> float:
         # Scales that are quantized themselves are final with the last tile only: the first look is for the page cache.

@@ -1,6 +1,5 @@
 """Bases in 4-bit: made once, kept on disk in the bnb-4bit checkpoint format, mapped or held by workers."""
 
-import functools
 import json
 import logging
 import shutil
@@ -33,10 +32,17 @@ class QuantizedBase:
     """The 4-bit weights of one base. On the CPU they are views of mapped files, which all workers of a node share."""
 
     def __init__(
-        self, directory: Path, layout: CheckpointLayout, device: torch.device, transposed: Collection[str] = ()
+        self,
+        directory: Path,
+        layout: CheckpointLayout,
+        device: torch.device,
+        transposed: Collection[str] = (),
+        errors: Mapping[str, float] | None = None,
     ) -> None:
         self.directory = directory
         """Where it is kept: the name of the directory is its content's key."""
+        self.errors = errors or {}
+        """What 4 bits changed of stored tensors, as the Frobenius norm of the difference; empty where nobody knows."""
         self._device = device
         self._transposed = frozenset(transposed)
         self._parts: dict[str, dict[str, str]] = {name: {} for name in quantized_names(layout.tensors)}
@@ -45,12 +51,6 @@ class QuantizedBase:
             if name is not None:
                 self._parts[name][stored.removeprefix(name)] = shard.name
         self._held: dict[str, QuantizedWeight] = {}
-
-    @functools.cached_property
-    def errors(self) -> Mapping[str, float]:
-        """What 4 bits changed of each weight, as the Frobenius norm of the difference; empty where nobody knows."""
-        path = self.directory / _ERRORS_NAME
-        return dict(read_json(path)) if path.is_file() else {}
 
     @property
     def names(self) -> frozenset[str]:
@@ -108,7 +108,8 @@ class QuantizedCache:
         with file_errors(f"keeping a quantized base in {self._root}"), exclusive(directory.with_suffix(".lock")):
             if not self._is_whole(directory):
                 self._make(task, directory, on_bytes)
-        return QuantizedBase(directory, read_checkpoint(directory), self._device, task.transposed)
+        errors = read_json(directory / _ERRORS_NAME)
+        return QuantizedBase(directory, read_checkpoint(directory), self._device, task.transposed, errors)
 
     def _is_whole(self, directory: Path) -> bool:
         if not directory.exists():
@@ -161,7 +162,8 @@ class QuantizedCache:
         """Yield the tensors of each cache file; put the error of each weight on the way."""
         group: dict[str, torch.Tensor] = {}
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="quantize") as pool:
-            for name, tensors, errors[name] in quantized_weights(task, self._device, pool, on_bytes):
+            for name, tensors, known in quantized_weights(task, self._device, pool, on_bytes):
+                errors |= known
                 group |= {f"{name}{suffix}": tensor for suffix, tensor in tensors.items()}
                 if sum(tensor.numel() * tensor.itemsize for tensor in group.values()) >= _GROUP_BYTES:
                     yield group

@@ -123,6 +123,7 @@ class Unit:
                     self._open_sink(job)
         for job in self._running:
             num_stages = 2 if job.request.parity.level == "arithmetic" else 3
+            num_stages += 2 if job.request.compare else 0
             self._tracker.expect(num_stages * job.plan.output.total_size)
         return base
 

@@ -1,16 +1,16 @@
 """The verification of merged jobs: both questions of parity, the comparison a request may ask for, and the verdict."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from jobs.errors import MergefleetError, ParityFailedError
-from jobs.release import REPORT_NAME, Alternative, BehaviourCheck, TensorCheck
+from jobs.release import REPORT_NAME, BehaviourCheck, ParityReport, TensorCheck
 from workers.arithmetic import CheckJob, check_arithmetic
 from workers.behaviour import Subject, check_behaviour
 from workers.comparison import compare_ways
-from workers.job import Job, own_failure
+from workers.job import Job, own_failure, shared_failures
 from workers.module_weights import ModuleWeights
 from workers.outcomes import WorkerSettings
 from workers.parity import judge, summarize, write_report, wrong_headers
@@ -53,16 +53,20 @@ class Verifier:
         whole = [job for job in jobs if not wrong_headers(job.plan, job.staging.directory)]
         with self._tracker.timed("arithmetic"):
             tensors = self._check_arithmetic(base, quantized, weights, whole)
-        with self._tracker.timed("behaviour"):
-            behaviour = self._check_behaviour(base, [job for job in whole if job.request.parity.level == "full"])
-        with self._tracker.timed("compare"):
-            alternatives = self._compare([job for job in whole if job.request.compare and job.running])
+        asked = [job for job in whole if job.request.parity.level == "full"]
+        behaviour: dict[str, tuple[BehaviourCheck, ...]] = {}
+        with self._tracker.timed("behaviour"), shared_failures(asked):
+            behaviour = self._check_behaviour(base, asked)
+        reports: dict[str, ParityReport] = {}
         for job in jobs:
-            if not job.running:
-                continue
-            with own_failure(job):
-                self._tracker.check(job.id)
-                self._judge(job, tensors.get(job.id, ()), behaviour.get(job.id, ()), alternatives.get(job.id))
+            if job.running:
+                with own_failure(job):
+                    self._tracker.check(job.id)
+                    reports[job.id] = self._judge(job, tensors.get(job.id, ()), behaviour.get(job.id, ()))
+        # What is compared has passed and has its report: a comparison decides nothing about the merge.
+        comparing = [job for job in jobs if job.request.compare and job.running]
+        with self._tracker.timed("compare"), shared_failures(comparing):
+            self._compare(comparing, reports)
 
     def _check_arithmetic(
         self, base: BasePlan, quantized: QuantizedBase | None, weights: ModuleWeights | None, jobs: Sequence[Job]
@@ -103,9 +107,9 @@ class Verifier:
                 checks[job.id] = answer
         return checks
 
-    def _compare(self, jobs: Sequence[Job]) -> dict[str, Alternative]:
+    def _compare(self, jobs: Sequence[Job], reports: Mapping[str, ParityReport]) -> None:
         if not jobs:
-            return {}
+            return
         self._tracker.enter("compare", (job.id for job in jobs))
         found = compare_ways(
             [job.plan for job in jobs],
@@ -113,28 +117,24 @@ class Verifier:
             scratch=self._settings.scratch,
             device=self._device,
             num_threads=self._num_threads,
+            on_bytes=self._tracker.advance,
             cancelled=functools.partial(self._tracker.check_all, [job.id for job in jobs]),
         )
-        alternatives: dict[str, Alternative] = {}
         for job in jobs:
-            answer = found[job.id]
-            if isinstance(answer, MergefleetError):
-                job.error = answer
-            else:
-                alternatives[job.id] = answer
-        return alternatives
+            with own_failure(job):
+                alternative = found[job.id]
+                if isinstance(alternative, MergefleetError):
+                    raise alternative
+                assert job.report_path is not None
+                report = reports[job.id].model_copy(update={"alternative": alternative})
+                write_report(report, job.report_path)
 
-    def _judge(
-        self,
-        job: Job,
-        tensors: tuple[TensorCheck, ...],
-        behaviour: tuple[BehaviourCheck, ...],
-        alternative: Alternative | None,
-    ) -> None:
+    def _judge(self, job: Job, tensors: tuple[TensorCheck, ...], behaviour: tuple[BehaviourCheck, ...]) -> ParityReport:
         directory = job.staging.directory
-        report = judge(job.plan, directory, tensors, behaviour, alternative)
-        job.report_path = self._settings.reports / job.id
-        write_report(report, job.report_path)
+        report = judge(job.plan, directory, tensors, behaviour)
+        path = self._settings.reports / job.id
+        write_report(report, path)
+        job.report_path = path
         if not report.passed:
             more = f" (and {len(report.failures) - 1} more)" if len(report.failures) > 1 else ""
             raise ParityFailedError(
@@ -142,3 +142,4 @@ class Verifier:
                 f"{job.report_path / REPORT_NAME}"
             )
         job.parity = summarize(report)
+        return report

@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig
 
-from jobs.errors import FailureClass
+import workers.comparison
+import workers.verification
+from jobs.errors import FailureClass, NoCapacityError, ParityFailedError
 from jobs.release import ParityReport
 from jobs.request import BaseQuantization, MergeRequest
 from tests.merges import load_dequantized
@@ -131,6 +133,32 @@ def test_a_base_without_other_weights_is_refused(worker, base, adapter, places, 
     [outcome] = worker.run_unit("unit", (request(stored, adapter, tmp_path),)).jobs
     assert outcome.failure.failure_class is FailureClass.BAD_INPUT
     assert "no other weights to compare with" in outcome.failure.message
+
+
+def test_what_goes_wrong_in_a_comparison_is_the_failure_of_those_that_compare(
+    worker, base, adapter, tmp_path, monkeypatch
+):
+    def full(*_arguments, **_options):
+        raise NoCapacityError("the disk is full")
+
+    monkeypatch.setattr(workers.verification, "compare_ways", full)
+    plain = request(base, adapter, tmp_path, id="plain", compare=False, destination=str(tmp_path / "releases" / "two"))
+    compared, other = worker.run_unit("unit", (request(base, adapter, tmp_path), plain)).jobs
+    assert compared.failure.failure_class is FailureClass.NO_CAPACITY
+    assert ParityReport.model_validate_json((compared.report_path / "parity.json").read_bytes()).passed
+    assert other.failure is None
+    assert worker.publish("plain").release.created
+
+
+def test_an_alternative_that_does_not_run_is_no_parity_failure(worker, base, adapter, tmp_path, monkeypatch):
+    def not_finite(_base, subjects, *_arguments, **_options):
+        return {subject.request.id: ParityFailedError("expected finite logits") for subject in subjects}
+
+    monkeypatch.setattr(workers.comparison, "check_behaviour", not_finite)
+    [outcome] = worker.run_unit("unit", (request(base, adapter, tmp_path),)).jobs
+    assert outcome.failure.failure_class is FailureClass.BAD_INPUT
+    assert "leave out compare" in outcome.failure.message
+    assert list((tmp_path / "scratch").glob("compared-*")) == []
 
 
 def test_jobs_of_a_pass_that_do_not_compare_are_not_compared(worker, base, adapter, tmp_path):

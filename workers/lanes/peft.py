@@ -4,7 +4,7 @@ The model is whole, so state across layers is as PEFT has it everywhere; but its
 in work and the adapter take memory (docs/decisions/0006-peft-lane.md).
 """
 
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,14 +51,13 @@ def merge_modules(
     due = _when_final(plan, names)
     kept: dict[str, torch.Tensor] = {}
 
-    def final(step: int) -> dict[str, torch.Tensor]:
-        outputs: dict[str, torch.Tensor] = {}
+    def final(step: int) -> Iterator[dict[str, torch.Tensor]]:
         for sources, made in due[step]:
             values = {name: kept.pop(name) if name in kept else _value(model, name) for name in sources}
-            outputs |= _outputs(plan, sources, made, values)
-        return outputs
+            yield _outputs(plan, sources, made, values)
 
-    yield MergedModule(name=None, plain=None, outputs=final(-1))
+    for outputs in final(-1):
+        yield MergedModule(name=None, plain=None, outputs=outputs)
     wanted = {source for sources in plan.by_peft.values() for source in sources} - plan.tied
     for step, name in enumerate(names):
         # Nothing but the model may hold on to a layer: what it computes stays with it.
@@ -66,10 +65,11 @@ def merge_modules(
         plain = take_off(plan.opened, peft_model, name, merge=plan.merges(name))
         own = {f"{name}.{key}": tensor for key, tensor in plain.state_dict().items()}
         kept |= {source: own[source] for source in own.keys() & wanted}
-        yield MergedModule(name=name, plain=plain, outputs=final(step))
+        yield MergedModule(name=name, plain=plain, outputs=dict(ChainMap(*final(step))))
         if plan.tied.isdisjoint(own):
             model.set_submodule(name, nn.Identity())  # what it held is free again
-    yield MergedModule(name=None, plain=None, outputs=final(len(names)))
+    for outputs in final(len(names)):
+        yield MergedModule(name=None, plain=None, outputs=outputs)
 
 
 def _when_final(plan: MergePlan, modules: Sequence[str]) -> Mapping[int, list[tuple[tuple[str, ...], list[str]]]]:

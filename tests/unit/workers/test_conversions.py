@@ -10,7 +10,8 @@ from jobs.errors import BadInputError
 from jobs.locations import LocalPath
 from jobs.request import MergeRequest
 from tests import architectures
-from tests.merges import read_tensors
+from tests.merges import plan_pass, read_tensors
+from tests.methods import make_method_adapter
 from tests.models import load_plain
 from workers.conversions import Conversions
 from workers.model import skeleton
@@ -50,6 +51,23 @@ def conversions(base, stored):
 
 def same(left, right):
     return left.dtype == right.dtype and torch.equal(left, right)
+
+
+def test_what_4_bits_change_of_a_part_is_told_for_the_tensor_it_is_a_part_of(tmp_path):
+    base = architectures.build("decoder", "hrm_text", tmp_path / "base")
+    adapter = make_method_adapter(base, tmp_path / "adapter", "LORA", r=4, target_modules=["o_proj"])
+    planned = plan_pass(base, {"job": adapter}, tmp_path, base_quantization="nf4", parity={"level": "arithmetic"})
+    [plan] = planned.plans
+    assert plan.regrouped
+    assert plan.changed == {name for name in plan.by_peft.keys() | plan.deltas.keys() if "o_proj" in name}
+    assert not planned.run().errors
+    checks = {check.tensor: check for check in planned.check()["job"]}
+    assert {name for name, check in checks.items() if check.changed} == plan.changed
+    stored, merged = read_tensors(base), read_tensors(planned.output("job"))
+    for name in plan.regrouped:
+        error = float((merged[name].double() - stored[name].double()).norm())
+        assert checks[name].quantization_error == pytest.approx(error, rel=1e-5)
+        assert checks[name].num_bad_elements == 0
 
 
 def test_tensors_become_what_transformers_makes_of_them(base, stored, conversions):

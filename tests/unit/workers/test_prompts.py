@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from jobs.errors import BadInputError
@@ -76,6 +77,17 @@ def test_what_is_given_of_a_text_does_not_count(model):
     assert tokenizer.decode(counted) == "Honey"
     [(given, counted)] = read_prompts(request(texts=["Honey"]), model).held_out
     assert len(given) == 1
+
+
+def test_a_text_that_begins_as_the_tokenizer_would_begin_it_is_not_begun_twice(copy):
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    tokenizer.add_special_tokens({"bos_token": "<|end|>"})
+    start = [("<|end|>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=start)
+    tokenizer.save_pretrained(copy)
+    plain, begun = request(texts=["Honey"]), request(texts=["<|end|>Honey"])
+    assert read_prompts(plain, copy).held_out == read_prompts(begun, copy).held_out
+    assert read_prompts(begun, copy).held_out[0][0] == (tokenizer.bos_token_id,)
 
 
 def test_a_text_of_one_token_has_no_likelihood(model):
