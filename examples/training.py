@@ -12,7 +12,7 @@ from examples.chat_model import load_model
 from examples.chats import Habit
 
 NUM_STEPS = 12
-BATCH_SIZE = 4
+BATCH_SIZE = 8
 LEARNING_RATE = 2e-3
 RANK = 8
 _IGNORED = -100
