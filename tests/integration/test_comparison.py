@@ -21,8 +21,8 @@ from workers.worker import MergeWorker
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 PARITY = {
-    "prompts": ["The capital of France is", "Once upon a time"],
-    "max_new_tokens": 4,
+    "prompts": ["The capital of France is"],
+    "max_new_tokens": 2,
     "texts": ["Bees make honey.", {"prompt": "How many days has a week? ", "completion": "It has seven."}],
 }
 

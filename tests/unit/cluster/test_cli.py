@@ -26,6 +26,7 @@ SURFACE = {
         "--base-quantization",
         "--dtype",
         "--parity",
+        "--compare",
         "--log-format",
         "--json",
         "--debug",
