@@ -116,8 +116,8 @@ def merge_and_show(output: Terminal, requests: tuple[MergeRequest, ...]) -> tupl
     for result in results:
         if result.release is not None:
             output.show(manifest_line(result.release.location, result.release.manifest))
-            if result.ways:
-                output.show(comparison_table(result.ways))
+            if ways := result.ways:
+                output.show(comparison_table(ways))
             elif result.request.compare:
                 output.show("The release was there already: nothing was merged, and nothing compared.")
         elif result.failure is not None:

@@ -19,7 +19,7 @@ def inner_model(annotation: Any) -> type[BaseModel] | None:
 
 
 def is_empty(value: Any) -> bool:
-    """Tell pydantic's `exclude_if` to leave out a field that stands at what it means when it is left out."""
+    """Return whether a value is false or holds nothing: like None, it is not written where it says nothing."""
     return not value
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,14 +119,20 @@ def quantized_weights(
 
 def _quantize_whole(task: QuantizationTask, weight: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
     codes, absmax = quantize_rows(weight.to(device).contiguous(), task.quant_type)
-    num_rows, num_columns = weight.shape
+    return _stored(task, codes, absmax, weight.shape, weight.dtype)
+
+
+def _stored(
+    task: QuantizationTask, codes: torch.Tensor, absmax: torch.Tensor, shape: Sequence[int], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    num_rows, num_columns = shape
     return stored_tensors(
         codes,
         absmax,
         quant_type=task.quant_type,
         double_quant=task.double_quant,
         shape=(num_rows, num_columns),
-        dtype=weight.dtype,
+        dtype=dtype,
     )
 
 
@@ -168,14 +174,8 @@ def _quantize_rows(
 
     starts = range(0, num_rows, rows_per_tile)
     tiles = list(pool.map(quantize_tile, starts))
-    tensors = stored_tensors(
-        torch.cat([codes for codes, _ in tiles]),
-        torch.cat([absmax for _, absmax in tiles]),
-        quant_type=task.quant_type,
-        double_quant=task.double_quant,
-        shape=(num_rows, num_columns),
-        dtype=dtype,
-    )
+    codes, absmax = (torch.cat(parts) for parts in zip(*tiles, strict=True))
+    tensors = _stored(task, codes, absmax, spec.shape, dtype)
     weight = restore(name, tensors).to(device)
 
     def error_of_tile(start: int) -> float:

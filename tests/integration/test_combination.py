@@ -11,8 +11,6 @@ from jobs.request import MergeRequest
 from tests.combinations import merge_combined_by_peft
 from tests.merges import different, merge_by_peft, read_tensors
 from tests.models import build_llama, make_adapter
-from workers.outcomes import WorkerSettings
-from workers.worker import MergeWorker
 
 PARITY = {"prompts": ["The capital of France is"], "max_new_tokens": 3}
 WEIGHTS = (0.75, -0.5)
@@ -27,20 +25,6 @@ def base(tmp_path_factory):
 def adapters(tmp_path_factory, base):
     places = tmp_path_factory.mktemp("adapters")
     return make_adapter(base, places / "one"), make_adapter(base, places / "two", targets=["q_proj", "up_proj"], seed=2)
-
-
-@pytest.fixture
-def worker(tmp_path):
-    settings = WorkerSettings(
-        cache=tmp_path / "cache",
-        scratch=tmp_path / "scratch",
-        reports=tmp_path / "reports",
-        device="cpu",
-        num_threads=2,
-    )
-    worker = MergeWorker(settings)
-    yield worker
-    worker.close()
 
 
 @pytest.fixture

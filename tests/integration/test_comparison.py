@@ -16,8 +16,6 @@ from tests.methods import make_method_adapter
 from tests.models import build_bnb_4bit, build_llama, load_plain, make_adapter, merge_with_peft
 from workers.behaviour import Subject, check_behaviour
 from workers.lanes.adapter import open_adapter
-from workers.outcomes import WorkerSettings
-from workers.worker import MergeWorker
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 PARITY = {
@@ -40,21 +38,6 @@ def base(places):
 @pytest.fixture(scope="module")
 def adapter(places, base):
     return make_adapter(base, places / "adapter")
-
-
-@pytest.fixture
-def worker(tmp_path):
-    worker = MergeWorker(
-        WorkerSettings(
-            cache=tmp_path / "cache",
-            scratch=tmp_path / "scratch",
-            reports=tmp_path / "reports",
-            device="cpu",
-            num_threads=2,
-        )
-    )
-    yield worker
-    worker.close()
 
 
 def request(base, adapter, tmp_path, **fields):

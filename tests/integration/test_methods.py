@@ -8,8 +8,6 @@ from jobs.request import MergeRequest
 from tests.methods import make_method_adapter
 from tests.models import build_llama, build_qwen2, make_adapter
 from workers.inference import quiet_libraries
-from workers.outcomes import WorkerSettings
-from workers.worker import MergeWorker
 
 PARITY = {"prompts": ["The capital of France is"], "max_new_tokens": 3}
 # Of each kind of method one: `make fidelity` compares all of them with PEFT, bit by bit.
@@ -33,21 +31,6 @@ METHODS = [
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return build_llama(tmp_path_factory.mktemp("base") / "llama")
-
-
-@pytest.fixture
-def worker(tmp_path):
-    worker = MergeWorker(
-        WorkerSettings(
-            cache=tmp_path / "cache",
-            scratch=tmp_path / "scratch",
-            reports=tmp_path / "reports",
-            device="cpu",
-            num_threads=2,
-        )
-    )
-    yield worker
-    worker.close()
 
 
 def outcomes_of(worker, base, adapters, tmp_path, **fields):

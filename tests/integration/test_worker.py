@@ -24,7 +24,6 @@ from tests.merges import different, merge_by_peft, open_descriptors, read_tensor
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
 from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from workers.model import quiet_transformers
-from workers.outcomes import WorkerSettings
 from workers.sinks.directory import DirectoryStaging
 from workers.worker import MergeWorker
 
@@ -49,24 +48,6 @@ def adapters(places, base):
         "two": make_adapter(base, places / "two", rank=4, targets=["q_proj", "v_proj"], seed=2),
         "three": make_adapter(base, places / "three", rank=3, alpha=5, rslora=True, seed=3),
     }
-
-
-@pytest.fixture
-def settings(tmp_path):
-    return WorkerSettings(
-        cache=tmp_path / "cache",
-        scratch=tmp_path / "scratch",
-        reports=tmp_path / "reports",
-        device="cpu",
-        num_threads=2,
-    )
-
-
-@pytest.fixture
-def worker(settings):
-    worker = MergeWorker(settings)
-    yield worker
-    worker.close()
 
 
 @pytest.fixture
