@@ -15,20 +15,16 @@ settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("random", derandomize=False)
 settings.load_profile("repeatable")
 
-_home = pytest.StashKey[tempfile.TemporaryDirectory]()
+# huggingface_hub reads these variables once, when it is imported, which the first conftest below this one may do.
+_home = tempfile.TemporaryDirectory(prefix="mergefleet-tests-")
+os.environ["HF_HOME"] = _home.name
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+for _name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
+    os.environ.pop(_name, None)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Give huggingface_hub a home of its own: it reads these variables once, when it is imported."""
-    config.stash[_home] = tempfile.TemporaryDirectory(prefix="mergefleet-tests-")
-    os.environ["HF_HOME"] = config.stash[_home].name
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    for name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
-        os.environ.pop(name, None)
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    config.stash[_home].cleanup()
+def pytest_unconfigure() -> None:
+    _home.cleanup()
 
 
 @pytest.fixture(scope="session")
