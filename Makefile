@@ -38,7 +38,12 @@ lint: setup  ## style, types and import rules
 test: lint  ## lint, then every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-bench: setup  ## time and memory against the usual merges and cp -r; SHAPE=tiny, 0.5b, 1.1b, 1.5b or 13b
+# Only here, as it is no library of ours and brings many.
+$(VENV)/.mergekit: $(INSTALLED)
+	$(PIP) install --quiet --constraint constraints.txt --group bench
+	touch $@
+
+bench: $(VENV)/.mergekit  ## time and memory against the usual merges and cp -r; SHAPE=tiny, 0.5b, 1.1b, 1.5b or 13b
 	$(BIN)/python -m benchmarks.bench --shape $(SHAPE)
 
 fidelity: setup  ## every method, and LoRA on every architecture, against PEFT; writes docs/compatibility.md

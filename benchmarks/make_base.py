@@ -108,7 +108,7 @@ def make_base(shape: str, directory: Path) -> None:
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def make_adapter(shape: str, name: str, directory: Path, base: Path) -> None:
+def make_adapter(shape: str, name: str, directory: Path, base: Path, seed: int = 0) -> None:
     """Write one adapter as PEFT saves it: float32, A uniform as PEFT starts it, B normal instead of zero.
 
     Args:
@@ -116,6 +116,7 @@ def make_adapter(shape: str, name: str, directory: Path, base: Path) -> None:
         name: a key of `ADAPTERS`.
         directory: becomes the adapter.
         base: the base it says it was trained on.
+        seed: adapters of one name and different seeds have different weights.
     """
     rank, target_modules = ADAPTERS[name]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=target_modules, task_type="CAUSAL_LM")
@@ -126,7 +127,7 @@ def make_adapter(shape: str, name: str, directory: Path, base: Path) -> None:
     for key, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        generator = _generator(f"{name}/{key}")
+        generator = _generator(f"{name}/{seed}/{key}")
         value = torch.empty(parameter.shape)
         if "lora_B" in key:
             value.normal_(std=0.01, generator=generator)

@@ -46,11 +46,11 @@ def measure(command: Sequence[str | Path], environment: Mapping[str, str], log: 
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors) as process,
     ):
         assert process.stdout is not None
-        peak = _PeakMemory(process.pid)
+        peak = PeakMemory(process.pid)
         output = process.stdout.read()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead but not reaped: its counters can be read
         seconds = time.perf_counter() - start
-        counters = dict(_CHARACTERS.findall(Path(f"/proc/{process.pid}/io").read_bytes()))
+        num_read, num_written = bytes_moved(process.pid)
         peak_memory_bytes = peak.stop()
     if process.returncode != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
@@ -58,13 +58,19 @@ def measure(command: Sequence[str | Path], environment: Mapping[str, str], log: 
     return Measurement(
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes,
-        bytes_read=int(counters[b"r"]),
-        bytes_written=int(counters[b"w"]),
+        bytes_read=num_read,
+        bytes_written=num_written,
         output=output.decode(),
     )
 
 
-class _PeakMemory:
+def bytes_moved(pid: int) -> tuple[int, int]:
+    """Return the bytes a process, and its children that have ended, read and wrote through system calls."""
+    counters = dict(_CHARACTERS.findall(Path(f"/proc/{pid}/io").read_bytes()))
+    return int(counters[b"r"]), int(counters[b"w"])
+
+
+class PeakMemory:
     """Samples a process tree in a thread until it is told to stop."""
 
     def __init__(self, pid: int) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.equality import ExactMerge, compare
 from benchmarks.make_base import ADAPTERS, make_adapter, make_base
 from benchmarks.measurement import measure
+from benchmarks.resident import Resident
 
 MB = 10**6
 
@@ -88,3 +89,32 @@ def test_memory_and_bytes_of_children_are_measured(tmp_path):
 def test_a_run_that_fails_says_why(tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)exit code 1.*no such shape"):
         measure([sys.executable, "-c", "raise SystemExit('no such shape')"], {}, tmp_path / "log")
+
+
+def test_a_resident_process_merges_on_order(tiny, merged, tmp_path):
+    with Resident(tmp_path / "log") as resident:
+        for name, quantization in (("first", "none"), ("cold", "nf4"), ("cached", "nf4")):
+            measured = resident.merge(
+                tiny / "base",
+                [tiny / "r16-all"],
+                tmp_path / name,
+                base_quantization=quantization,
+                home=tmp_path / "home",
+            )
+            num_bytes = sum(path.stat().st_size for path in (tmp_path / name).glob("*.safetensors"))
+            assert 0 < measured.seconds < 60
+            assert measured.bytes_written >= num_bytes
+            assert measured.peak_memory_bytes > 100 * MB
+        with pytest.raises(RuntimeError, match="none is no directory"):
+            resident.merge(
+                tmp_path / "none",
+                [tiny / "r16-all"],
+                tmp_path / "out",
+                base_quantization="none",
+                home=tmp_path / "home",
+            )
+        resident.forget(tmp_path / "home")
+    assert compare(tmp_path / "first", merged, ExactMerge(tiny / "base", tiny / "r16-all", nf4=False)).differences == ()
+    assert not compare(
+        tmp_path / "cold", tmp_path / "cached", ExactMerge(tiny / "base", tiny / "r16-all", nf4=True)
+    ).differences

@@ -64,6 +64,53 @@ def parts_of(codes, absmax, *, quant_type, shape, dtype, double_quant=False):
     return stored_tensors(codes, absmax, quant_type=quant_type, double_quant=double_quant, shape=shape, dtype=dtype)
 
 
+def extreme_weight(dtype, quant_type, scales, seed):
+    """Blocks of values at the middles between two codes and beside them, of zeros of both signs, at many scales."""
+    generator = torch.Generator().manual_seed(seed)
+    code = bnb.get_4bit_type(quant_type, device="cpu").sort().values
+    points = torch.cat([code, (code[1:] + code[:-1]) / 2, torch.tensor([0.0, -0.0, 1.0, -1.0])])
+    points = torch.cat([points, points.nextafter(torch.tensor(2.0)), points.nextafter(torch.tensor(-2.0))])
+    blocks = points[torch.randint(points.numel(), (len(scales), 64), generator=generator)]
+    return (blocks.double() * torch.tensor(scales, dtype=torch.float64).unsqueeze(1)).to(dtype)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    quant_type=st.sampled_from(["nf4", "fp4"]),
+    scales=st.lists(
+        st.sampled_from([0.0, 1e-45, 1e-38, 2e-38, 6e-8, 1e-3, 1.0, 3.0, 6e4, 3e38]), min_size=1, max_size=9
+    ),
+    seed=st.integers(0, 2**32),
+)
+def test_extremes_are_quantized_as_by_bitsandbytes(dtype, quant_type, scales, seed):
+    weight = extreme_weight(dtype, quant_type, scales, seed)
+    expected, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=quant_type)
+    codes, absmax = quantize_rows(weight, quant_type)
+    assert torch.equal(codes, expected)
+    assert same_bits(absmax, state.absmax)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_what_is_no_number_is_quantized_as_by_bitsandbytes(quant_type, value):
+    weight = random_weight((4, 64), torch.float32, 1)
+    weight[2, 5] = value
+    expected, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=quant_type)
+    codes, absmax = quantize_rows(weight, quant_type)
+    assert torch.equal(codes, expected)
+    assert torch.equal(absmax.nan_to_num(7.0), state.absmax.nan_to_num(7.0))
+
+
+def test_large_weights_are_quantized_as_by_bitsandbytes():
+    """More than is quantized at once, and not a multiple of it."""
+    weight = random_weight((1031, 576), torch.bfloat16, 2)
+    expected, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    codes, absmax = quantize_rows(weight, "nf4")
+    assert torch.equal(codes, expected)
+    assert same_bits(absmax, state.absmax)
+
+
 @settings(max_examples=60, deadline=None)
 @given(shape=shapes, dtype=st.sampled_from(DTYPES), quant_type=st.sampled_from(["nf4", "fp4"]), seed=st.integers(0, 99))
 def test_tiles_are_quantized_as_the_whole(shape, dtype, quant_type, seed):

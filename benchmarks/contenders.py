@@ -1,0 +1,188 @@
+"""The ways from base and adapters to merged checkpoints: mergefleet, what people run today, and a plain copy."""
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from benchmarks.make_base import ADAPTERS, make_adapter, make_base
+from benchmarks.measurement import Measurement, measure
+from benchmarks.resident import Resident
+
+ADAPTER = "r16-all"
+"""The adapter of the single merges."""
+FEW = "r16-qv"
+"""An adapter that changes little of its base."""
+EIGHT = tuple(f"{ADAPTER}-{number}" for number in range(8))
+"""Adapters for one pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A directory on one kind of filesystem: the inputs are there, and what runs write."""
+
+    name: str
+    root: Path
+
+    @property
+    def base(self) -> Path:
+        """The base's directory."""
+        return self.root / "base"
+
+    def adapter(self, name: str) -> Path:
+        """Return the directory of one adapter."""
+        return self.root / "adapters" / name
+
+    def out(self, name: str) -> Path:
+        """Return where the last run of a contender left its output."""
+        return self.root / "out" / name
+
+    def home(self, name: str) -> Path:
+        """Return mergefleet's home for a contender: its caches are there."""
+        return self.root / "home" / name
+
+    def log(self, name: str) -> Path:
+        """Return where a contender writes what it says."""
+        return self.root / f"{name}.log"
+
+    def prepare(self, shape: str) -> None:
+        """Make the base and the adapters, unless they are there."""
+        complete = self.root / "complete"
+        if complete.exists():
+            return
+        make_base(shape, self.base)
+        for name in ADAPTERS:
+            make_adapter(shape, name, self.adapter(name), self.base)
+        for number, name in enumerate(EIGHT):
+            make_adapter(shape, ADAPTER, self.adapter(name), self.base, seed=number)
+        complete.touch()
+
+    def fresh(self, name: str) -> Path:
+        """Return a contender's output path with nothing there, and nothing left to write back from before."""
+        out = self.out(name)
+        shutil.rmtree(out, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        os.sync()
+        return out
+
+
+class Contender(Protocol):
+    """One way to get from base and adapter to a merged checkpoint."""
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+
+    def run(self, site: Site) -> Measurement:
+        """Run once, into a fresh output directory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """The base copied, once or several times, and made durable: what a merge costs when it computes nothing."""
+
+    times: int = 1
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        return "cp -r, sync" if self.times == 1 else f"{self.times} x cp -r, sync"
+
+    def run(self, site: Site) -> Measurement:
+        """Run once, into a fresh output directory."""
+        out = site.fresh(self.name)
+        out.mkdir()
+        copies = " && ".join(f'cp -r "$0" "$1/{number}"' for number in range(self.times))
+        measurement = measure(["sh", "-c", f"{copies} && sync", site.base, out], os.environ, site.log(self.name))
+        shutil.rmtree(out)  # nobody compares it, and eight of them take much room
+        return measurement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ours:
+    """mergefleet in a process that has everything imported; arithmetic parity and durability included."""
+
+    name: str
+    resident: Resident
+    base_quantization: str
+    adapters: Sequence[str] = (ADAPTER,)
+    keeps_cache: bool = False
+    """Whether it finds the 4-bit base of its run before; otherwise every run starts with empty caches."""
+
+    def run(self, site: Site) -> Measurement:
+        """Run once, into a fresh output directory."""
+        home = site.home(self.name)
+        if not self.keeps_cache:
+            self.resident.forget(home)
+            shutil.rmtree(home, ignore_errors=True)
+        adapters = [site.adapter(name) for name in self.adapters]
+        out = site.fresh(self.name)
+        return self.resident.merge(site.base, adapters, out, base_quantization=self.base_quantization, home=home)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OurCommand:
+    """`mergefleet merge` as a person types it: a process of its own that imports everything first."""
+
+    base_quantization: str
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        return f"mergefleet merge, {self.base_quantization}"
+
+    def run(self, site: Site) -> Measurement:
+        """Run once, into a fresh output directory."""
+        home = site.home(self.name)
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir(parents=True)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MERGEFLEET_")}
+        command = [Path(sys.executable).with_name("mergefleet"), "merge"]
+        command += ["--base", site.base, "--adapter", site.adapter(ADAPTER), "--to", site.fresh(self.name)]
+        options = ["--base-quantization", self.base_quantization, "--parity", "arithmetic", "--json"]
+        return measure([*command, *options], environment | {"MERGEFLEET_HOME": str(home)}, site.log(self.name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """A script of this package that merges as people do today, in a process of its own."""
+
+    name: str
+    module: str
+
+    def run(self, site: Site) -> Measurement:
+        """Run once, into a fresh output directory."""
+        command = [sys.executable, "-m", self.module, site.base, site.adapter(ADAPTER), site.fresh(self.name)]
+        return measure(command, os.environ | {"HF_HUB_OFFLINE": "1"}, site.log(self.name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Imports:
+    """What a reference imports, and nothing else: to be taken off its time, as ours runs in a warm process."""
+
+    name: str = "imports of a reference"
+
+    def run(self, site: Site) -> Measurement:
+        """Run once."""
+        statement = "import benchmarks.reference_16bit, transformers.models.llama.modeling_llama"
+        return measure([sys.executable, "-c", statement], os.environ, site.log(self.name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mergekit:
+    """mergekit with the adapter on the base as its one model."""
+
+    name: str = "mergekit"
+
+    def run(self, site: Site) -> Measurement:
+        """Run once, into a fresh output directory."""
+        config = site.root / "mergekit.yaml"
+        model = f"{site.base}+{site.adapter(ADAPTER)}"
+        config.write_text(f"models: [{{model: {model}}}]\nmerge_method: passthrough\ndtype: bfloat16\n")
+        command = [Path(sys.executable).with_name("mergekit-yaml"), config, site.fresh(self.name)]
+        options = ["--lora-merge-cache", site.home(self.name), "--no-write-model-card"]
+        shutil.rmtree(site.home(self.name), ignore_errors=True)
+        return measure([*command, *options], os.environ | {"HF_HUB_OFFLINE": "1"}, site.log(self.name))
