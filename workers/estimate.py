@@ -20,12 +20,13 @@ _TILE_BYTES = 12 << 20
 _QUANTIZE_BYTES = 192 << 20
 """A group of quantized tensors, once as tensors and once as it is being written, and the tiles in work."""
 
-_MODULE_ELEMENT_BYTES = 28
-"""What the check of a module that PEFT merged holds of each of its weights: three copies in float64, one in float32."""
+_MODULE_ELEMENT_BYTES = 56
+"""What the check of a module that PEFT merged holds of each of its weights, up to seven arrays of float64: the layer and
+its plain form, their states, and the squares its bound is made of."""
 
 _MERGE_RATE = 0.7e9
 _ARITHMETIC_RATE = 0.35e9
-_QUANTIZE_RATE = 0.05e9
+_QUANTIZE_RATE = 0.25e9
 _BEHAVIOUR_RATE = 0.12e9
 """Bytes of merged weights (of stored ones, for quantizing) a second and core."""
 
