@@ -197,10 +197,12 @@ def _check_tile(merged_OI: torch.Tensor, weight_OI: torch.Tensor, operands: _Ope
         bound_OI += (2 * num_roundings * torch.finfo(torch.float32).eps * slack_O).unsqueeze(1)
         change_OI -= delta_OI
     error_OI = change_OI.abs_()
-    # NaN compares false with everything, so what is not within the bound is counted, not what is beyond it.
-    sums.num_bad_elements = error_OI.numel() - int((error_OI <= bound_OI).sum())
     sums.max_abs_error = _largest(error_OI)
-    sums.rounding_excess = _largest(error_OI.div_(bound_OI))
+    excess_OI = error_OI.div_(bound_OI)
+    sums.rounding_excess = _largest(excess_OI)
+    if sums.rounding_excess > 1:
+        # NaN compares false with everything, so what is not within the bound is counted, not what is beyond it.
+        sums.num_bad_elements = excess_OI.numel() - int((excess_OI <= 1).sum())
     return sums
 
 
@@ -221,7 +223,7 @@ def _check_equal(merged_OI: torch.Tensor, weight_OI: torch.Tensor) -> _Sums:
 
 
 def _largest(values: torch.Tensor) -> float:
-    return _finite(float(values.max()) if values.numel() else 0.0)
+    return _finite(float(values.amax()) if values.numel() else 0.0)
 
 
 def _finite(value: float) -> float:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from jobs.errors import BadInputError, NoCapacityError, NotFoundError
 from workers.checkpoint import INDEX_FILE, CheckpointLayout, read_checkpoint, read_json
-from workers.files import file_errors, sha256_of, sync_tree
+from workers.files import file_errors, sha256_of
 from workers.quant import QuantizedWeight, quantized_names, quantized_owner, restore
 from workers.quantization import QuantizationTask, quantized_weights
 from workers.scratch import OwnedDirectory, exclusive, sweep
@@ -134,7 +134,7 @@ class QuantizedCache:
             self._fill(task, staging.path, on_bytes)
             if directory.exists():
                 shutil.rmtree(directory)
-            sync_tree(staging.path)
+            # Not synced: what a crash of the machine leaves torn is found by its digests, and made anew.
             staging.path.rename(directory)
         except SafetensorError as error:
             raise NoCapacityError(f"cannot keep a quantized base in {self._root}: {error}; free space there") from error
