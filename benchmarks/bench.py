@@ -59,7 +59,7 @@ class Line:
     none: Ours
     none_few: Ours
     nf4: Ours
-    nf4_cached: Ours
+    nf4_resident: Ours
     none_eight: Ours
     nf4_four: Ours
     nf4_single: tuple[Ours, ...]
@@ -72,8 +72,8 @@ class Line:
     mergekit: Mergekit
 
     @classmethod
-    def of(cls, resident: Resident) -> "Line":
-        """Return the contenders, ours in one process."""
+    def of(cls, resident: Resident, model_type: str) -> "Line":
+        """Return the contenders for models of a type, ours in one process."""
 
         def ours(name: str, base_quantization: str, *adapters: str, keeps_cache: bool = False) -> Ours:
             return Ours(
@@ -88,23 +88,29 @@ class Line:
             none=ours("ours, none", "none"),
             none_few=ours(f"ours, none, {FEW}", "none", FEW),
             nf4=ours("ours, nf4", "nf4"),
-            nf4_cached=ours("ours, nf4, cached", "nf4", keeps_cache=True),
+            nf4_resident=ours("ours, nf4, base resident", "nf4", keeps_cache=True),
             none_eight=ours(f"ours, none, {len(EIGHT)} adapters", "none", *EIGHT),
             nf4_four=ours(f"ours, nf4, {len(ADAPTERS)} adapters", "nf4", *ADAPTERS),
             nf4_single=tuple(ours(f"ours, nf4, {name}", "nf4", name) for name in ADAPTERS),
             command=OurCommand(base_quantization="none"),
             copy=Copy(),
             copy_eight=Copy(times=len(EIGHT)),
-            imports=Imports(),
+            imports=Imports(model_type=model_type),
             reference_16bit=Reference(name="reference 16-bit", module="benchmarks.reference_16bit"),
             reference_4bit=Reference(name="reference 4-bit", module="benchmarks.reference_4bit"),
             mergekit=Mergekit(),
         )
 
     @property
+    def ours(self) -> frozenset[str]:
+        """Names of those that run in our process."""
+        several = (self.none, self.none_few, self.nf4, self.nf4_resident, self.none_eight, self.nf4_four)
+        return frozenset(each.name for each in (*several, *self.nf4_single))
+
+    @property
     def on_disk(self) -> tuple[Contender, ...]:
         """Those that take turns on the disk."""
-        ours = (self.none, self.none_few, self.nf4, self.nf4_cached, self.command)
+        ours = (self.none, self.none_few, self.nf4, self.nf4_resident, self.command)
         return (self.copy, *ours, self.imports, self.reference_16bit, self.reference_4bit, self.mergekit)
 
     @property
@@ -133,7 +139,7 @@ def compare_outputs(site: Site, line: Line) -> dict[str, Comparison]:
 
     in_16bit = (line.none, line.command, line.mergekit)
     return {each.name: compared(each, line.reference_16bit, nf4=False) for each in in_16bit} | {
-        each.name: compared(each, line.reference_4bit, nf4=True) for each in (line.nf4, line.nf4_cached)
+        each.name: compared(each, line.reference_4bit, nf4=True) for each in (line.nf4, line.nf4_resident)
     }
 
 
@@ -152,11 +158,6 @@ def ratios(line: Line, disk: Runs, tmpfs: Runs, site: Site) -> dict[str, float]:
     def seconds(runs: Runs, contender: Contender) -> float:
         return statistics.median(run.seconds for run in runs[contender.name])
 
-    def without_parity(runs: Runs, contender: Contender) -> float:
-        return statistics.median(
-            run.seconds - json.loads(run.output)["stages"]["arithmetic"] for run in runs[contender.name]
-        )
-
     def reference(contender: Contender) -> float:
         return seconds(disk, contender) - seconds(disk, line.imports)
 
@@ -168,8 +169,8 @@ def ratios(line: Line, disk: Runs, tmpfs: Runs, site: Site) -> dict[str, float]:
     found = {
         "reference 16-bit / ours, none": reference(line.reference_16bit) / seconds(disk, line.none),
         "reference 4-bit / ours, nf4": reference(line.reference_4bit) / seconds(disk, line.nf4),
-        "reference 4-bit / ours, nf4, cached": reference(line.reference_4bit) / seconds(disk, line.nf4_cached),
-        "mergekit less imports / ours, none": reference(line.mergekit) / seconds(disk, line.none),
+        "reference 4-bit / ours, nf4, base resident": reference(line.reference_4bit) / seconds(disk, line.nf4_resident),
+        "mergekit, imports included / ours, none": seconds(disk, line.mergekit) / seconds(disk, line.none),
         f"{len(EIGHT)} x reference 16-bit / ours, {len(EIGHT)} adapters": len(EIGHT)
         * reference(line.reference_16bit)
         / eight,
@@ -182,24 +183,21 @@ def ratios(line: Line, disk: Runs, tmpfs: Runs, site: Site) -> dict[str, float]:
             if contender.name in runs:
                 copied = seconds(runs, line.copy)
                 found[f"{contender.name} / cp -r, sync ({place})"] = seconds(runs, contender) / copied
-                found[f"{contender.name}, less parity / cp -r, sync ({place})"] = (
-                    without_parity(runs, contender) / copied
-                )
     return found
 
 
-def table_of(title: str, runs: Runs, comparisons: dict[str, Comparison]) -> Table:
+def table_of(title: str, runs: Runs, ours: frozenset[str], comparisons: dict[str, Comparison]) -> Table:
     """Return the table of one place."""
     table = Table("", title=title)
     for heading in ("seconds", "of it parity", "peak MB", "read MB", "written MB"):
         table.add_column(heading, justify="right")
     table.add_column("bits")
     for name, measurements in runs.items():
-        stages = [json.loads(run.output)["stages"] for run in measurements if run.output.startswith('{"seconds"')]
+        parity = [json.loads(run.output)["stages"]["arithmetic"] for run in measurements if name in ours]
         table.add_row(
             name,
             _spread([run.seconds for run in measurements]),
-            f"{statistics.median(stage['arithmetic'] for stage in stages):.1f}" if stages else "",
+            f"{statistics.median(parity):.1f}" if parity else "",
             f"{statistics.median(run.peak_memory_bytes for run in measurements) / 1e6:.0f}",
             f"{statistics.median(run.bytes_read for run in measurements) / 1e6:.0f}",
             f"{statistics.median(run.bytes_written for run in measurements) / 1e6:.0f}",
@@ -214,6 +212,10 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.1f} ({min(values):.1f}-{max(values):.1f})"
 
 
+def _plain(run: Measurement) -> dict[str, object]:
+    return {name: value for name, value in dataclasses.asdict(run).items() if name != "output"}
+
+
 def _processor() -> str:
     """Return what the kernel calls the processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -222,10 +224,10 @@ def _processor() -> str:
 
 @contextlib.contextmanager
 def _in_tmpfs(disk: Site, console: Console) -> Iterator[Site | None]:
-    """Make a site in a tmpfs with the same inputs, if there is room for them and one output."""
+    """Make a site in a tmpfs with the same inputs, if there is room for them and all outputs."""
     num_bytes = sum(path.stat().st_size for path in disk.root.glob("base/*"))
-    if not _TMPFS.is_dir() or shutil.disk_usage(_TMPFS).free < 3 * num_bytes:
-        console.print(f"No runs in a tmpfs: {_TMPFS} has no room for {3 * num_bytes / 1e9:.1f} GB.")
+    if not _TMPFS.is_dir() or shutil.disk_usage(_TMPFS).free < 5 * num_bytes:
+        console.print(f"No runs in a tmpfs: {_TMPFS} has no room for {5 * num_bytes / 1e9:.1f} GB.")
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="mergefleet-bench-", dir=_TMPFS) as directory:
@@ -246,8 +248,8 @@ def main() -> None:
     disk = Site("disk", Path(".bench", arguments.shape).absolute())
     disk.prepare(arguments.shape)
     with Resident(disk.log("resident")) as resident:
-        line = Line.of(resident)
-        for contender in (line.copy, line.none, line.nf4_cached):
+        line = Line.of(resident, SHAPES[arguments.shape].model_type)
+        for contender in (line.copy, line.none, line.nf4_resident):
             contender.run(disk)  # warms the page cache and the process, and fills the cache of the last
         on_disk = run_rounds(disk, line.on_disk, arguments.rounds, console)
         eight = run_rounds(disk, (line.copy_eight, line.none_eight), 1, console)
@@ -259,10 +261,12 @@ def main() -> None:
     num_equal = num_equal_to_single(disk, line)
     found = ratios(line, on_disk | once, in_tmpfs, disk)
     what = f"{arguments.shape}, adapter {ADAPTER} unless said, {os.cpu_count()} cores"
-    console.print(table_of(f"{what}, on disk: median of {arguments.rounds} (least to most)", on_disk, comparisons))
-    console.print(table_of("once, on disk", once, {}))
+    console.print(
+        table_of(f"{what}, on disk: median of {arguments.rounds} (least to most)", on_disk, line.ours, comparisons)
+    )
+    console.print(table_of("once, on disk", once, line.ours, {}))
     if in_tmpfs:
-        console.print(table_of("in a tmpfs", in_tmpfs, {}))
+        console.print(table_of("in a tmpfs", in_tmpfs, line.ours, {}))
     for name, ratio in found.items():
         console.print(f"{ratio:8.3f}  {name}")
     console.print(
@@ -277,7 +281,7 @@ def main() -> None:
         "machine": {"cores": os.cpu_count(), "processor": _processor(), "python": platform.python_version()},
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONS_OF},
         "runs": {
-            place: {name: [dataclasses.asdict(run) for run in measurements] for name, measurements in runs.items()}
+            place: {name: [_plain(run) for run in measurements] for name, measurements in runs.items()}
             for place, runs in (("disk", on_disk | once), ("tmpfs", in_tmpfs))
         },
         "ratios": found,

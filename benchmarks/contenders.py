@@ -11,6 +11,7 @@ from typing import Protocol
 from benchmarks.make_base import ADAPTERS, make_adapter, make_base
 from benchmarks.measurement import Measurement, measure
 from benchmarks.resident import Resident
+from workers import HUGE_PAGES_VARIABLE
 
 ADAPTER = "r16-all"
 """The adapter of the single merges."""
@@ -51,7 +52,7 @@ class Site:
     def prepare(self, shape: str) -> None:
         """Make the base and the adapters, unless they are there."""
         complete = self.root / "complete"
-        if complete.exists():
+        if complete.exists() and all(self.adapter(name).is_dir() for name in (*ADAPTERS, *EIGHT)):
             return
         make_base(shape, self.base)
         for name in ADAPTERS:
@@ -67,6 +68,13 @@ class Site:
         out.parent.mkdir(parents=True, exist_ok=True)
         os.sync()
         return out
+
+
+def plain_environment() -> dict[str, str]:
+    """Return an environment as people have it: without our settings, and without a GPU, so that all compute alike."""
+    ours = ("MERGEFLEET_", HUGE_PAGES_VARIABLE)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return kept | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 class Contender(Protocol):
@@ -96,7 +104,8 @@ class Copy:
         out = site.fresh(self.name)
         out.mkdir()
         copies = " && ".join(f'cp -r "$0" "$1/{number}"' for number in range(self.times))
-        measurement = measure(["sh", "-c", f"{copies} && sync", site.base, out], os.environ, site.log(self.name))
+        command = ["sh", "-c", f'{copies} && sync -f "$1"', site.base, out]
+        measurement = measure(command, plain_environment(), site.log(self.name))
         shutil.rmtree(out)  # nobody compares it, and eight of them take much room
         return measurement
 
@@ -139,11 +148,11 @@ class OurCommand:
         home = site.home(self.name)
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MERGEFLEET_")}
         command = [Path(sys.executable).with_name("mergefleet"), "merge"]
         command += ["--base", site.base, "--adapter", site.adapter(ADAPTER), "--to", site.fresh(self.name)]
         options = ["--base-quantization", self.base_quantization, "--parity", "arithmetic", "--json"]
-        return measure([*command, *options], environment | {"MERGEFLEET_HOME": str(home)}, site.log(self.name))
+        environment = plain_environment() | {"MERGEFLEET_HOME": str(home)}
+        return measure([*command, *options], environment, site.log(self.name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,19 +165,23 @@ class Reference:
     def run(self, site: Site) -> Measurement:
         """Run once, into a fresh output directory."""
         command = [sys.executable, "-m", self.module, site.base, site.adapter(ADAPTER), site.fresh(self.name)]
-        return measure(command, os.environ | {"HF_HUB_OFFLINE": "1"}, site.log(self.name))
+        return measure(command, plain_environment(), site.log(self.name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imports:
     """What a reference imports, and nothing else: to be taken off its time, as ours runs in a warm process."""
 
+    model_type: str
     name: str = "imports of a reference"
 
     def run(self, site: Site) -> Measurement:
         """Run once."""
-        statement = "import benchmarks.reference_16bit, transformers.models.llama.modeling_llama"
-        return measure([sys.executable, "-c", statement], os.environ, site.log(self.name))
+        # The last two are imported late: by the model, and by PEFT when it puts an adapter on.
+        modeling = f"transformers.models.{self.model_type}.modeling_{self.model_type}"
+        modules = ("benchmarks.reference_16bit", modeling, "peft.tuners.lora.bnb")
+        statement = f"import {', '.join(modules)}"
+        return measure([sys.executable, "-c", statement], plain_environment(), site.log(self.name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,4 +198,4 @@ class Mergekit:
         command = [Path(sys.executable).with_name("mergekit-yaml"), config, site.fresh(self.name)]
         options = ["--lora-merge-cache", site.home(self.name), "--no-write-model-card"]
         shutil.rmtree(site.home(self.name), ignore_errors=True)
-        return measure([*command, *options], os.environ | {"HF_HUB_OFFLINE": "1"}, site.log(self.name))
+        return measure([*command, *options], plain_environment(), site.log(self.name))

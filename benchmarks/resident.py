@@ -22,6 +22,7 @@ class Resident:
     """The process, seen from outside. Use it as a context."""
 
     def __init__(self, log: Path) -> None:
+        self._log = log
         with log.open("wb") as errors:
             command = [sys.executable, "-m", "benchmarks.resident"]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
@@ -60,8 +61,10 @@ class Resident:
         ]
         read, written = bytes_moved(self._process.pid)
         peak = PeakMemory(self._process.pid)
-        answer = self._ask({"home": str(home), "requests": [request.model_dump(mode="json") for request in requests]})
-        peak_memory_bytes = peak.stop()
+        try:
+            answer = self._ask({"home": str(home), "requests": [each.model_dump(mode="json") for each in requests]})
+        finally:
+            peak_memory_bytes = peak.stop()
         read_after, written_after = bytes_moved(self._process.pid)
         return Measurement(
             seconds=answer["seconds"],
@@ -82,7 +85,7 @@ class Resident:
         self._process.stdin.flush()
         answer: dict[str, Any] = json.loads(self._process.stdout.readline() or b'{"failure": "the process ended"}')
         if "failure" in answer:
-            raise RuntimeError(f"mergefleet in a warm process: {answer['failure']}")
+            raise RuntimeError(f"mergefleet in a warm process: {answer['failure']}; its log is {self._log}")
         return answer
 
 
@@ -94,7 +97,7 @@ def _carry_out(workers: dict[str, MergeWorker], order: dict[str, Any]) -> dict[s
         return {}
     if home not in workers:
         places = {name: Path(home, name) for name in ("cache", "scratch", "reports")}
-        workers[home] = MergeWorker(WorkerSettings(**places))
+        workers[home] = MergeWorker(WorkerSettings(**places, device="cpu"))
     worker = workers[home]
     requests = tuple(map(MergeRequest.model_validate, order["requests"]))
     start = time.perf_counter()

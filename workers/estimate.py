@@ -21,7 +21,7 @@ _QUANTIZE_BYTES = 192 << 20
 """A group of quantized tensors, once as tensors and once as it is being written, and the tiles in work."""
 
 _MODULE_ELEMENT_BYTES = 56
-"""What the check of a module that PEFT merged holds of each of its weights, up to seven arrays of float64: the layer and
+"""What the check of a module that PEFT merged holds of each of its weights: up to seven arrays of float64, of a layer,
 its plain form, their states, and the squares its bound is made of."""
 
 _MERGE_RATE = 0.7e9

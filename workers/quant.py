@@ -23,6 +23,8 @@ BITSANDBYTES_VERSION: str = bitsandbytes.__version__
 BLOCK_SIZE = 64
 """Weights per scale; the default of bitsandbytes and the only size transformers uses."""
 
+_FOLLOWED_VERSION = "0.50.2"
+"""The bitsandbytes whose CPU quantization is followed bit for bit; of any other, its own is taken."""
 _NESTED_BLOCK_SIZE = 256
 _CPU_CHUNK_ELEMENTS = 1 << 18
 """Values quantized at once on the CPU: few enough for a core's caches, enough that calls do not count."""
@@ -108,14 +110,20 @@ def quantize_rows(weight_OI: torch.Tensor, quant_type: str) -> tuple[torch.Tenso
     Returns:
         Codes uint8 [ceil(rows * I / 2), 1] and scales float32 [ceil(rows * I / 64)].
     """
-    if weight_OI.device.type == "cpu" and weight_OI.numel() % BLOCK_SIZE == 0:
+    if (
+        BITSANDBYTES_VERSION == _FOLLOWED_VERSION
+        and weight_OI.device.type == "cpu"
+        and weight_OI.dtype in _WEIGHT_DTYPES
+        and weight_OI.numel() > 0
+        and weight_OI.numel() % BLOCK_SIZE == 0
+    ):
         return _quantize_on_cpu(weight_OI, quant_type)
     codes, state = bnb.quantize_4bit(weight_OI, blocksize=BLOCK_SIZE, quant_type=quant_type)
     return codes, state.absmax
 
 
 def _quantize_on_cpu(weight: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what `quantize_4bit` of bitsandbytes 0.50.2 does there, bit for bit, about ten times faster.
+    """Do what `quantize_4bit` of bitsandbytes 0.50.2 does there, bit for bit, several times faster.
 
     Its scaling is followed step by step. It then looks each value up among the 15 middles between two codes, by binary
     search; here the middles not below the value are counted, which NumPy does for many values at once. NaN counts as
@@ -130,20 +138,20 @@ def _quantize_on_cpu(weight: torch.Tensor, quant_type: str) -> tuple[torch.Tenso
     blocks = weight.reshape(-1, BLOCK_SIZE)
     absmax = torch.empty(blocks.shape[0])
     codes = np.empty(weight.numel() // 2, np.uint8)
-    num_rows = min(_CPU_CHUNK_ELEMENTS // BLOCK_SIZE, blocks.shape[0])
-    values, magnitudes = torch.empty(2, num_rows, BLOCK_SIZE)
-    not_above, not_below = np.empty((2, num_rows * BLOCK_SIZE), np.uint8)
-    for start in range(0, blocks.shape[0], num_rows):
-        stop = min(start + num_rows, blocks.shape[0])
-        values_BV = values[: stop - start].copy_(blocks[start:stop])
-        torch.abs(values_BV, out=magnitudes[: stop - start])
+    num_blocks = min(_CPU_CHUNK_ELEMENTS // BLOCK_SIZE, blocks.shape[0])
+    values, magnitudes = torch.empty(2, num_blocks, BLOCK_SIZE)
+    reached, counts = np.empty((2, num_blocks * BLOCK_SIZE), np.uint8)
+    for start in range(0, blocks.shape[0], num_blocks):
+        stop = min(start + num_blocks, blocks.shape[0])
+        scaled = values[: stop - start].copy_(blocks[start:stop])
+        torch.abs(scaled, out=magnitudes[: stop - start])
         scales = torch.amax(magnitudes[: stop - start], dim=1, out=absmax[start:stop])
-        scaled = values_BV.mul_((1.0 / scales.clamp(min=1e-38)).unsqueeze(1)).clamp_(-1, 1).view(-1).numpy()
-        count, one = not_below[: scaled.size], not_above[: scaled.size]
+        flat = scaled.mul_((1.0 / scales.clamp(min=1e-38)).unsqueeze(1)).clamp_(-1, 1).view(-1).numpy()
+        reaches, count = reached[: flat.size], counts[: flat.size]
         count[:] = 0
         for middle in middles:
-            np.less_equal(scaled, middle, out=one.view(np.bool_))
-            np.add(count, one, out=count)
+            np.less_equal(flat, middle, out=reaches.view(np.bool_))
+            np.add(count, reaches, out=count)
         # Both places of a byte at once: the first is the low half of a little-endian word.
         pairs = (middles.size * 0x0101) - count.view("<u2")
         packed = ((pairs << 4) | (pairs >> 8)).astype(np.uint8)

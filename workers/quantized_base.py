@@ -134,7 +134,7 @@ class QuantizedCache:
             self._fill(task, staging.path, on_bytes)
             if directory.exists():
                 shutil.rmtree(directory)
-            # Not synced: what a crash of the machine leaves torn is found by its digests, and made anew.
+            # Not synced: what a crash leaves torn is found by its digests with the next `open`, and made anew.
             staging.path.rename(directory)
         except SafetensorError as error:
             raise NoCapacityError(f"cannot keep a quantized base in {self._root}: {error}; free space there") from error

@@ -1,4 +1,4 @@
-"""What the memory of a worker costs."""
+"""The memory of large tensors, as importing the package arranges it."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
-import re, workers.memory, torch
+import re, workers, torch
 tensor = torch.ones(64 << 20, dtype=torch.uint8)
 for mapping in re.split(r"\\n(?=[0-9a-f]+-)", open("/proc/self/smaps").read()):
     begin, end = (int(bound, 16) for bound in mapping.split()[0].split("-"))
