@@ -53,7 +53,7 @@ Runs = dict[str, list[Measurement]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+class Contenders:
     """All contenders of a benchmark."""
 
     none: Ours
@@ -72,7 +72,7 @@ class Line:
     mergekit: Mergekit
 
     @classmethod
-    def of(cls, resident: Resident, model_type: str) -> "Line":
+    def of(cls, resident: Resident, model_type: str) -> "Contenders":
         """Return the contenders for models of a type, ours in one process."""
 
         def ours(name: str, base_quantization: str, *adapters: str, keeps_cache: bool = False) -> Ours:
@@ -130,58 +130,60 @@ def run_rounds(site: Site, contenders: Sequence[Contender], num_rounds: int, con
     return runs
 
 
-def compare_outputs(site: Site, line: Line) -> dict[str, Comparison]:
+def compare_outputs(site: Site, contenders: Contenders) -> dict[str, Comparison]:
     """Compare what the last runs left: each of our merges with the reference of its kind, and mergekit's, too."""
 
     def compared(contender: Contender, reference: Reference, *, nf4: bool) -> Comparison:
         exact = ExactMerge(site.base, site.adapter(ADAPTER), nf4=nf4)
         return compare(site.out(contender.name), site.out(reference.name), exact)
 
-    in_16bit = (line.none, line.command, line.mergekit)
-    return {each.name: compared(each, line.reference_16bit, nf4=False) for each in in_16bit} | {
-        each.name: compared(each, line.reference_4bit, nf4=True) for each in (line.nf4, line.nf4_resident)
+    in_16bit = (contenders.none, contenders.command, contenders.mergekit)
+    return {each.name: compared(each, contenders.reference_16bit, nf4=False) for each in in_16bit} | {
+        each.name: compared(each, contenders.reference_4bit, nf4=True)
+        for each in (contenders.nf4, contenders.nf4_resident)
     }
 
 
-def num_equal_to_single(site: Site, line: Line) -> int:
+def num_equal_to_single(site: Site, contenders: Contenders) -> int:
     """Count the adapters whose merge in one pass is, bit for bit, that of its single merge."""
     count = 0
-    for name, single in zip(ADAPTERS, line.nf4_single, strict=True):
+    for name, single in zip(ADAPTERS, contenders.nf4_single, strict=True):
         exact = ExactMerge(site.base, site.adapter(name), nf4=True)
-        count += not compare(site.out(line.nf4_four.name) / name, site.out(single.name), exact).differences
+        count += not compare(site.out(contenders.nf4_four.name) / name, site.out(single.name), exact).differences
     return count
 
 
-def ratios(line: Line, disk: Runs, tmpfs: Runs, site: Site) -> dict[str, float]:
+def ratios(contenders: Contenders, disk: Runs, tmpfs: Runs, site: Site) -> dict[str, float]:
     """Return what the benchmark is about, by what it says."""
 
     def seconds(runs: Runs, contender: Contender) -> float:
         return statistics.median(run.seconds for run in runs[contender.name])
 
     def reference(contender: Contender) -> float:
-        return seconds(disk, contender) - seconds(disk, line.imports)
+        return seconds(disk, contender) - seconds(disk, contenders.imports)
 
-    singles = sum(seconds(disk, single) for single in line.nf4_single)
+    singles = sum(seconds(disk, single) for single in contenders.nf4_single)
     given = [site.base, *map(site.adapter, ADAPTERS)]
     bytes_given = sum(path.stat().st_size for directory in given for path in directory.glob("*.safetensors"))
-    bytes_read = json.loads(disk[line.nf4_four.name][0].output)["merge_bytes_read"]
-    eight = seconds(disk, line.none_eight)
+    bytes_read = json.loads(disk[contenders.nf4_four.name][0].output)["merge_bytes_read"]
+    eight = seconds(disk, contenders.none_eight)
     found = {
-        "reference 16-bit / ours, none": reference(line.reference_16bit) / seconds(disk, line.none),
-        "reference 4-bit / ours, nf4": reference(line.reference_4bit) / seconds(disk, line.nf4),
-        "reference 4-bit / ours, nf4, base resident": reference(line.reference_4bit) / seconds(disk, line.nf4_resident),
-        "mergekit, imports included / ours, none": seconds(disk, line.mergekit) / seconds(disk, line.none),
+        "reference 16-bit / ours, none": reference(contenders.reference_16bit) / seconds(disk, contenders.none),
+        "reference 4-bit / ours, nf4": reference(contenders.reference_4bit) / seconds(disk, contenders.nf4),
+        "reference 4-bit / ours, nf4, base resident": reference(contenders.reference_4bit)
+        / seconds(disk, contenders.nf4_resident),
+        "mergekit, imports included / ours, none": seconds(disk, contenders.mergekit) / seconds(disk, contenders.none),
         f"{len(EIGHT)} x reference 16-bit / ours, {len(EIGHT)} adapters": len(EIGHT)
-        * reference(line.reference_16bit)
+        * reference(contenders.reference_16bit)
         / eight,
-        f"ours, {len(EIGHT)} adapters / {len(EIGHT)} x (cp -r, sync)": eight / seconds(disk, line.copy_eight),
-        f"ours, nf4, {len(ADAPTERS)} adapters in one pass / one by one": seconds(disk, line.nf4_four) / singles,
+        f"ours, {len(EIGHT)} adapters / {len(EIGHT)} x (cp -r, sync)": eight / seconds(disk, contenders.copy_eight),
+        f"ours, nf4, {len(ADAPTERS)} adapters in one pass / one by one": seconds(disk, contenders.nf4_four) / singles,
         "bytes read by that pass / bytes of base and adapters": bytes_read / bytes_given,
     }
     for place, runs in (("disk", disk), ("tmpfs", tmpfs)):
-        for contender in (line.none, line.none_few):
+        for contender in (contenders.none, contenders.none_few):
             if contender.name in runs:
-                copied = seconds(runs, line.copy)
+                copied = seconds(runs, contenders.copy)
                 found[f"{contender.name} / cp -r, sync ({place})"] = seconds(runs, contender) / copied
     return found
 
@@ -248,25 +250,27 @@ def main() -> None:
     disk = Site("disk", Path(".bench", arguments.shape).absolute())
     disk.prepare(arguments.shape)
     with Resident(disk.log("resident")) as resident:
-        line = Line.of(resident, SHAPES[arguments.shape].model_type)
-        for contender in (line.copy, line.none, line.nf4_resident):
+        contenders = Contenders.of(resident, SHAPES[arguments.shape].model_type)
+        for contender in (contenders.copy, contenders.none, contenders.nf4_resident):
             contender.run(disk)  # warms the page cache and the process, and fills the cache of the last
-        on_disk = run_rounds(disk, line.on_disk, arguments.rounds, console)
-        eight = run_rounds(disk, (line.copy_eight, line.none_eight), 1, console)
-        shutil.rmtree(disk.out(line.none_eight.name))
-        once = eight | run_rounds(disk, (line.nf4_four, *line.nf4_single), 1, console)
+        on_disk = run_rounds(disk, contenders.on_disk, arguments.rounds, console)
+        eight = run_rounds(disk, (contenders.copy_eight, contenders.none_eight), 1, console)
+        shutil.rmtree(disk.out(contenders.none_eight.name))
+        once = eight | run_rounds(disk, (contenders.nf4_four, *contenders.nf4_single), 1, console)
         with _in_tmpfs(disk, console) as tmpfs:
-            in_tmpfs = run_rounds(tmpfs, line.in_tmpfs, arguments.rounds, console) if tmpfs else {}
-    comparisons = compare_outputs(disk, line)
-    num_equal = num_equal_to_single(disk, line)
-    found = ratios(line, on_disk | once, in_tmpfs, disk)
+            in_tmpfs = run_rounds(tmpfs, contenders.in_tmpfs, arguments.rounds, console) if tmpfs else {}
+    comparisons = compare_outputs(disk, contenders)
+    num_equal = num_equal_to_single(disk, contenders)
+    found = ratios(contenders, on_disk | once, in_tmpfs, disk)
     what = f"{arguments.shape}, adapter {ADAPTER} unless said, {os.cpu_count()} cores"
     console.print(
-        table_of(f"{what}, on disk: median of {arguments.rounds} (least to most)", on_disk, line.ours, comparisons)
+        table_of(
+            f"{what}, on disk: median of {arguments.rounds} (least to most)", on_disk, contenders.ours, comparisons
+        )
     )
-    console.print(table_of("once, on disk", once, line.ours, {}))
+    console.print(table_of("once, on disk", once, contenders.ours, {}))
     if in_tmpfs:
-        console.print(table_of("in a tmpfs", in_tmpfs, line.ours, {}))
+        console.print(table_of("in a tmpfs", in_tmpfs, contenders.ours, {}))
     for name, ratio in found.items():
         console.print(f"{ratio:8.3f}  {name}")
     console.print(
