@@ -62,7 +62,7 @@ class Pass:
                 PassJob(
                     plan=plan,
                     directory=self.output(job_id),
-                    on_file=lambda artifact, job_id=job_id: on_file(job_id, artifact),
+                    on_file=lambda file, job_id=job_id: on_file(job_id, file),
                     check=lambda job_id=job_id: check(job_id),
                 )
             )

@@ -10,26 +10,30 @@ last bits, which the order of the products decides.
 Shape suffixes: O output features, I input features, R rank.
 """
 
+import contextlib
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from jobs.release import TensorCheck
+from workers import kernels
+from workers.checkpoint import TensorSpec
 from workers.lanes.lora import read_operand
 from workers.module_weights import ModuleWeights
 from workers.plan import BasePlan, MergePlan, OutputTensor
 from workers.probes import check_modules
-from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
 from workers.rounding import BITS, EXPONENT_BITS, MANTISSA_BITS, half_ulp, precision_for
-from workers.tensor_io import read_rows
-from workers.tiles import rows_per_tile, single_threads
+from workers.tensor_io import opened, read_into
+from workers.tiles import TileBuffers, rows_per_tile, single_threads
 
-TILE_ELEMENTS = 1 << 18
+TILE_ELEMENTS = 1 << 19
+_NUM_PLACES = 1 << 12
+"""Elements of a tile that are looked at one by one; where more are in doubt, it is all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,13 +91,9 @@ def check_arithmetic(
         One check for each tensor, in the order of the plan, by request id.
     """
     results: dict[str, dict[str, TensorCheck]] = {job.plan.request.id: {} for job in jobs}
-
-    def check_tensor(tensor: OutputTensor) -> dict[str, TensorCheck]:
-        takers = [job for job in jobs if tensor.name not in job.plan.by_peft]
-        return _check_tensor(base, quantized, tensor, takers, on_bytes) if takers else {}
-
+    stream = _Check(base, quantized, jobs, on_bytes)
     with single_threads(num_threads, "check") as pool:
-        for checks in pool.map(check_tensor, base.tensors):
+        for checks in pool.map(stream.tensor, base.tensors):
             for name, check in checks.items():
                 results[name][check.tensor] = check
         for job in jobs:
@@ -111,34 +111,6 @@ def check_arithmetic(
     }
 
 
-def _check_tensor(
-    base: BasePlan,
-    quantized: QuantizedBase | None,
-    tensor: OutputTensor,
-    jobs: Sequence[CheckJob],
-    on_bytes: Callable[[int], None],
-) -> dict[str, TensorCheck]:
-    weight = quantized.weight(tensor.name) if quantized is not None and tensor.stored is None else None
-    step = rows_per_tile(tensor.num_rows, tensor.num_columns, weight.row_alignment if weight else 1, TILE_ELEMENTS)
-    sums = {job.plan.request.id: _Sums() for job in jobs}
-    operands = {job.plan.request.id: _operands(job.plan, tensor.name) for job in jobs}
-    for job in jobs:
-        job.check()
-    for start in range(0, tensor.num_rows, max(step, 1)):
-        stop = min(start + step, tensor.num_rows)
-        weight_OI = _read_weight(base, tensor, weight, start, stop)
-        for job in jobs:
-            shard, spec = job.plan.output.tensors[tensor.name]
-            merged_OI = _as_matrix(read_rows(job.directory / shard.name, spec, start, stop))
-            name = job.plan.request.id
-            sums[name].add(_check_tile(merged_OI, weight_OI, operands[name], start))
-            on_bytes(merged_OI.numel() * merged_OI.itemsize)
-    return {
-        job.plan.request.id: _summarize(tensor.name, sums[job.plan.request.id], tensor.name in job.plan.deltas)
-        for job in jobs
-    }
-
-
 @dataclass(frozen=True, slots=True)
 class _Operands:
     """The delta of one weight: lora_A [R, I], scaling times lora_B [O, R], the largest norm of a column of lora_A."""
@@ -146,6 +118,119 @@ class _Operands:
     a_RI: torch.Tensor
     scaled_b_OR: torch.Tensor
     max_column_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """One tensor of one job."""
+
+    job: CheckJob
+    path: Path
+    descriptor: int
+    spec: TensorSpec
+    operands: _Operands | None
+    sums: _Sums = field(default_factory=_Sums)
+
+
+class _Check:
+    """The check of one pass; threads share it."""
+
+    def __init__(
+        self,
+        base: BasePlan,
+        quantized: QuantizedBase | None,
+        jobs: Sequence[CheckJob],
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        self._base = base
+        self._quantized = quantized
+        self._jobs = jobs
+        self._on_bytes = on_bytes
+        self._buffers = TileBuffers(torch.device("cpu"))
+
+    def tensor(self, tensor: OutputTensor) -> dict[str, TensorCheck]:
+        """Check one tensor of all jobs, but those that PEFT merged."""
+        jobs = [job for job in self._jobs if tensor.name not in job.plan.by_peft]
+        if not jobs:
+            return {}
+        weight = None
+        if self._quantized is not None and tensor.stored is None:
+            weight = self._quantized.weight(tensor.name)
+        alignment = weight.row_alignment if weight else 1
+        step = rows_per_tile(tensor.num_rows, tensor.num_columns, alignment, TILE_ELEMENTS)
+        for job in jobs:
+            job.check()
+        with contextlib.ExitStack() as files:
+            path = self._base.source.directory / tensor.shard
+            source = files.enter_context(opened(path)) if weight is None else None
+            subjects = [_subject(job, tensor.name, files) for job in jobs]
+            for start in range(0, tensor.num_rows if tensor.num_bytes else 0, max(step, 1)):
+                rows = slice(start, min(start + step, tensor.num_rows))
+                if weight is not None:
+                    weight_OI = weight.dequantize_rows(rows.start, rows.stop).cpu()
+                else:
+                    assert source is not None
+                    assert tensor.stored is not None
+                    weight_OI = self._read("stored", source, path, tensor.stored, rows)
+                for subject in subjects:
+                    merged_OI = self._read("merged", subject.descriptor, subject.path, subject.spec, rows)
+                    subject.sums.add(self._check_tile(merged_OI, weight_OI, subject.operands, rows))
+                    self._on_bytes(merged_OI.numel() * merged_OI.itemsize)
+        return {
+            subject.job.plan.request.id: _summarize(tensor.name, subject.sums, subject.operands is not None)
+            for subject in subjects
+        }
+
+    def _read(self, use: str, descriptor: int, path: Path, spec: TensorSpec, rows: slice) -> torch.Tensor:
+        num_columns = spec.row_bytes // spec.dtype.itemsize
+        tile_OI = self._buffers.get(use, spec.dtype, (rows.stop - rows.start, num_columns), host=True)
+        read_into(descriptor, path, tile_OI, spec.begin + rows.start * spec.row_bytes)
+        return tile_OI
+
+    def _check_tile(
+        self, merged_OI: torch.Tensor, weight_OI: torch.Tensor, operands: _Operands | None, rows: slice
+    ) -> _Sums:
+        dtype = merged_OI.dtype
+        if operands is None and weight_OI.dtype == dtype:
+            return _check_equal(merged_OI, weight_OI)
+        num_rows, num_columns = merged_OI.shape
+        delta_OI = self._buffers.get("delta", precision_for(dtype), (num_rows, num_columns), host=True)
+        if operands is None:
+            delta_OI.zero_()
+        else:
+            torch.mm(operands.scaled_b_OR[rows], operands.a_RI, out=delta_OI)
+        if weight_OI.dtype not in kernels.ARRAY_DTYPES:
+            weight_OI = weight_OI.float()
+        places = self._buffers.get("places", torch.int64, (1, _NUM_PLACES), host=True).view(-1)
+        weight_square, delta_square, error_delta, max_abs_error, num_different = kernels.compare(
+            kernels.array(weight_OI), kernels.array(merged_OI), kernels.array(delta_OI), places.numpy()
+        )
+        sums = _Sums(
+            max_abs_error=_finite(max_abs_error),
+            rounding_excess=1.0 if max_abs_error > 0 else 0.0,
+            weight_square=weight_square,
+            delta_square=delta_square,
+            kept=delta_square + error_delta,  # merged - W is the delta and the error
+        )
+        if not math.isfinite(max_abs_error) or num_different > _NUM_PLACES:
+            places = torch.arange(merged_OI.numel())  # infinity equals itself, and is as wrong as NaN
+        else:
+            places = places[:num_different]
+        if len(places):
+            # What is not the value nearest to W + delta as computed here may be the one nearest to the exact sum.
+            merged, weight, delta = (tensor.view(-1)[places] for tensor in (merged_OI, weight_OI, delta_OI))
+            error = merged.to(delta.dtype).sub_(weight.to(delta.dtype).add_(delta)).abs_()
+            excess = error.div_(_bounds(merged, operands, rows, places // num_columns))
+            sums.rounding_excess = max(sums.rounding_excess, _largest(excess))
+            # NaN compares false with everything, so what is not within the bound is counted, not what is beyond it.
+            sums.num_bad_elements = len(places) - int((excess <= 1).sum())
+        return sums
+
+
+def _subject(job: CheckJob, name: str, files: contextlib.ExitStack) -> _Subject:
+    shard, spec = job.plan.output.tensors[name]
+    path = job.directory / shard.name
+    return _Subject(job, path, files.enter_context(opened(path)), spec, _operands(job.plan, name))
 
 
 def _operands(plan: MergePlan, name: str) -> _Operands | None:
@@ -159,67 +244,41 @@ def _operands(plan: MergePlan, name: str) -> _Operands | None:
     return _Operands(a_RI, scaled_b_OR, float(torch.linalg.vector_norm(a_RI, dim=0).max()))
 
 
-def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(-1, 1)
-
-
-def _read_weight(
-    base: BasePlan, tensor: OutputTensor, weight: QuantizedWeight | None, start: int, stop: int
-) -> torch.Tensor:
-    if weight is not None:
-        return weight.dequantize_rows(start, stop).cpu()
-    assert tensor.stored is not None
-    return _as_matrix(read_rows(base.source.directory / tensor.shard, tensor.stored, start, stop))
-
-
-def _check_tile(merged_OI: torch.Tensor, weight_OI: torch.Tensor, operands: _Operands | None, start: int) -> _Sums:
-    dtype = merged_OI.dtype
-    if operands is None and weight_OI.dtype == dtype:
-        return _check_equal(merged_OI, weight_OI)
-    precision = precision_for(dtype)
-    exact_weight_OI = weight_OI.to(precision)
-    change_OI = merged_OI.to(precision).sub_(exact_weight_OI)
-    sums = _Sums(weight_square=float(torch.dot(exact_weight_OI.view(-1), exact_weight_OI.view(-1))))
-    bound_OI = half_ulp(merged_OI).to(precision)
-    if operands is not None:
-        scaled_b_OR = operands.scaled_b_OR[start : start + merged_OI.shape[0]]
-        delta_OI = torch.mm(scaled_b_OR, operands.a_RI)
-        sums.delta_square = float(torch.dot(delta_OI.view(-1), delta_OI.view(-1)))
-        sums.kept = float(torch.dot(change_OI.view(-1), delta_OI.view(-1)))
-        # A sum of R products in float32, here and in the merge, errs by at most about R + 3 roundings of the terms
-        # (Higham, Accuracy and Stability of Numerical Algorithms, 3.1); |b . a| is bounded by the norms.
-        num_roundings = operands.a_RI.shape[0] + 3
-        slack_O = torch.linalg.vector_norm(scaled_b_OR, dim=1) * operands.max_column_norm
-        if precision is torch.float32:
-            # W + delta is rounded to float32 before it is rounded to the output's dtype: by at most 2**-23 of the power
-            # of two below the value, of which half a unit in the last place is 2**-(mantissa bits + 1).
-            bound_OI *= 1 + 2.0 ** (MANTISSA_BITS[dtype] - 22)
-        bound_OI += (2 * num_roundings * torch.finfo(torch.float32).eps * slack_O).unsqueeze(1)
-        change_OI -= delta_OI
-    error_OI = change_OI.abs_()
-    sums.max_abs_error = _largest(error_OI)
-    excess_OI = error_OI.div_(bound_OI)
-    sums.rounding_excess = _largest(excess_OI)
-    if sums.rounding_excess > 1:
-        # NaN compares false with everything, so what is not within the bound is counted, not what is beyond it.
-        sums.num_bad_elements = excess_OI.numel() - int((excess_OI <= 1).sum())
-    return sums
+def _bounds(merged: torch.Tensor, operands: _Operands | None, rows: slice, row_of_each: torch.Tensor) -> torch.Tensor:
+    """Return what one correct rounding allows at some merged elements; their rows are counted from that of the tile."""
+    precision = precision_for(merged.dtype)
+    bounds = half_ulp(merged).to(precision)
+    if operands is None:
+        return bounds
+    # A sum of R products in float32, here and in the merge, errs by at most about R + 3 roundings of the terms (Higham,
+    # Accuracy and Stability of Numerical Algorithms, 3.1); |b . a| is bounded by the norms.
+    num_roundings = operands.a_RI.shape[0] + 3
+    slack_O = torch.linalg.vector_norm(operands.scaled_b_OR[rows], dim=1) * operands.max_column_norm
+    if precision is torch.float32:
+        # W + delta is rounded to float32 before it is rounded to the output's dtype: by at most 2**-23 of the power of
+        # two below the value, of which half a unit in the last place is 2**-(mantissa bits + 1).
+        bounds *= 1 + 2.0 ** (MANTISSA_BITS[merged.dtype] - 22)
+    return bounds.add_(slack_O[row_of_each], alpha=2 * num_roundings * torch.finfo(torch.float32).eps)
 
 
 def _check_equal(merged_OI: torch.Tensor, weight_OI: torch.Tensor) -> _Sums:
-    left, right = merged_OI.view(BITS[merged_OI.itemsize]), weight_OI.view(BITS[weight_OI.itemsize])
     sums = _Sums()
     if weight_OI.is_floating_point():
-        sums.weight_square = float(torch.linalg.vector_norm(weight_OI.float())) ** 2
-    if torch.equal(left, right):
+        known = weight_OI if weight_OI.dtype in kernels.ARRAY_DTYPES else weight_OI.float()
+        sums.weight_square = kernels.square(kernels.array(known))
+    if torch.equal(_bits(merged_OI), _bits(weight_OI)):
         return sums
-    different = left != right
+    different = _bits(merged_OI) != _bits(weight_OI)
     error = (merged_OI.double() - weight_OI.double()).abs()[different]
     sums.num_bad_elements = int(different.sum())
     sums.max_abs_error = _largest(error)
     allowed = half_ulp(weight_OI[different]) if weight_OI.dtype in EXPONENT_BITS else 0.5
     sums.rounding_excess = _largest(error / allowed)
     return sums
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    return values.view(BITS[values.itemsize])
 
 
 def _largest(values: torch.Tensor) -> float:

@@ -71,6 +71,11 @@ class TensorSpec:
         return self.num_elements * self.dtype.itemsize
 
     @property
+    def row_bytes(self) -> int:
+        """Number of bytes of one row along the first dimension; of a tensor without dimensions, of all of it."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
     def end(self) -> int:
         """Offset just past the last byte."""
         return self.begin + self.num_bytes

@@ -11,22 +11,22 @@ from workers.behaviour import estimate_peak_bytes
 from workers.lanes.adapter import open_adapter
 from workers.plan import MergePlan
 
-_LIBRARY_BYTES = 360_000_000
-"""Memory of a process that has imported torch, transformers, PEFT and bitsandbytes (CPU builds)."""
+_LIBRARY_BYTES = 390_000_000
+"""Memory of a process that has imported torch, transformers, PEFT, bitsandbytes and Numba (CPU builds)."""
 
 _TILE_BYTES = 12 << 20
 """Scratch of one thread on the CPU: the tile as stored, in float32, rounded, and what a check holds of it."""
 
-_QUANTIZE_BYTES = 192 << 20
+_QUANTIZE_BYTES = 128 << 20
 """A group of quantized tensors, once as tensors and once as it is being written, and the tiles in work."""
 
 _MODULE_ELEMENT_BYTES = 56
 """What the check of a module that PEFT merged holds of each of its weights: up to seven arrays of float64, of a layer,
 its plain form, their states, and the squares its bound is made of."""
 
-_MERGE_RATE = 0.2e9
-_ARITHMETIC_RATE = 0.17e9
-_QUANTIZE_RATE = 0.09e9
+_MERGE_RATE = 0.3e9
+_ARITHMETIC_RATE = 0.55e9
+_QUANTIZE_RATE = 0.17e9
 _BEHAVIOUR_RATE = 0.12e9
 """Bytes of merged weights (of stored ones, for quantizing) a second and core."""
 
@@ -110,7 +110,9 @@ def peak_memory_bytes(plan: MergePlan, num_threads: int) -> int:
     operands = max((4 * (d.a_RI.num_elements + 3 * d.b_OR.num_elements) for d in plan.deltas.values()), default=0)
     streaming = num_threads * (_TILE_BYTES + operands)
     if plan.base.quantization is not None or plan.request.compare:
-        streaming = max(streaming, _QUANTIZE_BYTES + _quantized_whole(plan))
+        # Each thread has a weight in 4-bit, twice while its tiles are put together, and a few wait to be written.
+        largest = max((t.num_bytes // t.dtype.itemsize for t in plan.base.tensors if t.stored is None), default=0)
+        streaming = max(streaming, _QUANTIZE_BYTES + 2 * num_threads * largest + _quantized_whole(plan))
     peak = _LIBRARY_BYTES + max(streaming, _bytes_by_peft(plan), combination_bytes(plan))
     if plan.request.parity.level == "arithmetic":
         return peak

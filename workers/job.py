@@ -15,6 +15,7 @@ from jobs.request import MergeRequest
 from workers.outcomes import Failure, JobOutcome
 from workers.plan import MergePlan
 from workers.sinks import Staging
+from workers.writer import HashedFile
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +57,10 @@ class Job:
         """Whether it has neither failed nor found its release there already."""
         return self.error is None and self.release is None
 
-    def ship(self, uploads: ThreadPoolExecutor, artifact: Artifact) -> None:
+    def ship(self, uploads: ThreadPoolExecutor, file: HashedFile | Artifact) -> None:
         """Have a finished file sent on its way, beside what goes on here."""
-        self.shipped.append((artifact, uploads.submit(self.staging.put, artifact)))
+        artifact, state = (file.artifact, file.state) if isinstance(file, HashedFile) else (file, None)
+        self.shipped.append((artifact, uploads.submit(self.staging.put, artifact, state)))
 
     def drop(self) -> None:
         """Remove what it staged. A failure to do so is logged: what is left is invisible."""

@@ -63,7 +63,7 @@ def run_pass(
     """
     hashing = ThreadPoolExecutor(num_threads, thread_name_prefix="hash")
     state = PassState(jobs, hashing, on_bytes)
-    walk = Walk(base, quantized, state, device)
+    walk = Walk(base, quantized, state, device, num_threads)
     try:
         with single_threads(num_threads, "merge") as pool:
             for worker in [pool.submit(walk.work) for _ in range(num_threads)]:

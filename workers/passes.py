@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 
 from jobs.errors import BadInputError, MergefleetError
-from jobs.release import Artifact
 from workers.plan import MergePlan, OutputTensor
 from workers.tensor_io import tensor_bytes
-from workers.writer import CheckpointWriter
+from workers.writer import CheckpointWriter, HashedFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +22,7 @@ class PassJob:
     plan: MergePlan
     directory: Path
     """Where the merged shards are written; empty."""
-    on_file: Callable[[Artifact], None]
+    on_file: Callable[[HashedFile], None]
     """Told each file as it is closed, in a thread of the pass; an error of ours fails the job."""
     check: Callable[[], None]
     """Raises CancelledError when the job should stop; called once per tile."""

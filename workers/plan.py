@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -24,6 +24,7 @@ from workers.four_bit import plan_quantization, stored_as_asked
 from workers.lanes.adapter import Adapter, open_adapter
 from workers.lanes.coverage import Coverage, cover
 from workers.lanes.lora import LoraDelta, plan_lora
+from workers.lanes.methods import WEIGHED
 from workers.model import answers_prompts, check_depth, skeleton
 from workers.quant import quantized_names, quantized_owner
 from workers.quantization import QuantizationTask
@@ -80,6 +81,23 @@ class BasePlan:
     """Between the names and tensors of its files and those of its model."""
     transposed: frozenset[str]
     """Weights that 4-bit loading converts as their transpose."""
+    answers_prompts: bool
+    """Whether its model continues text."""
+    _coverages: dict[object, Coverage] = field(default_factory=dict, compare=False, repr=False)
+
+    def coverage(self, adapter: Adapter) -> Coverage:
+        """Return what an adapter changes; adapters of one recipe differ in values alone, and PEFT is asked once.
+
+        Raises:
+            UnsupportedError, BadInputError: adapter and base do not fit.
+        """
+        if adapter.method in WEIGHED:  # its layers hold arrays, and would stay for as long as this plan does
+            return cover(adapter, skeleton(self.source.directory))
+        tensors = tuple((name, spec.dtype, spec.shape) for name, spec in adapter.tensors.items())
+        recipe = (repr(adapter.config.to_dict()), tensors)
+        if recipe not in self._coverages:
+            self._coverages[recipe] = cover(adapter, skeleton(self.source.directory))
+        return self._coverages[recipe]
 
     @cached_property
     def by_name(self) -> Mapping[str, OutputTensor]:
@@ -201,7 +219,9 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
                 stored=None if name in converted else spec,
             )
         )
-    return BasePlan(source, layout, tuple(tensors), task, stored_in_4bit, conversions, transposed)
+    return BasePlan(
+        source, layout, tuple(tensors), task, stored_in_4bit, conversions, transposed, answers_prompts(model)
+    )
 
 
 def plan_merge(base: BasePlan, request: MergeRequest, adapter: Source) -> MergePlan:
@@ -211,10 +231,9 @@ def plan_merge(base: BasePlan, request: MergeRequest, adapter: Source) -> MergeP
         NotFoundError, BadInputError, UnsupportedError: the adapter cannot be used, or does not fit the base.
     """
     opened = open_adapter(adapter.directory)
-    model = skeleton(base.source.directory)
-    if request.parity.level == "full" and not answers_prompts(model):
+    if request.parity.level == "full" and not base.answers_prompts:
         raise UnsupportedError(
-            f"{base.source.directory}: {type(model).__name__} does not continue text, so parity level full cannot ask "
+            f"{base.source.directory}: its model does not continue text, so parity level full cannot ask "
             "it anything; request parity level: arithmetic, which compares every tensor"
         )
     if request.compare and base.stored_in_4bit:
@@ -222,7 +241,7 @@ def plan_merge(base: BasePlan, request: MergeRequest, adapter: Source) -> MergeP
             f"{base.source.directory}: the base is stored in 4-bit and has no other weights to compare with; leave out "
             "compare, or name the 16-bit base"
         )
-    coverage = cover(opened, model)
+    coverage = base.coverage(opened)
     names = base.conversions.stored_names
     deltas = {names[delta.weight]: delta for delta in plan_lora(opened, coverage) if delta.weight in names}
     changed_by_peft = _by_peft(base, opened, coverage, frozenset(delta.weight for delta in deltas.values()))

@@ -7,6 +7,7 @@ Shape suffixes: O output features, I input features.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from jobs.errors import BadInputError
+from workers import kernels
 
 BITSANDBYTES_VERSION: str = bitsandbytes.__version__
 
@@ -24,10 +26,8 @@ BLOCK_SIZE = 64
 """Weights per scale; the default of bitsandbytes and the only size transformers uses."""
 
 _FOLLOWED_VERSION = "0.50.2"
-"""The bitsandbytes whose CPU quantization is followed bit for bit; of any other, its own is taken."""
+"""The bitsandbytes that `workers.kernels` follows bit for bit on the CPU; of any other, its own is taken."""
 _NESTED_BLOCK_SIZE = 256
-_CPU_CHUNK_ELEMENTS = 1 << 18
-"""Values quantized at once on the CPU: few enough for a core's caches, enough that calls do not count."""
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _STATE_SUFFIX = ".quant_state.bitsandbytes__"
@@ -77,6 +77,16 @@ class QuantizedWeight:
         begin, end = start * num_columns, stop * num_columns
         codes = self.codes[begin // 2 : (end + 1) // 2]
         absmax = self.absmax[begin // self.blocksize : math.ceil(end / self.blocksize)]
+        if BITSANDBYTES_VERSION == _FOLLOWED_VERSION and codes.device.type == "cpu":
+            weight = torch.empty(stop - start, num_columns, dtype=self.dtype)
+            kernels.dequantize(
+                kernels.array(codes),
+                kernels.array(absmax),
+                _tables(self.quant_type).values,
+                self.blocksize,
+                kernels.array(weight),
+            )
+            return weight
         # Handed over one block a row: the AVX-512 kernel of bitsandbytes 0.50.2 takes the wrong scales where blocks go
         # on from one row of a weight to the next.
         num_missing = absmax.numel() * self.blocksize // 2 - codes.numel()
@@ -123,41 +133,38 @@ def quantize_rows(weight_OI: torch.Tensor, quant_type: str) -> tuple[torch.Tenso
 
 
 def _quantize_on_cpu(weight: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what `quantize_4bit` of bitsandbytes 0.50.2 does there, bit for bit, several times faster.
+    tables = _tables(quant_type)
+    codes = torch.empty(weight.numel() // 2, 1, dtype=torch.uint8)
+    absmax = torch.empty(weight.numel() // BLOCK_SIZE)
+    kernels.quantize(
+        kernels.array(weight.contiguous()), tables.middles, tables.places, kernels.array(codes), absmax.numpy()
+    )
+    return codes, absmax
 
-    Its scaling is followed step by step. It then looks each value up among the 15 middles between two codes, by binary
-    search; here the middles not below the value are counted, which NumPy does for many values at once. NaN counts as
-    above all of them, as there.
-    """
-    code = bnb.get_4bit_type(quant_type, device="cpu")
-    order = torch.argsort(code)
-    middles = ((code[order[:-1]] + code[order[1:]]) / 2).numpy()
-    places = order.numpy().astype(np.uint8)
-    code_pairs = (places[:, None] << 4 | places).reshape(-1)
-    in_order = np.array_equal(code_pairs, np.arange(code_pairs.size))
-    blocks = weight.reshape(-1, BLOCK_SIZE)
-    absmax = torch.empty(blocks.shape[0])
-    codes = np.empty(weight.numel() // 2, np.uint8)
-    num_blocks = min(_CPU_CHUNK_ELEMENTS // BLOCK_SIZE, blocks.shape[0])
-    values, magnitudes = torch.empty(2, num_blocks, BLOCK_SIZE)
-    reached, counts = np.empty((2, num_blocks * BLOCK_SIZE), np.uint8)
-    for start in range(0, blocks.shape[0], num_blocks):
-        stop = min(start + num_blocks, blocks.shape[0])
-        scaled = values[: stop - start].copy_(blocks[start:stop])
-        torch.abs(scaled, out=magnitudes[: stop - start])
-        scales = torch.amax(magnitudes[: stop - start], dim=1, out=absmax[start:stop])
-        flat = scaled.mul_((1.0 / scales.clamp(min=1e-38)).unsqueeze(1)).clamp_(-1, 1).view(-1).numpy()
-        reaches, count = reached[: flat.size], counts[: flat.size]
-        count[:] = 0
-        for middle in middles:
-            np.less_equal(flat, middle, out=reaches.view(np.bool_))
-            np.add(count, reaches, out=count)
-        # Both places of a byte at once: the first is the low half of a little-endian word.
-        pairs = (middles.size * 0x0101) - count.view("<u2")
-        packed = ((pairs << 4) | (pairs >> 8)).astype(np.uint8)
-        begin = start * BLOCK_SIZE // 2
-        codes[begin : begin + packed.size] = packed if in_order else np.take(code_pairs, packed)
-    return torch.from_numpy(codes).unsqueeze(1), absmax
+
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """The sixteen values of a 4-bit type."""
+
+    values: np.ndarray
+    """float32 [16], by code."""
+    places: np.ndarray
+    """uint8 [16]: their codes, the smallest value's first."""
+    middles: tuple[np.float32, ...]
+    """Between neighbours, ascending."""
+
+
+@functools.cache
+def _tables(quant_type: str) -> _Tables:
+    values = bnb.get_4bit_type(quant_type, device="cpu")
+    order = torch.argsort(values)
+    middles = (values[order[:-1]] + values[order[1:]]) / 2
+    # What they come back as: of fp4, the sign of one of its zeros depends on the processor.
+    every_code = torch.arange(16, dtype=torch.uint8).repeat_interleave(BLOCK_SIZE // 2).mul_(0x11).view(-1, 1)
+    back = torch.ops.bitsandbytes.dequantize_4bit.default(
+        every_code, torch.ones(16), BLOCK_SIZE, quant_type, (16, BLOCK_SIZE), torch.float32
+    )
+    return _Tables(back[:, 0].numpy().copy(), order.numpy().astype(np.uint8), tuple(middles.numpy()))
 
 
 def stored_tensors(

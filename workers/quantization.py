@@ -1,22 +1,26 @@
 """Quantizing a base: what decides the bits, and the 4-bit tensors of one weight after the other."""
 
+import functools
 import hashlib
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 
+from workers import kernels
 from workers.checkpoint import CheckpointLayout
 from workers.conversions import Conversions, Group
 from workers.quant import BITSANDBYTES_VERSION, quantize_rows, restore, row_alignment, stored_tensors
-from workers.tensor_io import read_rows
+from workers.tensor_io import opened, read_into, read_rows
+from workers.tiles import single_threads
 
-_TILE_ELEMENTS = 1 << 18
+_TILE_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,21 +75,35 @@ class QuantizationTask:
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
+Quantized = tuple[str, dict[str, torch.Tensor], dict[str, float]]
+"""Of a weight its name, the tensors it is stored as, by suffix, and what is known then of what 4 bits changed: the
+Frobenius norm of the difference, by names in the checkpoint."""
+
+
 def quantized_weights(
-    task: QuantizationTask, device: torch.device, pool: ThreadPoolExecutor, on_bytes: Callable[[int], None]
-) -> Iterator[tuple[str, dict[str, torch.Tensor], dict[str, float]]]:
+    task: QuantizationTask, device: torch.device, num_threads: int, on_bytes: Callable[[int], None]
+) -> Iterator[Quantized]:
     """Quantize the weights of a task.
 
     Args:
         task: what to quantize.
         device: where.
-        pool: tiles of a weight are quantized by all its threads.
+        num_threads: weights that are quantized at the same time.
         on_bytes: told the bytes of the base read, as they are; may raise to stop.
 
     Yields:
-        Of each weight its name, the tensors it is stored as, by suffix, and what is known then of what 4 bits changed:
-        the Frobenius norm of the difference, by names in the checkpoint.
+        One weight after the other, a few of them ahead of whoever takes them.
     """
+    upright = [name for name in task.weights if name not in task.transposed]
+    quantize = functools.partial(_quantize_rows, task, device, on_bytes)
+    with single_threads(num_threads, "quantize") as pool:
+        ahead: deque[Future[Quantized]] = deque()
+        for name in upright:
+            if len(ahead) > num_threads:
+                yield ahead.popleft().result()
+            ahead.append(pool.submit(quantize, name))
+        while ahead:
+            yield ahead.popleft().result()
 
     def read(name: str) -> torch.Tensor:
         shard, spec = task.layout.tensors[name]
@@ -100,9 +118,6 @@ def quantized_weights(
             tensors = _quantize_whole(task, weight, device)
             errors = [_square_error(tile, weight[start:stop]) for start, stop, tile in _dequantized(tensors, device)]
             yield name, tensors, {name: math.sqrt(sum(errors))}
-        else:
-            tensors, error = _quantize_rows(task, name, device, pool, on_bytes)
-            yield name, tensors, {name: error}
     for group in task.groups:
         stored = {name: read(name) for name in group.stored}
         made = task.conversions.load(group, stored.__getitem__)
@@ -147,39 +162,37 @@ def _dequantized(tensors: dict[str, torch.Tensor], device: torch.device) -> Iter
 
 
 def _square_error(through_4bit: torch.Tensor, weight: torch.Tensor) -> float:
+    if through_4bit.device.type == "cpu" and {through_4bit.dtype, weight.dtype} <= kernels.ARRAY_DTYPES.keys():
+        left, right = (kernels.array(tensor.contiguous()) for tensor in (through_4bit, weight))
+        return float(kernels.square_difference(left, right))
     return float(torch.linalg.vector_norm(through_4bit.float() - weight.to(through_4bit.device).float())) ** 2
 
 
 def _quantize_rows(
-    task: QuantizationTask,
-    name: str,
-    device: torch.device,
-    pool: ThreadPoolExecutor,
-    on_bytes: Callable[[int], None],
-) -> tuple[dict[str, torch.Tensor], float]:
+    task: QuantizationTask, device: torch.device, on_bytes: Callable[[int], None], name: str
+) -> Quantized:
     shard, spec = task.layout.tensors[name]
+    path = task.base / shard.name
     num_rows, num_columns = spec.shape
     alignment = row_alignment(num_columns)
     rows_per_tile = max(1, _TILE_ELEMENTS // (num_columns * alignment)) * alignment
     dtype = task.dtype or spec.dtype
+    with opened(path) as descriptor:
 
-    def read(start: int) -> torch.Tensor:
-        tile = read_rows(task.base / shard.name, spec, start, min(start + rows_per_tile, num_rows))
-        return tile.to(device=device, dtype=dtype)
+        def tiles() -> Iterator[tuple[int, int, torch.Tensor]]:
+            for start in range(0, num_rows, rows_per_tile):
+                stop = min(start + rows_per_tile, num_rows)
+                tile = torch.empty(stop - start, num_columns, dtype=spec.dtype)
+                read_into(descriptor, path, tile, spec.begin + start * spec.row_bytes)
+                yield start, stop, tile.to(device=device, dtype=dtype)
 
-    def quantize_tile(start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tile = read(start)
-        on_bytes(tile.numel() * spec.dtype.itemsize)
-        return quantize_rows(tile, task.quant_type)
-
-    starts = range(0, num_rows, rows_per_tile)
-    tiles = list(pool.map(quantize_tile, starts))
-    codes, absmax = (torch.cat(parts) for parts in zip(*tiles, strict=True))
-    tensors = _stored(task, codes, absmax, spec.shape, dtype)
-    weight = restore(name, tensors).to(device)
-
-    def error_of_tile(start: int) -> float:
+        parts = []
+        for _, _, tile in tiles():
+            on_bytes(tile.numel() * spec.dtype.itemsize)
+            parts.append(quantize_rows(tile, task.quant_type))
+        codes, absmax = (torch.cat(each) for each in zip(*parts, strict=True))
+        tensors = _stored(task, codes, absmax, spec.shape, dtype)
+        weight = restore(name, tensors).to(device)
         # Scales that are quantized themselves are final with the last tile only: the first look is for the page cache.
-        return _square_error(weight.dequantize_rows(start, min(start + rows_per_tile, num_rows)), read(start))
-
-    return tensors, math.sqrt(sum(pool.map(error_of_tile, starts)))
+        errors = [_square_error(weight.dequantize_rows(start, stop), tile) for start, stop, tile in tiles()]
+    return name, tensors, {name: math.sqrt(sum(errors))}

@@ -5,7 +5,6 @@ import logging
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from workers.quant import QuantizedWeight, quantized_names, quantized_owner, res
 from workers.quantization import QuantizationTask, quantized_weights
 from workers.scratch import OwnedDirectory, exclusive, sweep
 
-_GROUP_BYTES = 64 << 20
+_GROUP_BYTES = 32 << 20
 """Size of a cache file: bounds the memory that quantizing takes beyond its largest weight."""
 
 _DIGESTS_NAME = "digests.json"
@@ -161,13 +160,12 @@ class QuantizedCache:
     ) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the tensors of each cache file; put the error of each weight on the way."""
         group: dict[str, torch.Tensor] = {}
-        with ThreadPoolExecutor(self._num_threads, thread_name_prefix="quantize") as pool:
-            for name, tensors, known in quantized_weights(task, self._device, pool, on_bytes):
-                errors |= known
-                group |= {f"{name}{suffix}": tensor for suffix, tensor in tensors.items()}
-                if sum(tensor.numel() * tensor.itemsize for tensor in group.values()) >= _GROUP_BYTES:
-                    yield group
-                    group = {}
+        for name, tensors, known in quantized_weights(task, self._device, self._num_threads, on_bytes):
+            errors |= known
+            group |= {f"{name}{suffix}": tensor for suffix, tensor in tensors.items()}
+            if sum(tensor.numel() * tensor.itemsize for tensor in group.values()) >= _GROUP_BYTES:
+                yield group
+                group = {}
         if group:
             yield group
 

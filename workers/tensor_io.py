@@ -1,7 +1,9 @@
 """Bytes of tensors to and from files: positioned reads and writes that never move a shared file position."""
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +19,21 @@ _NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor, without a copy."""
     return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """Open a file for reading and hand out its descriptor.
+
+    Raises:
+        NotFoundError, AuthError, TransientIOError: by kind of fault.
+    """
+    with file_errors(f"reading {path}"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def read_into(descriptor: int, path: Path, target: torch.Tensor, offset: int) -> None:
@@ -51,13 +68,9 @@ def read_rows(path: Path, spec: TensorSpec, start: int, stop: int) -> torch.Tens
     """
     shape = (stop - start, *spec.shape[1:]) if spec.shape else ()
     target = torch.empty(shape, dtype=spec.dtype)
-    row_bytes = spec.num_bytes // spec.shape[0] if spec.shape and spec.shape[0] else 0
-    with file_errors(f"reading {path}"):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        read_into(descriptor, path, target, spec.begin + start * row_bytes)
-    finally:
-        os.close(descriptor)
+    begin = spec.begin + start * spec.row_bytes if spec.shape else spec.begin
+    with opened(path) as descriptor:
+        read_into(descriptor, path, target, begin)
     return target
 
 

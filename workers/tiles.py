@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 """Elements of a tile: on the CPU its float32 form stays in the cache of a core, on a GPU it fills the device."""
 
 
@@ -46,6 +46,7 @@ class TileBuffers(threading.local):
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._storage: dict[str, torch.Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype, tuple[int, int]], torch.Tensor] = {}
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def get(self, use: str, dtype: torch.dtype, shape: tuple[int, int], *, host: bool) -> torch.Tensor:
@@ -57,9 +58,16 @@ class TileBuffers(threading.local):
             shape: rows and columns of the tile.
             host: whether it lies in main memory rather than on the device.
         """
+        view = self._views.get((use, dtype, shape))
+        if view is not None:
+            return view
         num_bytes = math.prod(shape) * dtype.itemsize
         if use not in self._storage or self._storage[use].numel() < num_bytes:
             pin = host and self._device.type == "cuda"
             device = torch.device("cpu") if host else self._device
             self._storage[use] = torch.empty(num_bytes, dtype=torch.uint8, device=device, pin_memory=pin)
-        return self._storage[use][:num_bytes].view(dtype).view(shape)
+            # Views of what was there before would keep it.
+            self._views = {key: view for key, view in self._views.items() if key[0] != use}
+        view = self._storage[use][:num_bytes].view(dtype).view(shape)
+        self._views[use, dtype, shape] = view
+        return view

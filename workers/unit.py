@@ -247,5 +247,5 @@ def resolve_device(name: str) -> torch.device:
 
 def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that decide the bytes of a merge."""
-    names = ("mergefleet", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
+    names = ("mergefleet", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "numba")
     return {name: importlib.metadata.version(name) for name in names}

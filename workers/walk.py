@@ -8,14 +8,18 @@ Shape suffixes: O output features, I input features, R rank.
 """
 
 import contextlib
+import itertools
 import os
 import threading
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from jobs.errors import BadInputError
+from workers import kernels
 from workers.files import file_errors
 from workers.lanes.lora import read_operand
 from workers.passes import PassJob, PassState, check_range
@@ -25,6 +29,11 @@ from workers.quantized_base import QuantizedBase
 from workers.tensor_io import read_into
 from workers.tiles import TILE_ELEMENTS, TileBuffers, rows_per_tile
 from workers.writer import CheckpointWriter
+
+_COPY_BYTES = 8 << 20
+"""What one thread copies at a time: little enough that all have work until the end."""
+_MAX_OPEN_SHARDS = 256
+"""Shards of all jobs that are written at one time; each holds two descriptors, and 1024 is a common limit."""
 
 
 class _Weight:
@@ -53,13 +62,20 @@ class _Tile:
 class Walk:
     """The tiles of one pass. Threads call `work` until nothing is left."""
 
-    def __init__(self, base: BasePlan, quantized: QuantizedBase | None, state: PassState, device: torch.device) -> None:
+    def __init__(
+        self,
+        base: BasePlan,
+        quantized: QuantizedBase | None,
+        state: PassState,
+        device: torch.device,
+        num_threads: int,
+    ) -> None:
         self._base = base
         self._quantized = quantized
         self._state = state
         self._device = device
         self._lock = threading.Lock()
-        self._tiles = self._all_tiles()
+        self._tiles = self._all_tiles(num_threads)
         self._stopped = False
         self._descriptors: dict[str, int] = {}
         self._buffers = TileBuffers(device)
@@ -73,7 +89,7 @@ class Walk:
                     if self._computed(tile.weight.tensor):
                         self._compute(tile)
                     else:
-                        self._copy(tile.weight.tensor)
+                        self._copy(tile)
         except BaseException:
             self._stopped = True
             raise
@@ -89,8 +105,24 @@ class Walk:
                 return None
             return next(self._tiles, None)
 
-    def _all_tiles(self) -> Iterator[_Tile]:
+    def _all_tiles(self, num_abreast: int) -> Iterator[_Tile]:
+        """Yield all tiles: of a few shards in turns, as the kernel lets one thread at a time write to a file."""
+        by_shard: dict[str, list[OutputTensor]] = defaultdict(list)
         for tensor in self._base.tensors:
+            by_shard[tensor.shard].append(tensor)
+        waiting = iter(by_shard.values())
+        num_abreast = max(1, min(num_abreast, _MAX_OPEN_SHARDS // max(1, len(self._state.jobs))))
+        in_turn = deque(self._tiles_of(tensors) for tensors in itertools.islice(waiting, num_abreast))
+        while in_turn:
+            tiles = in_turn.popleft()
+            while (tile := next(tiles, None)) is None and (tensors := next(waiting, None)) is not None:
+                tiles = self._tiles_of(tensors)
+            if tile is not None:
+                in_turn.append(tiles)
+                yield tile
+
+    def _tiles_of(self, tensors: Sequence[OutputTensor]) -> Iterator[_Tile]:
+        for tensor in tensors:
             if not self._takers(tensor):
                 continue
             quantized = None
@@ -102,7 +134,9 @@ class Walk:
                         f"{self._base.source.directory}: tensor {tensor.name} is stored in 4-bit as "
                         f"{list(quantized.shape)}, config.json makes it {list(tensor.shape)}; the checkpoint is corrupt"
                     )
-            step = tensor.num_rows
+            step = max(1, _COPY_BYTES // (tensor.num_columns * tensor.dtype.itemsize))
+            if tensor.num_bytes == 0:
+                step = tensor.num_rows
             if self._computed(tensor):
                 alignment = quantized.row_alignment if quantized else 1
                 step = rows_per_tile(tensor.num_rows, tensor.num_columns, alignment, TILE_ELEMENTS[self._device.type])
@@ -127,16 +161,20 @@ class Walk:
                     self._descriptors[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             return self._descriptors[shard]
 
-    def _copy(self, tensor: OutputTensor) -> None:
+    def _copy(self, tile: _Tile) -> None:
+        tensor = tile.weight.tensor
         assert tensor.stored is not None
         source = self._descriptor(tensor.shard)
-        self._state.count(base=tensor.num_bytes)
+        row_bytes = tensor.stored.row_bytes
+        begin = tile.start * row_bytes
+        num_bytes = (tile.stop - tile.start) * row_bytes
+        self._state.count(base=num_bytes)
         for name in self._takers(tensor):
             with self._state.job(name) as writer:
                 if writer is not None:
                     shard, spec = writer.locate(tensor.name)
-                    shard.copy(source, tensor.stored.begin, spec.begin, tensor.num_bytes)
-                    self._state.count(written=tensor.num_bytes)
+                    shard.copy(source, tensor.stored.begin + begin, spec.begin + begin, num_bytes)
+                    self._state.count(written=num_bytes)
 
     def _compute(self, tile: _Tile) -> None:
         tensor = tile.weight.tensor
@@ -169,9 +207,9 @@ class Walk:
         tensor = tile.weight.tensor
         assert tensor.stored is not None
         host_OI = self._buffers.get("stored", tensor.stored.dtype, tile.shape, host=True)
-        row_bytes = tensor.num_columns * tensor.stored.dtype.itemsize
         path = self._base.source.directory / tensor.shard
-        read_into(self._descriptor(tensor.shard), path, host_OI, tensor.stored.begin + tile.start * row_bytes)
+        begin = tensor.stored.begin + tile.start * tensor.stored.row_bytes
+        read_into(self._descriptor(tensor.shard), path, host_OI, begin)
         self._state.count(base=host_OI.numel() * host_OI.itemsize)
         return host_OI.to(self._device, non_blocking=True)
 
@@ -191,6 +229,13 @@ class Walk:
         scaling = job.plan.deltas[tile.weight.tensor.name].scaling
         sum_OI = self._buffers.get("sum", torch.float32, tile.shape, host=False)
         torch.mm(b_OR[tile.start : tile.stop], a_RI, out=sum_OI)
+        if self._device.type == "cpu":
+            known = weight_OI if weight_OI.dtype in kernels.ARRAY_DTYPES else weight_OI.float()
+            if not kernels.add_delta(
+                kernels.array(known), kernels.array(sum_OI), np.float32(scaling), kernels.array(rounded_OI)
+            ):
+                check_range(tile.weight.tensor, sum_OI.mul_(scaling).add_(weight_OI))
+            return
         if scaling != 1.0:
             sum_OI.mul_(scaling)
         sum_OI.add_(weight_OI)

@@ -5,18 +5,32 @@ import heapq
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.errors import MergefleetError
 from jobs.release import Artifact
 from workers.checkpoint import CheckpointLayout, ShardLayout, TensorSpec
-from workers.files import file_errors
+from workers.files import FileState, file_errors
 from workers.tensor_io import copy_range, write_all
 
-_HASH_BYTES = 16 << 20
-"""Hashing follows the written part of a file in steps of about this size."""
+_HASH_BYTES = 4 << 20
+"""Hashing follows the written part of a file in steps of about this size, small enough to find it in the caches."""
+_CLOCK_SECONDS = 0.02
+"""Longer than the clock that stamps files stands still."""
+
+
+@dataclass(frozen=True, slots=True)
+class HashedFile:
+    """A finished file."""
+
+    artifact: Artifact
+    state: FileState | None
+    """Of the file when its end was about to be hashed: any later write to it shows, where the file system keeps times
+    finer than a fiftieth of a second. None for a small file, which is sooner read again than its times move on."""
 
 
 class ShardWriter:
@@ -26,7 +40,7 @@ class ShardWriter:
     """
 
     def __init__(
-        self, path: Path, layout: ShardLayout, hashing: Executor, on_closed: Callable[[Artifact], None]
+        self, path: Path, layout: ShardLayout, hashing: Executor, on_closed: Callable[[HashedFile], None]
     ) -> None:
         self._path = path
         self._num_bytes = layout.num_bytes
@@ -38,6 +52,7 @@ class ShardWriter:
         self._num_hashed = 0
         self._hash_runs = False
         self._hashes: list[Future[None]] = []
+        self._state: FileState | None = None
         self._sha256 = hashlib.sha256()
         with file_errors(f"making {path}"):
             self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
@@ -100,6 +115,9 @@ class ShardWriter:
                 if begin == end:
                     self._hash_runs = False
                     break
+            if end == self._num_bytes > _HASH_BYTES:
+                time.sleep(_CLOCK_SECONDS)
+                self._state = FileState.of(os.fstat(self._descriptor))
             with memoryview(self._mapped)[begin:end] as view:
                 self._sha256.update(view)
             with self._lock:
@@ -108,14 +126,15 @@ class ShardWriter:
             digest = self._sha256.hexdigest()
             # At once, since a pass of many jobs over many shards would run out of descriptors.
             self.close()
-            self._on_closed(Artifact(path=self._path.name, num_bytes=self._num_bytes, sha256=digest))
+            artifact = Artifact(path=self._path.name, num_bytes=self._num_bytes, sha256=digest)
+            self._on_closed(HashedFile(artifact, self._state))
 
 
 class CheckpointWriter:
     """All shards of one job. A file is opened when its first tensor comes, and finished with its last byte."""
 
     def __init__(
-        self, directory: Path, layout: CheckpointLayout, hashing: Executor, on_file: Callable[[Artifact], None]
+        self, directory: Path, layout: CheckpointLayout, hashing: Executor, on_file: Callable[[HashedFile], None]
     ) -> None:
         self._directory = directory
         self._layout = layout
@@ -158,10 +177,10 @@ class CheckpointWriter:
         for writer in self._writers.values():
             writer.close()
 
-    def _finished(self, artifact: Artifact) -> None:
+    def _finished(self, file: HashedFile) -> None:
         with self._lock:
-            self._artifacts.append(artifact)
+            self._artifacts.append(file.artifact)
         try:
-            self._on_file(artifact)
+            self._on_file(file)
         except MergefleetError as error:
             self.fail(error)

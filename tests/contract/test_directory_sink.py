@@ -1,5 +1,7 @@
 """What only the directory sink has to stand: files in the way, links, and files touched after they were checked."""
 
+import hashlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,8 +9,9 @@ import pytest
 
 from jobs.errors import BadInputError, DestinationOccupiedError, InternalError
 from jobs.locations import LocalPath
-from jobs.release import Manifest
+from jobs.release import Artifact, Manifest
 from tests.releases import fill, make_files
+from workers.files import FileState
 from workers.sinks.directory import DirectorySink, DirectoryStaging
 
 KEY = "a" * 64
@@ -78,3 +81,32 @@ def test_what_was_not_checked_is_not_published(tmp_path: Path, touch: Callable[[
     staging.discard()
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_file_in_the_state_it_was_hashed_in_is_not_read_again(tmp_path: Path) -> None:
+    staging = DirectorySink(LocalPath(tmp_path / "release")).open(KEY)
+    path = staging.directory / "model.safetensors"
+    path.write_bytes(b"as it was hashed")
+    state = FileState.of(path.stat())
+    # Nothing but a read could tell that this is not its digest.
+    artifact = Artifact(path=path.name, num_bytes=16, sha256="0" * 64)
+    staging.put(artifact, state)
+    with pytest.raises(InternalError, match="has SHA-256"):
+        staging.put(artifact)
+    staging.discard()
+
+
+def test_file_written_to_since_it_was_hashed_is_read_again(tmp_path: Path) -> None:
+    staging = DirectorySink(LocalPath(tmp_path / "release")).open(KEY)
+    path = staging.directory / "model.safetensors"
+    path.write_bytes(b"as it was hashed")
+    state = FileState.of(path.stat())
+    artifact = Artifact(path=path.name, num_bytes=16, sha256=hashlib.sha256(b"as it was hashed").hexdigest())
+    time.sleep(0.02)
+    path.write_bytes(b"as it is by now!")
+    with pytest.raises(InternalError, match="has SHA-256"):
+        staging.put(artifact, state)
+    time.sleep(0.02)
+    path.write_bytes(b"as it was hashed")
+    staging.put(artifact, state)
+    staging.discard()

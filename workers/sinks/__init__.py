@@ -9,6 +9,7 @@ from typing import Protocol
 
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
 from jobs.release import Artifact, Manifest, Release
+from workers.files import FileState
 
 
 class Staging(Protocol):
@@ -17,13 +18,15 @@ class Staging(Protocol):
     directory: Path
     """Where the files of the release are written, under the names they will have. Empty at first."""
 
-    def put(self, artifact: Artifact) -> None:
+    def put(self, artifact: Artifact, hashed_as: FileState | None = None) -> None:
         """Ship one finished file of `directory` to where nobody can see it yet. The file stays until `discard`.
 
         May run in a thread, several at a time for different files, and again after an error: it starts over.
 
         Args:
             artifact: its name, size and SHA-256. The bytes that arrive are checked against what was computed here.
+            hashed_as: the state of the file in which its digest was taken. Where the file has it still, a sink that has
+                no other reason to read the file need not do so; None has it read in any case.
 
         Raises:
             TransientIOError, AuthError, NotFoundError, NoCapacityError: by kind of fault.

@@ -7,7 +7,7 @@ from pathlib import Path
 from jobs.errors import DestinationOccupiedError, InternalError, TransientIOError
 from jobs.locations import LocalPath
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
-from workers.files import file_errors, sync, sync_tree
+from workers.files import FileState, file_errors, sync, sync_tree
 from workers.released import ManifestFile, check_all_put, check_artifact, decode_existing, encode_manifest, occupied
 from workers.scratch import OwnedDirectory, sweep
 
@@ -43,16 +43,17 @@ class DirectoryStaging:
             self._owned = OwnedDirectory(self._destination.parent, prefix)
         self.directory = self._owned.path
         self._put: dict[str, Artifact] = {}
-        self._identities: dict[str, tuple[int, int, int]] = {}
+        self._states: dict[str, FileState] = {}
 
-    def put(self, artifact: Artifact) -> None:
+    def put(self, artifact: Artifact, hashed_as: FileState | None = None) -> None:
         """Check a finished file against its digest and make it durable; it is in its place already."""
         path = self.directory / artifact.path
         with file_errors(f"checking {path}"):
-            identity = _identity(path)
-            check_artifact(path, artifact)
+            state = FileState.of(path.stat())
+            if state != hashed_as:
+                check_artifact(path, artifact)
             sync(path)
-        self._identities[artifact.path] = identity
+        self._states[artifact.path] = state
         self._put[artifact.path] = artifact
 
     def publish(self, manifest: Manifest) -> Release:
@@ -93,7 +94,7 @@ class DirectoryStaging:
                 path = Path(parent, name)
                 relative = path.relative_to(self.directory).as_posix()
                 # A manifest may be there from an attempt to publish that failed halfway; it is written again.
-                if relative != MANIFEST_NAME and self._identities.get(relative) != _identity(path):
+                if relative != MANIFEST_NAME and self._states.get(relative) != FileState.of(path.stat()):
                     raise InternalError(f"{path} was written without put, or after it; merge again")
 
 
@@ -109,8 +110,3 @@ def _find(location: LocalPath) -> ManifestFile | None:
     if names:
         raise occupied(location, names, f"files, but no {MANIFEST_NAME}")
     return None
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -10,7 +10,7 @@ from huggingface_hub import CommitOperationAdd
 from jobs.errors import BadInputError, NotFoundError, TransientIOError
 from jobs.locations import HubRepo
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
-from workers.files import file_errors
+from workers.files import FileState, file_errors
 from workers.hub_client import HubStore
 from workers.released import ManifestFile, changed, check_all_put, decode_existing, encode_manifest, occupied
 from workers.scratch import OwnedDirectory, sweep
@@ -61,7 +61,7 @@ class HubStaging:
         self._put: dict[str, Artifact] = {}
         self._additions: dict[str, CommitOperationAdd] = {}
 
-    def put(self, artifact: Artifact) -> None:
+    def put(self, artifact: Artifact, hashed_as: FileState | None = None) -> None:  # noqa: ARG002 - it reads the file
         """Upload a file that is too large for git; keep a small one for the commit."""
         path = self.directory / artifact.path
         with file_errors(f"reading {path}"):

@@ -16,7 +16,7 @@ from botocore.exceptions import ClientError
 from jobs.errors import DestinationOccupiedError, TransientIOError
 from jobs.locations import S3Prefix
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
-from workers.files import file_errors
+from workers.files import FileState, file_errors
 from workers.released import ManifestFile, check_all_put, decode_existing, encode_manifest, occupied
 from workers.s3_client import S3Store, error_status
 from workers.scratch import OwnedDirectory, sweep
@@ -73,7 +73,7 @@ class S3Staging:
         """Objects that are in their place."""
         self._published = False
 
-    def put(self, artifact: Artifact) -> None:
+    def put(self, artifact: Artifact, hashed_as: FileState | None = None) -> None:  # noqa: ARG002 - it reads the file
         """Check a file and store its parts; nothing is visible. What an earlier attempt left is not sent again."""
         if former := self._uploads.get(artifact.path):
             former.abort()

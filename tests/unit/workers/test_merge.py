@@ -365,9 +365,9 @@ def test_files_are_told_as_they_close_with_their_digests(llama, adapters, tmp_pa
     planned = plan_pass(llama, adapters, tmp_path)
     told, lock = [], threading.Lock()
 
-    def on_file(job, artifact):
+    def on_file(job, file):
         with lock:
-            told.append((job, artifact))
+            told.append((job, file.artifact))
 
     result = planned.run(on_file=on_file)
     for job, files in result.artifacts.items():
@@ -472,9 +472,9 @@ def test_an_adapter_that_goes_away_fails_its_job_alone(llama, adapters, tmp_path
 def test_an_error_of_the_listener_fails_its_job_alone(llama, adapters, tmp_path):
     planned = plan_pass(llama, adapters, tmp_path / "pass")
 
-    def on_file(job, artifact):
+    def on_file(job, file):
         if job == "patterns":
-            raise TransientIOError(f"{artifact.path} cannot be shipped")
+            raise TransientIOError(f"{file.artifact.path} cannot be shipped")
 
     result = planned.run(on_file=on_file)
     assert_others_are_right(llama, adapters, planned, result, tmp_path, "patterns")

@@ -19,6 +19,7 @@ from jobs.errors import BadInputError, CancelledError, NoCapacityError
 from jobs.release import Artifact
 from tests.merges import open_descriptors
 from workers.checkpoint import lay_out
+from workers.files import FileState
 from workers.writer import CheckpointWriter
 
 
@@ -77,7 +78,7 @@ def test_files_and_digests_are_right_in_any_order(tmp_path_factory, sizes, limit
     write_tensors(writer, layout, contents, pieces=pieces, seed=seed)
     artifacts = finish(writer, hashing)
     assert artifacts == true_artifacts(directory)
-    assert sorted(told, key=lambda artifact: artifact.path) == list(artifacts)
+    assert sorted((file.artifact for file in told), key=lambda artifact: artifact.path) == list(artifacts)
     for shard in layout.shards:
         expected = shard.header + b"".join(contents[spec.name] for spec in shard.tensors)
         assert (directory / shard.name).read_bytes() == expected
@@ -88,7 +89,8 @@ def test_a_large_file_is_hashed_while_it_is_written(tmp_path):
     layout = lay_out([("large", torch.uint8, (num_bytes,))], None)
     content = random.Random(0).randbytes(num_bytes)
     hashing = ThreadPoolExecutor(1)
-    writer = CheckpointWriter(tmp_path, layout, hashing, lambda _: None)
+    told = []
+    writer = CheckpointWriter(tmp_path, layout, hashing, told.append)
     shard, spec = writer.locate("large")
     shard.write(spec.begin, content[: 40 << 20])
     deadline = time.monotonic() + 30
@@ -97,6 +99,11 @@ def test_a_large_file_is_hashed_while_it_is_written(tmp_path):
         time.sleep(0.001)
     shard.write(spec.begin + (40 << 20), content[40 << 20 :])
     assert finish(writer, hashing) == true_artifacts(tmp_path)
+    path = tmp_path / "model.safetensors"
+    assert told[0].state == FileState.of(path.stat())
+    with path.open("r+b") as file:  # the very next write shows
+        file.write(b"x")
+    assert told[0].state != FileState.of(path.stat())
 
 
 def test_a_file_is_finished_once_though_an_empty_tensor_comes_last(tmp_path, hashing):
@@ -104,8 +111,8 @@ def test_a_file_is_finished_once_though_an_empty_tensor_comes_last(tmp_path, has
     finished = threading.Event()
     told = []
 
-    def on_file(artifact):
-        told.append(artifact.path)
+    def on_file(file):
+        told.append(file.artifact.path)
         finished.set()
 
     writer = CheckpointWriter(tmp_path, layout, hashing, on_file)
@@ -149,8 +156,8 @@ def test_an_unfinished_checkpoint_is_closed_as_it_is(tmp_path, hashing):
 def test_an_error_of_the_listener_fails_the_job(tmp_path, hashing):
     layout = lay_out([("t", torch.uint8, (10,))], None)
 
-    def refuse(artifact):
-        raise NoCapacityError(f"no room for {artifact.path}")
+    def refuse(file):
+        raise NoCapacityError(f"no room for {file.artifact.path}")
 
     writer = CheckpointWriter(tmp_path, layout, hashing, refuse)
     shard, spec = writer.locate("t")

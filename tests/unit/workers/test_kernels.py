@@ -1,0 +1,144 @@
+"""The compiled loops: bit for bit what torch makes of the same operations, and sums that agree with float64."""
+
+import itertools
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workers import kernels
+from workers.rounding import BITS, precision_for
+
+DTYPES = tuple(kernels.ARRAY_DTYPES)
+SIZES = (1, 7, 8, 63, 1023, 1024, 1025, 5000)
+
+
+def bits(tensor):
+    return tensor.view(BITS[tensor.itemsize])
+
+
+def values_around(dtype, size, seed):
+    """Random values of every magnitude that a dtype has, zeros and denormals included; all finite."""
+    generator = torch.Generator().manual_seed(seed)
+    limit = 2 ** (8 * dtype.itemsize - 1)
+    patterns = torch.randint(-limit, limit, (size,), generator=generator)
+    drawn = patterns.to(BITS[dtype.itemsize]).view(dtype)
+    return torch.where(drawn.isfinite(), drawn, torch.zeros_like(drawn))
+
+
+def add(weight, delta, scaling, dtype):
+    rounded = torch.empty(weight.shape, dtype=dtype)
+    finite = kernels.add_delta(kernels.array(weight), kernels.array(delta), np.float32(scaling), kernels.array(rounded))
+    return bool(finite), rounded
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    stored=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(DTYPES),
+    size=st.sampled_from(SIZES),
+    scaling=st.sampled_from([1.0, 2.0, 0.1, -1.7, 0.0]),
+    seed=st.integers(0, 2**32),
+)
+def test_sums_are_rounded_as_by_torch(stored, dtype, size, scaling, seed):
+    weight = values_around(stored, size, seed)
+    # Of the weight's own magnitude, so that sums cancel, or of any.
+    delta = values_around(torch.float32, size, seed + 1)
+    delta = torch.where(delta > 0, delta, weight.float() * delta.sign() * 0.37)
+    expected = (delta * scaling + weight).to(dtype)
+    finite, rounded = add(weight, delta, scaling, dtype)
+    assert finite == bool(expected.isfinite().all())
+    where = ~expected.isnan()
+    assert torch.equal(bits(rounded)[where], bits(expected)[where])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_middle_and_its_neighbours_are_rounded_as_by_torch(dtype):
+    """Ties go to the even value, on either side of zero and down to the denormals."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    every = every[every.isfinite()].sort().values.float()
+    middles = (every[1:].double() + every[:-1].double()).div(2).float()
+    sums = torch.cat([middles, middles.nextafter(torch.tensor(torch.inf)), middles.nextafter(torch.tensor(-torch.inf))])
+    finite, rounded = add(torch.zeros_like(sums), sums, 1.0, dtype)
+    assert finite
+    assert torch.equal(bits(rounded), bits(sums.to(dtype)))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3.4e38])
+@pytest.mark.parametrize("place", [0, 1000, 4999])
+def test_what_the_dtype_cannot_hold_is_noticed(value, place):
+    weight = torch.ones(5000, dtype=torch.bfloat16)
+    delta = torch.zeros(5000)
+    delta[place] = value
+    assert not add(weight, delta, 1.0, torch.bfloat16)[0]
+    assert add(weight, torch.zeros(5000), 1.0, torch.bfloat16)[0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    stored=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(DTYPES),
+    size=st.sampled_from(SIZES),
+    num_wrong=st.integers(0, 40),
+    seed=st.integers(0, 2**32),
+)
+def test_a_comparison_finds_the_wrong_elements_and_measures_in_float64(stored, dtype, size, num_wrong, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(size, generator=generator).to(stored)
+    delta = torch.randn(size, generator=generator).mul_(0.1).to(precision_for(dtype))
+    total = weight.to(delta.dtype) + delta
+    merged = total.to(dtype)
+    wrong = torch.randperm(size, generator=generator)[:num_wrong].sort().values
+    bits(merged)[wrong] ^= 1
+    places = torch.full((10,), -1)
+    weight_square, delta_square, error_delta, largest, num_different = kernels.compare(
+        kernels.array(weight), kernels.array(merged), kernels.array(delta), places.numpy()
+    )
+    assert num_different == len(wrong)
+    assert places[: len(wrong)].tolist() == wrong[:10].tolist()
+    error = merged.double() - total.double()
+    assert weight_square == pytest.approx(float(weight.double().square().sum()), rel=1e-5)
+    assert delta_square == pytest.approx(float(delta.double().square().sum()), rel=1e-5)
+    size_of_sum = float((error * delta.double()).abs().sum())
+    assert error_delta == pytest.approx(float((error * delta.double()).sum()), abs=1e-4 * size_of_sum + 1e-300)
+    assert largest == pytest.approx(float(error.abs().max()), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_comparison_does_not_lose_what_is_no_number(dtype, value):
+    for place in (0, 1500, 2999):
+        merged = torch.zeros(3000, dtype=dtype)
+        merged[place] = value
+        delta = torch.zeros(3000, dtype=precision_for(dtype))
+        places = torch.empty(10, dtype=torch.int64).numpy()
+        found = kernels.compare(kernels.array(torch.zeros(3000)), kernels.array(merged), kernels.array(delta), places)
+        assert not math.isfinite(found[3])
+
+
+@pytest.mark.parametrize(("left", "right"), [*itertools.product(DTYPES, DTYPES)])
+@pytest.mark.parametrize("size", SIZES)
+def test_squares_are_those_of_float64(left, right, size):
+    generator = torch.Generator().manual_seed(size)
+    a, b = (torch.randn(size, generator=generator).to(dtype) for dtype in (left, right))
+    assert kernels.square(kernels.array(a)) == pytest.approx(float(a.double().square().sum()), rel=1e-5)
+    difference = (a.double() - b.double()).square().sum()
+    assert kernels.square_difference(kernels.array(a), kernels.array(b)) == pytest.approx(float(difference), rel=1e-5)
+
+
+def test_kernels_work_where_no_compiled_code_can_be_kept():
+    """As in an image whose file system is read-only: they are compiled anew."""
+    program = (
+        "import numba.core.caching as c\n"
+        "c.CacheImpl._locator_classes = []\n"
+        "import numpy as np\n"
+        "from workers import kernels\n"
+        "print(kernels.square(np.full(3, 2, np.float32)))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
+    assert run.stdout.split() == ["12.0"]
