@@ -1,17 +1,18 @@
 """What the driver does with what workers say: move jobs on, have them published, end their attempts."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cluster.events import DriverEvent, WorkerReplaced
-from cluster.holdings import Holdings
+from cluster.holdings import Held, Holdings
 from cluster.metrics import FleetMetrics
 from cluster.pool import WorkerPool
 from cluster.replies import CallFailed, PoolEvent, ProgressSeen, PublishFinished, UnitFinished, WorkerLost
 from cluster.settlement import Settlement
 from jobs.errors import FailureClass
-from jobs.states import JobState
+from jobs.states import STAGES, JobState
+from jobs.store import ProgressReport
 from workers.outcomes import Failure, JobOutcome, Progress, PublishOutcome
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class AnswerHandler:
         self._settlement = settlement
         self._metrics = metrics
         self._listener = listener
+        self._progress: dict[str, tuple[Held, ProgressReport]] = {}
 
     def handle(self, event: PoolEvent) -> None:
         """Act on one event.
@@ -64,8 +66,7 @@ class AnswerHandler:
             case ProgressSeen():
                 self._follow(event.worker, event.progress)
             case UnitFinished():
-                for outcome in event.outcome.jobs:
-                    self._take(event.worker, outcome)
+                self._take_all(event.worker, event.outcome.jobs)
                 self._fail_unanswered(event.worker)
                 self._metrics.unit_finished(event.outcome)
             case PublishFinished():
@@ -78,39 +79,70 @@ class AnswerHandler:
                 self._metrics.worker_lost()
 
     def _follow(self, worker: str, progress: Progress) -> None:
-        """Write down how far the jobs of a unit are; each has its share of the unit's bytes."""
+        """Move the jobs of a unit on, and note how far they are; each has its share of the unit's bytes."""
+        told = {
+            held.job_id: held
+            for held in self._holdings.at_work(worker)
+            if held.job_id in progress.stages and not held.cancel_sent
+        }
+        ended: set[str] = set()
+        for state in STAGES:
+            jobs = [held for job_id, held in told.items() if _STATE_OF_STAGE.get(progress.stages[job_id]) is state]
+            ended |= {held.job_id for held in jobs} - self._settlement.advance(jobs, state)
+        if ended:
+            self._pool.cancel(worker, sorted(ended))
         num_jobs = len(progress.stages)
-        for held in self._holdings.at_work(worker):
-            stage = progress.stages.get(held.job_id)
-            if stage is None or held.cancel_sent:
-                continue
-            if stage in _STATE_OF_STAGE and not self._settlement.advance(held, _STATE_OF_STAGE[stage]):
-                self._pool.cancel(worker, (held.job_id,))
-                continue
-            self._settlement.note_progress(
-                held,
-                stage=stage,
+        for job_id in told.keys() - ended:
+            report = ProgressReport(
+                job_id=job_id,
+                token=told[job_id].lease.token,
+                stage=progress.stages[job_id],
                 bytes_done=progress.bytes_done // num_jobs,
                 bytes_total=progress.bytes_total // num_jobs,
             )
+            self._progress[job_id] = told[job_id], report
 
-    def _take(self, worker: str, outcome: JobOutcome) -> None:
-        """Act on what became of one job of a unit."""
-        held = self._holdings.find(worker, outcome.job_id)
-        if held is not None and held.outcome is not None:
-            return  # this event is handled for the second time
-        if held is not None:
-            report_path = _text(outcome.report_path)
-            if outcome.failure is not None:
-                self._settlement.failure(held, outcome.failure, report_path)
-            elif outcome.release is not None:
-                self._settlement.release(held, outcome.release, report_path)
-            # The fence: only the holder of the current token comes past this.
-            elif self._settlement.advance(held, JobState.PUBLISHING, outcome.merge_key):
+    def write_progress(self) -> None:
+        """Write down how far the work is that was told of since the last time: all of it at once.
+
+        Raises:
+            TransientIOError, NoCapacityError: the store cannot take it now; nothing is lost by it.
+        """
+        reports, self._progress = self._progress, {}
+        held = {job_id: told for job_id, told in reports.items() if job_id in self._holdings.tokens}
+        if held:
+            self._settlement.note_progress(held)
+
+    def _take_all(self, worker: str, outcomes: Sequence[JobOutcome]) -> None:
+        """Act on what became of the jobs of a unit."""
+        staged: dict[str, tuple[Held, JobOutcome]] = {}
+        for outcome in outcomes:
+            held = self._holdings.find(worker, outcome.job_id)
+            if held is not None and held.outcome is not None:
+                continue  # this event is handled for the second time
+            if held is not None and outcome.failure is None and outcome.release is None:
+                staged[outcome.job_id] = held, outcome
+                continue
+            if held is not None:
+                self._settle(held, outcome)
+            self._pool.discard(worker, outcome.job_id)
+        # The fence: only the holders of the current tokens come past this.
+        merge_keys = {job_id: outcome.merge_key for job_id, (_, outcome) in staged.items()}
+        passed = self._settlement.advance((held for held, _ in staged.values()), JobState.PUBLISHING, merge_keys)
+        for job_id, (held, outcome) in staged.items():
+            if job_id in passed:
                 held.outcome = outcome
-                self._pool.publish(worker, held.job_id)
-                return
-        self._pool.discard(worker, outcome.job_id)
+                self._pool.publish(worker, job_id)
+            else:
+                self._pool.discard(worker, job_id)
+
+    def _settle(self, held: Held, outcome: JobOutcome) -> None:
+        """End a job that failed, or whose release was there already."""
+        report_path = _text(outcome.report_path)
+        if outcome.failure is not None:
+            self._settlement.failure(held, outcome.failure, report_path)
+        elif outcome.release is not None:
+            self._settlement.release(held, outcome.release, report_path)
 
     def _take_published(self, worker: str, outcome: PublishOutcome) -> None:
         held = self._holdings.find(worker, outcome.job_id)

@@ -28,6 +28,9 @@ from jobs.store import JobStore
 
 logger = logging.getLogger(__name__)
 
+_MAX_OBSERVING = 0.002
+"""Share of its time that a driver spends on the figures of the whole ledger."""
+
 
 class Driver:
     """Drives the jobs of one store through the workers of one pool."""
@@ -66,9 +69,6 @@ class Driver:
         self._listener = listener
         self._clock = clock
         self._sleep = sleep
-        self._limits = Limits(
-            max_jobs_per_pass=settings.max_jobs_per_pass, max_units_of_other_bases=settings.max_units_of_other_bases
-        )
         self._holdings = Holdings()
         self._settlement = Settlement(
             store,
@@ -82,7 +82,7 @@ class Driver:
         self._passed_over: dict[str, int] = {}
         self._events: deque[PoolEvent] = deque()
         self._leases_kept_at = clock()
-        self._observed_at = -math.inf
+        self._observe_at = -math.inf
         self._stopping = False
 
     def run(self, *, drain: bool) -> Summary:
@@ -140,10 +140,9 @@ class Driver:
         return self._settlement.summary()
 
     def _keep_leases(self) -> None:
-        tokens = self._holdings.tokens()
-        if not tokens or self._clock() - self._leases_kept_at < self._settings.lease_seconds / 3:
+        if not self._holdings or self._clock() - self._leases_kept_at < self._settings.lease_seconds / 3:
             return
-        for job_id in self._store.extend(tokens, self._settings.lease_seconds):
+        for job_id in self._store.extend(self._holdings.tokens, self._settings.lease_seconds):
             self._drop(job_id)
         self._leases_kept_at = self._clock()
 
@@ -155,8 +154,9 @@ class Driver:
             self._pool.cancel(worker, (job_id,))
 
     def _pass_on_cancellations(self) -> None:
-        tokens = self._holdings.tokens()
-        asked = self._store.cancelling(tokens) if tokens else frozenset[str]()
+        asked = self._store.cancelling(self._holdings.tokens) if self._holdings else None
+        if not asked:
+            return
         for held in [held for held in self._holdings.waiting.values() if held.job_id in asked]:
             self._settlement.failure(held, CANCELLED)
         for worker in self._holdings.flights:
@@ -180,22 +180,25 @@ class Driver:
         views = self._pool.views()
         num_idle = sum(view.idle for view in views)
         # Twice what the fleet can run, so that jobs of one base can gather while another base is merged.
-        room = 2 * len(views) * self._limits.max_jobs_per_pass - len(self._holdings.waiting)
-        limit = min(num_idle * self._limits.max_jobs_per_pass, room)
+        room = 2 * len(views) * self._settings.max_jobs_per_pass - len(self._holdings.waiting)
+        limit = min(num_idle * self._settings.max_jobs_per_pass, room)
         if limit > 0:
             leases = self._store.claim(self._owner, limit, self._settings.lease_seconds)
             for lease in leases:
-                if lease.job_id in self._holdings.tokens():  # its last lease ran out before it was extended
+                if lease.job_id in self._holdings.tokens:  # its last lease ran out before it was extended
                     self._drop(lease.job_id)
             self._holdings.add(leases)
 
     def _start_units(self) -> None:
-        plan = schedule(
-            self._holdings.waiting_jobs(self._settings.max_worker_losses),
-            self._pool.views(),
-            self._passed_over,
-            self._limits,
+        views = self._pool.views()
+        if not self._holdings.waiting or not any(view.idle for view in views):
+            return
+        limits = Limits(
+            max_jobs_per_pass=self._settings.max_jobs_per_pass,
+            max_units_of_other_bases=self._settings.max_units_of_other_bases * len(views),
         )
+        waiting = self._holdings.waiting_jobs(self._settings.max_worker_losses)
+        plan = schedule(waiting, views, self._passed_over, limits)
         self._passed_over = plan.passed_over
         for unit in plan.units:
             flight = self._holdings.start(unit)
@@ -209,17 +212,21 @@ class Driver:
         while self._events:
             self._answers.handle(self._events[0])
             self._events.popleft()  # only now: should the store not answer, the event is handled again
+        self._answers.write_progress()
 
     def _observe(self) -> None:
-        if self._clock() - self._observed_at < self._settings.poll_seconds:
+        if self._clock() < self._observe_at:
             return
-        self._observed_at = self._clock()
+        begin = self._clock()
         self._metrics.observe(
             jobs=self._store.counts(),
             num_waiting=len(self._holdings.waiting),
             num_in_flight=len(self._holdings.flights),
             residents={view.name: len(view.residents) for view in self._pool.views()},
         )
+        # Counting a long ledger takes a while, and must not become what a driver does.
+        seconds = self._clock() - begin
+        self._observe_at = begin + max(self._settings.poll_seconds, seconds / _MAX_OBSERVING)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """The jobs a driver holds leases of: those that wait, and those on a worker. State only; it decides nothing."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from cluster.scheduler import UnitAssignment, WaitingJob
@@ -18,10 +18,15 @@ class Held:
     """Order of claiming; lower is older."""
     state: JobState = JobState.LEASED
     """As this driver last wrote it."""
+    pass_key: str = field(init=False)
+    """Of its request; asked for in every round."""
     cancel_sent: bool = False
     """Whether its worker was told to stop it."""
     outcome: JobOutcome | None = None
     """Set when it is staged, and is being published."""
+
+    def __post_init__(self) -> None:
+        self.pass_key = self.lease.request.pass_key()
 
     @property
     def job_id(self) -> str:
@@ -44,6 +49,7 @@ class Holdings:
     waiting: dict[str, Held] = field(default_factory=dict)
     flights: dict[str, Flight] = field(default_factory=dict)
     num_claimed: int = 0
+    _tokens: dict[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.waiting or self.flights)
@@ -57,11 +63,13 @@ class Holdings:
         """Take in newly claimed jobs."""
         for lease in leases:
             self.waiting[lease.job_id] = Held(lease, self.num_claimed)
+            self._tokens[lease.job_id] = lease.token
             self.num_claimed += 1
 
-    def tokens(self) -> dict[str, int]:
-        """Return job id to fencing token."""
-        return {held.job_id: held.lease.token for held in self}
+    @property
+    def tokens(self) -> Mapping[str, int]:
+        """Job id to fencing token, of every job that is held."""
+        return self._tokens
 
     def waiting_jobs(self, alone_from_losses: int) -> tuple[WaitingJob, ...]:
         """Return what the scheduler needs to know of the waiting jobs.
@@ -72,7 +80,7 @@ class Holdings:
         return tuple(
             WaitingJob(
                 job_id=held.job_id,
-                pass_key=held.lease.request.pass_key(),
+                pass_key=held.pass_key,
                 priority=held.lease.request.priority,
                 sequence=held.sequence,
                 alone=held.lease.worker_losses >= max(1, alone_from_losses),
@@ -103,6 +111,7 @@ class Holdings:
 
     def remove(self, job_id: str) -> str | None:
         """Forget a job, and the flight it was the last of; return the worker it was on, or None."""
+        self._tokens.pop(job_id, None)
         self.waiting.pop(job_id, None)
         for worker, flight in list(self.flights.items()):
             if flight.held.pop(job_id, None) is not None:

@@ -22,6 +22,8 @@ _CONTROL = "control"
 """Concurrency group that answers while a unit runs."""
 _POLLS = frozenset({"progress", "residents"})
 """Asked again and again; on the dashboard they would bury the tasks that a person looks for."""
+MAX_PINGS_PER_SECOND = 10.0
+"""Of the whole fleet: what a driver does about each answer must leave it time for its work."""
 _MAX_FAILED_STARTS = 3
 _CLOSE_SECONDS = 10.0
 _SLOW_START_SECONDS = 60.0
@@ -54,7 +56,6 @@ class _Member:
     created_at: float = 0.0
     awaited: bool = False
     """Whether somebody was told that it takes long to start."""
-    pinged_at: float = 0.0
     failed_starts: int = 0
     calls: dict[Any, _Call] = field(default_factory=dict)
 
@@ -79,7 +80,7 @@ class WorkerPool:
             worker_class: `MergeWorker`, or a class with its methods.
             arguments: for its `__init__`.
             fleet: how many, on what.
-            ping_seconds: how often each worker is asked how it is doing.
+            ping_seconds: how often each worker is asked how it is doing; in a large fleet less often.
             unresponsive_seconds: a worker that has not answered for so long is killed and replaced.
             clock: seconds that only go forward.
             sleep: waits so many seconds.
@@ -99,9 +100,10 @@ class WorkerPool:
         }
         self._actor_class = self._ray.remote(**options)(worker_class)
         self._arguments = arguments
-        self._ping_seconds = ping_seconds
+        self._ping_seconds = max(ping_seconds, fleet.num_workers / MAX_PINGS_PER_SECOND)
         self._unresponsive_seconds = unresponsive_seconds
         self._clock = clock
+        self._pinged_at = clock()
         self._sleep = sleep
         self._members = {name: _Member(name) for name in (f"merge-worker-{i}" for i in range(fleet.num_workers))}
         self._fill_places()
@@ -188,7 +190,7 @@ class WorkerPool:
             member.ready = False
             member.residents = frozenset()
             member.awaited = False
-            member.created_at = member.pinged_at = self._clock()
+            member.created_at = self._clock()
             self._call(member.name, "residents", task_name="residents")
 
     def _call(
@@ -212,11 +214,13 @@ class WorkerPool:
     def _ping(self) -> None:
         """Ask every worker how it is doing: a busy one for its progress, an idle one for the bases it holds."""
         now = self._clock()
+        if now - self._pinged_at < self._ping_seconds:
+            return
+        # All at the same time, so that what they answer is written down at once.
+        self._pinged_at = now
         for member in self._members.values():
-            asked = any(call.method in _POLLS for call in member.calls.values())
-            if member.handle is None or asked or now - member.pinged_at < self._ping_seconds:
+            if member.handle is None or any(call.method in _POLLS for call in member.calls.values()):
                 continue
-            member.pinged_at = now
             if any(call.is_work for call in member.calls.values()):
                 self._call(member.name, "progress", task_name="progress", group=_CONTROL)
             else:

@@ -76,7 +76,8 @@ class Settings(BaseSettings):
     max_jobs_per_pass: Annotated[int, Field(ge=1)] = 8
     """Most adapters merged in one read of a base."""
     max_units_of_other_bases: Annotated[int, Field(ge=0)] = 4
-    """How many units of other bases may go before a base that waits; bounds what residency and priority may cost it."""
+    """How many units of other bases may go before one that waits, for each worker of the fleet; bounds what residency
+    and priority may cost a base."""
 
     max_attempts: Annotated[int, Field(ge=1)] = 5
     """Attempts before a failure that may go away is final."""

@@ -4,15 +4,15 @@ import contextlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from cluster.events import DriverEvent, JobSettled, Summary
 from cluster.holdings import Held, Holdings
 from cluster.metrics import FleetMetrics
 from jobs.errors import CancelledError, FailureClass, LeaseLostError, NoCapacityError, TransientIOError
 from jobs.release import Release
-from jobs.states import Decision, JobState, RetryPolicy
-from jobs.store import JobStore
+from jobs.states import STAGES, Decision, JobState, RetryPolicy
+from jobs.store import JobStore, ProgressReport
 from workers.outcomes import Failure
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ STORE_FAULTS = (TransientIOError, NoCapacityError)
 
 CANCELLED = Failure(failure_class=FailureClass.CANCELLED, retryable=False, message="cancelled on request")
 
-_PATH = (JobState.LEASED, JobState.PLANNING, JobState.MERGING, JobState.VERIFYING, JobState.PUBLISHING)
+_PATH = (JobState.LEASED, *STAGES)
 
 
 class Settlement:
@@ -59,24 +59,40 @@ class Settlement:
         self._rng = rng
         self._ended: dict[str, JobSettled] = {}
 
-    def advance(self, held: Held, target: JobState, merge_key: str | None = None) -> bool:
-        """Walk a job to `target`, through the states between that no poll has seen.
+    def advance(
+        self, jobs: Iterable[Held], target: JobState, merge_keys: Mapping[str, str | None] | None = None
+    ) -> frozenset[str]:
+        """Walk jobs to `target`, through the states between that no poll has seen.
 
         Returns:
-            Whether it got there. If not, it has ended: its lease is lost, or somebody cancelled it.
+            Ids of those that got there. The others have ended: the lease is lost, or somebody cancelled them.
         """
-        with self._guarded(held):
-            for state in _PATH[_PATH.index(held.state) + 1 : _PATH.index(target) + 1]:
-                self._store.advance(held.job_id, held.lease.token, state, merge_key=merge_key)
-                held.state = state
-        return _PATH.index(held.state) >= _PATH.index(target)
+        wanted = list(jobs)
+        # PUBLISHING is asked for again of jobs that are there: only a lease that holds now lets a release out.
+        is_fence = target is JobState.PUBLISHING
+        asked = [held for held in wanted if is_fence or _PATH.index(held.state) < _PATH.index(target)]
+        errors: Mapping[str, Exception] = {}
+        if asked:
+            leases = {held.job_id: held.lease.token for held in asked}
+            try:
+                errors = self._store.advance_all(leases, target, merge_keys)
+            except STORE_FAULTS:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever it is, it ends these jobs and no others
+                errors = dict.fromkeys(leases, error)
+        passed = set()
+        for held in asked:
+            with self._guarded(held):
+                if held.job_id in errors:
+                    raise errors[held.job_id]
+                held.state = target
+                passed.add(held.job_id)
+        return frozenset(passed.union(held.job_id for held in wanted if held not in asked))
 
-    def note_progress(self, held: Held, *, stage: str, bytes_done: int, bytes_total: int) -> None:
-        """Write down how far the work is."""
-        with self._guarded(held):
-            self._store.report_progress(
-                held.job_id, held.lease.token, stage=stage, bytes_done=bytes_done, bytes_total=bytes_total
-            )
+    def note_progress(self, reports: Mapping[str, tuple[Held, ProgressReport]]) -> None:
+        """Write down how far the work on some jobs is."""
+        for job_id in self._store.report_progress(report for _, report in reports.values()):
+            self._drop(reports[job_id][0])
 
     def release(self, held: Held, release: Release, report_path: str | None) -> None:
         """End an attempt whose release is visible."""

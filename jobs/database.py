@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import (
     URL,
@@ -45,6 +45,8 @@ _FULL = frozenset({"SQLITE_FULL", "53100"})
 
 _REFUSED = ("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM")
 """How SQLite says that this process may not use the file, or that it is none."""
+
+_Value = TypeVar("_Value")
 
 _MAX_IN = 500
 """Values in one IN (…); databases bound the parameters of a statement."""
@@ -200,10 +202,12 @@ def _begin_sqlite(connection: Connection) -> None:
 def rows_where_in(
     connection: Connection, query: Select[*tuple[Any, ...]], column: ColumnElement[Any], values: Iterable[str]
 ) -> list[Row[*tuple[Any, ...]]]:
-    """Return the rows of a query where a column has one of many values, in pieces that any database takes at once."""
-    wanted = list(dict.fromkeys(values))
-    return [
-        row
-        for start in range(0, len(wanted), _MAX_IN)
-        for row in connection.execute(query.where(column.in_(wanted[start : start + _MAX_IN])))
-    ]
+    """Return the rows of a query where a column has one of many values."""
+    return [row for some in batches(dict.fromkeys(values)) for row in connection.execute(query.where(column.in_(some)))]
+
+
+def batches(values: Iterable[_Value]) -> Iterator[list[_Value]]:
+    """Yield many values in pieces that any database takes in one statement."""
+    left = list(values)
+    for start in range(0, len(left), _MAX_IN):
+        yield left[start : start + _MAX_IN]

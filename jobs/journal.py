@@ -1,12 +1,12 @@
 """State changes and their events: written here together, and nowhere else."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import JsonValue
-from sqlalchemy import Connection, insert, update
+from sqlalchemy import Connection, bindparam, insert, update
 
 from jobs.errors import InternalError
 from jobs.records import JobRow
@@ -22,6 +22,18 @@ class Step:
     detail: Mapping[str, JsonValue] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One job's way through states."""
+
+    row: JobRow
+    """The job as it stands."""
+    steps: Sequence[Step]
+    """The states to enter, in order."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Other columns of the job to set."""
+
+
 def take_steps(connection: Connection, row: JobRow, now: float, *steps: Step, **columns: Any) -> None:
     """Move one job through states, and log each.
 
@@ -35,18 +47,35 @@ def take_steps(connection: Connection, row: JobRow, now: float, *steps: Step, **
     Raises:
         InternalError: a step is no allowed transition.
     """
-    state = JobState(row.state)
-    for step in steps:
-        if step.state not in TRANSITIONS[state]:
-            raise InternalError(f"job '{row.id}': no way leads from {state} to {step.state}")
-        state = step.state
-    num_events = row.num_events + len(steps)
-    values = {"state": state.value, "num_events": num_events, "updated_at": now, **columns}
-    connection.execute(update(jobs).where(jobs.c.number == row.number).values(values))
-    connection.execute(
-        insert(events),
-        [event_values(row.id, row.num_events + index, now, step) for index, step in enumerate(steps, start=1)],
-    )
+    make_moves(connection, [Move(row, steps, columns)], now)
+
+
+def make_moves(connection: Connection, moves: Sequence[Move], now: float) -> None:
+    """Move jobs through states, and log each.
+
+    Args:
+        connection: in a transaction that holds the locks of the rows.
+        moves: at least one step each; all set the same columns.
+        now: time of the steps, seconds.
+
+    Raises:
+        InternalError: a step is no allowed transition.
+    """
+    if not moves:
+        return
+    changes, entries = [], []
+    for move in moves:
+        state = JobState(move.row.state)
+        for index, step in enumerate(move.steps, start=1):
+            if step.state not in TRANSITIONS[state]:
+                raise InternalError(f"job '{move.row.id}': no way leads from {state} to {step.state}")
+            state = step.state
+            entries.append(event_values(move.row.id, move.row.num_events + index, now, step))
+        num_events = move.row.num_events + len(move.steps)
+        columns = {"state": state.value, "num_events": num_events, "updated_at": now, **move.columns}
+        changes.append({"in_row": move.row.number, **columns})
+    connection.execute(update(jobs).where(jobs.c.number == bindparam("in_row")), changes)
+    connection.execute(insert(events), entries)
 
 
 def event_values(job_id: str, sequence: int, now: float, step: Step) -> dict[str, Any]:

@@ -78,6 +78,18 @@ class Event:
     detail: dict[str, JsonValue]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgressReport:
+    """How far the work on one job is, as its driver last heard."""
+
+    job_id: str
+    token: int
+    """Of the driver's lease."""
+    stage: str
+    bytes_done: int
+    bytes_total: int
+
+
 JobRow: TypeAlias = Row[*tuple[Any, ...]]
 """One row of the table of jobs; records also need `release`, of the table of releases."""
 

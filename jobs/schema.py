@@ -59,6 +59,7 @@ jobs = Table(
     CheckConstraint("(owner IS NULL) = (lease_expires_at IS NULL)", name="jobs_lease_is_whole"),
 )
 Index("jobs_by_turn", jobs.c.state, jobs.c.priority.desc(), jobs.c.number)
+Index("jobs_by_lease", jobs.c.lease_expires_at)
 _is_live = jobs.c.state.in_(sorted(LIVE_STATES))
 # The database itself keeps two jobs from writing to one place, whatever the code above it does.
 Index(

@@ -41,6 +41,9 @@ ACTIVE_STATES = frozenset(
 )
 """States in which a driver holds a lease."""
 
+STAGES = (JobState.PLANNING, JobState.MERGING, JobState.VERIFYING, JobState.PUBLISHING)
+"""States a driver moves a job through while it works on it, in order."""
+
 CLAIMABLE_STATES = frozenset({JobState.QUEUED, JobState.RETRY_WAIT})
 FINAL_STATES = frozenset({JobState.PUBLISHED, JobState.CANCELLED, JobState.FAILED, JobState.QUARANTINED})
 RETRYABLE_STATES = frozenset({JobState.RETRY_WAIT, JobState.CANCELLED, JobState.FAILED, JobState.QUARANTINED})

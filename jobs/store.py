@@ -7,24 +7,30 @@ writer at a time; Postgres locks rows, and drivers that claim at the same moment
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from pydantic import JsonValue
-from sqlalchemy import case, func, insert, select, update
+from sqlalchemy import bindparam, case, func, insert, select, update
 
 from jobs.admission import admit, destination_conflicts
-from jobs.database import Database, rows_where_in
-from jobs.errors import BadInputError, CancelledError, FailureClass, InternalError
-from jobs.journal import Step, take_steps
-from jobs.leases import NO_LEASE, extend_leases, finish_lost_cancellations, lease_due_jobs, lock_held, lock_jobs
-from jobs.records import Event, JobRecord, JobRow, Lease, SubmitResult, event_of, record_of
+from jobs.database import Database, batches, rows_where_in
+from jobs.errors import BadInputError, CancelledError, FailureClass, InternalError, MergefleetError
+from jobs.journal import Move, Step, make_moves, take_steps
+from jobs.leases import (
+    NO_LEASE,
+    finish_lost_cancellations,
+    held_jobs,
+    lease_due_jobs,
+    lock_held,
+    lock_jobs,
+    lost_lease,
+)
+from jobs.records import Event, JobRecord, JobRow, Lease, ProgressReport, SubmitResult, event_of, record_of
 from jobs.release import Release
 from jobs.request import MergeRequest
 from jobs.schema import events, jobs, releases
 from jobs.schema import labels as label_table
-from jobs.states import ACTIVE_STATES, CLAIMABLE_STATES, FINAL_STATES, RETRYABLE_STATES, Decision, JobState
+from jobs.states import ACTIVE_STATES, CLAIMABLE_STATES, FINAL_STATES, RETRYABLE_STATES, STAGES, Decision, JobState
 
-__all__ = ["Event", "JobRecord", "JobStore", "Lease", "SubmitResult"]
+__all__ = ["Event", "JobRecord", "JobStore", "Lease", "ProgressReport", "SubmitResult"]
 
-_STAGES = frozenset({JobState.PLANNING, JobState.MERGING, JobState.VERIFYING, JobState.PUBLISHING})
-"""States a driver moves a job through while it works on it."""
 _FAILURE_STATES = frozenset({JobState.RETRY_WAIT, JobState.FAILED, JobState.QUARANTINED, JobState.CANCELLED})
 
 
@@ -90,14 +96,18 @@ class JobStore:
             Ids whose lease is lost: expired, taken over, or ended.
         """
         with self._database.write() as connection:
-            return frozenset(leases) - extend_leases(self._database, connection, leases, lease_seconds)
+            held, now = held_jobs(self._database, connection, leases)
+            for numbers in batches(held.values()):
+                query = update(jobs).where(jobs.c.number.in_(numbers))
+                connection.execute(query.values(lease_expires_at=now + lease_seconds))
+            return frozenset(leases) - held.keys()
 
     def cancelling(self, leases: Mapping[str, int]) -> frozenset[str]:
         """Return the ids among these leases that somebody asked to cancel."""
         with self._database.read() as connection:
+            # Few jobs are ever cancelling at a time, and a driver may hold thousands.
             query = select(jobs.c.id, jobs.c.token).where(jobs.c.state == JobState.CANCELLING)
-            rows = rows_where_in(connection, query, jobs.c.id, leases)
-            return frozenset(row.id for row in rows if row.token == leases[row.id])
+            return frozenset(row.id for row in connection.execute(query) if row.token == leases.get(row.id))
 
     def advance(
         self,
@@ -122,7 +132,7 @@ class JobStore:
             CancelledError: somebody asked to cancel the job: stop, then `fail` or `let_go`.
             InternalError: the state does not follow from the present one.
         """
-        if state not in _STAGES:
+        if state not in STAGES:
             raise InternalError(f"job '{job_id}': expected a stage of the work to advance to, found {state}")
         with self._database.write() as connection:
             row, now = lock_held(self._database, connection, job_id, token)
@@ -131,17 +141,66 @@ class JobStore:
             key = {} if merge_key is None else {"merge_key": merge_key}
             take_steps(connection, row, now, Step(state, detail or {}), **key)
 
-    def report_progress(self, job_id: str, token: int, *, stage: str, bytes_done: int, bytes_total: int) -> None:
-        """Note how far the work is; makes no event.
+    def advance_all(
+        self, leases: Mapping[str, int], state: JobState, merge_keys: Mapping[str, str | None] | None = None
+    ) -> dict[str, MergefleetError]:
+        """Move jobs on to a stage of the work, through those between, each of which is logged.
+
+        Args:
+            leases: the token of each job.
+            state: PLANNING, MERGING, VERIFYING or PUBLISHING; a job that is there already, or further, stays.
+            merge_keys: of the releases to come, by job, when they have become known.
+
+        Returns:
+            Why jobs were not moved, by id: LeaseLostError and CancelledError, as from `advance`.
 
         Raises:
-            LeaseLostError: the token is stale or the lease has expired.
+            NotFoundError: some ids are no jobs; lists them. Nothing was changed.
         """
+        order = (JobState.LEASED, *STAGES)
+        errors: dict[str, MergefleetError] = {}
+        moves = []
         with self._database.write() as connection:
-            row, now = lock_held(self._database, connection, job_id, token)
-            query = update(jobs).where(jobs.c.number == row.number)
-            progress = {"stage": stage, "bytes_done": bytes_done, "bytes_total": bytes_total, "updated_at": now}
-            connection.execute(query.values(progress))
+            rows, now = lock_jobs(self._database, connection, leases)
+            for row in rows:
+                if lost := lost_lease(row, leases[row.id], now):
+                    errors[row.id] = lost
+                elif row.state == JobState.CANCELLING:
+                    errors[row.id] = CancelledError(f"job '{row.id}': asked to stop before {state}")
+                elif steps := order[order.index(JobState(row.state)) + 1 : order.index(state) + 1]:
+                    columns = {"merge_key": merge_keys[row.id]} if merge_keys is not None else {}
+                    moves.append(Move(row, [Step(each) for each in steps], columns))
+            make_moves(connection, moves, now)
+        return errors
+
+    def report_progress(self, reports: Iterable[ProgressReport]) -> frozenset[str]:
+        """Note how far the work on some jobs is; makes no event.
+
+        Args:
+            reports: at most one for each job.
+
+        Returns:
+            Ids whose lease is lost: expired, taken over, or ended.
+        """
+        by_id = {report.job_id: report for report in reports}
+        if not by_id:
+            return frozenset()
+        with self._database.write() as connection:
+            leases = {job_id: report.token for job_id, report in by_id.items()}
+            held, now = held_jobs(self._database, connection, leases)
+            rows = [
+                {
+                    "in_row": number,
+                    "stage": by_id[job_id].stage,
+                    "bytes_done": by_id[job_id].bytes_done,
+                    "bytes_total": by_id[job_id].bytes_total,
+                    "updated_at": now,
+                }
+                for job_id, number in held.items()
+            ]
+            if rows:
+                connection.execute(update(jobs).where(jobs.c.number == bindparam("in_row")), rows)
+            return frozenset(by_id) - held.keys()
 
     def settle(self, job_id: str, token: int, release: Release, report_path: str | None) -> None:
         """Record the release of a job, which is PUBLISHED from then on, also when somebody asked to cancel it.

@@ -2,11 +2,13 @@
 
 import hashlib
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 from jobs.locations import LocalPath
 from jobs.release import Artifact, Manifest, ParitySummary
 from jobs.request import BaseQuantization
+from jobs.store import ProgressReport
 from workers.sinks import Staging
 
 SHARD = "model-00001-of-00002.safetensors"
@@ -71,3 +73,9 @@ def fill(staging: Staging, files: dict[str, bytes], merge_key: str = "a" * 64) -
     for artifact in manifest.files:
         staging.put(artifact)
     return manifest
+
+
+def progress_of(leases: Mapping[str, int], *, stage: str, bytes_done: int, bytes_total: int) -> list[ProgressReport]:
+    """Return the same progress of several jobs, given with the tokens of their leases."""
+    how_far = {"stage": stage, "bytes_done": bytes_done, "bytes_total": bytes_total}
+    return [ProgressReport(job_id=job_id, token=token, **how_far) for job_id, token in leases.items()]

@@ -9,6 +9,7 @@ from jobs.errors import FailureClass
 from jobs.request import MergeRequest
 from jobs.states import Decision, JobState
 from jobs.store import JobStore
+from tests.releases import progress_of
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_jobs_not_planned_yet_count_with_the_mean_of_their_base(store):
     leases = store.claim("driver", 2, 60)
     for lease, total in zip(leases, (100, 300), strict=True):
         store.advance(lease.job_id, lease.token, JobState.PLANNING)
-        store.report_progress(lease.job_id, lease.token, stage="plan", bytes_done=50, bytes_total=total)
+        store.report_progress(progress_of({lease.job_id: lease.token}, stage="plan", bytes_done=50, bytes_total=total))
     [progress] = by_base(store.jobs())
     assert (progress.name, progress.num_jobs, progress.num_final) == ("a (nf4)", 3, 0)
     assert (progress.bytes_done, progress.bytes_total) == (100, 600)
@@ -50,7 +51,7 @@ def test_bases_and_quantizations_have_their_own_bars(store):
 def test_a_final_job_counts_as_done_however_it_ended(store):
     submit(store, "one", "two")
     [lease, _] = store.claim("driver", 2, 60)
-    store.report_progress(lease.job_id, lease.token, stage="plan", bytes_done=10, bytes_total=100)
+    store.report_progress(progress_of({lease.job_id: lease.token}, stage="plan", bytes_done=10, bytes_total=100))
     store.fail(lease.job_id, lease.token, FailureClass.BAD_INPUT, "no", Decision(state=JobState.FAILED))
     [progress] = by_base(store.jobs())
     assert (progress.num_final, progress.bytes_done, progress.bytes_total) == (1, 100, 200)

@@ -1,7 +1,8 @@
 import pytest
 
-from jobs.errors import BadInputError, CancelledError, FailureClass, InternalError, NotFoundError
+from jobs.errors import BadInputError, CancelledError, FailureClass, InternalError, LeaseLostError, NotFoundError
 from jobs.states import ACTIVE_STATES, CLAIMABLE_STATES, Decision, JobState
+from tests.releases import progress_of
 
 STAGES = (JobState.PLANNING, JobState.MERGING, JobState.VERIFYING, JobState.PUBLISHING)
 GIVE_UP = Decision(state=JobState.FAILED)
@@ -35,6 +36,37 @@ class TestAttempt:
             with pytest.raises(InternalError, match=f"job 'a'.*{state}"):
                 store.advance("a", token, state)
         assert driver.record("a").state is JobState.LEASED
+
+    def test_a_unit_moves_at_once_and_every_state_is_logged(self, store, driver, make_request):
+        names = ("leased", "merging", "verifying", "publishing", "cancelling", "expired", "taken")
+        store.submit([make_request(name) for name in names])
+        leases = {lease.job_id: lease.token for lease in store.claim("driver", len(names), 60)}
+        for name, reached in (("merging", 2), ("verifying", 3), ("publishing", 4)):
+            for stage in STAGES[:reached]:
+                store.advance(name, leases[name], stage)
+        store.cancel(["cancelling"])
+        driver.expire("expired")
+        leases["taken"] -= 1
+        before = {name: store.events(name) for name in names}
+        keys = {name: f"{number:064}" for number, name in enumerate(names)}
+        errors = store.advance_all(leases, JobState.VERIFYING, keys)
+        assert {name: type(error) for name, error in errors.items()} == {
+            "cancelling": CancelledError,
+            "expired": LeaseLostError,
+            "taken": LeaseLostError,
+        }
+        for name in ("leased", "merging"):
+            assert driver.states(name) == [JobState.QUEUED, JobState.LEASED, *STAGES[:3]]
+            assert [event.sequence for event in store.events(name)] == [1, 2, 3, 4, 5]
+            assert driver.record(name).merge_key == keys[name]
+        for name in set(names) - {"leased", "merging"}:
+            assert store.events(name) == before[name]
+            assert driver.record(name).merge_key is None
+        assert store.advance_all(leases, JobState.VERIFYING).keys() == errors.keys()
+        assert driver.record("leased").merge_key == keys["leased"]
+        with pytest.raises(NotFoundError, match="no job unknown"):
+            store.advance_all(leases | {"unknown": 1}, JobState.PUBLISHING)
+        assert driver.record("leased").state is JobState.VERIFYING
 
     def test_failing_and_waiting(self, store, driver, make_request):
         store.submit([make_request("a")])
@@ -111,7 +143,7 @@ class TestCancelAndRetry:
         with pytest.raises(CancelledError, match="job 'a'"):
             store.advance("a", token, JobState.PUBLISHING)
         assert store.extend({"a": token}, 60) == frozenset()
-        store.report_progress("a", token, stage="merge", bytes_done=1, bytes_total=2)
+        store.report_progress(progress_of({"a": token}, stage="merge", bytes_done=1, bytes_total=2))
 
     def test_jobs_of_lost_drivers_are_cancelled_at_once(self, store, driver, make_request):
         store.submit([make_request("a")])

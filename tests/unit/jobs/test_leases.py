@@ -4,6 +4,7 @@ import pytest
 
 from jobs.errors import FailureClass, LeaseLostError, NotFoundError
 from jobs.states import ACTIVE_STATES, Decision, JobState
+from tests.releases import progress_of
 
 GIVE_UP = Decision(state=JobState.FAILED)
 
@@ -64,7 +65,7 @@ class TestClaim:
     def test_progress_starts_anew(self, store, driver, make_request):
         store.submit([make_request("a")])
         token = driver.claim("a").token
-        store.report_progress("a", token, stage="merge", bytes_done=5, bytes_total=9)
+        store.report_progress(progress_of({"a": token}, stage="merge", bytes_done=5, bytes_total=9))
         job = driver.record("a")
         assert (job.stage, job.bytes_done, job.bytes_total) == ("merge", 5, 9)
         store.let_go("a", token, "drain")
@@ -79,13 +80,12 @@ class TestFencing:
     def writes(self, store, make_release):
         return {
             "advance": lambda token: store.advance("a", token, JobState.PLANNING),
-            "report_progress": lambda token: store.report_progress("a", token, stage="x", bytes_done=0, bytes_total=0),
             "settle": lambda token: store.settle("a", token, make_release("a"), None),
             "fail": lambda token: store.fail("a", token, FailureClass.INTERNAL, "x", GIVE_UP),
             "let_go": lambda token: store.let_go("a", token, "x"),
         }
 
-    @pytest.mark.parametrize("verb", ["advance", "report_progress", "settle", "fail", "let_go"])
+    @pytest.mark.parametrize("verb", ["advance", "settle", "fail", "let_go"])
     def test_no_write_without_the_lease(self, store, driver, make_request, writes, verb):
         store.submit([make_request("a")])
         with pytest.raises(LeaseLostError, match="the job is QUEUED"):
@@ -124,6 +124,20 @@ class TestFencing:
         assert driver.record("held").lease_expires_at > before + 500
         assert driver.record("expired").lease_expires_at == 1
         assert store.extend({}, 600) == frozenset()
+
+    def test_progress_names_the_lost(self, store, driver, make_request):
+        store.submit([make_request(name) for name in ("held", "expired", "taken", "ended", "cancelling")])
+        leases = {lease.job_id: lease.token for lease in store.claim("driver", 5, 60)}
+        driver.expire("expired")
+        driver.expire("taken")
+        store.let_go("ended", leases["ended"], "drain")
+        store.cancel(["cancelling"])
+        leases["taken"] -= 1
+        lost = store.report_progress(progress_of(leases | {"unknown": 1}, stage="merge", bytes_done=5, bytes_total=9))
+        assert lost == {"expired", "taken", "ended", "unknown"}
+        stages = {job.id: (job.stage, job.bytes_done, job.bytes_total) for job in store.jobs()}
+        written, untouched = ("merge", 5, 9), (None, 0, 0)
+        assert stages == dict.fromkeys(leases, untouched) | {"held": written, "cancelling": written}
 
     def test_unknown_jobs(self, writes):
         for write in writes.values():

@@ -28,6 +28,7 @@ from jobs.states import (
     JobState,
 )
 from jobs.store import JobStore
+from tests.releases import progress_of
 
 IDS = "abcd"
 STAGES = (JobState.PLANNING, JobState.MERGING, JobState.VERIFYING, JobState.PUBLISHING)
@@ -225,6 +226,9 @@ class StoreMachine(RuleBasedStateMachine):
         elif state not in TRANSITIONS[job.state]:
             with pytest.raises(InternalError):
                 self.store.advance(job_id, job.token, state)
+        elif data.draw(st.booleans()):
+            assert self.store.advance_all({job_id: job.token}, state) == {}
+            job.state = state
         else:
             self.store.advance(job_id, job.token, state)
             job.state = state
@@ -251,6 +255,8 @@ class StoreMachine(RuleBasedStateMachine):
         held = {job_id for job_id, job in self.model.items() if job.is_held}
         assert self.store.extend(leases, 3600) == leases.keys() - held
         assert self.store.extend({job_id: token - 1 for job_id, token in leases.items()}, 3600) == leases.keys()
+        lost = self.store.report_progress(progress_of(leases, stage="merge", bytes_done=1, bytes_total=2))
+        assert lost == leases.keys() - held
         cancelling = {job_id for job_id, job in self.model.items() if job.state is JobState.CANCELLING}
         assert self.store.cancelling(leases) == cancelling
 
@@ -263,7 +269,6 @@ class StoreMachine(RuleBasedStateMachine):
         token = job.token - is_stale
         for write in (
             lambda: self.store.advance(job_id, token, JobState.PLANNING),
-            lambda: self.store.report_progress(job_id, token, stage="x", bytes_done=0, bytes_total=0),
             lambda: self.store.settle(job_id, token, a_release(job_id), None),
             lambda: self.store.fail(job_id, token, FailureClass.INTERNAL, "x", Decision(state=JobState.FAILED)),
             lambda: self.store.let_go(job_id, token, "x"),
