@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bases fidelity chaos fuzz
+.PHONY: help setup demo test lint bench scale gpu bases fidelity chaos fuzz
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,12 @@ $(VENV)/.mergekit: $(INSTALLED)
 
 bench: $(VENV)/.mergekit  ## time and memory against the usual merges and cp -r; SHAPE=tiny, 0.5b, 1.1b, 1.5b or 13b
 	$(BIN)/python -m benchmarks.bench --shape $(SHAPE)
+
+scale: setup  ## the real driver, scheduler and ledger with 100,000 jobs on simulated fleets of 1 to 1,024 workers
+	$(BIN)/python -m benchmarks.scale
+
+gpu: setup  ## merges on a GPU against what it can copy and a tmpfs can take, and against the CPU's results
+	$(BIN)/python -m benchmarks.gpu
 
 fidelity: setup  ## every method, and LoRA on every architecture, against PEFT; writes docs/compatibility.md
 	$(BIN)/python -m tests.fidelity

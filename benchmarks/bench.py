@@ -64,6 +64,8 @@ class Contenders:
     nf4_four: Ours
     nf4_single: tuple[Ours, ...]
     command: OurCommand
+    command_four: OurCommand
+    command_single: tuple[OurCommand, ...]
     copy: Copy
     copy_eight: Copy
     imports: Imports
@@ -93,6 +95,8 @@ class Contenders:
             nf4_four=ours(f"ours, nf4, {len(ADAPTERS)} adapters", "nf4", *ADAPTERS),
             nf4_single=tuple(ours(f"ours, nf4, {name}", "nf4", name) for name in ADAPTERS),
             command=OurCommand(base_quantization="none"),
+            command_four=OurCommand(base_quantization="nf4", adapters=tuple(ADAPTERS)),
+            command_single=tuple(OurCommand(base_quantization="nf4", adapters=(name,)) for name in ADAPTERS),
             copy=Copy(),
             copy_eight=Copy(times=len(EIGHT)),
             imports=Imports(model_type=model_type),
@@ -163,6 +167,7 @@ def ratios(contenders: Contenders, disk: Runs, tmpfs: Runs, site: Site) -> dict[
         return seconds(disk, contender) - seconds(disk, contenders.imports)
 
     singles = sum(seconds(disk, single) for single in contenders.nf4_single)
+    commands = sum(seconds(disk, single) for single in contenders.command_single)
     given = [site.base, *map(site.adapter, ADAPTERS)]
     bytes_given = sum(path.stat().st_size for directory in given for path in directory.glob("*.safetensors"))
     bytes_read = json.loads(disk[contenders.nf4_four.name][0].output)["merge_bytes_read"]
@@ -178,6 +183,10 @@ def ratios(contenders: Contenders, disk: Runs, tmpfs: Runs, site: Site) -> dict[
         / eight,
         f"ours, {len(EIGHT)} adapters / {len(EIGHT)} x (cp -r, sync)": eight / seconds(disk, contenders.copy_eight),
         f"ours, nf4, {len(ADAPTERS)} adapters in one pass / one by one": seconds(disk, contenders.nf4_four) / singles,
+        f"mergefleet merge, nf4, {len(ADAPTERS)} adapters in one pass / one by one": seconds(
+            disk, contenders.command_four
+        )
+        / commands,
         "bytes read by that pass / bytes of base and adapters": bytes_read / bytes_given,
     }
     for place, runs in (("disk", disk), ("tmpfs", tmpfs)):
@@ -254,18 +263,22 @@ def main() -> None:
         for contender in (contenders.copy, contenders.none, contenders.nf4_resident):
             contender.run(disk)  # warms the page cache and the process, and fills the cache of the last
         on_disk = run_rounds(disk, contenders.on_disk, arguments.rounds, console)
-        eight = run_rounds(disk, (contenders.copy_eight, contenders.none_eight), 1, console)
+        eight = run_rounds(disk, (contenders.copy_eight, contenders.none_eight), arguments.rounds, console)
         shutil.rmtree(disk.out(contenders.none_eight.name))
-        once = eight | run_rounds(disk, (contenders.nf4_four, *contenders.nf4_single), 1, console)
+        passes = (contenders.nf4_four, *contenders.nf4_single, contenders.command_four, *contenders.command_single)
+        once = run_rounds(disk, passes, 1, console)
         with _in_tmpfs(disk, console) as tmpfs:
             in_tmpfs = run_rounds(tmpfs, contenders.in_tmpfs, arguments.rounds, console) if tmpfs else {}
     comparisons = compare_outputs(disk, contenders)
     num_equal = num_equal_to_single(disk, contenders)
-    found = ratios(contenders, on_disk | once, in_tmpfs, disk)
+    found = ratios(contenders, on_disk | eight | once, in_tmpfs, disk)
     what = f"{arguments.shape}, adapter {ADAPTER} unless said, {os.cpu_count()} cores"
     console.print(
         table_of(
-            f"{what}, on disk: median of {arguments.rounds} (least to most)", on_disk, contenders.ours, comparisons
+            f"{what}, on disk: median of {arguments.rounds} (least to most)",
+            on_disk | eight,
+            contenders.ours,
+            comparisons,
         )
     )
     console.print(table_of("once, on disk", once, contenders.ours, {}))
@@ -286,7 +299,7 @@ def main() -> None:
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONS_OF},
         "runs": {
             place: {name: [_plain(run) for run in measurements] for name, measurements in runs.items()}
-            for place, runs in (("disk", on_disk | once), ("tmpfs", in_tmpfs))
+            for place, runs in (("disk", on_disk | eight | once), ("tmpfs", in_tmpfs))
         },
         "ratios": found,
         "equality": {name: dataclasses.asdict(each) for name, each in comparisons.items()},

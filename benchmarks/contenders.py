@@ -137,11 +137,13 @@ class OurCommand:
     """`mergefleet merge` as a person types it: a process of its own that imports everything first."""
 
     base_quantization: str
+    adapters: Sequence[str] = (ADAPTER,)
 
     @property
     def name(self) -> str:
         """What the table calls it."""
-        return f"mergefleet merge, {self.base_quantization}"
+        which = self.adapters[0] if len(self.adapters) == 1 else f"{len(self.adapters)} adapters"
+        return f"mergefleet merge, {self.base_quantization}, {which}"
 
     def run(self, site: Site) -> Measurement:
         """Run once, into a fresh output directory."""
@@ -149,8 +151,10 @@ class OurCommand:
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
         command = [Path(sys.executable).with_name("mergefleet"), "merge"]
-        command += ["--base", site.base, "--adapter", site.adapter(ADAPTER), "--to", site.fresh(self.name)]
+        command += ["--base", site.base, "--to", site.fresh(self.name)]
         options = ["--base-quantization", self.base_quantization, "--parity", "arithmetic", "--json"]
+        for name in self.adapters:
+            options += ["--adapter", str(site.adapter(name))]
         environment = plain_environment() | {"MERGEFLEET_HOME": str(home)}
         return measure([*command, *options], environment, site.log(self.name))
 

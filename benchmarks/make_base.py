@@ -5,8 +5,8 @@ Usage: python -m benchmarks.make_base SHAPE DIRECTORY
     DIRECTORY/base                      bf16 safetensors in shards of at most 1 GB, config, index
     DIRECTORY/adapters/r16-all ...      saved by PEFT
 
-The weights are random: good for speed and arithmetic, meaningless as a language model. Tensors are made and written one
-at a time, so memory stays that of the largest one, and each has its own seed, so the bytes do not depend on the order.
+The weights are random: good for speed and arithmetic, meaningless as a language model. Shards are made one at a time,
+so memory stays that of one, and each tensor has its own seed, so the bytes do not depend on the order.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -63,6 +64,14 @@ SHAPES: dict[str, PreTrainedConfig] = {
         num_attention_heads=12,
         num_key_value_heads=2,
         tie_word_embeddings=True,
+    ),
+    "8b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
     ),
     "13b": LlamaConfig(
         vocab_size=32000,
@@ -173,10 +182,10 @@ def _write_shard(path: Path, shapes: Mapping[str, torch.Size], std: float) -> No
         header[name] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with path.open("wb") as file, ThreadPoolExecutor() as pool:
         file.write(struct.pack("<Q", len(text)) + text)
-        for name in sorted(shapes):
-            file.write(memoryview(_random_weight(name, shapes[name], std).view(torch.uint8).numpy()))
+        for weight in pool.map(lambda name: _random_weight(name, shapes[name], std), sorted(shapes)):
+            file.write(memoryview(weight.view(torch.uint8).numpy()))
 
 
 def _random_weight(name: str, shape: Iterable[int], std: float) -> torch.Tensor:
