@@ -27,7 +27,7 @@ its plain form, their states, and the squares its bound is made of."""
 _MERGE_RATE = 0.3e9
 _ARITHMETIC_RATE = 0.55e9
 _QUANTIZE_RATE = 0.17e9
-_BEHAVIOUR_RATE = 0.12e9
+_BEHAVIOUR_RATE = 0.012e9
 """Bytes of merged weights (of stored ones, for quantizing) a second and core."""
 
 _SVD_RATE = 2e9
