@@ -75,7 +75,7 @@ class Settlement:
         if asked:
             leases = {held.job_id: held.lease.token for held in asked}
             try:
-                errors = self._store.advance_all(leases, target, merge_keys)
+                errors = self._store.advance(leases, target, merge_keys)
             except STORE_FAULTS:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it is, it ends these jobs and no others
@@ -87,7 +87,7 @@ class Settlement:
                     raise errors[held.job_id]
                 held.state = target
                 passed.add(held.job_id)
-        return frozenset(passed.union(held.job_id for held in wanted if held not in asked))
+        return frozenset(passed.union({held.job_id for held in wanted} - {held.job_id for held in asked}))
 
     def note_progress(self, reports: Mapping[str, tuple[Held, ProgressReport]]) -> None:
         """Write down how far the work on some jobs is."""

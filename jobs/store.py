@@ -110,38 +110,6 @@ class JobStore:
             return frozenset(row.id for row in connection.execute(query) if row.token == leases.get(row.id))
 
     def advance(
-        self,
-        job_id: str,
-        token: int,
-        state: JobState,
-        *,
-        merge_key: str | None = None,
-        detail: Mapping[str, JsonValue] | None = None,
-    ) -> None:
-        """Move a job on to PLANNING, MERGING, VERIFYING or PUBLISHING.
-
-        Args:
-            job_id: of the job.
-            token: of the lease.
-            state: the next state.
-            merge_key: of the release to come, when it has become known.
-            detail: for the event.
-
-        Raises:
-            LeaseLostError: the token is stale or the lease has expired; the driver must not write for this job.
-            CancelledError: somebody asked to cancel the job: stop, then `fail` or `let_go`.
-            InternalError: the state does not follow from the present one.
-        """
-        if state not in STAGES:
-            raise InternalError(f"job '{job_id}': expected a stage of the work to advance to, found {state}")
-        with self._database.write() as connection:
-            row, now = lock_held(self._database, connection, job_id, token)
-            if row.state == JobState.CANCELLING:
-                raise CancelledError(f"job '{job_id}': asked to stop before {state}")
-            key = {} if merge_key is None else {"merge_key": merge_key}
-            take_steps(connection, row, now, Step(state, detail or {}), **key)
-
-    def advance_all(
         self, leases: Mapping[str, int], state: JobState, merge_keys: Mapping[str, str | None] | None = None
     ) -> dict[str, MergefleetError]:
         """Move jobs on to a stage of the work, through those between, each of which is logged.
@@ -152,11 +120,16 @@ class JobStore:
             merge_keys: of the releases to come, by job, when they have become known.
 
         Returns:
-            Why jobs were not moved, by id: LeaseLostError and CancelledError, as from `advance`.
+            Why jobs were not moved, by id: LeaseLostError when the token is stale or the lease has expired, so that the
+            driver must not write for this job; CancelledError when somebody asked to cancel it: stop, then `fail` or
+            `let_go`.
 
         Raises:
             NotFoundError: some ids are no jobs; lists them. Nothing was changed.
+            InternalError: the state is no stage of the work.
         """
+        if state not in STAGES:
+            raise InternalError(f"expected a stage of the work to advance to, found {state}")
         order = (JobState.LEASED, *STAGES)
         errors: dict[str, MergefleetError] = {}
         moves = []

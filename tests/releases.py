@@ -8,7 +8,8 @@ from pathlib import Path
 from jobs.locations import LocalPath
 from jobs.release import Artifact, Manifest, ParitySummary
 from jobs.request import BaseQuantization
-from jobs.store import ProgressReport
+from jobs.states import JobState
+from jobs.store import JobStore, ProgressReport
 from workers.sinks import Staging
 
 SHARD = "model-00001-of-00002.safetensors"
@@ -79,3 +80,10 @@ def progress_of(leases: Mapping[str, int], *, stage: str, bytes_done: int, bytes
     """Return the same progress of several jobs, given with the tokens of their leases."""
     how_far = {"stage": stage, "bytes_done": bytes_done, "bytes_total": bytes_total}
     return [ProgressReport(job_id=job_id, token=token, **how_far) for job_id, token in leases.items()]
+
+
+def advance(store: JobStore, job_id: str, token: int, state: JobState, merge_key: str | None = None) -> None:
+    """Move one job on; what the store says against it is raised."""
+    keys = None if merge_key is None else {job_id: merge_key}
+    for error in store.advance({job_id: token}, state, keys).values():
+        raise error

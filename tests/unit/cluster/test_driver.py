@@ -465,7 +465,7 @@ def test_an_answer_is_not_lost_while_the_store_does_not_answer(fleet, monkeypatc
     it.submit(request("one"), request("two"))
     it.step()
     it.pool.finish("merge-worker-0", staged("one"), failed("two", FailureClass.BAD_INPUT))
-    advance = it.store.advance_all
+    advance = it.store.advance
     faults = iter([TransientIOError("store: locked")])
 
     def advance_or_fail(*args, **kwargs):
@@ -473,7 +473,7 @@ def test_an_answer_is_not_lost_while_the_store_does_not_answer(fleet, monkeypatc
             raise fault
         return advance(*args, **kwargs)
 
-    monkeypatch.setattr(it.store, "advance_all", advance_or_fail)
+    monkeypatch.setattr(it.store, "advance", advance_or_fail)
     it.pool.on_poll = lambda: it.pool.published and it.pool.finish_publish("merge-worker-0", "one")
     it.driver.run(drain=True)
     assert it.sleeps == [0.01]

@@ -32,7 +32,7 @@ def test_jobs_not_planned_yet_count_with_the_mean_of_their_base(store):
     submit(store, "one", "two", "three")
     leases = store.claim("driver", 2, 60)
     for lease, total in zip(leases, (100, 300), strict=True):
-        store.advance(lease.job_id, lease.token, JobState.PLANNING)
+        store.advance({lease.job_id: lease.token}, JobState.PLANNING)
         store.report_progress(progress_of({lease.job_id: lease.token}, stage="plan", bytes_done=50, bytes_total=total))
     [progress] = by_base(store.jobs())
     assert (progress.name, progress.num_jobs, progress.num_final) == ("a (nf4)", 3, 0)

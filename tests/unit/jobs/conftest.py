@@ -17,6 +17,7 @@ from jobs.release import Artifact, Manifest, ParitySummary, Release
 from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
 from jobs.states import Decision, JobState
 from jobs.store import JobRecord, JobStore, Lease
+from tests.releases import advance
 
 STAGES = (JobState.PLANNING, JobState.MERGING, JobState.VERIFYING, JobState.PUBLISHING)
 
@@ -105,7 +106,7 @@ class Driver:
             return 0
         token = self.claim(job_id).token
         for stage in STAGES[: STAGES.index(state) + 1] if state in STAGES else ():
-            self._store.advance(job_id, token, stage)
+            advance(self._store, job_id, token, stage)
         if state in (JobState.RETRY_WAIT, JobState.FAILED, JobState.QUARANTINED):
             self._store.fail(job_id, token, FailureClass.TRANSIENT_IO, "gone", Decision(state=state))
         if state in (JobState.CANCELLING, JobState.CANCELLED):

@@ -13,7 +13,7 @@ from jobs.release import Manifest, ParitySummary, Release
 from jobs.request import BaseQuantization, MergeRequest
 from jobs.states import Decision, JobState
 from jobs.store import JobStore
-from tests.releases import progress_of
+from tests.releases import advance, progress_of
 
 NUM_REQUESTS = 40
 RETRY_NOW = Decision(state=JobState.RETRY_WAIT)
@@ -53,7 +53,7 @@ def work(url, name):
 
 def attempt(store, lease, luck):
     for state in STAGES:
-        store.advance(lease.job_id, lease.token, state)
+        advance(store, lease.job_id, lease.token, state)
         store.report_progress(progress_of({lease.job_id: lease.token}, stage=state, bytes_done=1, bytes_total=2))
     if luck < 0.3:
         store.fail(lease.job_id, lease.token, FailureClass.TRANSIENT_IO, "bad luck", RETRY_NOW)

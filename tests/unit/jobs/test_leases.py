@@ -4,7 +4,7 @@ import pytest
 
 from jobs.errors import FailureClass, LeaseLostError, NotFoundError
 from jobs.states import ACTIVE_STATES, Decision, JobState
-from tests.releases import progress_of
+from tests.releases import advance, progress_of
 
 GIVE_UP = Decision(state=JobState.FAILED)
 
@@ -59,7 +59,7 @@ class TestClaim:
         time.sleep(wait + 0.01)
         assert store.seconds_until_due() == 0
         with pytest.raises(LeaseLostError, match="expired"):
-            store.advance("a", lease.token, JobState.PLANNING)
+            advance(store, "a", lease.token, JobState.PLANNING)
         assert driver.claim("a", "other").token == 2
 
     def test_progress_starts_anew(self, store, driver, make_request):
@@ -77,9 +77,21 @@ class TestClaim:
 
 class TestFencing:
     @pytest.fixture
+    def leases(self, store, driver, make_request):
+        """Tokens of jobs named by what became of their lease."""
+        store.submit([make_request(name) for name in ("held", "expired", "taken", "ended", "cancelling")])
+        leases = {lease.job_id: lease.token for lease in store.claim("driver", 5, 60)}
+        driver.expire("expired")
+        driver.expire("taken")
+        store.let_go("ended", leases["ended"], "drain")
+        store.cancel(["cancelling"])
+        leases["taken"] -= 1
+        return leases
+
+    @pytest.fixture
     def writes(self, store, make_release):
         return {
-            "advance": lambda token: store.advance("a", token, JobState.PLANNING),
+            "advance": lambda token: advance(store, "a", token, JobState.PLANNING),
             "settle": lambda token: store.settle("a", token, make_release("a"), None),
             "fail": lambda token: store.fail("a", token, FailureClass.INTERNAL, "x", GIVE_UP),
             "let_go": lambda token: store.let_go("a", token, "x"),
@@ -111,28 +123,14 @@ class TestFencing:
             with pytest.raises(LeaseLostError, match="the attempt has ended"):
                 write(token)
 
-    def test_extend_names_the_lost(self, store, driver, make_request):
-        store.submit([make_request(name) for name in ("held", "expired", "taken", "ended", "cancelling")])
-        leases = {lease.job_id: lease.token for lease in store.claim("driver", 5, 60)}
-        driver.expire("expired")
-        driver.expire("taken")
-        store.let_go("ended", leases["ended"], "drain")
-        store.cancel(["cancelling"])
-        leases["taken"] -= 1
+    def test_extend_names_the_lost(self, store, driver, leases):
         before = driver.record("held").lease_expires_at
         assert store.extend(leases | {"unknown": 1}, 600) == {"expired", "taken", "ended", "unknown"}
         assert driver.record("held").lease_expires_at > before + 500
         assert driver.record("expired").lease_expires_at == 1
         assert store.extend({}, 600) == frozenset()
 
-    def test_progress_names_the_lost(self, store, driver, make_request):
-        store.submit([make_request(name) for name in ("held", "expired", "taken", "ended", "cancelling")])
-        leases = {lease.job_id: lease.token for lease in store.claim("driver", 5, 60)}
-        driver.expire("expired")
-        driver.expire("taken")
-        store.let_go("ended", leases["ended"], "drain")
-        store.cancel(["cancelling"])
-        leases["taken"] -= 1
+    def test_progress_names_the_lost(self, store, leases):
         lost = store.report_progress(progress_of(leases | {"unknown": 1}, stage="merge", bytes_done=5, bytes_total=9))
         assert lost == {"expired", "taken", "ended", "unknown"}
         stages = {job.id: (job.stage, job.bytes_done, job.bytes_total) for job in store.jobs()}
