@@ -18,6 +18,7 @@ import os
 import platform
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,7 @@ from benchmarks.contenders import (
     Ours,
     Reference,
     Site,
+    plain_environment,
 )
 from benchmarks.equality import Comparison, ExactMerge, compare
 from benchmarks.make_base import ADAPTERS, SHAPES
@@ -270,6 +272,8 @@ def main() -> None:
         with _in_tmpfs(disk, console) as tmpfs:
             in_tmpfs = run_rounds(tmpfs, contenders.in_tmpfs, arguments.rounds, console) if tmpfs else {}
     comparisons = compare_outputs(disk, contenders)
+    where = [sys.executable, "-m", "benchmarks.where", str(disk.root), str(disk.root)]
+    subprocess.run(where, env=plain_environment(), check=True)
     num_equal = num_equal_to_single(disk, contenders)
     found = ratios(contenders, on_disk | eight | once, in_tmpfs, disk)
     what = f"{arguments.shape}, adapter {ADAPTER} unless said, {os.cpu_count()} cores"
@@ -307,7 +311,7 @@ def main() -> None:
     }
     path = disk.root / "results.json"
     path.write_text(json.dumps(results, indent=2) + "\n")
-    console.print(f"Every run: {path}")
+    console.print(f"Every run: {path}. Where the time goes: {disk.root / 'where.svg'}")
     shutil.rmtree(disk.root / "out")
     shutil.rmtree(disk.root / "home")
 

@@ -29,8 +29,9 @@ from rich.table import Table
 
 from benchmarks.simulation import Clock, Costs, SimulatedMetrics, SimulatedPool
 from cluster.driver import Driver
-from cluster.events import DriverEvent, JobSettled, UnitStarted, WorkerReplaced
+from cluster.events import DriverEvent, JobSettled, ShardsStarted, UnitStarted, WorkerReplaced
 from cluster.pool import MAX_PINGS_PER_SECOND
+from cluster.scheduler import WorkerView
 from cluster.settings import Settings
 from jobs.request import MergeRequest
 from jobs.states import JobState
@@ -93,7 +94,7 @@ class Observer:
                 self.ended_at = self._clock()
             case JobSettled(state=JobState.QUARANTINED):
                 self.num_quarantined += 1
-            case UnitStarted() | WorkerReplaced() | JobSettled():
+            case UnitStarted() | ShardsStarted() | WorkerReplaced() | JobSettled():
                 pass
 
 
@@ -135,15 +136,15 @@ class WatchedDriver(Driver):
         self.longest_wait = 0
         self.num_bases_waiting = 0
 
-    def _claim(self) -> None:
+    def _claim(self, views: Sequence[WorkerView]) -> None:
         begin = time.perf_counter()
         before = self._holdings.num_claimed
-        super()._claim()
+        super()._claim(views)
         if self._holdings.num_claimed > before:
             self.claim_seconds.append(time.perf_counter() - begin)
 
-    def _start_units(self) -> None:
-        super()._start_units()
+    def _start_units(self, pool_views: Sequence[WorkerView]) -> None:
+        super()._start_units(pool_views)
         self.longest_wait = max([self.longest_wait, *self._passed_over.values()])
         self.num_bases_waiting = max(self.num_bases_waiting, len(self._passed_over))
 

@@ -12,15 +12,38 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
-from cluster.replies import PoolEvent, ProgressSeen, PublishFinished, UnitFinished, WorkerLost
+from cluster.replies import (
+    PassBegun,
+    PoolEvent,
+    ProgressSeen,
+    PublishFinished,
+    ShardsMerged,
+    UnitFinished,
+    WorkerLost,
+)
 from cluster.scheduler import WorkerView
 from jobs.release import Artifact, Manifest, ParitySummary, Release
 from jobs.request import MergeRequest, QuantizationOptions
-from workers.outcomes import JobOutcome, Progress, PublishOutcome, UnitOutcome, Usage
+from workers.outcomes import (
+    JobOutcome,
+    MergedShards,
+    PassOpened,
+    PassWork,
+    Piece,
+    Progress,
+    PublishOutcome,
+    ShardsOutcome,
+    UnitOutcome,
+    Usage,
+)
+from workers.sinks import Ticket
 
 _GB = 1e9
+_SHARD_GIGABYTES = 5.0
+"""What `save_pretrained` wrote for years."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +76,11 @@ class Costs:
 
     def job_seconds(self, base_bytes: float) -> float:
         """Return what each job takes, publishing included."""
-        gigabytes = base_bytes / _GB
-        return self.seconds_per_job + gigabytes / self.write + gigabytes / self.check + self.seconds_to_publish
+        return self.seconds_per_job + self.merge_seconds(base_bytes) + self.seconds_to_publish
+
+    def merge_seconds(self, num_bytes: float) -> float:
+        """Return what so much of one adapter's output takes."""
+        return num_bytes / _GB / self.write + num_bytes / _GB / self.check
 
 
 _Parameters = ParamSpec("_Parameters")
@@ -142,6 +168,8 @@ class SimulatedPool:
         self._hours_between_deaths = hours_between_deaths
         self._rng = rng
         self._numbers = itertools.count()
+        self._answers: dict[str, PoolEvent] = {}
+        """What each worker will say when it is done."""
         self._agenda: list[tuple[float, int, str, int, str, str]] = []
         """When, number, worker, its life, what, and of which job."""
         self.num_loads = 0
@@ -183,12 +211,63 @@ class SimulatedPool:
         chosen.residents.move_to_end(key)
         if len(chosen.residents) > self._costs.num_resident:
             chosen.residents.popitem(last=False)
+        self.num_units += 1
+        self._start(worker, name, requests, seconds)
+        self._answers[worker] = self._finished(chosen)
+
+    def _start(self, worker: str, name: str, requests: tuple[MergeRequest, ...], seconds: float) -> None:
+        chosen = self._workers[worker]
         chosen.unit, chosen.jobs = name, tuple(request.id for request in requests)
         chosen.started_at = self._clock()
         chosen.ends_at = chosen.started_at + seconds
         self._begin_work(chosen)
-        self.num_units += 1
         self._plan(chosen.ends_at, chosen, "unit")
+
+    def _finished(self, worker: _Worker) -> UnitFinished:
+        outcomes = tuple(JobOutcome(job_id=job, merge_key="a" * 64) for job in worker.jobs)
+        outcome = UnitOutcome(jobs=outcomes, usage=Usage(), residents=tuple(worker.residents))
+        return UnitFinished(worker=worker.name, outcome=outcome)
+
+    @_apart
+    def open_pass(self, worker: str, pass_id: str, name: str, requests: tuple[MergeRequest, ...]) -> None:
+        """Have a pass planned that several workers will work on."""
+        self.num_units += 1
+        size = self._base_bytes[str(requests[0].base)]
+        num_pieces = max(1, round(size / _GB / _SHARD_GIGABYTES))
+        pieces = tuple(
+            Piece(shards=(f"model-{n}.safetensors",), num_bytes=int(len(requests) * size / num_pieces))
+            for n in range(num_pieces)
+        )
+        ticket = Ticket(directory=Path("/staging"), attempt=pass_id, merge_key="a" * 64)
+        tickets = {request.id: ticket for request in requests}
+        opened = PassOpened(ended=(), tickets=tickets, pieces=pieces, bytes_total=2 * int(size), usage=Usage())
+        self._start(worker, name, requests, self._costs.seconds_per_unit)
+        self._answers[worker] = PassBegun(worker=worker, pass_id=pass_id, outcome=opened)
+
+    @_apart
+    def merge_shards(self, worker: str, work: PassWork, shards: frozenset[str]) -> None:
+        """Have some pieces of a pass merged."""
+        size = self._base_bytes[str(work.requests[0].base)]
+        part = len(shards) / max(1, round(size / _GB / _SHARD_GIGABYTES)) * size
+        seconds = part / _GB / self._costs.read
+        seconds += len(work.requests) * self._costs.merge_seconds(part)
+        if work.requests[0].pass_key() not in self._workers[worker].residents:
+            seconds += self._costs.load_seconds(part)
+        merged = MergedShards(receipts=(), checks=(), wrong_headers=())
+        outcome = ShardsOutcome(
+            merged={request.id: merged for request in work.requests},
+            ended=(),
+            usage=Usage(),
+            residents=tuple(self._workers[worker].residents),
+        )
+        self._start(worker, work.name, work.requests, seconds)
+        self._answers[worker] = ShardsMerged(worker=worker, pass_id=work.pass_id, outcome=outcome)
+
+    @_apart
+    def finish_pass(self, worker: str, work: PassWork, _merged: Mapping[str, tuple[MergedShards, ...]]) -> None:
+        """Have a pass finished that is merged."""
+        self._start(worker, work.name, work.requests, len(work.requests) * self._costs.seconds_per_job)
+        self._answers[worker] = self._finished(self._workers[worker])
 
     @_apart
     def publish(self, worker: str, job_id: str) -> None:
@@ -203,8 +282,7 @@ class SimulatedPool:
         """Take no time: what a job left is gone."""
 
     def cancel(self, worker: str, job_ids: Iterable[str]) -> None:
-        """Refuse: nobody cancels in a simulation."""
-        raise NotImplementedError
+        """Take no time: nobody cancels in a simulation but those who helped with a job that has ended."""
 
     @_apart
     def poll(self, timeout_seconds: float) -> tuple[PoolEvent, ...]:
@@ -233,12 +311,9 @@ class SimulatedPool:
             case "death":
                 yield from self._die(worker, when)
             case "unit":
-                outcomes = tuple(JobOutcome(job_id=job, merge_key="a" * 64) for job in worker.jobs)
                 worker.unit, worker.jobs = None, ()
                 self._end_work(worker, when)
-                residents = tuple(worker.residents)
-                outcome = UnitOutcome(jobs=outcomes, usage=Usage(), residents=residents)
-                yield UnitFinished(worker=worker.name, outcome=outcome)
+                yield self._answers.pop(worker.name)
             case "publish":
                 worker.publishing.discard(job_id)
                 self._end_work(worker, when)
@@ -291,6 +366,9 @@ class SimulatedMetrics:
         """Set no gauges."""
 
     def unit_finished(self, _: UnitOutcome) -> None:
+        """Count nothing."""
+
+    def used(self, _: Usage) -> None:
         """Count nothing."""
 
     def publish_finished(self, _: PublishOutcome) -> None:

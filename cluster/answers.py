@@ -1,14 +1,25 @@
 """What the driver does with what workers say: move jobs on, have them published, end their attempts."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from cluster.events import DriverEvent, WorkerReplaced
 from cluster.holdings import Held, Holdings
 from cluster.metrics import FleetMetrics
 from cluster.pool import WorkerPool
-from cluster.replies import CallFailed, PoolEvent, ProgressSeen, PublishFinished, UnitFinished, WorkerLost
+from cluster.replies import (
+    CallFailed,
+    PassBegun,
+    PoolEvent,
+    ProgressSeen,
+    PublishFinished,
+    ShardsMerged,
+    TurnedDown,
+    UnitFinished,
+    WorkerLost,
+)
 from cluster.settlement import Settlement
 from jobs.errors import FailureClass
 from jobs.states import STAGES, JobState
@@ -54,7 +65,8 @@ class AnswerHandler:
         self._settlement = settlement
         self._metrics = metrics
         self._listener = listener
-        self._progress: dict[str, tuple[Held, ProgressReport]] = {}
+        self._progress: dict[str, tuple[str, Held, ProgressReport]] = {}
+        """Of each job the worker that leads, and what was told last."""
 
     def handle(self, event: PoolEvent) -> None:
         """Act on one event.
@@ -69,6 +81,15 @@ class AnswerHandler:
                 self._take_all(event.worker, event.outcome.jobs)
                 self._fail_unanswered(event.worker)
                 self._metrics.unit_finished(event.outcome)
+                self._metrics.used(event.outcome.usage)
+            case PassBegun():
+                self._take_begun(event)
+                self._metrics.used(event.outcome.usage)
+            case ShardsMerged():
+                self._take_merged(event)
+                self._metrics.used(event.outcome.usage)
+            case TurnedDown():
+                self._take_refusal(event)
             case PublishFinished():
                 self._take_published(event.worker, event.outcome)
                 self._metrics.publish_finished(event.outcome)
@@ -79,28 +100,31 @@ class AnswerHandler:
                 self._metrics.worker_lost()
 
     def _follow(self, worker: str, progress: Progress) -> None:
-        """Move the jobs of a unit on, and note how far they are; each has its share of the unit's bytes."""
+        """Note how far the jobs of a unit are; each has its share of the unit's bytes."""
+        leader = self._holdings.led_by(worker)
+        if leader is None:
+            return
         told = {
             held.job_id: held
-            for held in self._holdings.at_work(worker)
+            for held in self._holdings.at_work(leader)
             if held.job_id in progress.stages and not held.cancel_sent
         }
-        ended: set[str] = set()
-        for state in STAGES:
-            jobs = [held for job_id, held in told.items() if _STATE_OF_STAGE.get(progress.stages[job_id]) is state]
-            ended |= {held.job_id for held in jobs} - self._settlement.advance(jobs, state)
-        if ended:
-            self._pool.cancel(worker, sorted(ended))
+        bytes_done, bytes_total = progress.bytes_done, progress.bytes_total
+        shared = self._holdings.flights[leader].shared
+        if shared is not None and shared.is_open:
+            shared.note_progress(worker, bytes_done)
+            bytes_done, bytes_total = shared.bytes_done, shared.bytes_total
         num_jobs = len(progress.stages)
-        for job_id in told.keys() - ended:
+        for job_id, held in told.items():
+            stage = progress.stages[job_id]
             report = ProgressReport(
                 job_id=job_id,
-                token=told[job_id].lease.token,
-                stage=progress.stages[job_id],
-                bytes_done=progress.bytes_done // num_jobs,
-                bytes_total=progress.bytes_total // num_jobs,
+                token=held.lease.token,
+                stage=stage,
+                bytes_done=bytes_done // num_jobs,
+                bytes_total=bytes_total // num_jobs,
             )
-            self._progress[job_id] = told[job_id], report
+            self._progress[job_id] = leader, held, report
 
     def write_progress(self) -> None:
         """Write down how far the work is that was told of since the last time: all of it at once.
@@ -109,9 +133,18 @@ class AnswerHandler:
             TransientIOError, NoCapacityError: the store cannot take it now; nothing is lost by it.
         """
         reports, self._progress = self._progress, {}
-        held = {job_id: told for job_id, told in reports.items() if job_id in self._holdings.tokens}
-        if held:
-            self._settlement.note_progress(held)
+        told = {job_id: each for job_id, each in reports.items() if job_id in self._holdings.tokens}
+        ended: dict[str, list[str]] = defaultdict(list)
+        for state in STAGES:
+            jobs = [held for _, held, report in told.values() if _STATE_OF_STAGE.get(report.stage) is state]
+            for job_id in {held.job_id for held in jobs} - self._settlement.advance(jobs, state):
+                leader, _, _ = told.pop(job_id)
+                ended[leader].append(job_id)
+        for leader, job_ids in ended.items():
+            for each in self._holdings.crew(leader):
+                self._pool.cancel(each, sorted(job_ids))
+        if told:
+            self._settlement.note_progress({job_id: (held, report) for job_id, (_, held, report) in told.items()})
 
     def _take_all(self, worker: str, outcomes: Sequence[JobOutcome]) -> None:
         """Act on what became of the jobs of a unit."""
@@ -159,26 +192,97 @@ class AnswerHandler:
         for held in self._holdings.at_work(worker):
             self._settlement.failure(held, _fault(f"{worker} returned no outcome for it"))
 
+    def _take_begun(self, event: PassBegun) -> None:
+        """Settle the jobs that end before anything is merged; the pieces of the others can be handed out."""
+        flight = self._holdings.flights.get(event.worker)
+        shared = flight.shared if flight else None
+        if flight is None or shared is None or shared.pass_id != event.pass_id:
+            self._discard(event.worker, (*event.outcome.tickets, *(job.job_id for job in event.outcome.ended)))
+            return
+        if not shared.is_open:
+            shared.open(event.outcome)
+        self._end(event.worker, event.outcome.ended)
+        self._discard(event.worker, event.outcome.tickets.keys() - flight.held.keys())
+        unanswered = [held for job_id, held in flight.held.items() if job_id not in event.outcome.tickets]
+        for held in unanswered:
+            self._settlement.failure(held, _fault(f"{event.worker} returned no outcome for it"))
+
+    def _take_merged(self, event: ShardsMerged) -> None:
+        found = self._holdings.shared(event.pass_id)
+        if found is None:
+            self._discard(event.worker, event.outcome.merged)
+            return
+        leader, _, shared = found
+        shared.take(event.worker, event.outcome)
+        self._end(leader, event.outcome.ended)
+
+    def _take_refusal(self, event: TurnedDown) -> None:
+        """Do without a worker that cannot take part; one that leads hands on to one that can."""
+        logger.warning("worker takes no part", extra={"worker": event.worker, "reason": event.reason})
+        found = self._holdings.shared(event.pass_id)
+        if found is None:
+            return
+        leader, flight, shared = found
+        shared.barred.add(event.worker)
+        shared.take_back(event.worker)
+        if leader != event.worker:
+            return
+        shared.finishing = False
+        if not self._holdings.hand_on(leader):
+            failure = Failure(
+                failure_class=FailureClass.WORKER_LOST,
+                retryable=True,
+                message=f"no worker is left that can go on with what others have merged: {event.reason}",
+            )
+            for held in list(flight.held.values()):
+                self._settlement.failure(held, failure)
+
+    def _end(self, leader: str, outcomes: Iterable[JobOutcome]) -> None:
+        """Settle jobs of a shared pass that have ended."""
+        for outcome in outcomes:
+            held = self._holdings.find(leader, outcome.job_id)
+            if held is not None:
+                self._settle(held, outcome)
+
+    def _discard(self, worker: str, job_ids: Iterable[str]) -> None:
+        for job_id in job_ids:
+            self._pool.discard(worker, job_id)
+
     def _take_fault(self, event: CallFailed) -> None:
         """Turn an exception that came out of a worker into the failure of the jobs it was about."""
         logger.error("call failed", extra={"worker": event.worker, "call": event.call, "reason": event.message})
-        if event.call not in ("run_unit", "publish"):
+        if event.call not in ("run_unit", "open_pass", "merge_shards", "finish_pass", "publish"):
             return
-        for held in self._holdings.on_worker(event.worker):
+        leader: str | None = event.worker
+        if event.pass_id is not None:
+            found = self._holdings.shared(event.pass_id)
+            leader = found[0] if found else None
+        for held in self._holdings.on_worker(leader) if leader else ():
             if event.job_id in (None, held.job_id):
                 self._settlement.failure(held, _fault(f"{event.call} on {event.worker} raised: {event.message}"))
                 self._pool.discard(event.worker, held.job_id)
 
     def _take_loss(self, event: WorkerLost) -> None:
-        jobs = self._holdings.on_worker(event.worker)
-        ids = tuple(held.job_id for held in jobs)
+        lost: list[Held] = []
+        for leader, flight, shared in list(self._holdings.shared_passes()):
+            if event.worker == leader or event.worker in shared.at_work:
+                staged = any(held.outcome is not None for held in flight.held.values())
+                if not shared.is_open or staged or shared.lose(event.worker):
+                    lost += self._holdings.on_worker(leader)
+                elif event.worker == leader:
+                    # Another takes its place under its name, and can go on with what there is.
+                    shared.finishing = False
+        leads = self._holdings.flights.get(event.worker)
+        if leads is not None and leads.shared is None:
+            lost += self._holdings.on_worker(event.worker)
+        ids = tuple(held.job_id for held in lost)
         self._listener(WorkerReplaced(worker=event.worker, reason=event.reason, job_ids=ids))
         failure = Failure(
             failure_class=FailureClass.WORKER_LOST,
             retryable=True,
-            message=f"{event.worker} was lost with {len(jobs)} job(s): {event.reason}",
+            message=f"{event.worker} was lost with {len(lost)} job(s): {event.reason}",
         )
-        for held in jobs:
+        for held in lost:
             self._settlement.failure(held, failure)
 
 

@@ -9,7 +9,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cluster.events import DriverEvent, JobSettled, Summary, UnitStarted
+from cluster.events import DriverEvent, JobSettled, ShardsStarted, Summary, UnitStarted
 from cluster.progress import BaseProgress, base_name
 from jobs.release import Manifest, Way
 from jobs.request import BaseQuantization
@@ -130,7 +130,7 @@ def duration(seconds: float) -> str:
 
 def event_line(event: DriverEvent) -> Text:
     """Return one line for one event of a driver."""
-    if isinstance(event, UnitStarted):
+    if isinstance(event, UnitStarted | ShardsStarted):
         return Text(f"{event.worker}  {event.name}", "dim")
     if isinstance(event, JobSettled):
         return _settled_line(event)

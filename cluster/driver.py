@@ -5,6 +5,7 @@ this process knows can be lost: leases run out, and the next driver goes on.
 """
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -12,18 +13,19 @@ import random
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from cluster.answers import AnswerHandler
-from cluster.events import DriverEvent, Summary, UnitStarted
-from cluster.holdings import Held, Holdings
+from cluster.events import DriverEvent, ShardsStarted, Summary, UnitStarted
+from cluster.holdings import Flight, Held, Holdings
 from cluster.metrics import FleetMetrics
 from cluster.pool import WorkerPool
 from cluster.replies import PoolEvent
-from cluster.scheduler import Limits, UnitAssignment, schedule
+from cluster.scheduler import Limits, OpenPass, WorkerView, schedule, share_out
 from cluster.settings import Settings
 from cluster.settlement import CANCELLED, STORE_FAULTS, Settlement
+from cluster.sharing import SharedPass
 from jobs.store import JobStore
 
 logger = logging.getLogger(__name__)
@@ -80,8 +82,11 @@ class Driver:
         )
         self._answers = AnswerHandler(self._holdings, pool, self._settlement, metrics, listener)
         self._passed_over: dict[str, int] = {}
+        self._num_passes = 0
         self._events: deque[PoolEvent] = deque()
         self._leases_kept_at = clock()
+        self._releases_written_at = -math.inf
+        self._cancellations_asked_at = -math.inf
         self._observe_at = -math.inf
         self._stopping = False
 
@@ -129,10 +134,19 @@ class Driver:
         if self._stopping:
             self._let_go()
         else:
-            self._claim()
-            self._start_units()
-        self._events.extend(self._pool.poll(self._settings.poll_seconds))
+            views = self._pool.views()
+            self._claim(views)
+            self._start_units(views)
+            self._give_pieces(views)
+        self._finish_passes()
+        self._release_helpers()
+        events = self._pool.poll(self._settings.poll_seconds)
+        self._events.extend(events)
         self._handle_events()
+        # Nobody waits for what is written down of a release: while much goes on, many are written at once.
+        if not events or self._clock() - self._releases_written_at >= self._settings.poll_seconds:
+            self._settlement.write_releases()
+            self._releases_written_at = self._clock()
         self._observe()
 
     def summary(self) -> Summary:
@@ -142,7 +156,7 @@ class Driver:
     def _keep_leases(self) -> None:
         if not self._holdings or self._clock() - self._leases_kept_at < self._settings.lease_seconds / 3:
             return
-        for job_id in self._store.extend(self._holdings.tokens, self._settings.lease_seconds):
+        for job_id in self._store.extend(self._owner, self._holdings.tokens, self._settings.lease_seconds):
             self._drop(job_id)
         self._leases_kept_at = self._clock()
 
@@ -154,59 +168,125 @@ class Driver:
             self._pool.cancel(worker, (job_id,))
 
     def _pass_on_cancellations(self) -> None:
-        asked = self._store.cancelling(self._holdings.tokens) if self._holdings else None
+        if not self._holdings or self._clock() - self._cancellations_asked_at < self._settings.poll_seconds:
+            return
+        self._cancellations_asked_at = self._clock()
+        asked = self._store.cancelling(self._holdings.tokens)
         if not asked:
             return
         for held in [held for held in self._holdings.waiting.values() if held.job_id in asked]:
             self._settlement.failure(held, CANCELLED)
-        for worker in self._holdings.flights:
+        for worker in list(self._holdings.flights):
             self._cancel(worker, [held for held in self._holdings.at_work(worker) if held.job_id in asked])
 
     def _let_go(self) -> None:
         for held in list(self._holdings.waiting.values()):
             self._settlement.failure(held, CANCELLED)
-        for worker in self._holdings.flights:
+        for worker in list(self._holdings.flights):
             self._cancel(worker, self._holdings.at_work(worker))
 
     def _cancel(self, worker: str, jobs: list[Held]) -> None:
-        """Tell a worker to stop jobs; said again in every round, since it only reaches a unit that has begun."""
+        """Tell those at a unit to stop jobs; said again in every round, since it only reaches a unit that has begun."""
+        if not jobs:
+            return
+        shared = self._holdings.flights[worker].shared
+        if shared is not None and shared.is_open and not shared.at_work and not shared.finishing:
+            for held in jobs:  # nobody is at it who could say that it stopped
+                self._settlement.failure(held, CANCELLED)
+            return
         for held in jobs:
             held.cancel_sent = True
-        if jobs:
-            self._pool.cancel(worker, [held.job_id for held in jobs])
+        for each in self._holdings.crew(worker):
+            self._pool.cancel(each, [held.job_id for held in jobs])
 
-    def _claim(self) -> None:
+    def _claim(self, views: Sequence[WorkerView]) -> None:
         """Lease what the workers can soon take; the rest stays with the store, for other drivers too."""
-        views = self._pool.views()
         num_idle = sum(view.idle for view in views)
         # Twice what the fleet can run, so that jobs of one base can gather while another base is merged.
-        room = 2 * len(views) * self._settings.max_jobs_per_pass - len(self._holdings.waiting)
-        limit = min(num_idle * self._settings.max_jobs_per_pass, room)
+        wanted = 2 * len(views) * self._settings.max_jobs_per_pass
+        room = wanted - len(self._holdings.waiting)
+        if room > wanted / 2:
+            limit = min(num_idle * self._settings.max_jobs_per_pass, room)
+        else:  # there is no hurry: a claim costs the same for many
+            limit = room if num_idle and room >= wanted / 4 else 0
         if limit > 0:
             leases = self._store.claim(self._owner, limit, self._settings.lease_seconds)
             for lease in leases:
                 if lease.job_id in self._holdings.tokens:  # its last lease ran out before it was extended
                     self._drop(lease.job_id)
-            self._holdings.add(leases)
+            self._holdings.add(leases, self._settings.max_worker_losses)
 
-    def _start_units(self) -> None:
-        views = self._pool.views()
+    def _start_units(self, pool_views: Sequence[WorkerView]) -> None:
+        # Who leads a unit is not idle, whether it is at it just now or not.
+        views = [
+            dataclasses.replace(view, idle=False) if view.idle and view.name in self._holdings.flights else view
+            for view in pool_views
+        ]
         if not self._holdings.waiting or not any(view.idle for view in views):
             return
         limits = Limits(
             max_jobs_per_pass=self._settings.max_jobs_per_pass,
             max_units_of_other_bases=self._settings.max_units_of_other_bases * len(views),
         )
-        waiting = self._holdings.waiting_jobs(self._settings.max_worker_losses)
-        plan = schedule(waiting, views, self._passed_over, limits)
+        plan = schedule(self._holdings.waiting_jobs(), views, self._passed_over, limits)
         self._passed_over = plan.passed_over
         for unit in plan.units:
             flight = self._holdings.start(unit)
-            requests = tuple(held.lease.request for held in flight.held.values())
-            name = _unit_name(unit, requests[0].base.name)
-            self._pool.run_unit(unit.worker, name, requests)
+            name = _unit_name("plan" if unit.shared else "merge", flight)
+            if unit.shared:
+                flight.shared = SharedPass(f"{self._owner}-{self._num_passes}")
+                flight.shared.takers.add(unit.worker)
+                self._num_passes += 1
+                self._pool.open_pass(unit.worker, flight.shared.pass_id, name, flight.requests)
+            else:
+                self._pool.run_unit(unit.worker, name, flight.requests)
             logger.info("unit started", extra={"worker": unit.worker, "unit": name, "job_ids": list(unit.job_ids)})
             self._listener(UnitStarted(worker=unit.worker, name=name, job_ids=unit.job_ids))
+
+    def _give_pieces(self, pool_views: Sequence[WorkerView]) -> None:
+        """Have idle workers work on passes that are open."""
+        open_passes = {
+            shared.pass_id: OpenPass(
+                pass_id=shared.pass_id,
+                pass_key=flight.unit.pass_key,
+                leader=leader,
+                piece_bytes=tuple(piece.num_bytes for piece in shared.todo),
+                at_work=shared.at_work,
+                barred=frozenset(shared.barred),
+            )
+            for leader, flight, shared in self._holdings.shared_passes()
+            if shared.todo
+        }
+        if not open_passes:
+            return
+        leading = {each.leader for each in open_passes.values()}
+        views = [view for view in pool_views if view.name in leading or view.name not in self._holdings.flights]
+        for given in share_out(tuple(open_passes.values()), views):
+            found = self._holdings.shared(given.pass_id)
+            assert found is not None
+            _, flight, shared = found
+            pieces = shared.give(given.worker, given.num_pieces)
+            shards = tuple(shard for piece in pieces for shard in piece.shards)
+            name = _unit_name("merge", flight, f":{len(shards)} shard{'s' if len(shards) > 1 else ''}")
+            self._pool.merge_shards(given.worker, shared.work(name, flight.requests), frozenset(shards))
+            job_ids = tuple(flight.held)
+            logger.info("shards started", extra={"worker": given.worker, "unit": name, "job_ids": list(job_ids)})
+            self._listener(ShardsStarted(worker=given.worker, name=name, job_ids=job_ids, shards=shards))
+
+    def _finish_passes(self) -> None:
+        """Have passes finished of which all pieces are merged."""
+        for leader, flight, shared in self._holdings.shared_passes():
+            if shared.is_merged and not shared.finishing:
+                shared.finishing = True
+                work = shared.work(_unit_name("verify", flight), flight.requests)
+                self._pool.finish_pass(leader, work, shared.merged(flight.requests))
+
+    def _release_helpers(self) -> None:
+        """Tell those who helped that a job has ended; what they still do for it is stopped."""
+        leaving, self._holdings.leaving = self._holdings.leaving, []
+        for worker, job_id in leaving:
+            self._pool.cancel(worker, (job_id,))
+            self._pool.discard(worker, job_id)
 
     def _handle_events(self) -> None:
         while self._events:
@@ -246,5 +326,6 @@ def stop_on_signals(driver: Driver) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _unit_name(unit: UnitAssignment, base: str) -> str:
-    return f"merge:{base}:{len(unit.job_ids)} adapter{'s' if len(unit.job_ids) > 1 else ''}"
+def _unit_name(what: str, flight: Flight, more: str = "") -> str:
+    requests = flight.requests
+    return f"{what}:{requests[0].base.name}:{len(requests)} adapter{'s' if len(requests) > 1 else ''}{more}"

@@ -17,6 +17,16 @@ class UnitStarted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShardsStarted:
+    """A worker got pieces of a pass that several share."""
+
+    worker: str
+    name: str
+    job_ids: tuple[str, ...]
+    shards: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobSettled:
     """An attempt ended, and the store says so."""
 
@@ -44,7 +54,7 @@ class WorkerReplaced:
     """The jobs it was at."""
 
 
-DriverEvent = UnitStarted | JobSettled | WorkerReplaced
+DriverEvent = UnitStarted | ShardsStarted | JobSettled | WorkerReplaced
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +74,8 @@ def event_name(event: DriverEvent) -> str:
     match event:
         case UnitStarted():
             return "unit_started"
+        case ShardsStarted():
+            return "shards_started"
         case JobSettled():
             return "job_settled"
         case WorkerReplaced():

@@ -4,8 +4,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from cluster.scheduler import UnitAssignment, WaitingJob
+from cluster.sharing import SharedPass
+from jobs.release import Release
+from jobs.request import MergeRequest
 from jobs.states import JobState
-from jobs.store import Lease
+from jobs.store import Lease, Publication
 from workers.outcomes import JobOutcome
 
 
@@ -14,19 +17,14 @@ class Held:
     """One job and its lease."""
 
     lease: Lease
-    sequence: int
-    """Order of claiming; lower is older."""
+    as_waiting: WaitingJob
+    """As the scheduler knows it, asked for in every round."""
     state: JobState = JobState.LEASED
     """As this driver last wrote it."""
-    pass_key: str = field(init=False)
-    """Of its request; asked for in every round."""
     cancel_sent: bool = False
     """Whether its worker was told to stop it."""
     outcome: JobOutcome | None = None
     """Set when it is staged, and is being published."""
-
-    def __post_init__(self) -> None:
-        self.pass_key = self.lease.request.pass_key()
 
     @property
     def job_id(self) -> str:
@@ -40,29 +38,47 @@ class Flight:
 
     unit: UnitAssignment
     held: dict[str, Held]
+    shared: SharedPass | None = None
+    """Set when other workers help; stays so when it is staged."""
+
+    @property
+    def requests(self) -> tuple[MergeRequest, ...]:
+        """Of its jobs."""
+        return tuple(held.lease.request for held in self.held.values())
 
 
 @dataclass(slots=True)
 class Holdings:
-    """Every job is in one place: waiting, or in the flight of one worker."""
+    """Every job is in one place: waiting, in the flight of a worker (the one that leads), or published."""
 
     waiting: dict[str, Held] = field(default_factory=dict)
     flights: dict[str, Flight] = field(default_factory=dict)
+    published: dict[str, tuple[Held, Publication]] = field(default_factory=dict)
+    """Releases that are visible and not in the store yet, by job."""
     num_claimed: int = 0
+    leaving: list[tuple[str, str]] = field(default_factory=list)
+    """Helpers, each with a job that has ended: they are still to be told to let go of it."""
     _tokens: dict[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.waiting or self.flights)
+        return bool(self.waiting or self.flights or self.published)
 
-    def __iter__(self) -> Iterator[Held]:
-        yield from self.waiting.values()
-        for flight in self.flights.values():
-            yield from flight.held.values()
+    def add(self, leases: Iterable[Lease], alone_from_losses: int) -> None:
+        """Take in newly claimed jobs.
 
-    def add(self, leases: Iterable[Lease]) -> None:
-        """Take in newly claimed jobs."""
+        Args:
+            leases: of the jobs.
+            alone_from_losses: a job that has cost so many workers must not take other jobs with it.
+        """
         for lease in leases:
-            self.waiting[lease.job_id] = Held(lease, self.num_claimed)
+            waiting = WaitingJob(
+                job_id=lease.job_id,
+                pass_key=lease.request.pass_key(),
+                priority=lease.request.priority,
+                sequence=self.num_claimed,
+                alone=lease.worker_losses >= max(1, alone_from_losses),
+            )
+            self.waiting[lease.job_id] = Held(lease, waiting)
             self._tokens[lease.job_id] = lease.token
             self.num_claimed += 1
 
@@ -71,22 +87,9 @@ class Holdings:
         """Job id to fencing token, of every job that is held."""
         return self._tokens
 
-    def waiting_jobs(self, alone_from_losses: int) -> tuple[WaitingJob, ...]:
-        """Return what the scheduler needs to know of the waiting jobs.
-
-        Args:
-            alone_from_losses: a job that has cost so many workers must not take other jobs with it.
-        """
-        return tuple(
-            WaitingJob(
-                job_id=held.job_id,
-                pass_key=held.pass_key,
-                priority=held.lease.request.priority,
-                sequence=held.sequence,
-                alone=held.lease.worker_losses >= max(1, alone_from_losses),
-            )
-            for held in self.waiting.values()
-        )
+    def waiting_jobs(self) -> tuple[WaitingJob, ...]:
+        """Return what the scheduler needs to know of the waiting jobs."""
+        return tuple(held.as_waiting for held in self.waiting.values())
 
     def start(self, unit: UnitAssignment) -> Flight:
         """Move a unit's jobs from waiting to its worker."""
@@ -104,6 +107,37 @@ class Holdings:
         """Return the jobs on a worker that are not staged yet."""
         return [held for held in self.on_worker(worker) if held.outcome is None]
 
+    def shared(self, pass_id: str) -> tuple[str, Flight, SharedPass] | None:
+        """Return a shared pass with the worker that leads it, or None when none of its jobs is held any more."""
+        return next((found for found in self.shared_passes() if found[2].pass_id == pass_id), None)
+
+    def shared_passes(self) -> Iterator[tuple[str, Flight, SharedPass]]:
+        """Yield the passes that several workers share, each with the worker that leads it."""
+        for worker, flight in self.flights.items():
+            if flight.shared is not None:
+                yield worker, flight, flight.shared
+
+    def crew(self, worker: str) -> frozenset[str]:
+        """Return the workers that are at the unit this worker leads."""
+        flight = self.flights.get(worker)
+        return frozenset({worker}) | (flight.shared.at_work if flight and flight.shared else frozenset())
+
+    def led_by(self, worker: str) -> str | None:
+        """Return the leader of the unit a worker is at: itself, or the one it helps."""
+        if worker in self.flights:
+            return worker
+        return next((leader for leader, _, shared in self.shared_passes() if worker in shared.at_work), None)
+
+    def hand_on(self, leader: str) -> bool:
+        """Have a shared pass led by a worker that takes part and leads none; False when there is none."""
+        flight = self.flights[leader]
+        assert flight.shared is not None
+        able = sorted(flight.shared.takers - flight.shared.barred - self.flights.keys())
+        if not able:
+            return False
+        self.flights[able[0]] = self.flights.pop(leader)
+        return True
+
     def find(self, worker: str, job_id: str) -> Held | None:
         """Return a job that is on this worker, or None when this driver no longer holds it."""
         flight = self.flights.get(worker)
@@ -113,8 +147,21 @@ class Holdings:
         """Forget a job, and the flight it was the last of; return the worker it was on, or None."""
         self._tokens.pop(job_id, None)
         self.waiting.pop(job_id, None)
+        self.published.pop(job_id, None)
+        return self._land(job_id)
+
+    def publish(self, held: Held, release: Release, report_path: str | None) -> None:
+        """Take a job off its worker: its release is visible, and only the store does not know it yet."""
+        self.waiting.pop(held.job_id, None)
+        self._land(held.job_id)
+        publication = Publication(job_id=held.job_id, token=held.lease.token, release=release, report_path=report_path)
+        self.published[held.job_id] = held, publication
+
+    def _land(self, job_id: str) -> str | None:
         for worker, flight in list(self.flights.items()):
             if flight.held.pop(job_id, None) is not None:
+                if flight.shared is not None:
+                    self.leaving += [(helper, job_id) for helper in sorted(flight.shared.takers)]
                 if not flight.held:
                     del self.flights[worker]
                 return worker

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from jobs.errors import FailureClass
 from jobs.states import JobState
-from workers.outcomes import PublishOutcome, UnitOutcome
+from workers.outcomes import PublishOutcome, UnitOutcome, Usage
 
 
 class FleetMetrics:
@@ -57,9 +57,16 @@ class FleetMetrics:
             self._resident_bases.set(count, {"worker": worker})
 
     def unit_finished(self, outcome: UnitOutcome) -> None:
-        """Count a unit's bytes, seconds and parity verdicts."""
+        """Count a unit and its parity verdicts."""
         self._units.inc()
-        usage = outcome.usage
+        for job in outcome.jobs:
+            if job.failure is not None and job.failure.failure_class is FailureClass.PARITY_FAILED:
+                self._parity.inc(1, {"result": "failed"})
+            elif job.failure is None and job.release is None:
+                self._parity.inc(1, {"result": "passed"})
+
+    def used(self, usage: Usage) -> None:
+        """Count bytes and seconds of a call."""
         for direction, count in (
             ("read", usage.bytes_read),
             ("written", usage.bytes_written),
@@ -68,11 +75,6 @@ class FleetMetrics:
             self._count_bytes(direction, count)
         for stage, seconds in usage.seconds.items():
             self._count_seconds(stage, seconds)
-        for job in outcome.jobs:
-            if job.failure is not None and job.failure.failure_class is FailureClass.PARITY_FAILED:
-                self._parity.inc(1, {"result": "failed"})
-            elif job.failure is None and job.release is None:
-                self._parity.inc(1, {"result": "passed"})
 
     def publish_finished(self, outcome: PublishOutcome) -> None:
         """Count what publishing took."""

@@ -6,20 +6,42 @@ death is an event the driver decides on. They are not detached: they end with th
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.fleet import Fleet
-from cluster.replies import CallFailed, PoolEvent, ProgressSeen, PublishFinished, UnitFinished, WorkerLost
+from cluster.replies import (
+    CallFailed,
+    PassBegun,
+    PoolEvent,
+    ProgressSeen,
+    PublishFinished,
+    ShardsMerged,
+    TurnedDown,
+    UnitFinished,
+    WorkerLost,
+)
 from cluster.scheduler import WorkerView
 from jobs.errors import WorkerLostError
 from jobs.request import MergeRequest
+from workers.outcomes import (
+    MergedShards,
+    PassOpened,
+    PassWork,
+    Progress,
+    PublishOutcome,
+    ShardsOutcome,
+    UnitOutcome,
+    Unreachable,
+)
 
 logger = logging.getLogger(__name__)
 
 _CONTROL = "control"
 """Concurrency group that answers while a unit runs."""
+_WORK = frozenset({"run_unit", "open_pass", "merge_shards", "finish_pass", "publish", "discard"})
 _POLLS = frozenset({"progress", "residents"})
 """Asked again and again; on the dashboard they would bury the tasks that a person looks for."""
 MAX_PINGS_PER_SECOND = 10.0
@@ -37,12 +59,13 @@ class _Call:
     worker: str
     method: str
     job_id: str | None
+    pass_id: str | None
     started_at: float
 
     @property
     def is_work(self) -> bool:
         """Whether the worker is not idle while it lasts."""
-        return self.method in ("run_unit", "publish", "discard")
+        return self.method in _WORK
 
 
 @dataclass(slots=True)
@@ -51,6 +74,8 @@ class _Member:
 
     name: str
     handle: Any = None
+    node: str | None = None
+    """Where it is to be; None where Ray decides."""
     ready: bool = False
     residents: frozenset[str] = frozenset()
     created_at: float = 0.0
@@ -85,7 +110,7 @@ class WorkerPool:
             clock: seconds that only go forward.
             sleep: waits so many seconds.
         """
-        import ray  # noqa: PLC0415 - Ray reads its environment when it is imported: see `cluster/session.py`
+        import ray.util.scheduling_strategies  # noqa: PLC0415 - read the environment on import: see `cluster/session.py`
 
         self._ray: Any = ray
         options: dict[str, Any] = {
@@ -94,12 +119,12 @@ class WorkerPool:
             "max_restarts": 0,
             "max_task_retries": 0,
             "concurrency_groups": {_CONTROL: 2},
-            "scheduling_strategy": "SPREAD",
             # With num_cpus=0 Ray would force one OpenMP thread, which bitsandbytes computes with.
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(fleet.num_threads)}},
         }
         self._actor_class = self._ray.remote(**options)(worker_class)
         self._arguments = arguments
+        self._by_gpu = fleet.num_gpus_each > 0
         self._ping_seconds = max(ping_seconds, fleet.num_workers / MAX_PINGS_PER_SECOND)
         self._unresponsive_seconds = unresponsive_seconds
         self._clock = clock
@@ -122,6 +147,18 @@ class WorkerPool:
     def run_unit(self, worker: str, name: str, requests: tuple[MergeRequest, ...]) -> None:
         """Start a unit on an idle worker; `UnitFinished` follows. The dashboard shows the call under `name`."""
         self._call(worker, "run_unit", name, requests, task_name=name)
+
+    def open_pass(self, worker: str, pass_id: str, name: str, requests: tuple[MergeRequest, ...]) -> None:
+        """Have a pass planned that several workers will work on; `PassBegun` follows."""
+        self._call(worker, "open_pass", pass_id, name, requests, task_name=name, pass_id=pass_id)
+
+    def merge_shards(self, worker: str, work: PassWork, shards: frozenset[str]) -> None:
+        """Have some pieces of a pass merged; `ShardsMerged` or `TurnedDown` follows."""
+        self._call(worker, "merge_shards", work, shards, task_name=work.name, pass_id=work.pass_id)
+
+    def finish_pass(self, worker: str, work: PassWork, merged: Mapping[str, tuple[MergedShards, ...]]) -> None:
+        """Have a pass finished that is merged; `UnitFinished` or `TurnedDown` follows."""
+        self._call(worker, "finish_pass", work, merged, task_name=work.name, pass_id=work.pass_id)
 
     def publish(self, worker: str, job_id: str) -> None:
         """Have a staged job published; `PublishFinished` follows."""
@@ -184,7 +221,9 @@ class WorkerPool:
             if member.handle is not None:
                 continue
             try:
-                member.handle = self._actor_class.options(name=member.name).remote(*self._arguments)
+                member.node = self._choose_node()
+                options = {"name": member.name, "scheduling_strategy": self._near(member.node)}
+                member.handle = self._actor_class.options(**options).remote(*self._arguments)
             except self._ray.exceptions.ActorAlreadyExistsError:
                 continue  # the name is free once Ray has noticed that nobody holds the dead actor's handle
             member.ready = False
@@ -193,6 +232,25 @@ class WorkerPool:
             member.created_at = self._clock()
             self._call(member.name, "residents", task_name="residents")
 
+    def _choose_node(self) -> str | None:
+        """Return the node with the fewest workers for each of its cores; None where GPUs decide.
+
+        Ray itself puts actors that ask for no resource wherever it likes, and leaves machines empty.
+        """
+        if self._by_gpu:
+            return None
+        nodes: list[dict[str, Any]] = self._ray.nodes()
+        cores = {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in nodes if node["Alive"]}
+        counts = Counter(member.node for member in self._members.values() if member.handle is not None)
+        able = sorted(node for node, count in cores.items() if count > 0)
+        return min(able, key=lambda node: (counts[node] + 1) / cores[node], default=None)
+
+    def _near(self, node: str | None) -> Any:
+        """Return how Ray is told to place an actor: where a node is only wished for, it takes others as well."""
+        if node is None:
+            return "SPREAD"
+        return self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
+
     def _call(
         self,
         worker: str,
@@ -200,6 +258,7 @@ class WorkerPool:
         *arguments: Any,
         task_name: str,
         job_id: str | None = None,
+        pass_id: str | None = None,
         group: str | None = None,
     ) -> None:
         member = self._members[worker]
@@ -209,7 +268,9 @@ class WorkerPool:
         if method in _POLLS:
             options["enable_task_events"] = False
         reference = getattr(member.handle, method).options(**options).remote(*arguments)
-        member.calls[reference] = _Call(worker=worker, method=method, job_id=job_id, started_at=self._clock())
+        member.calls[reference] = _Call(
+            worker=worker, method=method, job_id=job_id, pass_id=pass_id, started_at=self._clock()
+        )
 
     def _ping(self) -> None:
         """Ask every worker how it is doing: a busy one for its progress, an idle one for the bases it holds."""
@@ -238,20 +299,39 @@ class WorkerPool:
             return
         except self._ray.exceptions.RayError as error:
             cause = getattr(error, "cause", error)  # what the worker raised, without Ray's account of where
-            yield CallFailed(worker=member.name, call=call.method, job_id=call.job_id, message=_one_line(cause))
+            yield CallFailed(
+                worker=member.name,
+                call=call.method,
+                job_id=call.job_id,
+                pass_id=call.pass_id,
+                message=_one_line(cause),
+            )
             return
-        match call.method:
-            case "run_unit":
-                member.residents = frozenset(value.residents)
+        yield from self._answer(member, call, value)
+
+    def _answer(self, member: _Member, call: _Call, value: Any) -> Iterable[PoolEvent]:
+        if isinstance(value, UnitOutcome | ShardsOutcome):
+            member.residents = frozenset(value.residents)
+        match value:
+            case UnitOutcome():
                 yield UnitFinished(worker=member.name, outcome=value)
-            case "publish":
+            case PassOpened():
+                assert call.pass_id is not None
+                yield PassBegun(worker=member.name, pass_id=call.pass_id, outcome=value)
+            case ShardsOutcome():
+                assert call.pass_id is not None
+                yield ShardsMerged(worker=member.name, pass_id=call.pass_id, outcome=value)
+            case Unreachable():
+                assert call.pass_id is not None
+                yield TurnedDown(worker=member.name, pass_id=call.pass_id, reason=value.reason)
+            case PublishOutcome():
                 yield PublishFinished(worker=member.name, outcome=value)
-            case "progress":
+            case Progress():
                 yield ProgressSeen(worker=member.name, progress=value)
-            case "residents":
-                member.ready = True
-                member.failed_starts = 0
-                member.residents = frozenset(value)
+        if call.method == "residents":
+            member.ready = True
+            member.failed_starts = 0
+            member.residents = frozenset(value)
 
     def _lose(self, member: _Member, reason: str) -> WorkerLost:
         """Empty the place of a dead worker, and forget its calls: an actor's name is free when nothing refers to it."""

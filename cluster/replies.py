@@ -2,15 +2,42 @@
 
 from dataclasses import dataclass
 
-from workers.outcomes import Progress, PublishOutcome, UnitOutcome
+from workers.outcomes import PassOpened, Progress, PublishOutcome, ShardsOutcome, UnitOutcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitFinished:
-    """`run_unit` returned."""
+    """`run_unit` or `finish_pass` returned."""
 
     worker: str
     outcome: UnitOutcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassBegun:
+    """`open_pass` returned."""
+
+    worker: str
+    pass_id: str
+    outcome: PassOpened
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardsMerged:
+    """`merge_shards` returned."""
+
+    worker: str
+    pass_id: str
+    outcome: ShardsOutcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnedDown:
+    """A worker cannot take part in a pass: `merge_shards` or `finish_pass` did nothing."""
+
+    worker: str
+    pass_id: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +56,8 @@ class CallFailed:
     call: str
     job_id: str | None
     """The job the call was about; None for the whole unit."""
+    pass_id: str | None = None
+    """The pass the call was about; None for a unit of its own."""
     message: str
 
 
@@ -48,4 +77,6 @@ class WorkerLost:
     reason: str
 
 
-PoolEvent = UnitFinished | PublishFinished | CallFailed | ProgressSeen | WorkerLost
+PoolEvent = (
+    UnitFinished | PassBegun | ShardsMerged | TurnedDown | PublishFinished | CallFailed | ProgressSeen | WorkerLost
+)

@@ -5,6 +5,7 @@ that wait, those whose base a free worker holds go first. What residency and pri
 `max_units_of_other_bases` units of other bases have gone before it, its oldest job is in the next unit.
 """
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -49,6 +50,33 @@ class UnitAssignment:
     worker: str
     pass_key: str
     job_ids: tuple[str, ...]
+    shared: bool = False
+    """Whether other workers would be idle, and can help."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenPass:
+    """A pass with pieces that no worker is at."""
+
+    pass_id: str
+    pass_key: str
+    leader: str
+    """The worker that will finish it, and does nothing else until then."""
+    piece_bytes: tuple[int, ...]
+    """Sizes of those pieces, in the order in which they are handed out."""
+    at_work: frozenset[str]
+    """Workers that are at other pieces of it."""
+    barred: frozenset[str]
+    """Workers that cannot take part."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PieceAssignment:
+    """The next pieces of a pass for one worker."""
+
+    worker: str
+    pass_id: str
+    num_pieces: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +93,8 @@ def schedule(
     """Assign waiting jobs to idle workers.
 
     No worker stays idle while a job waits, and no job is in two units. With fewer passes than idle workers, the
-    largest passes are split, which reads a base twice but keeps everybody at work.
+    largest passes are split by jobs, which reads a base twice but keeps everybody at work; where that is not enough,
+    they are shared, and `share_out` splits them by shards.
 
     Args:
         waiting: the claimed jobs without a worker.
@@ -89,6 +118,9 @@ def schedule(
         counts = {key: 0 if key == first.pass_key else count + 1 for key, count in counts.items()}
     if not left:
         units = _spread(units, idle)
+        if len(units) < sum(worker.idle for worker in workers):
+            alone = {job.job_id for job in waiting if job.alone}
+            units = [dataclasses.replace(unit, shared=alone.isdisjoint(unit.job_ids)) for unit in units]
     waiting_keys = {job.pass_key for job in left}
     return Schedule(
         units=tuple(units), passed_over={key: count for key, count in counts.items() if key in waiting_keys}
@@ -146,3 +178,46 @@ def _spread(units: list[UnitAssignment], idle: list[WorkerView]) -> list[UnitAss
         units[largest] = UnitAssignment(worker=unit.worker, pass_key=unit.pass_key, job_ids=unit.job_ids[:middle])
         units.append(UnitAssignment(worker=worker.name, pass_key=unit.pass_key, job_ids=unit.job_ids[middle:]))
     return units
+
+
+def share_out(passes: Sequence[OpenPass], workers: Sequence[WorkerView]) -> tuple[PieceAssignment, ...]:
+    """Assign pieces of open passes to idle workers.
+
+    A leader works on its own pass. Everybody else goes where most is left for each worker that is there, and where the
+    base is held before others. What is handed out at once shrinks with what is left, so that all end together.
+
+    Args:
+        passes: with pieces left.
+        workers: all workers that may work on pieces now; only idle ones get any.
+
+    Returns:
+        At most one assignment for each idle worker.
+    """
+    crews = {each.pass_id: set(each.at_work) for each in passes}
+    left = {each.pass_id: list(each.piece_bytes) for each in passes}
+    leading = {each.leader: each for each in passes}
+    idle = sorted((worker for worker in workers if worker.idle), key=lambda worker: worker.name not in leading)
+    given: list[PieceAssignment] = []
+    for number, worker in enumerate(idle):
+
+        def need(each: OpenPass, worker: WorkerView = worker) -> tuple[float, bool, str]:
+            share = sum(left[each.pass_id]) / (len(crews[each.pass_id]) + 1)
+            return -share, each.pass_key not in worker.residents, each.pass_id
+
+        own = leading.get(worker.name)
+        open_to = [own] if own else [each for each in passes if worker.name not in each.barred]
+        wanted = min((each for each in open_to if left[each.pass_id]), key=need, default=None)
+        if wanted is None:
+            continue
+        crew, pieces = crews[wanted.pass_id], left[wanted.pass_id]
+        crew.add(worker.name)
+        num_hands = len(crew) + len(idle) - number - 1
+        num_pieces, num_bytes = 0, 0
+        while num_pieces < len(pieces) and (
+            num_pieces == 0 or num_bytes + pieces[num_pieces] <= sum(pieces) / (2 * num_hands)
+        ):
+            num_bytes += pieces[num_pieces]
+            num_pieces += 1
+        del pieces[:num_pieces]
+        given.append(PieceAssignment(worker=worker.name, pass_id=wanted.pass_id, num_pieces=num_pieces))
+    return tuple(given)

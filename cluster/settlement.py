@@ -4,7 +4,7 @@ import contextlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from cluster.events import DriverEvent, JobSettled, Summary
 from cluster.holdings import Held, Holdings
@@ -12,7 +12,7 @@ from cluster.metrics import FleetMetrics
 from jobs.errors import CancelledError, FailureClass, LeaseLostError, NoCapacityError, TransientIOError
 from jobs.release import Release
 from jobs.states import STAGES, Decision, JobState, RetryPolicy
-from jobs.store import JobStore, ProgressReport
+from jobs.store import JobStore, ProgressReport, Publication
 from workers.outcomes import Failure
 
 logger = logging.getLogger(__name__)
@@ -95,19 +95,39 @@ class Settlement:
             self._drop(reports[job_id][0])
 
     def release(self, held: Held, release: Release, report_path: str | None) -> None:
-        """End an attempt whose release is visible."""
-        with self._guarded(held):
-            self._store.settle(held.job_id, held.lease.token, release, report_path)
-            self._end(
-                held,
-                JobSettled(
+        """End an attempt whose release is visible; `write_releases` writes it down, many at once."""
+        self._holdings.publish(held, release, report_path)
+
+    def write_releases(self) -> None:
+        """Write down which releases are visible."""
+        published = list(self._holdings.published.values())
+        try:
+            self._write_releases(published)
+        except STORE_FAULTS:
+            raise
+        except Exception:
+            # One of them is at fault; by itself it is the failure of its job.
+            logger.exception("releases could not be stored together")
+            for each in published:
+                with self._guarded(each[0]):
+                    self._write_releases([each])
+
+    def _write_releases(self, published: Sequence[tuple[Held, Publication]]) -> None:
+        if not published:
+            return
+        errors = self._store.settle([publication for _, publication in published])
+        for held, publication in published:
+            with self._guarded(held):
+                if held.job_id in errors:
+                    raise errors[held.job_id]
+                event = JobSettled(
                     job_id=held.job_id,
                     state=JobState.PUBLISHED,
-                    location=str(release.location),
-                    created=release.created,
-                    report_path=report_path,
-                ),
-            )
+                    location=str(publication.release.location),
+                    created=publication.release.created,
+                    report_path=publication.report_path,
+                )
+                self._end(held, event)
 
     def failure(self, held: Held, failure: Failure, report_path: str | None = None) -> None:
         """End an attempt that failed. One that was stopped though nobody cancelled it does not count."""

@@ -90,6 +90,18 @@ class ProgressReport:
     bytes_total: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """A release that is visible, for the ledger."""
+
+    job_id: str
+    token: int
+    """Of the driver's lease."""
+    release: Release
+    report_path: str | None
+    """Parity report of the attempt."""
+
+
 JobRow: TypeAlias = Row[*tuple[Any, ...]]
 """One row of the table of jobs; records also need `release`, of the table of releases."""
 

@@ -113,7 +113,7 @@ def plan_requests(requests: Sequence[MergeRequest], directory: Path) -> Pass:
     plans = tuple(plan_merge(planned, request, fetch_adapters(request, planned.source, cache)) for request in requests)
     quantized = None
     if planned.stored_in_4bit:
-        quantized = QuantizedBase(base, planned.layout, CPU, planned.transposed)
+        quantized = QuantizedBase.stored(base, planned.layout, CPU, planned.transposed)
     elif planned.quantization is not None:
         quantized = QuantizedCache(cache, CPU, 2).open(planned.quantization, lambda _: None)
     weights = None

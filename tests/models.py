@@ -132,7 +132,14 @@ def build_qwen2(
     return _save(model, directory, max_shard_size, tokenizer=tokenizer)
 
 
-def build_bnb_4bit(base: Path, directory: Path, *, quant_type: str = "nf4", double_quant: bool = False) -> Path:
+def build_bnb_4bit(
+    base: Path,
+    directory: Path,
+    *,
+    quant_type: str = "nf4",
+    double_quant: bool = False,
+    max_shard_size: str = "5GB",
+) -> Path:
     """Save a base as a bitsandbytes 4-bit checkpoint, by transformers itself, with the base's tokenizer.
 
     Args:
@@ -140,9 +147,10 @@ def build_bnb_4bit(base: Path, directory: Path, *, quant_type: str = "nf4", doub
         directory: becomes the 4-bit base.
         quant_type: nf4 or fp4.
         double_quant: whether the scales are quantized too.
+        max_shard_size: as `save_pretrained` takes it.
     """
     with quiet_transformers():
-        _load_4bit(base, quant_type, double_quant).save_pretrained(directory)
+        _load_4bit(base, quant_type, double_quant).save_pretrained(directory, max_shard_size=max_shard_size)
     return _copy_tokenizer(base, directory)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jobs.locations import LocalPath
-from jobs.release import Artifact, Manifest, ParitySummary
+from jobs.release import Artifact, Manifest, ParitySummary, Release
 from jobs.request import BaseQuantization
 from jobs.states import JobState
-from jobs.store import JobStore, ProgressReport
+from jobs.store import JobStore, ProgressReport, Publication
 from workers.sinks import Staging
 
 SHARD = "model-00001-of-00002.safetensors"
@@ -86,4 +86,11 @@ def advance(store: JobStore, job_id: str, token: int, state: JobState, merge_key
     """Move one job on; what the store says against it is raised."""
     keys = None if merge_key is None else {job_id: merge_key}
     for error in store.advance({job_id: token}, state, keys).values():
+        raise error
+
+
+def settle(store: JobStore, job_id: str, token: int, release: Release, report_path: str | None = None) -> None:
+    """Record one release; what the store says against it is raised."""
+    publication = Publication(job_id=job_id, token=token, release=release, report_path=report_path)
+    for error in store.settle([publication]).values():
         raise error

@@ -150,7 +150,7 @@ class _Check:
 
     def tensor(self, tensor: OutputTensor) -> dict[str, TensorCheck]:
         """Check one tensor of all jobs, but those that PEFT merged."""
-        jobs = [job for job in self._jobs if tensor.name not in job.plan.by_peft]
+        jobs = [job for job in self._jobs if job.plan.streams(tensor.name)]
         if not jobs:
             return {}
         weight = None

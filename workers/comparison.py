@@ -66,7 +66,7 @@ def compare_ways(
     """
     source = plans[0].base.source
     found: dict[str, Alternative | MergefleetError] = {}
-    room = OwnedDirectory(scratch, "compared-")
+    room = OwnedDirectory.make(scratch, "compared-")
     try:
         subjects = []
         merges = _merge(
@@ -95,7 +95,7 @@ def compare_ways(
             for name, answer in answers.items():
                 found[name] = _outcome(answer, subjects[0].request.base_quantization)
     finally:
-        room.remove()
+        room.leave()
     return found
 
 

@@ -13,7 +13,7 @@ from workers.contents import Contents, LocalContents, open_contents
 from workers.files import file_errors
 from workers.released import MAX_MANIFEST_BYTES, ManifestFile, decode_manifest, occupied
 from workers.scratch import OwnedDirectory, sweep
-from workers.sinks.directory import DirectoryStaging
+from workers.sinks.directory import DirectorySink, DirectoryStaging
 
 _NUM_STREAMS = 4
 
@@ -39,7 +39,7 @@ def verify_release(location: Location, scratch: Path) -> Manifest:
         found = _read_manifest(contents, location)
         _check(contents, found.manifest, location, functools.partial(_difference, contents))
     finally:
-        owned.remove()
+        owned.leave()
     return found.manifest
 
 
@@ -66,21 +66,21 @@ def pull_release(location: Location, directory: Path) -> Manifest:
         found = _read_manifest(contents, location)
         if _is_there(destination, found):
             return found.manifest
-        staging = DirectoryStaging(destination, found.manifest.merge_key)
+        staging = DirectorySink(destination).open(found.manifest.merge_key)
         try:
             _check(contents, found.manifest, location, functools.partial(_bring, contents, staging))
             staging.reveal(found)
         finally:
             staging.discard()
     finally:
-        owned.remove()
+        owned.leave()
     return found.manifest
 
 
 def _owned(parent: Path, prefix: str) -> OwnedDirectory:
     with file_errors(f"making a directory in {parent}"):
         sweep(parent, prefix)
-        return OwnedDirectory(parent, prefix)
+        return OwnedDirectory.make(parent, prefix)
 
 
 def _read_manifest(contents: Contents, location: Location) -> ManifestFile:

@@ -5,6 +5,7 @@ anew); they are for a person who waits, nothing depends on them.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from workers.behaviour import estimate_peak_bytes
@@ -104,19 +105,36 @@ def estimate(plan: MergePlan, num_threads: int) -> Estimate:
 def peak_memory_bytes(plan: MergePlan, num_threads: int) -> int:
     """Return the host memory of the process at its peak, mapped file pages not counted.
 
-    Streaming is bounded by tiles and by the adapter tensors of the weights in work, and merging by PEFT by the adapter
-    and one module, whatever the model's size; loading whole models for the behavioural check is not.
+    Loading whole models for the behavioural check grows with the model's size; nothing else does.
     """
-    operands = max((4 * (d.a_RI.num_elements + 3 * d.b_OR.num_elements) for d in plan.deltas.values()), default=0)
-    streaming = num_threads * (_TILE_BYTES + operands)
-    if plan.base.quantization is not None or plan.request.compare:
-        # Each thread has a weight in 4-bit, twice while its tiles are put together, and a few wait to be written.
-        largest = max((t.num_bytes // t.dtype.itemsize for t in plan.base.tensors if t.stored is None), default=0)
-        streaming = max(streaming, _QUANTIZE_BYTES + 2 * num_threads * largest + _quantized_whole(plan))
-    peak = _LIBRARY_BYTES + max(streaming, _bytes_by_peft(plan), combination_bytes(plan))
+    peak = _LIBRARY_BYTES + max(pass_bytes([plan], num_threads), combination_bytes(plan))
     if plan.request.parity.level == "arithmetic":
         return peak
     return max(peak, estimate_peak_bytes(plan))
+
+
+def pass_bytes(plans: Sequence[MergePlan], num_threads: int) -> int:
+    """Return the host memory that a pass takes at its peak, on top of the libraries and without the behavioural check.
+
+    Streaming is bounded by tiles and by the adapter tensors of the weights in work, and merging by PEFT by the adapter
+    and one module, whatever the model's size.
+
+    Args:
+        plans: of the jobs of the pass.
+        num_threads: threads that compute.
+    """
+    base = plans[0].base
+    streaming = num_threads * (_TILE_BYTES + sum(_operand_bytes(plan) for plan in plans))
+    if base.quantization is not None or any(plan.request.compare for plan in plans):
+        # Each thread has a weight in 4-bit, twice while its tiles are put together, and a few wait to be written.
+        largest = max((t.num_bytes // t.dtype.itemsize for t in base.tensors if t.stored is None), default=0)
+        streaming = max(streaming, _QUANTIZE_BYTES + 2 * num_threads * largest + _quantized_whole(plans[0]))
+    return max(streaming, *map(_bytes_by_peft, plans))
+
+
+def _operand_bytes(plan: MergePlan) -> int:
+    """Return what the adapter's tensors of one weight take, in float32, B once more as it is scaled for the check."""
+    return max((4 * (d.a_RI.num_elements + 3 * d.b_OR.num_elements) for d in plan.deltas.values()), default=0)
 
 
 def _quantized_whole(plan: MergePlan) -> int:

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from jobs.errors import InternalError, MergefleetError, OutOfMemoryError
-from jobs.release import Artifact, Manifest, ParitySummary, Release
+from jobs.release import Artifact, Manifest, ParitySummary, Release, TensorCheck
 from jobs.request import MergeRequest
-from workers.outcomes import Failure, JobOutcome
+from workers.files import FileState
+from workers.outcomes import Failure, JobOutcome, MergedShards
 from workers.plan import MergePlan
-from workers.sinks import Staging
+from workers.sinks import Receipt, Staging
 from workers.writer import HashedFile
 
 logger = logging.getLogger(__name__)
@@ -27,8 +28,16 @@ class Job:
     request: MergeRequest
     planned: MergePlan | None = None
     opened: Staging | None = None
-    shipped: list[tuple[Artifact, Future[None]]] = field(default_factory=list)
-    """Its finished files, each with its upload; several threads append."""
+    uploads: list[Future[Receipt]] = field(default_factory=list)
+    """Of its finished files; several threads append."""
+    bytes_put: list[int] = field(default_factory=list)
+    """Of each file that has been put; several threads append."""
+    receipts: list[Receipt] = field(default_factory=list)
+    """Of files that were put by others, or before."""
+    checks: dict[str, TensorCheck] = field(default_factory=dict)
+    """The arithmetic check, by tensor."""
+    wrong_headers: list[str] = field(default_factory=list)
+    """What is wrong about its shards as files."""
     error: MergefleetError | None = None
     release: Release | None = None
     parity: ParitySummary | None = None
@@ -60,7 +69,43 @@ class Job:
     def ship(self, uploads: ThreadPoolExecutor, file: HashedFile | Artifact) -> None:
         """Have a finished file sent on its way, beside what goes on here."""
         artifact, state = (file.artifact, file.state) if isinstance(file, HashedFile) else (file, None)
-        self.shipped.append((artifact, uploads.submit(self.staging.put, artifact, state)))
+        self.uploads.append(uploads.submit(self._put, artifact, state))
+
+    def _put(self, artifact: Artifact, state: FileState | None) -> Receipt:
+        receipt = self.staging.put(artifact, state)
+        self.bytes_put.append(artifact.num_bytes)
+        return receipt
+
+    def cancel_uploads(self) -> None:
+        """Give up those that have not begun."""
+        for upload in self.uploads:
+            upload.cancel()
+
+    def all_put(self) -> tuple[Artifact, ...]:
+        """Wait for all uploads; return the files of the release, by path."""
+        artifacts = [receipt.artifact for receipt in (*self.receipts, *(upload.result() for upload in self.uploads))]
+        return tuple(sorted(artifacts, key=lambda artifact: artifact.path))
+
+    def hand_over(self) -> MergedShards:
+        """Wait for all uploads, and let go of what was merged: it is whoever's who takes it over."""
+        merged = MergedShards(
+            receipts=tuple(upload.result() for upload in self.uploads),
+            checks=tuple(self.checks.values()),
+            wrong_headers=tuple(self.wrong_headers),
+        )
+        self.uploads.clear()
+        self.checks.clear()
+        self.wrong_headers.clear()
+        return merged
+
+    def take_over(self, merged: Sequence[MergedShards]) -> None:
+        """Go on with what was handed over, here or elsewhere."""
+        for shards in merged:
+            for receipt in shards.receipts:
+                self.staging.take(receipt)
+            self.receipts += shards.receipts
+            self.checks |= {check.tensor: check for check in shards.checks}
+            self.wrong_headers += shards.wrong_headers
 
     def drop(self) -> None:
         """Remove what it staged. A failure to do so is logged: what is left is invisible."""

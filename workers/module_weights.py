@@ -179,11 +179,11 @@ def module_weights(
     if not names:
         yield None
         return
-    directory = OwnedDirectory(scratch, "weights-")
+    directory = OwnedDirectory.make(scratch, "weights-")
     try:
         yield ModuleWeights(base, quantized, names, directory.path, on_bytes)
     finally:
-        directory.remove()
+        directory.leave()
 
 
 def _dequantized(weight: QuantizedWeight, dtype: torch.dtype) -> Iterator[torch.Tensor]:

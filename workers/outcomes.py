@@ -1,10 +1,13 @@
 """What a worker says about its work: values only, small, and safe to send between processes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobs.errors import FailureClass, MergefleetError
-from jobs.release import ParitySummary, Release
+from jobs.release import ParitySummary, Release, TensorCheck
+from jobs.request import MergeRequest
+from workers.sinks import Receipt, Ticket
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,15 @@ class Usage:
     """By stage: fetch, plan, quantize, merge, upload, arithmetic, behaviour. Upload runs beside the others: what is
     told is how long the unit waited for it at the end."""
 
+    def since(self, before: "Usage") -> "Usage":
+        """Return what was taken after `before`."""
+        return Usage(
+            bytes_read=self.bytes_read - before.bytes_read,
+            bytes_written=self.bytes_written - before.bytes_written,
+            bytes_uploaded=self.bytes_uploaded - before.bytes_uploaded,
+            seconds={stage: seconds - before.seconds.get(stage, 0.0) for stage, seconds in self.seconds.items()},
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobOutcome:
@@ -74,6 +86,75 @@ class UnitOutcome:
     usage: Usage
     residents: tuple[str, ...]
     """Pass keys of the bases the worker holds now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Output shards of a pass that are written together."""
+
+    shards: tuple[str, ...]
+    """Their names; the same in every job that has them."""
+    num_bytes: int
+    """Of all jobs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassOpened:
+    """A pass that several workers can work on."""
+
+    ended: tuple[JobOutcome, ...]
+    """Jobs that failed, or whose release was there already."""
+    tickets: Mapping[str, Ticket]
+    """What a worker needs to take part, for each of the other jobs."""
+    pieces: tuple[Piece, ...]
+    bytes_total: int
+    """What all calls together will tell as done."""
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassWork:
+    """What any worker needs to work on a pass that was opened."""
+
+    pass_id: str
+    name: str
+    """Of this piece of work, for people."""
+    requests: tuple[MergeRequest, ...]
+    """Those of its jobs that are still wanted."""
+    tickets: Mapping[str, Ticket]
+    """By job."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergedShards:
+    """Some shards of one job: merged, checked and shipped."""
+
+    receipts: tuple[Receipt, ...]
+    checks: tuple[TensorCheck, ...]
+    """Of every tensor in them."""
+    wrong_headers: tuple[str, ...]
+    """What is wrong about the files themselves, a sentence each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardsOutcome:
+    """What became of some pieces of a pass."""
+
+    merged: Mapping[str, MergedShards]
+    """By job."""
+    ended: tuple[JobOutcome, ...]
+    """Jobs that failed."""
+    usage: Usage
+    residents: tuple[str, ...]
+    """Pass keys of the bases the worker holds now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unreachable:
+    """A worker cannot take part in a pass; others may."""
+
+    reason: str
+    """It does not see the directory that a release is made in, or has not what it takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

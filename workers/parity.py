@@ -25,7 +25,7 @@ _NUM_NAMED = 20
 
 def judge(
     plan: MergePlan,
-    directory: Path,
+    headers: Sequence[str],
     tensors: Sequence[TensorCheck],
     behaviour: Sequence[BehaviourCheck],
 ) -> ParityReport:
@@ -33,7 +33,7 @@ def judge(
 
     Args:
         plan: of the job.
-        directory: the files that will ship; their headers are compared with the plan's.
+        headers: what is wrong about the files themselves, as `wrong_headers` found it.
         tensors: the arithmetic check, of every tensor.
         behaviour: the behavioural checks; empty at level `arithmetic`.
 
@@ -42,7 +42,7 @@ def judge(
     """
     request = plan.request
     thresholds = request.parity.thresholds
-    wrong = wrong_headers(plan, directory)
+    wrong = list(headers)
     named = list(arithmetic_failures(tensors, thresholds.max_rounding_excess).values())
     wrong += named[:_NUM_NAMED]
     if len(named) > _NUM_NAMED:

@@ -5,9 +5,10 @@ of the adapter ends up in exactly one action, or the plan fails and names it.
 """
 
 import dataclasses
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -134,6 +135,23 @@ class MergePlan:
         """Names of the output tensors that the adapter decides."""
         return (frozenset(self.deltas) | frozenset(self.by_peft)) - self.regrouped
 
+    def streams(self, name: str) -> bool:
+        """Whether the stream lane writes a tensor of the base, changed or not."""
+        return name in self.output.tensors and name not in self.by_peft
+
+    def part(self, shards: Collection[str]) -> "MergePlan":
+        """Return what of this plan concerns some of the output's shards: those of whole pieces."""
+        kept = tuple(shard for shard in self.output.shards if shard.name in shards)
+        names = {spec.name for shard in kept for spec in shard.tensors}
+        return dataclasses.replace(
+            self,
+            deltas={name: delta for name, delta in self.deltas.items() if name in names},
+            by_peft={name: sources for name, sources in self.by_peft.items() if name in names},
+            regrouped=self.regrouped & names,
+            tensors=tuple(tensor for tensor in self.tensors if tensor.name in names),
+            output=CheckpointLayout(kept),
+        )
+
     def merges(self, module: str) -> bool:
         """Whether PEFT merges a module; it leaves alone what is streamed, and what the adapter replaces as it is."""
         prefix = f"{module}."
@@ -156,6 +174,18 @@ class MergePlan:
             CombinedAdapter(adapter=adapter.location, adapter_digest=adapter.digest, weight=weight)
             for adapter, weight in self.weighted
         )
+
+    @property
+    def base_names(self) -> frozenset[str]:
+        """Names of the base's tensors that the output takes values from."""
+        conversions = self.base.conversions
+        names = {name for name in self.output.tensors if name in self.base.by_name}
+        for source in itertools.chain.from_iterable(self.by_peft.values()):
+            if source in conversions.group_of:
+                names.update(conversions.group_of[source].stored)
+            elif source in conversions.stored_names:
+                names.add(conversions.stored_names[source])
+        return frozenset(names)
 
     @property
     def num_adapter_bytes(self) -> int:

@@ -32,6 +32,11 @@ class Tracker:
                 bytes_total=self._bytes_total,
             )
 
+    def rename(self, unit: str) -> None:
+        """Say what the unit is called from now on."""
+        with self._lock:
+            self._unit = unit
+
     def expect(self, num_bytes: int) -> None:
         """Say that this many bytes are still to come."""
         with self._lock:

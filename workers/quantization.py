@@ -1,11 +1,12 @@
 """Quantizing a base: what decides the bits, and the 4-bit tensors of one weight after the other."""
 
+import dataclasses
 import functools
 import hashlib
 import json
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,29 @@ class QuantizationTask:
     def num_weights(self) -> int:
         """Number of weights to convert."""
         return len(self.weights) + len(self.made)
+
+    @property
+    def by_shard(self) -> Mapping[str, "QuantizationTask"]:
+        """The same work, by shards of the base; what is made of several is with the shard of the first of them."""
+        weights: dict[str, list[str]] = defaultdict(list)
+        made: dict[str, set[str]] = defaultdict(set)
+        for name in self.weights:
+            weights[self._shard(name)].append(name)
+        for group in self.groups:
+            made[self._shard(group.stored[0])] |= self.made.intersection(group.parameters)
+        return {
+            shard.name: dataclasses.replace(
+                self,
+                weights=tuple(weights[shard.name]),
+                transposed=self.transposed.intersection(weights[shard.name]),
+                made=frozenset(made[shard.name]),
+            )
+            for shard in self.layout.shards
+            if shard.name in weights or shard.name in made
+        }
+
+    def _shard(self, name: str) -> str:
+        return self.layout.tensors[name][0].name
 
     def key(self, device: torch.device) -> str:
         """Return the digest under which the result is kept. Devices may round differently, so each has its own."""

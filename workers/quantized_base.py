@@ -6,12 +6,13 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from jobs.errors import BadInputError, NoCapacityError, NotFoundError
+from jobs.errors import BadInputError, InternalError, NoCapacityError, NotFoundError
 from workers.checkpoint import INDEX_FILE, CheckpointLayout, read_checkpoint, read_json
 from workers.files import file_errors, sha256_of
 from workers.quant import QuantizedWeight, quantized_names, quantized_owner, restore
@@ -31,35 +32,59 @@ class QuantizedBase:
     """The 4-bit weights of one base. On the CPU they are views of mapped files, which all workers of a node share."""
 
     def __init__(
-        self,
-        directory: Path,
-        layout: CheckpointLayout,
-        device: torch.device,
-        transposed: Collection[str] = (),
-        errors: Mapping[str, float] | None = None,
+        self, key: str, names: Collection[str], device: torch.device, transposed: Collection[str] = ()
     ) -> None:
-        self.directory = directory
-        """Where it is kept: the name of the directory is its content's key."""
-        self.errors = errors or {}
+        """Start without values; `add` brings them.
+
+        Args:
+            key: digest of all that decides the bits; of a base stored in 4-bit, its own.
+            names: of all weights in 4-bit, as they are stored.
+            device: where they are dequantized.
+            transposed: those that are converted as their transpose.
+        """
+        self.key = key
+        self.names = frozenset(names)
+        self.errors: dict[str, float] = {}
         """What 4 bits changed of stored tensors, as the Frobenius norm of the difference; empty where nobody knows."""
         self._device = device
         self._transposed = frozenset(transposed)
-        self._parts: dict[str, dict[str, str]] = {name: {} for name in quantized_names(layout.tensors)}
-        for stored, (shard, _) in layout.tensors.items():
-            name = quantized_owner(stored, self._parts)
-            if name is not None:
-                self._parts[name][stored.removeprefix(name)] = shard.name
+        self._files: dict[str, dict[str, Path]] = {}
+        """By weight, where each of its tensors is, by suffix."""
         self._held: dict[str, QuantizedWeight] = {}
+        self._directories: set[Path] = set()
 
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of the weights in 4-bit."""
-        return frozenset(self._parts)
+    @classmethod
+    def stored(cls, base: Path, layout: CheckpointLayout, device: torch.device, transposed: Collection[str]) -> Self:
+        """Return a base that is stored in 4-bit itself."""
+        made = cls(base.name, quantized_names(layout.tensors), device, transposed)
+        made.add(base, layout, {})
+        return made
 
     @property
     def num_device_bytes(self) -> int:
         """Bytes held on a device other than the CPU."""
         return sum(weight.num_bytes for weight in self._held.values())
+
+    @property
+    def directories(self) -> frozenset[Path]:
+        """Where it is kept."""
+        return frozenset(self._directories)
+
+    def add(self, directory: Path, layout: CheckpointLayout, errors: Mapping[str, float]) -> None:
+        """Take in some of the weights.
+
+        Args:
+            directory: of the files.
+            layout: of the files.
+            errors: of their weights.
+        """
+        known = quantized_names(layout.tensors)
+        for stored, (shard, _) in layout.tensors.items():
+            name = quantized_owner(stored, known)
+            if name is not None:
+                self._files.setdefault(name, {})[stored.removeprefix(name)] = directory / shard.name
+        self.errors |= errors
+        self._directories.add(directory)
 
     def weight(self, name: str) -> QuantizedWeight:
         """Return one weight, on this base's device.
@@ -67,12 +92,14 @@ class QuantizedBase:
         Raises:
             BadInputError: the stored parts do not make a weight.
             NotFoundError, TransientIOError: they cannot be read, by kind of fault.
+            InternalError: nobody brought its values.
         """
         if name in self._held:
             return self._held[name]
+        if name not in self._files:
+            raise InternalError(f"the 4-bit values of {name} were not asked for before they were used")
         stored = {}
-        for suffix, shard in self._parts[name].items():
-            path = self.directory / shard
+        for suffix, path in self._files[name].items():
             try:
                 with file_errors(f"reading {path}"), safe_open(path, framework="pt") as file:
                     stored[suffix] = file.get_tensor(f"{name}{suffix}")
@@ -85,7 +112,10 @@ class QuantizedBase:
 
 
 class QuantizedCache:
-    """Quantized bases under one directory, by content. Several processes may share it; each base is made once."""
+    """Quantized bases under one directory, by content and shard of the base.
+
+    Several processes may share it: each shard is made once, and those who start together make different ones.
+    """
 
     def __init__(self, root: Path, device: torch.device, num_threads: int) -> None:
         self._root = root
@@ -93,22 +123,53 @@ class QuantizedCache:
         self._num_threads = num_threads
 
     def open(self, task: QuantizationTask, on_bytes: Callable[[int], None]) -> QuantizedBase:
-        """Return the quantized base, made now if no process has made it yet.
+        """Return the whole quantized base, as `prepare` makes it."""
+        base = self.empty(task)
+        self.prepare(base, task, None, on_bytes)
+        return base
+
+    def empty(self, task: QuantizationTask) -> QuantizedBase:
+        """Return a base without values."""
+        return QuantizedBase(task.key(self._device), {*task.weights, *task.made}, self._device, task.transposed)
+
+    def prepare(
+        self,
+        base: QuantizedBase,
+        task: QuantizationTask,
+        stored: Collection[str] | None,
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        """Bring values into a base, made now where no process has made them yet.
 
         Args:
+            base: made by `empty` for the same task.
             task: what to quantize.
+            stored: names of the base's tensors whose shards are wanted; None for all.
             on_bytes: told the bytes of the base read, as they are; may raise to stop.
 
         Raises:
             NoCapacityError: the disk is full.
             AuthError, TransientIOError: base or cache cannot be used, by kind of fault.
         """
-        directory = self._root / task.key(self._device)
-        with file_errors(f"keeping a quantized base in {self._root}"), exclusive(directory.with_suffix(".lock")):
-            if not self._is_whole(directory):
-                self._make(task, directory, on_bytes)
-        errors = read_json(directory / _ERRORS_NAME)
-        return QuantizedBase(directory, read_checkpoint(directory), self._device, task.transposed, errors)
+        parts = [part for part in task.by_shard.values() if stored is None or not part.converted.isdisjoint(stored)]
+        missing = {self._root / part.key(self._device): part for part in parts}
+        missing = {directory: part for directory, part in missing.items() if directory not in base.directories}
+        busy = [each for each in missing.items() if not self._keep(*each, on_bytes, wait=False)]
+        for directory, part in busy:
+            # By now whoever was at it may be done, or dead.
+            self._keep(directory, part, on_bytes, wait=True)
+        for directory in missing:
+            base.add(directory, read_checkpoint(directory), read_json(directory / _ERRORS_NAME))
+
+    def _keep(self, directory: Path, part: QuantizationTask, on_bytes: Callable[[int], None], *, wait: bool) -> bool:
+        """Make one shard's part unless it is there; False where another process is at it and nobody is to wait."""
+        with (
+            file_errors(f"keeping a quantized base in {self._root}"),
+            exclusive(directory.with_suffix(".lock"), wait=wait) as held,
+        ):
+            if held and not self._is_whole(directory):
+                self._make(part, directory, on_bytes)
+            return held
 
     def _is_whole(self, directory: Path) -> bool:
         if not directory.exists():
@@ -128,7 +189,7 @@ class QuantizedCache:
 
     def _make(self, task: QuantizationTask, directory: Path, on_bytes: Callable[[int], None]) -> None:
         sweep(self._root, "making-")
-        staging = OwnedDirectory(self._root, "making-")
+        staging = OwnedDirectory.make(self._root, "making-")
         try:
             self._fill(task, staging.path, on_bytes)
             if directory.exists():
@@ -138,7 +199,7 @@ class QuantizedCache:
         except SafetensorError as error:
             raise NoCapacityError(f"cannot keep a quantized base in {self._root}: {error}; free space there") from error
         finally:
-            staging.remove()
+            staging.leave()
 
     def _fill(self, task: QuantizationTask, directory: Path, on_bytes: Callable[[int], None]) -> None:
         weight_map: dict[str, str] = {}
@@ -190,7 +251,7 @@ class ResidentBases:
             content: digest of what it is made from; a base that has changed since is loaded anew.
             load: makes or opens it.
         """
-        if key not in self._bases or self._bases[key].directory.name != content:
+        if key not in self._bases or self._bases[key].key != content:
             self._bases[key] = load()
         self._bases.move_to_end(key)
         return self._bases[key]

@@ -1,8 +1,8 @@
-"""Directories that belong to a live process. A process that dies leaves its directory; the next one sweeps it.
+"""Directories that belong to live processes. When all of them have died, the next one to come sweeps what they left.
 
-Life is a lock, not a guess: each directory has a lock file beside it that its owner holds with flock(2), which the
-kernel lets go of however the owner ends. A lock file is its owner's only once it is locked and still has its name:
-until then a sweeper may have taken it for a dead one, and the owner starts over under another name.
+Life is a lock, not a guess: each directory has a lock file beside it that its owners share with flock(2), which the
+kernel lets go of however they end; a sweeper wants it for itself. A lock file is an owner's only once it is locked and
+still has its name: until then a sweeper may have taken it for a dead one, and the owner starts over under another name.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Self
 
 from workers.files import sync_tree
 
@@ -24,25 +25,47 @@ _NUM_RANDOM_BYTES = 8
 
 
 class OwnedDirectory:
-    """A fresh directory `<parent>/<prefix><random>`, locked for as long as this process lives or until `remove`."""
+    """A directory `<parent>/<prefix><random>`, locked for as long as an owner lives that has not left it.
 
-    def __init__(self, parent: Path, prefix: str) -> None:
+    Whoever makes it is its first owner; others who know its path can join.
+    """
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def make(cls, parent: Path, prefix: str) -> Self:
+        """Make a fresh one."""
         parent.mkdir(parents=True, exist_ok=True)
         while (lock := _new_lock(path := parent / f"{prefix}{secrets.token_hex(_NUM_RANDOM_BYTES)}")) is None:
             pass
-        self.path = path
-        self._lock = lock
+        made = cls(path, lock)
         try:
-            self.path.mkdir()
+            path.mkdir()
         except OSError:
-            self.remove()
+            made.leave()
             raise
+        return made
 
-    def remove(self) -> None:
-        """Remove the directory, or what is left of it, and let go of the lock. Idempotent."""
+    @classmethod
+    def join(cls, path: Path) -> Self | None:
+        """Become one more owner of a directory; None when this process does not see it, or it was swept."""
+        try:
+            lock = os.open(_lock_path(path), os.O_RDWR | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if _try_lock(lock, fcntl.LOCK_SH) and path.is_dir():
+            return cls(path, lock)
+        os.close(lock)
+        return None
+
+    def leave(self) -> None:
+        """Let go of the directory; whoever leaves last removes it, or what is left of it. Idempotent."""
         if self._lock < 0:
             return
-        _remove(self.path)
+        if _try_lock(self._lock, fcntl.LOCK_EX):
+            _remove(self.path)
         os.close(self._lock)
         self._lock = -1
 
@@ -69,7 +92,7 @@ def sweep(parent: Path, prefix: str | None = None) -> list[Path]:
             continue  # swept by another process just now, or another user's to sweep
         try:
             directory = lock_path.with_name(lock_path.name.removesuffix(_LOCK_SUFFIX))
-            if _try_lock(lock) and _remove(directory):
+            if _try_lock(lock, fcntl.LOCK_EX) and _remove(directory):
                 removed.append(directory)
         finally:
             os.close(lock)
@@ -77,17 +100,25 @@ def sweep(parent: Path, prefix: str | None = None) -> list[Path]:
 
 
 @contextlib.contextmanager
-def exclusive(lock_path: Path) -> Iterator[None]:
-    """Hold a lock that one process (and one thread) at a time can hold; wait for it.
+def exclusive(lock_path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock that one process (and one thread) at a time can hold.
 
     Args:
         lock_path: the lock file; made when missing, never removed, so that all waiters mean the same file.
+        wait: for it to be free; it is held then in any case.
+
+    Yields:
+        Whether it is held.
     """
     lock_path.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(lock_path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
     finally:
         os.close(lock)
 
@@ -105,27 +136,27 @@ def keep_directory(directory: Path, fill: Callable[[Path], None]) -> None:
         if directory.is_dir():
             return  # another process has made it while this one waited
         sweep(directory.parent, f"{directory.name}.part-")
-        owned = OwnedDirectory(directory.parent, f"{directory.name}.part-")
+        owned = OwnedDirectory.make(directory.parent, f"{directory.name}.part-")
         try:
             fill(owned.path)
             sync_tree(owned.path)
             owned.path.rename(directory)
         finally:
-            owned.remove()
+            owned.leave()
 
 
 def _new_lock(directory: Path) -> int | None:
     lock = os.open(_lock_path(directory), os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    if _try_lock(lock):
+    if _try_lock(lock, fcntl.LOCK_SH):
         return lock
     os.close(lock)
     return None
 
 
-def _try_lock(lock: int) -> bool:
-    """Lock an open lock file; False when another process holds it or has removed it."""
+def _try_lock(lock: int, kind: int) -> bool:
+    """Lock an open lock file; False when others hold it in a way that excludes this, or have removed it."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return os.fstat(lock).st_nlink > 0

@@ -1,4 +1,4 @@
-"""One unit of work: requests that share a base, from fetch to staged and ready to be published.
+"""One unit of work: requests that share a base, from fetch to staged and ready to be published; whole or in parts.
 
 A job that fails fails alone; what the jobs share (the base) fails them all.
 """
@@ -10,12 +10,12 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from jobs.errors import InternalError
+from jobs.errors import InternalError, NotFoundError, OutOfMemoryError
 from jobs.release import (
     REPORT_NAME,
     REPORT_PAGE_NAME,
@@ -23,20 +23,22 @@ from jobs.release import (
 )
 from jobs.request import BaseQuantization
 from workers.adapters import fetch_adapters
+from workers.estimate import pass_bytes
 from workers.files import file_errors
 from workers.job import Job, own_failure
-from workers.memory import give_back_large_blocks
+from workers.memory import available_host_bytes, give_back_large_blocks
 from workers.merge import run_pass
 from workers.module_weights import ModuleWeights, module_weights
-from workers.outcomes import Usage, WorkerSettings
+from workers.outcomes import MergedShards, Piece, Usage, WorkerSettings
 from workers.passes import PassJob
-from workers.plan import BasePlan, plan_base, plan_merge
+from workers.pieces import pieces_of
+from workers.plan import BasePlan, MergePlan, plan_base, plan_merge
 from workers.progress import Tracker
 from workers.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
 from workers.released import encode_manifest
 from workers.scratch import sweep
 from workers.sidecars import digest_file, write_sidecars
-from workers.sinks import open_sink
+from workers.sinks import Ticket, open_sink
 from workers.sources import fetch_base
 from workers.verification import Verifier
 
@@ -47,85 +49,160 @@ _NUM_UPLOADS = 2
 
 
 class Unit:
-    """One unit in work: its stages, in the order they run."""
+    """One unit in work: its stages, in the order they run.
+
+    `run` is all of them. Where several workers share a pass, one of them has opened its jobs, each merges some pieces,
+    and one finishes.
+    """
 
     def __init__(
         self, settings: WorkerSettings, residents: ResidentBases, tracker: Tracker, jobs: Sequence[Job]
     ) -> None:
+        self.jobs = list(jobs)
+        self.tracker = tracker
         self._settings = settings
         self._residents = residents
-        self._tracker = tracker
-        self._jobs = jobs
         self._num_threads = settings.num_threads or len(os.sched_getaffinity(0))
         self._device = resolve_device(settings.device)
         self._quantized_cache = QuantizedCache(settings.cache / "quantized", self._device, self._num_threads)
         self._verifier = Verifier(settings, tracker, self._quantized_cache, self._device, self._num_threads)
+        self._prepared: BasePlan | None = None
         self._bytes_read = 0
         self._bytes_written = 0
+        self._told = Usage()
 
     @property
     def _running(self) -> list[Job]:
-        return [job for job in self._jobs if job.running]
+        return [job for job in self.jobs if job.running]
+
+    @property
+    def _base(self) -> BasePlan:
+        assert self._prepared is not None
+        return self._prepared
 
     def run(self) -> None:
         """Take all jobs as far as they go."""
+        self.open()
+        if not self._running:
+            return
+        with self._uploading() as uploads:
+            self._merge({job.id: job.plan for job in self._running}, uploads)
+            self._conclude(uploads)
+
+    def open(self) -> None:
+        """Plan the jobs, and open their staging."""
+        self._prepare(self._open_sink)
+
+    def join(self, tickets: Mapping[str, Ticket]) -> None:
+        """Plan the jobs, and join their staging.
+
+        Args:
+            tickets: by job.
+
+        A job whose staging cannot be joined from here fails with NotFoundError.
+        """
+        self._prepare(lambda job: self._join_sink(job, tickets[job.id]))
+
+    def pieces(self) -> tuple[Piece, ...]:
+        """Return what the pass falls into."""
+        return pieces_of([job.plan for job in self._running])
+
+    def merge(self, shards: Collection[str]) -> Mapping[str, MergedShards]:
+        """Merge, check and ship some shards of all jobs: those of whole pieces.
+
+        Returns:
+            What came of it, by job; the others have failed.
+        """
+        parts = {job.id: job.plan.part(shards) for job in self._running}
+        for job in self._running:
+            with own_failure(job), file_errors(f"clearing {job.staging.directory}"):
+                for shard in parts[job.id].output.shards:
+                    # A worker that died in the middle of it may have left a part.
+                    (job.staging.directory / shard.name).unlink(missing_ok=True)
+        merged = {}
+        with self._uploading() as uploads:
+            self._merge(parts, uploads)
+            with self.tracker.timed("upload"):
+                for job in self._running:
+                    with own_failure(job):
+                        merged[job.id] = job.hand_over()
+        return merged
+
+    def finish(self, merged: Mapping[str, Sequence[MergedShards]]) -> None:
+        """Take over what all workers have merged, and take the jobs as far as they go.
+
+        Args:
+            merged: all shards of every job.
+        """
+        for job in self._running:
+            with own_failure(job):
+                job.take_over(merged[job.id])
+        with self._uploading() as uploads:
+            self._conclude(uploads)
+
+    def usage(self) -> Usage:
+        """Return what the unit took since it was last asked."""
+        usage = Usage(
+            bytes_read=self._bytes_read,
+            bytes_written=self._bytes_written,
+            bytes_uploaded=sum(sum(job.bytes_put) for job in self.jobs),
+            seconds=dict(self.tracker.seconds),
+        )
+        told, self._told = self._told, usage
+        return usage.since(told)
+
+    @contextlib.contextmanager
+    def _uploading(self) -> Iterator[ThreadPoolExecutor]:
+        with ThreadPoolExecutor(_NUM_UPLOADS, thread_name_prefix="upload") as uploads:
+            try:
+                yield uploads
+            except BaseException:
+                for job in self.jobs:
+                    job.cancel_uploads()
+                raise
+            # Nobody waits for the uploads of a job that failed.
+            for job in self.jobs:
+                if not job.running:
+                    job.cancel_uploads()
+
+    def _prepare(self, enter: Callable[[Job], None]) -> None:
         sweep(self._settings.scratch)
         # Several workers share the cores of a machine; threads of theirs that wait for each other would stand still.
         torch.set_num_threads(self._num_threads)
         give_back_large_blocks()
-        base = self._prepare()
-        if not self._running:
-            return
-        quantized = self._open_quantized(base)
-        with ThreadPoolExecutor(_NUM_UPLOADS, thread_name_prefix="upload") as uploads:
-            try:
-                with self._module_weights(base, quantized) as weights:
-                    self._merge(base, quantized, weights, uploads)
-                    self._verifier.verify(base, quantized, weights, self._running)
-                with self._tracker.timed("upload"):
-                    for job in self._running:
-                        with own_failure(job):
-                            self._seal(job, uploads)
-            finally:
-                # What is not sealed is dropped: nobody waits for its uploads.
-                for job in self._jobs:
-                    if job.manifest is None:
-                        for _, upload in job.shipped:
-                            upload.cancel()
-
-    def usage(self) -> Usage:
-        """Return what the unit took."""
-        uploaded = sum(
-            artifact.num_bytes
-            for job in self._jobs
-            for artifact, upload in job.shipped
-            if upload.done() and not upload.cancelled() and upload.exception() is None
-        )
-        return Usage(
-            bytes_read=self._bytes_read,
-            bytes_written=self._bytes_written,
-            bytes_uploaded=uploaded,
-            seconds=self._tracker.seconds,
-        )
-
-    def _prepare(self) -> BasePlan:
-        first = self._jobs[0].request
-        with self._tracker.timed("fetch"):
+        first = self.jobs[0].request
+        with self.tracker.timed("fetch"):
             source = fetch_base(first.base, self._settings.cache)
-        self._tracker.enter("plan", (job.id for job in self._jobs))
-        with self._tracker.timed("plan"):
-            base = plan_base(source, first)
-            for job in self._jobs:
+        self.tracker.enter("plan", (job.id for job in self.jobs))
+        with self.tracker.timed("plan"):
+            self._prepared = base = plan_base(source, first)
+            for job in self.jobs:
                 with own_failure(job):
-                    self._tracker.check(job.id)
+                    self.tracker.check(job.id)
                     adapter = fetch_adapters(job.request, source, self._settings.cache)
                     job.planned = plan_merge(base, job.request, adapter)
-                    self._open_sink(job)
+                    enter(job)
+        self._admit()
         for job in self._running:
             num_stages = 2 if job.request.parity.level == "arithmetic" else 3
             num_stages += 2 if job.request.compare else 0
-            self._tracker.expect(num_stages * job.plan.output.total_size)
-        return base
+            self.tracker.expect(num_stages * job.plan.output.total_size)
+
+    def _admit(self) -> None:
+        """Refuse jobs, the last ones first, until the pass fits into the memory that is free."""
+        free = available_host_bytes()
+        admitted: list[MergePlan] = []
+        for job in self._running:
+            with own_failure(job):
+                needed = pass_bytes([*admitted, job.plan], self._num_threads)
+                if needed > free:
+                    beside = f" beside {len(admitted)} others" if admitted else ""
+                    raise OutOfMemoryError(
+                        f"merging {job.request.adapter}{beside} takes {needed / 1e6:.0f} MB of memory, and "
+                        f"{free / 1e6:.0f} MB are free; lower max_jobs_per_pass or num_threads, run fewer workers on "
+                        "this machine, or wait until others have ended"
+                    )
+                admitted.append(job.plan)
 
     def _open_sink(self, job: Job) -> None:
         sink = open_sink(job.request.destination, self._settings.scratch)
@@ -135,74 +212,104 @@ class Unit:
         else:
             job.opened = sink.open(job.plan.merge_key)
 
-    def _open_quantized(self, base: BasePlan) -> QuantizedBase | None:
+    def _join_sink(self, job: Job, ticket: Ticket) -> None:
+        if job.plan.merge_key != ticket.merge_key:
+            raise NotFoundError(f"{job.request.base} or {job.request.adapter} is another one here")
+        job.opened = open_sink(job.request.destination, self._settings.scratch).join(ticket)
+        # Behaviour is that of a whole checkpoint: whoever asks it must see all files.
+        whole = job.request.parity.level == "full" or job.request.compare
+        if job.opened is None or (whole and job.opened.directory != ticket.directory):
+            raise NotFoundError(f"{ticket.directory}, which the merge is written to, is not to be seen from here")
+
+    def _open_quantized(self, plans: Collection[MergePlan]) -> QuantizedBase | None:
+        base = self._base
         if base.stored_in_4bit:
-            return QuantizedBase(base.source.directory, base.layout, self._device, base.transposed)
+            return QuantizedBase.stored(base.source.directory, base.layout, self._device, base.transposed)
         task = base.quantization
         if task is None:
             return None
         ids = [job.id for job in self._running]
-        self._tracker.enter("quantize", ids)
+        self.tracker.enter("quantize", ids)
         lock = threading.Lock()
 
         def on_bytes(num_bytes: int) -> None:
-            self._tracker.check_all(ids)
+            self.tracker.check_all(ids)
             with lock:
                 self._bytes_read += num_bytes
 
-        with self._tracker.timed("quantize"):
-            key = self._jobs[0].request.pass_key()
-            load = functools.partial(self._quantized_cache.open, task, on_bytes)
-            return self._residents.get(key, task.key(self._device), load)
+        with self.tracker.timed("quantize"):
+            key = self.jobs[0].request.pass_key()
+            load = functools.partial(self._quantized_cache.empty, task)
+            quantized = self._residents.get(key, task.key(self._device), load)
+            wanted = frozenset[str]().union(*(plan.base_names for plan in plans))
+            self._quantized_cache.prepare(quantized, task, wanted, on_bytes)
+            return quantized
 
     @contextlib.contextmanager
-    def _module_weights(self, base: BasePlan, quantized: QuantizedBase | None) -> Iterator[ModuleWeights | None]:
+    def _module_weights(
+        self, quantized: QuantizedBase | None, plans: Collection[MergePlan]
+    ) -> Iterator[ModuleWeights | None]:
         ids = [job.id for job in self._running]
-        plans = [job.plan for job in self._running]
 
         def on_bytes(_: int) -> None:
-            self._tracker.check_all(ids)
+            self.tracker.check_all(ids)
 
         with contextlib.ExitStack() as stack:
-            with self._tracker.timed("merge"):
-                weights = stack.enter_context(module_weights(base, quantized, plans, self._settings.scratch, on_bytes))
+            with self.tracker.timed("merge"):
+                weights = stack.enter_context(
+                    module_weights(self._base, quantized, plans, self._settings.scratch, on_bytes)
+                )
             yield weights
 
-    def _merge(
+    def _merge(self, plans: Mapping[str, MergePlan], uploads: ThreadPoolExecutor) -> None:
+        """Merge and check what some plans say: those of the jobs, or parts of them."""
+        quantized = self._open_quantized(plans.values())
+        with self._module_weights(quantized, plans.values()) as weights:
+            self._write(plans, quantized, weights, uploads)
+            self._verifier.check(self._base, quantized, weights, [(job, plans[job.id]) for job in self._running])
+
+    def _write(
         self,
-        base: BasePlan,
+        plans: Mapping[str, MergePlan],
         quantized: QuantizedBase | None,
         weights: ModuleWeights | None,
         uploads: ThreadPoolExecutor,
     ) -> None:
-        self._tracker.enter("merge", (job.id for job in self._running))
+        self.tracker.enter("merge", (job.id for job in self._running))
         pass_jobs = [
             PassJob(
-                plan=job.plan,
+                plan=plans[job.id],
                 directory=job.staging.directory,
                 on_file=functools.partial(job.ship, uploads),
-                check=functools.partial(self._tracker.check, job.id),
+                check=functools.partial(self.tracker.check, job.id),
             )
             for job in self._running
         ]
-        with self._tracker.timed("merge"):
+        with self.tracker.timed("merge"):
             result = run_pass(
-                base,
+                self._base,
                 quantized,
                 weights,
                 pass_jobs,
                 device=self._device,
                 num_threads=self._num_threads,
-                on_bytes=self._tracker.advance,
+                on_bytes=self.tracker.advance,
             )
         self._bytes_read += result.num_base_bytes_read + result.num_adapter_bytes_read
         self._bytes_written += result.num_bytes_written
         for job in self._running:
             job.error = result.errors.get(job.id)
+
+    def _conclude(self, uploads: ThreadPoolExecutor) -> None:
+        for job in self._running:
             with own_failure(job):
-                if job.error is None:
-                    for artifact in write_sidecars(job.plan, job.staging.directory):
-                        job.ship(uploads, artifact)
+                for artifact in write_sidecars(job.plan, job.staging.directory):
+                    job.ship(uploads, artifact)
+        self._verifier.conclude(self._base, self._running)
+        with self.tracker.timed("upload"):
+            for job in self._running:
+                with own_failure(job):
+                    self._seal(job, uploads)
 
     def _seal(self, job: Job, uploads: ThreadPoolExecutor) -> None:
         assert job.parity is not None
@@ -212,8 +319,7 @@ class Unit:
             with file_errors(f"copying the parity report to {directory}"):
                 shutil.copyfile(job.report_path / name, directory / name)
             job.ship(uploads, digest_file(directory, name))
-        for _, upload in job.shipped:
-            upload.result()
+        artifacts = job.all_put()
         quantized = job.request.base_quantization is not BaseQuantization.NONE
         job.manifest = Manifest(
             merge_key=plan.merge_key,
@@ -228,7 +334,7 @@ class Unit:
             quantization_options=job.request.quantization_options if quantized else None,
             dtype=job.request.dtype,
             parity=job.parity,
-            files=tuple(sorted((artifact for artifact, _ in job.shipped), key=lambda artifact: artifact.path)),
+            files=artifacts,
             versions=library_versions(),
         )
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from jobs.errors import MergefleetError, ParityFailedError
-from jobs.release import REPORT_NAME, BehaviourCheck, ParityReport, TensorCheck
+from jobs.errors import InternalError, MergefleetError, ParityFailedError
+from jobs.release import REPORT_NAME, BehaviourCheck, ParityReport
 from workers.arithmetic import CheckJob, check_arithmetic
 from workers.behaviour import Subject, check_behaviour
 from workers.comparison import compare_ways
@@ -14,7 +14,7 @@ from workers.job import Job, own_failure, shared_failures
 from workers.module_weights import ModuleWeights
 from workers.outcomes import WorkerSettings
 from workers.parity import judge, summarize, write_report, wrong_headers
-from workers.plan import BasePlan
+from workers.plan import BasePlan, MergePlan
 from workers.progress import Tracker
 from workers.quantized_base import QuantizedBase, QuantizedCache
 from workers.scratch import OwnedDirectory
@@ -37,23 +37,49 @@ class Verifier:
         self._device = device
         self._num_threads = num_threads
 
-    def verify(
-        self, base: BasePlan, quantized: QuantizedBase | None, weights: ModuleWeights | None, jobs: Sequence[Job]
+    def check(
+        self,
+        base: BasePlan,
+        quantized: QuantizedBase | None,
+        weights: ModuleWeights | None,
+        merged: Sequence[tuple[Job, MergePlan]],
     ) -> None:
-        """Check merged jobs; each gets its report, and its parity or its error.
+        """Compare merged shards with what they should be; what is found is kept with their jobs.
 
         Args:
             base: the planned base.
             quantized: its weights in 4-bit, where the plan asks for them.
             weights: its weights for PEFT, where a plan leaves any to it.
-            jobs: running, their shards and sidecars written.
+            merged: running jobs, and plans of all their shards or of some.
+        """
+        ids = [job.id for job, _ in merged]
+        self._tracker.enter("verify", ids)
+        whole = []
+        for job, plan in merged:
+            wrong = wrong_headers(plan, job.staging.directory)
+            job.wrong_headers += wrong
+            if not wrong:  # a shard that is cut short cannot be compared
+                whole.append((job, plan))
+        if not whole:
+            return
+        check = functools.partial(self._tracker.check_all, [job.id for job, _ in whole])
+        subjects = [CheckJob(plan=plan, directory=job.staging.directory, check=check) for job, plan in whole]
+        with self._tracker.timed("arithmetic"):
+            found = check_arithmetic(
+                base, quantized, weights, subjects, num_threads=self._num_threads, on_bytes=self._tracker.advance
+            )
+        for job, _ in whole:
+            job.checks |= {check.tensor: check for check in found[job.id]}
+
+    def conclude(self, base: BasePlan, jobs: Sequence[Job]) -> None:
+        """Ask what is left to ask of whole checkpoints; each gets its report, and its parity or its error.
+
+        Args:
+            base: the planned base.
+            jobs: running, all their shards checked, their sidecars written.
         """
         self._tracker.enter("verify", (job.id for job in jobs))
-        # A shard that is cut short cannot be compared; its job fails with what is wrong about it.
-        whole = [job for job in jobs if not wrong_headers(job.plan, job.staging.directory)]
-        with self._tracker.timed("arithmetic"):
-            tensors = self._check_arithmetic(base, quantized, weights, whole)
-        asked = [job for job in whole if job.request.parity.level == "full"]
+        asked = [job for job in jobs if job.request.parity.level == "full" and not job.wrong_headers]
         behaviour: dict[str, tuple[BehaviourCheck, ...]] = {}
         with self._tracker.timed("behaviour"), shared_failures(asked):
             behaviour = self._check_behaviour(base, asked)
@@ -62,22 +88,11 @@ class Verifier:
             if job.running:
                 with own_failure(job):
                     self._tracker.check(job.id)
-                    reports[job.id] = self._judge(job, tensors.get(job.id, ()), behaviour.get(job.id, ()))
+                    reports[job.id] = self._judge(job, behaviour.get(job.id, ()))
         # What is compared has passed and has its report: a comparison decides nothing about the merge.
         comparing = [job for job in jobs if job.request.compare and job.running]
         with self._tracker.timed("compare"), shared_failures(comparing):
             self._compare(comparing, reports)
-
-    def _check_arithmetic(
-        self, base: BasePlan, quantized: QuantizedBase | None, weights: ModuleWeights | None, jobs: Sequence[Job]
-    ) -> dict[str, tuple[TensorCheck, ...]]:
-        check = functools.partial(self._tracker.check_all, [job.id for job in jobs])
-        subjects = [CheckJob(plan=job.plan, directory=job.staging.directory, check=check) for job in jobs]
-        if not subjects:
-            return {}
-        return check_arithmetic(
-            base, quantized, weights, subjects, num_threads=self._num_threads, on_bytes=self._tracker.advance
-        )
 
     def _check_behaviour(self, base: BasePlan, jobs: Sequence[Job]) -> dict[str, tuple[BehaviourCheck, ...]]:
         check = functools.partial(self._tracker.check_all, [job.id for job in jobs])
@@ -92,11 +107,11 @@ class Verifier:
         ]
         if not subjects:
             return {}
-        scratch = OwnedDirectory(self._settings.scratch, "behaviour-")
+        scratch = OwnedDirectory.make(self._settings.scratch, "behaviour-")
         try:
             found = check_behaviour(base.source.directory, subjects, self._device, scratch.path, cancelled=check)
         finally:
-            scratch.remove()
+            scratch.leave()
         self._tracker.advance(sum(job.plan.output.total_size for job in jobs))
         checks: dict[str, tuple[BehaviourCheck, ...]] = {}
         for job in jobs:
@@ -129,9 +144,13 @@ class Verifier:
                 report = reports[job.id].model_copy(update={"alternative": alternative})
                 write_report(report, job.report_path)
 
-    def _judge(self, job: Job, tensors: tuple[TensorCheck, ...], behaviour: tuple[BehaviourCheck, ...]) -> ParityReport:
-        directory = job.staging.directory
-        report = judge(job.plan, directory, tensors, behaviour)
+    def _judge(self, job: Job, behaviour: tuple[BehaviourCheck, ...]) -> ParityReport:
+        names = [tensor.name for tensor in job.plan.tensors]
+        unchecked = [name for name in names if name not in job.checks]
+        if unchecked and not job.wrong_headers:
+            raise InternalError(f"{len(unchecked)} tensors were not checked, {unchecked[0]} among them")
+        tensors = [job.checks[name] for name in names if name in job.checks]
+        report = judge(job.plan, job.wrong_headers, tensors, behaviour)
         path = self._settings.reports / job.id
         write_report(report, path)
         job.report_path = path

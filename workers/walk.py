@@ -151,7 +151,7 @@ class Walk:
         return not tensor.copied or any(tensor.name in job.plan.deltas for job in self._state.jobs.values())
 
     def _takers(self, tensor: OutputTensor) -> list[str]:
-        return [name for name, job in self._state.jobs.items() if tensor.name not in job.plan.by_peft]
+        return [name for name, job in self._state.jobs.items() if job.plan.streams(tensor.name)]
 
     def _descriptor(self, shard: str) -> int:
         with self._lock:

@@ -2,11 +2,25 @@
 
 import threading
 import time
+from collections.abc import Mapping
 
 from jobs.errors import InternalError
 from jobs.request import MergeRequest
 from workers.job import Job, own_failure, shared_failures
-from workers.outcomes import Failure, Progress, PublishOutcome, UnitOutcome, WorkerSettings
+from workers.outcomes import (
+    Failure,
+    JobOutcome,
+    MergedShards,
+    PassOpened,
+    PassWork,
+    Piece,
+    Progress,
+    PublishOutcome,
+    ShardsOutcome,
+    UnitOutcome,
+    Unreachable,
+    WorkerSettings,
+)
 from workers.progress import Tracker
 from workers.quantized_base import ResidentBases
 from workers.unit import Unit
@@ -21,6 +35,8 @@ class MergeWorker:
         self._cancelled: frozenset[str] = frozenset()
         self._tracker = Tracker("", (), lambda: self._cancelled)
         self._staged: dict[str, Job] = {}
+        self._passes: dict[str, Unit] = {}
+        """Passes this worker takes part in; what is known of them here, the next call could find out again."""
         self._lock = threading.Lock()
 
     def run_unit(self, name: str, requests: tuple[MergeRequest, ...]) -> UnitOutcome:
@@ -33,16 +49,120 @@ class MergeWorker:
         Returns:
             What became of each job. Staged ones wait for `publish` or `discard`; of all others nothing is left.
         """
+        unit = self._begin(name, requests)
+        with shared_failures(unit.jobs):
+            unit.run()
+        return self._stage(unit)
+
+    def open_pass(self, pass_id: str, name: str, requests: tuple[MergeRequest, ...]) -> PassOpened:
+        """Plan requests that share a pass key, and start their releases, for several workers to go on with.
+
+        Args:
+            pass_id: names the pass in further calls, here and on other workers.
+            name: of the pass, for people.
+            requests: as `run_unit` takes them.
+
+        Returns:
+            What can be merged apart. `merge_shards`, on any worker, does so; `finish_pass`, on one, ends it.
+        """
+        unit = self._passes[pass_id] = self._begin(name, requests)
+        pieces: tuple[Piece, ...] = ()
+        with shared_failures(unit.jobs):
+            unit.open()
+            pieces = unit.pieces()
+        ended = self._end_failed(unit)
+        return PassOpened(
+            ended=ended,
+            tickets={job.id: job.staging.ticket for job in unit.jobs},
+            pieces=pieces,
+            bytes_total=unit.tracker.progress().bytes_total,
+            usage=unit.usage(),
+        )
+
+    def merge_shards(self, work: PassWork, shards: frozenset[str]) -> ShardsOutcome | Unreachable:
+        """Merge, verify and ship some shards of a pass that was opened here or on another worker.
+
+        Args:
+            work: on which pass.
+            shards: of whole pieces.
+        """
+        unit = self._join(work)
+        if isinstance(unit, Unreachable):
+            return unit
+        merged: Mapping[str, MergedShards] = {}
+        with shared_failures(unit.jobs):
+            merged = unit.merge(shards)
+        ended = self._end_failed(unit)
+        self._residents.trim()
+        return ShardsOutcome(
+            merged={job.id: merged[job.id] for job in unit.jobs if job.id in merged},
+            ended=ended,
+            usage=unit.usage(),
+            residents=self._residents.keys,
+        )
+
+    def finish_pass(self, work: PassWork, merged: Mapping[str, tuple[MergedShards, ...]]) -> UnitOutcome | Unreachable:
+        """Do what is left once all shards are merged: behaviour, reports, manifests.
+
+        Args:
+            work: on which pass.
+            merged: by job, what all workers have answered.
+
+        Returns:
+            As `run_unit`.
+        """
+        unit = self._join(work)
+        if isinstance(unit, Unreachable):
+            return unit
+        with shared_failures(unit.jobs):
+            unit.finish(merged)
+        del self._passes[work.pass_id]
+        return self._stage(unit)
+
+    def _begin(self, name: str, requests: tuple[MergeRequest, ...]) -> Unit:
         for request in requests:
             self.discard(request.id)  # left by an attempt that nobody came back for
         with self._lock:
             self._cancelled = frozenset()  # what was cancelled before may be asked for again
         self._tracker = Tracker(name, (request.id for request in requests), lambda: self._cancelled)
-        jobs = [Job(request) for request in requests]
-        unit = Unit(self._settings, self._residents, self._tracker, jobs)
-        with shared_failures(jobs):
-            unit.run()
-        for job in jobs:
+        return Unit(self._settings, self._residents, self._tracker, [Job(request) for request in requests])
+
+    def _join(self, work: PassWork) -> Unit | Unreachable:
+        """Return the pass as this worker knows it."""
+        if work.pass_id in self._passes:
+            unit = self._passes[work.pass_id]
+            wanted = {request.id for request in work.requests}
+            for job in [job for job in unit.jobs if job.id not in wanted]:
+                self._leave(unit, job)
+            self._tracker = unit.tracker
+            self._tracker.rename(work.name)
+            return unit
+        unit = self._begin(work.name, work.requests)
+        with shared_failures(unit.jobs):
+            unit.join(work.tickets)
+        # The pass was opened, so its requests are good: what goes wrong now is a matter of this worker's.
+        if failed := [job for job in unit.jobs if not job.running]:
+            for job in list(unit.jobs):
+                self._leave(unit, job)
+            return Unreachable(reason=str(failed[0].error))
+        self._passes[work.pass_id] = unit
+        return unit
+
+    def _leave(self, unit: Unit, job: Job) -> None:
+        job.drop()
+        unit.jobs.remove(job)
+
+    def _end_failed(self, unit: Unit) -> tuple[JobOutcome, ...]:
+        """Let go of the jobs of a pass that have come to an end, and return what became of them."""
+        ended = [job for job in unit.jobs if not job.running]
+        for job in ended:
+            self._tracker.enter("failed" if job.error else "published", [job.id])
+            self._leave(unit, job)
+        return tuple(job.outcome() for job in ended)
+
+    def _stage(self, unit: Unit) -> UnitOutcome:
+        """Keep what is ready to be published, and drop the rest."""
+        for job in unit.jobs:
             if job.running:
                 self._staged[job.id] = job
                 self._tracker.enter("staged", [job.id])
@@ -51,7 +171,7 @@ class MergeWorker:
                 job.drop()
         self._residents.trim()
         return UnitOutcome(
-            jobs=tuple(job.outcome() for job in jobs), usage=unit.usage(), residents=self._residents.keys
+            jobs=tuple(job.outcome() for job in unit.jobs), usage=unit.usage(), residents=self._residents.keys
         )
 
     def publish(self, job_id: str) -> PublishOutcome:
@@ -75,10 +195,15 @@ class MergeWorker:
         )
 
     def discard(self, job_id: str) -> None:
-        """Drop a staged job and everything it left. Idempotent."""
+        """Drop a job that is staged, or in a pass, and everything it left. Idempotent."""
         job = self._staged.pop(job_id, None)
         if job is not None:
             job.drop()
+        for pass_id, unit in list(self._passes.items()):
+            for each in [each for each in unit.jobs if each.id == job_id]:
+                self._leave(unit, each)
+            if not unit.jobs:
+                del self._passes[pass_id]
 
     def progress(self) -> Progress:
         """Return where the unit in work is; safe from any thread."""
@@ -94,6 +219,6 @@ class MergeWorker:
         return self._residents.keys
 
     def close(self) -> None:
-        """Drop every staged job."""
-        for job_id in list(self._staged):
+        """Drop every job."""
+        for job_id in [*self._staged, *(job.id for unit in self._passes.values() for job in unit.jobs)]:
             self.discard(job_id)

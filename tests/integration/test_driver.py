@@ -102,18 +102,27 @@ class Fleet:
         """The jobs that a worker is merging just now."""
         return [record for record in self.store.jobs(states=[JobState.MERGING]) if record.stage == "merge"]
 
+    def events(self, process, kind):
+        """What a run has told so far, of one kind."""
+        lines = process.events_path.read_text().splitlines(keepends=True)
+        events = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [event for event in events if event["event"] == kind]
+
     def pid_at(self, process, job_id):
-        """The process of the worker that got the unit with this job, as Ray's dashboard has it."""
-        events = [json.loads(line) for line in process.events_path.read_text().splitlines()]
-        unit = [event for event in events if event["event"] == "unit_started" and job_id in event["job_ids"]][-1]
-        started = events[0]
+        """The process of the worker that got the unit with this job."""
+        units = [event for event in self.events(process, "unit_started") if job_id in event["job_ids"]]
+        return self.pids(process)[units[-1]["worker"]]
+
+    def pids(self, process):
+        """The processes of the workers that are alive, by name, as Ray's dashboard has them."""
+        (started,) = self.events(process, "started")
         token = Path(started["token_path"]).read_text()
         asked = urllib.request.Request(
             f"{started['dashboard_url']}/api/v0/actors", headers={"Authorization": f"Bearer {token}"}
         )
         with urllib.request.urlopen(asked, timeout=10) as response:
             actors = json.load(response)["data"]["result"]["result"]
-        return next(each["pid"] for each in actors if each["name"] == unit["worker"] and each["state"] == "ALIVE")
+        return {each["name"]: each["pid"] for each in actors if each["state"] == "ALIVE"}
 
     def logs(self):
         return [path.read_text()[-2000:] for path in self.home.glob("run-*")]
@@ -170,6 +179,30 @@ def test_a_batch_survives_the_death_of_a_worker(fleet, models):
     assert events[-1]["published"] == 6
     check_releases(fleet, 6)
     assert {record.worker_losses for record in fleet.store.jobs(ids=lost["job_ids"])} == {1}
+
+
+def test_one_merge_is_shared_by_two_workers_and_survives_the_death_of_one(fleet, models):
+    run = fleet.start("--workers", "2")
+    fleet.until(lambda: fleet.events(run, "started"), "the start")
+    fleet.until(lambda: len(fleet.pids(run)) == 2, "workers")
+    time.sleep(2)  # they have answered by now
+    fleet.submit(models, 1)
+
+    def helpers():
+        leaders = {event["worker"] for event in fleet.events(run, "unit_started")}
+        return {event["worker"] for event in fleet.events(run, "shards_started")} - leaders
+
+    (helper,) = fleet.until(helpers, "help")
+    os.kill(fleet.pids(run)[helper], signal.SIGKILL)
+    fleet.until(lambda: fleet.store.jobs(states=[JobState.PUBLISHED]), "the release")
+    given = [name for event in fleet.events(run, "shards_started") for name in event["shards"]]
+    assert set(given) == {path.name for path in (models / "base").glob("*.safetensors")}
+    assert len(fleet.events(run, "worker_replaced")) == 1
+    run.terminate()
+    assert fleet.finish(run)[0] == 0
+    check_releases(fleet, 1)
+    (record,) = fleet.store.jobs()
+    assert (record.attempts, record.worker_losses) == (1, 0)
 
 
 def test_a_batch_survives_the_death_of_its_driver(fleet, models):

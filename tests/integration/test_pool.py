@@ -4,6 +4,7 @@ The worker here is a plain class with the methods of `MergeWorker` that sleeps i
 say when it dies. Ray is real: a local one, as `mergefleet run` starts it.
 """
 
+import dataclasses
 import os
 import re
 import signal
@@ -19,13 +20,36 @@ import pytest
 from cluster.fleet import Fleet
 from cluster.metrics import FleetMetrics
 from cluster.pool import WorkerPool
-from cluster.replies import CallFailed, ProgressSeen, PublishFinished, UnitFinished, WorkerLost
+from cluster.replies import (
+    CallFailed,
+    PassBegun,
+    ProgressSeen,
+    PublishFinished,
+    ShardsMerged,
+    TurnedDown,
+    UnitFinished,
+    WorkerLost,
+)
 from cluster.session import close_session, open_session
 from cluster.settings import Settings
 from jobs.errors import FailureClass, WorkerLostError
 from jobs.request import MergeRequest
 from jobs.states import JobState
-from workers.outcomes import Failure, JobOutcome, Progress, PublishOutcome, UnitOutcome, Usage
+from workers.outcomes import (
+    Failure,
+    JobOutcome,
+    MergedShards,
+    PassOpened,
+    PassWork,
+    Piece,
+    Progress,
+    PublishOutcome,
+    ShardsOutcome,
+    UnitOutcome,
+    Unreachable,
+    Usage,
+)
+from workers.sinks import Ticket
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("session")]
 
@@ -61,6 +85,24 @@ class SleepingWorker:
             failure = Failure(failure_class=FailureClass.CANCELLED, retryable=False, message="cancelled")
             return JobOutcome(job_id=request.id, failure=failure)
         return JobOutcome(job_id=request.id, merge_key="a" * 64)
+
+    def open_pass(self, pass_id, name, requests):
+        self.unit = name
+        tickets = {each.id: Ticket(directory=Path("/s"), attempt=pass_id, merge_key="a" * 64) for each in requests}
+        piece = Piece(shards=("model.safetensors",), num_bytes=1)
+        return PassOpened(ended=(), tickets=tickets, pieces=(piece,), bytes_total=2, usage=Usage())
+
+    def merge_shards(self, work, shards):
+        if work.requests[0].labels.get("elsewhere"):
+            return Unreachable(reason="not to be seen from here")
+        checks = tuple(sorted(shards))
+        merged = MergedShards(receipts=(), checks=checks, wrong_headers=())
+        merged = dict.fromkeys(work.tickets, merged)
+        return ShardsOutcome(merged=merged, ended=(), usage=Usage(), residents=("held",))
+
+    def finish_pass(self, work, merged):
+        assert merged.keys() == work.tickets.keys()
+        return UnitOutcome(jobs=(JobOutcome(job_id="one", merge_key="a" * 64),), usage=Usage(), residents=())
 
     def publish(self, job_id):
         return PublishOutcome(job_id=job_id, seconds=0.1)
@@ -154,6 +196,26 @@ def test_a_unit_runs_and_is_published(make_pool):
     assert last(until(pool, PublishFinished), PublishFinished).outcome.job_id == "one"
 
 
+def test_a_pass_goes_through_several_workers(make_pool):
+    pool = make_pool()
+    ready(pool)
+    pool.open_pass("merge-worker-0", "p", "plan:b:1 adapter", (request(),))
+    assert [view.idle for view in pool.views()] == [False, True]
+    begun = last(until(pool, PassBegun), PassBegun)
+    assert (begun.worker, begun.pass_id) == ("merge-worker-0", "p")
+    work = PassWork(pass_id="p", name="merge:b", requests=(request(),), tickets=begun.outcome.tickets)
+    pool.merge_shards("merge-worker-1", work, frozenset(begun.outcome.pieces[0].shards))
+    merged = last(until(pool, ShardsMerged), ShardsMerged)
+    assert (merged.worker, merged.pass_id) == ("merge-worker-1", "p")
+    assert merged.outcome.merged["one"].checks == ("model.safetensors",)
+    assert pool.views()[1].residents == {"held"}
+    pool.finish_pass("merge-worker-0", work, {"one": (merged.outcome.merged["one"],)})
+    assert last(until(pool, UnitFinished), UnitFinished).outcome.jobs[0].job_id == "one"
+    pool.merge_shards("merge-worker-1", dataclasses.replace(work, requests=(request(elsewhere="1"),)), frozenset())
+    refused = last(until(pool, TurnedDown), TurnedDown)
+    assert (refused.worker, refused.pass_id, refused.reason) == ("merge-worker-1", "p", "not to be seen from here")
+
+
 def test_progress_and_cancellation_reach_a_worker_at_work(make_pool):
     pool = make_pool()
     ready(pool)
@@ -235,6 +297,7 @@ def test_every_metric_is_on_the_prometheus_endpoint(session):
     )
     usage = Usage(bytes_read=100, bytes_written=200, bytes_uploaded=50, seconds={"merge": 1.5})
     metrics.unit_finished(UnitOutcome(jobs=(passed, failed), usage=usage, residents=()))
+    metrics.used(usage)
     metrics.publish_finished(PublishOutcome(job_id="one", seconds=0.25))
     metrics.settled("published")
     metrics.worker_lost()

@@ -22,9 +22,12 @@ from jobs.release import Manifest, ParityReport
 from jobs.request import MergeRequest
 from tests.merges import different, merge_by_peft, open_descriptors, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
+from workers.estimate import pass_bytes
 from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from workers.model import quiet_transformers
+from workers.plan import plan_base, plan_merge
 from workers.sinks.directory import DirectoryStaging
+from workers.sources import fetch_adapter, fetch_base
 from workers.worker import MergeWorker
 
 ARITHMETIC = {"level": "arithmetic"}
@@ -606,6 +609,23 @@ def test_memory_that_runs_out_is_worth_another_try(worker, requests, monkeypatch
     monkeypatch.setattr(workers.unit, "run_pass", run_pass)
     for job in run(worker, *requests).values():
         assert (job.failure.failure_class, job.failure.retryable) == (FailureClass.OUT_OF_MEMORY, True)
+    assert left_over(tmp_path) == []
+
+
+def test_jobs_that_do_not_fit_into_memory_wait_and_the_others_do_not(
+    worker, settings, requests, base, adapters, tmp_path, monkeypatch
+):
+    base_plan = plan_base(fetch_base(requests[0].base, settings.cache), requests[0])
+    plans = [plan_merge(base_plan, request, fetch_adapter(request.adapter, settings.cache)) for request in requests]
+    room = pass_bytes(plans[:2], settings.num_threads)
+    assert room < pass_bytes(plans, settings.num_threads)
+    monkeypatch.setattr(workers.unit, "available_host_bytes", lambda: room)
+    outcomes = run(worker, *requests)
+    failure = outcomes["three"].failure
+    assert (failure.failure_class, failure.retryable) == (FailureClass.OUT_OF_MEMORY, True)
+    assert "beside 2 others takes" in failure.message
+    for name in ("one", "two"):
+        assert_published(worker.publish(name).release, base, adapters[name], tmp_path)
     assert left_over(tmp_path) == []
 
 

@@ -4,6 +4,7 @@ Extend: write a module with a class that implements `Sink`, add it to the table 
 suite (`tests/contract/test_sinks.py`) over it.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -12,13 +13,40 @@ from jobs.release import Artifact, Manifest, Release
 from workers.files import FileState
 
 
-class Staging(Protocol):
-    """One release on its way. Belongs to one process; dies with it, and leaves nothing that anybody can see."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket:
+    """With it, another process takes part in a release on its way. Can be pickled."""
 
     directory: Path
-    """Where the files of the release are written, under the names they will have. Empty at first."""
+    """Of the staging that the release was started with."""
+    attempt: str
+    """Marks what is stored of this release on its way."""
+    merge_key: str
+    """Of the release."""
 
-    def put(self, artifact: Artifact, hashed_as: FileState | None = None) -> None:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What a sink knows of a file that was put; with it, another process publishes the file. Can be pickled."""
+
+    artifact: Artifact
+    stored: object
+    """Of the sink's own kind, and for it alone."""
+
+
+class Staging(Protocol):
+    """One release on its way. It ends with the last process that takes part in it, and leaves nothing visible."""
+
+    directory: Path
+    """Where the files of the release are written, under the names they will have. Empty at first; another process of
+    the release may have the same one, where it sees it."""
+
+    @property
+    def ticket(self) -> Ticket:
+        """What another process needs to take part."""
+        ...
+
+    def put(self, artifact: Artifact, hashed_as: FileState | None = None) -> Receipt:
         """Ship one finished file of `directory` to where nobody can see it yet. The file stays until `discard`.
 
         May run in a thread, several at a time for different files, and again after an error: it starts over.
@@ -28,10 +56,17 @@ class Staging(Protocol):
             hashed_as: the state of the file in which its digest was taken. Where the file has it still, a sink that has
                 no other reason to read the file need not do so; None has it read in any case.
 
+        Returns:
+            What another process needs to publish it.
+
         Raises:
             TransientIOError, AuthError, NotFoundError, NoCapacityError: by kind of fault.
             InternalError: the file is not what the artifact says.
         """
+        ...
+
+    def take(self, receipt: Receipt) -> None:
+        """Take over a file that another process has put, as if it had been put here."""
         ...
 
     def publish(self, manifest: Manifest) -> Release:
@@ -51,7 +86,10 @@ class Staging(Protocol):
         ...
 
     def discard(self) -> None:
-        """Remove everything this staging left, here and at the store. Idempotent; after `publish` the release stays."""
+        """Let go of everything this staging has put or taken, here and at the store. Idempotent.
+
+        What others of this release have put stays theirs; after `publish` the release stays.
+        """
         ...
 
 
@@ -78,6 +116,20 @@ class Sink(Protocol):
 
         Raises:
             DestinationOccupiedError: what is there belongs to something else.
+            AuthError, NotFoundError, TransientIOError, NoCapacityError: by kind of fault.
+        """
+        ...
+
+    def join(self, ticket: Ticket) -> Staging | None:
+        """Take part in a release that another process has started.
+
+        Args:
+            ticket: of the staging it was started with.
+
+        Returns:
+            None when this process cannot: it does not see what the others write, and the sink needs that.
+
+        Raises:
             AuthError, NotFoundError, TransientIOError, NoCapacityError: by kind of fault.
         """
         ...

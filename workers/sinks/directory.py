@@ -10,6 +10,7 @@ from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
 from workers.files import FileState, file_errors, sync, sync_tree
 from workers.released import ManifestFile, check_all_put, check_artifact, decode_existing, encode_manifest, occupied
 from workers.scratch import OwnedDirectory, sweep
+from workers.sinks import Receipt, Ticket
 
 _TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
 
@@ -27,25 +28,38 @@ class DirectorySink:
 
     def open(self, merge_key: str) -> "DirectoryStaging":
         """Start a release in a hidden directory beside the destination, on the same filesystem."""
-        return DirectoryStaging(self._location, merge_key)
+        destination = _real(self._location)
+        prefix = f".{destination.name}.staging-"
+        with file_errors(f"making a staging directory for {self._location}"):
+            sweep(destination.parent, prefix)
+            owned = OwnedDirectory.make(destination.parent, prefix)
+        return DirectoryStaging(self._location, merge_key, owned)
+
+    def join(self, ticket: Ticket) -> "DirectoryStaging | None":
+        """Write into the same hidden directory, where this process sees it."""
+        with file_errors(f"joining the staging directory of {self._location}"):
+            owned = OwnedDirectory.join(ticket.directory)
+        return None if owned is None else DirectoryStaging(self._location, ticket.merge_key, owned)
 
 
 class DirectoryStaging:
     """A hidden directory beside the destination."""
 
-    def __init__(self, location: LocalPath, merge_key: str) -> None:
+    def __init__(self, location: LocalPath, merge_key: str, owned: OwnedDirectory) -> None:
         self._location = location
         self._merge_key = merge_key
-        self._destination = Path(os.path.realpath(location.path))
-        prefix = f".{self._destination.name}.staging-"
-        with file_errors(f"making a staging directory for {location}"):
-            sweep(self._destination.parent, prefix)
-            self._owned = OwnedDirectory(self._destination.parent, prefix)
-        self.directory = self._owned.path
+        self._destination = _real(location)
+        self._owned = owned
+        self.directory = owned.path
         self._put: dict[str, Artifact] = {}
         self._states: dict[str, FileState] = {}
 
-    def put(self, artifact: Artifact, hashed_as: FileState | None = None) -> None:
+    @property
+    def ticket(self) -> Ticket:
+        """What another process needs to write into the same directory."""
+        return Ticket(directory=self.directory, attempt=self.directory.name, merge_key=self._merge_key)
+
+    def put(self, artifact: Artifact, hashed_as: FileState | None = None) -> Receipt:
         """Check a finished file against its digest and make it durable; it is in its place already."""
         path = self.directory / artifact.path
         with file_errors(f"checking {path}"):
@@ -53,8 +67,15 @@ class DirectoryStaging:
             if state != hashed_as:
                 check_artifact(path, artifact)
             sync(path)
-        self._states[artifact.path] = state
-        self._put[artifact.path] = artifact
+        receipt = Receipt(artifact=artifact, stored=state)
+        self.take(receipt)
+        return receipt
+
+    def take(self, receipt: Receipt) -> None:
+        """Remember a file and the state it was put in."""
+        assert isinstance(receipt.stored, FileState)
+        self._states[receipt.artifact.path] = receipt.stored
+        self._put[receipt.artifact.path] = receipt.artifact
 
     def publish(self, manifest: Manifest) -> Release:
         """Write `manifest.json`, make everything durable, and rename the directory to its destination."""
@@ -78,8 +99,8 @@ class DirectoryStaging:
         return manifest.release(self._location, created=True)
 
     def discard(self) -> None:
-        """Remove the hidden directory; after `publish` there is only its lock to remove."""
-        self._owned.remove()
+        """Leave the hidden directory, which goes with the last that leaves; after `publish` only its lock is left."""
+        self._owned.leave()
 
     def _settle(self) -> Release:
         found = _find(self._location)
@@ -96,6 +117,10 @@ class DirectoryStaging:
                 # A manifest may be there from an attempt to publish that failed halfway; it is written again.
                 if relative != MANIFEST_NAME and self._states.get(relative) != FileState.of(path.stat()):
                     raise InternalError(f"{path} was written without put, or after it; merge again")
+
+
+def _real(location: LocalPath) -> Path:
+    return Path(os.path.realpath(location.path))
 
 
 def _find(location: LocalPath) -> ManifestFile | None:

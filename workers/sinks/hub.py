@@ -14,6 +14,7 @@ from workers.files import FileState, file_errors
 from workers.hub_client import HubStore
 from workers.released import ManifestFile, changed, check_all_put, decode_existing, encode_manifest, occupied
 from workers.scratch import OwnedDirectory, sweep
+from workers.sinks import Receipt, Ticket
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NEW = frozenset({".gitattributes", "README.md"})
@@ -39,29 +40,68 @@ class HubSink:
 
     def open(self, merge_key: str) -> "HubStaging":
         """Start a release. Makes the repository when it is missing: private, and empty until the release is there."""
-        return HubStaging(self._store, self._scratch, merge_key)
+        with self._store.errors():
+            self._store.api.create_repo(self._store.place.repo_id, private=True, exist_ok=True)
+        return self._stage(None, merge_key, secrets.token_hex(8))
+
+    def join(self, ticket: Ticket) -> "HubStaging":
+        """Take part, in the same scratch directory where this process sees it, else in one of its own."""
+        with file_errors(f"joining the staging directory of {self._store.place}"):
+            owned = OwnedDirectory.join(ticket.directory)
+        return self._stage(owned, ticket.merge_key, ticket.attempt)
+
+    def _stage(self, owned: OwnedDirectory | None, merge_key: str, attempt: str) -> "HubStaging":
+        head = self._store.head()
+        if head is None:
+            raise _deleted(self._store)
+        existing = _find(self._store, head)
+        if owned is None:
+            prefix = f"hub-{hashlib.sha256(str(self._store.place).encode()).hexdigest()[:16]}-"
+            with file_errors(f"making a staging directory for {self._store.place}"):
+                sweep(self._scratch, prefix)
+                owned = OwnedDirectory.make(self._scratch, prefix)
+        return HubStaging(self._store, owned, merge_key=merge_key, attempt=attempt, parent=head, existing=existing)
 
 
 class HubStaging:
     """Files in a scratch directory; those too large for git are at the Hub already, in no commit."""
 
-    def __init__(self, store: HubStore, scratch: Path, merge_key: str) -> None:
+    def __init__(
+        self,
+        store: HubStore,
+        owned: OwnedDirectory,
+        *,
+        merge_key: str,
+        attempt: str,
+        parent: str,
+        existing: ManifestFile | None,
+    ) -> None:
+        """Take what `HubSink` has found.
+
+        Args:
+            store: the destination.
+            owned: the scratch directory.
+            merge_key: of the release.
+            attempt: marks the commit of this release on its way.
+            parent: the branch's newest commit.
+            existing: the release it holds.
+        """
         self._store = store
+        self._owned = owned
         self._merge_key = merge_key
-        self._attempt = secrets.token_hex(8)
-        with store.errors():
-            store.api.create_repo(store.place.repo_id, private=True, exist_ok=True)
-        self._parent = self._head()
-        self._existing = _find(store, self._parent)
-        prefix = f"hub-{hashlib.sha256(str(store.place).encode()).hexdigest()[:16]}-"
-        with file_errors(f"making a staging directory for {store.place}"):
-            sweep(scratch, prefix)
-            self._owned = OwnedDirectory(scratch, prefix)
-        self.directory = self._owned.path
+        self._attempt = attempt
+        self._parent = parent
+        self._existing = existing
+        self.directory = owned.path
         self._put: dict[str, Artifact] = {}
         self._additions: dict[str, CommitOperationAdd] = {}
 
-    def put(self, artifact: Artifact, hashed_as: FileState | None = None) -> None:  # noqa: ARG002 - it reads the file
+    @property
+    def ticket(self) -> Ticket:
+        """What another process needs to take part."""
+        return Ticket(directory=self.directory, attempt=self._attempt, merge_key=self._merge_key)
+
+    def put(self, artifact: Artifact, hashed_as: FileState | None = None) -> Receipt:  # noqa: ARG002 - it reads the file
         """Upload a file that is too large for git; keep a small one for the commit."""
         path = self.directory / artifact.path
         with file_errors(f"reading {path}"):
@@ -75,8 +115,15 @@ class HubStaging:
             sha256 = addition.upload_info.sha256.hex()
         if (sha256, addition.upload_info.size) != (artifact.sha256, artifact.num_bytes):
             raise changed(path, sha256, artifact)
-        self._additions[artifact.path] = addition
-        self._put[artifact.path] = artifact
+        receipt = Receipt(artifact=artifact, stored=addition)
+        self.take(receipt)
+        return receipt
+
+    def take(self, receipt: Receipt) -> None:
+        """Keep an addition for the commit: what it says of a large file is at the Hub already."""
+        assert isinstance(receipt.stored, CommitOperationAdd)
+        self._additions[receipt.artifact.path] = receipt.stored
+        self._put[receipt.artifact.path] = receipt.artifact
 
     def publish(self, manifest: Manifest) -> Release:
         """Commit every file and `manifest.json` at once, on top of the commit that was looked at."""
@@ -96,8 +143,8 @@ class HubStaging:
                     raise
 
     def discard(self) -> None:
-        """Remove the scratch directory. Uploaded files that are in no commit are the Hub's to collect."""
-        self._owned.remove()
+        """Leave the scratch directory. Uploaded files that are in no commit are the Hub's to collect."""
+        self._owned.leave()
 
     def _commit(self, manifest: ManifestFile) -> Release:
         additions = [*self._additions.values(), CommitOperationAdd(MANIFEST_NAME, manifest.data)]
@@ -115,7 +162,10 @@ class HubStaging:
 
     def _look_again(self, manifest: ManifestFile) -> Release | None:
         """Return the release that is there now, or None when the branch is still free."""
-        self._parent = self._head()
+        head = self._store.head()
+        if head is None:
+            raise _deleted(self._store)
+        self._parent = head
         found = _find(self._store, self._parent)
         if found is None:
             return None
@@ -125,11 +175,9 @@ class HubStaging:
             return manifest.release(self._store.place, created=True)
         return found.settle(self._store.place, self._merge_key)
 
-    def _head(self) -> str:
-        head = self._store.head()
-        if head is None:
-            raise NotFoundError(f"{self._store.place} was deleted while it was published")
-        return head
+
+def _deleted(store: HubStore) -> NotFoundError:
+    return NotFoundError(f"{store.place} was deleted while it was published")
 
 
 def _find(store: HubStore, commit: str) -> ManifestFile | None:

@@ -8,8 +8,10 @@ refused.
 import hashlib
 import logging
 import secrets
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 from botocore.exceptions import ClientError
 
@@ -20,7 +22,8 @@ from workers.files import FileState, file_errors
 from workers.released import ManifestFile, check_all_put, decode_existing, encode_manifest, occupied
 from workers.s3_client import S3Store, error_status
 from workers.scratch import OwnedDirectory, sweep
-from workers.sinks.s3_upload import Mark, StoredObject, Upload, abort_unfinished, create_whole, look_at
+from workers.sinks import Receipt, Ticket
+from workers.sinks.s3_upload import Mark, StoredObject, StoredParts, Upload, abort_unfinished, create_whole, look_at
 
 _log = logging.getLogger(__name__)
 
@@ -49,43 +52,98 @@ class S3Sink:
         Raises:
             DestinationOccupiedError: a crash left objects of another release there.
         """
-        return S3Staging(self._store, self._scratch, merge_key)
+        store = self._store
+        _abort_unfinished(store)
+        leftovers = _leftovers(store)
+        others = [path for path, found in leftovers.items() if not _is_of(found, merge_key)]
+        if others and _find(store) is None:
+            raise occupied(store.place, others, "what a crash left of another release")
+        return S3Staging(store, self._make_directory(), leftovers, merge_key=merge_key, attempt=secrets.token_hex(8))
+
+    def join(self, ticket: Ticket) -> "S3Staging":
+        """Take part, in the same scratch directory where this process sees it, else in one of its own."""
+        with file_errors(f"joining the staging directory of {self._store.place}"):
+            owned = OwnedDirectory.join(ticket.directory)
+        return S3Staging(
+            self._store,
+            owned or self._make_directory(),
+            _leftovers(self._store),
+            merge_key=ticket.merge_key,
+            attempt=ticket.attempt,
+            apart=owned is None,
+        )
+
+    def _make_directory(self) -> OwnedDirectory:
+        prefix = f"s3-{hashlib.sha256(str(self._store.place).encode()).hexdigest()[:16]}-"
+        with file_errors(f"making a staging directory for {self._store.place}"):
+            sweep(self._scratch, prefix)
+            return OwnedDirectory.make(self._scratch, prefix)
 
 
 class S3Staging:
     """Files in a scratch directory, and their parts at the store."""
 
-    def __init__(self, store: S3Store, scratch: Path, merge_key: str) -> None:
+    def __init__(
+        self,
+        store: S3Store,
+        owned: OwnedDirectory,
+        leftovers: Mapping[str, StoredObject],
+        *,
+        merge_key: str,
+        attempt: str,
+        apart: bool = False,
+    ) -> None:
+        """Take what `S3Sink` has found.
+
+        Args:
+            store: the destination.
+            owned: the scratch directory.
+            leftovers: what a crash left below the prefix, by name.
+            merge_key: of the release.
+            attempt: marks the objects of this release on its way.
+            apart: whether whoever publishes does not see the directory, so that all bytes have to be at the store.
+        """
         self._store = store
         self._merge_key = merge_key
-        self._attempt = secrets.token_hex(8)
-        if num_aborted := abort_unfinished(store):
-            _log.info("aborted unfinished uploads", extra={"place": str(store.place), "uploads": num_aborted})
-        self._leftovers = _leftovers(store)
-        self._refuse_others()
-        prefix = f"s3-{hashlib.sha256(str(store.place).encode()).hexdigest()[:16]}-"
-        with file_errors(f"making a staging directory for {store.place}"):
-            sweep(scratch, prefix)
-            self._owned = OwnedDirectory(scratch, prefix)
-        self.directory = self._owned.path
+        self._attempt = attempt
+        self._leftovers = leftovers
+        self._owned = owned
+        self._apart = apart
+        self.directory = owned.path
         self._uploads: dict[str, Upload] = {}
         self._etags: dict[str, str] = {}
         """Objects that are in their place."""
+        self._others_put = False
         self._published = False
 
-    def put(self, artifact: Artifact, hashed_as: FileState | None = None) -> None:  # noqa: ARG002 - it reads the file
+    @property
+    def ticket(self) -> Ticket:
+        """What another process needs to take part."""
+        return Ticket(directory=self.directory, attempt=self._attempt, merge_key=self._merge_key)
+
+    def put(self, artifact: Artifact, hashed_as: FileState | None = None) -> Receipt:  # noqa: ARG002 - it reads the file
         """Check a file and store its parts; nothing is visible. What an earlier attempt left is not sent again."""
         if former := self._uploads.get(artifact.path):
             former.abort()
-        upload = Upload(self._store, self.directory / artifact.path, artifact, self._mark(artifact.sha256))
+        upload = self._upload(artifact)
         self._uploads[artifact.path] = upload
         self._etags.pop(artifact.path, None)
         if leftover := self._leftovers.get(artifact.path):
             upload.check()
             if upload.is_copy(leftover):
                 self._etags[artifact.path] = leftover.etag
-                return
+                return Receipt(artifact=artifact, stored=(upload.parts, leftover.etag))
         upload.send()
+        return Receipt(artifact=artifact, stored=(upload.parts, None))
+
+    def take(self, receipt: Receipt) -> None:
+        """Go on with an upload whose parts another process has stored."""
+        path = receipt.artifact.path
+        parts, etag = cast("tuple[StoredParts, str | None]", receipt.stored)
+        self._uploads[path] = self._upload(receipt.artifact, parts)
+        self._others_put = True
+        if etag is not None:
+            self._etags[path] = etag
 
     def publish(self, manifest: Manifest) -> Release:
         """Complete the uploads, and create `manifest.json` when all are in their place."""
@@ -99,28 +157,26 @@ class S3Staging:
         if release.created:
             self._repair()
             self._published = True
+            if self._others_put:
+                _abort_unfinished(self._store)  # of a process that died before it could hand them over
         return release
 
     def discard(self) -> None:
-        """Drop the uploads, and the objects of this attempt that no manifest names; remove the scratch directory."""
+        """Drop the uploads, and the objects of this attempt that no manifest names; leave the scratch directory."""
         try:
             for upload in self._uploads.values():
                 upload.abort()
             if not self._published:
                 self._delete_own()
         finally:
-            self._owned.remove()
+            self._owned.leave()
 
     def _mark(self, sha256: str) -> Mark:
         return Mark(merge_key=self._merge_key, sha256=sha256, attempt=self._attempt)
 
-    def _refuse_others(self) -> None:
-        others = [path for path, found in self._leftovers.items() if not self._is_ours(found)]
-        if others and _find(self._store) is None:
-            raise occupied(self._store.place, others, "what a crash left of another release")
-
-    def _is_ours(self, found: StoredObject) -> bool:
-        return found.mark is not None and found.mark.merge_key == self._merge_key
+    def _upload(self, artifact: Artifact, parts: StoredParts | None = None) -> Upload:
+        path, mark = self.directory / artifact.path, self._mark(artifact.sha256)
+        return Upload(self._store, path, artifact, mark, parts=parts, always_in_parts=self._apart)
 
     def _place_all(self) -> None:
         """Make every file visible.
@@ -151,7 +207,7 @@ class S3Staging:
             if found and upload.is_copy(found):  # of another publisher, or our own whose answer was lost
                 self._etags[path] = found.etag
                 return
-            if found and not self._is_ours(found):
+            if found and not _is_of(found, self._merge_key):
                 raise occupied(self._store.place, [path], "a file of somebody else")
             if found:
                 self._store.delete(path)
@@ -192,6 +248,15 @@ class S3Staging:
             there = look_at(self._store, path)
             if there and there.mark and there.mark.attempt == self._attempt:
                 self._store.delete(path)
+
+
+def _is_of(found: StoredObject, merge_key: str) -> bool:
+    return found.mark is not None and found.mark.merge_key == merge_key
+
+
+def _abort_unfinished(store: S3Store) -> None:
+    if num_aborted := abort_unfinished(store):
+        _log.info("aborted unfinished uploads", extra={"place": str(store.place), "uploads": num_aborted})
 
 
 def _find(store: S3Store) -> ManifestFile | None:

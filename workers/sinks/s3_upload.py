@@ -67,6 +67,15 @@ class StoredObject:
     """None when the object is not ours."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredParts:
+    """What is needed to complete an upload from elsewhere; empty for a file that goes up in one request."""
+
+    upload_id: str
+    parts: "tuple[CompletedPartTypeDef, ...]"
+    crc: str
+
+
 def look_at(store: S3Store, name: str) -> StoredObject | None:
     """Return what the store says of an object, or None when there is none."""
     try:
@@ -127,16 +136,40 @@ def create_whole(store: S3Store, name: str, data: bytes, mark: Mark) -> str:
 class Upload:
     """One file, in one request or in many parts. Nothing of it is visible before `complete`."""
 
-    def __init__(self, store: S3Store, path: Path, artifact: Artifact, mark: Mark) -> None:
+    def __init__(
+        self,
+        store: S3Store,
+        path: Path,
+        artifact: Artifact,
+        mark: Mark,
+        *,
+        parts: StoredParts | None = None,
+        always_in_parts: bool = False,
+    ) -> None:
+        """Name a file; nothing is sent yet.
+
+        Args:
+            store: where it goes.
+            path: of the file.
+            artifact: its name, size and SHA-256.
+            mark: for the object.
+            parts: what another process has stored of it already.
+            always_in_parts: whether a small file has to be at the store before it is completed, too.
+        """
         self.artifact = artifact
         self._store = store
         self._key = store.key(artifact.path)
         self._path = path
         self._mark = mark
-        self.in_parts = artifact.num_bytes > MIN_PART_BYTES
-        self._upload_id = ""
-        self._parts: list[CompletedPartTypeDef] = []
-        self._crc = ""
+        self._upload_id = parts.upload_id if parts else ""
+        self.in_parts = bool(self._upload_id) or always_in_parts or artifact.num_bytes > MIN_PART_BYTES
+        self._parts: list[CompletedPartTypeDef] = list(parts.parts) if parts else []
+        self._crc = parts.crc if parts else ""
+
+    @property
+    def parts(self) -> StoredParts:
+        """What another process needs to complete it."""
+        return StoredParts(upload_id=self._upload_id, parts=tuple(self._parts), crc=self._crc)
 
     def send(self) -> None:
         """Check the file and store its parts. May be called again after an error or an abort: it starts over.
@@ -147,6 +180,11 @@ class Upload:
             UnsupportedError: the store computes no checksums to compare with.
         """
         self.abort()
+        if not self._path.exists():
+            raise TransientIOError(
+                f"{self._store.place}/{self.artifact.path}: its parts are gone from the store, and the process that "
+                "has the file is another one; merge again"
+            )
         if not self.in_parts:
             self.check()
             return
@@ -228,10 +266,13 @@ class Upload:
         sha256, crc = hashlib.sha256(), 0
         size = part_bytes(self.artifact.num_bytes)
         with file_errors(f"reading {self._path}"), self._path.open("rb") as file:
-            while data := file.read(size):
+            data = file.read(size)
+            while True:  # an empty file has one part, an empty one
                 sha256.update(data)
                 crc = crc64nvme(data, crc)
                 yield data
+                if not (data := file.read(size)):
+                    break
         if sha256.hexdigest() != self.artifact.sha256:
             raise changed(self._path, sha256.hexdigest(), self.artifact)
         self._crc = _text(crc)

@@ -5,12 +5,22 @@ What Ray does is in tests/integration/test_driver.py.
 
 import random
 import time
+from pathlib import Path
 
 import pytest
 
 from cluster.driver import Driver
 from cluster.events import JobSettled, WorkerReplaced
-from cluster.replies import CallFailed, ProgressSeen, PublishFinished, UnitFinished, WorkerLost
+from cluster.replies import (
+    CallFailed,
+    PassBegun,
+    ProgressSeen,
+    PublishFinished,
+    ShardsMerged,
+    TurnedDown,
+    UnitFinished,
+    WorkerLost,
+)
 from cluster.scheduler import WorkerView
 from cluster.settings import Settings
 from jobs.errors import FailureClass, TransientIOError
@@ -19,7 +29,20 @@ from jobs.release import Artifact, Manifest, ParitySummary, Release
 from jobs.request import MergeRequest
 from jobs.states import JobState
 from jobs.store import JobStore
-from workers.outcomes import Failure, JobOutcome, Progress, PublishOutcome, UnitOutcome, Usage
+from tests.releases import settle
+from workers.outcomes import (
+    Failure,
+    JobOutcome,
+    MergedShards,
+    PassOpened,
+    Piece,
+    Progress,
+    PublishOutcome,
+    ShardsOutcome,
+    UnitOutcome,
+    Usage,
+)
+from workers.sinks import Ticket
 
 NOTHING_USED = Usage(bytes_read=0, bytes_written=0, bytes_uploaded=0, seconds={})
 
@@ -61,6 +84,9 @@ class ScriptedPool:
         self.names = [f"merge-worker-{n}" for n in range(num_workers)]
         self.busy = {}  # worker -> ids of the unit it is at
         self.units = []
+        self.opened = []
+        self.given = []
+        self.finishing = []
         self.events = []
         self.published = []
         self.discarded = []
@@ -75,6 +101,21 @@ class ScriptedPool:
         self.busy[worker] = [each.id for each in requests]
         self.units.append((worker, name, tuple(each.id for each in requests)))
 
+    def open_pass(self, worker, pass_id, _name, requests):
+        assert worker not in self.busy
+        self.busy[worker] = [each.id for each in requests]
+        self.opened.append((worker, pass_id, tuple(each.id for each in requests)))
+
+    def merge_shards(self, worker, work, shards):
+        assert worker not in self.busy
+        self.busy[worker] = [each.id for each in work.requests]
+        assert work.tickets.keys() == {each.id for each in work.requests}
+        self.given.append((worker, tuple(sorted(shards))))
+
+    def finish_pass(self, worker, work, merged):
+        self.busy[worker] = [each.id for each in work.requests]
+        self.finishing.append((worker, {job: [each.checks for each in parts] for job, parts in merged.items()}))
+
     def publish(self, worker, job_id):
         self.published.append((worker, job_id))
 
@@ -88,13 +129,32 @@ class ScriptedPool:
         self.on_poll()
         events, self.events = self.events, []
         for event in events:
-            if isinstance(event, UnitFinished | CallFailed | WorkerLost):
+            if isinstance(event, UnitFinished | PassBegun | ShardsMerged | TurnedDown | CallFailed | WorkerLost):
                 self.busy.pop(event.worker, None)
         return tuple(events)
 
     def finish(self, worker, *outcomes):
         outcome = UnitOutcome(jobs=tuple(outcomes), usage=NOTHING_USED, residents=())
         self.events.append(UnitFinished(worker=worker, outcome=outcome))
+
+    def begin(self, worker, *names, num_pieces=4, ended=()):
+        """Answer `open_pass`: so many pieces of one shard."""
+        pieces = tuple(Piece(shards=(f"shard-{n}",), num_bytes=100) for n in range(num_pieces))
+        ticket = Ticket(directory=Path("/staging"), attempt="x", merge_key="a" * 64)
+        outcome = PassOpened(
+            ended=ended, tickets=dict.fromkeys(names, ticket), pieces=pieces, bytes_total=800, usage=NOTHING_USED
+        )
+        self.events.append(PassBegun(worker=worker, pass_id=self.opened[-1][1], outcome=outcome))
+
+    def merge(self, worker, *names, ended=()):
+        """Answer `merge_shards`: what was given last to this worker; its checks stand for the shards."""
+        shards = [shards for each, shards in self.given if each == worker][-1]
+        merged = MergedShards(receipts=(), checks=shards, wrong_headers=())
+        outcome = ShardsOutcome(merged=dict.fromkeys(names, merged), ended=ended, usage=NOTHING_USED, residents=())
+        self.events.append(ShardsMerged(worker=worker, pass_id=self.opened[-1][1], outcome=outcome))
+
+    def refuse(self, worker):
+        self.events.append(TurnedDown(worker=worker, pass_id=self.opened[-1][1], reason="it sees no such directory"))
 
     def finish_publish(self, worker, name, failure=None):
         outcome = PublishOutcome(
@@ -166,6 +226,7 @@ class Fixture:
 
     def step(self, times=1):
         for _ in range(times):
+            self.clock.now += 0.02  # longer than one round may wait
             self.driver.step()
 
 
@@ -393,12 +454,14 @@ def test_the_fence_keeps_a_driver_without_a_lease_from_publishing(fleet):
 
 def test_a_driver_that_claims_its_own_lost_job_stops_the_run_that_lost_it(fleet):
     it = fleet(num_workers=2, lease_seconds=1.0)
-    it.submit(request("one"))
+    it.submit(request("one"), request("two", base="/bases/b"))
+    it.step()
+    it.pool.finish("merge-worker-1", failed("two", FailureClass.BAD_INPUT))
     it.step()
     time.sleep(1.1)
-    it.step()
-    assert it.pool.cancelled == [("merge-worker-0", ("one",))]
-    assert [unit[0] for unit in it.pool.units] == ["merge-worker-0", "merge-worker-1"]
+    it.step(2)
+    assert it.pool.cancelled[0] == ("merge-worker-0", ("one",))
+    assert [unit[2] for unit in it.pool.units if unit[0] == "merge-worker-1"] == [("two",), ("one",)]
     it.pool.finish("merge-worker-0", staged("one"))
     it.step()
     assert it.pool.published == []
@@ -453,7 +516,7 @@ def test_draining_waits_for_jobs_of_other_drivers(fleet):
     def end_after_three():
         rounds.append(1)
         if len(rounds) == 3:
-            it.store.settle("one", lease.token, release("one"), None)
+            settle(it.store, "one", lease.token, release("one"), None)
 
     it.pool.on_poll = end_after_three
     it.driver.run(drain=True)
@@ -474,7 +537,13 @@ def test_an_answer_is_not_lost_while_the_store_does_not_answer(fleet, monkeypatc
         return advance(*args, **kwargs)
 
     monkeypatch.setattr(it.store, "advance", advance_or_fail)
-    it.pool.on_poll = lambda: it.pool.published and it.pool.finish_publish("merge-worker-0", "one")
+    answers = iter(["one"])
+
+    def publish_once():
+        for name in answers if it.pool.published else ():
+            it.pool.finish_publish("merge-worker-0", name)
+
+    it.pool.on_poll = publish_once
     it.driver.run(drain=True)
     assert it.sleeps == [0.01]
     assert it.states() == {"one": JobState.PUBLISHED, "two": JobState.FAILED}
@@ -489,3 +558,243 @@ def test_events_tell_what_became_of_each_job(fleet):
     it.step()
     [event] = [event for event in it.events if isinstance(event, JobSettled)]
     assert (event.job_id, event.state, event.failure_class) == ("one", JobState.FAILED, FailureClass.NOT_FOUND)
+
+
+def shared(fleet, *names, num_workers=3, num_pieces=4, **settings):
+    """A fleet with one pass that is open, and its pieces given out."""
+    it = fleet(num_workers=num_workers, max_jobs_per_pass=4, **settings)
+    it.submit(*(request(name) for name in names))
+    it.step()
+    assert [(worker, jobs) for worker, _, jobs in it.pool.opened] == [("merge-worker-0", names)]
+    it.pool.begin("merge-worker-0", *names, num_pieces=num_pieces)
+    it.step(2)
+    return it
+
+
+def test_one_pass_is_shared_by_all_who_would_be_idle(fleet):
+    it = shared(fleet, "one")
+    assert it.pool.units == []
+    assert sorted(it.pool.given) == [
+        ("merge-worker-0", ("shard-0",)),
+        ("merge-worker-1", ("shard-1",)),
+        ("merge-worker-2", ("shard-2",)),
+    ]
+    it.pool.merge("merge-worker-1", "one")
+    it.step(2)
+    assert it.pool.given[-1] == ("merge-worker-1", ("shard-3",))
+    assert it.pool.finishing == []
+    for worker in ("merge-worker-0", "merge-worker-1", "merge-worker-2"):
+        it.pool.merge(worker, "one")
+    it.step(2)
+    # shards in the order in which they were answered
+    assert it.pool.finishing == [("merge-worker-0", {"one": [("shard-1",), ("shard-0",), ("shard-3",), ("shard-2",)]})]
+    it.pool.finish("merge-worker-0", staged("one"))
+    it.step()
+    assert it.pool.published == [("merge-worker-0", "one")]
+    it.pool.finish_publish("merge-worker-0", "one")
+    it.step(2)
+    assert it.states() == {"one": JobState.PUBLISHED}
+    # Those who helped let go of it.
+    assert {("merge-worker-1", "one"), ("merge-worker-2", "one")} <= set(it.pool.discarded)
+
+
+def test_what_a_dead_worker_was_at_is_done_by_others(fleet):
+    it = shared(fleet, "one")
+    it.pool.lose("merge-worker-1")
+    it.step(2)
+    assert it.pool.given[-1] == ("merge-worker-1", ("shard-1",))  # its place is filled again
+    for worker in ("merge-worker-0", "merge-worker-1", "merge-worker-2"):
+        it.pool.merge(worker, "one")
+    it.step(2)
+    it.pool.merge(it.pool.given[-1][0], "one")
+    it.step(2)
+    ((_, merged),) = it.pool.finishing
+    assert sorted(merged["one"]) == [("shard-0",), ("shard-1",), ("shard-2",), ("shard-3",)]
+    assert it.job("one").worker_losses == 0
+
+
+def test_a_pass_outlives_the_worker_that_opened_it(fleet):
+    it = shared(fleet, "one", num_pieces=3)
+    it.pool.lose("merge-worker-0")
+    it.pool.merge("merge-worker-1", "one")
+    it.pool.merge("merge-worker-2", "one")
+    it.step(2)
+    assert it.pool.given[-1][1] == ("shard-0",)
+    it.pool.merge(it.pool.given[-1][0], "one")
+    it.step(2)
+    assert [worker for worker, _ in it.pool.finishing] == ["merge-worker-0"]
+    it.pool.lose("merge-worker-0")
+    it.step(2)
+    assert len(it.pool.finishing) == 2  # finishing is asked for again
+    it.pool.lose("merge-worker-0")
+    it.step()
+    # ... but not for ever.
+    assert it.job("one").worker_losses == 1
+    assert it.states() == {"one": JobState.RETRY_WAIT}
+
+
+def test_a_piece_that_kills_twice_ends_the_attempt(fleet):
+    it = shared(fleet, "one")
+    it.pool.lose("merge-worker-1")
+    it.step(2)
+    it.pool.lose("merge-worker-1")
+    it.step(2)
+    assert it.job("one").worker_losses == 1
+    assert it.history("one")[-1] in (JobState.RETRY_WAIT, JobState.LEASED)
+    assert {("merge-worker-0", "one"), ("merge-worker-2", "one")} <= set(it.pool.discarded)
+
+
+def test_a_worker_that_dies_while_it_opens_a_pass_ends_the_attempt(fleet):
+    it = fleet(num_workers=2)
+    it.submit(request("one"))
+    it.step()
+    it.pool.lose("merge-worker-0")
+    it.step()
+    assert it.job("one").worker_losses == 1
+
+
+def test_a_worker_that_cannot_take_part_gets_no_more_of_it(fleet):
+    it = shared(fleet, "one")
+    it.pool.refuse("merge-worker-1")
+    it.step(2)
+    assert [worker for worker, _ in it.pool.given] == ["merge-worker-0", "merge-worker-1", "merge-worker-2"]
+    it.pool.merge("merge-worker-0", "one")
+    it.step(2)
+    assert it.pool.given[-1] == ("merge-worker-0", ("shard-1",))
+    assert it.states() == {"one": JobState.LEASED}
+
+
+def test_when_the_leader_cannot_go_on_a_helper_leads(fleet):
+    it = shared(fleet, "one", num_pieces=3)
+    it.pool.lose("merge-worker-0")
+    it.step(2)
+    it.pool.refuse("merge-worker-0")  # the one in its place
+    it.pool.merge("merge-worker-1", "one")
+    it.pool.merge("merge-worker-2", "one")
+    it.step(2)
+    assert it.pool.given[-1] == ("merge-worker-1", ("shard-0",))
+    it.pool.merge("merge-worker-1", "one")
+    it.step(2)
+    assert [worker for worker, _ in it.pool.finishing] == ["merge-worker-1"]
+    it.pool.finish("merge-worker-1", staged("one"))
+    it.step()
+    assert it.pool.published == [("merge-worker-1", "one")]
+
+
+def test_a_pass_that_nobody_can_go_on_with_is_tried_again(fleet):
+    it = shared(fleet, "one", num_workers=2, num_pieces=1)
+    it.pool.lose("merge-worker-0")
+    it.step(2)
+    it.pool.refuse("merge-worker-0")
+    it.step()
+    assert it.job("one").worker_losses == 1
+    assert it.states() == {"one": JobState.RETRY_WAIT}
+
+
+def test_a_fleet_with_jobs_for_everybody_shares_nothing(fleet):
+    it = fleet(num_workers=2, max_jobs_per_pass=4)
+    it.submit(request("one"), request("two"))
+    it.step()
+    assert it.pool.opened == []
+    assert len(it.pool.units) == 2
+
+
+def test_a_job_that_fails_while_a_pass_is_opened_is_not_merged(fleet):
+    it = fleet(num_workers=2)
+    it.submit(request("one"))
+    it.step()
+    it.pool.begin("merge-worker-0", ended=(failed("one", FailureClass.BAD_INPUT),))
+    it.step()
+    assert it.states() == {"one": JobState.FAILED}
+    assert it.pool.given == []
+
+
+def test_a_cancelled_job_stops_on_every_worker(fleet):
+    it = shared(fleet, "one")
+    it.store.cancel(["one"])
+    it.step()
+    assert {worker for worker, _ in it.pool.cancelled} == {"merge-worker-0", "merge-worker-1", "merge-worker-2"}
+    it.pool.merge("merge-worker-1", ended=(failed("one", FailureClass.CANCELLED),))
+    it.step(2)
+    assert it.states() == {"one": JobState.CANCELLED}
+    assert {worker for worker, _ in it.pool.discarded} == {"merge-worker-0", "merge-worker-1", "merge-worker-2"}
+
+
+def test_a_driver_that_stops_gives_shared_passes_back(fleet):
+    it = shared(fleet, "one")
+    it.driver.stop()
+    it.step()
+    for worker in ("merge-worker-0", "merge-worker-1", "merge-worker-2"):
+        it.pool.merge(worker, "one")
+    it.step(2)
+    # Nobody is at it any more, and a shard is left: it is not handed out.
+    assert it.states() == {"one": JobState.QUEUED}
+    assert it.job("one").attempts == 0
+    assert len(it.pool.given) == 3
+
+
+def test_a_shared_pass_tells_how_far_all_are(fleet):
+    it = shared(fleet, "one")
+    for worker, done in (("merge-worker-0", 100), ("merge-worker-1", 50)):
+        progress = Progress(unit="u", stages={"one": "merge"}, bytes_done=done, bytes_total=200)
+        it.pool.events.append(ProgressSeen(worker=worker, progress=progress))
+    it.step()
+    record = it.job("one")
+    assert (record.state, record.bytes_done, record.bytes_total) == (JobState.MERGING, 150, 800)
+
+
+def test_an_exception_in_a_piece_is_a_fault(fleet):
+    it = shared(fleet, "one")
+    fault = CallFailed(
+        worker="merge-worker-1", call="merge_shards", job_id=None, pass_id=it.pool.opened[0][1], message="boom"
+    )
+    it.pool.events.append(fault)
+    it.step(2)
+    assert it.states() == {"one": JobState.FAILED}
+
+
+def test_jobs_that_wait_go_before_help(fleet):
+    it = shared(fleet, "one", num_workers=2)
+    it.submit(request("two", base="/bases/b"))
+    it.pool.merge("merge-worker-1", "one")
+    it.step(2)
+    assert [worker for worker, _, _ in it.pool.units] == ["merge-worker-1"]
+
+
+def test_releases_are_written_down_together_and_in_time(fleet, monkeypatch):
+    it = fleet(num_workers=2)
+    it.submit(request("one"), request("two", base="/bases/b"))
+    it.step()
+    written = []
+    really = it.store.settle
+    monkeypatch.setattr(it.store, "settle", lambda each: written.append(len(each)) or really(each))
+    for worker, name in (("merge-worker-0", "one"), ("merge-worker-1", "two")):
+        it.pool.finish(worker, staged(name))
+    it.driver.step()
+    for worker, name in (("merge-worker-0", "one"), ("merge-worker-1", "two")):
+        it.pool.finish_publish(worker, name)
+        it.driver.step()  # no time passes, and something happens in every round
+    assert written == []
+    it.step()
+    assert written == [2]
+    assert set(it.states().values()) == {JobState.PUBLISHED}
+
+
+def test_a_release_that_cannot_be_stored_is_the_failure_of_its_job_alone(fleet, monkeypatch):
+    it = fleet()
+    it.submit(request("one"), request("two"))
+    it.step()
+    it.pool.finish("merge-worker-0", staged("one"), staged("two"))
+    it.step()
+    really = it.store.settle
+
+    def settle_all(publications):
+        if any(each.job_id == "one" for each in publications):
+            raise ValueError("no such thing")
+        return really(publications)
+
+    monkeypatch.setattr(it.store, "settle", settle_all)
+    for name in ("one", "two"):
+        it.pool.finish_publish("merge-worker-0", name)
+    it.step(2)
+    assert it.states() == {"one": JobState.FAILED, "two": JobState.PUBLISHED}

@@ -5,7 +5,7 @@ import dataclasses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.scheduler import Limits, WaitingJob, WorkerView, schedule
+from cluster.scheduler import Limits, OpenPass, WaitingJob, WorkerView, schedule, share_out
 
 KEYS = ["a", "b", "c", "d"]
 
@@ -155,3 +155,76 @@ def test_a_pass_is_not_split_when_everybody_has_work():
 def test_a_job_that_has_cost_workers_runs_alone():
     result = schedule([job(0, alone=True), job(1), job(2)], [worker(0)], {}, limits())
     assert assigned(result) == {"merge-worker-0": ("a", ("job-0",))}
+
+
+def open_pass(name, sizes, *, leader=None, key="a", at_work=(), barred=()):
+    return OpenPass(
+        pass_id=name,
+        pass_key=key,
+        leader=leader or f"leader-{name}",
+        piece_bytes=tuple(sizes),
+        at_work=frozenset(at_work),
+        barred=frozenset(barred),
+    )
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 100), min_size=1, max_size=12), min_size=1, max_size=3),
+    st.lists(st.tuples(st.booleans(), st.sets(st.sampled_from(KEYS), max_size=2)), min_size=1, max_size=6),
+    st.data(),
+)
+def test_pieces_go_to_idle_workers_as_long_as_there_are_any(sizes, fleet, data):
+    workers = [worker(number, *held, idle=idle) for number, (idle, held) in enumerate(fleet)]
+    names = [each.name for each in workers]
+    barred = [data.draw(st.sets(st.sampled_from(names), max_size=2)) for _ in sizes]
+    passes = [open_pass(str(n), each, barred=barred[n]) for n, each in enumerate(sizes)]
+    given_out = share_out(passes, workers)
+    assert share_out(passes, workers) == given_out
+    assert len({each.worker for each in given_out}) == len(given_out)
+    left = {each.pass_id: len(each.piece_bytes) for each in passes}
+    for each in given_out:
+        assert each.num_pieces >= 1
+        left[each.pass_id] -= each.num_pieces
+        assert each.worker not in next(p.barred for p in passes if p.pass_id == each.pass_id)
+    assert all(count >= 0 for count in left.values())
+    idle = {each.name for each in workers if each.idle}
+    assert {each.worker for each in given_out} <= idle
+    for name in idle - {each.worker for each in given_out}:
+        assert not any(left[each.pass_id] and name not in each.barred for each in passes)
+
+
+def test_all_who_can_take_part_get_pieces_of_one_pass():
+    given_out = share_out([open_pass("p", [10] * 16, leader="merge-worker-3")], [worker(n) for n in range(4)])
+    assert {each.worker: each.num_pieces for each in given_out} == {
+        "merge-worker-0": 1,
+        "merge-worker-1": 1,
+        "merge-worker-2": 1,
+        "merge-worker-3": 2,
+    }
+
+
+def test_what_is_handed_out_shrinks_and_ends_together():
+    left, seen = [7] * 40, []
+    while left:
+        (each,) = share_out([open_pass("p", left, leader="merge-worker-0")], [worker(0)])
+        seen.append(each.num_pieces)
+        left = left[each.num_pieces :]
+    assert seen == sorted(seen, reverse=True)
+    assert seen[0] == 20
+    assert seen[-1] == 1
+
+
+def test_a_leader_works_on_its_own_pass_and_help_goes_where_most_is_left():
+    passes = [open_pass("big", [100] * 8, leader="merge-worker-0"), open_pass("small", [10], leader="merge-worker-1")]
+    given_out = {each.worker: each.pass_id for each in share_out(passes, [worker(n) for n in range(3)])}
+    assert given_out == {"merge-worker-0": "big", "merge-worker-1": "small", "merge-worker-2": "big"}
+
+
+def test_passes_are_shared_when_jobs_are_not_enough():
+    workers = [worker(n) for n in range(4)]
+    few = schedule([job(1), job(2)], workers, {}, limits())
+    assert [unit.shared for unit in few.units] == [True, True]
+    enough = schedule([job(n) for n in range(4)], workers, {}, limits())
+    assert [unit.shared for unit in enough.units] == [False] * 4
+    careful = schedule([job(1, alone=True), job(2)], workers, {}, limits())
+    assert {unit.job_ids[0]: unit.shared for unit in careful.units} == {"job-1": False, "job-2": True}

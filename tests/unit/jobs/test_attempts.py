@@ -2,7 +2,7 @@ import pytest
 
 from jobs.errors import BadInputError, CancelledError, FailureClass, InternalError, LeaseLostError, NotFoundError
 from jobs.states import ACTIVE_STATES, CLAIMABLE_STATES, Decision, JobState
-from tests.releases import advance, progress_of
+from tests.releases import advance, progress_of, settle
 
 STAGES = (JobState.PLANNING, JobState.MERGING, JobState.VERIFYING, JobState.PUBLISHING)
 GIVE_UP = Decision(state=JobState.FAILED)
@@ -17,7 +17,7 @@ class TestAttempt:
             key = "f" * 64 if stage is JobState.MERGING else None
             advance(store, "a", token, stage, merge_key=key)
         assert driver.record("a").merge_key == "f" * 64
-        store.settle("a", token, make_release("a"), "/reports/a.html")
+        settle(store, "a", token, make_release("a"), "/reports/a.html")
         job = driver.record("a")
         assert job.state is JobState.PUBLISHED
         assert job.release == make_release("a")
@@ -90,7 +90,7 @@ class TestAttempt:
         store.submit([make_request("a")])
         store.fail("a", driver.claim("a").token, FailureClass.AUTH, "no key", RETRY_NOW)
         assert driver.record("a").failure_class is FailureClass.AUTH
-        store.settle("a", driver.claim("a").token, make_release("a"), None)
+        settle(store, "a", driver.claim("a").token, make_release("a"), None)
         assert driver.record("a").failure_class is None
         (failed,) = (event for event in store.events("a") if "failure" in event.detail)
         assert failed.detail["message"] == "no key"
@@ -141,7 +141,7 @@ class TestCancelAndRetry:
         assert store.cancelling({"a": token + 1}) == frozenset()
         with pytest.raises(CancelledError, match="job 'a'"):
             advance(store, "a", token, JobState.PUBLISHING)
-        assert store.extend({"a": token}, 60) == frozenset()
+        assert store.extend("driver", {"a": token}, 60) == frozenset()
         store.report_progress(progress_of({"a": token}, stage="merge", bytes_done=1, bytes_total=2))
 
     def test_jobs_of_lost_drivers_are_cancelled_at_once(self, store, driver, make_request):
@@ -165,7 +165,7 @@ class TestCancelAndRetry:
         store.submit([make_request("a")])
         token = driver.lead_to("a", JobState.PUBLISHING)
         store.cancel(["a"])
-        store.settle("a", token, make_release("a"), None)
+        settle(store, "a", token, make_release("a"), None)
         assert driver.record("a").state is JobState.PUBLISHED
 
     @pytest.mark.parametrize("state", [JobState.FAILED, JobState.QUARANTINED, JobState.CANCELLED, JobState.RETRY_WAIT])

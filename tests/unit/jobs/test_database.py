@@ -7,6 +7,7 @@ import pytest
 
 from jobs.errors import BadInputError, TransientIOError
 from jobs.store import JobStore
+from tests.releases import settle
 
 
 class TestOpening:
@@ -91,7 +92,7 @@ class TestDatabase:
         release = make_release("a").model_copy(update={"manifest": make_release("a").manifest})
         monkeypatch.setattr(type(release), "model_dump_json", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            store.settle("a", token, release, None)
+            settle(store, "a", token, release, None)
         assert (driver.record("a"), store.events("a")) == before
 
     def test_the_database_itself_refuses_two_jobs_for_one_destination(self, store, make_request, database):

@@ -4,7 +4,7 @@ import pytest
 
 from jobs.errors import FailureClass, LeaseLostError, NotFoundError
 from jobs.states import ACTIVE_STATES, Decision, JobState
-from tests.releases import advance, progress_of
+from tests.releases import advance, progress_of, settle
 
 GIVE_UP = Decision(state=JobState.FAILED)
 
@@ -92,7 +92,7 @@ class TestFencing:
     def writes(self, store, make_release):
         return {
             "advance": lambda token: advance(store, "a", token, JobState.PLANNING),
-            "settle": lambda token: store.settle("a", token, make_release("a"), None),
+            "settle": lambda token: settle(store, "a", token, make_release("a"), None),
             "fail": lambda token: store.fail("a", token, FailureClass.INTERNAL, "x", GIVE_UP),
             "let_go": lambda token: store.let_go("a", token, "x"),
         }
@@ -125,10 +125,10 @@ class TestFencing:
 
     def test_extend_names_the_lost(self, store, driver, leases):
         before = driver.record("held").lease_expires_at
-        assert store.extend(leases | {"unknown": 1}, 600) == {"expired", "taken", "ended", "unknown"}
+        assert store.extend("driver", leases | {"unknown": 1}, 600) == {"expired", "taken", "ended", "unknown"}
         assert driver.record("held").lease_expires_at > before + 500
         assert driver.record("expired").lease_expires_at == 1
-        assert store.extend({}, 600) == frozenset()
+        assert store.extend("driver", {}, 600) == frozenset()
 
     def test_progress_names_the_lost(self, store, leases):
         lost = store.report_progress(progress_of(leases | {"unknown": 1}, stage="merge", bytes_done=5, bytes_total=9))

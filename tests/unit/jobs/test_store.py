@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from jobs.errors import FailureClass
 from jobs.states import Decision, JobState
 from jobs.store import JobStore
+from tests.releases import settle
 
 
 class TestReading:
@@ -43,7 +44,7 @@ class TestReading:
         )
         assert 40 < store.seconds_until_due() <= 50
         store.cancel(["a"])
-        store.settle("b", two.token, make_release("b"), None)
+        settle(store, "b", two.token, make_release("b"), None)
         assert store.seconds_until_due() is None
 
     def test_events_of_an_unknown_job(self, store):
@@ -91,5 +92,5 @@ class TestStoredValues:
         (lease,) = shared_store.claim("driver", 1, 60)
         manifest = make_release(name).manifest.model_copy(update={"versions": {message: message}})
         release = make_release(name).model_copy(update={"manifest": manifest})
-        shared_store.settle(name, lease.token, release, None)
+        settle(shared_store, name, lease.token, release, None)
         assert shared_store.jobs(ids=[name])[0].release == release

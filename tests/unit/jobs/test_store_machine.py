@@ -28,7 +28,7 @@ from jobs.states import (
     JobState,
 )
 from jobs.store import JobStore
-from tests.releases import advance, progress_of
+from tests.releases import advance, progress_of, settle
 
 IDS = "abcd"
 STAGES = (JobState.PLANNING, JobState.MERGING, JobState.VERIFYING, JobState.PUBLISHING)
@@ -56,6 +56,7 @@ class Job:
     waits: bool = False
     was_published: bool = False
     tokens: list[int] = field(default_factory=list)
+    owner: str = ""
 
     @property
     def is_held(self):
@@ -210,6 +211,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert lease.attempts == job.attempts + 1
             job.state, job.token, job.attempts, job.expired = JobState.LEASED, lease.token, lease.attempts, False
             job.tokens.append(lease.token)
+            job.owner = owner
 
     def draw_held(self, data):
         """Draw a job whose lease holds."""
@@ -231,7 +233,7 @@ class StoreMachine(RuleBasedStateMachine):
         job_id = self.draw_held(data)
         job = self.model[job_id]
         if ending is JobState.PUBLISHED:
-            self.store.settle(job_id, job.token, a_release(job_id), None)
+            settle(self.store, job_id, job.token, a_release(job_id), None)
             job.state, job.was_published = ending, True
             return
         if ending is JobState.QUEUED:
@@ -246,8 +248,11 @@ class StoreMachine(RuleBasedStateMachine):
     def extend_and_ask(self, _data):
         leases = {job_id: job.token for job_id, job in self.model.items()}
         held = {job_id for job_id, job in self.model.items() if job.is_held}
-        assert self.store.extend(leases, 3600) == leases.keys() - held
-        assert self.store.extend({job_id: token - 1 for job_id, token in leases.items()}, 3600) == leases.keys()
+        for owner in ("driver-1", "driver-2"):
+            own = {job_id for job_id in held if self.model[job_id].owner == owner}
+            assert self.store.extend(owner, leases, 3600) == leases.keys() - own
+            stale = {job_id: token - 1 for job_id, token in leases.items()}
+            assert self.store.extend(owner, stale, 3600) == leases.keys()
         lost = self.store.report_progress(progress_of(leases, stage="merge", bytes_done=1, bytes_total=2))
         assert lost == leases.keys() - held
         cancelling = {job_id for job_id, job in self.model.items() if job.state is JobState.CANCELLING}
@@ -262,7 +267,7 @@ class StoreMachine(RuleBasedStateMachine):
         token = job.token - is_stale
         for write in (
             lambda: advance(self.store, job_id, token, JobState.PLANNING),
-            lambda: self.store.settle(job_id, token, a_release(job_id), None),
+            lambda: settle(self.store, job_id, token, a_release(job_id), None),
             lambda: self.store.fail(job_id, token, FailureClass.INTERNAL, "x", Decision(state=JobState.FAILED)),
             lambda: self.store.let_go(job_id, token, "x"),
         ):

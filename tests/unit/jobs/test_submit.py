@@ -4,6 +4,7 @@ import pytest
 
 from jobs.errors import BadInputError
 from jobs.states import JobState
+from tests.releases import settle
 
 
 class TestSubmit:
@@ -60,7 +61,7 @@ class TestSubmit:
 
     def test_a_published_destination_stays_taken(self, store, driver, make_request, make_release):
         store.submit([make_request("a")])
-        store.settle("a", driver.claim("a").token, make_release("a"), None)
+        settle(store, "a", driver.claim("a").token, make_release("a"), None)
         with pytest.raises(BadInputError, match="belongs to job 'a'"):
             store.submit([make_request("b", destination="/releases/a")])
 

@@ -72,7 +72,7 @@ def behaviour(*, gates=True, mean_kl=1e-5, top1_agreement=1.0):
 
 
 def test_a_right_merge_passes(merged, plan, directory):
-    report = judge(plan, directory, merged.check()["job"], [behaviour()])
+    report = judge(plan, wrong_headers(plan, directory), merged.check()["job"], [behaviour()])
     assert (report.passed, report.failures) == (True, ())
     assert {check.tensor for check in report.tensors} == set(plan.output.tensors)
 
@@ -81,7 +81,12 @@ def test_a_right_merge_passes(merged, plan, directory):
 @given(excess=st.floats(0, 3), kl=st.floats(0, 5e-3), agreement=st.floats(0.9, 1))
 def test_it_passes_only_within_every_threshold(merged, excess, kl, agreement):
     checks = [tensor(rounding_excess=excess)]
-    report = judge(merged.plans[0], merged.output("job"), checks, [behaviour(mean_kl=kl, top1_agreement=agreement)])
+    report = judge(
+        merged.plans[0],
+        wrong_headers(merged.plans[0], merged.output("job")),
+        checks,
+        [behaviour(mean_kl=kl, top1_agreement=agreement)],
+    )
     within = [excess <= 1.0, kl <= 2e-3, agreement >= 0.97]
     assert report.passed == all(within)
     assert len(report.failures) == within.count(False)
@@ -91,26 +96,26 @@ def test_level_full_is_not_passed_without_a_comparison(plan, directory):
     policy = plan.request.parity.model_copy(update={"level": "full"})
     full = dataclasses.replace(plan, request=plan.request.model_copy(update={"parity": policy}))
     for checks in ([], [behaviour(gates=False)]):
-        report = judge(full, directory, [tensor()], checks)
+        report = judge(full, wrong_headers(full, directory), [tensor()], checks)
         assert not report.passed
         assert "was not compared with base + adapter" in report.failures[0]
-    assert judge(full, directory, [tensor()], [behaviour()]).passed
+    assert judge(full, wrong_headers(full, directory), [tensor()], [behaviour()]).passed
 
 
 def test_what_is_for_information_gates_nothing(plan, directory):
     checks = [behaviour(), behaviour(gates=False, mean_kl=3.0, top1_agreement=0.1)]
-    assert judge(plan, directory, [tensor()], checks).passed
+    assert judge(plan, wrong_headers(plan, directory), [tensor()], checks).passed
 
 
 @pytest.mark.parametrize("figure", ["mean_kl", "top1_agreement"])
 def test_a_figure_that_is_no_number_is_not_within(plan, directory, figure):
     check = behaviour().model_copy(update={figure: float("nan")})
-    assert not judge(plan, directory, [tensor()], [check]).passed
+    assert not judge(plan, wrong_headers(plan, directory), [tensor()], [check]).passed
 
 
 def test_reasons_name_the_tensor_and_the_figures(plan, directory):
     checks = [tensor("model.norm.weight", rounding_excess=30.0, max_abs_error=0.25, num_bad_elements=7)]
-    report = judge(plan, directory, checks, [behaviour(mean_kl=0.5, top1_agreement=0.5)])
+    report = judge(plan, wrong_headers(plan, directory), checks, [behaviour(mean_kl=0.5, top1_agreement=0.5)])
     first, second, third = report.failures
     assert "tensor model.norm.weight: 7 elements" in first
     assert "0.25" in first
@@ -121,18 +126,18 @@ def test_reasons_name_the_tensor_and_the_figures(plan, directory):
 
 def test_a_merge_that_is_wrong_everywhere_is_told_shortly(plan, directory):
     checks = [tensor(f"t{n}", rounding_excess=2.0 + n, num_bad_elements=1) for n in range(50)]
-    report = judge(plan, directory, checks, [])
+    report = judge(plan, wrong_headers(plan, directory), checks, [])
     assert len(report.failures) == 21
     assert "tensor t49:" in report.failures[0]
     assert report.failures[-1] == "30 more tensors are not base + delta"
 
 
-def test_an_unchanged_tensor_has_no_tolerance(plan, directory):
+def test_an_unchanged_tensor_has_no_tolerance(plan):
     lenient = plan.request.parity.thresholds.model_copy(update={"max_rounding_excess": 100.0})
     policy = plan.request.parity.model_copy(update={"thresholds": lenient})
     plan = dataclasses.replace(plan, request=plan.request.model_copy(update={"parity": policy}))
     checks = [tensor("same", changed=False, rounding_excess=2.0, num_bad_elements=1), tensor(rounding_excess=50.0)]
-    assert [reason.split(":")[0] for reason in judge(plan, directory, checks, []).failures] == ["tensor same"]
+    assert [reason.split(":")[0] for reason in judge(plan, [], checks, []).failures] == ["tensor same"]
 
 
 def flip(path, offset):
@@ -166,7 +171,7 @@ def test_a_shard_that_is_not_as_planned_fails(plan, directory, damage):
     (wrong,) = wrong_headers(plan, directory)
     assert shard in wrong
     assert any(part in wrong for part in phrase.split("|"))
-    report = judge(plan, directory, [], [])
+    report = judge(plan, wrong_headers(plan, directory), [], [])
     assert (report.passed, report.failures) == (False, (wrong,))
 
 
@@ -180,7 +185,9 @@ def test_a_summary_holds_the_extremes(plan, directory):
         tensor("b", rounding_excess=0.7, survival=0.99),
         tensor("c", rounding_excess=0.0, changed=False),
     ]
-    report = judge(plan, directory, checks, [behaviour(gates=False, mean_kl=0.1), behaviour(mean_kl=1e-4)])
+    report = judge(
+        plan, wrong_headers(plan, directory), checks, [behaviour(gates=False, mean_kl=0.1), behaviour(mean_kl=1e-4)]
+    )
     summary = summarize(report)
     assert (summary.num_tensors, summary.num_changed_tensors) == (3, 2)
     assert (summary.rounding_excess, summary.min_survival) == (0.7, 0.9)
@@ -188,12 +195,12 @@ def test_a_summary_holds_the_extremes(plan, directory):
 
 
 def test_a_summary_of_arithmetic_alone_claims_no_behaviour(plan, directory):
-    summary = summarize(judge(plan, directory, [tensor(changed=False)], []))
+    summary = summarize(judge(plan, wrong_headers(plan, directory), [tensor(changed=False)], []))
     assert (summary.mean_kl, summary.top1_agreement, summary.min_survival) == (None, None, None)
 
 
 def test_a_report_is_written_as_json_and_as_a_page(merged, plan, directory, tmp_path):
-    report = judge(plan, directory, merged.check()["job"], [behaviour()])
+    report = judge(plan, wrong_headers(plan, directory), merged.check()["job"], [behaviour()])
     write_report(report, tmp_path / "reports" / "job")
     written = (tmp_path / "reports" / "job" / "parity.json").read_text()
     assert ParityReport.model_validate_json(written) == report
@@ -203,13 +210,13 @@ def test_a_report_is_written_as_json_and_as_a_page(merged, plan, directory, tmp_
 
 def test_a_report_takes_the_place_of_an_earlier_one(plan, directory, tmp_path):
     for passed in (False, True):
-        report = judge(plan, directory, [tensor(rounding_excess=0.5 if passed else 5.0)], [])
+        report = judge(plan, wrong_headers(plan, directory), [tensor(rounding_excess=0.5 if passed else 5.0)], [])
         write_report(report, tmp_path / "job")
     assert ParityReport.model_validate_json((tmp_path / "job" / "parity.json").read_text()).passed
 
 
 def test_a_place_that_takes_no_report_is_named(plan, directory, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    report = judge(plan, directory, [], [])
+    report = judge(plan, wrong_headers(plan, directory), [], [])
     with pytest.raises(BadInputError, match="file/job"):
         write_report(report, tmp_path / "file" / "job")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 
-from jobs.errors import CancelledError, NoCapacityError, NotFoundError
+from jobs.errors import CancelledError, InternalError, NoCapacityError, NotFoundError
 from jobs.locations import LocalPath
 from jobs.request import MergeRequest
 from tests.merges import CPU, different, load_dequantized, open_descriptors, read_tensors
@@ -24,6 +25,7 @@ from tests.models import build_bnb_4bit, build_llama, load_plain
 from workers.checkpoint import INDEX_FILE
 from workers.plan import plan_base
 from workers.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
+from workers.scratch import exclusive
 from workers.sources import fetch_base
 
 REPOSITORY = Path(__file__).parents[3]
@@ -49,13 +51,13 @@ cache = QuantizedCache(Path(sys.argv[2]), torch.device("cpu"), 1)
 print("ready", flush=True)
 sys.stdin.readline()
 base = cache.open(task, on_bytes)
-print(num_bytes, base.directory.name, flush=True)
+print(num_bytes, *sorted(path.name for path in base.directories), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return build_llama(tmp_path_factory.mktemp("base") / "llama", max_shard_size="100KB", tokenizer=False)
+    return build_llama(tmp_path_factory.mktemp("base") / "llama", tokenizer=False)
 
 
 def make_task(base, cache, **fields):
@@ -68,6 +70,17 @@ def make_task(base, cache, **fields):
 @pytest.fixture(scope="module")
 def task(base, tmp_path_factory):
     return make_task(base, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def sharded_task(tmp_path_factory):
+    places = tmp_path_factory.mktemp("sharded")
+    return make_task(build_llama(places / "llama", max_shard_size="100KB", tokenizer=False), places)
+
+
+def directory_of(made):
+    (directory,) = made.directories
+    return directory
 
 
 class Reads:
@@ -102,7 +115,7 @@ def test_what_is_kept_is_what_transformers_saves(base, tmp_path, quant_type, dou
         quantization_options={"bnb_4bit_use_double_quant": double_quant},
     )
     made = QuantizedCache(tmp_path / "cache", CPU, 2).open(task, lambda _: None)
-    stored = read_tensors(made.directory)
+    stored = read_tensors(directory_of(made))
     assert made.names == frozenset(task.weights)
     assert different(stored, {name: tensor for name, tensor in saved.items() if name in stored}) == []
     assert len(stored) == sum("proj" in name for name in saved)
@@ -126,11 +139,11 @@ def test_it_is_made_once(task, tmp_path):
     assert reads.num_bytes == weight_bytes(task)
     again = QuantizedCache(tmp_path, CPU, 1).open(task, reads)
     assert reads.num_bytes == weight_bytes(task)
-    assert first.directory == again.directory
+    assert first.directories == again.directories
 
 
 def test_threads_do_not_change_the_bits(task, tmp_path):
-    made = [QuantizedCache(tmp_path / str(n), CPU, n).open(task, lambda _: None).directory for n in (1, 4)]
+    made = [directory_of(QuantizedCache(tmp_path / str(n), CPU, n).open(task, lambda _: None)) for n in (1, 4)]
     assert [path.read_bytes() for path in sorted(made[0].iterdir())] == [
         path.read_bytes() for path in sorted(made[1].iterdir())
     ]
@@ -140,7 +153,7 @@ def test_weights_are_views_of_mapped_files(task, tmp_path):
     made = QuantizedCache(tmp_path, CPU, 1).open(task, lambda _: None)
     before = open_descriptors()
     weight = made.weight(task.weights[0])
-    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(made.directory) in line]
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(directory_of(made)) in line]
     address = weight.codes.data_ptr()
     ranges = [tuple(int(part, 16) for part in line.split()[0].split("-")) for line in mapped]
     assert any(begin <= address < end for begin, end in ranges)
@@ -153,7 +166,7 @@ def test_weights_are_views_of_mapped_files(task, tmp_path):
 @pytest.mark.parametrize("file", ["model-00000.safetensors", INDEX_FILE, "digests.json"])
 def test_a_damaged_file_is_made_anew(task, tmp_path, file, damage):
     cache = QuantizedCache(tmp_path, CPU, 2)
-    directory = cache.open(task, lambda _: None).directory
+    directory = directory_of(cache.open(task, lambda _: None))
     good = {path.name: path.read_bytes() for path in directory.iterdir()}
     data = bytearray(good[file])
     match damage:
@@ -169,7 +182,7 @@ def test_a_damaged_file_is_made_anew(task, tmp_path, file, damage):
     reads = Reads()
     made = cache.open(task, reads)
     assert reads.num_bytes == weight_bytes(task)
-    assert made.directory == directory
+    assert directory_of(made) == directory
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == good
     assert kept(tmp_path) == [directory.name]
 
@@ -177,7 +190,7 @@ def test_a_damaged_file_is_made_anew(task, tmp_path, file, damage):
 @pytest.mark.parametrize("content", ["[]", "7", "{}", '{"a": 1}', '["ab"]'])
 def test_digests_that_are_none_are_damage(task, tmp_path, content):
     cache = QuantizedCache(tmp_path, CPU, 2)
-    directory = cache.open(task, lambda _: None).directory
+    directory = directory_of(cache.open(task, lambda _: None))
     (directory / "digests.json").write_text(content)
     reads = Reads()
     cache.open(task, reads)
@@ -237,8 +250,54 @@ def test_two_processes_make_it_once_and_a_killed_one_leaves_nothing_half_made(ta
         killed.send_signal(signal.SIGKILL)
         answers = [process.communicate(timeout=120)[0].split() for process in (one, other)]
     assert sorted(int(num_bytes) for num_bytes, _ in answers) == [0, weight_bytes(task)]
-    assert {name for _, name in answers} == {task.key(CPU)}
-    assert kept(root) == [task.key(CPU)]
+    (shard,) = task.by_shard.values()
+    assert {name for _, name in answers} == {shard.key(CPU)}
+    assert kept(root) == [shard.key(CPU)]
+
+
+def shard_bytes(task):
+    return {name: weight_bytes(part) for name, part in task.by_shard.items()}
+
+
+def test_only_the_shards_that_are_asked_for_are_made(sharded_task, tmp_path):
+    assert len(sharded_task.by_shard) > 2
+    cache, reads = QuantizedCache(tmp_path, CPU, 2), Reads()
+    base = cache.empty(sharded_task)
+    name = sharded_task.weights[0]
+    shard = sharded_task.layout.tensors[name][0].name
+    cache.prepare(base, sharded_task, {name, "model.norm.weight"}, reads)
+    assert reads.num_bytes == shard_bytes(sharded_task)[shard]
+    assert base.weight(name).shape == sharded_task.layout.tensors[name][1].shape
+    with pytest.raises(InternalError, match=sharded_task.weights[-1]):
+        base.weight(sharded_task.weights[-1])
+    cache.prepare(base, sharded_task, None, reads)
+    assert reads.num_bytes == weight_bytes(sharded_task)
+    assert base.errors.keys() == base.names == set(sharded_task.weights)
+
+
+def test_shards_have_the_bits_that_the_whole_has(sharded_task, task, tmp_path):
+    sharded = QuantizedCache(tmp_path, CPU, 2).open(sharded_task, lambda _: None)
+    whole = QuantizedCache(tmp_path, CPU, 2).open(task, lambda _: None)
+    for name in task.weights:
+        assert torch.equal(sharded.weight(name).codes, whole.weight(name).codes)
+
+
+def test_those_who_start_together_make_different_shards(sharded_task, tmp_path):
+    root = tmp_path / "cache"
+    first, second = (sharded_task.by_shard[name] for name in sorted(sharded_task.by_shard)[:2])
+    reads = Reads()
+    with exclusive(root / f"{first.key(CPU)}.lock"):  # somebody is at the first
+        worker = threading.Thread(target=QuantizedCache(root, CPU, 1).open, args=(sharded_task, reads))
+        worker.start()
+        deadline = time.monotonic() + 60
+        while len(kept(root)) < len(sharded_task.by_shard) - 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert (root / second.key(CPU)).is_dir()
+        assert not (root / first.key(CPU)).exists()
+    worker.join()
+    assert reads.num_bytes == weight_bytes(sharded_task)
+    assert (root / first.key(CPU)).is_dir()
 
 
 def test_a_cancelled_one_leaves_nothing(task, tmp_path):
@@ -271,16 +330,16 @@ def test_a_disk_without_room_leaves_nothing(task, tmp_path):
 
 def test_a_base_that_is_gone_is_named(task, tmp_path):
     missing = dataclasses.replace(task, base=tmp_path / "gone")
-    with pytest.raises(NotFoundError, match="gone/model-0000"):
+    with pytest.raises(NotFoundError, match=r"gone/model\.safetensors"):
         QuantizedCache(tmp_path / "cache", CPU, 1).open(missing, lambda _: None)
     assert kept(tmp_path / "cache") == []
 
 
 def test_a_cache_that_is_taken_away_is_named(task, tmp_path):
     made = QuantizedCache(tmp_path, CPU, 1).open(task, lambda _: None)
-    for path in made.directory.iterdir():
+    for path in directory_of(made).iterdir():
         path.unlink()
-    with pytest.raises(NotFoundError, match=made.directory.name):
+    with pytest.raises(NotFoundError, match=directory_of(made).name):
         made.weight(task.weights[0])
 
 
@@ -289,7 +348,7 @@ def test_a_checkpoint_stored_in_4_bit_is_read_where_it_is(base, tmp_path):
     request = MergeRequest(base=str(stored), adapter="/adapter", destination="/destination")
     planned = plan_base(fetch_base(LocalPath(stored), tmp_path), request)
     assert planned.quantization is None
-    held = QuantizedBase(stored, planned.layout, CPU)
+    held = QuantizedBase.stored(stored, planned.layout, CPU, ())
     with safe_open(stored / "model.safetensors", framework="pt") as file:
         names = {name.partition(".quant_state")[0] for name in file.keys() if ".quant_state" in name}  # noqa: SIM118
     assert held.names == names
@@ -308,7 +367,7 @@ class Loads:
         def load():
             self.loaded.append(content)
             held = QuantizedBase.__new__(QuantizedBase)
-            held.directory = Path(content)
+            held.key = content
             held._held = {"weight": type("Held", (), {"num_bytes": num_bytes})()}
             return held
 

@@ -1,5 +1,6 @@
 """Directories outlive neither their owner nor the next sweep, and living ones are never swept."""
 
+import fcntl
 import multiprocessing
 import os
 import subprocess
@@ -19,7 +20,7 @@ from pathlib import Path
 from workers import scratch
 from workers.scratch import OwnedDirectory
 
-owned = OwnedDirectory(Path(sys.argv[1]), sys.argv[2])
+owned = OwnedDirectory.make(Path(sys.argv[1]), sys.argv[2])
 (owned.path / "nested").mkdir()
 (owned.path / "nested" / "file").write_text("x")
 print(owned.path, flush=True)
@@ -45,23 +46,55 @@ def stop(process: subprocess.Popen[str]) -> None:
 
 
 def test_remove_leaves_nothing_and_may_be_repeated(tmp_path: Path) -> None:
-    owned = OwnedDirectory(tmp_path / "made", "job-")
+    owned = OwnedDirectory.make(tmp_path / "made", "job-")
     (owned.path / "file").write_text("x")
-    owned.remove()
-    owned.remove()
+    owned.leave()
+    owned.leave()
     assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_a_directory_lives_as_long_as_one_of_its_owners(tmp_path: Path) -> None:
+    process, theirs = start_owner(tmp_path, "job-")
+    joined = OwnedDirectory.join(theirs)
+    also = OwnedDirectory.join(theirs)
+    assert joined is not None
+    assert also is not None
+    stop(process)
+    assert sweep(tmp_path, "job-") == []
+    joined.leave()
+    assert (theirs / "nested" / "file").read_text() == "x"
+    also.leave()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_is_not_here_cannot_be_joined(tmp_path: Path) -> None:
+    process, theirs = start_owner(tmp_path, "job-")
+    stop(process)
+    sweep(tmp_path, "job-")
+    assert OwnedDirectory.join(theirs) is None
+    assert OwnedDirectory.join(tmp_path / "another-machine" / "job-1") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_is_being_swept_cannot_be_joined(tmp_path: Path) -> None:
+    process, theirs = start_owner(tmp_path, "job-")
+    stop(process)
+    sweeper = os.open(theirs.with_name(f"{theirs.name}.lock"), os.O_RDWR)
+    fcntl.flock(sweeper, fcntl.LOCK_EX)
+    assert OwnedDirectory.join(theirs) is None
+    os.close(sweeper)
 
 
 def test_only_directories_of_the_dead_are_swept(tmp_path: Path) -> None:
     process, theirs = start_owner(tmp_path, "job-")
-    ours = OwnedDirectory(tmp_path, "job-")
+    ours = OwnedDirectory.make(tmp_path, "job-")
     assert sweep(tmp_path, "job-") == []
 
     stop(process)
 
     assert sweep(tmp_path, "job-") == [theirs]
     assert sorted(path.name for path in tmp_path.iterdir()) == [ours.path.name, f"{ours.path.name}.lock"]
-    ours.remove()
+    ours.leave()
 
 
 @pytest.mark.parametrize(
@@ -95,21 +128,21 @@ def test_sweeper_between_the_making_and_the_locking_of_a_lock_file(
     try_lock = scratch._try_lock
     sweeper = []
 
-    def interrupted(lock: int) -> bool:
+    def interrupted(lock: int, kind: int) -> bool:
         if not sweeper:
             sweeper.append(os.open(next(tmp_path.iterdir()), os.O_RDWR))
-            assert try_lock(sweeper[0])
+            assert try_lock(sweeper[0], fcntl.LOCK_EX)
             if finished:
                 next(tmp_path.iterdir()).unlink()
                 os.close(sweeper[0])
-        return try_lock(lock)
+        return try_lock(lock, kind)
 
     monkeypatch.setattr(scratch, "_try_lock", interrupted)
-    owned = OwnedDirectory(tmp_path, "job-")
+    owned = OwnedDirectory.make(tmp_path, "job-")
 
     assert owned.path.with_name(f"{owned.path.name}.lock").exists()
     assert sweep(tmp_path, "job-") == []
-    owned.remove()
+    owned.leave()
     if not finished:
         os.close(sweeper[0])
         sweep(tmp_path, "job-")
@@ -118,11 +151,11 @@ def test_sweeper_between_the_making_and_the_locking_of_a_lock_file(
 
 def _own_and_check(parent: str, num_rounds: int) -> None:
     for _ in range(num_rounds):
-        owned = OwnedDirectory(Path(parent), "job-")
+        owned = OwnedDirectory.make(Path(parent), "job-")
         (owned.path / "file").write_text("x")
         time.sleep(0)
         assert (owned.path / "file").read_text() == "x"
-        owned.remove()
+        owned.leave()
 
 
 def test_owners_and_a_sweeper_do_not_disturb_each_other(tmp_path: Path) -> None:
