@@ -42,3 +42,4 @@ def give_back_large_blocks() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
     libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE_BYTES)
+    libc.malloc_trim(0)  # what was left before

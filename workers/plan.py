@@ -7,7 +7,7 @@ of the adapter ends up in exactly one action, or the plan fails and names it.
 import dataclasses
 import itertools
 import math
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,6 +30,10 @@ from workers.model import answers_prompts, check_depth, skeleton
 from workers.quant import quantized_names, quantized_owner
 from workers.quantization import QuantizationTask
 from workers.sources import Source
+
+_MAX_PLANNED_BASES = 4
+_MAX_RECIPES = 16
+"""Of adapters, for each base: a fleet of many bases keeps plans for long."""
 
 _TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -97,6 +101,8 @@ class BasePlan:
         tensors = tuple((name, spec.dtype, spec.shape) for name, spec in adapter.tensors.items())
         recipe = (repr(adapter.config.to_dict()), tensors)
         if recipe not in self._coverages:
+            while len(self._coverages) >= _MAX_RECIPES:
+                del self._coverages[next(iter(self._coverages))]
             self._coverages[recipe] = cover(adapter, skeleton(self.source.directory))
         return self._coverages[recipe]
 
@@ -252,6 +258,23 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
     return BasePlan(
         source, layout, tuple(tensors), task, stored_in_4bit, conversions, transposed, answers_prompts(model)
     )
+
+
+class PlannedBases:
+    """Plans of the bases that were used last: what transformers and PEFT say of a base is asked once for many units."""
+
+    def __init__(self) -> None:
+        self._plans: OrderedDict[tuple[str, str], BasePlan] = OrderedDict()
+
+    def get(self, source: Source, request: MergeRequest) -> BasePlan:
+        """Return the plan for a base as it is now; raises as `plan_base`."""
+        key = (request.pass_key(), source.digest)
+        if key not in self._plans:
+            self._plans[key] = plan_base(source, request)
+        self._plans.move_to_end(key)
+        while len(self._plans) > _MAX_PLANNED_BASES:
+            self._plans.popitem(last=False)
+        return self._plans[key]
 
 
 def plan_merge(base: BasePlan, request: MergeRequest, adapter: Source) -> MergePlan:

@@ -32,7 +32,7 @@ from workers.module_weights import ModuleWeights, module_weights
 from workers.outcomes import MergedShards, Piece, Usage, WorkerSettings
 from workers.passes import PassJob
 from workers.pieces import pieces_of
-from workers.plan import BasePlan, MergePlan, plan_base, plan_merge
+from workers.plan import BasePlan, MergePlan, PlannedBases, plan_merge
 from workers.progress import Tracker
 from workers.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
 from workers.released import encode_manifest
@@ -56,11 +56,17 @@ class Unit:
     """
 
     def __init__(
-        self, settings: WorkerSettings, residents: ResidentBases, tracker: Tracker, jobs: Sequence[Job]
+        self,
+        settings: WorkerSettings,
+        planned: PlannedBases,
+        residents: ResidentBases,
+        tracker: Tracker,
+        jobs: Sequence[Job],
     ) -> None:
         self.jobs = list(jobs)
         self.tracker = tracker
         self._settings = settings
+        self._planned = planned
         self._residents = residents
         self._num_threads = settings.num_threads or len(os.sched_getaffinity(0))
         self._device = resolve_device(settings.device)
@@ -175,7 +181,7 @@ class Unit:
             source = fetch_base(first.base, self._settings.cache)
         self.tracker.enter("plan", (job.id for job in self.jobs))
         with self.tracker.timed("plan"):
-            self._prepared = base = plan_base(source, first)
+            self._prepared = base = self._planned.get(source, first)
             for job in self.jobs:
                 with own_failure(job):
                     self.tracker.check(job.id)

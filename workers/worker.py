@@ -21,6 +21,7 @@ from workers.outcomes import (
     Unreachable,
     WorkerSettings,
 )
+from workers.plan import PlannedBases
 from workers.progress import Tracker
 from workers.quantized_base import ResidentBases
 from workers.unit import Unit
@@ -31,6 +32,7 @@ class MergeWorker:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
+        self._planned = PlannedBases()
         self._residents = ResidentBases(settings.resident_bytes)
         self._cancelled: frozenset[str] = frozenset()
         self._tracker = Tracker("", (), lambda: self._cancelled)
@@ -125,7 +127,8 @@ class MergeWorker:
         with self._lock:
             self._cancelled = frozenset()  # what was cancelled before may be asked for again
         self._tracker = Tracker(name, (request.id for request in requests), lambda: self._cancelled)
-        return Unit(self._settings, self._residents, self._tracker, [Job(request) for request in requests])
+        jobs = [Job(request) for request in requests]
+        return Unit(self._settings, self._planned, self._residents, self._tracker, jobs)
 
     def _join(self, work: PassWork) -> Unit | Unreachable:
         """Return the pass as this worker knows it."""
@@ -152,12 +155,16 @@ class MergeWorker:
         job.drop()
         unit.jobs.remove(job)
 
+    def _forget_empty(self) -> None:
+        self._passes = {pass_id: unit for pass_id, unit in self._passes.items() if unit.jobs}
+
     def _end_failed(self, unit: Unit) -> tuple[JobOutcome, ...]:
         """Let go of the jobs of a pass that have come to an end, and return what became of them."""
         ended = [job for job in unit.jobs if not job.running]
         for job in ended:
             self._tracker.enter("failed" if job.error else "published", [job.id])
             self._leave(unit, job)
+        self._forget_empty()
         return tuple(job.outcome() for job in ended)
 
     def _stage(self, unit: Unit) -> UnitOutcome:
@@ -199,11 +206,10 @@ class MergeWorker:
         job = self._staged.pop(job_id, None)
         if job is not None:
             job.drop()
-        for pass_id, unit in list(self._passes.items()):
+        for unit in self._passes.values():
             for each in [each for each in unit.jobs if each.id == job_id]:
                 self._leave(unit, each)
-            if not unit.jobs:
-                del self._passes[pass_id]
+        self._forget_empty()
 
     def progress(self) -> Progress:
         """Return where the unit in work is; safe from any thread."""

@@ -11,7 +11,9 @@ from jobs.errors import FailureClass
 from jobs.request import MergeRequest
 from tests.methods import make_method_adapter
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
+from workers.delivery import pull_release
 from workers.outcomes import PassWork, Unreachable
+from workers.scratch import OwnedDirectory
 from workers.sinks.directory import DirectoryStaging
 from workers.worker import MergeWorker
 
@@ -147,6 +149,50 @@ def test_other_bases_are_cut_too(worker, make_worker, base, tmp_path, kind):
     for each in workers:
         each.discard("one")
     assert files_below(tmp_path / "together") == files_below(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("where", [pytest.param("s3", marks=pytest.mark.s3), "hub"])
+def test_machines_that_share_nothing_ship_one_release(
+    request, worker, make_worker, base, adapters, tmp_path, monkeypatch, where
+):
+    chosen = {"all": adapters["all"]}
+    for outcome in worker.run_unit("unit", requests_for(base, chosen, tmp_path / "alone")).jobs:
+        assert worker.publish(outcome.job_id).release.created
+    if where == "s3":
+        destination = f"s3://{request.getfixturevalue('s3').bucket}/{tmp_path.name}"
+    else:
+        request.getfixturevalue("hub")
+        destination = "hf://org/shared"
+    (asked,) = requests_for(base, chosen, tmp_path / "unused")
+    asked = MergeRequest.model_validate(asked.model_dump(mode="json") | {"destination": destination})
+    # No worker but the first sees its directory.
+    monkeypatch.setattr(OwnedDirectory, "join", classmethod(lambda *_: None))
+    workers = [make_worker() for _ in range(2)]
+    opened, finished = merge_together(workers, (asked,), finisher=workers[0])
+    assert len(opened.pieces) > 1
+    assert [outcome.failure for outcome in finished.jobs] == [None]
+    assert workers[0].publish("all").release.created
+    for each in workers:
+        each.discard("all")
+    pulled = tmp_path / "pulled"
+    pull_release(asked.destination, pulled)
+    assert files_below(pulled) == files_below(tmp_path / "alone" / "all")
+    for number in range(2):
+        scratch = tmp_path / f"scratch-{number}"
+        assert list(scratch.iterdir()) == [] if scratch.exists() else True
+
+
+@pytest.mark.s3
+def test_full_parity_needs_the_whole_checkpoint_in_one_place(make_worker, base, adapters, tmp_path, monkeypatch, s3):
+    (asked,) = requests_for(base, {"all": adapters["all"]}, tmp_path / "unused", parity=FULL)
+    asked = MergeRequest.model_validate(
+        asked.model_dump(mode="json") | {"destination": f"s3://{s3.bucket}/{tmp_path.name}"}
+    )
+    opened = make_worker().open_pass("p", NAME, (asked,))
+    monkeypatch.setattr(OwnedDirectory, "join", classmethod(lambda *_: None))
+    answer = make_worker().merge_shards(work((asked,), opened.tickets), frozenset(opened.pieces[0].shards))
+    assert isinstance(answer, Unreachable)
+    assert "not to be seen from here" in answer.reason
 
 
 def test_a_tensor_that_jobs_have_in_other_shards_is_in_one_piece(worker, make_worker, base, adapters, tmp_path):

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+import workers.plan
 import workers.unit
 import workers.verification
 from jobs.errors import BadInputError, FailureClass
@@ -572,6 +573,20 @@ def test_a_base_whose_weights_change_is_quantized_anew(worker, request_for, adap
         assert run(worker, request_for(name, adapters["one"], **fields))[name].failure is None
         release = worker.publish(name).release
         assert_published(release, changing, adapters["one"], tmp_path, quantization=config)
+
+
+def test_a_base_is_planned_once_as_long_as_it_stays(worker, request_for, adapters, base, tmp_path, monkeypatch):
+    planned, really = [], workers.plan.plan_base
+    monkeypatch.setattr(workers.plan, "plan_base", lambda *arguments: planned.append(1) or really(*arguments))
+    copied = Path(shutil.copytree(base, tmp_path / "copied"))
+    for number, adapter in enumerate(adapters.values()):
+        outcome = run(worker, request_for(f"job-{number}", adapter, base=str(copied)))[f"job-{number}"]
+        assert outcome.failure is None
+    assert len(planned) == 1
+    config = copied / "generation_config.json"
+    config.write_text(config.read_text() + "\n")
+    assert run(worker, request_for("again", adapters["one"], base=str(copied)))["again"].failure is None
+    assert len(planned) == 2
 
 
 def test_what_a_unit_took_is_told(worker, requests, base, adapters):
