@@ -17,15 +17,15 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from cluster.answers import AnswerHandler
-from cluster.events import DriverEvent, ShardsStarted, Summary, UnitStarted
-from cluster.holdings import Flight, Held, Holdings
+from cluster.events import DriverEvent, Summary, UnitStarted
+from cluster.helping import Helping
+from cluster.holdings import Held, Holdings
 from cluster.metrics import FleetMetrics
 from cluster.pool import WorkerPool
 from cluster.replies import PoolEvent
-from cluster.scheduler import Limits, OpenPass, WorkerView, schedule, share_out
+from cluster.scheduler import Limits, WorkerView, schedule
 from cluster.settings import Settings
 from cluster.settlement import CANCELLED, STORE_FAULTS, Settlement
-from cluster.sharing import SharedPass
 from jobs.store import JobStore
 
 logger = logging.getLogger(__name__)
@@ -80,9 +80,9 @@ class Driver:
             listener=listener,
             rng=rng or random.Random(),  # noqa: S311 - jitter, not secrets
         )
+        self._helping = Helping(self._holdings, pool, owner=owner, listener=listener)
         self._answers = AnswerHandler(self._holdings, pool, self._settlement, metrics, listener)
         self._passed_over: dict[str, int] = {}
-        self._num_passes = 0
         self._events: deque[PoolEvent] = deque()
         self._leases_kept_at = clock()
         self._releases_written_at = -math.inf
@@ -131,15 +131,13 @@ class Driver:
         self._handle_events()  # those that the last round could not write down
         self._keep_leases()
         self._pass_on_cancellations()
+        views = self._pool.views()
         if self._stopping:
             self._let_go()
         else:
-            views = self._pool.views()
             self._claim(views)
             self._start_units(views)
-            self._give_pieces(views)
-        self._finish_passes()
-        self._release_helpers()
+        self._helping.step(() if self._stopping else views)
         events = self._pool.poll(self._settings.poll_seconds)
         self._events.extend(events)
         self._handle_events()
@@ -232,61 +230,13 @@ class Driver:
         self._passed_over = plan.passed_over
         for unit in plan.units:
             flight = self._holdings.start(unit)
-            name = _unit_name("plan" if unit.shared else "merge", flight)
+            name = flight.name("plan" if unit.shared else "merge")
             if unit.shared:
-                flight.shared = SharedPass(f"{self._owner}-{self._num_passes}")
-                flight.shared.takers.add(unit.worker)
-                self._num_passes += 1
-                self._pool.open_pass(unit.worker, flight.shared.pass_id, name, flight.requests)
+                self._helping.open(unit.worker, flight, name)
             else:
                 self._pool.run_unit(unit.worker, name, flight.requests)
             logger.info("unit started", extra={"worker": unit.worker, "unit": name, "job_ids": list(unit.job_ids)})
             self._listener(UnitStarted(worker=unit.worker, name=name, job_ids=unit.job_ids))
-
-    def _give_pieces(self, pool_views: Sequence[WorkerView]) -> None:
-        """Have idle workers work on passes that are open."""
-        open_passes = {
-            shared.pass_id: OpenPass(
-                pass_id=shared.pass_id,
-                pass_key=flight.unit.pass_key,
-                leader=leader,
-                piece_bytes=tuple(piece.num_bytes for piece in shared.todo),
-                at_work=shared.at_work,
-                barred=frozenset(shared.barred),
-            )
-            for leader, flight, shared in self._holdings.shared_passes()
-            if shared.todo
-        }
-        if not open_passes:
-            return
-        leading = {each.leader for each in open_passes.values()}
-        views = [view for view in pool_views if view.name in leading or view.name not in self._holdings.flights]
-        for given in share_out(tuple(open_passes.values()), views):
-            found = self._holdings.shared(given.pass_id)
-            assert found is not None
-            _, flight, shared = found
-            pieces = shared.give(given.worker, given.num_pieces)
-            shards = tuple(shard for piece in pieces for shard in piece.shards)
-            name = _unit_name("merge", flight, f":{len(shards)} shard{'s' if len(shards) > 1 else ''}")
-            self._pool.merge_shards(given.worker, shared.work(name, flight.requests), frozenset(shards))
-            job_ids = tuple(flight.held)
-            logger.info("shards started", extra={"worker": given.worker, "unit": name, "job_ids": list(job_ids)})
-            self._listener(ShardsStarted(worker=given.worker, name=name, job_ids=job_ids, shards=shards))
-
-    def _finish_passes(self) -> None:
-        """Have passes finished of which all pieces are merged."""
-        for leader, flight, shared in self._holdings.shared_passes():
-            if shared.is_merged and not shared.finishing:
-                shared.finishing = True
-                work = shared.work(_unit_name("verify", flight), flight.requests)
-                self._pool.finish_pass(leader, work, shared.merged(flight.requests))
-
-    def _release_helpers(self) -> None:
-        """Tell those who helped that a job has ended; what they still do for it is stopped."""
-        leaving, self._holdings.leaving = self._holdings.leaving, []
-        for worker, job_id in leaving:
-            self._pool.cancel(worker, (job_id,))
-            self._pool.discard(worker, job_id)
 
     def _handle_events(self) -> None:
         while self._events:
@@ -324,8 +274,3 @@ def stop_on_signals(driver: Driver) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _unit_name(what: str, flight: Flight, more: str = "") -> str:
-    requests = flight.requests
-    return f"{what}:{requests[0].base.name}:{len(requests)} adapter{'s' if len(requests) > 1 else ''}{more}"

@@ -41,6 +41,11 @@ class Flight:
     shared: SharedPass | None = None
     """Set when other workers help; stays so when it is staged."""
 
+    def name(self, what: str, more: str = "") -> str:
+        """Return what a call about it is named on the dashboard."""
+        requests = self.requests
+        return f"{what}:{requests[0].base.name}:{len(requests)} adapter{'s' if len(requests) > 1 else ''}{more}"
+
     @property
     def requests(self) -> tuple[MergeRequest, ...]:
         """Of its jobs."""

@@ -1,0 +1,100 @@
+"""Several workers on one pass: pieces are handed out, what is merged is finished, and helpers are let go of."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from cluster.events import DriverEvent, ShardsStarted
+from cluster.holdings import Flight, Holdings
+from cluster.pool import WorkerPool
+from cluster.scheduler import OpenPass, WorkerView, share_out
+from cluster.sharing import SharedPass
+
+logger = logging.getLogger(__name__)
+
+
+class Helping:
+    """Moves the shared passes of a driver on; what workers answer is taken in elsewhere."""
+
+    def __init__(
+        self, holdings: Holdings, pool: WorkerPool, *, owner: str, listener: Callable[[DriverEvent], None]
+    ) -> None:
+        """Take what it reads and calls.
+
+        Args:
+            holdings: the passes, and who is at them.
+            pool: told to open passes, to merge pieces and to finish.
+            owner: names the driver; its passes are named after it.
+            listener: told of pieces that are begun.
+        """
+        self._holdings = holdings
+        self._pool = pool
+        self._owner = owner
+        self._listener = listener
+        self._num_passes = 0
+
+    def open(self, worker: str, flight: Flight, name: str) -> None:
+        """Have a pass opened by the worker that will lead it."""
+        flight.shared = SharedPass(f"{self._owner}-{self._num_passes}")
+        flight.shared.takers.add(worker)
+        self._num_passes += 1
+        self._pool.open_pass(worker, flight.shared.pass_id, name, flight.requests)
+
+    def step(self, views: Sequence[WorkerView]) -> None:
+        """Do what can be done now.
+
+        Args:
+            views: the workers that may get pieces; none while the driver stops.
+        """
+        self._give_pieces(views)
+        self._finish_passes()
+        self._release_helpers()
+
+    def _give_pieces(self, views: Sequence[WorkerView]) -> None:
+        """Have idle workers work on passes that are open."""
+        open_passes = {
+            shared.pass_id: OpenPass(
+                pass_id=shared.pass_id,
+                pass_key=flight.unit.pass_key,
+                leader=leader,
+                piece_bytes=tuple(piece.num_bytes for piece in shared.todo),
+                at_work=shared.at_work,
+                barred=frozenset(shared.barred),
+            )
+            for leader, flight, shared in self._holdings.shared_passes()
+            if shared.todo
+        }
+        if not open_passes:
+            return
+        leading = {each.leader for each in open_passes.values()}
+        able = [view for view in views if view.name in leading or view.name not in self._holdings.flights]
+        for given in share_out(tuple(open_passes.values()), able):
+            found = self._holdings.shared(given.pass_id)
+            assert found is not None
+            _, flight, shared = found
+            pieces = shared.give(given.worker, given.num_pieces)
+            shards = tuple(shard for piece in pieces for shard in piece.shards)
+            name = flight.name("merge", f":{len(shards)} shard{'s' if len(shards) > 1 else ''}")
+            self._pool.merge_shards(given.worker, shared.work(name, flight.requests), frozenset(shards))
+            job_ids = tuple(flight.held)
+            logger.info("shards started", extra={"worker": given.worker, "unit": name, "job_ids": list(job_ids)})
+            self._listener(ShardsStarted(worker=given.worker, name=name, job_ids=job_ids, shards=shards))
+
+    def _finish_passes(self) -> None:
+        """Have passes finished of which all pieces are merged."""
+        for leader, flight, shared in self._holdings.shared_passes():
+            if shared.is_merged and not shared.finishing:
+                shared.finishing = True
+                work = shared.work(flight.name("verify"), flight.requests)
+                self._pool.finish_pass(leader, work, shared.merged(flight.requests))
+
+    def _release_helpers(self) -> None:
+        """Tell those who helped that jobs have ended; what they still do for them is stopped."""
+        leaving: dict[str, list[str]] = defaultdict(list)
+        for worker, job_id in self._holdings.leaving:
+            leaving[worker].append(job_id)
+        self._holdings.leaving.clear()
+        for worker, job_ids in leaving.items():
+            self._pool.cancel(worker, job_ids)
+            for job_id in job_ids:
+                self._pool.discard(worker, job_id)
