@@ -119,7 +119,7 @@ class Ours:
     base_quantization: str
     adapters: Sequence[str] = (ADAPTER,)
     keeps_cache: bool = False
-    """Whether it finds the 4-bit base of its run before; otherwise every run starts with empty caches."""
+    """Whether it finds the plan and the 4-bit base of its run before; otherwise every run starts with empty caches."""
 
     def run(self, site: Site) -> Measurement:
         """Run once, into a fresh output directory."""

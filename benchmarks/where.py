@@ -124,7 +124,7 @@ def measure_parts(site: Site, base_quantization: str, room: Path) -> dict[str, f
     worker = MergeWorker(WorkerSettings(**places, device="cpu"))
     with contextlib.ExitStack() as stack, contextlib.closing(worker):
         for owner, name, part, whole in (
-            (unit, "plan_base", "plan", False),
+            (unit.PlannedBases, "get", "plan", False),
             (unit, "plan_merge", "plan", False),
             (unit.QuantizedCache, "prepare", "quantize", True),
             (walk, "read_into", "read", False),
