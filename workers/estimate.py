@@ -1,7 +1,7 @@
 """What a planned merge will take: bytes, memory and time, told before anything is read.
 
 Throughputs were measured on two cores of an AMD EPYC with everything in the page cache (`make bench` measures them
-anew); they are for a person who waits, nothing depends on them.
+anew); they are for a person who waits, nothing depends on them. Units are admitted by the memory stated here.
 """
 
 import math

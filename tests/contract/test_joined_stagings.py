@@ -1,7 +1,6 @@
 """Several processes take part in one release: what each has put, any of them can publish."""
 
 import dataclasses
-import itertools
 import pickle
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 
 from tests.contract.places import (
     DirectoryPlace,
-    HubPlace,
     Place,
     S3Place,
     content,
@@ -21,19 +19,6 @@ from workers.sinks import Receipt
 
 KEY = "a" * 64
 FILES = make_files()
-
-_numbers = itertools.count()
-
-
-@pytest.fixture(params=["directory", pytest.param("s3", marks=pytest.mark.s3), "hub"])
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    monkeypatch.setattr("workers.sinks.s3_upload.MIN_PART_BYTES", 5 << 20)
-    name = f"joined{next(_numbers)}"
-    if request.param == "directory":
-        return DirectoryPlace(tmp_path)
-    if request.param == "s3":
-        return S3Place(tmp_path, request.getfixturevalue("s3"), f"team/{name}")
-    return HubPlace(tmp_path, request.getfixturevalue("hub"), name)
 
 
 def taken(receipt: Receipt) -> Receipt:

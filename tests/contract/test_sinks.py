@@ -1,6 +1,5 @@
 """What every sink promises, kept by the real thing: a file system, SeaweedFS, and huggingface_hub against a Hub."""
 
-import itertools
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +10,7 @@ import pytest
 from jobs.errors import BadInputError, DestinationOccupiedError, InternalError, NotFoundError
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
 from tests.contract.places import (
-    DirectoryPlace,
-    HubPlace,
     Place,
-    S3Place,
     content,
     putting_process,
     sink_of,
@@ -26,19 +22,6 @@ from workers.sinks import Staging
 
 KEY, OTHER_KEY = "a" * 64, "d" * 64
 FILES, OTHER_FILES = make_files(), make_files(seed=1)
-
-_numbers = itertools.count()
-
-
-@pytest.fixture(params=["directory", pytest.param("s3", marks=pytest.mark.s3), "hub"])
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    monkeypatch.setattr("workers.sinks.s3_upload.MIN_PART_BYTES", 5 << 20)
-    name = f"r{next(_numbers)}"
-    if request.param == "directory":
-        return DirectoryPlace(tmp_path)
-    if request.param == "s3":
-        return S3Place(tmp_path, request.getfixturevalue("s3"), f"team/{name}")
-    return HubPlace(tmp_path, request.getfixturevalue("hub"), name)
 
 
 def stage(place: Place, files: dict[str, bytes] = FILES, merge_key: str = KEY) -> tuple[Staging, Manifest]:

@@ -179,7 +179,7 @@ def test_machines_that_share_nothing_ship_one_release(
     assert files_below(pulled) == files_below(tmp_path / "alone" / "all")
     for number in range(2):
         scratch = tmp_path / f"scratch-{number}"
-        assert list(scratch.iterdir()) == [] if scratch.exists() else True
+        assert not scratch.exists() or list(scratch.iterdir()) == []
 
 
 @pytest.mark.s3
