@@ -116,13 +116,23 @@ class Contenders:
     @property
     def on_disk(self) -> tuple[Contender, ...]:
         """Those that take turns on the disk."""
-        ours = (self.none, self.none_few, self.nf4, self.nf4_resident, self.command)
-        return (self.copy, *ours, self.imports, self.reference_16bit, self.reference_4bit, self.mergekit)
+        ours = [each for pair in self.singles for each in pair]
+        return (self.copy, *ours, self.command, self.imports, self.reference_16bit, self.reference_4bit, self.mergekit)
+
+    @property
+    def singles(self) -> tuple[tuple[Ours, Ours], ...]:
+        """Our merges of one adapter, each with itself without the check."""
+        return tuple((each, each.without_check()) for each in (self.none, self.none_few, self.nf4, self.nf4_resident))
 
     @property
     def in_tmpfs(self) -> tuple[Contender, ...]:
         """Those that take turns in a tmpfs."""
-        return (self.copy, self.none, self.none_few)
+        return (self.copy, *self.singles[0], *self.singles[1])
+
+    @property
+    def of_eight(self) -> tuple[Contender, ...]:
+        """Those of eight adapters."""
+        return (self.copy_eight, self.none_eight, self.none_eight.without_check())
 
 
 def run_rounds(site: Site, contenders: Sequence[Contender], num_rounds: int, console: Console) -> Runs:
@@ -173,17 +183,8 @@ def ratios(contenders: Contenders, disk: Runs, tmpfs: Runs, site: Site) -> dict[
     given = [site.base, *map(site.adapter, ADAPTERS)]
     bytes_given = sum(path.stat().st_size for directory in given for path in directory.glob("*.safetensors"))
     bytes_read = json.loads(disk[contenders.nf4_four.name][0].output)["merge_bytes_read"]
-    eight = seconds(disk, contenders.none_eight)
     found = {
-        "reference 16-bit / ours, none": reference(contenders.reference_16bit) / seconds(disk, contenders.none),
-        "reference 4-bit / ours, nf4": reference(contenders.reference_4bit) / seconds(disk, contenders.nf4),
-        "reference 4-bit / ours, nf4, base resident": reference(contenders.reference_4bit)
-        / seconds(disk, contenders.nf4_resident),
         "mergekit, imports included / ours, none": seconds(disk, contenders.mergekit) / seconds(disk, contenders.none),
-        f"{len(EIGHT)} x reference 16-bit / ours, {len(EIGHT)} adapters": len(EIGHT)
-        * reference(contenders.reference_16bit)
-        / eight,
-        f"ours, {len(EIGHT)} adapters / {len(EIGHT)} x (cp -r, sync)": eight / seconds(disk, contenders.copy_eight),
         f"ours, nf4, {len(ADAPTERS)} adapters in one pass / one by one": seconds(disk, contenders.nf4_four) / singles,
         f"mergefleet merge, nf4, {len(ADAPTERS)} adapters in one pass / one by one": seconds(
             disk, contenders.command_four
@@ -191,11 +192,22 @@ def ratios(contenders: Contenders, disk: Runs, tmpfs: Runs, site: Site) -> dict[
         / commands,
         "bytes read by that pass / bytes of base and adapters": bytes_read / bytes_given,
     }
-    for place, runs in (("disk", disk), ("tmpfs", tmpfs)):
-        for contender in (contenders.none, contenders.none_few):
-            if contender.name in runs:
-                copied = seconds(runs, contenders.copy)
-                found[f"{contender.name} / cp -r, sync ({place})"] = seconds(runs, contender) / copied
+    in_16bit, in_4bit = reference(contenders.reference_16bit), reference(contenders.reference_4bit)
+    for ours, without in (*contenders.singles, (contenders.none_eight, contenders.none_eight.without_check())):
+        for each in (ours, without):
+            took = seconds(disk, each)
+            times = len(each.adapters)
+            if each.adapters != (FEW,):
+                kind, reference_seconds = (
+                    ("4-bit", in_4bit) if each.base_quantization == "nf4" else ("16-bit", in_16bit)
+                )
+                several = "" if times == 1 else f"{times} x "
+                found[f"{several}reference {kind} / {each.name}"] = times * reference_seconds / took
+            if each.base_quantization == "none":
+                copy = contenders.copy if times == 1 else contenders.copy_eight
+                found[f"{each.name} / {copy.name} (disk)"] = took / seconds(disk, copy)
+                if each.name in tmpfs:
+                    found[f"{each.name} / {copy.name} (tmpfs)"] = seconds(tmpfs, each) / seconds(tmpfs, copy)
     return found
 
 
@@ -262,11 +274,10 @@ def main() -> None:
     disk.prepare(arguments.shape)
     with Resident(disk.log("resident")) as resident:
         contenders = Contenders.of(resident, SHAPES[arguments.shape].model_type)
-        for contender in (contenders.copy, contenders.none, contenders.none_few, contenders.nf4_resident):
-            contender.run(disk)  # warms the page cache and the process, and fills the cache of the last
+        for contender in (contenders.copy, *(each for pair in contenders.singles for each in pair)):
+            contender.run(disk)  # warms the page cache and the process, and fills the caches that are kept
         on_disk = run_rounds(disk, contenders.on_disk, arguments.rounds, console)
-        eight = run_rounds(disk, (contenders.copy_eight, contenders.none_eight), arguments.rounds, console)
-        shutil.rmtree(disk.out(contenders.none_eight.name))
+        eight = run_rounds(disk, contenders.of_eight, arguments.rounds, console)
         passes = (contenders.nf4_four, *contenders.nf4_single, contenders.command_four, *contenders.command_single)
         once = run_rounds(disk, passes, 1, console)
         with _in_tmpfs(disk, console) as tmpfs:
@@ -291,8 +302,9 @@ def main() -> None:
     for name, ratio in found.items():
         console.print(f"{ratio:8.3f}  {name}")
     console.print(
-        "Ours end published and synced, SHA-256 of every file and arithmetic parity included; the references check\n"
-        "nothing. Ours have planned the base before, except where 4-bit weights start from empty caches.\n"
+        "Ours end published and synced, SHA-256 of every file included, and arithmetic parity, as every release has\n"
+        "it; the others check nothing, so ours are also measured with the check left out. Ours have planned the base\n"
+        "before, except where 4-bit weights start from empty caches.\n"
         "Ratios to references: less the time that imports take. Peak: memory without pages of mapped files.\n"
         "Bits: every tensor against the reference merge of the same kind.\n"
         f"One pass: {num_equal} of {len(ADAPTERS)} outputs equal those of the single merges in every bit."

@@ -12,9 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from benchmarks.measurement import Measurement, PeakMemory, bytes_moved
 from jobs.request import BaseQuantization, MergeRequest, ParityPolicy
+from workers import unit
+from workers.arithmetic import ArithmeticCheck, Tally
 from workers.outcomes import WorkerSettings
+from workers.plan import OutputTensor
 from workers.worker import MergeWorker
 
 
@@ -34,7 +39,14 @@ class Resident:
         self._process.communicate()
 
     def merge(
-        self, base: Path, adapters: Sequence[Path], out: Path, *, base_quantization: str, home: Path
+        self,
+        base: Path,
+        adapters: Sequence[Path],
+        out: Path,
+        *,
+        base_quantization: str,
+        home: Path,
+        checked: bool = True,
     ) -> Measurement:
         """Merge adapters in one pass.
 
@@ -44,6 +56,7 @@ class Resident:
             out: a new directory.
             base_quantization: as in a request.
             home: of caches, scratch and reports; one worker serves all orders with the same home.
+            checked: whether arithmetic parity is part of it.
 
         Raises:
             RuntimeError: a merge failed, or the process ended.
@@ -62,7 +75,13 @@ class Resident:
         read, written = bytes_moved(self._process.pid)
         peak = PeakMemory(self._process.pid)
         try:
-            answer = self._ask({"home": str(home), "requests": [each.model_dump(mode="json") for each in requests]})
+            answer = self._ask(
+                {
+                    "home": str(home),
+                    "requests": [each.model_dump(mode="json") for each in requests],
+                    "checked": checked,
+                }
+            )
         finally:
             peak_memory_bytes = peak.stop()
         read_after, written_after = bytes_moved(self._process.pid)
@@ -89,6 +108,16 @@ class Resident:
         return answer
 
 
+class _NoCheck(ArithmeticCheck):
+    """Finds nothing, and reads nothing: a merge of ours as those that check nothing are."""
+
+    def weight(self, *_: OutputTensor | slice) -> torch.Tensor:
+        return torch.empty(0)
+
+    def compare(self, tally: Tally, rows: slice, place: tuple[str, int], *_: torch.Tensor) -> None:
+        pass
+
+
 def _carry_out(workers: dict[str, MergeWorker], order: dict[str, Any]) -> dict[str, object]:
     home = order["home"]
     if order["requests"] is None:
@@ -100,6 +129,7 @@ def _carry_out(workers: dict[str, MergeWorker], order: dict[str, Any]) -> dict[s
         workers[home] = MergeWorker(WorkerSettings(**places, device="cpu"))
     worker = workers[home]
     requests = tuple(map(MergeRequest.model_validate, order["requests"]))
+    unit.ArithmeticCheck = ArithmeticCheck if order["checked"] else _NoCheck  # type: ignore[misc]
     start = time.perf_counter()
     outcome = worker.run_unit("bench", requests)
     published = [worker.publish(job.job_id) for job in outcome.jobs if job.failure is None]

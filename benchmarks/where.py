@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.contenders import ADAPTER, Site
 from jobs.request import BaseQuantization, MergeRequest, ParityPolicy
-from workers import kernels, quant, unit, verification, walk, writer
+from workers import arithmetic, kernels, quant, unit, walk, writer
 from workers.outcomes import WorkerSettings
 from workers.sinks import directory
 from workers.worker import MergeWorker
@@ -37,7 +37,6 @@ COLOURS = {
     "dequantize": "#6a4c93",
     "B.A": "#264653",
     "add and round": "#e9c46a",
-    "copy": "#90be6d",
     "write": "#f4a261",
     "hash": "#e76f51",
     "sync": "#577590",
@@ -131,12 +130,12 @@ def measure_parts(site: Site, base_quantization: str, room: Path) -> dict[str, f
             (quant.QuantizedWeight, "dequantize_rows", "dequantize", False),
             (torch, "mm", "B.A", False),
             (kernels, "add_delta", "add and round", False),
-            (writer.ShardWriter, "copy", "copy", False),
-            (writer.ShardWriter, "write", "write", False),
+            (writer.ShardWriter, "_put", "write", False),
             (writer.ShardWriter, "_hash", "hash", False),
             (directory, "sync", "sync", False),
             (directory, "sync_tree", "sync", False),
-            (verification, "check_arithmetic", "parity", True),
+            (arithmetic.ArithmeticCheck, "weight", "parity", False),
+            (arithmetic.ArithmeticCheck, "compare", "parity", False),
         ):
             stack.enter_context(clocks.around(owner, name, part, whole=whole))
         begin, cpu_begin = time.perf_counter(), time.process_time()

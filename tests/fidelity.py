@@ -85,7 +85,7 @@ def merge_both(base: Path, adapter: Path, directory: Path, quantization: str = "
     except MergefleetError as error:
         fault = _fault_of_peft(base, adapter, directory / "peft", config)
         return Cell("refused", fault) if fault else Cell("wrong", f"refused, but PEFT merges it: {error}")
-    bad = [c.tensor for c in planned.check()["job"] if c.rounding_excess > 1 or c.num_bad_elements]
+    bad = [c.tensor for c in planned.check()["job"].values() if c.rounding_excess > 1 or c.num_bad_elements]
     if bad:
         return Cell("wrong", f"its own arithmetic check fails: {bad[:3]}")
     ours = read_tensors(planned.output("job"))

@@ -18,15 +18,17 @@ from jobs.release import TensorCheck
 from jobs.request import MergeRequest
 from tests.models import load_plain
 from workers.adapters import fetch_adapters
-from workers.arithmetic import CheckJob, check_arithmetic
+from workers.arithmetic import ArithmeticCheck
 from workers.inference import quiet_libraries
 from workers.merge import PassResult, run_pass
 from workers.model import load_config, model_class
 from workers.module_weights import ModuleWeights
 from workers.passes import PassJob
 from workers.plan import BasePlan, MergePlan, plan_base, plan_merge
+from workers.probes import check_modules
 from workers.quantized_base import QuantizedBase, QuantizedCache
 from workers.sources import fetch_base
+from workers.tiles import single_threads
 
 CPU = torch.device("cpu")
 
@@ -52,6 +54,8 @@ class Pass:
         check: Callable[[str], None] = lambda _: None,
         on_bytes: Callable[[int], None] = lambda _: None,
         on_file: Callable[[str, Any], None] = lambda _, __: None,
+        direct: bool = False,
+        checked: bool = False,
     ) -> PassResult:
         """Run the pass."""
         jobs = []
@@ -63,19 +67,39 @@ class Pass:
                     plan=plan,
                     directory=self.output(job_id),
                     on_file=lambda file, job_id=job_id: on_file(job_id, file),
+                    direct=direct,
                     check=lambda job_id=job_id: check(job_id),
                 )
             )
         return run_pass(
-            self.base, self.quantized, self.weights, jobs, device=CPU, num_threads=num_threads, on_bytes=on_bytes
+            self.base,
+            self.quantized,
+            self.weights,
+            jobs,
+            check=ArithmeticCheck(self.base, self.quantized) if checked else None,
+            device=CPU,
+            num_threads=num_threads,
+            on_bytes=on_bytes,
         )
 
-    def check(self, *, num_threads: int = 2) -> dict[str, tuple[TensorCheck, ...]]:
-        """Check the arithmetic of all outputs."""
-        jobs = [CheckJob(plan=plan, directory=self.output(plan.request.id), check=lambda: None) for plan in self.plans]
-        return check_arithmetic(
-            self.base, self.quantized, self.weights, jobs, num_threads=num_threads, on_bytes=lambda _: None
-        )
+    def check(self, *, num_threads: int = 2) -> dict[str, dict[str, TensorCheck]]:
+        """Check the arithmetic of all outputs, as they are in their files; by job and tensor."""
+        check = ArithmeticCheck(self.base, self.quantized)
+        found = {}
+        for plan in self.plans:
+            name, directory = plan.request.id, self.output(plan.request.id)
+            found[name] = check.files(plan, directory, num_threads=num_threads, stop=lambda: None)
+            if plan.by_peft:
+                with single_threads(1, "check") as pool:
+                    modules = pool.submit(check_modules, plan, directory, self.weights, lambda: None, lambda _: None)
+                    found[name] |= modules.result()
+        errors = check.quantization_errors
+        return {
+            job: {
+                name: each.model_copy(update={"quantization_error": errors.get(name)}) for name, each in checks.items()
+            }
+            for job, checks in found.items()
+        }
 
 
 def plan_pass(base: Path, adapters: Mapping[str, Path], directory: Path, **fields: Any) -> Pass:

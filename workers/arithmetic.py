@@ -1,31 +1,29 @@
 """Parity, first question: is each merged tensor W + delta, for the W that was asked for?
 
-Every element of every tensor of the files that will ship is compared with W + scaling * B @ A, computed anew from base
-and adapter by another route than the merge takes. The bound is what one correct rounding allows: half a unit in the
-last place of the merged value, plus the error of a float32 sum of R products and W. Unchanged tensors have to be equal
-bit for bit. A single wrong bit in a single element is beyond it, with two exceptions that no check by value can see: in
-16 bits, an element so close to the middle of two values that float32 cannot tell which one is right; in float32, the
-last bits, which the order of the products decides.
+Every element of every tensor that will ship is compared with W + scaling * B @ A, computed anew from base and adapter
+by another route than the merge takes. What is compared are the bytes on their way into the files: the same memory is
+written, hashed and checked, so that files which have their digests have what was checked; files that somebody wrote to
+since are read again. The bound is
 
 Shape suffixes: O output features, I input features, R rank.
 """
 
-import contextlib
+import functools
 import math
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from jobs.errors import InternalError
 from jobs.release import TensorCheck
 from workers import kernels
-from workers.checkpoint import TensorSpec
 from workers.lanes.lora import read_operand
-from workers.module_weights import ModuleWeights
 from workers.plan import BasePlan, MergePlan, OutputTensor
-from workers.probes import check_modules
 from workers.quantized_base import QuantizedBase
 from workers.rounding import BITS, EXPONENT_BITS, MANTISSA_BITS, half_ulp, precision_for
 from workers.tensor_io import opened, read_into
@@ -34,17 +32,6 @@ from workers.tiles import TileBuffers, rows_per_tile, single_threads
 TILE_ELEMENTS = 1 << 19
 _NUM_PLACES = 1 << 12
 """Elements of a tile that are looked at one by one; where more are in doubt, it is all of them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckJob:
-    """One merged checkpoint to check."""
-
-    plan: MergePlan
-    directory: Path
-    """Where its files are."""
-    check: Callable[[], None]
-    """Raises CancelledError when the job should stop; called once per tensor."""
 
 
 @dataclass(slots=True)
@@ -68,49 +55,6 @@ class _Sums:
         self.kept += other.kept
 
 
-def check_arithmetic(
-    base: BasePlan,
-    quantized: QuantizedBase | None,
-    weights: ModuleWeights | None,
-    jobs: Sequence[CheckJob],
-    *,
-    num_threads: int,
-    on_bytes: Callable[[int], None],
-) -> dict[str, tuple[TensorCheck, ...]]:
-    """Check every tensor of the merged checkpoints of a pass; each tile of W is read once for all of them.
-
-    Args:
-        base: the planned base.
-        quantized: its weights in 4-bit, where the plan asks for them.
-        weights: its weights for PEFT, where a plan leaves any to it.
-        jobs: the checkpoints; CancelledError of one ends the check of all.
-        num_threads: tensors checked at the same time.
-        on_bytes: told the bytes of merged tensors checked, as they are.
-
-    Returns:
-        One check for each tensor, in the order of the plan, by request id.
-    """
-    results: dict[str, dict[str, TensorCheck]] = {job.plan.request.id: {} for job in jobs}
-    stream = _Check(base, quantized, jobs, on_bytes)
-    with single_threads(num_threads, "check") as pool:
-        for checks in pool.map(stream.tensor, base.tensors):
-            for name, check in checks.items():
-                results[name][check.tensor] = check
-        for job in jobs:
-            if job.plan.by_peft:
-                assert weights is not None
-                found = pool.submit(check_modules, job.plan, job.directory, weights, job.check, on_bytes)
-                results[job.plan.request.id] |= found.result()
-    errors = {} if quantized is None else quantized.errors
-    return {
-        name: tuple(
-            results[name][tensor.name].model_copy(update={"quantization_error": errors.get(tensor.name)})
-            for tensor in job.plan.tensors
-        )
-        for name, job in zip(results, jobs, strict=True)
-    }
-
-
 @dataclass(frozen=True, slots=True)
 class _Operands:
     """The delta of one weight: lora_A [R, I], scaling times lora_B [O, R], the largest norm of a column of lora_A."""
@@ -120,72 +64,172 @@ class _Operands:
     max_column_norm: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Subject:
-    """One tensor of one job."""
+class Tally:
+    """What is found about one tensor of one job, over its tiles; several threads add to it."""
 
-    job: CheckJob
-    path: Path
-    descriptor: int
-    spec: TensorSpec
-    operands: _Operands | None
-    sums: _Sums = field(default_factory=_Sums)
+    def __init__(self, plan: MergePlan, name: str) -> None:
+        shard, spec = plan.output.tensors[name]
+        self.name = name
+        self.shard = shard.name
+        self.spec = spec
+        self._plan = plan
+        self._sums = _Sums()
+        self._lock = threading.Lock()
+
+    @functools.cached_property
+    def operands(self) -> _Operands | None:
+        """The delta of the tensor; None if it is to be what it was."""
+        return _operands(self._plan, self.name)
+
+    def add(self, sums: _Sums) -> None:
+        """Add what was found about some rows."""
+        with self._lock:
+            self._sums.add(sums)
+
+    def summary(self) -> TensorCheck:
+        """Return what was found, once all tiles are compared."""
+        sums = self._sums
+        return TensorCheck(
+            tensor=self.name,
+            changed=self.name in self._plan.deltas,
+            max_abs_error=sums.max_abs_error,
+            rounding_excess=sums.rounding_excess,
+            num_bad_elements=sums.num_bad_elements,
+            weight_norm=math.sqrt(_finite(sums.weight_square)),
+            delta_norm=math.sqrt(_finite(sums.delta_square)),
+            survival=sums.kept / sums.delta_square if sums.delta_square > 0 and math.isfinite(sums.kept) else None,
+        )
 
 
-class _Check:
+class ArithmeticCheck:
     """The check of one pass; threads share it."""
 
-    def __init__(
-        self,
-        base: BasePlan,
-        quantized: QuantizedBase | None,
-        jobs: Sequence[CheckJob],
-        on_bytes: Callable[[int], None],
-    ) -> None:
+    def __init__(self, base: BasePlan, quantized: QuantizedBase | None) -> None:
+        """Start a check.
+
+        Args:
+            base: the planned base.
+            quantized: its weights in 4-bit, where the plan asks for them.
+        """
         self._base = base
         self._quantized = quantized
-        self._jobs = jobs
-        self._on_bytes = on_bytes
         self._buffers = TileBuffers(torch.device("cpu"))
+        self._lock = threading.Lock()
+        self.seconds = 0.0
+        """Of all threads together."""
 
-    def tensor(self, tensor: OutputTensor) -> dict[str, TensorCheck]:
-        """Check one tensor of all jobs, but those that PEFT merged."""
-        jobs = [job for job in self._jobs if job.plan.streams(tensor.name)]
-        if not jobs:
-            return {}
-        weight = None
-        if self._quantized is not None and tensor.stored is None:
+    @property
+    def quantization_errors(self) -> Mapping[str, float]:
+        """What 4 bits changed of W, by tensor, where it is known."""
+        return {} if self._quantized is None else self._quantized.errors
+
+    def begin(self, plan: MergePlan, name: str) -> Tally:
+        """Start on one tensor of one job, which no other lane makes."""
+        return Tally(plan, name)
+
+    def weight(self, tensor: OutputTensor, rows: slice) -> torch.Tensor:
+        """Read rows of W anew, or dequantize them; the next call of this thread may overwrite them.
+
+        Args:
+            tensor: of the base.
+            rows: a tile of it: where W is in 4-bit, of whole blocks.
+
+        Returns:
+            [rows, I] on the CPU, in the dtype W is stored in.
+        """
+        begin = time.perf_counter()
+        shape = rows.stop - rows.start, tensor.num_columns
+        if tensor.stored is None:
+            assert self._quantized is not None
             weight = self._quantized.weight(tensor.name)
-        alignment = weight.row_alignment if weight else 1
-        step = rows_per_tile(tensor.num_rows, tensor.num_columns, alignment, TILE_ELEMENTS)
-        for job in jobs:
-            job.check()
-        with contextlib.ExitStack() as files:
-            path = self._base.source.directory / tensor.shard
-            source = files.enter_context(opened(path)) if weight is None else None
-            subjects = [_subject(job, tensor.name, files) for job in jobs]
-            for start in range(0, tensor.num_rows if tensor.num_bytes else 0, max(step, 1)):
-                rows = slice(start, min(start + step, tensor.num_rows))
-                if weight is not None:
-                    weight_OI = weight.dequantize_rows(rows.start, rows.stop).cpu()
-                else:
-                    assert source is not None
-                    assert tensor.stored is not None
-                    weight_OI = self._read("stored", source, path, tensor.stored, rows)
-                for subject in subjects:
-                    merged_OI = self._read("merged", subject.descriptor, subject.path, subject.spec, rows)
-                    subject.sums.add(self._check_tile(merged_OI, weight_OI, subject.operands, rows))
-                    self._on_bytes(merged_OI.numel() * merged_OI.itemsize)
-        return {
-            subject.job.plan.request.id: _summarize(tensor.name, subject.sums, subject.operands is not None)
-            for subject in subjects
-        }
+            memory = self._buffers.get("dequantized", weight.dtype, shape, host=True)
+            weight_OI = weight.dequantize_rows(rows.start, rows.stop, memory).cpu()
+        else:
+            path, spec = self._base.source.directory / tensor.shard, tensor.stored
+            weight_OI = self._buffers.get("stored", spec.dtype, shape, host=True)
+            with opened(path) as descriptor:
+                read_into(descriptor, path, weight_OI, spec.begin + rows.start * spec.row_bytes)
+        self._took(begin)
+        return weight_OI
 
-    def _read(self, use: str, descriptor: int, path: Path, spec: TensorSpec, rows: slice) -> torch.Tensor:
-        num_columns = spec.row_bytes // spec.dtype.itemsize
-        tile_OI = self._buffers.get(use, spec.dtype, (rows.stop - rows.start, num_columns), host=True)
-        read_into(descriptor, path, tile_OI, spec.begin + rows.start * spec.row_bytes)
-        return tile_OI
+    def compare(
+        self, tally: Tally, rows: slice, place: tuple[str, int], merged: torch.Tensor, weight_OI: torch.Tensor
+    ) -> None:
+        """Compare rows of a merged tensor with what they should be.
+
+        Args:
+            tally: of the tensor.
+            rows: a tile of it.
+            place: where it goes: the shard's name, and the offset in it.
+            merged: uint8, the bytes that go there.
+            weight_OI: these rows of W, as `weight` returned them.
+
+        Raises:
+            InternalError: they go to another place than the plan says.
+        """
+        begin = time.perf_counter()
+        spec = tally.spec
+        expected = tally.shard, spec.begin + rows.start * spec.row_bytes
+        if place != expected:
+            raise InternalError(f"rows {rows.start} to {rows.stop} of {tally.name} go to {place}, expected {expected}")
+        merged_OI = merged.view(spec.dtype).view(weight_OI.shape)
+        step = max(1, TILE_ELEMENTS // max(1, weight_OI.shape[1]))
+        num_rows = rows.stop - rows.start
+        if num_rows * weight_OI.shape[1] < 2 * TILE_ELEMENTS:
+            step = num_rows
+        for start in range(0, num_rows, step):
+            part = slice(start, min(start + step, num_rows))
+            in_tensor = slice(rows.start + part.start, rows.start + part.stop)
+            tally.add(self._check_tile(merged_OI[part], weight_OI[part], tally.operands, in_tensor))
+        self._took(begin)
+
+    def files(
+        self,
+        plan: MergePlan,
+        directory: Path,
+        *,
+        num_threads: int,
+        stop: Callable[[], None],
+    ) -> dict[str, TensorCheck]:
+        """Compare streamed tensors as they are in files.
+
+        Args:
+            plan: of the job, or a part of it: of these files.
+            directory: of the files.
+            num_threads: tensors compared at the same time.
+            stop: raises CancelledError when the job should stop; called once per tensor.
+
+        Returns:
+            What was found, by tensor.
+        """
+
+        def compared(tensor: OutputTensor) -> TensorCheck:
+            stop()
+            tally = self.begin(plan, tensor.name)
+            alignment = 1
+            if tensor.stored is None:
+                assert self._quantized is not None
+                alignment = self._quantized.weight(tensor.name).row_alignment
+            step = rows_per_tile(tensor.num_rows, tensor.num_columns, alignment, TILE_ELEMENTS)
+            path = directory / tally.shard
+            with opened(path) as descriptor:
+                for start in range(0, tensor.num_rows if tensor.num_bytes else 0, max(step, 1)):
+                    rows = slice(start, min(start + step, tensor.num_rows))
+                    offset = tally.spec.begin + start * tally.spec.row_bytes
+                    num_bytes = (rows.stop - rows.start) * tally.spec.row_bytes
+                    merged = self._buffers.get("merged", torch.uint8, (1, num_bytes), host=True).view(-1)
+                    read_into(descriptor, path, merged, offset)
+                    self.compare(tally, rows, (tally.shard, offset), merged, self.weight(tensor, rows))
+            return tally.summary()
+
+        streamed = [tensor for tensor in self._base.tensors if plan.streams(tensor.name)]
+        with single_threads(num_threads, "check") as pool:
+            return {check.tensor: check for check in pool.map(compared, streamed)}
+
+    def _took(self, begin: float) -> None:
+        seconds = time.perf_counter() - begin
+        with self._lock:
+            self.seconds += seconds
 
     def _check_tile(
         self, merged_OI: torch.Tensor, weight_OI: torch.Tensor, operands: _Operands | None, rows: slice
@@ -225,12 +269,6 @@ class _Check:
             # NaN compares false with everything, so what is not within the bound is counted, not what is beyond it.
             sums.num_bad_elements = len(places) - int((excess <= 1).sum())
         return sums
-
-
-def _subject(job: CheckJob, name: str, files: contextlib.ExitStack) -> _Subject:
-    shard, spec = job.plan.output.tensors[name]
-    path = job.directory / shard.name
-    return _Subject(job, path, files.enter_context(opened(path)), spec, _operands(job.plan, name))
 
 
 def _operands(plan: MergePlan, name: str) -> _Operands | None:
@@ -288,19 +326,6 @@ def _largest(values: torch.Tensor) -> float:
 def _finite(value: float) -> float:
     # NaN and infinity have no place in a JSON report; they are as wrong as can be.
     return value if math.isfinite(value) else sys.float_info.max
-
-
-def _summarize(name: str, sums: _Sums, changed: bool) -> TensorCheck:
-    return TensorCheck(
-        tensor=name,
-        changed=changed,
-        max_abs_error=sums.max_abs_error,
-        rounding_excess=sums.rounding_excess,
-        num_bad_elements=sums.num_bad_elements,
-        weight_norm=math.sqrt(_finite(sums.weight_square)),
-        delta_norm=math.sqrt(_finite(sums.delta_square)),
-        survival=sums.kept / sums.delta_square if sums.delta_square > 0 and math.isfinite(sums.kept) else None,
-    )
 
 
 def failures(checks: Sequence[TensorCheck], max_rounding_excess: float) -> Mapping[str, str]:

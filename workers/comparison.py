@@ -136,13 +136,15 @@ def _merge(
     if base.quantization is not None:
         quantized = cache.open(base.quantization, lambda _: cancelled())
     jobs = [
-        PassJob(plan=plan, directory=room / str(number), on_file=lambda _: None, check=cancelled)
+        PassJob(plan=plan, directory=room / str(number), on_file=lambda _: None, direct=False, check=cancelled)
         for number, plan in enumerate(others)
     ]
     for job in jobs:
         job.directory.mkdir()
     with module_weights(base, quantized, others, scratch, lambda _: cancelled()) as weights:
-        result = run_pass(base, quantized, weights, jobs, device=device, num_threads=num_threads, on_bytes=on_bytes)
+        result = run_pass(
+            base, quantized, weights, jobs, check=None, device=device, num_threads=num_threads, on_bytes=on_bytes
+        )
     merged |= result.errors
     for job in jobs:
         plan = job.plan

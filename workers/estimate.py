@@ -15,11 +15,12 @@ from workers.plan import MergePlan
 _LIBRARY_BYTES = 390_000_000
 """Memory of a process that has imported torch, transformers, PEFT, bitsandbytes and Numba (CPU builds)."""
 
-_TILE_BYTES = 12 << 20
-"""Scratch of one thread on the CPU: the tile as stored, in float32, rounded, and what a check holds of it."""
+_TILE_BYTES = 48 << 20
+"""Scratch of one thread on the CPU: the tile as stored and in float32, the same for its check, and four buffers on
+their way to files."""
 
-_QUANTIZE_BYTES = 128 << 20
-"""A group of quantized tensors, once as tensors and once as it is being written, and the tiles in work."""
+_QUANTIZE_BYTES = 48 << 20
+"""Scratch of one thread that quantizes: the tile as stored and on its way back, in 4-bit, and buffers."""
 
 _MODULE_ELEMENT_BYTES = 56
 """What the check of a module that PEFT merged holds of each of its weights: up to seven arrays of float64, of a layer,
@@ -126,9 +127,12 @@ def pass_bytes(plans: Sequence[MergePlan], num_threads: int) -> int:
     base = plans[0].base
     streaming = num_threads * (_TILE_BYTES + sum(_operand_bytes(plan) for plan in plans))
     if base.quantization is not None or any(plan.request.compare for plan in plans):
-        # Each thread has a weight in 4-bit, twice while its tiles are put together, and a few wait to be written.
-        largest = max((t.num_bytes // t.dtype.itemsize for t in base.tensors if t.stored is None), default=0)
-        streaming = max(streaming, _QUANTIZE_BYTES + 2 * num_threads * largest + _quantized_whole(plans[0]))
+        quantizing = num_threads * _QUANTIZE_BYTES + _quantized_whole(plans[0])
+        if any(plan.request.quantization_options.bnb_4bit_use_double_quant for plan in plans):
+            # Scales are quantized with a weight's last tile: until then it is held in 4-bit, and twice at the end.
+            largest = max((t.num_bytes // t.dtype.itemsize for t in base.tensors if t.stored is None), default=0)
+            quantizing += num_threads * 5 * largest // 4
+        streaming = max(streaming, quantizing)
     return max(streaming, *map(_bytes_by_peft, plans))
 
 

@@ -1,13 +1,13 @@
 """The pass: the merged shards of all jobs that share a base, each tensor by the lane the plan gave it."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from jobs.errors import MergefleetError
-from jobs.release import Artifact
+from jobs.release import TensorCheck
+from workers.arithmetic import ArithmeticCheck
 from workers.lanes.peft import merge_modules
 from workers.module_weights import ModuleWeights
 from workers.passes import PassJob, PassState, check_range
@@ -15,16 +15,19 @@ from workers.plan import BasePlan
 from workers.quantized_base import QuantizedBase
 from workers.tiles import single_threads
 from workers.walk import Walk
+from workers.writer import Conveyor, HashedFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassResult:
     """What a pass did."""
 
-    artifacts: dict[str, tuple[Artifact, ...]]
+    files: dict[str, tuple[HashedFile, ...]]
     """The merged shards of the jobs that went well, by request id."""
     errors: dict[str, MergefleetError]
     """Why the other jobs failed, by request id."""
+    checks: dict[str, tuple[TensorCheck, ...]]
+    """What was found about the tensors that were streamed, by request id."""
     num_base_bytes_read: int
     """Bytes of the base's own files read; those in 4-bit come out of the cache and do not count."""
     num_adapter_bytes_read: int
@@ -37,6 +40,7 @@ def run_pass(
     weights: ModuleWeights | None,
     jobs: Sequence[PassJob],
     *,
+    check: ArithmeticCheck | None,
     device: torch.device,
     num_threads: int,
     on_bytes: Callable[[int], None],
@@ -51,9 +55,10 @@ def run_pass(
         quantized: its weights in 4-bit, where the plan asks for them.
         weights: its weights for PEFT, where a plan leaves any to it.
         jobs: planned on this base; each fails alone.
+        check: of what is streamed, on its way into the files; None if nobody wants to know.
         device: where tiles are computed.
-        num_threads: threads that compute; as many again hash.
-        on_bytes: told the bytes written, as they are.
+        num_threads: threads that compute; twice as many write and hash.
+        on_bytes: told the bytes written, and again as they are checked.
 
     Returns:
         The files of the jobs that went well and the errors of the others.
@@ -61,9 +66,9 @@ def run_pass(
     Raises:
         NotFoundError, BadInputError, TransientIOError: the base itself cannot be read.
     """
-    hashing = ThreadPoolExecutor(num_threads, thread_name_prefix="hash")
-    state = PassState(jobs, hashing, on_bytes)
-    walk = Walk(base, quantized, state, device, num_threads)
+    conveyor = Conveyor.of_threads(num_threads, pin=device.type == "cuda")
+    state = PassState(jobs, conveyor, on_bytes)
+    walk = Walk(base, quantized, state, check=check, device=device, num_threads=num_threads)
     try:
         with single_threads(num_threads, "merge") as pool:
             for worker in [pool.submit(walk.work) for _ in range(num_threads)]:
@@ -73,10 +78,10 @@ def run_pass(
                     assert weights is not None
                     # One after the other: PEFT changes process-wide state while it wraps a model.
                     pool.submit(_merge_by_peft, state, name, weights).result()
-        hashing.shutdown()
+        conveyor.close()
         return _result(state)
     finally:
-        hashing.shutdown()
+        conveyor.close()
         walk.close()
         state.close()
 
@@ -93,15 +98,18 @@ def _merge_by_peft(state: PassState, name: str, weights: ModuleWeights) -> None:
             for output, values in module.outputs.items():
                 rounded = values.detach().to(outputs[output].dtype).contiguous()
                 check_range(outputs[output], rounded)
-                state.write(writer, outputs[output], 0, rounded)
+                shard, spec = writer.locate(output)
+                shard.write_copy(spec.begin, rounded)
+                state.count(written=spec.num_bytes)
 
 
 def _result(state: PassState) -> PassResult:
-    artifacts = {name: writer.finished() for name, writer in state.writers.items()}
+    files = {name: writer.finished() for name, writer in state.writers.items()}
     errors = {name: writer.error for name, writer in state.writers.items() if writer.error is not None}
     return PassResult(
-        artifacts={name: files for name, files in artifacts.items() if name not in errors},
+        files={name: each for name, each in files.items() if name not in errors},
         errors=errors,
+        checks={name: tuple(checks) for name, checks in state.checks.items()},
         num_base_bytes_read=state.num_base_bytes,
         num_adapter_bytes_read=state.num_adapter_bytes,
         num_bytes_written=state.num_written,

@@ -3,16 +3,15 @@
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from jobs.errors import BadInputError, MergefleetError
+from jobs.release import TensorCheck
 from workers.plan import MergePlan, OutputTensor
-from workers.tensor_io import tensor_bytes
-from workers.writer import CheckpointWriter, HashedFile
+from workers.writer import CheckpointWriter, Conveyor, HashedFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +23,8 @@ class PassJob:
     """Where the merged shards are written; empty."""
     on_file: Callable[[HashedFile], None]
     """Told each file as it is closed, in a thread of the pass; an error of ours fails the job."""
+    direct: bool
+    """Whether its shards go past the page cache, since nobody here reads them again."""
     check: Callable[[], None]
     """Raises CancelledError when the job should stop; called once per tile."""
 
@@ -31,15 +32,17 @@ class PassJob:
 class PassState:
     """The jobs of one pass and what has been done for them; threads share it."""
 
-    def __init__(self, jobs: Sequence[PassJob], hashing: Executor, on_bytes: Callable[[int], None]) -> None:
+    def __init__(self, jobs: Sequence[PassJob], conveyor: Conveyor, on_bytes: Callable[[int], None]) -> None:
         self.jobs = {job.plan.request.id: job for job in jobs}
         self.writers = {
-            name: CheckpointWriter(job.directory, job.plan.output, hashing, job.on_file)
+            name: CheckpointWriter(job.directory, job.plan.output, conveyor, direct=job.direct, on_file=job.on_file)
             for name, job in self.jobs.items()
         }
         self.num_base_bytes = 0
         self.num_adapter_bytes = 0
         self.num_written = 0
+        self.checks: dict[str, list[TensorCheck]] = {name: [] for name in self.jobs}
+        """Of the tensors that were checked on their way, by job."""
         self._on_bytes = on_bytes
         self._lock = threading.Lock()
 
@@ -48,15 +51,20 @@ class PassState:
         """Whether every job has failed."""
         return all(writer.error for writer in self.writers.values())
 
+    def well(self, names: Sequence[str]) -> list[str]:
+        """Return those of some jobs that go on: they have not failed, and nobody wants them to stop."""
+        for name in names:
+            if self.writers[name].error is None:
+                try:
+                    self.jobs[name].check()
+                except MergefleetError as error:
+                    self.writers[name].fail(error)
+        return [name for name in names if self.writers[name].error is None]
+
     @contextlib.contextmanager
     def job(self, name: str) -> Iterator[CheckpointWriter | None]:
         """Hand out the writer of a job that is still well; what goes wrong inside is that job's failure alone."""
         writer = self.writers[name]
-        if writer.error is None:
-            try:
-                self.jobs[name].check()
-            except MergefleetError as error:
-                writer.fail(error)
         if writer.error is not None:
             yield None
             return
@@ -65,21 +73,19 @@ class PassState:
         except MergefleetError as error:
             writer.fail(error)
 
-    def count(self, *, base: int = 0, adapter: int = 0, written: int = 0) -> None:
-        """Add to the bytes read and written."""
+    def count(self, *, base: int = 0, adapter: int = 0, written: int = 0, checked: int = 0) -> None:
+        """Add to the bytes read, written and checked."""
         with self._lock:
             self.num_base_bytes += base
             self.num_adapter_bytes += adapter
             self.num_written += written
-        if written:
-            self._on_bytes(written)
+        if written or checked:
+            self._on_bytes(written + checked)
 
-    def write(self, writer: CheckpointWriter, tensor: OutputTensor, start: int, rows: torch.Tensor) -> None:
-        """Write rows of a tensor, contiguous and on the CPU, from row `start` on."""
-        shard, spec = writer.locate(tensor.name)
-        data = tensor_bytes(rows)
-        shard.write(spec.begin + start * tensor.num_columns * rows.itemsize, data)
-        self.count(written=len(data))
+    def checked(self, name: str, check: TensorCheck) -> None:
+        """Keep what the check of a job's tensor found."""
+        with self._lock:
+            self.checks[name].append(check)
 
     def close(self) -> None:
         """Close all files, once nobody writes or hashes any more."""

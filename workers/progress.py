@@ -62,6 +62,12 @@ class Tracker:
             with self._lock:
                 self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
 
+    def shift(self, stage: str, to: str, seconds: float) -> None:
+        """Count some of the time of a stage towards another one, which ran inside it."""
+        with self._lock:
+            self.seconds[stage] -= seconds
+            self.seconds[to] = self.seconds.get(to, 0.0) + seconds
+
     def check(self, job_id: str) -> None:
         """Raise CancelledError when somebody asked for this job to stop."""
         if job_id in self._cancelled():

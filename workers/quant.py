@@ -27,7 +27,7 @@ BLOCK_SIZE = 64
 
 _FOLLOWED_VERSION = "0.50.2"
 """The bitsandbytes that `workers.kernels` follows bit for bit on the CPU; of any other, its own is taken."""
-_NESTED_BLOCK_SIZE = 256
+NESTED_BLOCK_SIZE = 256
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _STATE_SUFFIX = ".quant_state.bitsandbytes__"
@@ -59,15 +59,16 @@ class QuantizedWeight:
         """Bytes held."""
         return self.codes.numel() + self.absmax.numel() * 4
 
-    def dequantize_rows(self, start: int, stop: int) -> torch.Tensor:
+    def dequantize_rows(self, start: int, stop: int, memory: torch.Tensor | None = None) -> torch.Tensor:
         """Dequantize rows [start, stop).
 
         Args:
             start: a multiple of `row_alignment`.
             stop: a multiple of `row_alignment`, or the number of rows.
+            memory: [stop - start, I] of `dtype`, on the CPU: may become the result, where the codes are there, too.
 
         Returns:
-            A new tensor [stop - start, I] of `dtype`, on the device of the codes.
+            A tensor [stop - start, I] of `dtype`, on the device of the codes.
         """
         if self.transposed:
             num_rows, num_columns = self.shape
@@ -78,7 +79,7 @@ class QuantizedWeight:
         codes = self.codes[begin // 2 : (end + 1) // 2]
         absmax = self.absmax[begin // self.blocksize : math.ceil(end / self.blocksize)]
         if BITSANDBYTES_VERSION == _FOLLOWED_VERSION and codes.device.type == "cpu":
-            weight = torch.empty(stop - start, num_columns, dtype=self.dtype)
+            weight = torch.empty(stop - start, num_columns, dtype=self.dtype) if memory is None else memory
             kernels.dequantize(
                 kernels.array(codes),
                 kernels.array(absmax),
@@ -186,7 +187,7 @@ def stored_tensors(
     code = bnb.get_4bit_type(quant_type, device=codes.device)
     if double_quant:
         offset = absmax.mean()
-        nested, nested_state = bnb.quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCK_SIZE)
+        nested, nested_state = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
         state = bnb.QuantState(
             absmax=nested,
             shape=torch.Size(shape),

@@ -1,13 +1,12 @@
-"""Quantizing a base: what decides the bits, and the 4-bit tensors of one weight after the other."""
+"""Quantizing a base: what decides the bits, and the 4-bit tensors of its weights."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
-from collections import defaultdict, deque
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +14,22 @@ import torch
 import transformers
 
 from workers import kernels
-from workers.checkpoint import CheckpointLayout
+from workers.checkpoint import CheckpointLayout, lay_out_shard
 from workers.conversions import Conversions, Group
-from workers.quant import BITSANDBYTES_VERSION, quantize_rows, restore, row_alignment, stored_tensors
+from workers.quant import (
+    BITSANDBYTES_VERSION,
+    BLOCK_SIZE,
+    NESTED_BLOCK_SIZE,
+    QuantizedWeight,
+    quantize_rows,
+    restore,
+    row_alignment,
+    stored_tensors,
+)
 from workers.tensor_io import opened, read_into, read_rows
-from workers.tiles import single_threads
+from workers.tiles import TileBuffers, single_threads
 
-_TILE_ELEMENTS = 1 << 19
+_TILE_ELEMENTS = 1 << 21
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,34 +108,177 @@ class QuantizationTask:
 
 
 Quantized = tuple[str, dict[str, torch.Tensor], dict[str, float]]
-"""Of a weight its name, the tensors it is stored as, by suffix, and what is known then of what 4 bits changed: the
-Frobenius norm of the difference, by names in the checkpoint."""
+"""Of a weight its name, tensors it is stored as, by suffix, and what is known then of what 4 bits changed: by names in
+the checkpoint, the Frobenius norm of the difference."""
 
 
-def quantized_weights(
-    task: QuantizationTask, device: torch.device, num_threads: int, on_bytes: Callable[[int], None]
+def streamed_layout(task: QuantizationTask) -> CheckpointLayout:
+    """Return where `quantize_streamed` writes what grows with the weights: codes and scales, both in order.
+
+    They are in two files, so that each file can be hashed as it grows.
+    """
+    codes: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+    scales: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+    for name in _upright(task):
+        num_elements = task.layout.tensors[name][1].num_elements
+        num_blocks = math.ceil(num_elements / BLOCK_SIZE)
+        codes.append((name, torch.uint8, (math.ceil(num_elements / 2), 1)))
+        if task.double_quant:
+            scales.append((f"{name}.absmax", torch.uint8, (num_blocks,)))
+            scales.append((f"{name}.nested_absmax", torch.float32, (math.ceil(num_blocks / NESTED_BLOCK_SIZE),)))
+        else:
+            scales.append((f"{name}.absmax", torch.float32, (num_blocks,)))
+    files = {"codes.safetensors": codes, "scales.safetensors": scales}
+    return CheckpointLayout(tuple(lay_out_shard(file, tensors) for file, tensors in files.items() if tensors))
+
+
+def quantize_streamed(
+    task: QuantizationTask,
+    device: torch.device,
+    num_threads: int,
+    *,
+    write: Callable[[str, int, torch.Tensor], None],
+    on_bytes: Callable[[int], None],
 ) -> Iterator[Quantized]:
-    """Quantize the weights of a task.
+    """Quantize the weights that can be taken in tiles: those that are stored as they are converted.
+
+    Memory: tiles; where scales are quantized themselves, the scales and codes of the weights in work.
 
     Args:
         task: what to quantize.
         device: where.
-        num_threads: weights that are quantized at the same time.
+        num_threads: tiles that are quantized at the same time.
+        write: told of each tensor of `streamed_layout` its bytes: its name, where they begin in it, and a contiguous
+            tensor of them on the CPU; each byte once, in any order.
         on_bytes: told the bytes of the base read, as they are; may raise to stop.
 
     Yields:
-        One weight after the other, a few of them ahead of whoever takes them.
+        Each weight with the small tensors that belong to it, too.
     """
-    upright = [name for name in task.weights if name not in task.transposed]
-    quantize = functools.partial(_quantize_rows, task, device, on_bytes)
+    buffers = TileBuffers(torch.device("cpu"))
+    weights = [_Streamed(task, name, device, buffers, write) for name in _upright(task)]
+    tiles = ((weight, start) for weight in weights for start in weight.starts)
+
+    def quantize(tile: tuple[_Streamed, int]) -> Quantized | None:
+        weight, start = tile
+        return weight.quantize(start, on_bytes)
+
     with single_threads(num_threads, "quantize") as pool:
-        ahead: deque[Future[Quantized]] = deque()
-        for name in upright:
-            if len(ahead) > num_threads:
-                yield ahead.popleft().result()
-            ahead.append(pool.submit(quantize, name))
-        while ahead:
-            yield ahead.popleft().result()
+        yield from filter(None, pool.map(quantize, tiles))
+
+
+class _Streamed:
+    """A weight that is quantized tile by tile; several threads do so."""
+
+    def __init__(
+        self,
+        task: QuantizationTask,
+        name: str,
+        device: torch.device,
+        buffers: TileBuffers,
+        write: Callable[[str, int, torch.Tensor], None],
+    ) -> None:
+        self._task = task
+        self._name = name
+        self._device = device
+        self._buffers = buffers
+        self._write = write
+        shard, self._spec = task.layout.tensors[name]
+        self._path = task.base / shard.name
+        self._num_rows, self._num_columns = self._spec.shape
+        alignment = row_alignment(self._num_columns)
+        self._step = max(1, _TILE_ELEMENTS // (self._num_columns * alignment)) * alignment
+        self.starts = range(0, self._num_rows, self._step)
+        self._lock = threading.Lock()
+        self._num_left = len(self.starts)
+        self._square_error = 0.0
+        self._parts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Codes and scales by the row they begin at, where scales are quantized themselves."""
+
+    def quantize(self, start: int, on_bytes: Callable[[int], None]) -> Quantized | None:
+        """Quantize the tile that begins at a row; return what is known of the weight with its last one."""
+        tile = self._read(start)
+        on_bytes(tile.numel() * self._spec.dtype.itemsize)
+        codes, absmax = quantize_rows(tile, self._task.quant_type)
+        square_error = 0.0
+        if not self._task.double_quant:
+            self._put(start, codes, absmax)
+            weight = QuantizedWeight(
+                codes=codes,
+                absmax=absmax,
+                blocksize=BLOCK_SIZE,
+                quant_type=self._task.quant_type,
+                shape=(tile.shape[0], tile.shape[1]),
+                dtype=tile.dtype,
+            )
+            square_error = self._error(weight, 0, tile)
+        with self._lock:
+            if self._task.double_quant:
+                self._parts[start] = codes, absmax
+            self._square_error += square_error
+            self._num_left -= 1
+            if self._num_left:
+                return None
+        return self._finish(codes[:1], absmax[:1])
+
+    def _finish(self, some_codes: torch.Tensor, some_absmax: torch.Tensor) -> Quantized:
+        if not self._task.double_quant:
+            # What else is stored of it does not depend on its values.
+            tensors = _stored(self._task, some_codes, some_absmax, self._spec.shape, self._dtype)
+            kept = {suffix: tensor for suffix, tensor in tensors.items() if suffix not in ("", ".absmax")}
+            return self._name, kept, {self._name: math.sqrt(self._square_error)}
+        codes, absmax = (torch.cat([self._parts[start][part] for start in self.starts]) for part in (0, 1))
+        self._parts.clear()
+        tensors = _stored(self._task, codes, absmax, self._spec.shape, self._dtype)
+        del codes, absmax
+        weight = restore(self._name, tensors).to(self._device)
+        # Scales that are quantized themselves are final with the last tile only: the first look was for the page cache.
+        for start in self.starts:
+            tile = self._read(start)
+            self._square_error += self._error(weight, start, tile)
+        for suffix in ("", ".absmax", ".nested_absmax"):
+            self._write(f"{self._name}{suffix}", 0, tensors.pop(suffix))
+        return self._name, tensors, {self._name: math.sqrt(self._square_error)}
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self._task.dtype or self._spec.dtype
+
+    def _read(self, start: int) -> torch.Tensor:
+        stop = min(start + self._step, self._num_rows)
+        tile = self._buffers.get("stored", self._spec.dtype, (stop - start, self._num_columns), host=True)
+        with opened(self._path) as descriptor:
+            read_into(descriptor, self._path, tile, self._spec.begin + start * self._spec.row_bytes)
+        return tile.to(device=self._device, dtype=self._dtype)
+
+    def _error(self, weight: QuantizedWeight, start: int, tile: torch.Tensor) -> float:
+        num_rows, num_columns = tile.shape
+        memory = self._buffers.get("dequantized", tile.dtype, (num_rows, num_columns), host=True)
+        return _square_error(weight.dequantize_rows(start, start + num_rows, memory), tile)
+
+    def _put(self, start: int, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+        begin = start * self._num_columns  # of a block, and of a byte
+        self._write(self._name, begin // 2, codes.cpu())
+        self._write(f"{self._name}.absmax", begin // BLOCK_SIZE * absmax.itemsize, absmax.cpu())
+
+
+def _upright(task: QuantizationTask) -> list[str]:
+    return [name for name in task.weights if name not in task.transposed]
+
+
+def quantize_whole(
+    task: QuantizationTask, device: torch.device, on_bytes: Callable[[int], None]
+) -> Iterator[Quantized]:
+    """Quantize the weights that are not stored as they are converted: one after the other, each as a whole.
+
+    Args:
+        task: what to quantize.
+        device: where.
+        on_bytes: told the bytes of the base read, as they are; may raise to stop.
+
+    Yields:
+        Each weight with all of its tensors.
+    """
 
     def read(name: str) -> torch.Tensor:
         shard, spec = task.layout.tensors[name]
@@ -190,33 +341,3 @@ def _square_error(through_4bit: torch.Tensor, weight: torch.Tensor) -> float:
         left, right = (kernels.array(tensor.contiguous()) for tensor in (through_4bit, weight))
         return float(kernels.square_difference(left, right))
     return float(torch.linalg.vector_norm(through_4bit.float() - weight.to(through_4bit.device).float())) ** 2
-
-
-def _quantize_rows(
-    task: QuantizationTask, device: torch.device, on_bytes: Callable[[int], None], name: str
-) -> Quantized:
-    shard, spec = task.layout.tensors[name]
-    path = task.base / shard.name
-    num_rows, num_columns = spec.shape
-    alignment = row_alignment(num_columns)
-    rows_per_tile = max(1, _TILE_ELEMENTS // (num_columns * alignment)) * alignment
-    dtype = task.dtype or spec.dtype
-    with opened(path) as descriptor:
-
-        def tiles() -> Iterator[tuple[int, int, torch.Tensor]]:
-            for start in range(0, num_rows, rows_per_tile):
-                stop = min(start + rows_per_tile, num_rows)
-                tile = torch.empty(stop - start, num_columns, dtype=spec.dtype)
-                read_into(descriptor, path, tile, spec.begin + start * spec.row_bytes)
-                yield start, stop, tile.to(device=device, dtype=dtype)
-
-        parts = []
-        for _, _, tile in tiles():
-            on_bytes(tile.numel() * spec.dtype.itemsize)
-            parts.append(quantize_rows(tile, task.quant_type))
-        codes, absmax = (torch.cat(each) for each in zip(*parts, strict=True))
-        tensors = _stored(task, codes, absmax, spec.shape, dtype)
-        weight = restore(name, tensors).to(device)
-        # Scales that are quantized themselves are final with the last tile only: the first look is for the page cache.
-        errors = [_square_error(weight.dequantize_rows(start, stop), tile) for start, stop, tile in tiles()]
-    return name, tensors, {name: math.sqrt(sum(errors))}

@@ -1,10 +1,11 @@
 """Bases in 4-bit: made once, kept on disk in the bnb-4bit checkpoint format, mapped or held by workers."""
 
+import itertools
 import json
 import logging
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -16,11 +17,12 @@ from jobs.errors import BadInputError, InternalError, NoCapacityError, NotFoundE
 from workers.checkpoint import INDEX_FILE, CheckpointLayout, read_checkpoint, read_json
 from workers.files import file_errors, sha256_of
 from workers.quant import QuantizedWeight, quantized_names, quantized_owner, restore
-from workers.quantization import QuantizationTask, quantized_weights
+from workers.quantization import QuantizationTask, Quantized, quantize_streamed, quantize_whole, streamed_layout
 from workers.scratch import OwnedDirectory, exclusive, sweep
+from workers.writer import CheckpointWriter, Conveyor
 
 _GROUP_BYTES = 32 << 20
-"""Size of a cache file: bounds the memory that quantizing takes beyond its largest weight."""
+"""Size of a cache file of what cannot be streamed: bounds the memory that it takes beyond its largest weight."""
 
 _DIGESTS_NAME = "digests.json"
 _ERRORS_NAME = "errors.json"
@@ -205,8 +207,14 @@ class QuantizedCache:
         weight_map: dict[str, str] = {}
         digests: dict[str, str] = {}
         errors: dict[str, float] = {}
-        for number, tensors in enumerate(self._groups(task, errors, on_bytes)):
-            name = f"model-{number:05d}.safetensors"
+        rest: list[Quantized] = []
+        layout = streamed_layout(task)
+        if layout.shards:
+            rest = self._stream(task, layout, directory, digests, on_bytes)
+            weight_map |= {name: shard.name for name, (shard, _) in layout.tensors.items()}
+        whole = quantize_whole(task, self._device, on_bytes)
+        for number, tensors in enumerate(_groups(itertools.chain(rest, whole), errors)):
+            name = f"others-{number:05d}.safetensors"
             save_file(tensors, directory / name, metadata={"format": "pt"})
             digests[name] = sha256_of(directory / name)
             weight_map |= dict.fromkeys(tensors, name)
@@ -216,19 +224,47 @@ class QuantizedCache:
             digests[name] = sha256_of(directory / name)
         (directory / _DIGESTS_NAME).write_text(json.dumps(digests))
 
-    def _groups(
-        self, task: QuantizationTask, errors: dict[str, float], on_bytes: Callable[[int], None]
-    ) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the tensors of each cache file; put the error of each weight on the way."""
-        group: dict[str, torch.Tensor] = {}
-        for name, tensors, known in quantized_weights(task, self._device, self._num_threads, on_bytes):
-            errors |= known
-            group |= {f"{name}{suffix}": tensor for suffix, tensor in tensors.items()}
-            if sum(tensor.numel() * tensor.itemsize for tensor in group.values()) >= _GROUP_BYTES:
-                yield group
-                group = {}
-        if group:
+    def _stream(
+        self,
+        task: QuantizationTask,
+        layout: CheckpointLayout,
+        directory: Path,
+        digests: dict[str, str],
+        on_bytes: Callable[[int], None],
+    ) -> list[Quantized]:
+        """Write what grows with the weights; return what else belongs to them."""
+        conveyor = Conveyor.of_threads(self._num_threads)
+        writer = CheckpointWriter(directory, layout, conveyor, direct=False, on_file=lambda _: None)
+
+        def write(name: str, begin: int, data: torch.Tensor) -> None:
+            if writer.error is not None:
+                raise writer.error
+            shard, spec = writer.locate(name)
+            shard.write_copy(spec.begin + begin, data)
+
+        try:
+            rest = list(quantize_streamed(task, self._device, self._num_threads, write=write, on_bytes=on_bytes))
+        finally:
+            conveyor.close()
+            writer.close()
+        files = writer.finished()
+        if writer.error is not None:
+            raise writer.error
+        digests |= {file.artifact.path: file.artifact.sha256 for file in files}
+        return rest
+
+
+def _groups(weights: Iterable[Quantized], errors: dict[str, float]) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the tensors of each further cache file; put the error of each weight on the way."""
+    group: dict[str, torch.Tensor] = {}
+    for name, tensors, known in weights:
+        errors |= known
+        group |= {f"{name}{suffix}": tensor for suffix, tensor in tensors.items()}
+        if sum(tensor.numel() * tensor.itemsize for tensor in group.values()) >= _GROUP_BYTES:
             yield group
+            group = {}
+    if group:
+        yield group
 
 
 class ResidentBases:

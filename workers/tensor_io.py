@@ -1,7 +1,6 @@
 """Bytes of tensors to and from files: positioned reads and writes that never move a shared file position."""
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +10,6 @@ import torch
 from jobs.errors import BadInputError
 from workers.checkpoint import TensorSpec
 from workers.files import file_errors
-
-_COPY_BYTES = 32 << 20
-_NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM})
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -85,36 +81,3 @@ def write_all(descriptor: int, path: Path, data: memoryview | bytes, offset: int
     while done < len(view):
         with file_errors(f"writing {path}"):
             done += os.pwrite(descriptor, view[done:], offset + done)
-
-
-def copy_range(source: int, target: int, path: Path, *, begin: int, target_begin: int, num_bytes: int) -> None:
-    """Copy bytes between two files inside the kernel, by reference where the filesystem can.
-
-    Args:
-        source: descriptor open for reading.
-        target: descriptor open for writing.
-        path: of the target, for messages.
-        begin: offset in the source.
-        target_begin: offset in the target.
-        num_bytes: how much to copy.
-
-    Raises:
-        NoCapacityError: the disk is full.
-        BadInputError: the source ends before.
-    """
-    done = 0
-    while done < num_bytes:
-        wanted = min(_COPY_BYTES, num_bytes - done)
-        with file_errors(f"copying into {path}"):
-            try:
-                count = os.copy_file_range(source, target, wanted, begin + done, target_begin + done)
-            except OSError as error:
-                if error.errno not in _NO_KERNEL_COPY:
-                    raise
-                # Another filesystem, an old kernel, or a filesystem without it: the same bytes through user space.
-                data = os.pread(source, wanted, begin + done)
-                write_all(target, path, data, target_begin + done)
-                count = len(data)
-        if count == 0:
-            raise BadInputError(f"{path}: the source of this copy was truncated meanwhile, at byte {begin + done}")
-        done += count

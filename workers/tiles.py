@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
-"""Elements of a tile: on the CPU its float32 form stays in the cache of a core, on a GPU it fills the device."""
+TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 24}
+"""Elements of a tile: on the CPU so many that handing tiles from thread to thread costs little beside what is done with
+them, on a GPU so many that they fill the device."""
 
 
 @contextlib.contextmanager

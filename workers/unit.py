@@ -23,11 +23,12 @@ from jobs.release import (
 )
 from jobs.request import BaseQuantization
 from workers.adapters import fetch_adapters
+from workers.arithmetic import ArithmeticCheck
 from workers.estimate import pass_bytes
 from workers.files import file_errors
 from workers.job import Job, own_failure
 from workers.memory import available_host_bytes, give_back_large_blocks
-from workers.merge import run_pass
+from workers.merge import PassResult, run_pass
 from workers.module_weights import ModuleWeights, module_weights
 from workers.outcomes import MergedShards, Piece, Usage, WorkerSettings
 from workers.passes import PassJob
@@ -271,22 +272,25 @@ class Unit:
         """Merge and check what some plans say: those of the jobs, or parts of them."""
         quantized = self._open_quantized(plans.values())
         with self._module_weights(quantized, plans.values()) as weights:
-            self._write(plans, quantized, weights, uploads)
-            self._verifier.check(self._base, quantized, weights, [(job, plans[job.id]) for job in self._running])
+            check = ArithmeticCheck(self._base, quantized)
+            result = self._write(plans, quantized, weights, check, uploads)
+            self._verifier.check(check, weights, [(job, plans[job.id]) for job in self._running], result)
 
     def _write(
         self,
         plans: Mapping[str, MergePlan],
         quantized: QuantizedBase | None,
         weights: ModuleWeights | None,
+        check: ArithmeticCheck,
         uploads: ThreadPoolExecutor,
-    ) -> None:
+    ) -> PassResult:
         self.tracker.enter("merge", (job.id for job in self._running))
         pass_jobs = [
             PassJob(
                 plan=plans[job.id],
                 directory=job.staging.directory,
                 on_file=functools.partial(job.ship, uploads),
+                direct=job.staging.in_place and not _reads_again(plans[job.id]),
                 check=functools.partial(self.tracker.check, job.id),
             )
             for job in self._running
@@ -297,6 +301,7 @@ class Unit:
                 quantized,
                 weights,
                 pass_jobs,
+                check=check,
                 device=self._device,
                 num_threads=self._num_threads,
                 on_bytes=self.tracker.advance,
@@ -305,6 +310,9 @@ class Unit:
         self._bytes_written += result.num_bytes_written
         for job in self._running:
             job.error = result.errors.get(job.id)
+        # Threads check what they have made: their share of the time is that of the check.
+        self.tracker.shift("merge", "arithmetic", check.seconds / self._num_threads)
+        return result
 
     def _conclude(self, uploads: ThreadPoolExecutor) -> None:
         for job in self._running:
@@ -343,6 +351,11 @@ class Unit:
             files=artifacts,
             versions=library_versions(),
         )
+
+
+def _reads_again(plan: MergePlan) -> bool:
+    """Whether a check reads the merged files: that of what PEFT merged, and those that run them."""
+    return bool(plan.by_peft) or plan.request.parity.level == "full" or plan.request.compare
 
 
 def resolve_device(name: str) -> torch.device:

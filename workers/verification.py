@@ -6,18 +6,22 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from jobs.errors import InternalError, MergefleetError, ParityFailedError
-from jobs.release import REPORT_NAME, BehaviourCheck, ParityReport
-from workers.arithmetic import CheckJob, check_arithmetic
+from jobs.release import REPORT_NAME, BehaviourCheck, ParityReport, TensorCheck
+from workers.arithmetic import ArithmeticCheck
 from workers.behaviour import Subject, check_behaviour
 from workers.comparison import compare_ways
 from workers.job import Job, own_failure, shared_failures
+from workers.merge import PassResult
 from workers.module_weights import ModuleWeights
 from workers.outcomes import WorkerSettings
 from workers.parity import judge, summarize, write_report, wrong_headers
 from workers.plan import BasePlan, MergePlan
+from workers.probes import check_modules
 from workers.progress import Tracker
-from workers.quantized_base import QuantizedBase, QuantizedCache
+from workers.quantized_base import QuantizedCache
 from workers.scratch import OwnedDirectory
+from workers.tiles import single_threads
+from workers.writer import HashedFile
 
 
 class Verifier:
@@ -39,37 +43,54 @@ class Verifier:
 
     def check(
         self,
-        base: BasePlan,
-        quantized: QuantizedBase | None,
+        check: ArithmeticCheck,
         weights: ModuleWeights | None,
         merged: Sequence[tuple[Job, MergePlan]],
+        result: PassResult,
     ) -> None:
-        """Compare merged shards with what they should be; what is found is kept with their jobs.
+        """Compare merged shards with what they should be, as far as that was not done while they were written.
+
+        What is found is kept with the jobs.
 
         Args:
-            base: the planned base.
-            quantized: its weights in 4-bit, where the plan asks for them.
-            weights: its weights for PEFT, where a plan leaves any to it.
+            check: of the pass.
+            weights: the base's weights for PEFT, where a plan leaves any to it.
             merged: running jobs, and plans of all their shards or of some.
+            result: of the pass.
         """
-        ids = [job.id for job, _ in merged]
-        self._tracker.enter("verify", ids)
-        whole = []
+        self._tracker.enter("verify", (job.id for job, _ in merged))
         for job, plan in merged:
-            wrong = wrong_headers(plan, job.staging.directory)
-            job.wrong_headers += wrong
-            if not wrong:  # a shard that is cut short cannot be compared
-                whole.append((job, plan))
-        if not whole:
-            return
-        check = functools.partial(self._tracker.check_all, [job.id for job, _ in whole])
-        subjects = [CheckJob(plan=plan, directory=job.staging.directory, check=check) for job, plan in whole]
-        with self._tracker.timed("arithmetic"):
-            found = check_arithmetic(
-                base, quantized, weights, subjects, num_threads=self._num_threads, on_bytes=self._tracker.advance
-            )
-        for job, _ in whole:
-            job.checks |= {check.tensor: check for check in found[job.id]}
+            with own_failure(job), self._tracker.timed("arithmetic"):
+                self._tracker.check(job.id)
+                directory = job.staging.directory
+                wrong = wrong_headers(plan, directory)
+                job.wrong_headers += wrong
+                checks = {found.tensor: found for found in result.checks[job.id]}
+                if not wrong:  # a shard that is cut short cannot be read
+                    checks |= self._check_again(check, job, plan, result.files[job.id])
+                    if plan.by_peft:
+                        assert weights is not None
+                        checks |= self._check_modules(job, plan, weights)
+                job.checks |= {
+                    name: found.model_copy(update={"quantization_error": check.quantization_errors.get(name)})
+                    for name, found in checks.items()
+                }
+
+    def _check_again(
+        self, check: ArithmeticCheck, job: Job, plan: MergePlan, files: Sequence[HashedFile]
+    ) -> dict[str, TensorCheck]:
+        """Check what is in files that may have been written to since their bytes were checked."""
+        directory = job.staging.directory
+        touched = {file.artifact.path for file in files if not file.is_as_it_was(directory)}
+        stop = functools.partial(self._tracker.check, job.id)
+        return check.files(plan.part(touched), directory, num_threads=self._num_threads, stop=stop)
+
+    def _check_modules(self, job: Job, plan: MergePlan, weights: ModuleWeights) -> dict[str, TensorCheck]:
+        check = functools.partial(self._tracker.check, job.id)
+        with single_threads(1, "check") as pool:
+            return pool.submit(
+                check_modules, plan, job.staging.directory, weights, check, self._tracker.advance
+            ).result()
 
     def conclude(self, base: BasePlan, jobs: Sequence[Job]) -> None:
         """Ask what is left to ask of whole checkpoints; each gets its report, and its parity or its error.

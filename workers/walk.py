@@ -1,7 +1,8 @@
-"""The stream lane of a pass: one walk over a base that writes, for all jobs, what is copied and what is streamed.
+"""The stream lane of a pass: one walk over a base that makes, for all jobs, what is copied and what is streamed.
 
 Each tile of a weight is read (or dequantized) once; every adapter's delta is added to it in float32, rounded once to
-the output's dtype, and written at its final offset. The order of operations is that of PEFT's `Linear.merge` with
+the output's dtype, handed over to be written at its final offset, and checked in the very memory it is written and
+hashed from. The order of operations is that of PEFT's `Linear.merge` with
 `safe_merge=False` (0.21): (B @ A) in float32, times the scaling, plus W, one rounding.
 
 Shape suffixes: O output features, I input features, R rank.
@@ -9,6 +10,7 @@ Shape suffixes: O output features, I input features, R rank.
 
 import contextlib
 import itertools
+import math
 import os
 import threading
 from collections import defaultdict, deque
@@ -20,6 +22,8 @@ import torch
 
 from jobs.errors import BadInputError
 from workers import kernels
+from workers.arithmetic import ArithmeticCheck, Tally
+from workers.buffers import Buffer
 from workers.files import file_errors
 from workers.lanes.lora import read_operand
 from workers.passes import PassJob, PassState, check_range
@@ -28,10 +32,9 @@ from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
 from workers.tensor_io import read_into
 from workers.tiles import TILE_ELEMENTS, TileBuffers, rows_per_tile
-from workers.writer import CheckpointWriter
 
-_COPY_BYTES = 8 << 20
-"""What one thread copies at a time: little enough that all have work until the end."""
+_COPY_BYTES = 1 << 20
+"""What one thread copies at a time: little enough to be found in the caches by whoever hashes it."""
 _MAX_OPEN_SHARDS = 256
 """Shards of all jobs that are written at one time; each holds two descriptors, and 1024 is a common limit."""
 
@@ -46,6 +49,8 @@ class _Weight:
         self.lock = threading.Lock()
         self.operands: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         """lora_A [R, I] and lora_B [O, R] of each job, float32, on the device."""
+        self.tallies: dict[str, Tally] = {}
+        """What the check of each job's tiles found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +60,16 @@ class _Tile:
     stop: int
 
     @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
     def shape(self) -> tuple[int, int]:
         return self.stop - self.start, self.weight.tensor.num_columns
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.weight.tensor.dtype.itemsize if self.weight.tensor.num_bytes else 0
 
 
 class Walk:
@@ -67,12 +80,15 @@ class Walk:
         base: BasePlan,
         quantized: QuantizedBase | None,
         state: PassState,
+        *,
+        check: ArithmeticCheck | None,
         device: torch.device,
         num_threads: int,
     ) -> None:
         self._base = base
         self._quantized = quantized
         self._state = state
+        self._check = check
         self._device = device
         self._lock = threading.Lock()
         self._tiles = self._all_tiles(num_threads)
@@ -86,10 +102,7 @@ class Walk:
         try:
             with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
                 while (tile := self._next_tile()) is not None:
-                    if self._computed(tile.weight.tensor):
-                        self._compute(tile)
-                    else:
-                        self._copy(tile)
+                    self._finish(tile)
         except BaseException:
             self._stopped = True
             raise
@@ -161,57 +174,81 @@ class Walk:
                     self._descriptors[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             return self._descriptors[shard]
 
-    def _copy(self, tile: _Tile) -> None:
+    def _finish(self, tile: _Tile) -> None:
+        """Make a tile for all jobs that take it, have it written, and check it."""
+        weight, tensor = tile.weight, tile.weight.tensor
+        takers = self._state.well(self._takers(tensor))
+        if not takers:
+            return
+        made_from = self._read(tile, computed=self._computed(tensor), num_takers=len(takers))
+        # Once more from where it comes from: what the merge has read may be changed by the merge.
+        known = self._check.weight(tensor, tile.rows) if self._check is not None and tile.num_bytes else None
+        for name in takers:
+            self._finish_for(name, tile, made_from, known)
+        with weight.lock:
+            weight.num_tiles_left -= 1
+            if weight.num_tiles_left == 0:
+                weight.operands.clear()
+                for name, tally in weight.tallies.items():
+                    self._state.checked(name, tally.summary())
+                weight.tallies.clear()
+
+    def _finish_for(self, name: str, tile: _Tile, made_from: torch.Tensor | None, known: torch.Tensor | None) -> None:
+        job, tensor = self._state.jobs[name], tile.weight.tensor
+        with self._state.job(name) as writer:
+            if writer is None:
+                return
+            shard, spec = writer.locate(tensor.name)
+            tally = self._tally(tile.weight, job)
+        if writer.error is not None or tile.num_bytes == 0:
+            return
+        offset = spec.begin + tile.start * spec.row_bytes
+        with shard.buffer(offset, tile.num_bytes) as buffer:
+            if made_from is None:
+                self._read_stored(tile, buffer.values)  # what goes wrong here is not this job's failure alone
+            with self._state.job(name) as writer:
+                if writer is None:
+                    return
+                if made_from is not None:
+                    self._fill(buffer, tile, job, made_from)
+                shard.write(offset, buffer)
+                self._state.count(written=tile.num_bytes)
+                if self._check is not None and tally is not None and known is not None:
+                    self._check.compare(tally, tile.rows, (shard.name, offset), buffer.values, known)
+                    self._state.count(checked=tile.num_bytes)
+
+    def _read(self, tile: _Tile, *, computed: bool, num_takers: int) -> torch.Tensor | None:
+        """Return what a tile is made from, on the device if it is computed; None if it goes straight into a buffer."""
+        weight, tensor = tile.weight, tile.weight.tensor
+        if weight.quantized is not None:
+            memory = None
+            if self._device.type == "cpu":
+                memory = self._buffers.get("dequantized", weight.quantized.dtype, tile.shape, host=True)
+            return weight.quantized.dequantize_rows(tile.start, tile.stop, memory)
+        if not computed and num_takers == 1:
+            return None
+        assert tensor.stored is not None
+        stored_OI = self._buffers.get("stored", tensor.stored.dtype, tile.shape, host=True)
+        self._read_stored(tile, stored_OI)
+        return stored_OI.to(self._device, non_blocking=True) if computed else stored_OI
+
+    def _read_stored(self, tile: _Tile, target: torch.Tensor) -> None:
         tensor = tile.weight.tensor
         assert tensor.stored is not None
-        source = self._descriptor(tensor.shard)
-        row_bytes = tensor.stored.row_bytes
-        begin = tile.start * row_bytes
-        num_bytes = (tile.stop - tile.start) * row_bytes
-        self._state.count(base=num_bytes)
-        for name in self._takers(tensor):
-            with self._state.job(name) as writer:
-                if writer is not None:
-                    shard, spec = writer.locate(tensor.name)
-                    shard.copy(source, tensor.stored.begin + begin, spec.begin + begin, num_bytes)
-                    self._state.count(written=num_bytes)
-
-    def _compute(self, tile: _Tile) -> None:
-        tensor = tile.weight.tensor
-        takers = self._takers(tensor)
-        with_delta = [name for name in takers if tensor.name in self._state.jobs[name].plan.deltas]
-        without = [name for name in takers if name not in with_delta]
-        weight_OI = self._read_tile(tile)
-        rounded_OI = self._buffers.get("rounded", tensor.dtype, tile.shape, host=False)
-        for name in with_delta:
-            with self._state.job(name) as writer:
-                if writer is not None:
-                    self._add(weight_OI, tile, self._state.jobs[name], rounded_OI)
-                    self._write(writer, tile, rounded_OI)
-        if without:
-            # Written from memory even where the base could be copied: the tile is here, and the base is read once.
-            rounded_OI.copy_(weight_OI)
-        for name in without:
-            with self._state.job(name) as writer:
-                if writer is not None:
-                    check_range(tensor, rounded_OI)
-                    self._write(writer, tile, rounded_OI)
-        with tile.weight.lock:
-            tile.weight.num_tiles_left -= 1
-            if tile.weight.num_tiles_left == 0:
-                tile.weight.operands.clear()
-
-    def _read_tile(self, tile: _Tile) -> torch.Tensor:
-        if tile.weight.quantized is not None:
-            return tile.weight.quantized.dequantize_rows(tile.start, tile.stop)
-        tensor = tile.weight.tensor
-        assert tensor.stored is not None
-        host_OI = self._buffers.get("stored", tensor.stored.dtype, tile.shape, host=True)
         path = self._base.source.directory / tensor.shard
         begin = tensor.stored.begin + tile.start * tensor.stored.row_bytes
-        read_into(self._descriptor(tensor.shard), path, host_OI, begin)
-        self._state.count(base=host_OI.numel() * host_OI.itemsize)
-        return host_OI.to(self._device, non_blocking=True)
+        read_into(self._descriptor(tensor.shard), path, target, begin)
+        self._state.count(base=target.numel() * target.itemsize)
+
+    def _fill(self, buffer: Buffer, tile: _Tile, job: PassJob, made_from: torch.Tensor) -> None:
+        tensor = tile.weight.tensor
+        target_OI = buffer.view(tensor.dtype, tile.shape)
+        if tensor.name in job.plan.deltas:
+            self._add(made_from, tile, job, target_OI)
+        else:
+            # Written from memory even where the base could be copied: the tile is here, and the base is read once.
+            target_OI.copy_(made_from)
+            check_range(tensor, target_OI)
 
     def _operands(self, tile: _Tile, job: PassJob) -> tuple[torch.Tensor, torch.Tensor]:
         delta = job.plan.deltas[tile.weight.tensor.name]
@@ -224,15 +261,24 @@ class Walk:
                 self._state.count(adapter=delta.a_RI.num_bytes + delta.b_OR.num_bytes)
             return tile.weight.operands[name]
 
-    def _add(self, weight_OI: torch.Tensor, tile: _Tile, job: PassJob, rounded_OI: torch.Tensor) -> None:
+    def _tally(self, weight: _Weight, job: PassJob) -> Tally | None:
+        if self._check is None:
+            return None
+        name = job.plan.request.id
+        with weight.lock:
+            if name not in weight.tallies:
+                weight.tallies[name] = self._check.begin(job.plan, weight.tensor.name)
+            return weight.tallies[name]
+
+    def _add(self, weight_OI: torch.Tensor, tile: _Tile, job: PassJob, target_OI: torch.Tensor) -> None:
         a_RI, b_OR = self._operands(tile, job)
         scaling = job.plan.deltas[tile.weight.tensor.name].scaling
         sum_OI = self._buffers.get("sum", torch.float32, tile.shape, host=False)
-        torch.mm(b_OR[tile.start : tile.stop], a_RI, out=sum_OI)
+        torch.mm(b_OR[tile.rows], a_RI, out=sum_OI)
         if self._device.type == "cpu":
             known = weight_OI if weight_OI.dtype in kernels.ARRAY_DTYPES else weight_OI.float()
             if not kernels.add_delta(
-                kernels.array(known), kernels.array(sum_OI), np.float32(scaling), kernels.array(rounded_OI)
+                kernels.array(known), kernels.array(sum_OI), np.float32(scaling), kernels.array(target_OI)
             ):
                 check_range(tile.weight.tensor, sum_OI.mul_(scaling).add_(weight_OI))
             return
@@ -240,12 +286,7 @@ class Walk:
             sum_OI.mul_(scaling)
         sum_OI.add_(weight_OI)
         check_range(tile.weight.tensor, sum_OI)
+        rounded_OI = self._buffers.get("rounded", target_OI.dtype, tile.shape, host=False)
         rounded_OI.copy_(sum_OI)
-
-    def _write(self, writer: CheckpointWriter, tile: _Tile, rounded_OI: torch.Tensor) -> None:
-        host_OI = rounded_OI
-        if self._buffers.stream is not None:
-            host_OI = self._buffers.get("shipped", rounded_OI.dtype, tile.shape, host=True)
-            host_OI.copy_(rounded_OI, non_blocking=True)
-            self._buffers.stream.synchronize()
-        self._state.write(writer, tile.weight.tensor, tile.start, host_OI)
+        target_OI.copy_(rounded_OI, non_blocking=True)
+        torch.cuda.current_stream(self._device).synchronize()

@@ -1,24 +1,43 @@
-"""Shard files of one merged checkpoint: offsets known up front, written in any order, hashed on the way."""
+"""Shard files of one merged checkpoint: offsets known up front, written in any order, hashed on the way.
 
+Bytes come in buffers and are written and hashed by threads of the pass, so that whoever computes does not wait for the
+disk. Files that nobody here reads again are written past the page cache where the file system can do that: their bytes
+would be copied once more, into pages that cost as much as all arithmetic, only to be thrown out again.
+"""
+
+import contextlib
+import errno
+import fcntl
 import hashlib
-import heapq
-import mmap
 import os
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
+
+import torch
 
 from jobs.errors import MergefleetError
 from jobs.release import Artifact
+from workers.buffers import PAGE_BYTES, Buffer, BufferPool, kept_pool
 from workers.checkpoint import CheckpointLayout, ShardLayout, TensorSpec
 from workers.files import FileState, file_errors
-from workers.tensor_io import copy_range, write_all
+from workers.tensor_io import read_into, tensor_bytes, write_all
 
-_HASH_BYTES = 4 << 20
-"""Hashing follows the written part of a file in steps of about this size, small enough to find it in the caches."""
+_LARGE_BYTES = 4 << 20
+"""From this size on a file's state says whether it was written since."""
+_PIECE_BYTES = 4 << 20
+"""What comes without a buffer is put into buffers of this size."""
+_DIRECT_BYTES = 64 << 10
+"""Less than this is not worth its own way past the page cache."""
+_BUFFERS_PER_THREAD = 4
+"""Tiles on their way to files, for each thread that computes: one in its hands, the others written and hashed."""
+_CARRIERS_PER_THREAD = 2
+"""Threads that write and hash, for each thread that computes; half of the time they wait for the disk."""
 _CLOCK_SECONDS = 0.02
 """Longer than the clock that stamps files stands still."""
 
@@ -29,120 +48,268 @@ class HashedFile:
 
     artifact: Artifact
     state: FileState | None
-    """Of the file when its end was about to be hashed: any later write to it shows, where the file system keeps times
-    finer than a fiftieth of a second. None for a small file, which is sooner read again than its times move on."""
+    """Of the file when all of it was written: any later write to it shows, where the file system keeps times finer
+    than a fiftieth of a second. None for a small file, which is sooner read again than its times move on."""
+
+    def is_as_it_was(self, directory: Path) -> bool:
+        """Whether nobody has written to the file since, as far as that can be told."""
+        path = directory / self.artifact.path
+        with file_errors(f"checking {path}"):
+            return FileState.of(path.stat()) == self.state
+
+
+@dataclass(frozen=True, slots=True)
+class Conveyor:
+    """What takes the bytes of a pass to their files."""
+
+    buffers: BufferPool
+    threads: ThreadPoolExecutor
+    """Each writes and hashes one buffer at a time. They never wait for a buffer themselves."""
+    num_spare: int
+    """While fewer buffers are free, none is kept for the bytes before it to be hashed."""
+
+    @classmethod
+    def of_threads(cls, num_threads: int, *, pin: bool = False) -> Self:
+        """Return one for a number of threads that compute.
+
+        Args:
+            num_threads: how many.
+            pin: whether a device copies into the buffers.
+        """
+        return cls(
+            buffers=kept_pool(_BUFFERS_PER_THREAD * num_threads, pin=pin),
+            threads=ThreadPoolExecutor(_CARRIERS_PER_THREAD * num_threads, thread_name_prefix="write"),
+            num_spare=num_threads,
+        )
+
+    def close(self) -> None:
+        """Wait until all is written and hashed that was handed over. Idempotent."""
+        self.threads.shutdown()
+
+
+@dataclass(slots=True)
+class _Written:
+    """A range of a file that is written."""
+
+    begin: int
+    end: int
+    buffer: Buffer | None
+    """Its bytes; without it they are read back."""
+
+    def release(self) -> None:
+        """Let go of the bytes."""
+        if self.buffer is not None:
+            self.buffer.release()
+            self.buffer = None
 
 
 class ShardWriter:
-    """One output file, header included: all bytes come through `write` and `copy`.
+    """One output file, header included: every byte of it is written exactly once.
 
-    Its SHA-256 follows the frontier up to which everything is written, read back from the file.
+    Its SHA-256 follows the frontier up to which everything is written. Bytes that come too early are kept in their
+    buffer until it is their turn, or read back where buffers are wanted for others.
     """
 
     def __init__(
-        self, path: Path, layout: ShardLayout, hashing: Executor, on_closed: Callable[[HashedFile], None]
+        self,
+        path: Path,
+        layout: ShardLayout,
+        conveyor: Conveyor,
+        *,
+        direct: bool,
+        on_closed: Callable[[HashedFile], None],
+        on_error: Callable[[BaseException], None],
     ) -> None:
+        self.name = path.name
         self._path = path
         self._num_bytes = layout.num_bytes
-        self._hashing = hashing
+        self._conveyor = conveyor
         self._on_closed = on_closed
+        self._on_error = on_error
         self._lock = threading.Lock()
-        self._written: list[tuple[int, int]] = []
         self._frontier = 0
-        self._num_hashed = 0
-        self._hash_runs = False
-        self._hashes: list[Future[None]] = []
-        self._state: FileState | None = None
+        """All before it is written."""
+        self._due: deque[_Written] = deque()
+        """What is written before the frontier and not hashed yet, in order."""
+        self._early: dict[int, _Written] = {}
+        """What is written behind the frontier, by its begin."""
+        self._hashes = False
         self._sha256 = hashlib.sha256()
+        self._past_cache = -1
         with file_errors(f"making {path}"):
             self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
             try:
-                # A full disk is found out before any work is done.
-                os.posix_fallocate(self._descriptor, 0, self._num_bytes)
-                self._mapped = mmap.mmap(self._descriptor, self._num_bytes, access=mmap.ACCESS_READ)
+                self._make_room()
             except OSError:
                 # Gone at once: another thread that wants the file meets the same fault, not a file that is in its way.
                 path.unlink()
                 os.close(self._descriptor)
                 raise
+            if direct:
+                with contextlib.suppress(OSError):  # a file system that cannot: through the page cache, then
+                    self._past_cache = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
 
-    def write(self, offset: int, data: memoryview | bytes) -> None:
-        """Write bytes at an offset; every byte of the file is written exactly once.
+    def buffer(self, offset: int, num_bytes: int) -> Buffer:
+        """Wait for memory for a range of the file."""
+        return self._conveyor.buffers.take(num_bytes, offset)
 
-        Raises:
-            NoCapacityError: the disk is full.
+    def write(self, offset: int, buffer: Buffer) -> None:
+        """Have a filled buffer written and hashed by others; its bytes stay as they are from now on.
+
+        A fault on the way is told to `on_error`.
         """
-        write_all(self._descriptor, self._path, data, offset)
-        self._advance(offset, offset + len(data))
+        buffer.hold()
+        self._conveyor.threads.submit(self._carry, offset, buffer)
 
-    def copy(self, source: int, begin: int, target_begin: int, num_bytes: int) -> None:
-        """Copy bytes from another file, inside the kernel where possible.
-
-        Raises:
-            NoCapacityError: the disk is full.
-        """
-        copy_range(source, self._descriptor, self._path, begin=begin, target_begin=target_begin, num_bytes=num_bytes)
-        self._advance(target_begin, target_begin + num_bytes)
-
-    def raise_faults(self) -> None:
-        """Let faults of the hashing come up, once it has ended."""
-        for hashed in self._hashes:
-            hashed.result()
+    def write_copy(self, offset: int, data: torch.Tensor) -> None:
+        """Copy the bytes of a contiguous CPU tensor into buffers and have these written."""
+        flat = data.reshape(-1).view(torch.uint8)
+        for begin in range(0, flat.numel(), _PIECE_BYTES):
+            piece = flat[begin : begin + _PIECE_BYTES]
+            with self.buffer(offset + begin, piece.numel()) as buffer:
+                buffer.values.copy_(piece)
+                self.write(offset + begin, buffer)
 
     def close(self) -> None:
         """Close the file, whole or not, once nobody writes or hashes any more. Idempotent."""
-        if self._descriptor >= 0:
-            self._mapped.close()
-            os.close(self._descriptor)
-            self._descriptor = -1
+        for written in (*self._due, *self._early.values()):
+            written.release()
+        self._due.clear()
+        self._early.clear()
+        for descriptor in (self._descriptor, self._past_cache):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._descriptor = self._past_cache = -1
 
-    def _advance(self, begin: int, end: int) -> None:
-        if begin == end:
-            return  # an empty tensor: it may come when the file is finished already
+    def _make_room(self) -> None:
+        """Find out that the disk is full before any work is done.
+
+        Raises:
+            OSError: it is.
+        """
+        status = os.fstat(self._descriptor)
+        if os.major(status.st_dev):
+            os.posix_fallocate(self._descriptor, 0, self._num_bytes)
+            return
+        # Without a block device below, as a tmpfs is, making room would be writing everything once more.
+        space = os.fstatvfs(self._descriptor)
+        if space.f_bavail * space.f_frsize < self._num_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.ftruncate(self._descriptor, self._num_bytes)
+
+    def _carry(self, offset: int, buffer: Buffer) -> None:
+        try:
+            self._put(offset, buffer.values)
+        except BaseException as error:  # noqa: BLE001 - raised where the pass ends
+            buffer.release()
+            self._on_error(error)
+            return
         with self._lock:
-            heapq.heappush(self._written, (begin, end))
-            while self._written and self._written[0][0] <= self._frontier:
-                self._frontier = max(self._frontier, heapq.heappop(self._written)[1])
-            due = self._frontier - self._num_hashed >= _HASH_BYTES or self._frontier == self._num_bytes
-            if due and not self._hash_runs:
-                self._hash_runs = True
-                self._hashes.append(self._hashing.submit(self._hash))
+            written = _Written(offset, offset + buffer.values.numel(), buffer)
+            self._early[offset] = written
+            while self._frontier in self._early:
+                self._due.append(self._early.pop(self._frontier))
+                self._frontier = self._due[-1].end
+            if offset in self._early and self._conveyor.buffers.num_free < self._conveyor.num_spare:
+                written.release()
+            if self._hashes or not self._due:
+                return
+            self._hashes = True
+        try:
+            self._hash()
+        except BaseException as error:  # noqa: BLE001 - raised where the pass ends
+            self._on_error(error)
+
+    def _put(self, offset: int, values: torch.Tensor) -> None:
+        """Write bytes; the whole pages among them past the page cache."""
+        data = tensor_bytes(values)
+        begin = -offset % PAGE_BYTES
+        end = len(data) - (offset + len(data)) % PAGE_BYTES
+        is_aligned = (values.data_ptr() + begin) % PAGE_BYTES == 0
+        if self._past_cache < 0 or not is_aligned or end - begin < _DIRECT_BYTES:
+            write_all(self._descriptor, self._path, data, offset)
+            return
+        # No page goes both ways, which would leave it to the kernel which one wins.
+        write_all(self._descriptor, self._path, data[:begin], offset)
+        try:
+            write_all(self._past_cache, self._path, data[begin:end], offset + begin)
+        except MergefleetError as error:
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.EINVAL:
+                raise
+            # It wants larger pages than memory has: the same descriptor through the page cache.
+            flags = fcntl.fcntl(self._past_cache, fcntl.F_GETFL)
+            fcntl.fcntl(self._past_cache, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+            write_all(self._past_cache, self._path, data[begin:end], offset + begin)
+        write_all(self._descriptor, self._path, data[end:], offset + end)
 
     def _hash(self) -> None:
+        """Hash what is due, until nothing is."""
+        end = 0
         while True:
             with self._lock:
-                begin, end = self._num_hashed, self._frontier
-                if begin == end:
-                    self._hash_runs = False
+                if not self._due:
+                    self._hashes = False
                     break
-            if end == self._num_bytes > _HASH_BYTES:
-                time.sleep(_CLOCK_SECONDS)
-                self._state = FileState.of(os.fstat(self._descriptor))
-            with memoryview(self._mapped)[begin:end] as view:
-                self._sha256.update(view)
-            with self._lock:
-                self._num_hashed = end
+                written = self._due.popleft()
+            try:
+                for piece in self._pieces(written):
+                    self._sha256.update(tensor_bytes(piece))
+            finally:
+                written.release()
+            end = written.end
         if end == self._num_bytes:
-            digest = self._sha256.hexdigest()
-            # At once, since a pass of many jobs over many shards would run out of descriptors.
-            self.close()
-            artifact = Artifact(path=self._path.name, num_bytes=self._num_bytes, sha256=digest)
-            self._on_closed(HashedFile(artifact, self._state))
+            self._finish()
+
+    def _pieces(self, written: _Written) -> Iterator[torch.Tensor]:
+        if written.buffer is not None:
+            yield written.buffer.values
+            return
+        for begin in range(written.begin, written.end, _PIECE_BYTES):
+            piece = torch.empty(min(_PIECE_BYTES, written.end - begin), dtype=torch.uint8)
+            read_into(self._descriptor, self._path, piece, begin)
+            yield piece
+
+    def _finish(self) -> None:
+        state = None
+        if self._num_bytes >= _LARGE_BYTES:
+            time.sleep(_CLOCK_SECONDS)
+            state = FileState.of(os.fstat(self._descriptor))
+        digest = self._sha256.hexdigest()
+        # At once, since a pass of many jobs over many shards would run out of descriptors.
+        self.close()
+        self._on_closed(HashedFile(Artifact(path=self.name, num_bytes=self._num_bytes, sha256=digest), state))
 
 
 class CheckpointWriter:
     """All shards of one job. A file is opened when its first tensor comes, and finished with its last byte."""
 
     def __init__(
-        self, directory: Path, layout: CheckpointLayout, hashing: Executor, on_file: Callable[[HashedFile], None]
+        self,
+        directory: Path,
+        layout: CheckpointLayout,
+        conveyor: Conveyor,
+        *,
+        direct: bool,
+        on_file: Callable[[HashedFile], None],
     ) -> None:
+        """Start without files.
+
+        Args:
+            directory: where they will be.
+            layout: what they will be.
+            conveyor: what takes the bytes there.
+            direct: whether they go past the page cache, since nobody here reads them again.
+            on_file: told each file as it is closed; an error of ours fails the job.
+        """
         self._directory = directory
         self._layout = layout
-        self._hashing = hashing
+        self._conveyor = conveyor
+        self._direct = direct
         self._on_file = on_file
         self._lock = threading.Lock()
         self._writers: dict[str, ShardWriter] = {}
-        self._artifacts: list[Artifact] = []
+        self._files: list[HashedFile] = []
+        self._fault: BaseException | None = None
         self.error: MergefleetError | None = None
         """The first thing that went wrong; the job is over with it."""
 
@@ -154,33 +321,45 @@ class CheckpointWriter:
         """
         shard, spec = self._layout.tensors[name]
         with self._lock:
-            if shard.name not in self._writers:
-                path = self._directory / shard.name
-                self._writers[shard.name] = ShardWriter(path, shard, self._hashing, self._finished)
-                self._writers[shard.name].write(0, shard.header)
-            return self._writers[shard.name], spec
+            writer = self._writers.get(shard.name)
+            is_new = writer is None
+            if writer is None:
+                writer = self._writers[shard.name] = ShardWriter(
+                    self._directory / shard.name,
+                    shard,
+                    self._conveyor,
+                    direct=self._direct,
+                    on_closed=self._finished,
+                    on_error=self._failed,
+                )
+        if is_new:
+            writer.write_copy(0, torch.frombuffer(bytearray(shard.header), dtype=torch.uint8))
+        return writer, spec
 
     def fail(self, error: MergefleetError) -> None:
         """Give the job up; the first error is kept."""
         with self._lock:
             self.error = self.error or error
 
-    def finished(self) -> tuple[Artifact, ...]:
+    def finished(self) -> tuple[HashedFile, ...]:
         """Return all files by name, once everything is written and hashed, if the job went well."""
-        for writer in self._writers.values():
-            writer.raise_faults()
-        assert self.error or len(self._artifacts) == len(self._layout.shards)
-        return tuple(sorted(self._artifacts, key=lambda artifact: artifact.path))
+        if self._fault is not None:
+            raise self._fault
+        assert self.error or len(self._files) == len(self._layout.shards)
+        return tuple(sorted(self._files, key=lambda file: file.artifact.path))
 
     def close(self) -> None:
         """Close all files, whole or not, once nobody writes or hashes any more. Idempotent."""
         for writer in self._writers.values():
             writer.close()
 
+    def _failed(self, error: BaseException) -> None:
+        if isinstance(error, MergefleetError):
+            self.fail(error)
+        else:
+            self._fault = self._fault or error
+
     def _finished(self, file: HashedFile) -> None:
         with self._lock:
-            self._artifacts.append(file.artifact)
-        try:
-            self._on_file(file)
-        except MergefleetError as error:
-            self.fail(error)
+            self._files.append(file)
+        self._on_file(file)

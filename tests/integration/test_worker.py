@@ -460,13 +460,14 @@ def test_a_job_cancelled_in_the_middle_stops_alone(worker, requests, base, adapt
 
 
 def test_a_job_cancelled_while_it_is_verified_is_not_staged(worker, requests, tmp_path, monkeypatch):
-    really = workers.verification.check_arithmetic
+    really = workers.unit.run_pass
 
-    def check_arithmetic(*arguments, **options):
+    def run_pass(*arguments, **options):
+        result = really(*arguments, **options)
         worker.cancel(frozenset({"two"}))
-        return really(*arguments, **options)
+        return result
 
-    monkeypatch.setattr(workers.verification, "check_arithmetic", check_arithmetic)
+    monkeypatch.setattr(workers.unit, "run_pass", run_pass)
     outcomes = run(worker, *requests)
     assert outcomes["two"].failure.failure_class is FailureClass.CANCELLED
     assert [outcomes[name].failure for name in ("one", "three")] == [None, None]

@@ -41,6 +41,9 @@ class Staging(Protocol):
     """Where the files of the release are written, under the names they will have. Empty at first; another process of
     the release may have the same one, where it sees it."""
 
+    in_place: bool
+    """Whether what is written there stays there, so that `put` has no reason to read it."""
+
     @property
     def ticket(self) -> Ticket:
         """What another process needs to take part."""

@@ -45,6 +45,8 @@ class DirectorySink:
 class DirectoryStaging:
     """A hidden directory beside the destination."""
 
+    in_place = True
+
     def __init__(self, location: LocalPath, merge_key: str, owned: OwnedDirectory) -> None:
         self._location = location
         self._merge_key = merge_key

@@ -66,6 +66,8 @@ class HubSink:
 class HubStaging:
     """Files in a scratch directory; those too large for git are at the Hub already, in no commit."""
 
+    in_place = False
+
     def __init__(
         self,
         store: HubStore,

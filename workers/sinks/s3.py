@@ -83,6 +83,8 @@ class S3Sink:
 class S3Staging:
     """Files in a scratch directory, and their parts at the store."""
 
+    in_place = False
+
     def __init__(
         self,
         store: S3Store,

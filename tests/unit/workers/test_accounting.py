@@ -52,7 +52,7 @@ def outcome(base, adapter, directory):
             raise error
     except MergefleetError as error:
         return error
-    assert max(check.rounding_excess for check in planned.check()["job"]) <= 1
+    assert max(check.rounding_excess for check in planned.check()["job"].values()) <= 1
     return read_tensors(planned.output("job"))
 
 

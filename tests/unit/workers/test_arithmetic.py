@@ -9,12 +9,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from jobs.errors import CancelledError
+from jobs.errors import CancelledError, InternalError
 from jobs.release import TensorCheck
 from jobs.request import Thresholds
 from tests.merges import CPU, merge_by_peft, open_descriptors, plan_pass, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
-from workers.arithmetic import CheckJob, check_arithmetic, failures
+from workers.arithmetic import ArithmeticCheck, failures
 from workers.checkpoint import DTYPES
 from workers.lanes.adapter import ADAPTER_WEIGHTS
 from workers.parity import wrong_headers
@@ -58,13 +58,13 @@ def damaged(merged, tmp_path):
 
 
 def check(planned, job="job"):
-    return {each.tensor: each for each in planned.check()[job]}
+    return planned.check()[job]
 
 
 def bad(planned, job="job"):
     """Return what is wrong with a merged checkpoint, by tensor; headers stand for themselves."""
     wrong = wrong_headers(planned.plans[0], planned.output(job))
-    return wrong or dict(failures(planned.check()[job], LIMIT))
+    return wrong or dict(failures(list(planned.check()[job].values()), LIMIT))
 
 
 def exact_sums(planned, name):
@@ -343,22 +343,53 @@ def test_unchanged_tensors_of_any_kind_are_compared_by_their_bits(base, adapter,
         assert list(bad(planned)) == ["extra"]
 
 
-def test_progress_and_cancellation(merged):
-    told = []
-    (plan,) = merged.plans
-
+def test_a_check_of_files_can_be_stopped(merged):
     def stop():
         raise CancelledError("stop")
 
-    job = CheckJob(plan=plan, directory=merged.output("job"), check=lambda: None)
-    check_arithmetic(merged.base, None, None, [job], num_threads=2, on_bytes=told.append)
-    assert sum(told) == sum(tensor.nbytes for tensor in read_tensors(merged.output("job")).values())
     before = open_descriptors()
     with pytest.raises(CancelledError):
-        check_arithmetic(
-            merged.base, None, None, [dataclasses.replace(job, check=stop)], num_threads=2, on_bytes=lambda _: None
-        )
+        ArithmeticCheck(merged.base, None).files(merged.plans[0], merged.output("job"), num_threads=2, stop=stop)
     assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_what_is_checked_on_its_way_is_what_the_files_are_checked_for(
+    base, adapter, tmp_path, quantization, num_threads
+):
+    adapters = {"job": adapter, "other": make_adapter(base, tmp_path / "other", targets=("v_proj",), seed=3)}
+    planned = plan_pass(base, adapters, tmp_path / "pass", base_quantization=quantization)
+    told = []
+    result = planned.run(num_threads=num_threads, checked=True, on_bytes=told.append)
+    in_files = planned.check()
+    for name in adapters:
+        errors = {check.tensor: check.quantization_error for check in in_files[name].values()}
+        assert {
+            check.tensor: check.model_copy(update={"quantization_error": errors[check.tensor]})
+            for check in result.checks[name]
+        } == in_files[name]
+        assert {each.tensor for each in result.checks[name]} == set(read_tensors(planned.output(name)))
+    assert sum(told) == 2 * sum(
+        tensor.nbytes for name in adapters for tensor in read_tensors(planned.output(name)).values()
+    )
+
+
+def test_bytes_that_go_to_another_place_are_a_fault(merged):
+    (plan,) = merged.plans
+    name = "model.layers.0.self_attn.q_proj.weight"
+    shard, spec = plan.output.tensors[name]
+    check = ArithmeticCheck(merged.base, None)
+    tally, weight = check.begin(plan, name), check.weight(merged.base.by_name[name], slice(2, 4))
+    begin = spec.begin + 2 * spec.row_bytes
+    with (merged.output("job") / shard.name).open("rb") as file:
+        file.seek(begin)
+        rows = torch.frombuffer(bytearray(file.read(2 * spec.row_bytes)), dtype=torch.uint8)
+    check.compare(tally, slice(2, 4), (shard.name, begin), rows, weight)
+    for place in ((shard.name, begin + spec.row_bytes), ("another.safetensors", begin)):
+        with pytest.raises(InternalError, match=r"rows 2 to 4 of model\.layers\.0\.self_attn\.q_proj\.weight go to"):
+            check.compare(tally, slice(2, 4), place, rows, weight)
+    assert tally.summary().num_bad_elements == 0
 
 
 def test_the_base_of_the_check_is_not_what_the_merge_left_behind(base, adapter, tmp_path):

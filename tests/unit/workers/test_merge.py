@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import threading
@@ -289,7 +290,7 @@ def test_any_shape_rank_and_scaling(
 @pytest.mark.parametrize("limit", ["60KB", "150KB"])
 def test_smaller_shards_hold_the_same_tensors(llama, adapters, tmp_path, limit):
     planned = plan_pass(llama, {"job": adapters["plain"]}, tmp_path, max_shard_size=limit)
-    artifacts = planned.run().artifacts["job"]
+    artifacts = [file.artifact for file in planned.run().files["job"]]
     output = planned.output("job")
     expected = merge_by_peft(llama, adapters["plain"], tmp_path / "peft", max_shard_size=limit)
     assert different(read_tensors(output), expected) == []
@@ -302,7 +303,7 @@ def test_smaller_shards_hold_the_same_tensors(llama, adapters, tmp_path, limit):
 def digests(planned, **how):
     result = planned.run(**how)
     assert result.errors == {}
-    return {name: [artifact.sha256 for artifact in files] for name, files in result.artifacts.items()}
+    return {name: [file.artifact.sha256 for file in files] for name, files in result.files.items()}
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -370,14 +371,16 @@ def test_files_are_told_as_they_close_with_their_digests(llama, adapters, tmp_pa
             told.append((job, file.artifact))
 
     result = planned.run(on_file=on_file)
-    for job, files in result.artifacts.items():
-        assert sorted((each for name, each in told if name == job), key=lambda each: each.path) == list(files)
+    for job, files in result.files.items():
+        assert sorted((each for name, each in told if name == job), key=lambda each: each.path) == [
+            file.artifact for file in files
+        ]
 
 
 def assert_others_are_right(llama, adapters, planned, result, tmp_path, failed):
     assert set(result.errors) == {failed}
-    assert set(result.artifacts) == set(adapters) - {failed}
-    for name in result.artifacts:
+    assert set(result.files) == set(adapters) - {failed}
+    for name in result.files:
         expected = merge_by_peft(llama, adapters[name], tmp_path / "peft" / name)
         assert different(read_tensors(planned.output(name)), expected) == []
 
@@ -551,14 +554,15 @@ def test_a_base_that_changes_meanwhile_fails_the_pass_and_leaves_nothing_open(
     assert open_descriptors() == before
 
 
-def test_a_base_cut_short_where_it_is_only_copied_fails_every_job(llama, adapters, tmp_path):
+def test_a_base_cut_short_where_it_is_only_copied_fails_the_pass(llama, adapters, tmp_path):
     base = shutil.copytree(llama, tmp_path / "base")
     planned = plan_pass(base, adapters, tmp_path)
     shard, spec = planned.base.layout.tensors["model.embed_tokens.weight"]
+    alone = plan_pass(base, {"alone": adapters["qv"]}, tmp_path / "alone")
     os.truncate(base / shard.name, spec.end - 1)
-    errors = planned.run(num_threads=1).errors
-    assert set(errors) == set(adapters)
-    assert all(f"{shard.name}: the source of this copy was truncated" in str(error) for error in errors.values())
+    for each in (planned, alone):
+        with pytest.raises(BadInputError, match=rf"{re.escape(shard.name)}: .* truncated meanwhile"):
+            each.run(num_threads=1)
 
 
 def test_a_stored_4_bit_weight_of_another_shape_is_refused(llama, adapters, tmp_path):

@@ -72,7 +72,7 @@ def behaviour(*, gates=True, mean_kl=1e-5, top1_agreement=1.0):
 
 
 def test_a_right_merge_passes(merged, plan, directory):
-    report = judge(plan, wrong_headers(plan, directory), merged.check()["job"], [behaviour()])
+    report = judge(plan, wrong_headers(plan, directory), list(merged.check()["job"].values()), [behaviour()])
     assert (report.passed, report.failures) == (True, ())
     assert {check.tensor for check in report.tensors} == set(plan.output.tensors)
 
@@ -200,7 +200,7 @@ def test_a_summary_of_arithmetic_alone_claims_no_behaviour(plan, directory):
 
 
 def test_a_report_is_written_as_json_and_as_a_page(merged, plan, directory, tmp_path):
-    report = judge(plan, wrong_headers(plan, directory), merged.check()["job"], [behaviour()])
+    report = judge(plan, wrong_headers(plan, directory), list(merged.check()["job"].values()), [behaviour()])
     write_report(report, tmp_path / "reports" / "job")
     written = (tmp_path / "reports" / "job" / "parity.json").read_text()
     assert ParityReport.model_validate_json(written) == report

@@ -35,7 +35,7 @@ def merged_and_checked(base, adapter, directory, **fields):
     planned = plan_pass(base, {"job": adapter}, directory, **fields)
     result = planned.run()
     assert not result.errors, result.errors
-    checks = {check.tensor: check for check in planned.check()["job"]}
+    checks = planned.check()["job"]
     assert max(check.rounding_excess for check in checks.values()) <= 1
     assert not any(check.num_bad_elements for check in checks.values())
     assert {name for name, check in checks.items() if check.changed} == planned.plans[0].changed

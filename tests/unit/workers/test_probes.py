@@ -16,7 +16,8 @@ from jobs.errors import CancelledError
 from tests.merges import plan_pass, read_tensors
 from tests.methods import make_method_adapter
 from tests.models import build_llama, build_qwen2, make_adapter
-from workers.arithmetic import CheckJob, check_arithmetic, failures
+from workers.arithmetic import failures
+from workers.probes import check_modules
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 
@@ -28,7 +29,7 @@ def llama(tmp_path_factory):
 
 def bad(planned):
     """Return the tensors that fail, by name, with what is said of them."""
-    return failures(planned.check()["job"], max_rounding_excess=1.0)
+    return failures(list(planned.check()["job"].values()), max_rounding_excess=1.0)
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_the_figures_are_those_of_float64(tmp_path):
     planned = plan_pass(base, {"job": adapter}, tmp_path)
     assert not planned.run().errors
     shipped, before = read_tensors(planned.output("job")), read_tensors(base)
-    checks = {check.tensor: check for check in planned.check()["job"]}
+    checks = planned.check()["job"]
     stored = load_file(adapter / "adapter_model.safetensors")
     for name in [name for name in planned.plans[0].by_peft if name.endswith(".weight")]:
         prefix = f"base_model.model.{name.removesuffix('.weight')}"
@@ -146,9 +147,8 @@ def test_the_figures_are_those_of_float64(tmp_path):
 def test_progress_and_cancellation(merged):
     (plan,) = merged.plans
     told = []
-    job = CheckJob(plan=plan, directory=merged.output("job"), check=lambda: None)
-    check_arithmetic(merged.base, None, merged.weights, [job], num_threads=2, on_bytes=told.append)
-    assert sum(told) == sum(tensor.nbytes for tensor in read_tensors(merged.output("job")).values())
+    check_modules(plan, merged.output("job"), merged.weights, lambda: None, told.append)
+    assert sum(told) == sum(plan.output.tensors[name][1].num_bytes for name in plan.by_peft)
 
     def stop():
         if len(told) > 3:
@@ -156,11 +156,4 @@ def test_progress_and_cancellation(merged):
 
     told.clear()
     with pytest.raises(CancelledError):
-        check_arithmetic(
-            merged.base,
-            None,
-            merged.weights,
-            [dataclasses.replace(job, check=stop)],
-            num_threads=2,
-            on_bytes=told.append,
-        )
+        check_modules(plan, merged.output("job"), merged.weights, stop, told.append)

@@ -1,6 +1,7 @@
 """Quantized bases: made once whoever asks, kept whole or not at all, and made anew when damaged."""
 
 import dataclasses
+import errno
 import os
 import pickle
 import resource
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 
-from jobs.errors import CancelledError, InternalError, NoCapacityError, NotFoundError
+from jobs.errors import BadInputError, CancelledError, InternalError, NoCapacityError, NotFoundError
 from jobs.locations import LocalPath
 from jobs.request import MergeRequest
 from tests.merges import CPU, different, load_dequantized, open_descriptors, read_tensors
@@ -163,7 +164,7 @@ def test_weights_are_views_of_mapped_files(task, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "grow"])
-@pytest.mark.parametrize("file", ["model-00000.safetensors", INDEX_FILE, "digests.json"])
+@pytest.mark.parametrize("file", ["codes.safetensors", INDEX_FILE, "digests.json"])
 def test_a_damaged_file_is_made_anew(task, tmp_path, file, damage):
     cache = QuantizedCache(tmp_path, CPU, 2)
     directory = directory_of(cache.open(task, lambda _: None))
@@ -317,11 +318,23 @@ def test_a_cancelled_one_leaves_nothing(task, tmp_path):
     assert cache.open(task, lambda _: None).names == frozenset(task.weights)
 
 
-def test_a_disk_without_room_leaves_nothing(task, tmp_path):
+@pytest.mark.parametrize("fault", ["posix_fallocate", "pwrite"])
+def test_a_disk_without_room_leaves_nothing(task, tmp_path, fault):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, fault, full)
+        with pytest.raises(NoCapacityError, match=r"(codes|scales)\.safetensors: No space left.*; free some space"):
+            QuantizedCache(tmp_path, CPU, 1).open(task, lambda _: None)
+    assert kept(tmp_path) == []
+
+
+def test_a_file_larger_than_the_system_allows_leaves_nothing(task, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
-        with pytest.raises(NoCapacityError, match="quantized base"):
+        with pytest.raises(BadInputError, match="File too large"):
             QuantizedCache(tmp_path, CPU, 1).open(task, lambda _: None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -73,7 +73,7 @@ def build_other_tokenizer(directory):
 def write(base, adapter, tmp_path, **fields):
     """Merge and write the whole directory; return it and what was said to be written."""
     planned = plan_pass(base, {"job": adapter}, tmp_path / "pass", **fields)
-    shards = planned.run().artifacts["job"]
+    shards = [file.artifact for file in planned.run().files["job"]]
     written = write_sidecars(planned.plans[0], planned.output("job"))
     return planned.output("job"), (*shards, *written)
 

@@ -1,0 +1,121 @@
+"""Memory on its way to files: filled by the threads that compute, written and hashed by others, and used again.
+
+A buffer lies in memory as its bytes lie in the file, at the same distance from a page boundary, so that the whole pages
+among them can be written past the page cache.
+"""
+
+import functools
+import mmap
+import threading
+from collections import deque
+from typing import Self
+
+import torch
+
+PAGE_BYTES = mmap.PAGESIZE
+_ELEMENT_BYTES = 8
+"""No dtype has larger elements."""
+
+
+class Buffer:
+    """Memory for one range of bytes of a file. It goes back to its pool when everybody who holds it has let go.
+
+    Whoever takes it uses it as a context, and holds it until the end of that.
+    """
+
+    def __init__(self, pool: "BufferPool") -> None:
+        self._pool = pool
+        self._lock = threading.Lock()
+        self._storage = torch.empty(0, dtype=torch.uint8)
+        self._num_holders = 0
+        self.values = self._storage
+        """The bytes, uint8 [num_bytes], on the CPU."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def hold(self) -> None:
+        """Keep the bytes as they are until one more `release`."""
+        with self._lock:
+            self._num_holders += 1
+
+    def release(self) -> None:
+        """Let go of the bytes, which may be overwritten at once."""
+        with self._lock:
+            self._num_holders -= 1
+            is_free = self._num_holders == 0
+        if is_free:
+            self._pool.put_back(self)
+
+    def place(self, num_bytes: int, offset: int, *, pin: bool) -> None:
+        """Become the memory for a range of a file, held once.
+
+        Args:
+            num_bytes: of the range.
+            offset: of the range in its file.
+            pin: whether memory that has to be taken is pinned.
+        """
+        # Elements begin at a multiple of their size, in the file, too, unless tensors of different types are mixed.
+        begin = offset % PAGE_BYTES if offset % _ELEMENT_BYTES == 0 else 0
+        if self._storage.numel() < num_bytes + 2 * PAGE_BYTES:
+            self._storage = torch.empty(num_bytes + 2 * PAGE_BYTES, dtype=torch.uint8, pin_memory=pin)
+        begin += -self._storage.data_ptr() % PAGE_BYTES
+        self.values = self._storage[begin : begin + num_bytes]
+        self._num_holders = 1
+
+    def view(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return the bytes as the elements of a tensor."""
+        return self.values.view(dtype).view(shape)
+
+
+class BufferPool:
+    """A fixed number of buffers. They grow to what is asked of them."""
+
+    def __init__(self, num_buffers: int, *, pin: bool = False) -> None:
+        """Make them, without memory yet.
+
+        Args:
+            num_buffers: how many ranges are on their way at the same time, at most.
+            pin: whether a device copies into them.
+        """
+        self._pin = pin
+        self._free = deque(Buffer(self) for _ in range(num_buffers))
+        self._changed = threading.Condition()
+
+    @property
+    def num_free(self) -> int:
+        """Buffers that nobody holds."""
+        return len(self._free)
+
+    def take(self, num_bytes: int, offset: int) -> Buffer:
+        """Wait for a free buffer and hold it.
+
+        Args:
+            num_bytes: how many bytes it is for.
+            offset: where in their file they will be.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._free)
+            buffer = self._free.pop()  # the one that is most likely in the caches
+        buffer.place(num_bytes, offset, pin=self._pin)
+        return buffer
+
+    def put_back(self, buffer: Buffer) -> None:
+        """Take a buffer back that nobody holds any more."""
+        with self._changed:
+            self._free.append(buffer)
+            self._changed.notify()
+
+
+@functools.cache
+def kept_pool(num_buffers: int, *, pin: bool) -> BufferPool:
+    """Return a pool that stays, so that the next pass finds its memory: new pages cost as much as what is done in them.
+
+    Args:
+        num_buffers: as in `BufferPool`.
+        pin: as in `BufferPool`.
+    """
+    return BufferPool(num_buffers, pin=pin)
