@@ -24,6 +24,7 @@ from jobs.release import TensorCheck
 from workers import kernels
 from workers.lanes.lora import read_operand
 from workers.plan import BasePlan, MergePlan, OutputTensor
+from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
 from workers.rounding import BITS, EXPONENT_BITS, MANTISSA_BITS, half_ulp, precision_for
 from workers.tensor_io import opened, read_into
@@ -114,6 +115,7 @@ class ArithmeticCheck:
         self._base = base
         self._quantized = quantized
         self._buffers = TileBuffers(torch.device("cpu"))
+        self._opened = threading.local()
         self._lock = threading.Lock()
         self.seconds = 0.0
         """Of all threads together."""
@@ -140,8 +142,7 @@ class ArithmeticCheck:
         begin = time.perf_counter()
         shape = rows.stop - rows.start, tensor.num_columns
         if tensor.stored is None:
-            assert self._quantized is not None
-            weight = self._quantized.weight(tensor.name)
+            weight = self._quantized_weight(tensor.name)
             memory = self._buffers.get("dequantized", weight.dtype, shape, host=True)
             weight_OI = weight.dequantize_rows(rows.start, rows.stop, memory).cpu()
         else:
@@ -208,8 +209,7 @@ class ArithmeticCheck:
             tally = self.begin(plan, tensor.name)
             alignment = 1
             if tensor.stored is None:
-                assert self._quantized is not None
-                alignment = self._quantized.weight(tensor.name).row_alignment
+                alignment = self._quantized_weight(tensor.name).row_alignment
             step = rows_per_tile(tensor.num_rows, tensor.num_columns, alignment, TILE_ELEMENTS)
             path = directory / tally.shard
             with opened(path) as descriptor:
@@ -225,6 +225,15 @@ class ArithmeticCheck:
         streamed = [tensor for tensor in self._base.tensors if plan.streams(tensor.name)]
         with single_threads(num_threads, "check") as pool:
             return {check.tensor: check for check in pool.map(compared, streamed)}
+
+    def _quantized_weight(self, name: str) -> QuantizedWeight:
+        """Return a weight in 4-bit; it is opened once for the tiles of it that a thread takes in a row."""
+        assert self._quantized is not None
+        if getattr(self._opened, "name", None) != name:
+            self._opened.weight = self._quantized.weight(name)
+            self._opened.name = name
+        weight: QuantizedWeight = self._opened.weight
+        return weight
 
     def _took(self, begin: float) -> None:
         seconds = time.perf_counter() - begin

@@ -299,24 +299,24 @@ def quantize(weight: Any, middles: Any, places: Any, codes: Any, absmax: Any) ->
 
 
 @_Kernel
-def dequantize(codes: Any, absmax: Any, values: Any, blocksize: Any, weight: Any) -> Any:
+def dequantize(codes: Any, absmax: Any, pairs: Any, blocksize: Any, weight: Any) -> Any:
     """Turn 4-bit codes into a weight, as bitsandbytes does: value times scale in float32, rounded once.
 
     Args:
         codes: uint8, two a byte.
         absmax: float32, the scale of each block.
-        values: float32 [16], of each code.
+        pairs: float32 [512], the two values of each byte.
         blocksize: even.
         weight: gets the elements; the last block may be cut short.
     """
-    scaled = np.empty(16, weight.dtype)
+    values = np.empty(blocksize, np.float32)
     for block in range(absmax.size):
-        for k in range(16):
-            scaled[k] = _lower(np.float32(values[k] * absmax[block]), weight)
-        begin = block * blocksize
-        end = min(begin + blocksize, weight.size)
-        for i in range(begin // 2, end // 2):
-            weight[2 * i] = scaled[codes[i] >> 4]
-            weight[2 * i + 1] = scaled[codes[i] & 15]
-        if end % 2:
-            weight[end - 1] = scaled[codes[end // 2] >> 4]
+        scale = absmax[block]
+        target = weight[block * blocksize : block * blocksize + blocksize]
+        source = codes[block * blocksize // 2 : (block * blocksize + target.size + 1) // 2]
+        # Looked up first, and then many are multiplied and rounded at once.
+        for i in range(source.size):
+            values[2 * i] = pairs[2 * source[i]]
+            values[2 * i + 1] = pairs[2 * source[i] + 1]
+        for i in range(target.size):
+            target[i] = _lower(np.float32(values[i] * scale), weight)

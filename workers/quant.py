@@ -83,7 +83,7 @@ class QuantizedWeight:
             kernels.dequantize(
                 kernels.array(codes),
                 kernels.array(absmax),
-                _tables(self.quant_type).values,
+                _tables(self.quant_type).pairs,
                 self.blocksize,
                 kernels.array(weight),
             )
@@ -147,8 +147,8 @@ def _quantize_on_cpu(weight: torch.Tensor, quant_type: str) -> tuple[torch.Tenso
 class _Tables:
     """The sixteen values of a 4-bit type."""
 
-    values: np.ndarray
-    """float32 [16], by code."""
+    pairs: np.ndarray
+    """float32 [512]: the two values of each byte of codes, the one in its upper half first."""
     places: np.ndarray
     """uint8 [16]: their codes, the smallest value's first."""
     middles: tuple[np.float32, ...]
@@ -165,7 +165,9 @@ def _tables(quant_type: str) -> _Tables:
     back = torch.ops.bitsandbytes.dequantize_4bit.default(
         every_code, torch.ones(16), BLOCK_SIZE, quant_type, (16, BLOCK_SIZE), torch.float32
     )
-    return _Tables(back[:, 0].numpy().copy(), order.numpy().astype(np.uint8), tuple(middles.numpy()))
+    back_values = back[:, 0].numpy()
+    pairs = np.stack([back_values.repeat(16), np.tile(back_values, 16)], axis=1).reshape(-1)
+    return _Tables(pairs, order.numpy().astype(np.uint8), tuple(middles.numpy()))
 
 
 def stored_tensors(

@@ -7,7 +7,7 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -52,6 +52,7 @@ class QuantizedBase:
         self._transposed = frozenset(transposed)
         self._files: dict[str, dict[str, Path]] = {}
         """By weight, where each of its tensors is, by suffix."""
+        self._opened: dict[Path, Any] = {}
         self._held: dict[str, QuantizedWeight] = {}
         self._directories: set[Path] = set()
 
@@ -103,8 +104,10 @@ class QuantizedBase:
         stored = {}
         for suffix, path in self._files[name].items():
             try:
-                with file_errors(f"reading {path}"), safe_open(path, framework="pt") as file:
-                    stored[suffix] = file.get_tensor(f"{name}{suffix}")
+                with file_errors(f"reading {path}"):
+                    if path not in self._opened:  # its header is read once, however many weights it has
+                        self._opened[path] = safe_open(path, framework="pt")
+                    stored[suffix] = self._opened[path].get_tensor(f"{name}{suffix}")
             except SafetensorError as error:
                 raise BadInputError(f"{path}: tensor {name}{suffix} cannot be read: {error}") from error
         weight = restore(name, stored, transposed=name in self._transposed)
