@@ -3,6 +3,7 @@
 The process reads orders from its standard input, a JSON object a line, and answers each with one.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -12,14 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-
 from benchmarks.measurement import Measurement, PeakMemory, bytes_moved
+from benchmarks.unchecked import check_left_out
 from jobs.request import BaseQuantization, MergeRequest, ParityPolicy
-from workers import unit
-from workers.arithmetic import ArithmeticCheck, Tally
 from workers.outcomes import WorkerSettings
-from workers.plan import OutputTensor
 from workers.worker import MergeWorker
 
 
@@ -108,16 +105,6 @@ class Resident:
         return answer
 
 
-class _NoCheck(ArithmeticCheck):
-    """Finds nothing, and reads nothing: a merge of ours as those that check nothing are."""
-
-    def weight(self, *_: OutputTensor | slice) -> torch.Tensor:
-        return torch.empty(0)
-
-    def compare(self, tally: Tally, rows: slice, place: tuple[str, int], *_: torch.Tensor) -> None:
-        pass
-
-
 def _carry_out(workers: dict[str, MergeWorker], order: dict[str, Any]) -> dict[str, object]:
     home = order["home"]
     if order["requests"] is None:
@@ -129,11 +116,11 @@ def _carry_out(workers: dict[str, MergeWorker], order: dict[str, Any]) -> dict[s
         workers[home] = MergeWorker(WorkerSettings(**places, device="cpu"))
     worker = workers[home]
     requests = tuple(map(MergeRequest.model_validate, order["requests"]))
-    unit.ArithmeticCheck = ArithmeticCheck if order["checked"] else _NoCheck  # type: ignore[misc]
-    start = time.perf_counter()
-    outcome = worker.run_unit("bench", requests)
-    published = [worker.publish(job.job_id) for job in outcome.jobs if job.failure is None]
-    seconds = time.perf_counter() - start
+    with contextlib.nullcontext() if order["checked"] else check_left_out():
+        start = time.perf_counter()
+        outcome = worker.run_unit("bench", requests)
+        published = [worker.publish(job.job_id) for job in outcome.jobs if job.failure is None]
+        seconds = time.perf_counter() - start
     failures = [job.failure.message for job in (*outcome.jobs, *published) if job.failure is not None]
     if failures:
         return {"failure": failures[0]}

@@ -129,18 +129,19 @@ class ArithmeticCheck:
         """Start on one tensor of one job, which no other lane makes."""
         return Tally(plan, name)
 
-    def weight(self, tensor: OutputTensor, rows: slice) -> torch.Tensor:
+    def weight(self, tensor: OutputTensor, rows: slice, num_columns: int) -> torch.Tensor:
         """Read rows of W anew, or dequantize them; the next call of this thread may overwrite them.
 
         Args:
             tensor: of the base.
             rows: a tile of it: where W is in 4-bit, of whole blocks.
+            num_columns: of a row; what no delta is added to may be taken as rows of any length.
 
         Returns:
-            [rows, I] on the CPU, in the dtype W is stored in.
+            [rows, num_columns] on the CPU, in the dtype W is stored in.
         """
         begin = time.perf_counter()
-        shape = rows.stop - rows.start, tensor.num_columns
+        shape = rows.stop - rows.start, num_columns
         if tensor.stored is None:
             weight = self._quantized_weight(tensor.name)
             memory = self._buffers.get("dequantized", weight.dtype, shape, host=True)
@@ -149,7 +150,7 @@ class ArithmeticCheck:
             path, spec = self._base.source.directory / tensor.shard, tensor.stored
             weight_OI = self._buffers.get("stored", spec.dtype, shape, host=True)
             with opened(path) as descriptor:
-                read_into(descriptor, path, weight_OI, spec.begin + rows.start * spec.row_bytes)
+                read_into(descriptor, path, weight_OI, spec.begin + rows.start * num_columns * spec.dtype.itemsize)
         self._took(begin)
         return weight_OI
 
@@ -170,7 +171,7 @@ class ArithmeticCheck:
         """
         begin = time.perf_counter()
         spec = tally.spec
-        expected = tally.shard, spec.begin + rows.start * spec.row_bytes
+        expected = tally.shard, spec.begin + rows.start * weight_OI.shape[1] * spec.dtype.itemsize
         if place != expected:
             raise InternalError(f"rows {rows.start} to {rows.stop} of {tally.name} go to {place}, expected {expected}")
         merged_OI = merged.view(spec.dtype).view(weight_OI.shape)
@@ -207,19 +208,23 @@ class ArithmeticCheck:
         def compared(tensor: OutputTensor) -> TensorCheck:
             stop()
             tally = self.begin(plan, tensor.name)
-            alignment = 1
+            num_rows, num_columns, alignment = tensor.num_rows, tensor.num_columns, 1
             if tensor.stored is None:
                 alignment = self._quantized_weight(tensor.name).row_alignment
-            step = rows_per_tile(tensor.num_rows, tensor.num_columns, alignment, TILE_ELEMENTS)
+            elif tensor.name not in plan.deltas:
+                num_rows, num_columns = tensor.num_elements, 1
+            step = rows_per_tile(num_rows, max(num_columns, 1), alignment, TILE_ELEMENTS)
+            row_bytes = num_columns * tally.spec.dtype.itemsize
             path = directory / tally.shard
             with opened(path) as descriptor:
-                for start in range(0, tensor.num_rows if tensor.num_bytes else 0, max(step, 1)):
-                    rows = slice(start, min(start + step, tensor.num_rows))
-                    offset = tally.spec.begin + start * tally.spec.row_bytes
-                    num_bytes = (rows.stop - rows.start) * tally.spec.row_bytes
+                for start in range(0, num_rows if tensor.num_bytes else 0, max(step, 1)):
+                    rows = slice(start, min(start + step, num_rows))
+                    offset = tally.spec.begin + start * row_bytes
+                    num_bytes = (rows.stop - rows.start) * row_bytes
                     merged = self._buffers.get("merged", torch.uint8, (1, num_bytes), host=True).view(-1)
                     read_into(descriptor, path, merged, offset)
-                    self.compare(tally, rows, (tally.shard, offset), merged, self.weight(tensor, rows))
+                    known = self.weight(tensor, rows, num_columns)
+                    self.compare(tally, rows, (tally.shard, offset), merged, known)
             return tally.summary()
 
         streamed = [tensor for tensor in self._base.tensors if plan.streams(tensor.name)]

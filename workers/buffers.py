@@ -15,6 +15,8 @@ import torch
 PAGE_BYTES = mmap.PAGESIZE
 _ELEMENT_BYTES = 8
 """No dtype has larger elements."""
+_KEPT_BYTES = 16 << 20
+"""More than tiles take, but for weights that have to be taken whole."""
 
 
 class Buffer:
@@ -66,6 +68,11 @@ class Buffer:
         self.values = self._storage[begin : begin + num_bytes]
         self._num_holders = 1
 
+    def shrink(self) -> None:
+        """Let go of memory that is more than tiles usually take."""
+        if self._storage.numel() > _KEPT_BYTES:
+            self._storage = self.values = torch.empty(0, dtype=torch.uint8)
+
     def view(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         """Return the bytes as the elements of a tensor."""
         return self.values.view(dtype).view(shape)
@@ -81,6 +88,7 @@ class BufferPool:
             num_buffers: how many ranges are on their way at the same time, at most.
             pin: whether a device copies into them.
         """
+        self._num_buffers = num_buffers
         self._pin = pin
         self._free = deque(Buffer(self) for _ in range(num_buffers))
         self._changed = threading.Condition()
@@ -89,6 +97,11 @@ class BufferPool:
     def num_free(self) -> int:
         """Buffers that nobody holds."""
         return len(self._free)
+
+    @property
+    def whole(self) -> bool:
+        """Whether nobody holds any."""
+        return len(self._free) == self._num_buffers
 
     def take(self, num_bytes: int, offset: int) -> Buffer:
         """Wait for a free buffer and hold it.
@@ -100,22 +113,36 @@ class BufferPool:
         with self._changed:
             self._changed.wait_for(lambda: self._free)
             buffer = self._free.pop()  # the one that is most likely in the caches
-        buffer.place(num_bytes, offset, pin=self._pin)
+        try:
+            buffer.place(num_bytes, offset, pin=self._pin)
+        except BaseException:
+            self.put_back(buffer)
+            raise
         return buffer
 
     def put_back(self, buffer: Buffer) -> None:
         """Take a buffer back that nobody holds any more."""
+        if not self._pin:
+            buffer.shrink()
         with self._changed:
             self._free.append(buffer)
             self._changed.notify()
 
 
-@functools.cache
 def kept_pool(num_buffers: int, *, pin: bool) -> BufferPool:
     """Return a pool that stays, so that the next pass finds its memory: new pages cost as much as what is done in them.
+
+    A pass that was torn off may have left buffers held. Then, and while another pass is at work, it is a new one.
 
     Args:
         num_buffers: as in `BufferPool`.
         pin: as in `BufferPool`.
     """
+    if not _pool(num_buffers, pin).whole:
+        _pool.cache_clear()
+    return _pool(num_buffers, pin)
+
+
+@functools.cache
+def _pool(num_buffers: int, pin: bool) -> BufferPool:
     return BufferPool(num_buffers, pin=pin)

@@ -19,6 +19,9 @@ _TILE_BYTES = 48 << 20
 """Scratch of one thread on the CPU: the tile as stored and in float32, the same for its check, and four buffers on
 their way to files."""
 
+_TILE_ELEMENT_BYTES = 24
+"""The same for each element of a tile."""
+
 _QUANTIZE_BYTES = 48 << 20
 """Scratch of one thread that quantizes: the tile as stored and on its way back, in 4-bit, and buffers."""
 
@@ -125,7 +128,7 @@ def pass_bytes(plans: Sequence[MergePlan], num_threads: int) -> int:
         num_threads: threads that compute.
     """
     base = plans[0].base
-    streaming = num_threads * (_TILE_BYTES + sum(_operand_bytes(plan) for plan in plans))
+    streaming = num_threads * (_tile_bytes(plans) + sum(_operand_bytes(plan) for plan in plans))
     if base.quantization is not None or any(plan.request.compare for plan in plans):
         quantizing = num_threads * _QUANTIZE_BYTES + _quantized_whole(plans[0])
         if any(plan.request.quantization_options.bnb_4bit_use_double_quant for plan in plans):
@@ -134,6 +137,13 @@ def pass_bytes(plans: Sequence[MergePlan], num_threads: int) -> int:
             quantizing += num_threads * 5 * largest // 4
         streaming = max(streaming, quantizing)
     return max(streaming, *map(_bytes_by_peft, plans))
+
+
+def _tile_bytes(plans: Sequence[MergePlan]) -> int:
+    """Return the scratch of one thread; a weight whose transpose is in 4-bit is taken whole."""
+    base = plans[0].base
+    whole = [t.num_elements for t in base.tensors if t.stored is None and t.name in base.transposed]
+    return max(_TILE_BYTES, _TILE_ELEMENT_BYTES * max(whole, default=0))
 
 
 def _operand_bytes(plan: MergePlan) -> int:

@@ -95,6 +95,8 @@ def _merge_by_peft(state: PassState, name: str, weights: ModuleWeights) -> None:
         state.count(adapter=plan.num_adapter_bytes)
         for module in merge_modules(plan, weights):
             state.jobs[name].check()
+            if writer.over:
+                return
             for output, values in module.outputs.items():
                 rounded = values.detach().to(outputs[output].dtype).contiguous()
                 check_range(outputs[output], rounded)

@@ -49,23 +49,23 @@ class PassState:
     @property
     def over(self) -> bool:
         """Whether every job has failed."""
-        return all(writer.error for writer in self.writers.values())
+        return all(writer.over for writer in self.writers.values())
 
     def well(self, names: Sequence[str]) -> list[str]:
         """Return those of some jobs that go on: they have not failed, and nobody wants them to stop."""
         for name in names:
-            if self.writers[name].error is None:
+            if not self.writers[name].over:
                 try:
                     self.jobs[name].check()
                 except MergefleetError as error:
                     self.writers[name].fail(error)
-        return [name for name in names if self.writers[name].error is None]
+        return [name for name in names if not self.writers[name].over]
 
     @contextlib.contextmanager
     def job(self, name: str) -> Iterator[CheckpointWriter | None]:
         """Hand out the writer of a job that is still well; what goes wrong inside is that job's failure alone."""
         writer = self.writers[name]
-        if writer.error is not None:
+        if writer.over:
             yield None
             return
         try:

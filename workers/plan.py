@@ -61,6 +61,11 @@ class OutputTensor:
         return self.shape[0] if self.shape else 1
 
     @property
+    def num_elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
     def num_columns(self) -> int:
         """Columns of the tensor as a matrix: all further dimensions together."""
         return max(1, math.prod(self.shape[1:]))

@@ -33,8 +33,8 @@ from workers.quantized_base import QuantizedBase
 from workers.tensor_io import read_into
 from workers.tiles import TILE_ELEMENTS, TileBuffers, rows_per_tile
 
-_COPY_BYTES = 1 << 20
-"""What one thread copies at a time: little enough to be found in the caches by whoever hashes it."""
+_COPY_BYTES = 4 << 20
+"""What one thread copies at a time."""
 _MAX_OPEN_SHARDS = 256
 """Shards of all jobs that are written at one time; each holds two descriptors, and 1024 is a common limit."""
 
@@ -42,9 +42,12 @@ _MAX_OPEN_SHARDS = 256
 class _Weight:
     """What the tiles of one tensor share: loaded with the first, dropped with the last."""
 
-    def __init__(self, tensor: OutputTensor, quantized: QuantizedWeight | None, num_tiles: int) -> None:
+    def __init__(
+        self, tensor: OutputTensor, quantized: QuantizedWeight | None, num_columns: int, num_tiles: int
+    ) -> None:
         self.tensor = tensor
         self.quantized = quantized
+        self.num_columns = num_columns
         self.num_tiles_left = num_tiles
         self.lock = threading.Lock()
         self.operands: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -65,11 +68,11 @@ class _Tile:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.stop - self.start, self.weight.tensor.num_columns
+        return self.stop - self.start, self.weight.num_columns
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.weight.tensor.dtype.itemsize if self.weight.tensor.num_bytes else 0
+        return math.prod(self.shape) * self.weight.tensor.dtype.itemsize
 
 
 class Walk:
@@ -147,21 +150,24 @@ class Walk:
                         f"{self._base.source.directory}: tensor {tensor.name} is stored in 4-bit as "
                         f"{list(quantized.shape)}, config.json makes it {list(tensor.shape)}; the checkpoint is corrupt"
                     )
-            step = max(1, _COPY_BYTES // (tensor.num_columns * tensor.dtype.itemsize))
-            if tensor.num_bytes == 0:
-                step = tensor.num_rows
-            if self._computed(tensor):
+            num_rows, num_columns = tensor.num_rows, tensor.num_columns
+            if quantized is not None or self._changed(tensor):
                 alignment = quantized.row_alignment if quantized else 1
-                step = rows_per_tile(tensor.num_rows, tensor.num_columns, alignment, TILE_ELEMENTS[self._device.type])
-            starts = range(0, max(tensor.num_rows, 1), max(step, 1))
-            weight = _Weight(tensor, quantized, len(starts))
+                step = rows_per_tile(num_rows, num_columns, alignment, TILE_ELEMENTS[self._device.type])
+            else:
+                # Elements by themselves: a row of stacked experts is larger than any tile.
+                num_rows, num_columns = tensor.num_elements, 1
+                step = _COPY_BYTES // tensor.dtype.itemsize if tensor.copied else TILE_ELEMENTS[self._device.type]
+            starts = range(0, max(num_rows, 1), max(step, 1))
+            weight = _Weight(tensor, quantized, num_columns, len(starts))
             for start in starts:
-                yield _Tile(weight, start, min(start + step, tensor.num_rows))
+                yield _Tile(weight, start, min(start + step, num_rows))
+
+    def _changed(self, tensor: OutputTensor) -> bool:
+        return any(tensor.name in job.plan.deltas for job in self._state.jobs.values())
 
     def _computed(self, tensor: OutputTensor) -> bool:
-        if tensor.num_bytes == 0:
-            return False
-        return not tensor.copied or any(tensor.name in job.plan.deltas for job in self._state.jobs.values())
+        return tensor.num_bytes > 0 and (not tensor.copied or self._changed(tensor))
 
     def _takers(self, tensor: OutputTensor) -> list[str]:
         return [name for name, job in self._state.jobs.items() if job.plan.streams(tensor.name)]
@@ -182,7 +188,11 @@ class Walk:
             return
         made_from = self._read(tile, computed=self._computed(tensor), num_takers=len(takers))
         # Once more from where it comes from: what the merge has read may be changed by the merge.
-        known = self._check.weight(tensor, tile.rows) if self._check is not None and tile.num_bytes else None
+        known = (
+            self._check.weight(tensor, tile.rows, weight.num_columns)
+            if self._check is not None and tile.num_bytes
+            else None
+        )
         for name in takers:
             self._finish_for(name, tile, made_from, known)
         with weight.lock:
@@ -200,9 +210,9 @@ class Walk:
                 return
             shard, spec = writer.locate(tensor.name)
             tally = self._tally(tile.weight, job)
-        if writer.error is not None or tile.num_bytes == 0:
+        if writer.over or tile.num_bytes == 0:
             return
-        offset = spec.begin + tile.start * spec.row_bytes
+        offset = spec.begin + tile.start * tile.weight.num_columns * tensor.dtype.itemsize
         with shard.buffer(offset, tile.num_bytes) as buffer:
             if made_from is None:
                 self._read_stored(tile, buffer.values)  # what goes wrong here is not this job's failure alone
@@ -236,7 +246,7 @@ class Walk:
         tensor = tile.weight.tensor
         assert tensor.stored is not None
         path = self._base.source.directory / tensor.shard
-        begin = tensor.stored.begin + tile.start * tensor.stored.row_bytes
+        begin = tensor.stored.begin + tile.start * tile.weight.num_columns * tensor.stored.dtype.itemsize
         read_into(self._descriptor(tensor.shard), path, target, begin)
         self._state.count(base=target.numel() * target.itemsize)
 
@@ -248,7 +258,8 @@ class Walk:
         else:
             # Written from memory even where the base could be copied: the tile is here, and the base is read once.
             target_OI.copy_(made_from)
-            check_range(tensor, target_OI)
+            if self._computed(tensor):
+                check_range(tensor, target_OI)
 
     def _operands(self, tile: _Tile, job: PassJob) -> tuple[torch.Tensor, torch.Tensor]:
         delta = job.plan.deltas[tile.weight.tensor.name]

@@ -134,6 +134,7 @@ class ShardWriter:
         self._early: dict[int, _Written] = {}
         """What is written behind the frontier, by its begin."""
         self._hashes = False
+        self._failed = False
         self._sha256 = hashlib.sha256()
         self._past_cache = -1
         with file_errors(f"making {path}"):
@@ -172,10 +173,7 @@ class ShardWriter:
 
     def close(self) -> None:
         """Close the file, whole or not, once nobody writes or hashes any more. Idempotent."""
-        for written in (*self._due, *self._early.values()):
-            written.release()
-        self._due.clear()
-        self._early.clear()
+        self._let_go()
         for descriptor in (self._descriptor, self._past_cache):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -199,26 +197,42 @@ class ShardWriter:
 
     def _carry(self, offset: int, buffer: Buffer) -> None:
         try:
-            self._put(offset, buffer.values)
+            try:
+                self._put(offset, buffer.values)
+            except BaseException:
+                buffer.release()
+                raise
+            if self._arrive(offset, buffer):
+                self._hash()
         except BaseException as error:  # noqa: BLE001 - raised where the pass ends
-            buffer.release()
+            with self._lock:
+                self._failed = True
+                # Nobody hashes beyond a gap: what is kept for that would be missed by those who wait for a buffer.
+                self._let_go()
             self._on_error(error)
-            return
+
+    def _arrive(self, offset: int, buffer: Buffer) -> bool:
+        """Note what is written; return whether the calling thread is to hash what is due now."""
         with self._lock:
             written = _Written(offset, offset + buffer.values.numel(), buffer)
             self._early[offset] = written
+            if self._failed:
+                self._let_go()
+                return False
             while self._frontier in self._early:
                 self._due.append(self._early.pop(self._frontier))
                 self._frontier = self._due[-1].end
             if offset in self._early and self._conveyor.buffers.num_free < self._conveyor.num_spare:
                 written.release()
-            if self._hashes or not self._due:
-                return
-            self._hashes = True
-        try:
-            self._hash()
-        except BaseException as error:  # noqa: BLE001 - raised where the pass ends
-            self._on_error(error)
+            starts = bool(self._due) and not self._hashes
+            self._hashes = self._hashes or starts
+            return starts
+
+    def _let_go(self) -> None:
+        for written in (*self._due, *self._early.values()):
+            written.release()
+        self._due.clear()
+        self._early.clear()
 
     def _put(self, offset: int, values: torch.Tensor) -> None:
         """Write bytes; the whole pages among them past the page cache."""
@@ -336,15 +350,24 @@ class CheckpointWriter:
             writer.write_copy(0, torch.frombuffer(bytearray(shard.header), dtype=torch.uint8))
         return writer, spec
 
+    @property
+    def over(self) -> bool:
+        """Whether there is no use in going on: the job has failed, or the pass will."""
+        return self.error is not None or self._fault is not None
+
     def fail(self, error: MergefleetError) -> None:
         """Give the job up; the first error is kept."""
         with self._lock:
             self.error = self.error or error
 
-    def finished(self) -> tuple[HashedFile, ...]:
-        """Return all files by name, once everything is written and hashed, if the job went well."""
+    def raise_fault(self) -> None:
+        """Let come up what went wrong that is no error of ours."""
         if self._fault is not None:
             raise self._fault
+
+    def finished(self) -> tuple[HashedFile, ...]:
+        """Return all files by name, once everything is written and hashed, if the job went well."""
+        self.raise_fault()
         assert self.error or len(self._files) == len(self._layout.shards)
         return tuple(sorted(self._files, key=lambda file: file.artifact.path))
 

@@ -565,6 +565,34 @@ def test_a_base_cut_short_where_it_is_only_copied_fails_the_pass(llama, adapters
             each.run(num_threads=1)
 
 
+@pytest.mark.parametrize("names", [["qv"], ["qv", "plain"]])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        torch.arange(12).view(3, 4),
+        torch.tensor([True, False, True]),
+        torch.tensor([1, 2, 255], dtype=torch.uint8),
+        torch.tensor([1.0, -2.0, 0.5]).to(torch.float8_e4m3fn),
+        torch.tensor([-torch.inf, 1.0, torch.nan], dtype=torch.bfloat16),
+        torch.randn(2, 3000, 500).to(torch.float16),  # rows of more than a tile is copied at once
+    ],
+    ids=["int64", "bool", "uint8", "float8", "not finite", "wide rows"],
+)
+def test_what_nobody_changes_is_copied_whatever_it_is(llama, adapters, tmp_path, extra, names):
+    (tmp_path / "base").mkdir()
+    base = single_file(llama, tmp_path / "base")
+    change_tensors(base, lambda tensors: tensors.update({"extra": extra}))
+    planned = plan_pass(base, {name: adapters[name] for name in names}, tmp_path / "pass")
+    result = planned.run(checked=True)
+    assert result.errors == {}
+    for name in names:
+        copied = read_tensors(planned.output(name))["extra"]
+        assert copied.dtype == extra.dtype
+        assert copied.view(torch.uint8).tolist() == extra.view(torch.uint8).tolist()
+        (check,) = [each for each in result.checks[name] if each.tensor == "extra"]
+        assert (check.num_bad_elements, check.rounding_excess) == (0, 0)
+
+
 def test_a_stored_4_bit_weight_of_another_shape_is_refused(llama, adapters, tmp_path):
     base = build_bnb_4bit(llama, tmp_path / "bnb")
     name = "model.layers.0.self_attn.k_proj.weight"

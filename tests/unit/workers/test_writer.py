@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import workers.writer
 from jobs.errors import BadInputError, CancelledError, NoCapacityError, TransientIOError
 from jobs.release import Artifact
 from tests.merges import open_descriptors
@@ -270,6 +271,25 @@ def test_a_fault_of_ours_comes_up_at_the_end(small):
     small.write("t", bytes(10))
     with pytest.raises(ZeroDivisionError, match="surprise"):
         small.finish()
+
+
+@pytest.mark.parametrize("error", [TransientIOError("the disk"), ZeroDivisionError("surprise")])
+def test_nobody_waits_for_buffers_of_a_file_that_cannot_be_hashed(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(workers.writer, "read_into", fail)
+    num_pieces = 40
+    layout = lay_out([("t", torch.uint8, (100 * num_pieces,))], None)
+    written = Checkpoint(tmp_path, layout, num_spare=6)
+    for piece in (1, 0, *range(2, num_pieces)):  # the first too early: it is to be read back
+        written.write("t", bytes(100), 100 * piece)
+    if isinstance(error, TransientIOError):
+        assert written.finish() == ()
+        assert written.writer.error is error
+    else:
+        with pytest.raises(ZeroDivisionError, match="surprise"):
+            written.finish()
 
 
 def test_the_first_error_is_kept(small):

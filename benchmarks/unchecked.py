@@ -1,0 +1,30 @@
+"""Merges of ours with the arithmetic check taken out, to be held against those that check nothing."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from workers import unit
+from workers.arithmetic import ArithmeticCheck, Tally
+from workers.plan import OutputTensor
+
+
+class _NoCheck(ArithmeticCheck):
+    """Finds nothing, and reads nothing."""
+
+    def weight(self, *_: OutputTensor | slice | int) -> torch.Tensor:
+        return torch.empty(0)
+
+    def compare(self, tally: Tally, rows: slice, place: tuple[str, int], *_: torch.Tensor) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def check_left_out() -> Iterator[None]:
+    """Have workers of this process leave out the arithmetic check while this lasts. No release is made that way."""
+    unit.ArithmeticCheck = _NoCheck  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        unit.ArithmeticCheck = ArithmeticCheck  # type: ignore[misc]
