@@ -280,6 +280,7 @@ def main() -> None:
         eight = run_rounds(disk, contenders.of_eight, arguments.rounds, console)
         passes = (contenders.nf4_four, *contenders.nf4_single, contenders.command_four, *contenders.command_single)
         once = run_rounds(disk, passes, 1, console)
+        resident.forget(disk.home("kept"))
         with _in_tmpfs(disk, console) as tmpfs:
             in_tmpfs = run_rounds(tmpfs, contenders.in_tmpfs, arguments.rounds, console) if tmpfs else {}
     comparisons = compare_outputs(disk, contenders)

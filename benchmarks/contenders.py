@@ -130,7 +130,8 @@ class Ours:
 
     def run(self, site: Site) -> Measurement:
         """Run once, into a fresh output directory."""
-        home = site.home(self.name)
+        # One worker keeps what it knows for all that may find it, as a worker of a fleet does.
+        home = site.home("kept" if self.keeps_cache else self.name)
         if not self.keeps_cache:
             self.resident.forget(home)
             shutil.rmtree(home, ignore_errors=True)

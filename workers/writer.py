@@ -139,14 +139,15 @@ class ShardWriter:
         self._past_cache = -1
         with file_errors(f"making {path}"):
             self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
+            on_block_device = os.major(os.fstat(self._descriptor).st_dev) > 0
             try:
-                self._make_room()
+                self._make_room(on_block_device=on_block_device)
             except OSError:
                 # Gone at once: another thread that wants the file meets the same fault, not a file that is in its way.
                 path.unlink()
                 os.close(self._descriptor)
                 raise
-            if direct:
+            if direct and on_block_device:  # a tmpfs takes the flag, and does more work for it
                 with contextlib.suppress(OSError):  # a file system that cannot: through the page cache, then
                     self._past_cache = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
 
@@ -179,14 +180,13 @@ class ShardWriter:
                 os.close(descriptor)
         self._descriptor = self._past_cache = -1
 
-    def _make_room(self) -> None:
+    def _make_room(self, *, on_block_device: bool) -> None:
         """Find out that the disk is full before any work is done.
 
         Raises:
             OSError: it is.
         """
-        status = os.fstat(self._descriptor)
-        if os.major(status.st_dev):
+        if on_block_device:
             os.posix_fallocate(self._descriptor, 0, self._num_bytes)
             return
         # Without a block device below, as a tmpfs is, making room would be writing everything once more.

@@ -11,6 +11,7 @@ import resource
 import shutil
 import threading
 import time
+import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -335,3 +336,22 @@ def test_nothing_is_written_over_another_file(small):
     with pytest.raises(BadInputError, match="File exists"):
         small.writer.locate("t")
     assert (small.directory / "model.safetensors").read_text() == "somebody else's"
+
+
+@pytest.mark.parametrize("free", [0, 1 << 40])
+def test_where_no_device_is_below_the_free_space_is_asked(small, monkeypatch, writes, free):
+    """As in a tmpfs: making room would be writing everything, and there is no cache to go past."""
+    monkeypatch.setattr(os, "major", lambda _: 0)
+    space = types.SimpleNamespace(f_bavail=free // 4096, f_frsize=4096)
+    monkeypatch.setattr(os, "fstatvfs", lambda _: space)
+    monkeypatch.setattr(os, "posix_fallocate", None)
+    layout = lay_out([("t", torch.uint8, (1 << 20,))], None)
+    written = Checkpoint(small.directory, layout, direct=True)
+    if not free:
+        with pytest.raises(NoCapacityError, match=r"model\.safetensors: No space left"):
+            written.writer.locate("t")
+        assert list(small.directory.iterdir()) == []
+        return
+    written.write("t", bytes(1 << 20))
+    assert written.finish() == true_artifacts(small.directory)
+    assert not any(direct for _, _, direct in writes)
