@@ -29,9 +29,9 @@ _MODULE_ELEMENT_BYTES = 56
 """What the check of a module that PEFT merged holds of each of its weights: up to seven arrays of float64, of a layer,
 its plain form, their states, and the squares its bound is made of."""
 
-_MERGE_RATE = 0.3e9
-_ARITHMETIC_RATE = 0.55e9
-_QUANTIZE_RATE = 0.17e9
+_MERGE_RATE = 0.45e9
+_ARITHMETIC_RATE = 0.8e9
+_QUANTIZE_RATE = 0.45e9
 _BEHAVIOUR_RATE = 0.012e9
 """Bytes of merged weights (of stored ones, for quantizing) a second and core."""
 
