@@ -13,7 +13,7 @@ from workers.plan import OutputTensor
 class _NoCheck(ArithmeticCheck):
     """Finds nothing, and reads nothing."""
 
-    def weight(self, *_: OutputTensor | slice | int) -> torch.Tensor:
+    def weight(self, *_: OutputTensor | slice) -> torch.Tensor:
         return torch.empty(0)
 
     def compare(self, tally: Tally, rows: slice, place: tuple[str, int], *_: torch.Tensor) -> None:

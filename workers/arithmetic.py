@@ -28,9 +28,10 @@ from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
 from workers.rounding import BITS, EXPONENT_BITS, MANTISSA_BITS, half_ulp, precision_for
 from workers.tensor_io import opened, read_into
-from workers.tiles import TileBuffers, rows_per_tile, single_threads
+from workers.tiles import TILE_ELEMENTS, TileBuffers, Tiling, columns_of, rows_per_tile, single_threads
 
-TILE_ELEMENTS = 1 << 19
+_PIECE_ELEMENTS = 1 << 19
+"""Elements compared at once: their products stay in the caches."""
 _NUM_PLACES = 1 << 12
 """Elements of a tile that are looked at one by one; where more are in doubt, it is all of them."""
 
@@ -74,7 +75,8 @@ class Tally:
         self.shard = shard.name
         self.spec = spec
         self._plan = plan
-        self._sums = _Sums()
+        self._sums: dict[int, _Sums] = {}
+        """By the row they begin at."""
         self._lock = threading.Lock()
 
     @functools.cached_property
@@ -82,14 +84,16 @@ class Tally:
         """The delta of the tensor; None if it is to be what it was."""
         return _operands(self._plan, self.name)
 
-    def add(self, sums: _Sums) -> None:
-        """Add what was found about some rows."""
+    def add(self, start: int, sums: _Sums) -> None:
+        """Add what was found about the rows from `start` on."""
         with self._lock:
-            self._sums.add(sums)
+            self._sums[start] = sums
 
     def summary(self) -> TensorCheck:
         """Return what was found, once all tiles are compared."""
-        sums = self._sums
+        sums = _Sums()
+        for start in sorted(self._sums):  # added up in one order, whoever was first: reports have the same bytes
+            sums.add(self._sums[start])
         return TensorCheck(
             tensor=self.name,
             changed=self.name in self._plan.deltas,
@@ -125,22 +129,18 @@ class ArithmeticCheck:
         """What 4 bits changed of W, by tensor, where it is known."""
         return {} if self._quantized is None else self._quantized.errors
 
-    def begin(self, plan: MergePlan, name: str) -> Tally:
-        """Start on one tensor of one job, which no other lane makes."""
-        return Tally(plan, name)
-
-    def weight(self, tensor: OutputTensor, rows: slice, num_columns: int) -> torch.Tensor:
+    def weight(self, tensor: OutputTensor, rows: slice) -> torch.Tensor:
         """Read rows of W anew, or dequantize them; the next call of this thread may overwrite them.
 
         Args:
             tensor: of the base.
-            rows: a tile of it: where W is in 4-bit, of whole blocks.
-            num_columns: of a row; what no delta is added to may be taken as rows of any length.
+            rows: a tile of it, as `Tiling` cuts it: where W is in 4-bit, of whole blocks.
 
         Returns:
-            [rows, num_columns] on the CPU, in the dtype W is stored in.
+            [rows, columns] on the CPU, in the dtype W is stored in.
         """
         begin = time.perf_counter()
+        num_columns = columns_of(tensor.shape)
         shape = rows.stop - rows.start, num_columns
         if tensor.stored is None:
             weight = self._quantized_weight(tensor.name)
@@ -175,14 +175,12 @@ class ArithmeticCheck:
         if place != expected:
             raise InternalError(f"rows {rows.start} to {rows.stop} of {tally.name} go to {place}, expected {expected}")
         merged_OI = merged.view(spec.dtype).view(weight_OI.shape)
-        step = max(1, TILE_ELEMENTS // max(1, weight_OI.shape[1]))
         num_rows = rows.stop - rows.start
-        if num_rows * weight_OI.shape[1] < 2 * TILE_ELEMENTS:
-            step = num_rows
+        step = rows_per_tile(num_rows, weight_OI.shape[1], 1, _PIECE_ELEMENTS)
         for start in range(0, num_rows, step):
             part = slice(start, min(start + step, num_rows))
             in_tensor = slice(rows.start + part.start, rows.start + part.stop)
-            tally.add(self._check_tile(merged_OI[part], weight_OI[part], tally.operands, in_tensor))
+            tally.add(in_tensor.start, self._check_tile(merged_OI[part], weight_OI[part], tally.operands, in_tensor))
         self._took(begin)
 
     def files(
@@ -207,24 +205,18 @@ class ArithmeticCheck:
 
         def compared(tensor: OutputTensor) -> TensorCheck:
             stop()
-            tally = self.begin(plan, tensor.name)
-            num_rows, num_columns, alignment = tensor.num_rows, tensor.num_columns, 1
-            if tensor.stored is None:
-                alignment = self._quantized_weight(tensor.name).row_alignment
-            elif tensor.name not in plan.deltas:
-                num_rows, num_columns = tensor.num_elements, 1
-            step = rows_per_tile(num_rows, max(num_columns, 1), alignment, TILE_ELEMENTS)
-            row_bytes = num_columns * tally.spec.dtype.itemsize
+            tally = Tally(plan, tensor.name)
+            alignment = self._quantized_weight(tensor.name).row_alignment if tensor.stored is None else 1
+            tiling = Tiling.of(tensor.shape, alignment, TILE_ELEMENTS["cpu"])
+            row_bytes = tiling.num_columns * tally.spec.dtype.itemsize
             path = directory / tally.shard
             with opened(path) as descriptor:
-                for start in range(0, num_rows if tensor.num_bytes else 0, max(step, 1)):
-                    rows = slice(start, min(start + step, num_rows))
-                    offset = tally.spec.begin + start * row_bytes
+                for rows in tiling.rows if tensor.num_bytes else ():
+                    offset = tally.spec.begin + rows.start * row_bytes
                     num_bytes = (rows.stop - rows.start) * row_bytes
                     merged = self._buffers.get("merged", torch.uint8, (1, num_bytes), host=True).view(-1)
                     read_into(descriptor, path, merged, offset)
-                    known = self.weight(tensor, rows, num_columns)
-                    self.compare(tally, rows, (tally.shard, offset), merged, known)
+                    self.compare(tally, rows, (tally.shard, offset), merged, self.weight(tensor, rows))
             return tally.summary()
 
         streamed = [tensor for tensor in self._base.tensors if plan.streams(tensor.name)]

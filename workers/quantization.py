@@ -191,7 +191,8 @@ class _Streamed:
         self.starts = range(0, self._num_rows, self._step)
         self._lock = threading.Lock()
         self._num_left = len(self.starts)
-        self._square_error = 0.0
+        self._square_errors: dict[int, float] = {}
+        """By the row they begin at: added up in one order, whoever was first."""
         self._parts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         """Codes and scales by the row they begin at, where scales are quantized themselves."""
 
@@ -200,7 +201,6 @@ class _Streamed:
         tile = self._read(start)
         on_bytes(tile.numel() * self._spec.dtype.itemsize)
         codes, absmax = quantize_rows(tile, self._task.quant_type)
-        square_error = 0.0
         if not self._task.double_quant:
             self._put(start, codes, absmax)
             weight = QuantizedWeight(
@@ -211,11 +211,10 @@ class _Streamed:
                 shape=(tile.shape[0], tile.shape[1]),
                 dtype=tile.dtype,
             )
-            square_error = self._error(weight, 0, tile)
+            self._square_errors[start] = self._error(weight, 0, tile)
         with self._lock:
             if self._task.double_quant:
                 self._parts[start] = codes, absmax
-            self._square_error += square_error
             self._num_left -= 1
             if self._num_left:
                 return None
@@ -226,7 +225,7 @@ class _Streamed:
             # What else is stored of it does not depend on its values.
             tensors = _stored(self._task, some_codes, some_absmax, self._spec.shape, self._dtype)
             kept = {suffix: tensor for suffix, tensor in tensors.items() if suffix not in ("", ".absmax")}
-            return self._name, kept, {self._name: math.sqrt(self._square_error)}
+            return self._name, kept, {self._name: self._norm}
         codes, absmax = (torch.cat([self._parts[start][part] for start in self.starts]) for part in (0, 1))
         self._parts.clear()
         tensors = _stored(self._task, codes, absmax, self._spec.shape, self._dtype)
@@ -235,10 +234,14 @@ class _Streamed:
         # Scales that are quantized themselves are final with the last tile only: the first look was for the page cache.
         for start in self.starts:
             tile = self._read(start)
-            self._square_error += self._error(weight, start, tile)
+            self._square_errors[start] = self._error(weight, start, tile)
         for suffix in ("", ".absmax", ".nested_absmax"):
             self._write(f"{self._name}{suffix}", 0, tensors.pop(suffix))
-        return self._name, tensors, {self._name: math.sqrt(self._square_error)}
+        return self._name, tensors, {self._name: self._norm}
+
+    @property
+    def _norm(self) -> float:
+        return math.sqrt(sum(self._square_errors[start] for start in self.starts))
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -240,7 +240,7 @@ class QuantizedCache:
         writer = CheckpointWriter(directory, layout, conveyor, direct=False, on_file=lambda _: None)
 
         def write(name: str, begin: int, data: torch.Tensor) -> None:
-            _raise_what_went_wrong(writer)
+            writer.raise_error()
             shard, spec = writer.locate(name)
             shard.write_copy(spec.begin + begin, data)
 
@@ -249,15 +249,9 @@ class QuantizedCache:
         finally:
             conveyor.close()
             writer.close()
-        _raise_what_went_wrong(writer)
+        writer.raise_error()
         digests |= {file.artifact.path: file.artifact.sha256 for file in writer.finished()}
         return rest
-
-
-def _raise_what_went_wrong(writer: CheckpointWriter) -> None:
-    writer.raise_fault()
-    if writer.error is not None:
-        raise writer.error
 
 
 def _groups(weights: Iterable[Quantized], errors: dict[str, float]) -> Iterator[dict[str, torch.Tensor]]:

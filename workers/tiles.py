@@ -5,6 +5,8 @@ import math
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -39,6 +41,41 @@ def rows_per_tile(num_rows: int, num_columns: int, alignment: int, tile_elements
     most = max(1, tile_elements // (num_columns * alignment)) * alignment
     num_tiles = max(1, math.ceil(num_rows / most))
     return math.ceil(math.ceil(num_rows / num_tiles) / alignment) * alignment
+
+
+def columns_of(shape: tuple[int, ...]) -> int:
+    """Return the columns of a tensor as a matrix.
+
+    One of more than two dimensions is a column of its elements: a row of stacked experts would be larger than any tile,
+    and no delta is streamed to it.
+    """
+    return shape[1] if len(shape) == 2 else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a tensor is cut: tiles of whole rows. It depends on the tensor alone, not on who else is in a pass."""
+
+    num_columns: int
+    """Of the tensor as a matrix."""
+    rows: tuple[slice, ...]
+    """Of each tile; an empty tensor has one without rows."""
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], alignment: int, tile_elements: int) -> Self:
+        """Cut a tensor.
+
+        Args:
+            shape: of the tensor.
+            alignment: tiles begin at a multiple of this many rows.
+            tile_elements: about how many elements a tile has.
+        """
+        num_columns = columns_of(shape)
+        num_rows = math.prod(shape) // num_columns if num_columns else 0
+        if not num_rows:
+            return cls(num_columns, (slice(0, 0),))
+        step = rows_per_tile(num_rows, num_columns, alignment, tile_elements)
+        return cls(num_columns, tuple(slice(at, min(at + step, num_rows)) for at in range(0, num_rows, step)))
 
 
 class TileBuffers(threading.local):

@@ -2,8 +2,8 @@
 
 Each tile of a weight is read (or dequantized) once; every adapter's delta is added to it in float32, rounded once to
 the output's dtype, handed over to be written at its final offset, and checked in the very memory it is written and
-hashed from. The order of operations is that of PEFT's `Linear.merge` with
-`safe_merge=False` (0.21): (B @ A) in float32, times the scaling, plus W, one rounding.
+hashed from. The order of operations is that of PEFT's `Linear.merge` with `safe_merge=False` (0.21): (B @ A) in
+float32, times the scaling, plus W, one rounding.
 
 Shape suffixes: O output features, I input features, R rank.
 """
@@ -31,10 +31,8 @@ from workers.plan import BasePlan, OutputTensor
 from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
 from workers.tensor_io import read_into
-from workers.tiles import TILE_ELEMENTS, TileBuffers, rows_per_tile
+from workers.tiles import TILE_ELEMENTS, TileBuffers, Tiling
 
-_COPY_BYTES = 4 << 20
-"""What one thread copies at a time."""
 _MAX_OPEN_SHARDS = 256
 """Shards of all jobs that are written at one time; each holds two descriptors, and 1024 is a common limit."""
 
@@ -59,16 +57,11 @@ class _Weight:
 @dataclass(frozen=True, slots=True)
 class _Tile:
     weight: _Weight
-    start: int
-    stop: int
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.start, self.stop)
+    rows: slice
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.stop - self.start, self.weight.num_columns
+        return self.rows.stop - self.rows.start, self.weight.num_columns
 
     @property
     def num_bytes(self) -> int:
@@ -150,24 +143,16 @@ class Walk:
                         f"{self._base.source.directory}: tensor {tensor.name} is stored in 4-bit as "
                         f"{list(quantized.shape)}, config.json makes it {list(tensor.shape)}; the checkpoint is corrupt"
                     )
-            num_rows, num_columns = tensor.num_rows, tensor.num_columns
-            if quantized is not None or self._changed(tensor):
-                alignment = quantized.row_alignment if quantized else 1
-                step = rows_per_tile(num_rows, num_columns, alignment, TILE_ELEMENTS[self._device.type])
-            else:
-                # Elements by themselves: a row of stacked experts is larger than any tile.
-                num_rows, num_columns = tensor.num_elements, 1
-                step = _COPY_BYTES // tensor.dtype.itemsize if tensor.copied else TILE_ELEMENTS[self._device.type]
-            starts = range(0, max(num_rows, 1), max(step, 1))
-            weight = _Weight(tensor, quantized, num_columns, len(starts))
-            for start in starts:
-                yield _Tile(weight, start, min(start + step, num_rows))
-
-    def _changed(self, tensor: OutputTensor) -> bool:
-        return any(tensor.name in job.plan.deltas for job in self._state.jobs.values())
+            alignment = quantized.row_alignment if quantized else 1
+            tiling = Tiling.of(tensor.shape, alignment, TILE_ELEMENTS[self._device.type])
+            weight = _Weight(tensor, quantized, tiling.num_columns, len(tiling.rows))
+            for rows in tiling.rows:
+                yield _Tile(weight, rows)
 
     def _computed(self, tensor: OutputTensor) -> bool:
-        return tensor.num_bytes > 0 and (not tensor.copied or self._changed(tensor))
+        if tensor.num_bytes == 0:
+            return False
+        return not tensor.copied or any(tensor.name in job.plan.deltas for job in self._state.jobs.values())
 
     def _takers(self, tensor: OutputTensor) -> list[str]:
         return [name for name, job in self._state.jobs.items() if job.plan.streams(tensor.name)]
@@ -188,11 +173,9 @@ class Walk:
             return
         made_from = self._read(tile, computed=self._computed(tensor), num_takers=len(takers))
         # Once more from where it comes from: what the merge has read may be changed by the merge.
-        known = (
-            self._check.weight(tensor, tile.rows, weight.num_columns)
-            if self._check is not None and tile.num_bytes
-            else None
-        )
+        known = None
+        if self._check is not None and tile.num_bytes:
+            known = self._check.weight(tensor, tile.rows)
         for name in takers:
             self._finish_for(name, tile, made_from, known)
         with weight.lock:
@@ -212,7 +195,7 @@ class Walk:
             tally = self._tally(tile.weight, job)
         if writer.over or tile.num_bytes == 0:
             return
-        offset = spec.begin + tile.start * tile.weight.num_columns * tensor.dtype.itemsize
+        offset = spec.begin + tile.rows.start * tile.weight.num_columns * tensor.dtype.itemsize
         with shard.buffer(offset, tile.num_bytes) as buffer:
             if made_from is None:
                 self._read_stored(tile, buffer.values)  # what goes wrong here is not this job's failure alone
@@ -234,7 +217,7 @@ class Walk:
             memory = None
             if self._device.type == "cpu":
                 memory = self._buffers.get("dequantized", weight.quantized.dtype, tile.shape, host=True)
-            return weight.quantized.dequantize_rows(tile.start, tile.stop, memory)
+            return weight.quantized.dequantize_rows(tile.rows.start, tile.rows.stop, memory)
         if not computed and num_takers == 1:
             return None
         assert tensor.stored is not None
@@ -246,7 +229,7 @@ class Walk:
         tensor = tile.weight.tensor
         assert tensor.stored is not None
         path = self._base.source.directory / tensor.shard
-        begin = tensor.stored.begin + tile.start * tile.weight.num_columns * tensor.stored.dtype.itemsize
+        begin = tensor.stored.begin + tile.rows.start * tile.weight.num_columns * tensor.stored.dtype.itemsize
         read_into(self._descriptor(tensor.shard), path, target, begin)
         self._state.count(base=target.numel() * target.itemsize)
 
@@ -278,7 +261,7 @@ class Walk:
         name = job.plan.request.id
         with weight.lock:
             if name not in weight.tallies:
-                weight.tallies[name] = self._check.begin(job.plan, weight.tensor.name)
+                weight.tallies[name] = Tally(job.plan, weight.tensor.name)
             return weight.tallies[name]
 
     def _add(self, weight_OI: torch.Tensor, tile: _Tile, job: PassJob, target_OI: torch.Tensor) -> None:

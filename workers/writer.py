@@ -360,14 +360,17 @@ class CheckpointWriter:
         with self._lock:
             self.error = self.error or error
 
-    def raise_fault(self) -> None:
-        """Let come up what went wrong that is no error of ours."""
+    def raise_error(self) -> None:
+        """Let come up what went wrong."""
         if self._fault is not None:
             raise self._fault
+        if self.error is not None:
+            raise self.error
 
     def finished(self) -> tuple[HashedFile, ...]:
         """Return all files by name, once everything is written and hashed, if the job went well."""
-        self.raise_fault()
+        if self._fault is not None:
+            raise self._fault
         assert self.error or len(self._files) == len(self._layout.shards)
         return tuple(sorted(self._files, key=lambda file: file.artifact.path))
 

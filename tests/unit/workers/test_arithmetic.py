@@ -1,7 +1,9 @@
 """The arithmetic check: passes what one rounding allows, and notices everything else by name."""
 
 import dataclasses
+import random
 import shutil
+import time
 
 import pytest
 import torch
@@ -9,12 +11,15 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import workers.arithmetic
+import workers.kernels
+import workers.tiles
 from jobs.errors import CancelledError, InternalError
 from jobs.release import TensorCheck
 from jobs.request import Thresholds
 from tests.merges import CPU, merge_by_peft, open_descriptors, plan_pass, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
-from workers.arithmetic import ArithmeticCheck, failures
+from workers.arithmetic import ArithmeticCheck, Tally, failures
 from workers.checkpoint import DTYPES
 from workers.lanes.adapter import ADAPTER_WEIGHTS
 from workers.parity import wrong_headers
@@ -353,22 +358,39 @@ def test_a_check_of_files_can_be_stopped(merged):
     assert open_descriptors() == before
 
 
-@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles and pieces so small that many threads add to what is known of a tensor, in any order."""
+    monkeypatch.setitem(workers.tiles.TILE_ELEMENTS, "cpu", 1 << 9)
+    monkeypatch.setattr(workers.arithmetic, "_PIECE_ELEMENTS", 1 << 7)
+    compare = workers.kernels.compare
+
+    def slow(*arguments):
+        time.sleep(random.random() / 1000)
+        return compare(*arguments)
+
+    monkeypatch.setattr(workers.kernels, "compare", slow)
+
+
+def plain_checks(checks):
+    """Without what only the files' check is told in these tests."""
+    return {check.tensor: check.model_copy(update={"quantization_error": None}) for check in checks}
+
+
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_what_is_checked_on_its_way_is_what_the_files_are_checked_for(
-    base, adapter, tmp_path, quantization, num_threads
-):
+def test_what_is_checked_on_its_way_is_what_the_files_are_checked_for(base, adapter, tmp_path, quantization):
+    """To the last bit, alone or together, by one thread or many: a report is a part of its release."""
     adapters = {"job": adapter, "other": make_adapter(base, tmp_path / "other", targets=("v_proj",), seed=3)}
+    alone = plan_pass(base, {"job": adapter}, tmp_path / "alone", base_quantization=quantization)
+    expected = plain_checks(alone.run(num_threads=1, checked=True).checks["job"])
     planned = plan_pass(base, adapters, tmp_path / "pass", base_quantization=quantization)
     told = []
-    result = planned.run(num_threads=num_threads, checked=True, on_bytes=told.append)
-    in_files = planned.check()
+    result = planned.run(num_threads=4, checked=True, on_bytes=told.append)
+    assert plain_checks(result.checks["job"]) == expected
+    in_files = planned.check(num_threads=3)
     for name in adapters:
-        errors = {check.tensor: check.quantization_error for check in in_files[name].values()}
-        assert {
-            check.tensor: check.model_copy(update={"quantization_error": errors[check.tensor]})
-            for check in result.checks[name]
-        } == in_files[name]
+        assert plain_checks(result.checks[name]) == plain_checks(in_files[name].values())
         assert {each.tensor for each in result.checks[name]} == set(read_tensors(planned.output(name)))
     assert sum(told) == 2 * sum(
         tensor.nbytes for name in adapters for tensor in read_tensors(planned.output(name)).values()
@@ -380,7 +402,7 @@ def test_bytes_that_go_to_another_place_are_a_fault(merged):
     name = "model.layers.0.self_attn.q_proj.weight"
     shard, spec = plan.output.tensors[name]
     check = ArithmeticCheck(merged.base, None)
-    tally, weight = check.begin(plan, name), check.weight(merged.base.by_name[name], slice(2, 4), spec.shape[1])
+    tally, weight = Tally(plan, name), check.weight(merged.base.by_name[name], slice(2, 4))
     begin = spec.begin + 2 * spec.row_bytes
     with (merged.output("job") / shard.name).open("rb") as file:
         file.seek(begin)

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 
+import workers.quantization
 from jobs.errors import BadInputError, CancelledError, InternalError, NoCapacityError, NotFoundError
 from jobs.locations import LocalPath
 from jobs.request import MergeRequest
@@ -131,6 +132,17 @@ def test_errors_are_those_of_transformers_dequantized_weights(base, tmp_path, do
     assert errors.keys() == set(task.weights)
     for name, error in errors.items():
         assert error == pytest.approx(float((through_4bit[name].double() - plain[name].double()).norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_the_same_bytes_come_of_any_number_of_threads(base, tmp_path, monkeypatch, double_quant):
+    monkeypatch.setattr(workers.quantization, "_TILE_ELEMENTS", 1 << 9)
+    task = make_task(base, tmp_path, quantization_options={"bnb_4bit_use_double_quant": double_quant})
+    digests = set()
+    for number, num_threads in enumerate((1, 4, 4)):
+        made = QuantizedCache(tmp_path / f"cache-{number}", CPU, num_threads).open(task, lambda _: None)
+        digests.add((directory_of(made) / "digests.json").read_bytes())
+    assert len(digests) == 1
 
 
 def test_it_is_made_once(task, tmp_path):
