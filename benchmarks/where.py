@@ -25,7 +25,8 @@ import torch
 
 from benchmarks.contenders import ADAPTER, Site
 from jobs.request import BaseQuantization, MergeRequest, ParityPolicy
-from workers import arithmetic, kernels, quant, unit, walk, writer
+from workers import arithmetic, hashing, quant, unit, walk, writer
+from workers.kernels import merging
 from workers.outcomes import WorkerSettings
 from workers.sinks import directory
 from workers.worker import MergeWorker
@@ -129,9 +130,9 @@ def measure_parts(site: Site, base_quantization: str, room: Path) -> dict[str, f
             (walk, "read_into", "read", False),
             (quant.QuantizedWeight, "dequantize_rows", "dequantize", False),
             (torch, "mm", "B.A", False),
-            (kernels, "add_delta", "add and round", False),
+            (merging, "add_delta", "add and round", False),
             (writer.ShardWriter, "_put", "write", False),
-            (writer.ShardWriter, "_hash", "hash", False),
+            (hashing.Hasher, "_hash", "hash", False),
             (directory, "sync", "sync", False),
             (directory, "sync_tree", "sync", False),
             (arithmetic.ArithmeticCheck, "weight", "parity", False),

@@ -21,17 +21,16 @@ import torch
 
 from jobs.errors import InternalError
 from jobs.release import TensorCheck
-from workers import kernels
+from workers.kernels import merging
+from workers.kernels.elements import ARRAY_DTYPES, array
 from workers.lanes.lora import read_operand
 from workers.plan import BasePlan, MergePlan, OutputTensor
 from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
 from workers.rounding import BITS, EXPONENT_BITS, MANTISSA_BITS, half_ulp, precision_for
 from workers.tensor_io import opened, read_into
-from workers.tiles import TILE_ELEMENTS, TileBuffers, Tiling, columns_of, rows_per_tile, single_threads
+from workers.tiles import TILE_ELEMENTS, TileBuffers, Tiling, columns_of, pieces_of, single_threads
 
-_PIECE_ELEMENTS = 1 << 19
-"""Elements compared at once: their products stay in the caches."""
 _NUM_PLACES = 1 << 12
 """Elements of a tile that are looked at one by one; where more are in doubt, it is all of them."""
 
@@ -175,10 +174,7 @@ class ArithmeticCheck:
         if place != expected:
             raise InternalError(f"rows {rows.start} to {rows.stop} of {tally.name} go to {place}, expected {expected}")
         merged_OI = merged.view(spec.dtype).view(weight_OI.shape)
-        num_rows = rows.stop - rows.start
-        step = rows_per_tile(num_rows, weight_OI.shape[1], 1, _PIECE_ELEMENTS)
-        for start in range(0, num_rows, step):
-            part = slice(start, min(start + step, num_rows))
+        for part in pieces_of(*weight_OI.shape):
             in_tensor = slice(rows.start + part.start, rows.start + part.stop)
             tally.add(in_tensor.start, self._check_tile(merged_OI[part], weight_OI[part], tally.operands, in_tensor))
         self._took(begin)
@@ -249,11 +245,11 @@ class ArithmeticCheck:
             delta_OI.zero_()
         else:
             torch.mm(operands.scaled_b_OR[rows], operands.a_RI, out=delta_OI)
-        if weight_OI.dtype not in kernels.ARRAY_DTYPES:
+        if weight_OI.dtype not in ARRAY_DTYPES:
             weight_OI = weight_OI.float()
         places = self._buffers.get("places", torch.int64, (1, _NUM_PLACES), host=True).view(-1)
-        weight_square, delta_square, error_delta, max_abs_error, num_different = kernels.compare(
-            kernels.array(weight_OI), kernels.array(merged_OI), kernels.array(delta_OI), places.numpy()
+        weight_square, delta_square, error_delta, max_abs_error, num_different = merging.compare(
+            array(weight_OI), array(merged_OI), array(delta_OI), places.numpy()
         )
         sums = _Sums(
             max_abs_error=_finite(max_abs_error),
@@ -307,10 +303,13 @@ def _bounds(merged: torch.Tensor, operands: _Operands | None, rows: slice, row_o
 
 def _check_equal(merged_OI: torch.Tensor, weight_OI: torch.Tensor) -> _Sums:
     sums = _Sums()
-    if weight_OI.is_floating_point():
-        known = weight_OI if weight_OI.dtype in kernels.ARRAY_DTYPES else weight_OI.float()
-        sums.weight_square = kernels.square(kernels.array(known))
-    if torch.equal(_bits(merged_OI), _bits(weight_OI)):
+    if weight_OI.dtype in ARRAY_DTYPES:
+        sums.weight_square, is_equal = merging.compare_unchanged(array(weight_OI), array(merged_OI))
+    else:
+        is_equal = torch.equal(_bits(merged_OI), _bits(weight_OI))
+        if weight_OI.is_floating_point():
+            sums.weight_square = float(weight_OI.double().square().sum())
+    if is_equal:
         return sums
     different = _bits(merged_OI) != _bits(weight_OI)
     error = (merged_OI.double() - weight_OI.double()).abs()[different]

@@ -16,8 +16,8 @@ _LIBRARY_BYTES = 390_000_000
 """Memory of a process that has imported torch, transformers, PEFT, bitsandbytes and Numba (CPU builds)."""
 
 _TILE_BYTES = 48 << 20
-"""Scratch of one thread on the CPU: the tile as stored and in float32, the same for its check, and four buffers on
-their way to files."""
+"""Scratch of one thread on the CPU: the tile as stored and in float32, the same for its check, and three buffers
+on their way to files."""
 
 _TILE_ELEMENT_BYTES = 24
 """The same for each element of a tile."""

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from jobs.errors import BadInputError
-from workers import kernels
+from workers.kernels import four_bit
+from workers.kernels.elements import array
 
 BITSANDBYTES_VERSION: str = bitsandbytes.__version__
 
@@ -26,7 +27,7 @@ BLOCK_SIZE = 64
 """Weights per scale; the default of bitsandbytes and the only size transformers uses."""
 
 _FOLLOWED_VERSION = "0.50.2"
-"""The bitsandbytes that `workers.kernels` follows bit for bit on the CPU; of any other, its own is taken."""
+"""The bitsandbytes that `workers.kernels.four_bit` follows bit for bit on the CPU; of any other, its own is taken."""
 NESTED_BLOCK_SIZE = 256
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -80,12 +81,12 @@ class QuantizedWeight:
         absmax = self.absmax[begin // self.blocksize : math.ceil(end / self.blocksize)]
         if BITSANDBYTES_VERSION == _FOLLOWED_VERSION and codes.device.type == "cpu":
             weight = torch.empty(stop - start, num_columns, dtype=self.dtype) if memory is None else memory
-            kernels.dequantize(
-                kernels.array(codes),
-                kernels.array(absmax),
+            four_bit.dequantize(
+                array(codes),
+                array(absmax),
                 _tables(self.quant_type).pairs,
                 self.blocksize,
-                kernels.array(weight),
+                array(weight),
             )
             return weight
         # Handed over one block a row: the AVX-512 kernel of bitsandbytes 0.50.2 takes the wrong scales where blocks go
@@ -137,9 +138,7 @@ def _quantize_on_cpu(weight: torch.Tensor, quant_type: str) -> tuple[torch.Tenso
     tables = _tables(quant_type)
     codes = torch.empty(weight.numel() // 2, 1, dtype=torch.uint8)
     absmax = torch.empty(weight.numel() // BLOCK_SIZE)
-    kernels.quantize(
-        kernels.array(weight.contiguous()), tables.middles, tables.places, kernels.array(codes), absmax.numpy()
-    )
+    four_bit.quantize(array(weight.contiguous()), tables.middles, tables.places, array(codes), absmax.numpy())
     return codes, absmax
 
 
@@ -151,8 +150,8 @@ class _Tables:
     """float32 [512]: the two values of each byte of codes, the one in its upper half first."""
     places: np.ndarray
     """uint8 [16]: their codes, the smallest value's first."""
-    middles: tuple[np.float32, ...]
-    """Between neighbours, ascending."""
+    middles: np.ndarray
+    """float32 [15]: between neighbours, ascending."""
 
 
 @functools.cache
@@ -167,7 +166,7 @@ def _tables(quant_type: str) -> _Tables:
     )
     back_values = back[:, 0].numpy()
     pairs = np.stack([back_values.repeat(16), np.tile(back_values, 16)], axis=1).reshape(-1)
-    return _Tables(pairs, order.numpy().astype(np.uint8), tuple(middles.numpy()))
+    return _Tables(pairs, order.numpy().astype(np.uint8), middles.numpy())
 
 
 def stored_tensors(

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from workers import kernels
 from workers.checkpoint import CheckpointLayout, lay_out_shard
 from workers.conversions import Conversions, Group
+from workers.kernels import merging
+from workers.kernels.elements import ARRAY_DTYPES, array
 from workers.quant import (
     BITSANDBYTES_VERSION,
     BLOCK_SIZE,
@@ -340,7 +341,7 @@ def _dequantized(tensors: dict[str, torch.Tensor], device: torch.device) -> Iter
 
 
 def _square_error(through_4bit: torch.Tensor, weight: torch.Tensor) -> float:
-    if through_4bit.device.type == "cpu" and {through_4bit.dtype, weight.dtype} <= kernels.ARRAY_DTYPES.keys():
-        left, right = (kernels.array(tensor.contiguous()) for tensor in (through_4bit, weight))
-        return float(kernels.square_difference(left, right))
+    if through_4bit.device.type == "cpu" and {through_4bit.dtype, weight.dtype} <= ARRAY_DTYPES.keys():
+        left, right = (array(tensor.contiguous()) for tensor in (through_4bit, weight))
+        return float(merging.square_difference(left, right))
     return float(torch.linalg.vector_norm(through_4bit.float() - weight.to(through_4bit.device).float())) ** 2

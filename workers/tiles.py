@@ -10,9 +10,13 @@ from typing import Self
 
 import torch
 
-TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 24}
+TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 24}
 """Elements of a tile: on the CPU so many that handing tiles from thread to thread costs little beside what is done with
 them, on a GPU so many that they fill the device."""
+
+
+_PIECE_ELEMENTS = 1 << 19
+"""Elements of a tile whose delta is computed at once on the CPU: it stays in the caches until it is added."""
 
 
 @contextlib.contextmanager
@@ -41,6 +45,13 @@ def rows_per_tile(num_rows: int, num_columns: int, alignment: int, tile_elements
     most = max(1, tile_elements // (num_columns * alignment)) * alignment
     num_tiles = max(1, math.ceil(num_rows / most))
     return math.ceil(math.ceil(num_rows / num_tiles) / alignment) * alignment
+
+
+def pieces_of(num_rows: int, num_columns: int) -> Iterator[slice]:
+    """Yield the rows of a tile in pieces whose deltas are computed one after the other."""
+    step = rows_per_tile(num_rows, num_columns, 1, _PIECE_ELEMENTS)
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
 
 
 def columns_of(shape: tuple[int, ...]) -> int:

@@ -21,17 +21,18 @@ import numpy as np
 import torch
 
 from jobs.errors import BadInputError
-from workers import kernels
 from workers.arithmetic import ArithmeticCheck, Tally
 from workers.buffers import Buffer
 from workers.files import file_errors
+from workers.kernels import merging
+from workers.kernels.elements import ARRAY_DTYPES, array
 from workers.lanes.lora import read_operand
 from workers.passes import PassJob, PassState, check_range
 from workers.plan import BasePlan, OutputTensor
 from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
 from workers.tensor_io import read_into
-from workers.tiles import TILE_ELEMENTS, TileBuffers, Tiling
+from workers.tiles import TILE_ELEMENTS, TileBuffers, Tiling, pieces_of
 
 _MAX_OPEN_SHARDS = 256
 """Shards of all jobs that are written at one time; each holds two descriptors, and 1024 is a common limit."""
@@ -267,15 +268,17 @@ class Walk:
     def _add(self, weight_OI: torch.Tensor, tile: _Tile, job: PassJob, target_OI: torch.Tensor) -> None:
         a_RI, b_OR = self._operands(tile, job)
         scaling = job.plan.deltas[tile.weight.tensor.name].scaling
+        if self._device.type == "cpu":
+            known_OI = weight_OI if weight_OI.dtype in ARRAY_DTYPES else weight_OI.float()
+            for rows in pieces_of(*tile.shape):
+                weight, target, b = known_OI[rows], target_OI[rows], b_OR[tile.rows][rows]
+                delta = self._buffers.get("delta", torch.float32, (len(b), tile.weight.num_columns), host=True)
+                torch.mm(b, a_RI, out=delta)
+                if not merging.add_delta(array(weight), array(delta), np.float32(scaling), array(target)):
+                    check_range(tile.weight.tensor, delta.mul_(scaling).add_(weight))
+            return
         sum_OI = self._buffers.get("sum", torch.float32, tile.shape, host=False)
         torch.mm(b_OR[tile.rows], a_RI, out=sum_OI)
-        if self._device.type == "cpu":
-            known = weight_OI if weight_OI.dtype in kernels.ARRAY_DTYPES else weight_OI.float()
-            if not kernels.add_delta(
-                kernels.array(known), kernels.array(sum_OI), np.float32(scaling), kernels.array(target_OI)
-            ):
-                check_range(tile.weight.tensor, sum_OI.mul_(scaling).add_(weight_OI))
-            return
         if scaling != 1.0:
             sum_OI.mul_(scaling)
         sum_OI.add_(weight_OI)

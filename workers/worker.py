@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from jobs.errors import InternalError
 from jobs.request import MergeRequest
 from workers.job import Job, own_failure, shared_failures
+from workers.memory import pass_over_modules
 from workers.outcomes import (
     Failure,
     JobOutcome,
@@ -31,6 +32,7 @@ class MergeWorker:
     """Merges units of requests. One unit at a time; `progress` and `cancel` may be called meanwhile from elsewhere."""
 
     def __init__(self, settings: WorkerSettings) -> None:
+        pass_over_modules()
         self._settings = settings
         self._planned = PlannedBases()
         self._residents = ResidentBases(settings.resident_bytes)

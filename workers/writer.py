@@ -8,12 +8,11 @@ would be copied once more, into pages that cost as much as all arithmetic, only 
 import contextlib
 import errno
 import fcntl
-import hashlib
+import math
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from jobs.release import Artifact
 from workers.buffers import PAGE_BYTES, Buffer, BufferPool, kept_pool
 from workers.checkpoint import CheckpointLayout, ShardLayout, TensorSpec
 from workers.files import FileState, file_errors
+from workers.hashing import FileHash, Hasher
 from workers.tensor_io import read_into, tensor_bytes, write_all
 
 _LARGE_BYTES = 4 << 20
@@ -34,7 +34,7 @@ _PIECE_BYTES = 4 << 20
 """What comes without a buffer is put into buffers of this size."""
 _DIRECT_BYTES = 64 << 10
 """Less than this is not worth its own way past the page cache."""
-_BUFFERS_PER_THREAD = 4
+_BUFFERS_PER_THREAD = 3
 """Tiles on their way to files, for each thread that computes: one in its hands, the others written and hashed."""
 _CARRIERS_PER_THREAD = 2
 """Threads that write and hash, for each thread that computes; half of the time they wait for the disk."""
@@ -63,10 +63,9 @@ class Conveyor:
     """What takes the bytes of a pass to their files."""
 
     buffers: BufferPool
+    hasher: Hasher
     threads: ThreadPoolExecutor
-    """Each writes and hashes one buffer at a time. They never wait for a buffer themselves."""
-    num_spare: int
-    """While fewer buffers are free, none is kept for the bytes before it to be hashed."""
+    """Each writes one buffer at a time, and hashes what is due. They never wait for a buffer themselves."""
 
     @classmethod
     def of_threads(cls, num_threads: int, *, pin: bool = False) -> Self:
@@ -76,10 +75,12 @@ class Conveyor:
             num_threads: how many.
             pin: whether a device copies into the buffers.
         """
+        buffers = kept_pool(_BUFFERS_PER_THREAD * num_threads, pin=pin)
         return cls(
-            buffers=kept_pool(_BUFFERS_PER_THREAD * num_threads, pin=pin),
+            buffers=buffers,
+            # One thread that hashes two files keeps up with two that compute, where the processor helps.
+            hasher=Hasher(buffers, num_spare=num_threads, num_threads=math.ceil(num_threads / 2)),
             threads=ThreadPoolExecutor(_CARRIERS_PER_THREAD * num_threads, thread_name_prefix="write"),
-            num_spare=num_threads,
         )
 
     def close(self) -> None:
@@ -87,28 +88,8 @@ class Conveyor:
         self.threads.shutdown()
 
 
-@dataclass(slots=True)
-class _Written:
-    """A range of a file that is written."""
-
-    begin: int
-    end: int
-    buffer: Buffer | None
-    """Its bytes; without it they are read back."""
-
-    def release(self) -> None:
-        """Let go of the bytes."""
-        if self.buffer is not None:
-            self.buffer.release()
-            self.buffer = None
-
-
 class ShardWriter:
-    """One output file, header included: every byte of it is written exactly once.
-
-    Its SHA-256 follows the frontier up to which everything is written. Bytes that come too early are kept in their
-    buffer until it is their turn, or read back where buffers are wanted for others.
-    """
+    """One output file, header included: every byte of it is written exactly once, and hashed from where it lay."""
 
     def __init__(
         self,
@@ -126,16 +107,6 @@ class ShardWriter:
         self._conveyor = conveyor
         self._on_closed = on_closed
         self._on_error = on_error
-        self._lock = threading.Lock()
-        self._frontier = 0
-        """All before it is written."""
-        self._due: deque[_Written] = deque()
-        """What is written before the frontier and not hashed yet, in order."""
-        self._early: dict[int, _Written] = {}
-        """What is written behind the frontier, by its begin."""
-        self._hashes = False
-        self._failed = False
-        self._sha256 = hashlib.sha256()
         self._past_cache = -1
         with file_errors(f"making {path}"):
             self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
@@ -150,6 +121,8 @@ class ShardWriter:
             if direct and on_block_device:  # a tmpfs takes the flag, and does more work for it
                 with contextlib.suppress(OSError):  # a file system that cannot: through the page cache, then
                     self._past_cache = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+        self._hashed = FileHash(self._num_bytes, read=self._read_back, on_hashed=self._finish, on_error=self._failed)
+        conveyor.hasher.open(self._hashed)
 
     def buffer(self, offset: int, num_bytes: int) -> Buffer:
         """Wait for memory for a range of the file."""
@@ -174,7 +147,7 @@ class ShardWriter:
 
     def close(self) -> None:
         """Close the file, whole or not, once nobody writes or hashes any more. Idempotent."""
-        self._let_go()
+        self._conveyor.hasher.close(self._hashed)
         for descriptor in (self._descriptor, self._past_cache):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -197,42 +170,19 @@ class ShardWriter:
 
     def _carry(self, offset: int, buffer: Buffer) -> None:
         try:
-            try:
-                self._put(offset, buffer.values)
-            except BaseException:
-                buffer.release()
-                raise
-            if self._arrive(offset, buffer):
-                self._hash()
+            self._put(offset, buffer.values)
         except BaseException as error:  # noqa: BLE001 - raised where the pass ends
-            with self._lock:
-                self._failed = True
-                # Nobody hashes beyond a gap: what is kept for that would be missed by those who wait for a buffer.
-                self._let_go()
-            self._on_error(error)
+            buffer.release()
+            self._failed(error)
+        else:
+            self._conveyor.hasher.add(self._hashed, offset, buffer)
 
-    def _arrive(self, offset: int, buffer: Buffer) -> bool:
-        """Note what is written; return whether the calling thread is to hash what is due now."""
-        with self._lock:
-            written = _Written(offset, offset + buffer.values.numel(), buffer)
-            self._early[offset] = written
-            if self._failed:
-                self._let_go()
-                return False
-            while self._frontier in self._early:
-                self._due.append(self._early.pop(self._frontier))
-                self._frontier = self._due[-1].end
-            if offset in self._early and self._conveyor.buffers.num_free < self._conveyor.num_spare:
-                written.release()
-            starts = bool(self._due) and not self._hashes
-            self._hashes = self._hashes or starts
-            return starts
+    def _failed(self, error: BaseException) -> None:
+        self._conveyor.hasher.close(self._hashed)
+        self._on_error(error)
 
-    def _let_go(self) -> None:
-        for written in (*self._due, *self._early.values()):
-            written.release()
-        self._due.clear()
-        self._early.clear()
+    def _read_back(self, target: torch.Tensor, offset: int) -> None:
+        read_into(self._descriptor, self._path, target, offset)
 
     def _put(self, offset: int, values: torch.Tensor) -> None:
         """Write bytes; the whole pages among them past the page cache."""
@@ -256,39 +206,11 @@ class ShardWriter:
             write_all(self._past_cache, self._path, data[begin:end], offset + begin)
         write_all(self._descriptor, self._path, data[end:], offset + end)
 
-    def _hash(self) -> None:
-        """Hash what is due, until nothing is."""
-        end = 0
-        while True:
-            with self._lock:
-                if not self._due:
-                    self._hashes = False
-                    break
-                written = self._due.popleft()
-            try:
-                for piece in self._pieces(written):
-                    self._sha256.update(tensor_bytes(piece))
-            finally:
-                written.release()
-            end = written.end
-        if end == self._num_bytes:
-            self._finish()
-
-    def _pieces(self, written: _Written) -> Iterator[torch.Tensor]:
-        if written.buffer is not None:
-            yield written.buffer.values
-            return
-        for begin in range(written.begin, written.end, _PIECE_BYTES):
-            piece = torch.empty(min(_PIECE_BYTES, written.end - begin), dtype=torch.uint8)
-            read_into(self._descriptor, self._path, piece, begin)
-            yield piece
-
-    def _finish(self) -> None:
+    def _finish(self, digest: str) -> None:
         state = None
         if self._num_bytes >= _LARGE_BYTES:
             time.sleep(_CLOCK_SECONDS)
             state = FileState.of(os.fstat(self._descriptor))
-        digest = self._sha256.hexdigest()
         # At once, since a pass of many jobs over many shards would run out of descriptors.
         self.close()
         self._on_closed(HashedFile(Artifact(path=self.name, num_bytes=self._num_bytes, sha256=digest), state))

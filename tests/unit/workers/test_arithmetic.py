@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import workers.arithmetic
-import workers.kernels
 import workers.tiles
 from jobs.errors import CancelledError, InternalError
 from jobs.release import TensorCheck
@@ -21,6 +20,7 @@ from tests.merges import CPU, merge_by_peft, open_descriptors, plan_pass, read_t
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
 from workers.arithmetic import ArithmeticCheck, Tally, failures
 from workers.checkpoint import DTYPES
+from workers.kernels import merging
 from workers.lanes.adapter import ADAPTER_WEIGHTS
 from workers.parity import wrong_headers
 from workers.quantized_base import QuantizedCache
@@ -362,14 +362,14 @@ def test_a_check_of_files_can_be_stopped(merged):
 def small_tiles(monkeypatch):
     """Tiles and pieces so small that many threads add to what is known of a tensor, in any order."""
     monkeypatch.setitem(workers.tiles.TILE_ELEMENTS, "cpu", 1 << 9)
-    monkeypatch.setattr(workers.arithmetic, "_PIECE_ELEMENTS", 1 << 7)
-    compare = workers.kernels.compare
+    monkeypatch.setattr(workers.tiles, "_PIECE_ELEMENTS", 1 << 7)
+    compare = merging.compare
 
     def slow(*arguments):
         time.sleep(random.random() / 1000)
         return compare(*arguments)
 
-    monkeypatch.setattr(workers.kernels, "compare", slow)
+    monkeypatch.setattr(merging, "compare", slow)
 
 
 def plain_checks(checks):

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers import kernels
+from workers.kernels import merging
+from workers.kernels.elements import ARRAY_DTYPES, array
 from workers.rounding import BITS, precision_for
 
-DTYPES = tuple(kernels.ARRAY_DTYPES)
+DTYPES = tuple(ARRAY_DTYPES)
 SIZES = (1, 7, 8, 63, 1023, 1024, 1025, 5000)
 
 
@@ -33,7 +34,7 @@ def values_around(dtype, size, seed):
 
 def add(weight, delta, scaling, dtype):
     rounded = torch.empty(weight.shape, dtype=dtype)
-    finite = kernels.add_delta(kernels.array(weight), kernels.array(delta), np.float32(scaling), kernels.array(rounded))
+    finite = merging.add_delta(array(weight), array(delta), np.float32(scaling), array(rounded))
     return bool(finite), rounded
 
 
@@ -96,8 +97,8 @@ def test_a_comparison_finds_the_wrong_elements_and_measures_in_float64(stored, d
     wrong = torch.randperm(size, generator=generator)[:num_wrong].sort().values
     bits(merged)[wrong] ^= 1
     places = torch.full((10,), -1)
-    weight_square, delta_square, error_delta, largest, num_different = kernels.compare(
-        kernels.array(weight), kernels.array(merged), kernels.array(delta), places.numpy()
+    weight_square, delta_square, error_delta, largest, num_different = merging.compare(
+        array(weight), array(merged), array(delta), places.numpy()
     )
     assert num_different == len(wrong)
     assert places[: len(wrong)].tolist() == wrong[:10].tolist()
@@ -117,7 +118,7 @@ def test_a_comparison_does_not_lose_what_is_no_number(dtype, value):
         merged[place] = value
         delta = torch.zeros(3000, dtype=precision_for(dtype))
         places = torch.empty(10, dtype=torch.int64).numpy()
-        found = kernels.compare(kernels.array(torch.zeros(3000)), kernels.array(merged), kernels.array(delta), places)
+        found = merging.compare(array(torch.zeros(3000)), array(merged), array(delta), places)
         assert not math.isfinite(found[3])
 
 
@@ -126,9 +127,29 @@ def test_a_comparison_does_not_lose_what_is_no_number(dtype, value):
 def test_squares_are_those_of_float64(left, right, size):
     generator = torch.Generator().manual_seed(size)
     a, b = (torch.randn(size, generator=generator).to(dtype) for dtype in (left, right))
-    assert kernels.square(kernels.array(a)) == pytest.approx(float(a.double().square().sum()), rel=1e-5)
     difference = (a.double() - b.double()).square().sum()
-    assert kernels.square_difference(kernels.array(a), kernels.array(b)) == pytest.approx(float(difference), rel=1e-5)
+    assert merging.square_difference(array(a), array(b)) == pytest.approx(float(difference), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_an_unchanged_weight_has_the_same_bits_everywhere(dtype, size):
+    generator = torch.Generator().manual_seed(size)
+    weight = torch.randn(size, generator=generator).to(dtype)
+    square = pytest.approx(float(weight.double().square().sum()), rel=1e-5)
+    assert merging.compare_unchanged(array(weight), array(weight.clone())) == (square, True)
+    for place in {0, size // 2, size - 1}:
+        for bit in (0, 8 * dtype.itemsize - 1):
+            merged = weight.clone()
+            bits(merged)[place] ^= -1 << bit if bit else 1
+            assert merging.compare_unchanged(array(weight), array(merged)) == (square, False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_no_number_is_compared_by_its_bits_too(dtype):
+    weight = torch.tensor([math.nan, math.inf, -0.0, 1.0]).to(dtype)
+    assert merging.compare_unchanged(array(weight), array(weight.clone()))[1]
+    assert not merging.compare_unchanged(array(weight), array(weight.abs()))[1]  # -0.0 is not 0.0
 
 
 def test_kernels_work_where_no_compiled_code_can_be_kept():
@@ -137,8 +158,8 @@ def test_kernels_work_where_no_compiled_code_can_be_kept():
         "import numba.core.caching as c\n"
         "c.CacheImpl._locator_classes = []\n"
         "import numpy as np\n"
-        "from workers import kernels\n"
-        "print(kernels.square(np.full(3, 2, np.float32)))\n"
+        "from workers.kernels import merging\n"
+        "print(merging.square_difference(np.full(3, 2, np.float32), np.zeros(3, np.float32)))\n"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
     assert run.stdout.split() == ["12.0"]

@@ -6,15 +6,17 @@ import json
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import workers.kernels.four_bit
 from jobs.errors import BadInputError
 from tests.merges import dequantize_without_kernel
 from tests.models import build_bnb_4bit, build_llama
 from workers.quant import (
     QuantizedWeight,
+    _tables,
     quantize_rows,
     quantized_names,
     quantized_owner,
@@ -74,7 +76,17 @@ def extreme_weight(dtype, quant_type, scales, seed):
     return (blocks.double() * torch.tensor(scales, dtype=torch.float64).unsqueeze(1)).to(dtype)
 
 
-@settings(max_examples=200, deadline=None)
+@pytest.fixture(params=[True, False], ids=["search", "count"])
+def searches(request):
+    """Both ways to find a code."""
+    here = workers.kernels.four_bit._SEARCHES
+    workers.kernels.four_bit._SEARCHES = here and request.param
+    yield
+    workers.kernels.four_bit._SEARCHES = here
+
+
+@pytest.mark.usefixtures("searches")
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     dtype=st.sampled_from(DTYPES),
     quant_type=st.sampled_from(["nf4", "fp4"]),
@@ -91,6 +103,7 @@ def test_extremes_are_quantized_as_by_bitsandbytes(dtype, quant_type, scales, se
     assert same_bits(absmax, state.absmax)
 
 
+@pytest.mark.usefixtures("searches")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_what_is_no_number_is_quantized_as_by_bitsandbytes(quant_type, value):
@@ -145,6 +158,31 @@ def test_every_aligned_slice_is_that_of_the_whole(shape, dtype, quant_type, doub
     for start in bounds[:-1]:
         for stop in (bound for bound in bounds if bound > start):
             assert same_bits(restored.dequantize_rows(start, stop), expected[start:stop])
+
+
+@pytest.mark.parametrize("looks_up", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 4096])
+@pytest.mark.parametrize("num_more", [0, 2, 31])
+def test_codes_come_back_as_by_bitsandbytes(monkeypatch, looks_up, dtype, quant_type, blocksize, num_more):
+    """At scales of every kind, and with a last block that is cut short."""
+    monkeypatch.setattr(workers.kernels.four_bit, "_LOOKS_UP", looks_up and workers.kernels.four_bit._LOOKS_UP)
+    scales = [0.0, 1e-45, 1e-38, 6e-8, 1e-3, 1.0, 6e4, 3e38, float("inf"), -float("inf"), float("nan"), -2.5]
+    absmax = torch.tensor([*scales, *([1.7] if num_more else [])])
+    num_elements = blocksize * len(scales) + num_more
+    generator = torch.Generator().manual_seed(blocksize)
+    codes = torch.randint(256, ((num_elements + 1) // 2, 1), generator=generator).to(torch.uint8)
+    weight = QuantizedWeight(
+        codes=codes, absmax=absmax, blocksize=blocksize, quant_type=quant_type, shape=(1, num_elements), dtype=dtype
+    )
+    values = torch.tensor(_tables(quant_type).pairs[1:32:2].copy())
+    every = torch.stack([codes >> 4, codes & 15], dim=1).view(-1)[:num_elements].long()
+    expected = (values[every] * absmax.repeat_interleave(blocksize)[:num_elements]).to(dtype)
+    found = weight.dequantize_rows(0, 1).view(-1)
+    numbers = ~expected.isnan()
+    assert torch.equal(found.isnan(), ~numbers)
+    assert same_bits(found[numbers], expected[numbers])
 
 
 @pytest.mark.parametrize("num_columns", [1, 2, 3, 63, 64, 65, 96, 100, 128, 192, 4096])

@@ -27,6 +27,7 @@ from jobs.release import Artifact
 from tests.merges import open_descriptors
 from workers.buffers import PAGE_BYTES, BufferPool
 from workers.checkpoint import CheckpointLayout, lay_out
+from workers.hashing import Hasher
 from workers.writer import CheckpointWriter, Conveyor, HashedFile
 
 
@@ -44,7 +45,8 @@ class Checkpoint:
     def __post_init__(self):
         self.threads = ThreadPoolExecutor(3)
         self.buffers = BufferPool(self.num_buffers)
-        conveyor = Conveyor(self.buffers, self.threads, self.num_spare)
+        hasher = Hasher(self.buffers, num_spare=self.num_spare, num_threads=2)
+        conveyor = Conveyor(self.buffers, hasher, self.threads)
         self.writer = CheckpointWriter(self.directory, self.layout, conveyor, direct=self.direct, on_file=self.on_file)
 
     def write(self, name, data, begin=0):
