@@ -12,11 +12,13 @@ from typing import Self
 
 import torch
 
+from workers.tiles import TILE_ELEMENTS
+
 PAGE_BYTES = mmap.PAGESIZE
 _ELEMENT_BYTES = 8
 """No dtype has larger elements."""
-_KEPT_BYTES = 16 << 20
-"""More than tiles take, but for weights that have to be taken whole."""
+_KEPT_BYTES = 4 * TILE_ELEMENTS["cpu"] + 2 * PAGE_BYTES
+"""What tiles take, in float32; more is for weights that have to be taken whole."""
 
 
 class Buffer:

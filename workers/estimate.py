@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from workers.behaviour import estimate_peak_bytes
 from workers.lanes.adapter import open_adapter
 from workers.plan import MergePlan
+from workers.tiles import TILE_ELEMENTS
+from workers.writer import BUFFERS_PER_THREAD
 
 _LIBRARY_BYTES = 390_000_000
 """Memory of a process that has imported torch, transformers, PEFT, bitsandbytes and Numba (CPU builds)."""
 
-_TILE_BYTES = 48 << 20
-"""Scratch of one thread on the CPU: the tile as stored and in float32, the same for its check, and three buffers
-on their way to files."""
+_PIECES_BYTES = 8 << 20
+"""Of one thread on the CPU: deltas in float32, as they are merged and as they are checked, and what else is small."""
 
 _TILE_ELEMENT_BYTES = 24
-"""The same for each element of a tile."""
+"""What a weight that is taken whole takes for each of its elements."""
 
 _QUANTIZE_BYTES = 48 << 20
 """Scratch of one thread that quantizes: the tile as stored and on its way back, in 4-bit, and buffers."""
@@ -140,10 +141,16 @@ def pass_bytes(plans: Sequence[MergePlan], num_threads: int) -> int:
 
 
 def _tile_bytes(plans: Sequence[MergePlan]) -> int:
-    """Return the scratch of one thread; a weight whose transpose is in 4-bit is taken whole."""
+    """Return the scratch of one thread: a tile as it is read for the merge and for its check, and buffers for it.
+
+    A weight whose transpose is in 4-bit is taken whole.
+    """
     base = plans[0].base
+    stored = max((t.stored.dtype.itemsize if t.stored else t.dtype.itemsize for t in base.tensors), default=0)
+    merged = max((t.dtype.itemsize for t in base.tensors), default=0)
+    tile = TILE_ELEMENTS["cpu"] * (2 * stored + BUFFERS_PER_THREAD * merged)
     whole = [t.num_elements for t in base.tensors if t.stored is None and t.name in base.transposed]
-    return max(_TILE_BYTES, _TILE_ELEMENT_BYTES * max(whole, default=0))
+    return _PIECES_BYTES + max(tile, _TILE_ELEMENT_BYTES * max(whole, default=0))
 
 
 def _operand_bytes(plan: MergePlan) -> int:

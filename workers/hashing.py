@@ -18,6 +18,8 @@ from workers.tensor_io import tensor_bytes
 
 _PIECE_BYTES = 4 << 20
 """What has to be read back is read in pieces of this size."""
+_MAX_WAITING = 2
+"""Ranges of a file that wait for another file."""
 
 
 @dataclass(slots=True)
@@ -50,8 +52,8 @@ class _Due:
         """Return the bytes; None if they cannot be read, which the file is told."""
         if self.data is not None:
             return self.data
-        piece = torch.empty(self.num_bytes, dtype=torch.uint8)
         try:
+            piece = torch.empty(self.num_bytes, dtype=torch.uint8)
             self.file.read(piece, self.begin)
         except BaseException as error:  # noqa: BLE001 - raised where the pass ends
             self.file.on_error(error)
@@ -147,6 +149,7 @@ class Hasher:
             num_threads: threads that may hash at the same time.
         """
         self._buffers = buffers
+        self._pairs = sha256.pairs()
         self._num_spare = num_spare
         self._num_idle = num_threads
         self._lock = threading.Lock()
@@ -196,12 +199,16 @@ class Hasher:
         with self._lock:
             if not self._line or not self._num_idle:
                 return []
-            first = self._line[0]
-            is_urgent = first.num_due > 2 or first.whole or self._buffers.num_free < self._num_spare
-            if len(self._line) == 1 and len(self._open) > 1 and not is_urgent:
+            if len(self._line) == 1 and self._may_wait(self._line[0]):
                 return []
+            taken = [self._line.popleft().due() for _ in range(min(2 if self._pairs else 1, len(self._line)))]
             self._num_idle -= 1
-            return [self._line.popleft().due() for _ in range(min(2, len(self._line)))]
+            return taken
+
+    def _may_wait(self, file: FileHash) -> bool:
+        """Whether a file with bytes that are due may wait for another one to be hashed with."""
+        is_urgent = file.num_due > _MAX_WAITING or file.whole or self._buffers.num_free < self._num_spare
+        return self._pairs and len(self._open) > 1 and not is_urgent
 
     def _hash(self, taken: list[_Due]) -> None:
         found = [(due.file, data) for due in taken if (data := due.read()) is not None]

@@ -25,7 +25,8 @@ def release_memory() -> None:
 def pass_over_modules() -> None:
     """Have collections pass over what there is by now, once in a process: half a million objects of imported modules.
 
-    They stay anyway, and looking through them takes longer than planning a merge.
+    They stay anyway, and looking through them takes longer than planning a merge. For processes of workers, which hold
+    nothing else when they begin.
     """
     gc.collect()
     gc.freeze()

@@ -28,7 +28,7 @@ class Digest(Protocol):
 
 def new() -> Digest:
     """Return the SHA-256 of nothing yet."""
-    return _PairedSha256() if _instructions_are_right() else hashlib.sha256()
+    return _PairedSha256() if pairs() else hashlib.sha256()
 
 
 def update_both(first: Digest, first_data: memoryview, second: Digest, second_data: memoryview) -> None:
@@ -92,8 +92,10 @@ class _PairedSha256:
 
 
 @functools.cache
-def _instructions_are_right() -> bool:
-    """Whether there are any. All trust in a release hangs on its digests: what was compiled here is tried first.
+def pairs() -> bool:
+    """Return whether two take little longer than one: the processor has instructions for SHA-256.
+
+    All trust in a release hangs on its digests: what was compiled here is tried first.
 
     Raises:
         InternalError: they make other digests than `hashlib`.

@@ -22,6 +22,7 @@ import torch
 
 from jobs.errors import MergefleetError
 from jobs.release import Artifact
+from workers import sha256
 from workers.buffers import PAGE_BYTES, Buffer, BufferPool, kept_pool
 from workers.checkpoint import CheckpointLayout, ShardLayout, TensorSpec
 from workers.files import FileState, file_errors
@@ -34,7 +35,7 @@ _PIECE_BYTES = 4 << 20
 """What comes without a buffer is put into buffers of this size."""
 _DIRECT_BYTES = 64 << 10
 """Less than this is not worth its own way past the page cache."""
-_BUFFERS_PER_THREAD = 3
+BUFFERS_PER_THREAD = 3
 """Tiles on their way to files, for each thread that computes: one in its hands, the others written and hashed."""
 _CARRIERS_PER_THREAD = 2
 """Threads that write and hash, for each thread that computes; half of the time they wait for the disk."""
@@ -75,12 +76,14 @@ class Conveyor:
             num_threads: how many.
             pin: whether a device copies into the buffers.
         """
-        buffers = kept_pool(_BUFFERS_PER_THREAD * num_threads, pin=pin)
+        buffers = kept_pool(BUFFERS_PER_THREAD * num_threads, pin=pin)
+        num_carriers = _CARRIERS_PER_THREAD * num_threads
+        # One thread that hashes two files keeps up with two that compute.
+        num_hashing = math.ceil(num_threads / 2) if sha256.pairs() else num_carriers
         return cls(
             buffers=buffers,
-            # One thread that hashes two files keeps up with two that compute, where the processor helps.
-            hasher=Hasher(buffers, num_spare=num_threads, num_threads=math.ceil(num_threads / 2)),
-            threads=ThreadPoolExecutor(_CARRIERS_PER_THREAD * num_threads, thread_name_prefix="write"),
+            hasher=Hasher(buffers, num_spare=num_threads, num_threads=num_hashing),
+            threads=ThreadPoolExecutor(num_carriers, thread_name_prefix="write"),
         )
 
     def close(self) -> None:
@@ -108,6 +111,7 @@ class ShardWriter:
         self._on_closed = on_closed
         self._on_error = on_error
         self._past_cache = -1
+        self._hashed = FileHash(self._num_bytes, read=self._read_back, on_hashed=self._finish, on_error=self._failed)
         with file_errors(f"making {path}"):
             self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
             on_block_device = os.major(os.fstat(self._descriptor).st_dev) > 0
@@ -121,7 +125,6 @@ class ShardWriter:
             if direct and on_block_device:  # a tmpfs takes the flag, and does more work for it
                 with contextlib.suppress(OSError):  # a file system that cannot: through the page cache, then
                     self._past_cache = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
-        self._hashed = FileHash(self._num_bytes, read=self._read_back, on_hashed=self._finish, on_error=self._failed)
         conveyor.hasher.open(self._hashed)
 
     def buffer(self, offset: int, num_bytes: int) -> Buffer:
@@ -170,12 +173,14 @@ class ShardWriter:
 
     def _carry(self, offset: int, buffer: Buffer) -> None:
         try:
-            self._put(offset, buffer.values)
-        except BaseException as error:  # noqa: BLE001 - raised where the pass ends
-            buffer.release()
-            self._failed(error)
-        else:
+            try:
+                self._put(offset, buffer.values)
+            except BaseException:
+                buffer.release()
+                raise
             self._conveyor.hasher.add(self._hashed, offset, buffer)
+        except BaseException as error:  # noqa: BLE001 - raised where the pass ends
+            self._failed(error)
 
     def _failed(self, error: BaseException) -> None:
         self._conveyor.hasher.close(self._hashed)

@@ -4,14 +4,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import llvmlite.binding
+import numba
 from llvmlite import ir
 from numba.core import cgutils
 
 INT64 = ir.IntType(64)
+_config: Any = numba.config
 
 
 def has_instructions(*features: str) -> bool:
-    """Return whether this processor has some groups of instructions, by LLVM's names for them."""
+    """Return whether Numba compiles for a processor with some groups of instructions, by LLVM's names for them.
+
+    Where it is told to compile for another processor than this one, nothing is said about that.
+    """
+    if _config.CPU_NAME or _config.CPU_FEATURES:
+        return False
     found = llvmlite.binding.get_host_cpu_features()
     return all(found.get(feature, False) for feature in features)
 

@@ -6,10 +6,22 @@ import random
 import threading
 
 import pytest
+import torch
 
 import workers.hashing
+import workers.sha256
 from workers.buffers import BufferPool
 from workers.hashing import FileHash, Hasher
+
+
+class Held:
+    """Bytes that are in nobody's pool."""
+
+    def __init__(self, data):
+        self.values = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+    def release(self):
+        """Nothing to give back."""
 
 
 class Files:
@@ -114,6 +126,31 @@ def test_a_file_that_cannot_be_read_back_fails_alone():
     assert files.errors == {1: fault}
     assert files.digests.keys() == {0}
     assert files.num_held == 0
+
+
+def test_memory_that_is_not_there_is_told_and_others_go_on(monkeypatch):
+    files = Files([1000, 900], num_spare=9)
+    files.bring(1, 500, 900)
+
+    def fail(*_, **__):
+        raise RuntimeError("not enough memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workers.hashing.torch, "empty", fail)
+        files.hasher.add(files.files[1], 0, Held(files.contents[1][:500]))
+    assert str(files.errors[1]) == "not enough memory"
+    files.bring(0, 0, 1000)
+    assert files.digests.keys() == {0}
+
+
+def test_without_instructions_no_file_waits_for_another(monkeypatch):
+    monkeypatch.setattr(workers.sha256, "pairs", lambda: False)
+    files = Files([1000, 900])
+    files.bring(0, 0, 600)
+    assert files.num_held == 0
+    files.bring(1, 0, 900)
+    files.bring(0, 600, 1000)
+    assert files.right()
 
 
 def test_a_fault_of_hashing_itself_is_told_and_others_go_on(monkeypatch):
