@@ -93,13 +93,15 @@ def test_a_run_that_fails_says_why(tmp_path):
 
 def test_a_resident_process_merges_on_order(tiny, merged, tmp_path):
     with Resident(tmp_path / "log") as resident:
-        for name, quantization in (("first", "none"), ("cold", "nf4"), ("cached", "nf4")):
+        runs = (("first", "none"), ("unchecked", "none"), ("cold", "nf4"), ("cached", "nf4"))
+        for name, quantization in runs:
             measured = resident.merge(
                 tiny / "base",
                 [tiny / "r16-all"],
                 tmp_path / name,
                 base_quantization=quantization,
                 home=tmp_path / "home",
+                checked=name != "unchecked",
             )
             num_bytes = sum(path.stat().st_size for path in (tmp_path / name).glob("*.safetensors"))
             assert 0 < measured.seconds < 60
@@ -114,7 +116,9 @@ def test_a_resident_process_merges_on_order(tiny, merged, tmp_path):
                 home=tmp_path / "home",
             )
         resident.forget(tmp_path / "home")
-    assert compare(tmp_path / "first", merged, ExactMerge(tiny / "base", tiny / "r16-all", nf4=False)).differences == ()
+    exact = ExactMerge(tiny / "base", tiny / "r16-all", nf4=False)
+    assert compare(tmp_path / "first", merged, exact).differences == ()
+    assert compare(tmp_path / "unchecked", merged, exact).differences == ()
     assert not compare(
         tmp_path / "cold", tmp_path / "cached", ExactMerge(tiny / "base", tiny / "r16-all", nf4=True)
     ).differences

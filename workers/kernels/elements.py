@@ -16,8 +16,10 @@ _WORD = ir.IntType(32)
 
 def array(tensor: torch.Tensor) -> np.ndarray:
     """Return the elements of a contiguous CPU tensor as a flat array that shares its memory."""
-    flat = tensor.view(-1)
-    return flat.view(ARRAY_DTYPES.get(tensor.dtype, tensor.dtype)).numpy()
+    if not tensor.is_contiguous():
+        raise ValueError(f"a kernel was given a tensor of shape {list(tensor.shape)} that is not contiguous")
+    kind = ARRAY_DTYPES.get(tensor.dtype)
+    return (tensor if kind is None else tensor.view(kind)).numpy().reshape(-1)
 
 
 def _as(value: Any, lane: Any) -> Any:
