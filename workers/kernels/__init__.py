@@ -2,5 +2,5 @@
 
 They hold no lock of the interpreter, so that threads with tiles of their own do not wait for each other. Arrays are
 flat and contiguous. Arithmetic in float32 rounds after every operation, as torch does; nothing is contracted or
-reordered except in sums that are for information, and in the products of the check, which has bounds for that.
+reordered except in sums that are for information.
 """

@@ -1,5 +1,6 @@
 """What the elements of an array are: float32 and float64 are themselves, uint16 holds bfloat16, int16 holds float16."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -93,26 +94,25 @@ def rounded_to(builder: Any, number: Any, value: Any, element: Any) -> Any:
     return builder.select(is_nan, _constant(rounded.type, 0x7FC0), rounded)
 
 
-@primitive
-def lower(_context: Any, number: Any, array_type: Any) -> Any:
-    """Return a number rounded to nearest, ties to even, as an element of an array."""
+def _lowered_by(rounded: Callable[..., Any], number: Any, array_type: Any) -> Any:
     element = array_type.dtype
 
     def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
-        return rounded_to(builder, number, arguments[0], element)
+        return rounded(builder, number, arguments[0], element)
 
     return element(number, array_type), generate
+
+
+@primitive
+def lower(_context: Any, number: Any, array_type: Any) -> Any:
+    """Return a number rounded to nearest, ties to even, as an element of an array."""
+    return _lowered_by(rounded_to, number, array_type)
 
 
 @primitive
 def lower_number(_context: Any, number: Any, array_type: Any) -> Any:
     """Return what `lower` does, faster, for those who look for NaN by themselves: it may become anything."""
-    element = array_type.dtype
-
-    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
-        return _rounded(builder, number, arguments[0], element)
-
-    return element(number, array_type), generate
+    return _lowered_by(_rounded, number, array_type)
 
 
 @primitive

@@ -7,6 +7,7 @@ import torch
 
 from workers import buffers
 from workers.buffers import PAGE_BYTES, BufferPool, kept_pool
+from workers.tiles import TILE_ELEMENTS
 
 
 @pytest.mark.parametrize("offset", [0, 8, 4095, 4096, 12_345 * 8])
@@ -42,6 +43,14 @@ def test_memory_is_used_again_unless_it_is_large():
             places.append(buffer.values.data_ptr())
     assert places[0] == places[1]
     assert buffer._storage.numel() < 1 << 20
+
+
+def test_memory_of_a_tile_in_float32_is_kept():
+    pool = BufferPool(1)
+    num_bytes = TILE_ELEMENTS["cpu"] * 4
+    with pool.take(num_bytes, 0) as buffer:
+        pass
+    assert buffer._storage.numel() >= num_bytes
 
 
 def test_a_buffer_without_memory_is_not_lost(monkeypatch):

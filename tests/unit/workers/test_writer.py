@@ -21,8 +21,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import workers.hashing
 import workers.writer
-from jobs.errors import BadInputError, CancelledError, NoCapacityError, TransientIOError
+from jobs.errors import BadInputError, CancelledError, InternalError, NoCapacityError, TransientIOError
 from jobs.release import Artifact
 from tests.merges import open_descriptors
 from workers.buffers import PAGE_BYTES, BufferPool
@@ -331,6 +332,18 @@ def test_a_limit_of_the_system_is_named(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert open_descriptors() == before
+
+
+def test_a_digest_that_cannot_begin_leaves_no_file(small, monkeypatch):
+    def refuse():
+        raise InternalError("other digests")
+
+    before = open_descriptors()
+    monkeypatch.setattr(workers.hashing.sha256, "new", refuse)
+    with pytest.raises(InternalError, match="other digests"):
+        small.writer.locate("t")
+    assert open_descriptors() == before
+    assert list(small.directory.iterdir()) == []
 
 
 def test_nothing_is_written_over_another_file(small):
