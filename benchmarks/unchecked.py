@@ -8,6 +8,7 @@ import torch
 from workers import unit
 from workers.arithmetic import ArithmeticCheck, Tally
 from workers.plan import OutputTensor
+from workers.products import Comparison
 
 
 class _NoCheck(ArithmeticCheck):
@@ -16,7 +17,12 @@ class _NoCheck(ArithmeticCheck):
     def weight(self, *_: OutputTensor | slice) -> torch.Tensor:
         return torch.empty(0)
 
-    def compare(self, tally: Tally, rows: slice, place: tuple[str, int], *_: torch.Tensor) -> None:
+    def on_the_way(self, *_: Tally | torch.Tensor) -> None:
+        return None
+
+    def compare(
+        self, tally: Tally, rows: slice, place: tuple[str, int], *_: torch.Tensor, found: Comparison | None = None
+    ) -> None:
         pass
 
 

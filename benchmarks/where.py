@@ -25,10 +25,10 @@ import torch
 
 from benchmarks.contenders import ADAPTER, Site
 from jobs.request import BaseQuantization, MergeRequest, ParityPolicy
-from workers import arithmetic, hashing, quant, unit, walk, writer
-from workers.kernels import merging
+from workers import arithmetic, hashing, products, quant, unit, walk, writer
 from workers.outcomes import WorkerSettings
 from workers.sinks import directory
+from workers.tiles import TileBuffers, single_threads
 from workers.worker import MergeWorker
 
 COLOURS = {
@@ -45,6 +45,8 @@ COLOURS = {
     "other": "#ced4da",
 }
 """The parts, in their order."""
+_TOGETHER = "B.A, add, round and compare"
+"""One loop, whose time is divided afterwards."""
 
 
 class Clocks:
@@ -129,8 +131,7 @@ def measure_parts(site: Site, base_quantization: str, room: Path) -> dict[str, f
             (unit.QuantizedCache, "prepare", "quantize", True),
             (walk, "read_into", "read", False),
             (quant.QuantizedWeight, "dequantize_rows", "dequantize", False),
-            (torch, "mm", "B.A", False),
-            (merging, "add_delta", "add and round", False),
+            (products, "merge", _TOGETHER, False),
             (writer.ShardWriter, "_put", "write", False),
             (hashing.Hasher, "_hash", "hash", False),
             (directory, "sync", "sync", False),
@@ -147,8 +148,29 @@ def measure_parts(site: Site, base_quantization: str, room: Path) -> dict[str, f
     if failures:
         raise RuntimeError(failures[0])
     shutil.rmtree(room)
+    for part, share in _shares().items():
+        clocks.seconds[part] += share * clocks.seconds[_TOGETHER]
     parts = {part: clocks.seconds[part] for part in COLOURS}
     return parts | {"other": max(0.0, cpu - sum(parts.values())), "wall": wall}
+
+
+def _shares() -> dict[str, float]:
+    """Return the shares of what is done in one loop, as it is when the rest of it is left out; they add up to 1."""
+    num_rows, rank, num_columns = 2048, 16, 2048
+    buffers, merged = TileBuffers(torch.device("cpu")), torch.empty(num_rows, num_columns, dtype=torch.bfloat16)
+    weight, a, b = torch.ones_like(merged), torch.ones(rank, num_columns), torch.ones(num_rows, rank)
+    comparison = products.Comparison.of(weight, a[0].numpy(), 1.0)
+
+    def seconds(**options: Any) -> float:
+        begin = time.thread_time()
+        products.merge(b, a, 1.0, merged, buffers, **options)
+        return time.thread_time() - begin
+
+    steps: list[dict[str, Any]] = [{}, {"weight_OI": weight}, {"weight_OI": weight, "comparison": comparison}]
+    with single_threads(1, "shares") as pool:
+        of_product, with_sum, of_all = (min(pool.map(lambda step: seconds(**step), [step] * 20)) for step in steps)
+    shares = {"B.A": of_product, "add and round": with_sum - of_product, "parity": of_all - with_sum}
+    return {part: share / of_all for part, share in shares.items()}
 
 
 def picture_of(found: Mapping[str, Mapping[str, float]], num_cores: int) -> str:

@@ -1,9 +1,11 @@
 """Parity, first question: is each merged tensor W + delta, for the W that was asked for?
 
-Every element of every tensor that will ship is compared with W + scaling * B @ A, computed anew from base and adapter
-by another route than the merge takes. What is compared are the bytes on their way into the files: the same memory is
-written, hashed and checked, so that files which have their digests have what was checked; files that somebody wrote to
-since are read again. The bound is
+Every element of every tensor that will ship is compared with W + scaling * B @ A, for a W that is read anew. The
+product is computed anew, or it is the merge's, where a projection proves it to be B @ A. What is compared are the bytes
+on their way into the files: the same memory is written, hashed and checked, so that files which have their digests have
+what was checked; files that somebody wrote to since are read again. An element may be off by half a unit in its last
+place, and by what a product in float32 may be; the projection finds what is off by 1/15,000 of the lengths of its row
+of B and its column of A, times the scaling.
 
 Shape suffixes: O output features, I input features, R rank.
 """
@@ -17,22 +19,32 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from jobs.errors import InternalError
 from jobs.release import TensorCheck
+from workers import products
 from workers.kernels import merging
 from workers.kernels.elements import ARRAY_DTYPES, array
 from workers.lanes.lora import read_operand
 from workers.plan import BasePlan, MergePlan, OutputTensor
+from workers.products import lifted
 from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
 from workers.rounding import BITS, EXPONENT_BITS, MANTISSA_BITS, half_ulp, precision_for
 from workers.tensor_io import opened, read_into
-from workers.tiles import TILE_ELEMENTS, TileBuffers, Tiling, columns_of, pieces_of, single_threads
+from workers.tiles import TILE_ELEMENTS, TileBuffers, Tiling, columns_of, pieces_of, rows_per_tile, single_threads
 
-_NUM_PLACES = 1 << 12
-"""Elements of a tile that are looked at one by one; where more are in doubt, it is all of them."""
+_EPSILON = torch.finfo(torch.float32).eps
+_SMALLEST = 2.0**-149
+"""The smallest float32 above zero."""
+_SHORTEST = 1e-30
+"""Columns of A are brought to one length, but those that are shorter than this: the factor is to be a float32."""
+_JUDGED_ELEMENTS = 1 << 16
+"""Elements that are held against the exact sum at the same time."""
+_SOME = 16
+"""Where fewer than one of so many are in doubt, the sums of these alone are computed."""
 
 
 @dataclass(slots=True)
@@ -56,13 +68,79 @@ class _Sums:
         self.kept += other.kept
 
 
-@dataclass(frozen=True, slots=True)
 class _Operands:
-    """The delta of one weight: lora_A [R, I], scaling times lora_B [O, R], the largest norm of a column of lora_A."""
+    """The delta of one weight, scaling * lora_B [O, R] @ lora_A [R, I], and what proves a product of the two.
 
-    a_RI: torch.Tensor
-    scaled_b_OR: torch.Tensor
-    max_column_norm: float
+    For the proof the columns of A are brought to one length and cut into chunks; C is how many there are.
+    """
+
+    def __init__(self, a_RI: torch.Tensor, b_OR: torch.Tensor, scaling: float, precision: torch.dtype) -> None:
+        self.b_OR = b_OR
+        self.scaling = scaling
+        self._precision = precision
+        self._wide_a_RI = a_RI.double()
+        self.a_RI = a_RI.to(precision) if precision is torch.float32 else self._wide_a_RI
+        self._lengths_I = self._wide_a_RI.square().sum(0).sqrt_()
+        factors_I = (_factors(a_RI.shape[1]) / self._lengths_I.clamp(min=_SHORTEST)).to(precision)
+        self._factors_I = factors_I.numpy()
+        chunks = zip(self._wide_a_RI.split(merging.CHUNK, dim=1), factors_I.double().split(merging.CHUNK), strict=True)
+        self._projected_RC = torch.stack([chunk @ factors for chunk, factors in chunks], dim=1)
+
+    def comparison(self, weight_OI: torch.Tensor, *, scaling: float) -> products.Comparison:
+        """Begin a comparison of rows of W with products that are still to be scaled."""
+        return products.Comparison.of(weight_OI, self._factors_I, scaling)
+
+    def scaled_b(self, rows: slice) -> torch.Tensor:
+        """Return rows of B with the scaling in them, which goes in in float64; the merge scales the product."""
+        return (self.b_OR[rows].double() * self.scaling).to(self._precision)
+
+    def proves(self, rows: slice, projections_OC: np.ndarray) -> bool:
+        """Return whether rows of a float32 product are B @ A, as far as their sums say, with a factor for each column.
+
+        The sums of a wrong product are right for next to no factors (Freivalds, Probabilistic Machines Can Use Less
+        Running Time, 1977). Where a right product errs by more than is allowed for its roundings, the answer is no, and
+        somebody looks at each element.
+
+        Args:
+            rows: of the weight.
+            projections_OC: float32, sums over chunks of `merging.CHUNK` columns.
+        """
+        b_OR = self.b_OR[rows].double()
+        # In units of what an element may be, rounded, times the root of their number, right products err by 1 at the
+        # median and by up to 5, for operands of any kind; most of it is that sums of float32 are added up.
+        allowed_O1 = b_OR.square().sum(1, keepdim=True).sqrt_().mul_(8 * _EPSILON * math.sqrt(merging.CHUNK))
+        off_OC = (b_OR @ self._projected_RC).sub_(torch.from_numpy(projections_OC)).abs_()
+        return bool((off_OC <= allowed_O1).all())
+
+    def exactly(self, rows: slice, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the delta at some elements in float64, and by how much a sum of R products in float32 may be off it.
+
+        Such a sum errs by at most about R + 3 roundings of its terms (Higham, Accuracy and Stability of Numerical
+        Algorithms, 3.1), here and in the merge; |b . a| is bounded by the lengths of both. What is below the smallest
+        float32 is rounded to multiples of that.
+
+        Args:
+            rows: of the weight.
+            places: of the elements, counted from the first of these rows.
+        """
+        rank, num_columns = self.a_RI.shape
+        row, column = places // num_columns, places % num_columns
+        b_OR = self.b_OR[rows].double()
+        if _SOME * len(places) > len(b_OR) * num_columns:
+            delta = (b_OR @ self._wide_a_RI).view(-1)[places]
+        else:
+            delta = (b_OR[row] * self._wide_a_RI.T[column]).sum(1)
+        lengths = torch.linalg.vector_norm(b_OR, dim=1)[row] * self._lengths_I[column]
+        slack = lengths.mul_(2 * (rank + 3) * _EPSILON).mul_(abs(self.scaling))
+        return delta.mul_(self.scaling), slack.add_((rank + 3) * _SMALLEST * max(1.0, abs(self.scaling)))
+
+
+@functools.lru_cache(maxsize=64)
+def _factors(num_columns: int) -> torch.Tensor:
+    """Return factors that have nothing to do with any weight, the same in every process: 3/4 to 5/4, of both signs."""
+    generator = torch.Generator().manual_seed(num_columns)
+    size, sign = torch.rand(2, num_columns, generator=generator, dtype=torch.float64)
+    return torch.copysign(size / 2 + 0.75, sign - 0.5)
 
 
 class Tally:
@@ -77,11 +155,17 @@ class Tally:
         self._sums: dict[int, _Sums] = {}
         """By the row they begin at."""
         self._lock = threading.Lock()
+        self._reading = threading.Lock()
+        self._changed = name in plan.deltas
+        self._operands: _Operands | None = None
 
-    @functools.cached_property
+    @property
     def operands(self) -> _Operands | None:
         """The delta of the tensor; None if it is to be what it was."""
-        return _operands(self._plan, self.name)
+        if self._changed and self._operands is None:
+            with self._reading:
+                self._operands = self._operands or _operands(self._plan, self.name)
+        return self._operands
 
     def add(self, start: int, sums: _Sums) -> None:
         """Add what was found about the rows from `start` on."""
@@ -95,7 +179,7 @@ class Tally:
             sums.add(self._sums[start])
         return TensorCheck(
             tensor=self.name,
-            changed=self.name in self._plan.deltas,
+            changed=self._changed,
             max_abs_error=sums.max_abs_error,
             rounding_excess=sums.rounding_excess,
             num_bad_elements=sums.num_bad_elements,
@@ -153,8 +237,31 @@ class ArithmeticCheck:
         self._took(begin)
         return weight_OI
 
+    def on_the_way(self, tally: Tally, weight_OI: torch.Tensor) -> products.Comparison | None:
+        """Begin a comparison that the merge can do while it merges.
+
+        Args:
+            tally: of the tensor.
+            weight_OI: rows of W, as `weight` returned them.
+
+        Returns:
+            None if nothing is added to the tensor, or if it takes another precision than the merge's.
+        """
+        begin, operands = time.perf_counter(), tally.operands
+        self._took(begin)
+        if operands is None or precision_for(tally.spec.dtype) is not torch.float32:
+            return None
+        return operands.comparison(weight_OI, scaling=operands.scaling)
+
     def compare(
-        self, tally: Tally, rows: slice, place: tuple[str, int], merged: torch.Tensor, weight_OI: torch.Tensor
+        self,
+        tally: Tally,
+        rows: slice,
+        place: tuple[str, int],
+        merged: torch.Tensor,
+        weight_OI: torch.Tensor,
+        *,
+        found: products.Comparison | None = None,
     ) -> None:
         """Compare rows of a merged tensor with what they should be.
 
@@ -164,6 +271,8 @@ class ArithmeticCheck:
             place: where it goes: the shard's name, and the offset in it.
             merged: uint8, the bytes that go there.
             weight_OI: these rows of W, as `weight` returned them.
+            found: the comparison that was begun for them, if the merge has done it, with its own product. That is not
+                trusted: it is taken where a projection proves it.
 
         Raises:
             InternalError: they go to another place than the plan says.
@@ -174,9 +283,15 @@ class ArithmeticCheck:
         if place != expected:
             raise InternalError(f"rows {rows.start} to {rows.stop} of {tally.name} go to {place}, expected {expected}")
         merged_OI = merged.view(spec.dtype).view(weight_OI.shape)
-        for part in pieces_of(*weight_OI.shape):
-            in_tensor = slice(rows.start + part.start, rows.start + part.stop)
-            tally.add(in_tensor.start, self._check_tile(merged_OI[part], weight_OI[part], tally.operands, in_tensor))
+        if tally.operands is not None:
+            sums = self._check(merged_OI, weight_OI, tally.operands, rows, found)
+        elif weight_OI.dtype == merged_OI.dtype:
+            sums = _Sums()
+            for part in pieces_of(*weight_OI.shape):
+                sums.add(_check_equal(merged_OI[part], weight_OI[part]))
+        else:
+            sums = self._check_rounded(merged_OI, weight_OI)
+        tally.add(rows.start, sums)
         self._took(begin)
 
     def files(
@@ -233,72 +348,84 @@ class ArithmeticCheck:
         with self._lock:
             self.seconds += seconds
 
-    def _check_tile(
-        self, merged_OI: torch.Tensor, weight_OI: torch.Tensor, operands: _Operands | None, rows: slice
+    def _check(
+        self,
+        merged_OI: torch.Tensor,
+        weight_OI: torch.Tensor,
+        operands: _Operands,
+        rows: slice,
+        found: products.Comparison | None,
     ) -> _Sums:
-        dtype = merged_OI.dtype
-        if operands is None and weight_OI.dtype == dtype:
-            return _check_equal(merged_OI, weight_OI)
-        num_rows, num_columns = merged_OI.shape
-        delta_OI = self._buffers.get("delta", precision_for(dtype), (num_rows, num_columns), host=True)
-        if operands is None:
-            delta_OI.zero_()
-        else:
-            torch.mm(operands.scaled_b_OR[rows], operands.a_RI, out=delta_OI)
-        if weight_OI.dtype not in ARRAY_DTYPES:
-            weight_OI = weight_OI.float()
-        places = self._buffers.get("places", torch.int64, (1, _NUM_PLACES), host=True).view(-1)
-        weight_square, delta_square, error_delta, max_abs_error, num_different = merging.compare(
-            array(weight_OI), array(merged_OI), array(delta_OI), places.numpy()
-        )
-        sums = _Sums(
-            max_abs_error=_finite(max_abs_error),
-            rounding_excess=1.0 if max_abs_error > 0 else 0.0,
-            weight_square=weight_square,
-            delta_square=delta_square,
-            kept=delta_square + error_delta,  # merged - W is the delta and the error
-        )
-        if not math.isfinite(max_abs_error) or num_different > _NUM_PLACES:
-            places = torch.arange(merged_OI.numel())  # infinity equals itself, and is as wrong as NaN
-        else:
-            places = places[:num_different]
-        if len(places):
-            # What is not the value nearest to W + delta as computed here may be the one nearest to the exact sum.
-            merged, weight, delta = (tensor.view(-1)[places] for tensor in (merged_OI, weight_OI, delta_OI))
-            error = merged.to(delta.dtype).sub_(weight.to(delta.dtype).add_(delta)).abs_()
-            excess = error.div_(_bounds(merged, operands, rows, places // num_columns))
-            sums.rounding_excess = max(sums.rounding_excess, _largest(excess))
-            # NaN compares false with everything, so what is not within the bound is counted, not what is beyond it.
-            sums.num_bad_elements = len(places) - int((excess <= 1).sum())
+        """Check rows that something was added to."""
+        if precision_for(merged_OI.dtype) is torch.float32:
+            if found is None:
+                found = operands.comparison(weight_OI, scaling=operands.scaling)
+                b_OR, a_RI = operands.b_OR[rows], operands.a_RI
+                products.merge(b_OR, a_RI, operands.scaling, merged_OI, self._buffers, comparison=found)
+            if operands.proves(rows, found.projections_OC):
+                return _judged(found, merged_OI, operands, rows)
+        found = operands.comparison(weight_OI, scaling=1.0)
+        products.merge(operands.scaled_b(rows), operands.a_RI, 1.0, merged_OI, self._buffers, comparison=found)
+        return _judged(found, merged_OI, operands, rows)
+
+    def _check_rounded(self, merged_OI: torch.Tensor, weight_OI: torch.Tensor) -> _Sums:
+        """Check rows that are to be W in another dtype: W and zero times zero."""
+        sums = _Sums()
+        merged, weight = merged_OI.view(-1), weight_OI.view(-1)
+        for part in pieces_of(len(weight), 1):
+            nothing = torch.zeros(1, part.stop - part.start, dtype=precision_for(merged.dtype))
+            found = products.Comparison.of(weight[part].view(1, -1), nothing.view(-1).numpy(), 1.0)
+            piece = merged[part].view(1, -1)
+            products.merge(nothing[:, :1], nothing, 1.0, piece, self._buffers, comparison=found)
+            sums.add(_judged(found, piece, None, part))
         return sums
 
 
-def _operands(plan: MergePlan, name: str) -> _Operands | None:
-    delta = plan.deltas.get(name)
-    if delta is None:
-        return None
-    precision = precision_for(plan.base.by_name[name].dtype)
-    a_RI = read_operand(plan.opened, delta.a_RI).to(precision)
-    # Unlike the merge, the scaling goes into B in float64 first: the two must not share a slip.
-    scaled_b_OR = (read_operand(plan.opened, delta.b_OR).double() * delta.scaling).to(precision)
-    return _Operands(a_RI, scaled_b_OR, float(torch.linalg.vector_norm(a_RI, dim=0).max()))
+def _judged(found: products.Comparison, merged_OI: torch.Tensor, operands: _Operands | None, rows: slice) -> _Sums:
+    """Return what a comparison comes to, once elements in doubt are held against the exact sum."""
+    sums = _Sums(
+        max_abs_error=_finite(found.max_abs_error),
+        rounding_excess=1.0 if found.max_abs_error > 0 else 0.0,
+        weight_square=found.weight_square,
+        delta_square=found.delta_square,
+        kept=found.delta_square + found.error_delta,  # merged - W is the delta and the error
+    )
+    doubtful = found.doubtful
+    if doubtful is not None and not len(doubtful):
+        return sums
+    # What is not the value nearest to W + delta as computed there may be the one nearest to the exact sum.
+    num_rows, num_columns = merged_OI.shape
+    step = rows_per_tile(num_rows, num_columns, 1, _JUDGED_ELEMENTS)
+    for first in range(0, num_rows, step):
+        begin, end = first * num_columns, min(first + step, num_rows) * num_columns
+        if doubtful is None:
+            places = torch.arange(begin, end)
+        else:
+            places = doubtful[slice(*torch.searchsorted(doubtful, torch.tensor([begin, end])).tolist())]
+        if not len(places):
+            continue
+        merged, exact = merged_OI.view(-1)[places], lifted(found.weight_OI.view(-1)[places]).double()
+        bounds = half_ulp(merged).double()
+        if operands is not None:
+            in_tensor = slice(rows.start + first, rows.start + end // num_columns)
+            delta, slack = operands.exactly(in_tensor, places - begin)
+            exact += delta
+            if merged.dtype.itemsize == 2:
+                # W + delta is rounded to float32 before it is rounded to the output's dtype: by at most 2**-23 of the
+                # power of two below the value, of which half a unit in the last place is 2**-(mantissa bits + 1).
+                bounds *= 1 + 2.0 ** (MANTISSA_BITS[merged.dtype] - 22)
+            bounds += slack
+        excess = merged.double().sub_(exact).abs_().div_(bounds)
+        sums.rounding_excess = max(sums.rounding_excess, _largest(excess))
+        # NaN compares false with everything, so what is not within the bound is counted, not what is beyond it.
+        sums.num_bad_elements += len(places) - int((excess <= 1).sum())
+    return sums
 
 
-def _bounds(merged: torch.Tensor, operands: _Operands | None, rows: slice, row_of_each: torch.Tensor) -> torch.Tensor:
-    """Return what one correct rounding allows at some merged elements; their rows are counted from that of the tile."""
-    precision = precision_for(merged.dtype)
-    bounds = half_ulp(merged).to(precision)
-    if operands is None:
-        return bounds
-    # A sum of R products in float32, here and in the merge, errs by at most about R + 3 roundings of the terms (Higham,
-    # Accuracy and Stability of Numerical Algorithms, 3.1); |b . a| is bounded by the norms.
-    num_roundings = operands.a_RI.shape[0] + 3
-    slack_O = torch.linalg.vector_norm(operands.scaled_b_OR[rows], dim=1) * operands.max_column_norm
-    if precision is torch.float32:
-        # W + delta is rounded to float32 before it is rounded to the output's dtype: by at most 2**-23 of the power of
-        # two below the value, of which half a unit in the last place is 2**-(mantissa bits + 1).
-        bounds *= 1 + 2.0 ** (MANTISSA_BITS[merged.dtype] - 22)
-    return bounds.add_(slack_O[row_of_each], alpha=2 * num_roundings * torch.finfo(torch.float32).eps)
+def _operands(plan: MergePlan, name: str) -> _Operands:
+    delta = plan.deltas[name]
+    a_RI, b_OR = (read_operand(plan.opened, spec) for spec in (delta.a_RI, delta.b_OR))
+    return _Operands(a_RI, b_OR, delta.scaling, precision_for(plan.base.by_name[name].dtype))
 
 
 def _check_equal(merged_OI: torch.Tensor, weight_OI: torch.Tensor) -> _Sums:

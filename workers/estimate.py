@@ -154,8 +154,12 @@ def _tile_bytes(plans: Sequence[MergePlan]) -> int:
 
 
 def _operand_bytes(plan: MergePlan) -> int:
-    """Return what the adapter's tensors of one weight take, in float32, B once more as it is scaled for the check."""
-    return max((4 * (d.a_RI.num_elements + 3 * d.b_OR.num_elements) for d in plan.deltas.values()), default=0)
+    """Return what the adapter's tensors of one weight take.
+
+    In float32 for the merge and for the check, which has A in float64, too, and squares it.
+    """
+    sizes = [(delta.a_RI.num_elements, delta.b_OR.num_elements) for delta in plan.deltas.values()]
+    return max((8 * (a + b) + 16 * a for a, b in sizes), default=0)
 
 
 def _quantized_whole(plan: MergePlan) -> int:

@@ -310,7 +310,7 @@ class Unit:
         self._bytes_written += result.num_bytes_written
         for job in self._running:
             job.error = result.errors.get(job.id)
-        # Threads check what they have made: their share of the time is that of the check.
+        # Threads check what they have made. What they compare in the loop that merges counts as the merge's time.
         self.tracker.shift("merge", "arithmetic", check.seconds / self._num_threads)
         return result
 

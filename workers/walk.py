@@ -17,18 +17,17 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from jobs.errors import BadInputError
+from workers import products
 from workers.arithmetic import ArithmeticCheck, Tally
 from workers.buffers import Buffer
 from workers.files import file_errors
-from workers.kernels import merging
-from workers.kernels.elements import ARRAY_DTYPES, array
 from workers.lanes.lora import read_operand
 from workers.passes import PassJob, PassState, check_range
 from workers.plan import BasePlan, OutputTensor
+from workers.products import Comparison
 from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
 from workers.tensor_io import read_into
@@ -203,12 +202,15 @@ class Walk:
             with self._state.job(name) as writer:
                 if writer is None:
                     return
+                comparison = None
+                if self._check is not None and tally is not None and known is not None and self._device.type == "cpu":
+                    comparison = self._check.on_the_way(tally, known)
                 if made_from is not None:
-                    self._fill(buffer, tile, job, made_from)
+                    self._fill(buffer, tile, job, made_from, comparison)
                 shard.write(offset, buffer)
                 self._state.count(written=tile.num_bytes)
                 if self._check is not None and tally is not None and known is not None:
-                    self._check.compare(tally, tile.rows, (shard.name, offset), buffer.values, known)
+                    self._check.compare(tally, tile.rows, (shard.name, offset), buffer.values, known, found=comparison)
                     self._state.count(checked=tile.num_bytes)
 
     def _read(self, tile: _Tile, *, computed: bool, num_takers: int) -> torch.Tensor | None:
@@ -234,11 +236,13 @@ class Walk:
         read_into(self._descriptor(tensor.shard), path, target, begin)
         self._state.count(base=target.numel() * target.itemsize)
 
-    def _fill(self, buffer: Buffer, tile: _Tile, job: PassJob, made_from: torch.Tensor) -> None:
+    def _fill(
+        self, buffer: Buffer, tile: _Tile, job: PassJob, made_from: torch.Tensor, comparison: Comparison | None
+    ) -> None:
         tensor = tile.weight.tensor
         target_OI = buffer.view(tensor.dtype, tile.shape)
         if tensor.name in job.plan.deltas:
-            self._add(made_from, tile, job, target_OI)
+            self._add(made_from, tile, job, target_OI, comparison)
         else:
             # Written from memory even where the base could be copied: the tile is here, and the base is read once.
             target_OI.copy_(made_from)
@@ -265,24 +269,31 @@ class Walk:
                 weight.tallies[name] = Tally(job.plan, weight.tensor.name)
             return weight.tallies[name]
 
-    def _add(self, weight_OI: torch.Tensor, tile: _Tile, job: PassJob, target_OI: torch.Tensor) -> None:
+    def _add(
+        self,
+        weight_OI: torch.Tensor,
+        tile: _Tile,
+        job: PassJob,
+        target_OI: torch.Tensor,
+        comparison: Comparison | None,
+    ) -> None:
+        """Add the delta; on the CPU, do a comparison on the way."""
+        tensor, scaling = tile.weight.tensor, job.plan.deltas[tile.weight.tensor.name].scaling
         a_RI, b_OR = self._operands(tile, job)
-        scaling = job.plan.deltas[tile.weight.tensor.name].scaling
+        b_OR = b_OR[tile.rows]
         if self._device.type == "cpu":
-            known_OI = weight_OI if weight_OI.dtype in ARRAY_DTYPES else weight_OI.float()
-            for rows in pieces_of(*tile.shape):
-                weight, target, b = known_OI[rows], target_OI[rows], b_OR[tile.rows][rows]
-                delta = self._buffers.get("delta", torch.float32, (len(b), tile.weight.num_columns), host=True)
-                torch.mm(b, a_RI, out=delta)
-                if not merging.add_delta(array(weight), array(delta), np.float32(scaling), array(target)):
-                    check_range(tile.weight.tensor, delta.mul_(scaling).add_(weight))
+            if not products.merge(
+                b_OR, a_RI, scaling, target_OI, self._buffers, weight_OI=weight_OI, comparison=comparison
+            ):
+                for rows in pieces_of(*tile.shape):
+                    check_range(tensor, torch.mm(b_OR[rows], a_RI).mul_(scaling).add_(weight_OI[rows]))
             return
         sum_OI = self._buffers.get("sum", torch.float32, tile.shape, host=False)
-        torch.mm(b_OR[tile.rows], a_RI, out=sum_OI)
+        torch.mm(b_OR, a_RI, out=sum_OI)
         if scaling != 1.0:
             sum_OI.mul_(scaling)
         sum_OI.add_(weight_OI)
-        check_range(tile.weight.tensor, sum_OI)
+        check_range(tensor, sum_OI)
         rounded_OI = self._buffers.get("rounded", target_OI.dtype, tile.shape, host=False)
         rounded_OI.copy_(sum_OI)
         target_OI.copy_(rounded_OI, non_blocking=True)

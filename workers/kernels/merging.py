@@ -1,10 +1,11 @@
-"""Adding and rounding, and comparing what was added and rounded."""
+"""Adding B @ A and rounding, and comparing what was added and rounded."""
 
 from typing import Any
 
 import numpy as np
 
-from workers.kernels.compiled import Kernel
+from workers.kernels.blas import multiply
+from workers.kernels.compiled import Kernel, jit
 from workers.kernels.elements import (
     different_bits,
     lift,
@@ -17,73 +18,137 @@ from workers.kernels.elements import (
 )
 
 _ZERO: Any = np.float32(0)
-_CHUNK = 1024
+CHUNK = 256
 """Elements whose squares are added up in the precision of their products."""
 
 
-@Kernel
-def add_delta(weight: Any, delta: Any, scaling: Any, rounded: Any) -> Any:
-    """Add a scaled delta to a weight and round it once.
-
-    Args:
-        weight: elements of W.
-        delta: float32, as many.
-        scaling: float32; multiplied into the delta first.
-        rounded: gets the sums.
-
-    Returns:
-        Whether all of them are finite.
-    """
+@jit
+def _add(weight: Any, product: Any, scaling: Any, rounded: Any) -> Any:
+    """Round W + scaling * product once; return whether all sums are finite."""
     largest = np.uint32(0)
     for i in range(weight.size):
-        total = np.float32(np.float32(delta[i] * scaling) + lift(weight[i]))
+        total = np.float32(np.float32(product[i] * scaling) + lift(weight[i]))
         bits = magnitude_bits(total)
         largest = max(largest, bits)
         rounded[i] = lower_number(total, rounded)
     return np.isfinite(lift(lower(of_bits(largest), rounded)))
 
 
-@Kernel
-def compare(weight: Any, merged: Any, delta: Any, places: Any) -> Any:
-    """Compare merged elements with W + delta, computed and rounded anew.
-
-    Args:
-        weight: elements of W.
-        merged: elements of what was merged, as many.
-        delta: what should have been added, float32 or float64: the precision of the comparison.
-        places: int64, gets the places of elements that are not the sum rounded to nearest, as far as there is room.
-
-    Returns:
-        The squared norms of W and of the delta, <error, delta>, the largest |error| (NaN where one is), and how many
-        elements are not the rounded sum. The error is merged - (W + delta).
-    """
-    precision = delta.dtype.type
+@jit
+def _compare(  # noqa: PLR0917 - compiled code passes by position
+    weight: Any, merged: Any, product: Any, scaling: Any, factors: Any, projections: Any, places: Any
+) -> Any:
+    """Compare merged elements with W + scaling * product, added and rounded anew; return what `merge` does of it."""
+    precision = product.dtype.type
     weight_square, delta_square, error_delta, num_different = 0.0, 0.0, 0.0, 0
     largest = magnitude_bits(precision(0))
-    for begin in range(0, weight.size, _CHUNK):
-        w, m, d = weight[begin : begin + _CHUNK], merged[begin : begin + _CHUNK], delta[begin : begin + _CHUNK]
-        w_square, d_square, e_d = precision(0), precision(0), precision(0)
+    num_columns = factors.size
+    num_chunks = (num_columns + CHUNK - 1) // CHUNK
+    for number in range(projections.size):
+        begin = number % num_chunks * CHUNK
+        row = number // num_chunks * num_columns
+        first, last = row + begin, row + min(begin + CHUNK, num_columns)
+        w, m, p, factor = weight[first:last], merged[first:last], product[first:last], factors[begin:]
+        w_square, d_square, e_d, projected = precision(0), precision(0), precision(0), precision(0)
         different = np.uint32(0)
         for i in range(w.size):
             element, lifted = lift(m[i]), precision(lift(w[i]))
-            total = lifted + d[i]
+            delta = precision(p[i] * scaling)
+            total = lifted + delta
             different = np.uint32(different | off_nearest(total, m[i]))
             error = element - total
             bits = magnitude_bits(error)
             largest = max(largest, bits)
             w_square = with_product(w_square, lifted, lifted)
-            d_square = with_product(d_square, d[i], d[i])
-            e_d = with_product(e_d, error, d[i])
+            d_square = with_product(d_square, delta, delta)
+            e_d = with_product(e_d, error, delta)
+            projected = with_product(projected, p[i], factor[i])
         weight_square += w_square
         delta_square += d_square
         error_delta += e_d
+        projections[number] = projected
         if different:
             for i in range(w.size):
-                if lower(precision(lift(w[i])) + d[i], merged) != m[i]:
+                if lower(precision(lift(w[i])) + precision(p[i] * scaling), merged) != m[i]:
                     if num_different < places.size:
-                        places[num_different] = begin + i
+                        places[num_different] = first + i
                     num_different += 1
-    return weight_square, delta_square, error_delta, of_bits(largest), num_different
+    return weight_square, delta_square, error_delta, largest, num_different
+
+
+@Kernel
+def merge(  # noqa: PLR0917 - compiled code passes by position
+    sgemm: Any,
+    b: Any,
+    a: Any,
+    num_columns: Any,
+    scaling: Any,
+    product: Any,
+    weight: Any,
+    merged: Any,
+    known: Any,
+    known_scaling: Any,
+    factors: Any,
+    projections: Any,
+    places: Any,
+) -> Any:
+    """Add scaling * B @ A to rows of W and round the sums once, or compare such sums with what they should be, or both.
+
+    It goes through the rows in pieces, as many at once as `product` has room for, so that what is compared is still in
+    the caches.
+
+    Args:
+        sgemm: address of the SGEMM that multiplies; 0 if `product` already holds B @ A of all rows.
+        b: float32, rows of B; anything where it is not multiplied.
+        a: float32, A; anything where it is not multiplied.
+        num_columns: of W.
+        scaling: multiplied into the product; of its dtype.
+        product: gets B @ A of the rows of a piece; float32, or float64 for a comparison of float32.
+        weight: elements of W; empty if nothing is added.
+        merged: elements of the sums, rounded: gets them, or has them if nothing is added.
+        known: elements of W, read once more; empty if nothing is compared.
+        known_scaling: what the product is multiplied by in the comparison; of its dtype.
+        factors: of the dtype of the product, one for each column.
+        projections: of the dtype of the product: gets the sums of the product times the factors, over each row and its
+            chunks of `CHUNK` columns.
+        places: int64, gets the places of elements that are not the sum rounded to nearest, as far as there is room.
+
+    Returns:
+        Whether all sums are finite. Then, of what was compared: the squared norms of W and of the delta,
+        <error, delta>, the largest |error| (NaN where one is), and how many elements are not the rounded sum. The error
+        is merged - (W + delta).
+    """
+    is_finite = True
+    weight_square, delta_square, error_delta, num_different = 0.0, 0.0, 0.0, 0
+    largest = magnitude_bits(product.dtype.type(0))
+    num_rows = merged.size // num_columns
+    num_chunks = (num_columns + CHUNK - 1) // CHUNK
+    for row in range(0, num_rows, product.size // num_columns):
+        count = min(product.size // num_columns, num_rows - row)
+        first, last = row * num_columns, (row + count) * num_columns
+        delta = product[: last - first]
+        if sgemm:
+            num_inner = a.size // num_columns
+            multiply(sgemm, b[row * num_inner :], a, delta, count, num_inner, num_columns)
+        if weight.size:
+            is_finite &= _add(weight[first:last], delta, scaling, merged[first:last])
+        if known.size:
+            weight_part, delta_part, error_part, largest_part, num_different_part = _compare(
+                known[first:last],
+                merged[first:last],
+                delta,
+                known_scaling,
+                factors,
+                projections[row * num_chunks : (row + count) * num_chunks],
+                places[min(num_different, places.size) :],
+            )
+            places[num_different : num_different + num_different_part] += first
+            weight_square += weight_part
+            delta_square += delta_part
+            error_delta += error_part
+            largest = max(largest, largest_part)
+            num_different += num_different_part
+    return is_finite, weight_square, delta_square, error_delta, of_bits(largest), num_different
 
 
 @Kernel
@@ -99,8 +164,8 @@ def compare_unchanged(weight: Any, merged: Any) -> Any:
     """
     weight_square = 0.0
     different = np.uint32(0)
-    for begin in range(0, weight.size, _CHUNK):
-        w, m = weight[begin : begin + _CHUNK], merged[begin : begin + _CHUNK]
+    for begin in range(0, weight.size, CHUNK):
+        w, m = weight[begin : begin + CHUNK], merged[begin : begin + CHUNK]
         w_square = _ZERO
         for i in range(w.size):
             lifted = lift(w[i])
@@ -114,8 +179,8 @@ def compare_unchanged(weight: Any, merged: Any) -> Any:
 def square_difference(left: Any, right: Any) -> Any:
     """Return the squared norm of the difference of two weights."""
     total = 0.0
-    for begin in range(0, left.size, _CHUNK):
-        a, b = left[begin : begin + _CHUNK], right[begin : begin + _CHUNK]
+    for begin in range(0, left.size, CHUNK):
+        a, b = left[begin : begin + CHUNK], right[begin : begin + CHUNK]
         part = _ZERO
         for i in range(a.size):
             difference = np.float32(lift(a[i]) - lift(b[i]))

@@ -1,8 +1,10 @@
 """The arithmetic check: passes what one rounding allows, and notices everything else by name."""
 
+import ctypes
 import dataclasses
 import random
 import shutil
+import threading
 import time
 
 import pytest
@@ -18,9 +20,10 @@ from jobs.release import TensorCheck
 from jobs.request import Thresholds
 from tests.merges import CPU, merge_by_peft, open_descriptors, plan_pass, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
-from workers.arithmetic import ArithmeticCheck, Tally, failures
+from workers import products
+from workers.arithmetic import ArithmeticCheck, Tally, _Operands, failures
 from workers.checkpoint import DTYPES
-from workers.kernels import merging
+from workers.kernels import blas, merging
 from workers.lanes.adapter import ADAPTER_WEIGHTS
 from workers.parity import wrong_headers
 from workers.quantized_base import QuantizedCache
@@ -158,6 +161,9 @@ def test_a_merge_by_peft_passes(base, adapter, merged, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({spec.name: tensors[spec.name] for spec in shard.tensors}, path, metadata={"format": "pt"})
     assert bad(dataclasses.replace(merged, directory=tmp_path / "outputs")) == {}
+
+
+BLAS = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 13)
 
 
 def flip(path, offset, bit):
@@ -363,13 +369,13 @@ def small_tiles(monkeypatch):
     """Tiles and pieces so small that many threads add to what is known of a tensor, in any order."""
     monkeypatch.setitem(workers.tiles.TILE_ELEMENTS, "cpu", 1 << 9)
     monkeypatch.setattr(workers.tiles, "_PIECE_ELEMENTS", 1 << 7)
-    compare = merging.compare
+    merge = products.merge
 
-    def slow(*arguments):
+    def slow(*arguments, **options):
         time.sleep(random.random() / 1000)
-        return compare(*arguments)
+        return merge(*arguments, **options)
 
-    monkeypatch.setattr(merging, "compare", slow)
+    monkeypatch.setattr(products, "merge", slow)
 
 
 def plain_checks(checks):
@@ -395,6 +401,148 @@ def test_what_is_checked_on_its_way_is_what_the_files_are_checked_for(base, adap
     assert sum(told) == 2 * sum(
         tensor.nbytes for name in adapters for tensor in read_tensors(planned.output(name)).values()
     )
+
+
+class WrongProduct:
+    """The products of merges, but not those of checks, have a mistake in them, whoever multiplies."""
+
+    def __init__(self, monkeypatch, change, *, by_torch):
+        self._merge, self._change, self.num_changed = products.merge, change, 0
+        self._multiply, self._mm = BLAS(blas.sgemm_address()), torch.mm
+        self._adding = threading.local()
+        self._compiled = BLAS(self._multiplied)
+        address = 0 if by_torch else ctypes.cast(self._compiled, ctypes.c_void_p).value
+        monkeypatch.setattr(products, "merge", self)
+        monkeypatch.setattr(products, "sgemm_address", lambda: address)
+        monkeypatch.setattr(torch, "mm", self._multiplied_by_torch)
+
+    def __call__(self, *arguments, weight_OI=None, **options):
+        self._adding.now = weight_OI is not None
+        return self._merge(*arguments, weight_OI=weight_OI, **options)
+
+    def _multiplied(self, *pointers):
+        self._multiply(*pointers)
+        num_columns, num_rows = (ctypes.cast(pointer, ctypes.POINTER(ctypes.c_int32))[0] for pointer in pointers[2:4])
+        found = (ctypes.c_float * (num_rows * num_columns)).from_address(pointers[11])
+        self._spoil(torch.frombuffer(found, dtype=torch.float32).view(num_rows, num_columns))
+
+    def _multiplied_by_torch(self, left, right, *, out):
+        self._mm(left, right, out=out)
+        self._spoil(out)
+
+    def _spoil(self, product):
+        if self._adding.now:
+            self._change(product)
+            self.num_changed += 1
+
+
+def one_element(product):
+    product[3, 5] += 0.01
+
+
+def two_that_cancel(product):
+    product[3, 5] += 0.01
+    product[3, 6] -= 0.01
+
+
+def a_huge_element(product):
+    product[3, 5] = 1e30
+
+
+def rows_of_others(product):
+    product.copy_(product.roll(1, dims=0))
+
+
+def a_column_left_out(product):
+    product[:, -1] = 0
+
+
+def a_bit_too_much(product):
+    product *= 1.01
+
+
+@pytest.mark.parametrize(
+    "change", [one_element, two_that_cancel, a_huge_element, rows_of_others, a_column_left_out, a_bit_too_much]
+)
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_the_product_of_the_merge_is_not_trusted(base, tmp_path, monkeypatch, change, by_torch):
+    """What is wrong with it is found as if the check had computed its own."""
+    adapter = make_adapter(base, tmp_path / "adapter", targets=("q_proj",))
+    planned = plan_pass(base, {"job": adapter}, tmp_path)
+    if not (by_torch or blas.sgemm_address()):
+        pytest.skip("torch comes without the BLAS that compiled loops call")
+    wrong = WrongProduct(monkeypatch, change, by_torch=by_torch)
+    checks = planned.run(checked=True).checks["job"]
+    assert wrong.num_changed
+    found = {each.tensor for each in checks if each.num_bad_elements}
+    assert found == {each.tensor for each in checks if each.changed}
+    monkeypatch.undo()
+    assert plain_checks(checks) == plain_checks(planned.check()["job"].values())
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+@pytest.mark.parametrize("wrong", [1.001, -1.0, 0.0])
+def test_the_scaling_of_the_merge_is_not_trusted(base, tmp_path, monkeypatch, wrong, dtype):
+    adapter = make_adapter(base, tmp_path / "adapter", targets=("q_proj",))
+    planned = plan_pass(base, {"job": adapter}, tmp_path, dtype=dtype)
+    merge = products.merge
+
+    def merge_wrongly(b_OR, a_RI, scaling, *arguments, weight_OI=None, **options):
+        scaling = scaling if weight_OI is None else wrong * scaling
+        return merge(b_OR, a_RI, scaling, *arguments, weight_OI=weight_OI, **options)
+
+    monkeypatch.setattr(products, "merge", merge_wrongly)
+    checks = planned.run(checked=True).checks["job"]
+    found = {each.tensor for each in checks if each.num_bad_elements}
+    assert found == {each.tensor for each in checks if each.changed}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-20, 1.0])
+def test_what_is_nearly_nothing_is_right_too(base, tmp_path, dtype, size):
+    """Products below the smallest float32, beside weights that are zero: nothing is off by more than a rounding."""
+    adapter = make_adapter(base, tmp_path / "adapter", targets=("q_proj",))
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    tensors = {name: tensor * (size if "lora_A" in name else 1) for name, tensor in tensors.items()}
+    for tensor in tensors.values():
+        tensor[:, ::3] = 0
+    save_file(tensors, adapter / ADAPTER_WEIGHTS)
+    shutil.copytree(base, tmp_path / "base")
+    for path in (tmp_path / "base").glob("*.safetensors"):
+        save_file({name: torch.zeros_like(t) for name, t in load_file(path).items()}, path, metadata={"format": "pt"})
+    planned = plan_pass(tmp_path / "base", {"job": adapter}, tmp_path, dtype=str(dtype).removeprefix("torch."))
+    checks = planned.run(checked=True).checks["job"]
+    assert [each for each in checks if each.num_bad_elements or each.rounding_excess > 1] == []
+    assert plain_checks(checks) == plain_checks(planned.check()["job"].values())
+
+
+def projections_of(operands, product):
+    factors_I = torch.from_numpy(operands.comparison(product, scaling=1.0).factors_I)
+    weighted = product.double() * factors_I.double()
+    return torch.stack([chunk.sum(1) for chunk in weighted.split(merging.CHUNK, dim=1)], dim=1).float().numpy()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 7), (64, 16, 2048), (16, 256, 14336), (64, 8, 32000)], ids=str)
+@pytest.mark.parametrize("size", [1e-20, 1e-3, 1.0, 1e15])
+@pytest.mark.parametrize("kind", ["normal", "positive", "outliers"])
+def test_a_right_product_is_proven_and_one_that_is_off_by_little_is_not(shape, size, kind):
+    """Off at one element, by 1/15,000 of the lengths of its row of B and its column of A."""
+    num_rows, rank, num_columns = shape
+    generator = torch.Generator().manual_seed(rank)
+    a = torch.randn(rank, num_columns, generator=generator)
+    b = torch.randn(num_rows, rank, generator=generator).mul_(size)
+    if kind == "positive":
+        a, b = a.abs(), b.abs()
+    if kind == "outliers":
+        a[:, ::100] *= 1000
+        b[::2] *= 1e-6
+    operands = _Operands(a, b, 2.0, torch.float32)
+    product = torch.mm(b, a)
+    assert operands.proves(slice(0, num_rows), projections_of(operands, product))
+    for row, column in ((0, 0), (num_rows - 1, num_columns - 1), (num_rows // 2, num_columns // 2)):
+        wrong = product.clone()
+        wrong[row, column] += float(b[row].double().norm() * a[:, column].double().norm()) / 15_000
+        assert not operands.proves(slice(0, num_rows), projections_of(operands, wrong))
 
 
 def test_bytes_that_go_to_another_place_are_a_fault(merged):

@@ -33,10 +33,25 @@ def values_around(dtype, size, seed):
     return torch.where(drawn.isfinite(), drawn, torch.zeros_like(drawn))
 
 
+NO_OPERANDS = np.empty(0, np.float32)
+NO_PLACES = np.empty(0, np.int64)
+
+
 def add(weight, delta, scaling, dtype):
-    rounded = torch.empty(weight.shape, dtype=dtype)
-    finite = merging.add_delta(array(weight), array(delta), np.float32(scaling), array(rounded))
+    rounded, scale = torch.empty(weight.shape, dtype=dtype), np.float32(scaling)
+    given = (0, NO_OPERANDS, NO_OPERANDS, weight.numel(), scale, array(delta), array(weight), array(rounded))
+    finite, *_ = merging.merge(*given, array(weight)[:0], scale, scale[None], scale[None], NO_PLACES)
     return bool(finite), rounded
+
+
+def compare(weight, merged, product, scaling, factors, projections, places):
+    """Compare with a product that is at hand; all tensors, [rows, columns] or of a single row."""
+    num_columns, scale = factors.numel(), array(product).dtype.type(scaling)
+    known, *arrays = (array(each) for each in (weight, factors, projections))
+    given = (0, NO_OPERANDS, NO_OPERANDS, num_columns, scale, array(product), known[:0], array(merged))
+    finite, *found = merging.merge(*given, known, scale, *arrays, places.numpy())
+    assert finite
+    return found
 
 
 @settings(max_examples=100, deadline=None)
@@ -98,9 +113,14 @@ def test_a_comparison_finds_the_wrong_elements_and_measures_in_float64(stored, d
     wrong = torch.randperm(size, generator=generator)[:num_wrong].sort().values
     bits(merged)[wrong] ^= 1
     places = torch.full((10,), -1)
-    weight_square, delta_square, error_delta, largest, num_different = merging.compare(
-        array(weight), array(merged), array(delta), places.numpy()
+    signs = torch.ones(size, dtype=delta.dtype)
+    signs[::3] = -1
+    projections = torch.empty(math.ceil(size / merging.CHUNK), dtype=delta.dtype)
+    weight_square, delta_square, error_delta, largest, num_different = compare(
+        weight, merged, delta, 1, signs, projections, places
     )
+    size_of_sum = float(delta.double().abs().sum())
+    assert float(projections.sum()) == pytest.approx(float((delta * signs).double().sum()), abs=1e-6 * size_of_sum)
     assert num_different == len(wrong)
     assert places[: len(wrong)].tolist() == wrong[:10].tolist()
     error = merged.double() - total.double()
@@ -111,6 +131,24 @@ def test_a_comparison_finds_the_wrong_elements_and_measures_in_float64(stored, d
     assert largest == pytest.approx(float(error.abs().max()), rel=1e-6)
 
 
+@pytest.mark.parametrize("scaling", [1.0, 2.0, 0.3])
+@pytest.mark.parametrize(("num_rows", "num_columns"), [(1, 1), (3, 1), (7, 5), (4, 1024), (5, 2500)])
+def test_a_product_is_scaled_as_by_torch_and_projected_row_by_row(num_rows, num_columns, scaling):
+    generator = torch.Generator().manual_seed(num_columns)
+    weight = torch.randn(num_rows, num_columns, generator=generator).bfloat16()
+    product = torch.randn(num_rows, num_columns, generator=generator).mul_(0.1)
+    merged = (product * scaling).add_(weight).bfloat16()
+    bits(merged)[num_rows // 2, num_columns // 2] ^= 1
+    signs = torch.randint(2, (num_columns,), generator=generator).mul_(2).sub_(1).float()
+    num_chunks = math.ceil(num_columns / merging.CHUNK)
+    projections, places = torch.empty(num_rows, num_chunks), torch.empty(10, dtype=torch.int64)
+    *_, num_different = compare(weight, merged, product, scaling, signs, projections, places)
+    assert num_different == 1
+    assert places[0] == num_rows // 2 * num_columns + num_columns // 2
+    weighted = (product.double() * signs.double()).split(merging.CHUNK, dim=1)
+    assert torch.allclose(projections.double(), torch.stack([part.sum(1) for part in weighted], 1), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_comparison_does_not_lose_what_is_no_number(dtype, value):
@@ -118,8 +156,9 @@ def test_a_comparison_does_not_lose_what_is_no_number(dtype, value):
         merged = torch.zeros(3000, dtype=dtype)
         merged[place] = value
         delta = torch.zeros(3000, dtype=precision_for(dtype))
-        places = torch.empty(10, dtype=torch.int64).numpy()
-        found = merging.compare(array(torch.zeros(3000)), array(merged), array(delta), places)
+        projections = torch.empty(math.ceil(3000 / merging.CHUNK), dtype=delta.dtype)
+        places = torch.empty(10, dtype=torch.int64)
+        found = compare(torch.zeros(3000), merged, delta, 1, torch.ones_like(delta), projections, places)
         assert not math.isfinite(found[3])
 
 
