@@ -164,12 +164,17 @@ class OurCommand:
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
         command = [Path(sys.executable).with_name("mergefleet"), "merge"]
-        command += ["--base", site.base, "--to", site.fresh(self.name)]
+        out = site.fresh(self.name)
+        command += ["--base", site.base, "--to", out]
         options = ["--base-quantization", self.base_quantization, "--parity", "arithmetic", "--json"]
         for name in self.adapters:
             options += ["--adapter", str(site.adapter(name))]
         environment = plain_environment() | {"MERGEFLEET_HOME": str(home)}
-        return measure([*command, *options], environment, site.log(self.name))
+        measurement = measure([*command, *options], environment, site.log(self.name))
+        shutil.rmtree(home)
+        if self.base_quantization != "none":
+            shutil.rmtree(out)  # nobody compares it
+        return measurement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

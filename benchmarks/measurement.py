@@ -38,7 +38,7 @@ def measure(command: Sequence[str | Path], environment: Mapping[str, str], log: 
         log: receives its standard error.
 
     Raises:
-        RuntimeError: it failed; the message ends with the last lines of the log.
+        RuntimeError: it failed; the message ends with the last lines of what it said.
     """
     start = time.perf_counter()
     with (
@@ -53,7 +53,8 @@ def measure(command: Sequence[str | Path], environment: Mapping[str, str], log: 
         num_read, num_written = bytes_moved(process.pid)
         peak_memory_bytes = peak.stop()
     if process.returncode != 0:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        said = output.decode(errors="replace").splitlines()[-20:] + log.read_text(errors="replace").splitlines()[-20:]
+        tail = "\n".join(said)
         raise RuntimeError(f"{command[0]} ended with exit code {process.returncode}:\n{tail}")
     return Measurement(
         seconds=seconds,
