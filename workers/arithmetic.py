@@ -10,7 +10,6 @@ of B and its column of A, times the scaling.
 Shape suffixes: O output features, I input features, R rank.
 """
 
-import functools
 import math
 import sys
 import threading
@@ -19,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from jobs.errors import InternalError
@@ -30,21 +28,15 @@ from workers.kernels.elements import ARRAY_DTYPES, array
 from workers.lanes.lora import read_operand
 from workers.plan import BasePlan, MergePlan, OutputTensor
 from workers.products import lifted
+from workers.proof import Operands
 from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
 from workers.rounding import BITS, EXPONENT_BITS, MANTISSA_BITS, half_ulp, precision_for
 from workers.tensor_io import opened, read_into
 from workers.tiles import TILE_ELEMENTS, TileBuffers, Tiling, columns_of, pieces_of, rows_per_tile, single_threads
 
-_EPSILON = torch.finfo(torch.float32).eps
-_SMALLEST = 2.0**-149
-"""The smallest float32 above zero."""
-_SHORTEST = 1e-30
-"""Columns of A are brought to one length, but those that are shorter than this: the factor is to be a float32."""
 _JUDGED_ELEMENTS = 1 << 16
 """Elements that are held against the exact sum at the same time."""
-_SOME = 16
-"""Where fewer than one of so many are in doubt, the sums of these alone are computed."""
 
 
 @dataclass(slots=True)
@@ -68,81 +60,6 @@ class _Sums:
         self.kept += other.kept
 
 
-class _Operands:
-    """The delta of one weight, scaling * lora_B [O, R] @ lora_A [R, I], and what proves a product of the two.
-
-    For the proof the columns of A are brought to one length and cut into chunks; C is how many there are.
-    """
-
-    def __init__(self, a_RI: torch.Tensor, b_OR: torch.Tensor, scaling: float, precision: torch.dtype) -> None:
-        self.b_OR = b_OR
-        self.scaling = scaling
-        self._precision = precision
-        self._wide_a_RI = a_RI.double()
-        self.a_RI = a_RI.to(precision) if precision is torch.float32 else self._wide_a_RI
-        self._lengths_I = self._wide_a_RI.square().sum(0).sqrt_()
-        factors_I = (_factors(a_RI.shape[1]) / self._lengths_I.clamp(min=_SHORTEST)).to(precision)
-        self._factors_I = factors_I.numpy()
-        chunks = zip(self._wide_a_RI.split(merging.CHUNK, dim=1), factors_I.double().split(merging.CHUNK), strict=True)
-        self._projected_RC = torch.stack([chunk @ factors for chunk, factors in chunks], dim=1)
-
-    def comparison(self, weight_OI: torch.Tensor, *, scaling: float) -> products.Comparison:
-        """Begin a comparison of rows of W with products that are still to be scaled."""
-        return products.Comparison.of(weight_OI, self._factors_I, scaling)
-
-    def scaled_b(self, rows: slice) -> torch.Tensor:
-        """Return rows of B with the scaling in them, which goes in in float64; the merge scales the product."""
-        return (self.b_OR[rows].double() * self.scaling).to(self._precision)
-
-    def proves(self, rows: slice, projections_OC: np.ndarray) -> bool:
-        """Return whether rows of a float32 product are B @ A, as far as their sums say, with a factor for each column.
-
-        The sums of a wrong product are right for next to no factors (Freivalds, Probabilistic Machines Can Use Less
-        Running Time, 1977). Where a right product errs by more than is allowed for its roundings, the answer is no, and
-        somebody looks at each element.
-
-        Args:
-            rows: of the weight.
-            projections_OC: float32, sums over chunks of `merging.CHUNK` columns.
-        """
-        b_OR = self.b_OR[rows].double()
-        # In units of what an element may be, rounded, times the root of their number, right products err by 1 at the
-        # median and by up to 5, for operands of any kind; most of it is that sums of float32 are added up.
-        allowed_O1 = b_OR.square().sum(1, keepdim=True).sqrt_().mul_(8 * _EPSILON * math.sqrt(merging.CHUNK))
-        off_OC = (b_OR @ self._projected_RC).sub_(torch.from_numpy(projections_OC)).abs_()
-        return bool((off_OC <= allowed_O1).all())
-
-    def exactly(self, rows: slice, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the delta at some elements in float64, and by how much a sum of R products in float32 may be off it.
-
-        Such a sum errs by at most about R + 3 roundings of its terms (Higham, Accuracy and Stability of Numerical
-        Algorithms, 3.1), here and in the merge; |b . a| is bounded by the lengths of both. What is below the smallest
-        float32 is rounded to multiples of that.
-
-        Args:
-            rows: of the weight.
-            places: of the elements, counted from the first of these rows.
-        """
-        rank, num_columns = self.a_RI.shape
-        row, column = places // num_columns, places % num_columns
-        b_OR = self.b_OR[rows].double()
-        if _SOME * len(places) > len(b_OR) * num_columns:
-            delta = (b_OR @ self._wide_a_RI).view(-1)[places]
-        else:
-            delta = (b_OR[row] * self._wide_a_RI.T[column]).sum(1)
-        lengths = torch.linalg.vector_norm(b_OR, dim=1)[row] * self._lengths_I[column]
-        slack = lengths.mul_(2 * (rank + 3) * _EPSILON).mul_(abs(self.scaling))
-        return delta.mul_(self.scaling), slack.add_((rank + 3) * _SMALLEST * max(1.0, abs(self.scaling)))
-
-
-@functools.lru_cache(maxsize=64)
-def _factors(num_columns: int) -> torch.Tensor:
-    """Return factors that have nothing to do with any weight, the same in every process: 3/4 to 5/4, of both signs."""
-    generator = torch.Generator().manual_seed(num_columns)
-    size, sign = torch.rand(2, num_columns, generator=generator, dtype=torch.float64)
-    return torch.copysign(size / 2 + 0.75, sign - 0.5)
-
-
 class Tally:
     """What is found about one tensor of one job, over its tiles; several threads add to it."""
 
@@ -157,10 +74,10 @@ class Tally:
         self._lock = threading.Lock()
         self._reading = threading.Lock()
         self._changed = name in plan.deltas
-        self._operands: _Operands | None = None
+        self._operands: Operands | None = None
 
     @property
-    def operands(self) -> _Operands | None:
+    def operands(self) -> Operands | None:
         """The delta of the tensor; None if it is to be what it was."""
         if self._changed and self._operands is None:
             with self._reading:
@@ -352,7 +269,7 @@ class ArithmeticCheck:
         self,
         merged_OI: torch.Tensor,
         weight_OI: torch.Tensor,
-        operands: _Operands,
+        operands: Operands,
         rows: slice,
         found: products.Comparison | None,
     ) -> _Sums:
@@ -381,7 +298,7 @@ class ArithmeticCheck:
         return sums
 
 
-def _judged(found: products.Comparison, merged_OI: torch.Tensor, operands: _Operands | None, rows: slice) -> _Sums:
+def _judged(found: products.Comparison, merged_OI: torch.Tensor, operands: Operands | None, rows: slice) -> _Sums:
     """Return what a comparison comes to, once elements in doubt are held against the exact sum."""
     sums = _Sums(
         max_abs_error=_finite(found.max_abs_error),
@@ -422,10 +339,10 @@ def _judged(found: products.Comparison, merged_OI: torch.Tensor, operands: _Oper
     return sums
 
 
-def _operands(plan: MergePlan, name: str) -> _Operands:
+def _operands(plan: MergePlan, name: str) -> Operands:
     delta = plan.deltas[name]
     a_RI, b_OR = (read_operand(plan.opened, spec) for spec in (delta.a_RI, delta.b_OR))
-    return _Operands(a_RI, b_OR, delta.scaling, precision_for(plan.base.by_name[name].dtype))
+    return Operands(a_RI, b_OR, delta.scaling, precision_for(plan.base.by_name[name].dtype))
 
 
 def _check_equal(merged_OI: torch.Tensor, weight_OI: torch.Tensor) -> _Sums:

@@ -21,11 +21,12 @@ from jobs.request import Thresholds
 from tests.merges import CPU, merge_by_peft, open_descriptors, plan_pass, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
 from workers import products
-from workers.arithmetic import ArithmeticCheck, Tally, _Operands, failures
+from workers.arithmetic import ArithmeticCheck, Tally, failures
 from workers.checkpoint import DTYPES
 from workers.kernels import blas, merging
 from workers.lanes.adapter import ADAPTER_WEIGHTS
 from workers.parity import wrong_headers
+from workers.proof import Operands
 from workers.quantized_base import QuantizedCache
 
 LIMIT = Thresholds().max_rounding_excess
@@ -536,7 +537,7 @@ def test_a_right_product_is_proven_and_one_that_is_off_by_little_is_not(shape, s
     if kind == "outliers":
         a[:, ::100] *= 1000
         b[::2] *= 1e-6
-    operands = _Operands(a, b, 2.0, torch.float32)
+    operands = Operands(a, b, 2.0, torch.float32)
     product = torch.mm(b, a)
     assert operands.proves(slice(0, num_rows), projections_of(operands, product))
     for row, column in ((0, 0), (num_rows - 1, num_columns - 1), (num_rows // 2, num_columns // 2)):
