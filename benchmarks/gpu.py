@@ -1,20 +1,22 @@
 """A GPU at work: merges of one adapter into a base held there in 4-bit, against what the machine could move at best.
 
-Usage: python -m benchmarks.gpu [--shape SHAPE] [--root DIRECTORY] [--rounds N]
+Usage: python -m benchmarks.gpu [--shape SHAPE] [--root DIRECTORY] [--rounds N] [--threads N]
 
-Makes the base and adapters in a tmpfs and measures what copies from the device and writes to the tmpfs reach by
-themselves; then, on the device: the first merge, which quantizes the base, merges with the base resident, and a merge
-into the 16-bit weights. The same merges on the CPU tell how far the results of the two are apart. Prints a table.
+Makes the base and an adapter in a tmpfs, and measures what copies from the device and writes to the tmpfs reach by
+themselves. Then, on the device: the first merge, which quantizes the base, merges with the base resident, and merges
+into the 16-bit weights. The same merges on the CPU tell how far the results of the two are apart. Prints a table. The
+tmpfs takes three times the base's 16 bits, and what its 4 bits take twice.
 """
 
 import argparse
+import hashlib
 import os
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,17 +26,35 @@ from safetensors import safe_open
 
 from benchmarks.contenders import ADAPTER
 from benchmarks.make_base import SHAPES, make_adapter, make_base
+from benchmarks.measurement import non_file_bytes
 from benchmarks.unchecked import check_left_out
+from cluster.preview import preview
 from jobs.request import BaseQuantization, MergeRequest, ParityPolicy
+from workers.estimate import Estimate
 from workers.outcomes import WorkerSettings
+from workers.rounding import half_ulp
 from workers.worker import MergeWorker
 
 _COPY_BYTES = 1 << 30
 _WRITE_BYTES = 1 << 20
+_HEADINGS = (
+    "",
+    "seconds",
+    "of the merge",
+    "check left out",
+    "of the merge",
+    "its GB/s",
+    "of the ceiling",
+    "with SHA-256",
+    "GPU GB",
+    "planned",
+    "host GB",
+    "planned",
+)
 
 
-def device_to_host_rate() -> float:
-    """Return the bytes a second that a copy to pinned memory reaches."""
+def copy_rate() -> float:
+    """Return the bytes a second that a copy from the device to pinned memory reaches."""
     source = torch.empty(_COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=True)
     best = float("inf")
@@ -47,14 +67,17 @@ def device_to_host_rate() -> float:
     return _COPY_BYTES / best
 
 
-def write_rate(directory: Path, num_threads: int) -> float:
-    """Return the bytes a second that threads reach that write to a file each."""
+def write_rate(directory: Path, num_threads: int, *, hashed: bool = False) -> float:
+    """Return the bytes a second that threads reach that write to a file each, and take its SHA-256 as well."""
     data = memoryview(bytearray(os.urandom(_WRITE_BYTES)))
 
     def write(number: int) -> None:
-        with Path(directory, f"write-{number}").open("wb") as file:
+        digest = hashlib.sha256()
+        with Path(directory, f"write-{number}").open("wb", buffering=0) as file:
             for _ in range(_COPY_BYTES // _WRITE_BYTES):
                 file.write(data)
+                if hashed:
+                    digest.update(data)
 
     best = float("inf")
     for _ in range(3):
@@ -67,54 +90,115 @@ def write_rate(directory: Path, num_threads: int) -> float:
     return num_threads * _COPY_BYTES / best
 
 
-def tensors_of(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a checkpoint."""
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
-                yield name, file.get_tensor(name)
+class Tensors:
+    """The tensors of all safetensors files below a directory, read onto the device."""
+
+    def __init__(self, directory: Path) -> None:
+        self._files = [safe_open(path, framework="pt", device="cuda") for path in directory.rglob("*.safetensors")]
+        self._holders = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 - it is no mapping
+
+    @property
+    def names(self) -> list[str]:
+        """Their names."""
+        return sorted(self._holders)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one of them."""
+        tensor: torch.Tensor = self._holders[name].get_tensor(name)
+        return tensor
 
 
-def difference(left: Path, right: Path) -> tuple[float, float]:
-    """Return the share of elements in which two checkpoints differ, and the largest relative difference."""
-    num_different = num_elements = 0
-    largest = 0.0
-    others = dict(tensors_of(right))
-    for name, tensor in tensors_of(left):
-        other = others[name]
-        different = tensor != other
-        num_elements += tensor.numel()
-        count = int(different.sum())
-        if count:
-            num_different += count
-            a, b = tensor[different].double(), other[different].double()
-            largest = max(largest, float(((a - b).abs() / torch.maximum(a.abs(), b.abs())).max()))
-    return num_different / num_elements, largest
+@dataclass(slots=True)
+class Difference:
+    """How far two checkpoints are apart."""
+
+    num_elements: int = 0
+    num_different: int = 0
+    num_beyond: int = 0
+    """Elements that are more than one unit in the last place apart."""
+    largest: float = 0.0
+    """Distance of the two, in units in the last place of the smaller one."""
+
+    @classmethod
+    def between(cls, left: Path, right: Path) -> "Difference":
+        """Compare all tensors below two directories."""
+        found = cls()
+        ours, theirs = Tensors(left), Tensors(right)
+        if ours.names != theirs.names:
+            raise RuntimeError(f"{left} and {right} do not hold the same tensors")
+        for name in ours.names:
+            tensor, other = ours.read(name), theirs.read(name)
+            found.num_elements += tensor.numel()
+            different = tensor != other
+            a, b = tensor[different], other[different]
+            found.num_different += a.numel()
+            if a.numel() and a.is_floating_point():
+                units = torch.minimum(half_ulp(a), half_ulp(b)).double().mul_(2)
+                distance = (a.double() - b.double()).abs_().div_(units)
+                found.num_beyond += int((distance > 1).sum())
+                found.largest = max(found.largest, float(distance.max()))
+        return found
+
+    def __str__(self) -> str:
+        share = self.num_different / self.num_elements
+        return (
+            f"{self.num_different} of {self.num_elements} differ ({share:.1e}), {self.num_beyond} by more than a unit "
+            f"in the last place, the largest by {self.largest:.0f}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """One merge."""
+
+    seconds: float
+    stages: dict[str, float]
+    device_bytes: int
+    """Peak of the device's memory."""
 
 
 class Fleet:
     """One worker on each device, over the same base."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, num_threads: int | None) -> None:
         self._root = root
+        self._num_threads = num_threads
         self._workers: dict[str, MergeWorker] = {}
 
-    def merge(self, device: str, quantization: str) -> tuple[float, dict[str, float], Path]:
-        """Merge the adapter; return the seconds, those of each stage, and where the release is."""
-        if device not in self._workers:
-            places = {name: self._root / device / name for name in ("cache", "scratch", "reports")}
-            self._workers[device] = MergeWorker(WorkerSettings(**places, device=device))
-        out = self._root / device / quantization
-        shutil.rmtree(out, ignore_errors=True)
-        request = MergeRequest(
+    def out(self, device: str) -> Path:
+        """Return where a device's last release is."""
+        return self._root / device / "out"
+
+    def cache(self, device: str) -> Path:
+        """Return where a device's bases in 4-bit are kept."""
+        return self._root / device / "cache"
+
+    def request(self, device: str, quantization: str) -> MergeRequest:
+        """Return what is asked of a device."""
+        return MergeRequest(
             id=f"{device}-{quantization}",
             base=str(self._root / "base"),
             adapter=str(self._root / "adapter"),
-            destination=str(out),
+            destination=str(self.out(device)),
             base_quantization=BaseQuantization(quantization),
             parity=ParityPolicy(level="arithmetic"),
         )
-        worker = self._workers[device]
+
+    def planned(self, quantization: str) -> Estimate:
+        """Return what `mergefleet plan` says of a merge on the GPU."""
+        (planned,) = preview([self.request("cuda", quantization)], self.cache("cuda"), self._num_threads, "cuda")
+        if planned.estimate is None:
+            raise RuntimeError(f"the merge cannot be planned: {planned.failure}")
+        return planned.estimate
+
+    def merge(self, device: str, quantization: str) -> Merged:
+        """Merge the adapter; what the device merged before is removed."""
+        if device not in self._workers:
+            places = {name: self._root / device / name for name in ("cache", "scratch", "reports")}
+            self._workers[device] = MergeWorker(WorkerSettings(**places, device=device, num_threads=self._num_threads))
+        shutil.rmtree(self.out(device), ignore_errors=True)
+        request, worker = self.request(device, quantization), self._workers[device]
+        torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
         outcome = worker.run_unit("gpu", (request,))
         published = worker.publish(request.id)
@@ -122,7 +206,7 @@ class Fleet:
         for job in (*outcome.jobs, published):
             if job.failure is not None:
                 raise RuntimeError(job.failure.message)
-        return seconds, outcome.usage.seconds, out
+        return Merged(seconds, dict(outcome.usage.seconds), torch.cuda.max_memory_allocated())
 
 
 def main() -> None:
@@ -131,6 +215,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--root", type=Path, default=Path("/dev/shm"), help="a tmpfs")  # noqa: S108
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of a worker; all cores by default")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this process sees no CUDA device; run it where there is one")
@@ -138,56 +223,55 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mergefleet-gpu-", dir=arguments.root) as directory:
         root = Path(directory)
         begin = time.perf_counter()
-        make_base(arguments.shape, root / "base")
+        make_base(arguments.shape, root / "base", "cuda")
         make_adapter(arguments.shape, ADAPTER, root / "adapter", root / "base")
         num_bytes = sum(path.stat().st_size for path in (root / "base").glob("*.safetensors"))
         console.print(f"base of {num_bytes / 1e9:.1f} GB made in {time.perf_counter() - begin:.0f} s")
-        copies, writes = device_to_host_rate(), write_rate(root, os.cpu_count() or 1)
-        console.print(f"device to pinned memory {copies / 1e9:.1f} GB/s, tmpfs writes {writes / 1e9:.1f} GB/s")
-        table = Table(title=f"{torch.cuda.get_device_name()}, {arguments.shape}, {ADAPTER}, {os.cpu_count()} cores")
-        for heading in (
-            "",
-            "seconds",
-            "merge, check left out",
-            "parity",
-            "GB/s of merge",
-            "of the ceiling",
-            "device GB",
-        ):
+        num_cores = os.cpu_count() or 1
+        copies, writes = copy_rate(), write_rate(root, num_cores)
+        hashed = write_rate(root, num_cores, hashed=True)
+        console.print(
+            f"device to pinned memory {copies / 1e9:.1f} GB/s; {num_cores} threads write {writes / 1e9:.1f} GB/s to "
+            f"the tmpfs, and {hashed / 1e9:.1f} GB/s if they take SHA-256 as well"
+        )
+        table = Table(title=f"{torch.cuda.get_device_name()}, {arguments.shape}, {ADAPTER}, {num_cores} cores")
+        for heading in _HEADINGS:
             table.add_column(heading, justify="right")
-        fleet = Fleet(root)
-        runs = [("nf4, empty cache", "cuda", "nf4", 1), ("nf4, base resident", "cuda", "nf4", arguments.rounds)]
-        runs += [
-            ("none", "cuda", "none", arguments.rounds),
-            ("CPU, nf4", "cpu", "nf4", 1),
-            ("CPU, none", "cpu", "none", 1),
-        ]
-        outputs: dict[tuple[str, str], Path] = {}
-        for what, device, quantization, rounds in runs:
-            torch.cuda.reset_peak_memory_stats()
-            measured = [fleet.merge(device, quantization) for _ in range(rounds)]
-            seconds, stages, outputs[device, quantization] = measured[len(measured) // 2]
-            seconds = statistics.median(each[0] for each in measured)
+        fleet = Fleet(root, arguments.threads)
+        for quantization in ("nf4", "none"):
+            if quantization == "nf4":
+                first = fleet.merge("cuda", quantization)
+                table.add_row("GPU, nf4, empty cache", f"{first.seconds:.1f}", f"{first.stages['merge']:.1f}")
             with check_left_out():
-                merge = statistics.median(
-                    fleet.merge(device, quantization)[1]["merge"] for _ in range(rounds if device == "cuda" else 1)
-                )
-            rate = num_bytes / merge
+                unchecked = [fleet.merge("cuda", quantization) for _ in range(arguments.rounds)]
+            checked = [fleet.merge("cuda", quantization) for _ in range(arguments.rounds)]
+            planned = fleet.planned(quantization)
+            merge = statistics.median(each.stages["merge"] for each in unchecked)
             table.add_row(
-                what,
-                f"{seconds:.1f}",
-                f"{stages['arithmetic']:.1f}",
-                f"{merge:.1f}",
-                f"{rate / 1e9:.2f}",
-                f"{rate / min(copies, writes):.0%}" if device == "cuda" else "",
-                f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if device == "cuda" else "",
+                f"GPU, {quantization}",
+                f"{statistics.median(each.seconds for each in checked):.1f}",
+                f"{statistics.median(each.stages['merge'] for each in checked):.1f}",
+                f"{statistics.median(each.seconds for each in unchecked):.1f}",
+                f"{merge:.2f}",
+                f"{num_bytes / merge / 1e9:.1f}",
+                f"{num_bytes / merge / min(copies, writes):.0%}",
+                f"{num_bytes / merge / min(copies, hashed):.0%}",
+                f"{max(each.device_bytes for each in checked) / 1e9:.1f}",
+                f"{planned.peak_device_memory_bytes / 1e9:.1f}",
+                f"{non_file_bytes(os.getpid()) / 1e9:.1f}",
+                f"{planned.peak_memory_bytes / 1e9:.1f}",
             )
+            on_cpu = fleet.merge("cpu", quantization)
+            table.add_row(f"CPU, {quantization}", f"{on_cpu.seconds:.1f}", f"{on_cpu.stages['merge']:.1f}")
+            what = {"elements": fleet.out}
+            if quantization == "nf4":
+                what |= {"of W in 4-bit: codes and scales": fleet.cache}
+            for name, place in what.items():
+                difference = Difference.between(place("cuda"), place("cpu"))
+                console.print(f"{quantization}, {name}, GPU beside CPU: {difference}")
+            for device in ("cuda", "cpu"):
+                shutil.rmtree(fleet.cache(device), ignore_errors=True)
         console.print(table)
-        for quantization in ("none", "nf4"):
-            share, largest = difference(outputs["cuda", quantization], outputs["cpu", quantization])
-            console.print(
-                f"{quantization}: {share:.2e} of the elements differ from the CPU's, by at most {largest:.2e}"
-            )
 
 
 if __name__ == "__main__":

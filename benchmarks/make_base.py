@@ -11,6 +11,7 @@ so memory stays that of one, and each tensor has its own seed, so the bytes do n
 
 import argparse
 import json
+import os
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
@@ -92,12 +93,13 @@ ADAPTERS: dict[str, tuple[int, str | list[str]]] = {
 """Rank and target modules by name."""
 
 
-def make_base(shape: str, directory: Path) -> None:
+def make_base(shape: str, directory: Path, device: str = "cpu") -> None:
     """Write the base of one shape; what is there already is overwritten.
 
     Args:
         shape: a key of `SHAPES`.
         directory: becomes the checkpoint.
+        device: draws the random numbers; another one draws others.
     """
     config = SHAPES[shape]
     model = _weightless(config)
@@ -110,7 +112,8 @@ def make_base(shape: str, directory: Path) -> None:
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file_name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_shard(directory / file_name, {name: parameters[name].shape for name in names}, config.initializer_range)
+        shapes = {name: parameters[name].shape for name in names}
+        _write_shard(directory / file_name, shapes, config.initializer_range, device)
         weight_map |= dict.fromkeys(names, file_name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(map(_num_bytes, parameters.values()))}, "weight_map": weight_map}
@@ -156,8 +159,8 @@ def _num_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _generator(name: str) -> torch.Generator:
-    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+def _generator(name: str, device: str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
 
 
 def _shards(parameters: Mapping[str, torch.Tensor]) -> list[list[str]]:
@@ -173,25 +176,35 @@ def _shards(parameters: Mapping[str, torch.Tensor]) -> list[list[str]]:
     return shards
 
 
-def _write_shard(path: Path, shapes: Mapping[str, torch.Size], std: float) -> None:
+def _write_shard(path: Path, shapes: Mapping[str, torch.Size], std: float, device: str) -> None:
     """Write one bf16 safetensors file: 8 bytes of header length, the header, then the tensors without gaps."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
     end = 0
     for name in sorted(shapes):
-        start, end = end, end + 2 * shapes[name].numel()
-        header[name] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": [start, end]}
+        starts[name], end = end, end + 2 * shapes[name].numel()
+        header[name] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": [starts[name], end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file, ThreadPoolExecutor() as pool:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for weight in pool.map(lambda name: _random_weight(name, shapes[name], std), sorted(shapes)):
-            file.write(memoryview(weight.view(torch.uint8).numpy()))
+    header_bytes = struct.pack("<Q", len(text)) + text
+
+    def write(name: str) -> None:
+        weight = _random_weight(name, shapes[name], std, device)
+        data, offset = memoryview(weight.view(-1).view(torch.uint8).numpy()), len(header_bytes) + starts[name]
+        while data:
+            num_written = os.pwrite(file.fileno(), data, offset)
+            data, offset = data[num_written:], offset + num_written
+
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor() as pool:
+        file.write(header_bytes)
+        list(pool.map(write, shapes))
 
 
-def _random_weight(name: str, shape: Iterable[int], std: float) -> torch.Tensor:
-    """Return a bf16 tensor [*shape]: norms near one, all else normal around zero."""
-    weight = torch.empty(torch.Size(shape), dtype=torch.bfloat16).normal_(std=std, generator=_generator(name))
-    return weight.add_(1.0) if "norm" in name else weight
+def _random_weight(name: str, shape: Iterable[int], std: float, device: str) -> torch.Tensor:
+    """Return a bf16 tensor [*shape] on the CPU: norms near one, all else normal around zero."""
+    weight = torch.empty(torch.Size(shape), dtype=torch.bfloat16, device=device)
+    weight.normal_(std=std, generator=_generator(name, device))
+    return (weight.add_(1.0) if "norm" in name else weight).cpu()
 
 
 def main() -> None:

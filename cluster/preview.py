@@ -14,6 +14,7 @@ from workers.estimate import Estimate, estimate
 from workers.outcomes import Failure
 from workers.plan import BasePlan, plan_base, plan_merge
 from workers.sources import fetch_base
+from workers.unit import resolve_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,13 +26,14 @@ class Preview:
     failure: Failure | None
 
 
-def preview(requests: Sequence[MergeRequest], cache: Path, num_threads: int | None) -> tuple[Preview, ...]:
+def preview(requests: Sequence[MergeRequest], cache: Path, num_threads: int | None, device: str) -> tuple[Preview, ...]:
     """Plan every request; a base is planned once for all that share a pass.
 
     Args:
         requests: as submitted.
         cache: where fetched sources are kept.
         num_threads: of the worker the time is estimated for; None for all cores.
+        device: that worker's: `cpu`, `cuda`, or `auto` for CUDA where this machine has any.
 
     Returns:
         One preview for each request, in their order.
@@ -40,22 +42,26 @@ def preview(requests: Sequence[MergeRequest], cache: Path, num_threads: int | No
     for request in requests:
         passes[request.pass_key()].append(request)
     threads = num_threads or len(os.sched_getaffinity(0))
-    found = {each.request.id: each for group in passes.values() for each in _preview_pass(group, cache, threads)}
+    if device == "auto":
+        device = resolve_device(device).type
+    found = {
+        each.request.id: each for group in passes.values() for each in _preview_pass(group, cache, threads, device)
+    }
     return tuple(found[request.id] for request in requests)
 
 
-def _preview_pass(requests: list[MergeRequest], cache: Path, num_threads: int) -> list[Preview]:
+def _preview_pass(requests: list[MergeRequest], cache: Path, num_threads: int, device: str) -> list[Preview]:
     try:
         base = plan_base(fetch_base(requests[0].base, cache), requests[0])
     except MergefleetError as error:
         return [Preview(request=request, estimate=None, failure=Failure.of(error)) for request in requests]
-    return [_preview_job(base, request, cache, num_threads) for request in requests]
+    return [_preview_job(base, request, cache, num_threads, device) for request in requests]
 
 
-def _preview_job(base: BasePlan, request: MergeRequest, cache: Path, num_threads: int) -> Preview:
+def _preview_job(base: BasePlan, request: MergeRequest, cache: Path, num_threads: int, device: str) -> Preview:
     try:
         with tempfile.TemporaryDirectory(prefix="mergefleet-plan-") as outline:
             plan = plan_merge(base, request, outline_adapters(request, base.source, cache, Path(outline)))
-            return Preview(request=request, estimate=estimate(plan, num_threads), failure=None)
+            return Preview(request=request, estimate=estimate(plan, num_threads, device), failure=None)
     except MergefleetError as error:
         return Preview(request=request, estimate=None, failure=Failure.of(error))

@@ -76,7 +76,7 @@ class Pass:
             self.quantized,
             self.weights,
             jobs,
-            check=ArithmeticCheck(self.base, self.quantized) if checked else None,
+            check=ArithmeticCheck(self.base, self.quantized, torch.device("cpu")) if checked else None,
             device=CPU,
             num_threads=num_threads,
             on_bytes=on_bytes,
@@ -84,7 +84,7 @@ class Pass:
 
     def check(self, *, num_threads: int = 2) -> dict[str, dict[str, TensorCheck]]:
         """Check the arithmetic of all outputs, as they are in their files; by job and tensor."""
-        check = ArithmeticCheck(self.base, self.quantized)
+        check = ArithmeticCheck(self.base, self.quantized, torch.device("cpu"))
         found = {}
         for plan in self.plans:
             name, directory = plan.request.id, self.output(plan.request.id)

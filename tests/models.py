@@ -155,7 +155,13 @@ def build_bnb_4bit(
 
 
 def merge_with_peft(
-    base: Path, adapter: Path, directory: Path, *, quant_type: str | None = None, double_quant: bool = False
+    base: Path,
+    adapter: Path,
+    directory: Path,
+    *,
+    quant_type: str | None = None,
+    double_quant: bool = False,
+    device: str = "cpu",
 ) -> Path:
     """Save the merge that people make by hand, the whole model in memory, with the base's tokenizer.
 
@@ -165,9 +171,14 @@ def merge_with_peft(
         directory: becomes the merged checkpoint.
         quant_type: nf4 or fp4: the base is loaded in 4-bit and dequantized first; None takes it as it is stored.
         double_quant: whether the scales are quantized too.
+        device: where all of it is done.
     """
     with quiet_transformers():
-        model = load_plain(base) if quant_type is None else _load_4bit(base, quant_type, double_quant)
+        if quant_type is None:
+            model = load_plain(base)
+            model.to(torch.device(device))
+        else:
+            model = _load_4bit(base, quant_type, double_quant, device)
         if getattr(model, "is_quantized", False):
             model = model.dequantize()
             # transformers 5.23 cannot turn its reading of 4-bit weights around, and here there is nothing to turn.
@@ -263,7 +274,7 @@ def _copy_tokenizer(base: Path, directory: Path) -> Path:
     return directory
 
 
-def _load_4bit(base: Path, quant_type: str, double_quant: bool) -> PreTrainedModel:
+def _load_4bit(base: Path, quant_type: str, double_quant: bool, device: str = "cpu") -> PreTrainedModel:
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant_type,
@@ -271,7 +282,7 @@ def _load_4bit(base: Path, quant_type: str, double_quant: bool) -> PreTrainedMod
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     model = AutoModelForCausalLM.from_pretrained(
-        base, quantization_config=quantization, dtype="auto", device_map="cpu", local_files_only=True
+        base, quantization_config=quantization, dtype="auto", device_map=device, local_files_only=True
     )
     assert isinstance(model, PreTrainedModel)
     return model

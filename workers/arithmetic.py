@@ -14,7 +14,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from workers.kernels.elements import ARRAY_DTYPES, array
 from workers.lanes.lora import read_operand
 from workers.plan import BasePlan, MergePlan, OutputTensor
 from workers.products import lifted
-from workers.proof import Operands
+from workers.proof import SPARSE, Operands
 from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
 from workers.rounding import BITS, EXPONENT_BITS, MANTISSA_BITS, half_ulp, precision_for
@@ -109,16 +109,17 @@ class Tally:
 class ArithmeticCheck:
     """The check of one pass; threads share it."""
 
-    def __init__(self, base: BasePlan, quantized: QuantizedBase | None) -> None:
+    def __init__(self, base: BasePlan, quantized: QuantizedBase | None, device: torch.device) -> None:
         """Start a check.
 
         Args:
             base: the planned base.
             quantized: its weights in 4-bit, where the plan asks for them.
+            device: where these are dequantized; tiles are compared on the CPU.
         """
         self._base = base
         self._quantized = quantized
-        self._buffers = TileBuffers(torch.device("cpu"))
+        self._buffers = TileBuffers(device)
         self._opened = threading.local()
         self._lock = threading.Lock()
         self.seconds = 0.0
@@ -145,7 +146,9 @@ class ArithmeticCheck:
         if tensor.stored is None:
             weight = self._quantized_weight(tensor.name)
             memory = self._buffers.get("dequantized", weight.dtype, shape, host=True)
-            weight_OI = weight.dequantize_rows(rows.start, rows.stop, memory).cpu()
+            weight_OI = weight.dequantize_rows(rows.start, rows.stop, memory)
+            if weight_OI.device.type != "cpu":
+                weight_OI = memory.copy_(weight_OI)
         else:
             path, spec = self._base.source.directory / tensor.shard, tensor.stored
             weight_OI = self._buffers.get("stored", spec.dtype, shape, host=True)
@@ -203,9 +206,7 @@ class ArithmeticCheck:
         if tally.operands is not None:
             sums = self._check(merged_OI, weight_OI, tally.operands, rows, found)
         elif weight_OI.dtype == merged_OI.dtype:
-            sums = _Sums()
-            for part in pieces_of(*weight_OI.shape):
-                sums.add(_check_equal(merged_OI[part], weight_OI[part]))
+            sums = _check_equal(merged_OI, weight_OI)
         else:
             sums = self._check_rounded(merged_OI, weight_OI)
         tally.add(rows.start, sums)
@@ -307,25 +308,13 @@ def _judged(found: products.Comparison, merged_OI: torch.Tensor, operands: Opera
         delta_square=found.delta_square,
         kept=found.delta_square + found.error_delta,  # merged - W is the delta and the error
     )
-    doubtful = found.doubtful
-    if doubtful is not None and not len(doubtful):
-        return sums
     # What is not the value nearest to W + delta as computed there may be the one nearest to the exact sum.
-    num_rows, num_columns = merged_OI.shape
-    step = rows_per_tile(num_rows, num_columns, 1, _JUDGED_ELEMENTS)
-    for first in range(0, num_rows, step):
-        begin, end = first * num_columns, min(first + step, num_rows) * num_columns
-        if doubtful is None:
-            places = torch.arange(begin, end)
-        else:
-            places = doubtful[slice(*torch.searchsorted(doubtful, torch.tensor([begin, end])).tolist())]
-        if not len(places):
-            continue
-        merged, exact = merged_OI.view(-1)[places], lifted(found.weight_OI.view(-1)[places]).double()
+    for part, places in _in_doubt(found.doubtful, *merged_OI.shape):
+        merged, exact = merged_OI[part].view(-1)[places], lifted(found.weight_OI[part].view(-1)[places]).double()
         bounds = half_ulp(merged).double()
         if operands is not None:
-            in_tensor = slice(rows.start + first, rows.start + end // num_columns)
-            delta, slack = operands.exactly(in_tensor, places - begin)
+            in_tensor = slice(rows.start + part.start, rows.start + part.stop)
+            delta, slack = operands.exactly(in_tensor, places)
             exact += delta
             if merged.dtype.itemsize == 2:
                 # W + delta is rounded to float32 before it is rounded to the output's dtype: by at most 2**-23 of the
@@ -339,6 +328,30 @@ def _judged(found: products.Comparison, merged_OI: torch.Tensor, operands: Opera
     return sums
 
 
+def _in_doubt(doubtful: torch.Tensor | None, num_rows: int, num_columns: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield rows, and places of elements counted from the first of these, as many as are judged at the same time.
+
+    Args:
+        doubtful: all such places, ascending; None for every one.
+        num_rows: of the tile.
+        num_columns: of the tile.
+    """
+    if doubtful is not None and not len(doubtful):
+        return
+    if doubtful is not None and len(doubtful) * SPARSE <= num_rows * num_columns:
+        for places in doubtful.split(_JUDGED_ELEMENTS // SPARSE):
+            yield slice(0, num_rows), places
+        return
+    step = rows_per_tile(num_rows, num_columns, 1, _JUDGED_ELEMENTS)
+    for first in range(0, num_rows, step):
+        part = slice(first, min(first + step, num_rows))
+        begin, end = part.start * num_columns, part.stop * num_columns
+        if doubtful is None:
+            yield part, torch.arange(end - begin)
+        else:
+            yield part, doubtful[slice(*torch.searchsorted(doubtful, torch.tensor([begin, end])).tolist())] - begin
+
+
 def _operands(plan: MergePlan, name: str) -> Operands:
     delta = plan.deltas[name]
     a_RI, b_OR = (read_operand(plan.opened, spec) for spec in (delta.a_RI, delta.b_OR))
@@ -349,12 +362,17 @@ def _check_equal(merged_OI: torch.Tensor, weight_OI: torch.Tensor) -> _Sums:
     sums = _Sums()
     if weight_OI.dtype in ARRAY_DTYPES:
         sums.weight_square, is_equal = merging.compare_unchanged(array(weight_OI), array(merged_OI))
-    else:
-        is_equal = torch.equal(_bits(merged_OI), _bits(weight_OI))
-        if weight_OI.is_floating_point():
-            sums.weight_square = float(weight_OI.double().square().sum())
-    if is_equal:
-        return sums
+        if is_equal:
+            return sums
+    for part in pieces_of(*weight_OI.shape):
+        sums.add(_differences(merged_OI[part], weight_OI[part]))
+    return sums
+
+
+def _differences(merged_OI: torch.Tensor, weight_OI: torch.Tensor) -> _Sums:
+    sums = _Sums()
+    if weight_OI.dtype not in ARRAY_DTYPES and weight_OI.is_floating_point():
+        sums.weight_square = float(weight_OI.double().square().sum())
     different = _bits(merged_OI) != _bits(weight_OI)
     error = (merged_OI.double() - weight_OI.double()).abs()[different]
     sums.num_bad_elements = int(different.sum())

@@ -45,6 +45,12 @@ def available_host_bytes() -> int:
     return max(available, 0)
 
 
+def available_device_bytes(device: torch.device) -> int:
+    """Return the memory of a GPU that is free for this process: what nobody has, and what torch keeps at hand."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def give_back_large_blocks() -> None:
     """Make malloc map large blocks by themselves, so that they go back to the system when they are freed.
 

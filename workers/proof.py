@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from workers.kernels import merging
+from workers.kernels.elements import array
 from workers.products import Comparison
 
 _EPSILON = torch.finfo(torch.float32).eps
@@ -17,7 +18,7 @@ _SMALLEST = 2.0**-149
 """The smallest float32 above zero."""
 _SHORTEST = 1e-30
 """Columns of A are brought to one length, but those that are shorter than this: the factor is to be a float32."""
-_SOME = 16
+SPARSE = 16
 """Where fewer than one of so many are in doubt, the sums of these alone are computed."""
 
 
@@ -44,8 +45,9 @@ class Operands:
         self._lengths_I = self._wide_a_RI.square().sum(0).sqrt_()
         factors_I = (_factors(a_RI.shape[1]) / self._lengths_I.clamp(min=_SHORTEST)).to(precision)
         self._factors_I = factors_I.numpy()
-        chunks = zip(self._wide_a_RI.split(merging.CHUNK, dim=1), factors_I.double().split(merging.CHUNK), strict=True)
-        self._projected_RC = torch.stack([chunk @ factors for chunk, factors in chunks], dim=1)
+        missing = -a_RI.shape[1] % merging.CHUNK
+        weighted_RI = torch.nn.functional.pad(self._wide_a_RI * factors_I.double(), (0, missing))
+        self._projected_RC = weighted_RI.view(a_RI.shape[0], -1, merging.CHUNK).sum(2).numpy()
 
     def comparison(self, weight_OI: torch.Tensor, *, scaling: float) -> Comparison:
         """Begin a comparison with rows of W plus a product times a scaling."""
@@ -66,12 +68,10 @@ class Operands:
             rows: of the weight.
             projections_OC: float32, sums over chunks of `merging.CHUNK` columns.
         """
-        b_OR = self.b_OR[rows].double()
         # In units of what an element may be, rounded, times the root of their number, right products err by 1 at the
         # median and by up to 5, for operands of any kind; most of it is that sums of float32 are added up.
-        allowed_O1 = b_OR.square().sum(1, keepdim=True).sqrt_().mul_(8 * _EPSILON * math.sqrt(merging.CHUNK))
-        off_OC = (b_OR @ self._projected_RC).sub_(torch.from_numpy(projections_OC)).abs_()
-        return bool((off_OC <= allowed_O1).all())
+        allowance = 8 * _EPSILON * math.sqrt(merging.CHUNK)
+        return bool(merging.proves(array(self.b_OR[rows]), self._projected_RC, projections_OC, allowance))
 
     def exactly(self, rows: slice, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the delta at some elements in float64, and by how much a sum of R products in float32 may be off it.
@@ -87,7 +87,7 @@ class Operands:
         rank, num_columns = self.a_RI.shape
         row, column = places // num_columns, places % num_columns
         b_OR = self.b_OR[rows].double()
-        if _SOME * len(places) > len(b_OR) * num_columns:
+        if SPARSE * len(places) > len(b_OR) * num_columns:
             delta = (b_OR @ self._wide_a_RI).view(-1)[places]
         else:
             delta = (b_OR[row] * self._wide_a_RI.T[column]).sum(1)

@@ -30,7 +30,7 @@ from workers.quant import (
 from workers.tensor_io import opened, read_into, read_rows
 from workers.tiles import TileBuffers, single_threads
 
-_TILE_ELEMENTS = 1 << 21
+_TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 24}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +156,7 @@ def quantize_streamed(
     Yields:
         Each weight with the small tensors that belong to it, too.
     """
-    buffers = TileBuffers(torch.device("cpu"))
+    buffers = TileBuffers(device)
     weights = [_Streamed(task, name, device, buffers, write) for name in _upright(task)]
     tiles = ((weight, start) for weight in weights for start in weight.starts)
 
@@ -188,7 +188,7 @@ class _Streamed:
         self._path = task.base / shard.name
         self._num_rows, self._num_columns = self._spec.shape
         alignment = row_alignment(self._num_columns)
-        self._step = max(1, _TILE_ELEMENTS // (self._num_columns * alignment)) * alignment
+        self._step = max(1, _TILE_ELEMENTS[device.type] // (self._num_columns * alignment)) * alignment
         self.starts = range(0, self._num_rows, self._step)
         self._lock = threading.Lock()
         self._num_left = len(self.starts)
@@ -257,13 +257,20 @@ class _Streamed:
 
     def _error(self, weight: QuantizedWeight, start: int, tile: torch.Tensor) -> float:
         num_rows, num_columns = tile.shape
-        memory = self._buffers.get("dequantized", tile.dtype, (num_rows, num_columns), host=True)
+        memory = None
+        if self._device.type == "cpu":
+            memory = self._buffers.get("dequantized", tile.dtype, (num_rows, num_columns), host=True)
         return _square_error(weight.dequantize_rows(start, start + num_rows, memory), tile)
 
     def _put(self, start: int, codes: torch.Tensor, absmax: torch.Tensor) -> None:
         begin = start * self._num_columns  # of a block, and of a byte
-        self._write(self._name, begin // 2, codes.cpu())
-        self._write(f"{self._name}.absmax", begin // BLOCK_SIZE * absmax.itemsize, absmax.cpu())
+        self._write(self._name, begin // 2, self._on_host("codes", codes))
+        self._write(f"{self._name}.absmax", begin // BLOCK_SIZE * absmax.itemsize, self._on_host("absmax", absmax))
+
+    def _on_host(self, use: str, values: torch.Tensor) -> torch.Tensor:
+        if values.device.type == "cpu":
+            return values
+        return self._buffers.get(use, values.dtype, (1, values.numel()), host=True).copy_(values.view(1, -1))
 
 
 def _upright(task: QuantizationTask) -> list[str]:
@@ -334,7 +341,7 @@ def _dequantized(tensors: dict[str, torch.Tensor], device: torch.device) -> Iter
     """Yield tiles of the weight that 4-bit tensors stand for, with their first row and the row behind their last."""
     weight = restore("", tensors).to(device)
     num_rows, num_columns = weight.shape
-    step = max(1, _TILE_ELEMENTS // (num_columns * weight.row_alignment)) * weight.row_alignment
+    step = max(1, _TILE_ELEMENTS[device.type] // (num_columns * weight.row_alignment)) * weight.row_alignment
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
         yield start, stop, weight.dequantize_rows(start, stop)
@@ -344,4 +351,5 @@ def _square_error(through_4bit: torch.Tensor, weight: torch.Tensor) -> float:
     if through_4bit.device.type == "cpu" and {through_4bit.dtype, weight.dtype} <= ARRAY_DTYPES.keys():
         left, right = (array(tensor.contiguous()) for tensor in (through_4bit, weight))
         return float(merging.square_difference(left, right))
-    return float(torch.linalg.vector_norm(through_4bit.float() - weight.to(through_4bit.device).float())) ** 2
+    difference = through_4bit.float().sub_(weight.to(through_4bit.device))
+    return float(torch.linalg.vector_norm(difference)) ** 2

@@ -1,8 +1,10 @@
 """Bases in 4-bit: made once, kept on disk in the bnb-4bit checkpoint format, mapped or held by workers."""
 
+import functools
 import itertools
 import json
 import logging
+import math
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -19,10 +21,14 @@ from workers.files import file_errors, sha256_of
 from workers.quant import QuantizedWeight, quantized_names, quantized_owner, restore
 from workers.quantization import QuantizationTask, Quantized, quantize_streamed, quantize_whole, streamed_layout
 from workers.scratch import OwnedDirectory, exclusive, sweep
+from workers.tiles import single_threads
 from workers.writer import CheckpointWriter, Conveyor
 
 _GROUP_BYTES = 32 << 20
 """Size of a cache file of what cannot be streamed: bounds the memory that it takes beyond its largest weight."""
+
+_THREADS_PER_SHARD = 4
+"""Threads that a shard takes: so many keep up with the hashing of its codes, which is one after the other."""
 
 _DIGESTS_NAME = "digests.json"
 _ERRORS_NAME = "errors.json"
@@ -113,6 +119,8 @@ class QuantizedBase:
         weight = restore(name, stored, transposed=name in self._transposed)
         if self._device.type != "cpu":
             weight = self._held[name] = weight.to(self._device)
+            if self._held.keys() >= self._files.keys():
+                self._opened.clear()  # nobody looks at the files again
         return weight
 
 
@@ -159,21 +167,29 @@ class QuantizedCache:
         parts = [part for part in task.by_shard.values() if stored is None or not part.converted.isdisjoint(stored)]
         missing = {self._root / part.key(self._device): part for part in parts}
         missing = {directory: part for directory, part in missing.items() if directory not in base.directories}
-        busy = [each for each in missing.items() if not self._keep(*each, on_bytes, wait=False)]
-        for directory, part in busy:
+        num_abreast = max(1, self._num_threads // _THREADS_PER_SHARD)
+
+        def keep(each: tuple[Path, QuantizationTask], *, wait: bool) -> bool:
+            return self._keep(*each, math.ceil(self._num_threads / num_abreast), on_bytes, wait=wait)
+
+        with single_threads(num_abreast, "shard") as pool:
+            held = list(pool.map(functools.partial(keep, wait=False), missing.items()))
+            busy = [each for each, was_held in zip(missing.items(), held, strict=True) if not was_held]
             # By now whoever was at it may be done, or dead.
-            self._keep(directory, part, on_bytes, wait=True)
+            list(pool.map(functools.partial(keep, wait=True), busy))
         for directory in missing:
             base.add(directory, read_checkpoint(directory), read_json(directory / _ERRORS_NAME))
 
-    def _keep(self, directory: Path, part: QuantizationTask, on_bytes: Callable[[int], None], *, wait: bool) -> bool:
+    def _keep(
+        self, directory: Path, part: QuantizationTask, num_threads: int, on_bytes: Callable[[int], None], *, wait: bool
+    ) -> bool:
         """Make one shard's part unless it is there; False where another process is at it and nobody is to wait."""
         with (
             file_errors(f"keeping a quantized base in {self._root}"),
             exclusive(directory.with_suffix(".lock"), wait=wait) as held,
         ):
             if held and not self._is_whole(directory):
-                self._make(part, directory, on_bytes)
+                self._make(part, directory, num_threads, on_bytes)
             return held
 
     def _is_whole(self, directory: Path) -> bool:
@@ -192,11 +208,11 @@ class QuantizedCache:
             logger.warning("a cached quantized base is damaged and is made anew", extra={"damage": changed})
         return not changed
 
-    def _make(self, task: QuantizationTask, directory: Path, on_bytes: Callable[[int], None]) -> None:
+    def _make(self, task: QuantizationTask, directory: Path, num_threads: int, on_bytes: Callable[[int], None]) -> None:
         sweep(self._root, "making-")
         staging = OwnedDirectory.make(self._root, "making-")
         try:
-            self._fill(task, staging.path, on_bytes)
+            self._fill(task, staging.path, num_threads, on_bytes)
             if directory.exists():
                 shutil.rmtree(directory)
             # Not synced: what a crash leaves torn is found by its digests with the next `open`, and made anew.
@@ -206,14 +222,14 @@ class QuantizedCache:
         finally:
             staging.leave()
 
-    def _fill(self, task: QuantizationTask, directory: Path, on_bytes: Callable[[int], None]) -> None:
+    def _fill(self, task: QuantizationTask, directory: Path, num_threads: int, on_bytes: Callable[[int], None]) -> None:
         weight_map: dict[str, str] = {}
         digests: dict[str, str] = {}
         errors: dict[str, float] = {}
         rest: list[Quantized] = []
         layout = streamed_layout(task)
         if layout.shards:
-            rest = self._stream(task, layout, directory, digests, on_bytes)
+            rest, digests = self._stream(task, layout, directory, num_threads, on_bytes)
             weight_map |= {name: shard.name for name, (shard, _) in layout.tensors.items()}
         whole = quantize_whole(task, self._device, on_bytes)
         for number, tensors in enumerate(_groups(itertools.chain(rest, whole), errors)):
@@ -232,11 +248,11 @@ class QuantizedCache:
         task: QuantizationTask,
         layout: CheckpointLayout,
         directory: Path,
-        digests: dict[str, str],
+        num_threads: int,
         on_bytes: Callable[[int], None],
-    ) -> list[Quantized]:
-        """Write what grows with the weights; return what else belongs to them."""
-        conveyor = Conveyor.of_threads(self._num_threads)
+    ) -> tuple[list[Quantized], dict[str, str]]:
+        """Write what grows with the weights; return what else belongs to them, and the digests of what is written."""
+        conveyor = Conveyor.of_threads(num_threads)
         writer = CheckpointWriter(directory, layout, conveyor, direct=False, on_file=lambda _: None)
 
         def write(name: str, begin: int, data: torch.Tensor) -> None:
@@ -245,13 +261,12 @@ class QuantizedCache:
             shard.write_copy(spec.begin + begin, data)
 
         try:
-            rest = list(quantize_streamed(task, self._device, self._num_threads, write=write, on_bytes=on_bytes))
+            rest = list(quantize_streamed(task, self._device, num_threads, write=write, on_bytes=on_bytes))
         finally:
             conveyor.close()
             writer.close()
         writer.raise_error()
-        digests |= {file.artifact.path: file.artifact.sha256 for file in writer.finished()}
-        return rest
+        return rest, {file.artifact.path: file.artifact.sha256 for file in writer.finished()}
 
 
 def _groups(weights: Iterable[Quantized], errors: dict[str, float]) -> Iterator[dict[str, torch.Tensor]]:
@@ -291,6 +306,17 @@ class ResidentBases:
             self._bases[key] = load()
         self._bases.move_to_end(key)
         return self._bases[key]
+
+    def num_device_bytes(self, key: str) -> int:
+        """Return the bytes that the base under a key holds on a device; 0 if it is not held."""
+        return self._bases[key].num_device_bytes if key in self._bases else 0
+
+    def make_room(self, key: str, num_bytes: int) -> None:
+        """Let go of other bases than the one under a key, until they held so many bytes of a device or none is left."""
+        for other in [other for other in self._bases if other != key]:
+            if num_bytes <= 0:
+                return
+            num_bytes -= self._bases.pop(other).num_device_bytes
 
     def trim(self) -> None:
         """Let go of bases until the rest fit the budget; the one used last always stays."""

@@ -10,9 +10,10 @@ from typing import Self
 
 import torch
 
-TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 24}
-"""Elements of a tile: on the CPU so many that handing tiles from thread to thread costs little beside what is done with
-them, on a GPU so many that they fill the device."""
+TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": (1 << 24) - (1 << 13)}
+"""Elements of a tile, by the device that computes: so many that handing tiles from thread to thread costs little beside
+what is done with them. For a GPU, a little less than a power of two, since torch pins no other sizes, and a buffer is
+two pages longer than its tile."""
 
 
 _PIECE_ELEMENTS = 1 << 19
@@ -96,7 +97,6 @@ class TileBuffers(threading.local):
         self._device = device
         self._storage: dict[str, torch.Tensor] = {}
         self._views: dict[tuple[str, torch.dtype, tuple[int, int]], torch.Tensor] = {}
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def get(self, use: str, dtype: torch.dtype, shape: tuple[int, int], *, host: bool) -> torch.Tensor:
         """Return the buffer of one use, uninitialized.

@@ -24,10 +24,10 @@ from jobs.release import (
 from jobs.request import BaseQuantization
 from workers.adapters import fetch_adapters
 from workers.arithmetic import ArithmeticCheck
-from workers.estimate import pass_bytes
 from workers.files import file_errors
+from workers.footprint import device_bytes, pass_bytes, resident_bytes
 from workers.job import Job, own_failure
-from workers.memory import available_host_bytes, give_back_large_blocks
+from workers.memory import available_device_bytes, available_host_bytes, give_back_large_blocks
 from workers.merge import PassResult, run_pass
 from workers.module_weights import ModuleWeights, module_weights
 from workers.outcomes import MergedShards, Piece, Usage, WorkerSettings
@@ -198,18 +198,39 @@ class Unit:
     def _admit(self) -> None:
         """Refuse jobs, the last ones first, until the pass fits into the memory that is free."""
         free = available_host_bytes()
+        free_on_device = self._free_on_device()
         admitted: list[MergePlan] = []
         for job in self._running:
             with own_failure(job):
-                needed = pass_bytes([*admitted, job.plan], self._num_threads)
-                if needed > free:
-                    beside = f" beside {len(admitted)} others" if admitted else ""
-                    raise OutOfMemoryError(
-                        f"merging {job.request.adapter}{beside} takes {needed / 1e6:.0f} MB of memory, and "
-                        f"{free / 1e6:.0f} MB are free; lower max_jobs_per_pass or num_threads, run fewer workers on "
-                        "this machine, or wait until others have ended"
-                    )
+                plans = [*admitted, job.plan]
+                takes = {"memory": (pass_bytes(plans, self._num_threads, self._device.type), free)}
+                if free_on_device is not None:
+                    needed = resident_bytes(self._base) + device_bytes(plans, self._num_threads)
+                    takes["GPU memory"] = needed, free_on_device
+                for what, (needed, available) in takes.items():
+                    if needed > available:
+                        beside = f" beside {len(admitted)} others" if admitted else ""
+                        raise OutOfMemoryError(
+                            f"merging {job.request.adapter}{beside} takes {needed / 1e6:.0f} MB of {what}, and "
+                            f"{available / 1e6:.0f} MB are free; lower max_jobs_per_pass or num_threads, run fewer "
+                            "workers on this machine, or wait until others have ended"
+                        )
                 admitted.append(job.plan)
+
+    def _free_on_device(self) -> int | None:
+        """Return the bytes of the GPU that this pass may take, the base it holds included; None on the CPU.
+
+        Bases that other passes have left there make room, if they have to.
+        """
+        if self._device.type == "cpu":
+            return None
+        key = self.jobs[0].request.pass_key()
+        held = self._residents.num_device_bytes(key)
+        wanted = (
+            resident_bytes(self._base) - held + device_bytes([job.plan for job in self._running], self._num_threads)
+        )
+        self._residents.make_room(key, wanted - available_device_bytes(self._device))
+        return available_device_bytes(self._device) + held
 
     def _open_sink(self, job: Job) -> None:
         sink = open_sink(job.request.destination, self._settings.scratch)
@@ -272,7 +293,7 @@ class Unit:
         """Merge and check what some plans say: those of the jobs, or parts of them."""
         quantized = self._open_quantized(plans.values())
         with self._module_weights(quantized, plans.values()) as weights:
-            check = ArithmeticCheck(self._base, quantized)
+            check = ArithmeticCheck(self._base, quantized, self._device)
             result = self._write(plans, quantized, weights, check, uploads)
             self._verifier.check(check, weights, [(job, plans[job.id]) for job in self._running], result)
 

@@ -9,6 +9,7 @@ Shape suffixes: O output features, I input features, R rank.
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -91,10 +92,11 @@ class Walk:
         self._stopped = False
         self._descriptors: dict[str, int] = {}
         self._buffers = TileBuffers(device)
+        self._streams = iter(_streams(device, num_threads) if device.type == "cuda" else ())
 
     def work(self) -> None:
         """Take tiles in order and finish them, until none is left or every job has failed."""
-        stream = self._buffers.stream
+        stream = next(self._streams, None)
         try:
             with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
                 while (tile := self._next_tile()) is not None:
@@ -119,8 +121,10 @@ class Walk:
         by_shard: dict[str, list[OutputTensor]] = defaultdict(list)
         for tensor in self._base.tensors:
             by_shard[tensor.shard].append(tensor)
-        waiting = iter(by_shard.values())
+        # So many that no last one is left over: the digest of a file takes its bytes one after the other.
+        num_abreast = math.ceil(len(by_shard) / max(1, len(by_shard) // num_abreast))
         num_abreast = max(1, min(num_abreast, _MAX_OPEN_SHARDS // max(1, len(self._state.jobs))))
+        waiting = iter(by_shard.values())
         in_turn = deque(self._tiles_of(tensors) for tensors in itertools.islice(waiting, num_abreast))
         while in_turn:
             tiles = in_turn.popleft()
@@ -293,8 +297,14 @@ class Walk:
         if scaling != 1.0:
             sum_OI.mul_(scaling)
         sum_OI.add_(weight_OI)
-        check_range(tensor, sum_OI)
         rounded_OI = self._buffers.get("rounded", target_OI.dtype, tile.shape, host=False)
         rounded_OI.copy_(sum_OI)
         target_OI.copy_(rounded_OI, non_blocking=True)
+        check_range(tensor, sum_OI)
         torch.cuda.current_stream(self._device).synchronize()
+
+
+@functools.cache
+def _streams(device: torch.device, num_threads: int) -> tuple[torch.cuda.Stream, ...]:
+    """Return a stream for each thread. They stay, as memory that torch keeps is given out on its own stream alone."""
+    return tuple(torch.cuda.Stream(device) for _ in range(num_threads))

@@ -17,13 +17,20 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize(
     ("quantization", "double_quant"), [("none", False), ("nf4", False), ("nf4", True), ("fp4", False)]
 )
-def test_merge_is_that_of_the_cpu_to_the_last_bits(tmp_path: Path, quantization: str, double_quant: bool):
-    """Devices may round differently, in the product and in the scales of blocks: few elements, and by little."""
+def test_merge_is_that_of_peft_on_the_gpu(tmp_path: Path, quantization: str, double_quant: bool):
+    """Products of tiles may be added up in another order than those of a whole weight: few elements, one rounding."""
     base = build_llama(tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "adapter")
     quant_type = None if quantization == "none" else quantization
     expected = read_tensors(
-        merge_with_peft(base, adapter, tmp_path / "expected", quant_type=quant_type, double_quant=double_quant)
+        merge_with_peft(
+            base,
+            adapter,
+            tmp_path / "expected",
+            quant_type=quant_type,
+            double_quant=double_quant,
+            device="cuda",
+        )
     )
     worker = MergeWorker(
         WorkerSettings(cache=tmp_path / "c", scratch=tmp_path / "s", reports=tmp_path / "r", device="cuda")
@@ -46,7 +53,7 @@ def test_merge_is_that_of_the_cpu_to_the_last_bits(tmp_path: Path, quantization:
         merged = read_tensors(tmp_path / name)
         assert merged.keys() == expected.keys()
         for key, tensor in expected.items():
-            torch.testing.assert_close(merged[key], tensor, rtol=2**-6, atol=2**-10)
-            assert (merged[key] == tensor).float().mean() > 0.95, key
+            torch.testing.assert_close(merged[key], tensor, rtol=2**-7, atol=2**-20)
+            assert (merged[key] == tensor).float().mean() > 0.999, key
     assert len(digests) == 1
     worker.close()

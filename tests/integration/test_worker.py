@@ -23,7 +23,7 @@ from jobs.release import Manifest, ParityReport
 from jobs.request import MergeRequest
 from tests.merges import different, merge_by_peft, open_descriptors, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
-from workers.estimate import pass_bytes
+from workers.footprint import pass_bytes
 from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from workers.model import quiet_transformers
 from workers.plan import plan_base, plan_merge
@@ -633,8 +633,8 @@ def test_jobs_that_do_not_fit_into_memory_wait_and_the_others_do_not(
 ):
     base_plan = plan_base(fetch_base(requests[0].base, settings.cache), requests[0])
     plans = [plan_merge(base_plan, request, fetch_adapter(request.adapter, settings.cache)) for request in requests]
-    room = pass_bytes(plans[:2], settings.num_threads)
-    assert room < pass_bytes(plans, settings.num_threads)
+    room = pass_bytes(plans[:2], settings.num_threads, "cpu")
+    assert room < pass_bytes(plans, settings.num_threads, "cpu")
     monkeypatch.setattr(workers.unit, "available_host_bytes", lambda: room)
     outcomes = run(worker, *requests)
     failure = outcomes["three"].failure

@@ -152,6 +152,33 @@ def merge(  # noqa: PLR0917 - compiled code passes by position
 
 
 @Kernel
+def proves(b: Any, projected: Any, projections: Any, allowance: Any) -> Any:
+    """Return whether projections of rows are those of B @ A, as far as rounding lets them.
+
+    Args:
+        b: float32, rows of B, one after the other.
+        projected: float64, the projections of the rows of A.
+        projections: float32 or float64, those of the product, one row of them for each row of B.
+        allowance: how far they may be off, for a row of B of length one.
+    """
+    num_inner = projected.shape[0]
+    expected = np.empty(projected.shape[1])
+    for row in range(b.size // num_inner):
+        square = 0.0
+        expected[:] = 0.0
+        for r in range(num_inner):
+            factor = np.float64(b[row * num_inner + r])
+            square += factor * factor
+            for c in range(expected.size):
+                expected[c] += factor * projected[r, c]
+        allowed = allowance * np.sqrt(square)
+        for c in range(expected.size):
+            if not abs(expected[c] - projections[row, c]) <= allowed:
+                return False
+    return True
+
+
+@Kernel
 def compare_unchanged(weight: Any, merged: Any) -> Any:
     """Compare merged elements with those of a weight that is to be as it was.
 

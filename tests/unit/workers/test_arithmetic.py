@@ -360,8 +360,9 @@ def test_a_check_of_files_can_be_stopped(merged):
         raise CancelledError("stop")
 
     before = open_descriptors()
+    check = ArithmeticCheck(merged.base, None, torch.device("cpu"))
     with pytest.raises(CancelledError):
-        ArithmeticCheck(merged.base, None).files(merged.plans[0], merged.output("job"), num_threads=2, stop=stop)
+        check.files(merged.plans[0], merged.output("job"), num_threads=2, stop=stop)
     assert open_descriptors() == before
 
 
@@ -550,7 +551,7 @@ def test_bytes_that_go_to_another_place_are_a_fault(merged):
     (plan,) = merged.plans
     name = "model.layers.0.self_attn.q_proj.weight"
     shard, spec = plan.output.tensors[name]
-    check = ArithmeticCheck(merged.base, None)
+    check = ArithmeticCheck(merged.base, None, torch.device("cpu"))
     tally, weight = Tally(plan, name), check.weight(merged.base.by_name[name], slice(2, 4))
     begin = spec.begin + 2 * spec.row_bytes
     with (merged.output("job") / shard.name).open("rb") as file:

@@ -19,7 +19,8 @@ from tests.merges import different, merge_by_peft, one_torch_thread, plan_reques
 from tests.methods import make_method_adapter
 from tests.models import build_llama, load_plain, make_adapter
 from workers.adapters import fetch_adapters, outline_adapters
-from workers.estimate import combination_bytes, combination_seconds
+from workers.estimate import combination_seconds
+from workers.footprint import combination_bytes
 from workers.inference import quiet_libraries
 from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 from workers.plan import plan_base, plan_merge

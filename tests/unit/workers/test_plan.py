@@ -12,7 +12,7 @@ from jobs.locations import LocalPath
 from jobs.request import BaseQuantization, MergeRequest
 from tests.merges import merge_by_peft, plan_pass
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
-from workers.estimate import pass_bytes
+from workers.footprint import pass_bytes
 from workers.plan import plan_base
 from workers.sources import fetch_base
 from workers.tiles import TILE_ELEMENTS
@@ -95,7 +95,7 @@ def test_another_dtype_computes_everything(base, adapter, tmp_path):
 def test_memory_of_a_pass_grows_with_the_bytes_of_an_element(base, adapter, tmp_path):
     """Three buffers of a tile for each thread: those of float32 are twice as large."""
     in_16_bits, in_32_bits = (planned(base, adapter, tmp_path, dtype=dtype) for dtype in ("bfloat16", "float32"))
-    more = pass_bytes([in_32_bits], 2) - pass_bytes([in_16_bits], 2)
+    more = pass_bytes([in_32_bits], 2, "cpu") - pass_bytes([in_16_bits], 2, "cpu")
     assert more == 2 * 3 * 2 * TILE_ELEMENTS["cpu"]
 
 

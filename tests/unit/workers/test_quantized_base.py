@@ -136,7 +136,7 @@ def test_errors_are_those_of_transformers_dequantized_weights(base, tmp_path, do
 
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_the_same_bytes_come_of_any_number_of_threads(base, tmp_path, monkeypatch, double_quant):
-    monkeypatch.setattr(workers.quantization, "_TILE_ELEMENTS", 1 << 9)
+    monkeypatch.setitem(workers.quantization._TILE_ELEMENTS, "cpu", 1 << 9)
     task = make_task(base, tmp_path, quantization_options={"bnb_4bit_use_double_quant": double_quant})
     digests = set()
     for number, num_threads in enumerate((1, 4, 4)):

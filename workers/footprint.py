@@ -1,0 +1,168 @@
+"""What a pass takes of memory, on the host and on a GPU: told before anything is read, and what units are admitted by.
+
+What it says of a GPU is what torch takes there; what CUDA takes for itself is not in it.
+"""
+
+import math
+from collections.abc import Sequence
+
+from workers.behaviour import estimate_peak_bytes
+from workers.lanes.adapter import open_adapter
+from workers.plan import BasePlan, MergePlan
+from workers.quant import BLOCK_SIZE
+from workers.tiles import TILE_ELEMENTS
+from workers.writer import BUFFERS_PER_THREAD
+
+_LIBRARY_BYTES = {"cpu": 390_000_000, "cuda": 900_000_000}
+"""Memory of a process that has imported torch, transformers, PEFT, bitsandbytes and Numba, by device it works on."""
+
+_PIECES_BYTES = 8 << 20
+"""Of one thread on the CPU: deltas in float32, as they are merged and as they are checked, and what else is small."""
+
+_TILE_ELEMENT_BYTES = 24
+"""What a weight that is taken whole takes for each of its elements."""
+
+_QUANTIZE_BYTES = {"cpu": 48 << 20, "cuda": 64 << 20}
+"""Scratch of one thread that quantizes: the tile as stored and on its way back, in 4-bit, and buffers, by device."""
+
+_PRODUCT_BYTES = 2 << 20
+"""What cuBLAS keeps of a GPU for each thread."""
+
+_MODULE_ELEMENT_BYTES = 56
+"""What the check of a module that PEFT merged holds of each of its weights: up to seven arrays of float64, of a layer,
+its plain form, their states, and the squares its bound is made of."""
+
+
+def peak_bytes(plan: MergePlan, num_threads: int, device: str) -> int:
+    """Return the host memory of the process at its peak, mapped file pages not counted.
+
+    Loading whole models for the behavioural check grows with the model's size; nothing else does.
+
+    Args:
+        plan: of a job that is merged alone.
+        num_threads: threads that compute.
+        device: `cpu` or `cuda`, where they compute.
+    """
+    peak = _LIBRARY_BYTES[device] + max(pass_bytes([plan], num_threads, device), combination_bytes(plan))
+    if plan.request.parity.level == "arithmetic":
+        return peak
+    return max(peak, estimate_peak_bytes(plan))
+
+
+def pass_bytes(plans: Sequence[MergePlan], num_threads: int, device: str) -> int:
+    """Return the host memory that a pass takes at its peak, on top of the libraries and without the behavioural check.
+
+    Streaming is bounded by tiles and by the adapter tensors of the weights in work, and merging by PEFT by the adapter
+    and one module, whatever the model's size.
+
+    Args:
+        plans: of the jobs of the pass.
+        num_threads: threads that compute.
+        device: `cpu` or `cuda`, where they compute.
+    """
+    base = plans[0].base
+    streaming = num_threads * (_tile_bytes(plans, device) + sum(_operand_bytes(plan) for plan in plans))
+    if base.quantization is not None or any(plan.request.compare for plan in plans):
+        quantizing = num_threads * _QUANTIZE_BYTES[device] + _quantized_whole(plans[0])
+        if any(plan.request.quantization_options.bnb_4bit_use_double_quant for plan in plans):
+            # Scales are quantized with a weight's last tile: until then it is held in 4-bit, and twice at the end.
+            largest = max((t.num_bytes // t.dtype.itemsize for t in base.tensors if t.stored is None), default=0)
+            quantizing += num_threads * 5 * largest // 4
+        streaming = max(streaming, quantizing)
+    return max(streaming, *map(_bytes_by_peft, plans))
+
+
+def resident_bytes(base: BasePlan) -> int:
+    """Return the bytes of a base in 4-bit, codes and scales, that a GPU holds as long as jobs use it."""
+    sizes = (tensor.num_elements for tensor in base.tensors if tensor.stored is None)
+    return sum(math.ceil(size / 2) + 4 * math.ceil(size / BLOCK_SIZE) for size in sizes)
+
+
+def device_bytes(plans: Sequence[MergePlan], num_threads: int) -> int:
+    """Return the memory of a GPU that a pass takes at its peak, on top of the base in 4-bit that it may hold.
+
+    Args:
+        plans: of the jobs of the pass.
+        num_threads: threads that compute, each on a stream of its own.
+    """
+    base = plans[0].base
+    widest = max((t.stored.dtype.itemsize if t.stored else t.dtype.itemsize for t in base.tensors), default=0)
+    merged = max((t.dtype.itemsize for t in base.tensors), default=0)
+    # W as it is read and as it is checked, the sum in float32, and what it is rounded to.
+    tile = TILE_ELEMENTS["cuda"] * (2 * widest + 4 + merged)
+    whole = [t.num_elements for t in base.tensors if t.stored is None and t.name in base.transposed]
+    tile = max(tile, _TILE_ELEMENT_BYTES * max(whole, default=0))
+    operands = sum(
+        max((4 * (d.a_RI.num_elements + d.b_OR.num_elements) for d in plan.deltas.values()), default=0)
+        for plan in plans
+    )
+    return num_threads * (tile + operands + _PRODUCT_BYTES)
+
+
+def _tile_bytes(plans: Sequence[MergePlan], device: str) -> int:
+    """Return the scratch of one thread: a tile as it is read for the merge and for its check, and buffers for it.
+
+    A weight whose transpose is in 4-bit is taken whole.
+    """
+    base = plans[0].base
+    stored = max((t.stored.dtype.itemsize if t.stored else t.dtype.itemsize for t in base.tensors), default=0)
+    merged = max((t.dtype.itemsize for t in base.tensors), default=0)
+    tile = TILE_ELEMENTS[device] * (2 * stored + BUFFERS_PER_THREAD * merged)
+    whole = [t.num_elements for t in base.tensors if t.stored is None and t.name in base.transposed]
+    return _PIECES_BYTES + max(tile, _TILE_ELEMENT_BYTES * max(whole, default=0))
+
+
+def _operand_bytes(plan: MergePlan) -> int:
+    """Return what the adapter's tensors of one weight take.
+
+    In float32 for the merge and for the check, which has A in float64, too, and squares it.
+    """
+    sizes = [(delta.a_RI.num_elements, delta.b_OR.num_elements) for delta in plan.deltas.values()]
+    return max((8 * (a + b) + 16 * a for a, b in sizes), default=0)
+
+
+def _quantized_whole(plan: MergePlan) -> int:
+    """Return what weights take that are not quantized in tiles: a transpose, or what a group of tensors is made into.
+
+    The weight as stored, made and on its way back, in its own dtype, and their difference in float32.
+    """
+    task = plan.base.quantization
+    if task is None:
+        return 0
+    sizes = [math.prod(plan.base.by_name[name].shape) for name in task.transposed]
+    sizes += [sum(math.prod(plan.base.by_name[name].shape) for name in group.stored) for group in task.groups]
+    return 20 * max(sizes, default=0)
+
+
+def _bytes_by_peft(plan: MergePlan) -> int:
+    """Return what merging by PEFT takes: the adapter in float32, once as it is read and once in PEFT, and a module."""
+    if not plan.by_peft:
+        return 0
+    adapter = sum(spec.num_elements for spec in plan.opened.tensors.values())
+    widest = max(math.prod(tensor.shape) for tensor in plan.tensors if tensor.name in plan.by_peft)
+    return 2 * 4 * adapter + _MODULE_ELEMENT_BYTES * widest
+
+
+def combination_bytes(plan: MergePlan) -> int:
+    """Return the memory that combining the adapters of a job takes, on top of the libraries; 0 for a single adapter."""
+    combination = plan.request.combination
+    if combination is None:
+        return 0
+    parts = [open_adapter(part.directory) for part in plan.adapter.parts]
+    num_elements = sum(spec.num_elements for adapter in (*parts, plan.opened) for spec in adapter.tensors.values())
+    largest = 0
+    for num_rows, num_columns in decomposed(plan):
+        # The deltas, stacked and weighted; then U, V and the work space of the decomposition, which is as large.
+        full = combination.arguments()["svd_full_matrices"]
+        both = num_rows**2 + num_columns**2 if full else 2 * num_rows * num_columns
+        size = num_rows * num_columns
+        largest = max(largest, (3 * len(parts) + 2) * size, 2 * both + 3 * size)
+    return 4 * (num_elements + largest)
+
+
+def decomposed(plan: MergePlan) -> list[tuple[int, int]]:
+    """Return rows and columns of the deltas that are decomposed."""
+    combination = plan.request.combination
+    if combination is None or not combination.type.decomposes:
+        return []
+    return [(tensor.num_rows, tensor.num_columns) for tensor in plan.tensors if tensor.name in plan.changed]
