@@ -15,6 +15,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,20 +38,6 @@ from workers.worker import MergeWorker
 
 _COPY_BYTES = 1 << 30
 _WRITE_BYTES = 1 << 20
-_HEADINGS = (
-    "",
-    "seconds",
-    "of the merge",
-    "check left out",
-    "of the merge",
-    "its GB/s",
-    "of the ceiling",
-    "with SHA-256",
-    "GPU GB",
-    "planned",
-    "host GB",
-    "planned",
-)
 
 
 def copy_rate() -> float:
@@ -234,44 +221,52 @@ def main() -> None:
             f"device to pinned memory {copies / 1e9:.1f} GB/s; {num_cores} threads write {writes / 1e9:.1f} GB/s to "
             f"the tmpfs, and {hashed / 1e9:.1f} GB/s if they take SHA-256 as well"
         )
-        table = Table(title=f"{torch.cuda.get_device_name()}, {arguments.shape}, {ADAPTER}, {num_cores} cores")
-        for heading in _HEADINGS:
-            table.add_column(heading, justify="right")
         fleet = Fleet(root, arguments.threads)
+        figures: dict[str, dict[str, str]] = {}
         for quantization in ("nf4", "none"):
-            if quantization == "nf4":
-                first = fleet.merge("cuda", quantization)
-                table.add_row("GPU, nf4, empty cache", f"{first.seconds:.1f}", f"{first.stages['merge']:.1f}")
+            first = fleet.merge("cuda", quantization)
             with check_left_out():
                 unchecked = [fleet.merge("cuda", quantization) for _ in range(arguments.rounds)]
             checked = [fleet.merge("cuda", quantization) for _ in range(arguments.rounds)]
+            host_bytes = non_file_bytes(os.getpid())
+            on_cpu = fleet.merge("cpu", quantization)
             planned = fleet.planned(quantization)
             merge = statistics.median(each.stages["merge"] for each in unchecked)
-            table.add_row(
-                f"GPU, {quantization}",
-                f"{statistics.median(each.seconds for each in checked):.1f}",
-                f"{statistics.median(each.stages['merge'] for each in checked):.1f}",
-                f"{statistics.median(each.seconds for each in unchecked):.1f}",
-                f"{merge:.2f}",
-                f"{num_bytes / merge / 1e9:.1f}",
-                f"{num_bytes / merge / min(copies, writes):.0%}",
-                f"{num_bytes / merge / min(copies, hashed):.0%}",
-                f"{max(each.device_bytes for each in checked) / 1e9:.1f}",
-                f"{planned.peak_device_memory_bytes / 1e9:.1f}",
-                f"{non_file_bytes(os.getpid()) / 1e9:.1f}",
-                f"{planned.peak_memory_bytes / 1e9:.1f}",
-            )
-            on_cpu = fleet.merge("cpu", quantization)
-            table.add_row(f"CPU, {quantization}", f"{on_cpu.seconds:.1f}", f"{on_cpu.stages['merge']:.1f}")
+            rate = num_bytes / merge
+            figures[quantization] = {
+                "seconds, first": f"{first.seconds:.1f}",
+                "of them quantizing": f"{first.stages.get('quantize', 0.0):.1f}",
+                "seconds": _spread([each.seconds for each in checked]),
+                "seconds, check left out": _spread([each.seconds for each in unchecked]),
+                "of them merging": f"{merge:.2f}",
+                "GB/s of that": f"{rate / 1e9:.1f}",
+                "of copies and writes": f"{rate / min(copies, writes):.0%}",
+                "of copies and hashed writes": f"{rate / min(copies, hashed):.0%}",
+                "GPU memory, GB": f"{max(each.device_bytes for each in (first, *checked)) / 1e9:.1f}",
+                "planned": f"{planned.peak_device_memory_bytes / 1e9:.1f}",
+                "host memory, GB": f"{host_bytes / 1e9:.1f}",
+                "planned ": f"{planned.peak_memory_bytes / 1e9:.1f}",
+                "seconds, first, on the CPU": f"{on_cpu.seconds:.1f}",
+            }
             what = {"elements": fleet.out}
             if quantization == "nf4":
-                what |= {"of W in 4-bit: codes and scales": fleet.cache}
+                what |= {"codes and scales": fleet.cache}
             for name, place in what.items():
-                difference = Difference.between(place("cuda"), place("cpu"))
-                console.print(f"{quantization}, {name}, GPU beside CPU: {difference}")
+                console.print(
+                    f"{quantization}, GPU beside CPU: {name}: {Difference.between(place('cuda'), place('cpu'))}"
+                )
             for device in ("cuda", "cpu"):
                 shutil.rmtree(fleet.cache(device), ignore_errors=True)
+        table = Table(
+            "", *figures, title=f"{torch.cuda.get_device_name()}, {arguments.shape}, {ADAPTER}, {num_cores} cores"
+        )
+        for name in figures["nf4"]:
+            table.add_row(name, *(figures[quantization][name] for quantization in figures))
         console.print(table)
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    return f"{statistics.median(seconds):.2f} ({min(seconds):.2f}-{max(seconds):.2f})"
 
 
 if __name__ == "__main__":
