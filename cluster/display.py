@@ -18,6 +18,7 @@ from jobs.store import JobRecord
 
 if TYPE_CHECKING:
     from cluster.preview import Preview
+    from workers.estimate import Estimate
 
 _STYLES = {
     JobState.PUBLISHED: "green",
@@ -50,10 +51,15 @@ def preview_table(previews: "Sequence[Preview]") -> Table:
                 f"{it.num_changed_parameters / it.num_parameters:.1%}",
                 decimal(it.bytes_read),
                 decimal(it.bytes_written),
-                decimal(it.peak_memory_bytes),
+                _memory(it),
                 duration(it.seconds),
             )
     return table
+
+
+def _memory(estimate: "Estimate") -> str:
+    on_gpu = f" and {decimal(estimate.peak_device_memory_bytes)} GPU" if estimate.peak_device_memory_bytes else ""
+    return decimal(estimate.peak_memory_bytes) + on_gpu
 
 
 def state_counts(counts: Mapping[JobState, int]) -> Text:

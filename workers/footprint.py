@@ -62,13 +62,15 @@ def pass_bytes(plans: Sequence[MergePlan], num_threads: int, device: str) -> int
     """
     base = plans[0].base
     streaming = num_threads * (_tile_bytes(plans, device) + sum(_operand_bytes(plan) for plan in plans))
+    quantizing = 0
     if base.quantization is not None or any(plan.request.compare for plan in plans):
         quantizing = num_threads * _QUANTIZE_BYTES[device] + _quantized_whole(plans[0])
         if any(plan.request.quantization_options.bnb_4bit_use_double_quant for plan in plans):
             # Scales are quantized with a weight's last tile: until then it is held in 4-bit, and twice at the end.
             largest = max((t.num_bytes // t.dtype.itemsize for t in base.tensors if t.stored is None), default=0)
             quantizing += num_threads * 5 * largest // 4
-        streaming = max(streaming, quantizing)
+    # What was pinned stays so.
+    streaming = max(streaming, quantizing) if device == "cpu" else streaming + quantizing
     return max(streaming, *map(_bytes_by_peft, plans))
 
 
@@ -107,7 +109,9 @@ def _tile_bytes(plans: Sequence[MergePlan], device: str) -> int:
     base = plans[0].base
     stored = max((t.stored.dtype.itemsize if t.stored else t.dtype.itemsize for t in base.tensors), default=0)
     merged = max((t.dtype.itemsize for t in base.tensors), default=0)
-    tile = TILE_ELEMENTS[device] * (2 * stored + BUFFERS_PER_THREAD * merged)
+    is_in_4bit = any(t.stored is None for t in base.tensors)
+    num_read = 3 if device == "cuda" and is_in_4bit else 2  # what is in 4-bit and what is not: both are pinned
+    tile = TILE_ELEMENTS[device] * (num_read * stored + BUFFERS_PER_THREAD * merged)
     whole = [t.num_elements for t in base.tensors if t.stored is None and t.name in base.transposed]
     return _PIECES_BYTES + max(tile, _TILE_ELEMENT_BYTES * max(whole, default=0))
 

@@ -100,6 +100,32 @@ def test_plan_tells_what_would_happen_and_which_requests_are_bad(models, tmp_pat
     assert not (tmp_path / "north").exists()
 
 
+def test_plan_tells_the_memory_of_a_gpu_that_this_machine_need_not_have(models, tmp_path, monkeypatch):
+    path = tmp_path / "requests.jsonl"
+    requests = [
+        {
+            "id": kind,
+            "base": str(models / "base"),
+            "adapter": str(models / "north"),
+            "base_quantization": kind,
+            "destination": str(tmp_path / kind),
+        }
+        for kind in ("none", "nf4")
+    ]
+    path.write_text("".join(json.dumps(request) + "\n" for request in requests))
+    found = {}
+    for device in ("cpu", "cuda"):
+        monkeypatch.setenv("MERGEFLEET_DEVICE", device)
+        _, result = call("plan", path, "--json")
+        plans = [each["plan"] for each in json.loads(result.stdout)["requests"]]
+        found[device] = [(plan["peak_memory_bytes"], plan["peak_device_memory_bytes"]) for plan in plans]
+    assert [on_device for _, on_device in found["cpu"]] == [0, 0]
+    assert 0 < found["cuda"][0][1] < found["cuda"][1][1]  # the base in 4-bit lies there, too
+    assert all(on_gpu > on_cpu for (on_cpu, _), (on_gpu, _) in zip(found["cpu"], found["cuda"], strict=True))
+    _, result = call("plan", path)
+    assert "GPU" in result.stdout
+
+
 def test_plan_names_what_is_combined(models, tmp_path):
     path = tmp_path / "requests.jsonl"
     adapters = [{"adapter": str(models / "north"), "weight": 0.5}, {"adapter": str(models / "south"), "weight": -1}]

@@ -23,7 +23,7 @@ from jobs.release import Manifest, ParityReport
 from jobs.request import MergeRequest
 from tests.merges import different, merge_by_peft, open_descriptors, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
-from workers.footprint import pass_bytes
+from workers.footprint import device_bytes, pass_bytes
 from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from workers.model import quiet_transformers
 from workers.plan import plan_base, plan_merge
@@ -625,6 +625,21 @@ def test_memory_that_runs_out_is_worth_another_try(worker, requests, monkeypatch
     monkeypatch.setattr(workers.unit, "run_pass", run_pass)
     for job in run(worker, *requests).values():
         assert (job.failure.failure_class, job.failure.retryable) == (FailureClass.OUT_OF_MEMORY, True)
+    assert left_over(tmp_path) == []
+
+
+def test_jobs_that_do_not_fit_into_the_memory_of_the_gpu_wait(worker, settings, requests, tmp_path, monkeypatch):
+    base_plan = plan_base(fetch_base(requests[0].base, settings.cache), requests[0])
+    plans = [plan_merge(base_plan, request, fetch_adapter(request.adapter, settings.cache)) for request in requests]
+    room = device_bytes(plans[:1], settings.num_threads)
+    monkeypatch.setattr(workers.unit.Unit, "_free_on_device", lambda _: room)
+    outcomes = run(worker, *requests)
+    assert outcomes["one"].failure is None
+    for name in ("two", "three"):
+        failure = outcomes[name].failure
+        assert (failure.failure_class, failure.retryable) == (FailureClass.OUT_OF_MEMORY, True)
+        assert "MB of GPU memory" in failure.message
+    worker.discard("one")
     assert left_over(tmp_path) == []
 
 

@@ -25,6 +25,7 @@ from jobs.request import MergeRequest
 from tests.merges import CPU, different, load_dequantized, open_descriptors, read_tensors
 from tests.models import build_bnb_4bit, build_llama, load_plain
 from workers.checkpoint import INDEX_FILE
+from workers.footprint import resident_bytes
 from workers.plan import plan_base
 from workers.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
 from workers.scratch import exclusive
@@ -407,6 +408,26 @@ def test_residents_are_loaded_once_while_their_content_stays():
     residents.get("a", "two", loads("two", 10))
     assert loads.loaded == ["one", "two"]
     assert residents.keys == ("a",)
+
+
+def test_other_residents_make_room_as_far_as_they_have_to():
+    loads, residents = Loads(), ResidentBases(100)
+    for key in "abcd":
+        residents.get(key, key, loads(key, 10))
+    residents.make_room("a", 0)
+    assert residents.keys == ("a", "b", "c", "d")
+    residents.make_room("a", 11)
+    assert residents.keys == ("a", "d")
+    residents.make_room("a", 1000)
+    assert residents.keys == ("a",)
+    assert (residents.num_device_bytes("a"), residents.num_device_bytes("d")) == (10, 0)
+
+
+def test_what_a_base_takes_of_a_gpu_is_stated(base, tmp_path):
+    request = MergeRequest(base=str(base), adapter="/adapter", destination="/destination", base_quantization="nf4")
+    planned = plan_base(fetch_base(LocalPath(base), tmp_path), request)
+    made = QuantizedCache(tmp_path / "cache", CPU, 2).open(planned.quantization, lambda _: None)
+    assert resident_bytes(planned) == sum(made.weight(name).num_bytes for name in made.names)
 
 
 def test_the_least_recently_used_resident_goes_first_and_the_last_stays():
