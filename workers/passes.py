@@ -11,7 +11,7 @@ import torch
 from jobs.errors import BadInputError, MergefleetError
 from jobs.release import TensorCheck
 from workers.plan import MergePlan, OutputTensor
-from workers.writer import CheckpointWriter, Conveyor, HashedFile
+from workers.writer import CheckpointWriter, Conveyor, HashedFile, Origin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,15 @@ class PassState:
     def __init__(self, jobs: Sequence[PassJob], conveyor: Conveyor, on_bytes: Callable[[int], None]) -> None:
         self.jobs = {job.plan.request.id: job for job in jobs}
         self.writers = {
-            name: CheckpointWriter(job.directory, job.plan.output, conveyor, direct=job.direct, on_file=job.on_file)
+            name: CheckpointWriter(
+                job.directory,
+                job.plan.output,
+                conveyor,
+                direct=job.direct,
+                on_file=job.on_file,
+                # What is read again would come from the disk: a clone shares no page of the cache with its origin.
+                origin=Origin(job.plan.base.source.directory, job.plan.kept) if job.direct else None,
+            )
             for name, job in self.jobs.items()
         }
         self.num_base_bytes = 0
@@ -73,14 +81,14 @@ class PassState:
         except MergefleetError as error:
             writer.fail(error)
 
-    def count(self, *, base: int = 0, adapter: int = 0, written: int = 0, checked: int = 0) -> None:
-        """Add to the bytes read, written and checked."""
+    def count(self, *, base: int = 0, adapter: int = 0, written: int = 0, kept: int = 0, checked: int = 0) -> None:
+        """Add to the bytes read, written or there already, and checked."""
         with self._lock:
             self.num_base_bytes += base
             self.num_adapter_bytes += adapter
             self.num_written += written
-        if written or checked:
-            self._on_bytes(written + checked)
+        if written or kept or checked:
+            self._on_bytes(written + kept + checked)
 
     def checked(self, name: str, check: TensorCheck) -> None:
         """Keep what the check of a job's tensor found."""

@@ -186,6 +186,22 @@ class MergePlan:
             for adapter, weight in self.weighted
         )
 
+    @cached_property
+    def kept(self) -> frozenset[str]:
+        """Names of tensors whose bytes are those of the base's file, at the same place in a file of the same name.
+
+        Only of files that are so for the most part: others are written as a whole.
+        """
+        stored = {shard.name: shard for shard in self.base.layout.shards}
+        kept: set[str] = set()
+        for shard in self.output.shards:
+            if stored.get(shard.name) == shard:
+                same = [spec for spec in shard.tensors if self.base.by_name[spec.name].copied]
+                same = [spec for spec in same if spec.name not in self.deltas and spec.name not in self.by_peft]
+                if 2 * sum(spec.num_bytes for spec in same) >= shard.num_bytes:
+                    kept.update(spec.name for spec in same)
+        return frozenset(kept)
+
     @property
     def base_names(self) -> frozenset[str]:
         """Names of the base's tensors that the output takes values from."""

@@ -211,8 +211,12 @@ class Walk:
                     comparison = self._check.on_the_way(tally, known)
                 if made_from is not None:
                     self._fill(buffer, tile, job, made_from, comparison)
-                shard.write(offset, buffer)
-                self._state.count(written=tile.num_bytes)
+                if shard.cloned and tensor.name in job.plan.kept:
+                    shard.keep(offset, buffer)
+                    self._state.count(kept=tile.num_bytes)
+                else:
+                    shard.write(offset, buffer)
+                    self._state.count(written=tile.num_bytes)
                 if self._check is not None and tally is not None and known is not None:
                     self._check.compare(tally, tile.rows, (shard.name, offset), buffer.values, known, found=comparison)
                     self._state.count(checked=tile.num_bytes)

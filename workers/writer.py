@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Self
 
 import torch
 
-from jobs.errors import MergefleetError
+from jobs.errors import MergefleetError, TransientIOError
 from jobs.release import Artifact
 from workers import sha256
 from workers.buffers import PAGE_BYTES, Buffer, BufferPool, kept_pool
@@ -39,6 +39,8 @@ BUFFERS_PER_THREAD = 3
 """Tiles on their way to files, for each thread that computes: one in its hands, the others written and hashed."""
 _CARRIERS_PER_THREAD = 2
 """Threads that write and hash, for each thread that computes; half of the time they wait for the disk."""
+_FICLONE = 0x40049409
+"""Of ioctl_ficlone(2)."""
 _CLOCK_SECONDS = 0.02
 """Longer than the clock that stamps files stands still."""
 
@@ -57,6 +59,15 @@ class HashedFile:
         path = directory / self.artifact.path
         with file_errors(f"checking {path}"):
             return FileState.of(path.stat()) == self.state
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A checkpoint that has some of the bytes already, at the same places in files of the same names."""
+
+    directory: Path
+    kept: Container[str]
+    """Names of the tensors whose bytes it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +112,7 @@ class ShardWriter:
         conveyor: Conveyor,
         *,
         direct: bool,
+        origin: Origin | None,
         on_closed: Callable[[HashedFile], None],
         on_error: Callable[[BaseException], None],
     ) -> None:
@@ -111,12 +123,15 @@ class ShardWriter:
         self._on_closed = on_closed
         self._on_error = on_error
         self._past_cache = -1
+        self._origin = Path()
+        self._origin_state: FileState | None = None
         self._hashed = FileHash(self._num_bytes, read=self._read_back, on_hashed=self._finish, on_error=self._failed)
         with file_errors(f"making {path}"):
             self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
             on_block_device = os.major(os.fstat(self._descriptor).st_dev) > 0
             try:
-                self._make_room(on_block_device=on_block_device)
+                self._clone(layout, origin)
+                self._make_room(layout, origin, on_block_device=on_block_device)
             except OSError:
                 # Gone at once: another thread that wants the file meets the same fault, not a file that is in its way.
                 path.unlink()
@@ -139,6 +154,11 @@ class ShardWriter:
         buffer.hold()
         self._conveyor.threads.submit(self._carry, offset, buffer)
 
+    def keep(self, offset: int, buffer: Buffer) -> None:
+        """Have bytes hashed that the origin has there, and the file with it."""
+        buffer.hold()
+        self._conveyor.threads.submit(self._hash, offset, buffer)
+
     def write_copy(self, offset: int, data: torch.Tensor) -> None:
         """Copy the bytes of a contiguous CPU tensor into buffers and have these written."""
         flat = data.reshape(-1).view(torch.uint8)
@@ -156,28 +176,52 @@ class ShardWriter:
                 os.close(descriptor)
         self._descriptor = self._past_cache = -1
 
-    def _make_room(self, *, on_block_device: bool) -> None:
+    @property
+    def cloned(self) -> bool:
+        """Whether it began as a clone: what the origin has, it has without a byte written."""
+        return self._origin_state is not None
+
+    def _clone(self, layout: ShardLayout, origin: Origin | None) -> None:
+        """Begin as a clone of the origin's file, where the file system can share blocks between files."""
+        if origin is None or not any(spec.name in origin.kept for spec in layout.tensors):
+            return
+        self._origin = origin.directory / self.name
+        with contextlib.suppress(OSError), self._origin.open("rb") as file:
+            state = FileState.of(os.fstat(file.fileno()))
+            fcntl.ioctl(self._descriptor, _FICLONE, file.fileno())
+            self._origin_state = state
+
+    def _make_room(self, layout: ShardLayout, origin: Origin | None, *, on_block_device: bool) -> None:
         """Find out that the disk is full before any work is done.
 
         Raises:
             OSError: it is.
         """
-        if on_block_device:
+        needed = self._num_bytes
+        if self.cloned:
+            assert origin is not None
+            needed -= sum(spec.num_bytes for spec in layout.tensors if spec.name in origin.kept)
+        elif on_block_device:
             os.posix_fallocate(self._descriptor, 0, self._num_bytes)
             return
-        # Without a block device below, as a tmpfs is, making room would be writing everything once more.
+        # Making room would be writing everything once more where there is no block device below, as a tmpfs is, and
+        # copying what a clone shares.
         space = os.fstatvfs(self._descriptor)
-        if space.f_bavail * space.f_frsize < self._num_bytes:
+        if space.f_bavail * space.f_frsize < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.ftruncate(self._descriptor, self._num_bytes)
 
     def _carry(self, offset: int, buffer: Buffer) -> None:
         try:
-            try:
-                self._put(offset, buffer.values)
-            except BaseException:
-                buffer.release()
-                raise
+            self._put(offset, buffer.values)
+        except BaseException as error:  # noqa: BLE001 - raised where the pass ends
+            buffer.release()
+            self._failed(error)
+        else:
+            self._hash(offset, buffer)
+
+    def _hash(self, offset: int, buffer: Buffer) -> None:
+        try:
             self._conveyor.hasher.add(self._hashed, offset, buffer)
         except BaseException as error:  # noqa: BLE001 - raised where the pass ends
             self._failed(error)
@@ -212,6 +256,12 @@ class ShardWriter:
         write_all(self._descriptor, self._path, data[end:], offset + end)
 
     def _finish(self, digest: str) -> None:
+        if self.cloned:
+            with file_errors(f"reading {self._origin}"):
+                if FileState.of(self._origin.stat()) != self._origin_state:
+                    raise TransientIOError(
+                        f"{self._origin} was written to while it was merged into; leave the base alone, and retry"
+                    )
         state = None
         if self._num_bytes >= _LARGE_BYTES:
             time.sleep(_CLOCK_SECONDS)
@@ -232,6 +282,7 @@ class CheckpointWriter:
         *,
         direct: bool,
         on_file: Callable[[HashedFile], None],
+        origin: Origin | None = None,
     ) -> None:
         """Start without files.
 
@@ -241,12 +292,14 @@ class CheckpointWriter:
             conveyor: what takes the bytes there.
             direct: whether they go past the page cache, since nobody here reads them again.
             on_file: told each file as it is closed; an error of ours fails the job.
+            origin: has some of the bytes already.
         """
         self._directory = directory
         self._layout = layout
         self._conveyor = conveyor
         self._direct = direct
         self._on_file = on_file
+        self._origin = origin
         self._lock = threading.Lock()
         self._writers: dict[str, ShardWriter] = {}
         self._files: list[HashedFile] = []
@@ -270,6 +323,7 @@ class CheckpointWriter:
                     shard,
                     self._conveyor,
                     direct=self._direct,
+                    origin=self._origin,
                     on_closed=self._finished,
                     on_error=self._failed,
                 )
