@@ -27,7 +27,6 @@ from safetensors import safe_open
 
 from benchmarks.contenders import ADAPTER
 from benchmarks.make_base import SHAPES, make_adapter, make_base
-from benchmarks.measurement import non_file_bytes
 from benchmarks.unchecked import check_left_out
 from cluster.preview import preview
 from jobs.request import BaseQuantization, MergeRequest, ParityPolicy
@@ -228,7 +227,6 @@ def main() -> None:
             with check_left_out():
                 unchecked = [fleet.merge("cuda", quantization) for _ in range(arguments.rounds)]
             checked = [fleet.merge("cuda", quantization) for _ in range(arguments.rounds)]
-            host_bytes = non_file_bytes(os.getpid())
             on_cpu = fleet.merge("cpu", quantization)
             planned = fleet.planned(quantization)
             merge = statistics.median(each.stages["merge"] for each in unchecked)
@@ -244,8 +242,7 @@ def main() -> None:
                 "of copies and hashed writes": f"{rate / min(copies, hashed):.0%}",
                 "GPU memory, GB": f"{max(each.device_bytes for each in (first, *checked)) / 1e9:.1f}",
                 "planned": f"{planned.peak_device_memory_bytes / 1e9:.1f}",
-                "host memory, GB": f"{host_bytes / 1e9:.1f}",
-                "planned ": f"{planned.peak_memory_bytes / 1e9:.1f}",
+                "held by torch": f"{torch.cuda.max_memory_reserved() / 1e9:.1f}",
                 "seconds, first, on the CPU": f"{on_cpu.seconds:.1f}",
             }
             what = {"elements": fleet.out}

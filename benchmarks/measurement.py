@@ -89,7 +89,7 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while not self._stopped.wait(_SAMPLE_SECONDS):
-            self._peak_bytes = max(self._peak_bytes, sum(map(non_file_bytes, _tree(self._pid))))
+            self._peak_bytes = max(self._peak_bytes, sum(map(_non_file_bytes, _tree(self._pid))))
 
 
 def _tree(pid: int) -> list[int]:
@@ -104,8 +104,7 @@ def _tree(pid: int) -> list[int]:
     return pids
 
 
-def non_file_bytes(pid: int) -> int:
-    """Return the anonymous and shared memory of a process; 0 once it is gone."""
+def _non_file_bytes(pid: int) -> int:
     try:
         status = Path(f"/proc/{pid}/status").read_bytes()
     except (FileNotFoundError, ProcessLookupError):

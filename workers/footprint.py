@@ -69,9 +69,10 @@ def pass_bytes(plans: Sequence[MergePlan], num_threads: int, device: str) -> int
             # Scales are quantized with a weight's last tile: until then it is held in 4-bit, and twice at the end.
             largest = max((t.num_bytes // t.dtype.itemsize for t in base.tensors if t.stored is None), default=0)
             quantizing += num_threads * 5 * largest // 4
-    # What was pinned stays so.
-    streaming = max(streaming, quantizing) if device == "cpu" else streaming + quantizing
-    return max(streaming, *map(_bytes_by_peft, plans))
+    by_peft = max(map(_bytes_by_peft, plans))
+    if device == "cpu":
+        return max(streaming, quantizing, by_peft)
+    return streaming + quantizing + by_peft  # what was pinned stays so
 
 
 def resident_bytes(base: BasePlan) -> int:

@@ -33,7 +33,10 @@ def pass_over_modules() -> None:
 
 
 def available_host_bytes() -> int:
-    """Return the main memory that is free, within this process's container."""
+    """Return the main memory that this process may still use, within its container.
+
+    Beside a GPU that is what is free, and what torch has pinned: it stays pinned, and is used again.
+    """
     memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(memory["MemAvailable"].removesuffix("kB")) * 1024
     limits = Path("/sys/fs/cgroup")
@@ -42,7 +45,8 @@ def available_host_bytes() -> int:
         statistics = dict(line.split() for line in (limits / "memory.stat").read_text().splitlines())
         in_use = int((limits / "memory.current").read_text()) - int(statistics["inactive_file"])
         available = min(available, limit - in_use)
-    return max(available, 0)
+    pinned: int = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) if torch.cuda.is_available() else 0
+    return max(available, 0) + pinned
 
 
 def available_device_bytes(device: torch.device) -> int:

@@ -4,8 +4,8 @@ import functools
 import itertools
 import json
 import logging
-import math
 import shutil
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -134,6 +134,8 @@ class QuantizedCache:
         self._root = root
         self._device = device
         self._num_threads = num_threads
+        self._whole = threading.Lock()
+        """Of what takes weights as a whole, however many shards are worked on."""
 
     def open(self, task: QuantizationTask, on_bytes: Callable[[int], None]) -> QuantizedBase:
         """Return the whole quantized base, as `prepare` makes it."""
@@ -170,7 +172,7 @@ class QuantizedCache:
         num_abreast = max(1, self._num_threads // _THREADS_PER_SHARD)
 
         def keep(each: tuple[Path, QuantizationTask], *, wait: bool) -> bool:
-            return self._keep(*each, math.ceil(self._num_threads / num_abreast), on_bytes, wait=wait)
+            return self._keep(*each, self._num_threads // num_abreast, on_bytes, wait=wait)
 
         with single_threads(num_abreast, "shard") as pool:
             held = list(pool.map(functools.partial(keep, wait=False), missing.items()))
@@ -231,12 +233,13 @@ class QuantizedCache:
         if layout.shards:
             rest, digests = self._stream(task, layout, directory, num_threads, on_bytes)
             weight_map |= {name: shard.name for name, (shard, _) in layout.tensors.items()}
-        whole = quantize_whole(task, self._device, on_bytes)
-        for number, tensors in enumerate(_groups(itertools.chain(rest, whole), errors)):
-            name = f"others-{number:05d}.safetensors"
-            save_file(tensors, directory / name, metadata={"format": "pt"})
-            digests[name] = sha256_of(directory / name)
-            weight_map |= dict.fromkeys(tensors, name)
+        with self._whole:
+            whole = quantize_whole(task, self._device, on_bytes)
+            for number, tensors in enumerate(_groups(itertools.chain(rest, whole), errors)):
+                name = f"others-{number:05d}.safetensors"
+                save_file(tensors, directory / name, metadata={"format": "pt"})
+                digests[name] = sha256_of(directory / name)
+                weight_map |= dict.fromkeys(tensors, name)
         index = {"metadata": {}, "weight_map": weight_map}
         for name, content in ((INDEX_FILE, index), (_ERRORS_NAME, errors)):
             (directory / name).write_text(json.dumps(content))

@@ -198,7 +198,7 @@ class Unit:
     def _admit(self) -> None:
         """Refuse jobs, the last ones first, until the pass fits into the memory that is free."""
         free = available_host_bytes()
-        free_on_device = self._free_on_device()
+        free_on_device = self._make_room_on_device()
         admitted: list[MergePlan] = []
         for job in self._running:
             with own_failure(job):
@@ -217,19 +217,18 @@ class Unit:
                         )
                 admitted.append(job.plan)
 
-    def _free_on_device(self) -> int | None:
-        """Return the bytes of the GPU that this pass may take, the base it holds included; None on the CPU.
+    def _make_room_on_device(self) -> int | None:
+        """Let go of bases that other passes left on the GPU, if they have to.
 
-        Bases that other passes have left there make room, if they have to.
+        Returns:
+            Bytes of the GPU that this pass may take, the base it holds included; None on the CPU.
         """
-        if self._device.type == "cpu":
+        if self._device.type == "cpu" or not self._running:
             return None
         key = self.jobs[0].request.pass_key()
         held = self._residents.num_device_bytes(key)
-        wanted = (
-            resident_bytes(self._base) - held + device_bytes([job.plan for job in self._running], self._num_threads)
-        )
-        self._residents.make_room(key, wanted - available_device_bytes(self._device))
+        wanted = resident_bytes(self._base) + device_bytes([job.plan for job in self._running], self._num_threads)
+        self._residents.make_room(key, wanted - held - available_device_bytes(self._device))
         return available_device_bytes(self._device) + held
 
     def _open_sink(self, job: Job) -> None:
@@ -291,6 +290,7 @@ class Unit:
 
     def _merge(self, plans: Mapping[str, MergePlan], uploads: ThreadPoolExecutor) -> None:
         """Merge and check what some plans say: those of the jobs, or parts of them."""
+        self._make_room_on_device()  # other passes may have been here since this one was admitted
         quantized = self._open_quantized(plans.values())
         with self._module_weights(quantized, plans.values()) as weights:
             check = ArithmeticCheck(self._base, quantized, self._device)

@@ -632,7 +632,7 @@ def test_jobs_that_do_not_fit_into_the_memory_of_the_gpu_wait(worker, settings, 
     base_plan = plan_base(fetch_base(requests[0].base, settings.cache), requests[0])
     plans = [plan_merge(base_plan, request, fetch_adapter(request.adapter, settings.cache)) for request in requests]
     room = device_bytes(plans[:1], settings.num_threads)
-    monkeypatch.setattr(workers.unit.Unit, "_free_on_device", lambda _: room)
+    monkeypatch.setattr(workers.unit.Unit, "_make_room_on_device", lambda _: room)
     outcomes = run(worker, *requests)
     assert outcomes["one"].failure is None
     for name in ("two", "three"):
