@@ -38,7 +38,7 @@ class Estimate:
     peak_memory_bytes: int
     """Host memory of the process at its peak, mapped file pages not counted, parity included."""
     peak_device_memory_bytes: int
-    """Memory of the GPU at the merge's peak, what CUDA and torch take beside it not counted; 0 where it runs on the CPU.
+    """Memory of the GPU at the merge's peak, what CUDA and torch take beside it not counted; 0 if it is on the CPU.
     Parity level `full` and `compare` run whole models there afterwards, as far as they fit."""
     seconds: float
     merge_key: str

@@ -28,6 +28,9 @@ _QUANTIZE_BYTES = {"cpu": 48 << 20, "cuda": 64 << 20}
 _PRODUCT_BYTES = 2 << 20
 """What cuBLAS keeps of a GPU for each thread."""
 
+_WEIGHTS_PER_THREAD = 2
+"""Weights in work for each thread, at most: `Walk` takes tiles of fewer shards than that in turns."""
+
 _MODULE_ELEMENT_BYTES = 56
 """What the check of a module that PEFT merged holds of each of its weights: up to seven arrays of float64, of a layer,
 its plain form, their states, and the squares its bound is made of."""
@@ -61,7 +64,8 @@ def pass_bytes(plans: Sequence[MergePlan], num_threads: int, device: str) -> int
         device: `cpu` or `cuda`, where they compute.
     """
     base = plans[0].base
-    streaming = num_threads * (_tile_bytes(plans, device) + sum(_operand_bytes(plan) for plan in plans))
+    operands = _WEIGHTS_PER_THREAD * sum(_operand_bytes(plan) for plan in plans)
+    streaming = num_threads * (_tile_bytes(plans, device) + operands)
     quantizing = 0
     if base.quantization is not None or any(plan.request.compare for plan in plans):
         quantizing = num_threads * _QUANTIZE_BYTES[device] + _quantized_whole(plans[0])
@@ -99,7 +103,7 @@ def device_bytes(plans: Sequence[MergePlan], num_threads: int) -> int:
         max((4 * (d.a_RI.num_elements + d.b_OR.num_elements) for d in plan.deltas.values()), default=0)
         for plan in plans
     )
-    return num_threads * (tile + operands + _PRODUCT_BYTES)
+    return num_threads * (tile + _WEIGHTS_PER_THREAD * operands + _PRODUCT_BYTES)
 
 
 def _tile_bytes(plans: Sequence[MergePlan], device: str) -> int:

@@ -10,6 +10,7 @@ import torch
 
 from jobs.errors import BadInputError, MergefleetError
 from jobs.release import TensorCheck
+from workers.files import FileState, file_errors
 from workers.plan import MergePlan, OutputTensor
 from workers.writer import CheckpointWriter, Conveyor, HashedFile, Origin
 
@@ -42,7 +43,7 @@ class PassState:
                 direct=job.direct,
                 on_file=job.on_file,
                 # What is read again would come from the disk: a clone shares no page of the cache with its origin.
-                origin=Origin(job.plan.base.source.directory, job.plan.kept) if job.direct else None,
+                origin=_origin(job.plan) if job.direct else None,
             )
             for name, job in self.jobs.items()
         }
@@ -99,6 +100,14 @@ class PassState:
         """Close all files, once nobody writes or hashes any more."""
         for writer in self.writers.values():
             writer.close()
+
+
+def _origin(plan: MergePlan) -> Origin:
+    directory = plan.base.source.directory
+    names = {plan.output.tensors[name][0].name for name in plan.kept}
+    with file_errors(f"reading {directory}"):
+        states = {name: FileState.of((directory / name).stat()) for name in names}
+    return Origin(directory, plan.kept, states)
 
 
 def check_range(tensor: OutputTensor, values: torch.Tensor) -> None:

@@ -45,9 +45,11 @@ class Operands:
         self._lengths_I = self._wide_a_RI.square().sum(0).sqrt_()
         factors_I = (_factors(a_RI.shape[1]) / self._lengths_I.clamp(min=_SHORTEST)).to(precision)
         self._factors_I = factors_I.numpy()
-        missing = -a_RI.shape[1] % merging.CHUNK
-        weighted_RI = torch.nn.functional.pad(self._wide_a_RI * factors_I.double(), (0, missing))
-        self._projected_RC = weighted_RI.view(a_RI.shape[0], -1, merging.CHUNK).sum(2).numpy()
+        rank, num_columns = a_RI.shape
+        num_chunks = math.ceil(num_columns / merging.CHUNK)
+        weighted_RI = torch.zeros(rank, num_chunks * merging.CHUNK, dtype=torch.float64)
+        torch.mul(self._wide_a_RI, factors_I.double(), out=weighted_RI[:, :num_columns])
+        self._projected_RC = weighted_RI.view(rank, num_chunks, merging.CHUNK).sum(2).numpy()
 
     def comparison(self, weight_OI: torch.Tensor, *, scaling: float) -> Comparison:
         """Begin a comparison with rows of W plus a product times a scaling."""

@@ -1,6 +1,5 @@
 """Bases in 4-bit: made once, kept on disk in the bnb-4bit checkpoint format, mapped or held by workers."""
 
-import functools
 import itertools
 import json
 import logging
@@ -21,7 +20,7 @@ from workers.files import file_errors, sha256_of
 from workers.quant import QuantizedWeight, quantized_names, quantized_owner, restore
 from workers.quantization import QuantizationTask, Quantized, quantize_streamed, quantize_whole, streamed_layout
 from workers.scratch import OwnedDirectory, exclusive, sweep
-from workers.tiles import single_threads
+from workers.tiles import results_of, single_threads
 from workers.writer import CheckpointWriter, Conveyor
 
 _GROUP_BYTES = 32 << 20
@@ -172,13 +171,14 @@ class QuantizedCache:
         num_abreast = max(1, self._num_threads // _THREADS_PER_SHARD)
 
         def keep(each: tuple[Path, QuantizationTask], *, wait: bool) -> bool:
+            on_bytes(0)
             return self._keep(*each, self._num_threads // num_abreast, on_bytes, wait=wait)
 
         with single_threads(num_abreast, "shard") as pool:
-            held = list(pool.map(functools.partial(keep, wait=False), missing.items()))
+            held = results_of([pool.submit(keep, each, wait=False) for each in missing.items()])
             busy = [each for each, was_held in zip(missing.items(), held, strict=True) if not was_held]
             # By now whoever was at it may be done, or dead.
-            list(pool.map(functools.partial(keep, wait=True), busy))
+            results_of([pool.submit(keep, each, wait=True) for each in busy])
         for directory in missing:
             base.add(directory, read_checkpoint(directory), read_json(directory / _ERRORS_NAME))
 

@@ -3,12 +3,14 @@
 import contextlib
 import math
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
+
+_Result = TypeVar("_Result")
 
 TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": (1 << 24) - (1 << 13)}
 """Elements of a tile, by the device that computes: so many that handing tiles from thread to thread costs little beside
@@ -36,6 +38,15 @@ def single_threads(num_threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
             yield pool
     finally:
         torch.set_num_threads(num_before)
+
+
+def results_of(futures: Sequence[Future[_Result]]) -> list[_Result]:
+    """Wait for all of some calls and return what they returned, or raise the first error: then none begins any more."""
+    wait(futures, return_when=FIRST_EXCEPTION)
+    for future in futures:
+        future.cancel()
+    failed = [future for future in futures if future.done() and not future.cancelled() and future.exception()]
+    return [future.result() for future in failed or futures]
 
 
 def rows_per_tile(num_rows: int, num_columns: int, alignment: int, tile_elements: int) -> int:

@@ -120,7 +120,8 @@ class Walk:
         """Yield all tiles: of a few shards in turns, as the kernel lets one thread at a time write to a file."""
         by_shard: dict[str, list[OutputTensor]] = defaultdict(list)
         for tensor in self._base.tensors:
-            by_shard[tensor.shard].append(tensor)
+            if self._takers(tensor):
+                by_shard[tensor.shard].append(tensor)
         # So many that no last one is left over: the digest of a file takes its bytes one after the other.
         num_abreast = math.ceil(len(by_shard) / max(1, len(by_shard) // num_abreast))
         num_abreast = max(1, min(num_abreast, _MAX_OPEN_SHARDS // max(1, len(self._state.jobs))))
@@ -136,8 +137,6 @@ class Walk:
 
     def _tiles_of(self, tensors: Sequence[OutputTensor]) -> Iterator[_Tile]:
         for tensor in tensors:
-            if not self._takers(tensor):
-                continue
             quantized = None
             if tensor.stored is None:
                 assert self._quantized is not None

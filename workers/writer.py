@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Self
 
 import torch
 
-from jobs.errors import MergefleetError, TransientIOError
+from jobs.errors import MergefleetError
 from jobs.release import Artifact
 from workers import sha256
 from workers.buffers import PAGE_BYTES, Buffer, BufferPool, kept_pool
@@ -68,6 +68,8 @@ class Origin:
     directory: Path
     kept: Container[str]
     """Names of the tensors whose bytes it has."""
+    states: Mapping[str, FileState]
+    """Of the files that have any, by name, from before anything was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ class ShardWriter:
             self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
             on_block_device = os.major(os.fstat(self._descriptor).st_dev) > 0
             try:
-                self._clone(layout, origin)
+                self._clone(origin)
                 self._make_room(layout, origin, on_block_device=on_block_device)
             except OSError:
                 # Gone at once: another thread that wants the file meets the same fault, not a file that is in its way.
@@ -181,15 +183,18 @@ class ShardWriter:
         """Whether it began as a clone: what the origin has, it has without a byte written."""
         return self._origin_state is not None
 
-    def _clone(self, layout: ShardLayout, origin: Origin | None) -> None:
+    def _clone(self, origin: Origin | None) -> None:
         """Begin as a clone of the origin's file, where the file system can share blocks between files."""
-        if origin is None or not any(spec.name in origin.kept for spec in layout.tensors):
+        if origin is None or self.name not in origin.states:
             return
         self._origin = origin.directory / self.name
-        with contextlib.suppress(OSError), self._origin.open("rb") as file:
-            state = FileState.of(os.fstat(file.fileno()))
-            fcntl.ioctl(self._descriptor, _FICLONE, file.fileno())
-            self._origin_state = state
+        try:
+            with self._origin.open("rb") as file:
+                if FileState.of(os.fstat(file.fileno())) == origin.states[self.name]:
+                    fcntl.ioctl(self._descriptor, _FICLONE, file.fileno())
+                    self._origin_state = origin.states[self.name]
+        except OSError:
+            os.ftruncate(self._descriptor, 0)
 
     def _make_room(self, layout: ShardLayout, origin: Origin | None, *, on_block_device: bool) -> None:
         """Find out that the disk is full before any work is done.
@@ -255,15 +260,16 @@ class ShardWriter:
             write_all(self._past_cache, self._path, data[begin:end], offset + begin)
         write_all(self._descriptor, self._path, data[end:], offset + end)
 
+    def _origin_is_as_it_was(self) -> bool:
+        """Whether what was hashed and what was cloned are the same bytes; if not, the file is read again."""
+        if not self.cloned:
+            return True
+        with file_errors(f"reading {self._origin}"):
+            return FileState.of(self._origin.stat()) == self._origin_state
+
     def _finish(self, digest: str) -> None:
-        if self.cloned:
-            with file_errors(f"reading {self._origin}"):
-                if FileState.of(self._origin.stat()) != self._origin_state:
-                    raise TransientIOError(
-                        f"{self._origin} was written to while it was merged into; leave the base alone, and retry"
-                    )
         state = None
-        if self._num_bytes >= _LARGE_BYTES:
+        if self._num_bytes >= _LARGE_BYTES and self._origin_is_as_it_was():
             time.sleep(_CLOCK_SECONDS)
             state = FileState.of(os.fstat(self._descriptor))
         # At once, since a pass of many jobs over many shards would run out of descriptors.

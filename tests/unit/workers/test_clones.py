@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import workers.writer
-from jobs.errors import TransientIOError
 from tests.merges import plan_pass
 from tests.models import build_llama, make_adapter
-from workers.walk import Walk
+from workers.files import sha256_of
+from workers.writer import ShardWriter
 
 SIZE = 512 << 20
 
@@ -90,20 +90,47 @@ def test_another_dtype_keeps_nothing(place, base):
     assert planned.plans[0].kept == frozenset()
 
 
-def test_a_base_that_is_written_to_meanwhile_fails_the_merge(place, base, monkeypatch):
+@pytest.mark.parametrize("when", ["before the clone", "after it"])
+@pytest.mark.parametrize("by", ["writing", "renaming"])
+def test_of_a_base_that_changes_meanwhile_nothing_is_taken_on_trust(place, base, monkeypatch, when, by):
     planned = plan_pass(base, {"one": make_adapter(base, place / "one")}, place / "out")
-    finish = Walk._finish
+    path = base / "model.safetensors"
+    changed = path.read_bytes()[:-4] + b"\x12\x34\x56\x78"
+    left = [True]
 
-    def finish_and_touch(walk, tile):
-        finish(walk, tile)
-        with (base / "model.safetensors").open("r+b") as file:
-            file.seek(-1, os.SEEK_END)
-            file.write(b"\0")
+    def change(clone, *arguments):
+        if when == "after it":
+            clone(*arguments)
+        if left:
+            left.pop()
+            target = path if by == "writing" else base / "new"
+            target.write_bytes(changed)
+            target.rename(path)
+        if when == "before the clone":
+            clone(*arguments)
 
-    monkeypatch.setattr(Walk, "_finish", finish_and_touch)
-    error = planned.run(direct=True).errors["one"]
-    assert isinstance(error, TransientIOError)
-    assert "model.safetensors was written to while it was merged" in str(error)
+    clone = ShardWriter._clone
+    monkeypatch.setattr(ShardWriter, "_clone", lambda *arguments: change(clone, *arguments))
+    (file,) = planned.run(direct=True).files["one"]
+    directory = planned.output("one")
+    whole = sha256_of(directory / file.artifact.path) == file.artifact.sha256
+    assert whole or not file.is_as_it_was(directory)  # and what is not as it was is read again before it is shipped
+    assert when == "after it" or whole
+
+
+def test_a_base_that_is_only_linked_meanwhile_is_no_fault(place, base, monkeypatch):
+    planned = plan_pass(base, {"one": make_adapter(base, place / "one")}, place / "out")
+    finish = ShardWriter._finish
+
+    def link_and_finish(shard, digest):
+        os.link(base / "model.safetensors", base / "link")
+        finish(shard, digest)
+
+    monkeypatch.setattr(ShardWriter, "_finish", link_and_finish)
+    result = planned.run(direct=True)
+    assert result.errors == {}
+    (file,) = result.files["one"]
+    assert sha256_of(planned.output("one") / file.artifact.path) == file.artifact.sha256
 
 
 def test_without_clones_all_is_written(place, base, monkeypatch):
