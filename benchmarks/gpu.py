@@ -3,9 +3,9 @@
 Usage: python -m benchmarks.gpu [--shape SHAPE] [--root DIRECTORY] [--rounds N] [--threads N]
 
 Makes the base and an adapter in a tmpfs, and measures what copies from the device and writes to the tmpfs reach by
-themselves. Then, on the device: the first merge, which quantizes the base, merges with the base resident, and merges
-into the 16-bit weights. The same merges on the CPU tell how far the results of the two are apart. Prints a table. The
-tmpfs takes three times the base's 16 bits, and what its 4 bits take twice.
+themselves. Then, on the device: merges into the 16-bit weights, and into 4-bit ones, the first of which quantizes the
+base and leaves it resident. The same merges on the CPU tell how far the results of the two are apart. Prints a table.
+The tmpfs takes three times the base's 16 bits, and what its 4 bits take twice.
 """
 
 import argparse

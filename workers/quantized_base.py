@@ -110,9 +110,10 @@ class QuantizedBase:
         for suffix, path in self._files[name].items():
             try:
                 with file_errors(f"reading {path}"):
-                    if path not in self._opened:  # its header is read once, however many weights it has
-                        self._opened[path] = safe_open(path, framework="pt")
-                    stored[suffix] = self._opened[path].get_tensor(f"{name}{suffix}")
+                    opened = self._opened.get(path)
+                    if opened is None:  # its header is read once, however many weights it has
+                        opened = self._opened[path] = safe_open(path, framework="pt")
+                    stored[suffix] = opened.get_tensor(f"{name}{suffix}")
             except SafetensorError as error:
                 raise BadInputError(f"{path}: tensor {name}{suffix} cannot be read: {error}") from error
         weight = restore(name, stored, transposed=name in self._transposed)

@@ -2,7 +2,8 @@
 
 Bytes come in buffers and are written and hashed by threads of the pass, so that whoever computes does not wait for the
 disk. Files that nobody here reads again are written past the page cache where the file system can do that: their bytes
-would be copied once more, into pages that cost as much as all arithmetic, only to be thrown out again.
+would be copied once more, into pages that cost as much as all arithmetic, only to be thrown out again. Such files begin
+as clones of the base's where the file system can do that, too, and most of their bytes are the same.
 """
 
 import contextlib
@@ -105,7 +106,7 @@ class Conveyor:
 
 
 class ShardWriter:
-    """One output file, header included: every byte of it is written exactly once, and hashed from where it lay."""
+    """One output file, header included: every byte is written exactly once, or its origin's, and hashed from memory."""
 
     def __init__(
         self,
