@@ -11,10 +11,11 @@ from workers.lanes.adapter import open_adapter
 from workers.plan import BasePlan, MergePlan
 from workers.quant import BLOCK_SIZE
 from workers.tiles import TILE_ELEMENTS
-from workers.writer import BUFFERS_PER_THREAD
+from workers.writer import num_buffers
 
-_LIBRARY_BYTES = {"cpu": 390_000_000, "cuda": 900_000_000}
-"""Memory of a process that has imported torch, transformers, PEFT, bitsandbytes and Numba, by device it works on."""
+_LIBRARY_BYTES = {"cpu": 420_000_000, "cuda": 900_000_000}
+"""Memory of a process that has torch, transformers, PEFT, bitsandbytes, Numba and compiled loops at hand, by the device
+it works on."""
 
 _PIECES_BYTES = 8 << 20
 """Of one thread on the CPU: deltas in float32, as they are merged and as they are checked, and what else is small."""
@@ -65,7 +66,7 @@ def pass_bytes(plans: Sequence[MergePlan], num_threads: int, device: str) -> int
     """
     base = plans[0].base
     operands = _WEIGHTS_PER_THREAD * sum(_operand_bytes(plan) for plan in plans)
-    streaming = num_threads * (_tile_bytes(plans, device) + operands)
+    streaming = num_threads * (_tile_bytes(plans, device) + operands) + _buffer_bytes(base, num_threads, device)
     quantizing = 0
     if base.quantization is not None or any(plan.request.compare for plan in plans):
         quantizing = num_threads * _QUANTIZE_BYTES[device] + _quantized_whole(plans[0])
@@ -106,17 +107,22 @@ def device_bytes(plans: Sequence[MergePlan], num_threads: int) -> int:
     return num_threads * (tile + _WEIGHTS_PER_THREAD * operands + _PRODUCT_BYTES)
 
 
+def _buffer_bytes(base: BasePlan, num_threads: int, device: str) -> int:
+    """Return what tiles take on their way to files."""
+    merged = max((tensor.dtype.itemsize for tensor in base.tensors), default=0)
+    return num_buffers(num_threads, pin=device == "cuda") * TILE_ELEMENTS[device] * merged
+
+
 def _tile_bytes(plans: Sequence[MergePlan], device: str) -> int:
-    """Return the scratch of one thread: a tile as it is read for the merge and for its check, and buffers for it.
+    """Return the scratch of one thread: a tile as it is read for the merge and for its check.
 
     A weight whose transpose is in 4-bit is taken whole.
     """
     base = plans[0].base
     stored = max((t.stored.dtype.itemsize if t.stored else t.dtype.itemsize for t in base.tensors), default=0)
-    merged = max((t.dtype.itemsize for t in base.tensors), default=0)
     is_in_4bit = any(t.stored is None for t in base.tensors)
     num_read = 3 if device == "cuda" and is_in_4bit else 2  # what is in 4-bit and what is not: both are pinned
-    tile = TILE_ELEMENTS[device] * (num_read * stored + BUFFERS_PER_THREAD * merged)
+    tile = TILE_ELEMENTS[device] * num_read * stored
     whole = [t.num_elements for t in base.tensors if t.stored is None and t.name in base.transposed]
     return _PIECES_BYTES + max(tile, _TILE_ELEMENT_BYTES * max(whole, default=0))
 

@@ -23,7 +23,7 @@ from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from jobs.errors import NoCapacityError
 from workers.lanes.adapter import Adapter, put_on
-from workers.memory import available_host_bytes, give_back_large_blocks
+from workers.memory import available_host_bytes, hold_little
 from workers.model import load_config, model_class, quiet_transformers, stored_quantization
 from workers.quant import of_state
 
@@ -144,7 +144,7 @@ def load_model(
     Raises:
         NoCapacityError: 4-bit weights fit neither the device nor main memory.
     """
-    give_back_large_blocks()
+    hold_little()
     in_4bit = quantization is not None or stored_quantization(directory) is not None
     for device, max_memory in _placements(room, in_4bit=in_4bit):
         try:

@@ -99,7 +99,8 @@ def merge(
         scaling: of the product.
         merged_OI: bfloat16, float16 or float32: gets the sums, or has them if nothing is added.
         buffers: scratch of this thread.
-        weight_OI: the rows of W that it is added to, of any dtype; None if nothing is added.
+        weight_OI: the rows of W that it is added to, of any dtype, or `merged_OI` itself, which holds them until then;
+            None if nothing is added.
         comparison: what the sums are compared with; None if they are not.
 
     Returns:
@@ -112,6 +113,7 @@ def merge(
     # Of a single element torch takes the product by another routine.
     sgemm = sgemm_address() if b_OR.dtype is torch.float32 and merged_OI.numel() > 1 else 0
     weights = (weight_OI, None if comparison is None else comparison.weight_OI)
+    in_place = weight_OI is merged_OI and merged_OI.dtype in ARRAY_DTYPES
     # Each call from here, into torch or into what is compiled, hands the interpreter's lock to another thread.
     at_once = sgemm and all(weight is None or weight.dtype in ARRAY_DTYPES for weight in weights)
     is_finite = True
@@ -132,7 +134,8 @@ def merge(
             num_columns,
             scale,
             array(product),
-            nothing if weight_OI is None else array(lifted(weight_OI[rows])),
+            nothing if weight_OI is None or in_place else array(lifted(weight_OI[rows])),
+            in_place,
             merged,
             *of_comparison,
         )

@@ -27,7 +27,7 @@ from workers.arithmetic import ArithmeticCheck
 from workers.files import file_errors
 from workers.footprint import device_bytes, pass_bytes, resident_bytes
 from workers.job import Job, own_failure
-from workers.memory import available_device_bytes, available_host_bytes, give_back_large_blocks
+from workers.memory import available_device_bytes, available_host_bytes, give_back, hold_little
 from workers.merge import PassResult, run_pass
 from workers.module_weights import ModuleWeights, module_weights
 from workers.outcomes import MergedShards, Piece, Usage, WorkerSettings
@@ -176,7 +176,7 @@ class Unit:
         sweep(self._settings.scratch)
         # Several workers share the cores of a machine; threads of theirs that wait for each other would stand still.
         torch.set_num_threads(self._num_threads)
-        give_back_large_blocks()
+        hold_little()
         first = self.jobs[0].request
         with self.tracker.timed("fetch"):
             source = fetch_base(first.base, self._settings.cache)
@@ -270,6 +270,7 @@ class Unit:
             quantized = self._residents.get(key, task.key(self._device), load)
             wanted = frozenset[str]().union(*(plan.base_names for plan in plans))
             self._quantized_cache.prepare(quantized, task, wanted, on_bytes)
+            give_back()
             return quantized
 
     @contextlib.contextmanager

@@ -23,7 +23,6 @@ import torch
 from jobs.errors import BadInputError
 from workers import products
 from workers.arithmetic import ArithmeticCheck, Tally
-from workers.buffers import Buffer
 from workers.files import file_errors
 from workers.lanes.lora import read_operand
 from workers.passes import PassJob, PassState, check_range
@@ -47,6 +46,10 @@ class _Weight:
         self.tensor = tensor
         self.quantized = quantized
         self.num_columns = num_columns
+        self.dtype = tensor.dtype if tensor.stored is None else tensor.stored.dtype
+        """Of W as it is read."""
+        if quantized is not None:
+            self.dtype = quantized.dtype
         self.num_tiles_left = num_tiles
         self.lock = threading.Lock()
         self.operands: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -65,8 +68,12 @@ class _Tile:
         return self.rows.stop - self.rows.start, self.weight.num_columns
 
     @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.weight.tensor.dtype.itemsize
+        return self.num_elements * self.weight.tensor.dtype.itemsize
 
 
 class Walk:
@@ -174,7 +181,7 @@ class Walk:
         takers = self._state.well(self._takers(tensor))
         if not takers:
             return
-        made_from = self._read(tile, computed=self._computed(tensor), num_takers=len(takers))
+        made_from = None if self._in_place(tile, len(takers)) else self._read(tile)
         # Once more from where it comes from: what the merge has read may be changed by the merge.
         known = None
         if self._check is not None and tile.num_bytes:
@@ -200,16 +207,16 @@ class Walk:
             return
         offset = spec.begin + tile.rows.start * tile.weight.num_columns * tensor.dtype.itemsize
         with shard.buffer(offset, tile.num_bytes) as buffer:
+            target_OI = buffer.view(tensor.dtype, tile.shape)
             if made_from is None:
-                self._read_stored(tile, buffer.values)  # what goes wrong here is not this job's failure alone
+                self._read_into(tile, target_OI)  # what goes wrong here is not this job's failure alone
             with self._state.job(name) as writer:
                 if writer is None:
                     return
                 comparison = None
                 if self._check is not None and tally is not None and known is not None and self._device.type == "cpu":
                     comparison = self._check.on_the_way(tally, known)
-                if made_from is not None:
-                    self._fill(buffer, tile, job, made_from, comparison)
+                self._fill(target_OI, tile, job, made_from, comparison)
                 if shard.cloned and tensor.name in job.plan.kept:
                     shard.keep(offset, buffer)
                     self._state.count(kept=tile.num_bytes)
@@ -220,41 +227,55 @@ class Walk:
                     self._check.compare(tally, tile.rows, (shard.name, offset), buffer.values, known, found=comparison)
                     self._state.count(checked=tile.num_bytes)
 
-    def _read(self, tile: _Tile, *, computed: bool, num_takers: int) -> torch.Tensor | None:
-        """Return what a tile is made from, on the device if it is computed; None if it goes straight into a buffer."""
-        weight, tensor = tile.weight, tile.weight.tensor
-        if weight.quantized is not None:
-            memory = None
-            if self._device.type == "cpu":
-                memory = self._buffers.get("dequantized", weight.quantized.dtype, tile.shape, host=True)
-            return weight.quantized.dequantize_rows(tile.rows.start, tile.rows.stop, memory)
-        if not computed and num_takers == 1:
-            return None
-        assert tensor.stored is not None
-        stored_OI = self._buffers.get("stored", tensor.stored.dtype, tile.shape, host=True)
-        self._read_stored(tile, stored_OI)
-        return stored_OI.to(self._device, non_blocking=True) if computed else stored_OI
+    def _in_place(self, tile: _Tile, num_takers: int) -> bool:
+        """Whether a tile of W goes straight into the buffer it is written from, and becomes there what it is to be."""
+        if num_takers > 1:
+            return False
+        if not self._computed(tile.weight.tensor):
+            return True
+        return self._device.type == "cpu" and tile.weight.dtype == tile.weight.tensor.dtype
 
-    def _read_stored(self, tile: _Tile, target: torch.Tensor) -> None:
-        tensor = tile.weight.tensor
+    def _read(self, tile: _Tile) -> torch.Tensor:
+        """Return a tile of W, on the device if something is made from it."""
+        quantized = tile.weight.quantized
+        if quantized is not None and self._device.type != "cpu":
+            return quantized.dequantize_rows(tile.rows.start, tile.rows.stop)
+        weight_OI = self._buffers.get("weight", tile.weight.dtype, tile.shape, host=True)
+        self._read_into(tile, weight_OI)
+        return weight_OI.to(self._device, non_blocking=True) if self._computed(tile.weight.tensor) else weight_OI
+
+    def _read_into(self, tile: _Tile, target_OI: torch.Tensor) -> None:
+        """Read a tile of W into main memory, or dequantize it there."""
+        tensor, quantized = tile.weight.tensor, tile.weight.quantized
+        if quantized is not None:
+            weight_OI = quantized.dequantize_rows(tile.rows.start, tile.rows.stop, target_OI)
+            if weight_OI.data_ptr() != target_OI.data_ptr():
+                target_OI.copy_(weight_OI)
+            return
         assert tensor.stored is not None
         path = self._base.source.directory / tensor.shard
         begin = tensor.stored.begin + tile.rows.start * tile.weight.num_columns * tensor.stored.dtype.itemsize
-        read_into(self._descriptor(tensor.shard), path, target, begin)
-        self._state.count(base=target.numel() * target.itemsize)
+        read_into(self._descriptor(tensor.shard), path, target_OI, begin)
+        self._state.count(base=tile.num_elements * tensor.stored.dtype.itemsize)
 
     def _fill(
-        self, buffer: Buffer, tile: _Tile, job: PassJob, made_from: torch.Tensor, comparison: Comparison | None
+        self,
+        target_OI: torch.Tensor,
+        tile: _Tile,
+        job: PassJob,
+        made_from: torch.Tensor | None,
+        comparison: Comparison | None,
     ) -> None:
+        """Make a tile for a job: from a tile of W, or from what is in its place already."""
         tensor = tile.weight.tensor
-        target_OI = buffer.view(tensor.dtype, tile.shape)
         if tensor.name in job.plan.deltas:
             self._add(made_from, tile, job, target_OI, comparison)
-        else:
+            return
+        if made_from is not None:
             # Written from memory even where the base could be copied: the tile is here, and the base is read once.
             target_OI.copy_(made_from)
-            if self._computed(tensor):
-                check_range(tensor, target_OI)
+        if self._computed(tensor):
+            check_range(tensor, target_OI)
 
     def _operands(self, tile: _Tile, job: PassJob) -> tuple[torch.Tensor, torch.Tensor]:
         delta = job.plan.deltas[tile.weight.tensor.name]
@@ -278,23 +299,27 @@ class Walk:
 
     def _add(
         self,
-        weight_OI: torch.Tensor,
+        weight_OI: torch.Tensor | None,
         tile: _Tile,
         job: PassJob,
         target_OI: torch.Tensor,
         comparison: Comparison | None,
     ) -> None:
-        """Add the delta; on the CPU, do a comparison on the way."""
+        """Add the delta, to what is in its place if W is not given; on the CPU, do a comparison on the way."""
         tensor, scaling = tile.weight.tensor, job.plan.deltas[tile.weight.tensor.name].scaling
         a_RI, b_OR = self._operands(tile, job)
         b_OR = b_OR[tile.rows]
         if self._device.type == "cpu":
+            made_from = target_OI if weight_OI is None else weight_OI
             if not products.merge(
-                b_OR, a_RI, scaling, target_OI, self._buffers, weight_OI=weight_OI, comparison=comparison
+                b_OR, a_RI, scaling, target_OI, self._buffers, weight_OI=made_from, comparison=comparison
             ):
+                if weight_OI is None:
+                    weight_OI = self._read(tile)
                 for rows in pieces_of(*tile.shape):
                     check_range(tensor, torch.mm(b_OR[rows], a_RI).mul_(scaling).add_(weight_OI[rows]))
             return
+        assert weight_OI is not None
         sum_OI = self._buffers.get("sum", torch.float32, tile.shape, host=False)
         torch.mm(b_OR, a_RI, out=sum_OI)
         if scaling != 1.0:

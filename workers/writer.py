@@ -36,14 +36,27 @@ _PIECE_BYTES = 4 << 20
 """What comes without a buffer is put into buffers of this size."""
 _DIRECT_BYTES = 64 << 10
 """Less than this is not worth its own way past the page cache."""
-BUFFERS_PER_THREAD = 3
+_BUFFERS_PER_THREAD = 3
 """Tiles on their way to files, for each thread that computes: one in its hands, the others written and hashed."""
+_SPARE_BUFFERS = 6
+"""More of them on the CPU, where threads that compute and threads that hash take the cores from each other in turns: so
+many that the disk has something to write meanwhile."""
 _CARRIERS_PER_THREAD = 2
 """Threads that write and hash, for each thread that computes; half of the time they wait for the disk."""
 _FICLONE = 0x40049409
 """Of ioctl_ficlone(2)."""
 _CLOCK_SECONDS = 0.02
 """Longer than the clock that stamps files stands still."""
+
+
+def num_buffers(num_threads: int, *, pin: bool) -> int:
+    """Return how many tiles of a pass are on their way to files, at most.
+
+    Args:
+        num_threads: threads that compute.
+        pin: whether a device copies into the buffers.
+    """
+    return _BUFFERS_PER_THREAD * num_threads + (0 if pin else _SPARE_BUFFERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +103,7 @@ class Conveyor:
             num_threads: how many.
             pin: whether a device copies into the buffers.
         """
-        buffers = kept_pool(BUFFERS_PER_THREAD * num_threads, pin=pin)
+        buffers = kept_pool(num_buffers(num_threads, pin=pin), pin=pin)
         num_carriers = _CARRIERS_PER_THREAD * num_threads
         # One thread that hashes two files keeps up with two that compute.
         num_hashing = math.ceil(num_threads / 2) if sha256.pairs() else num_carriers

@@ -23,15 +23,30 @@ CHUNK = 256
 
 
 @jit
+def _sum(element: Any, factor: Any, scaling: Any) -> Any:
+    return np.float32(np.float32(factor * scaling) + lift(element))
+
+
+@jit
 def _add(weight: Any, product: Any, scaling: Any, rounded: Any) -> Any:
     """Round W + scaling * product once; return whether all sums are finite."""
     largest = np.uint32(0)
     for i in range(weight.size):
-        total = np.float32(np.float32(product[i] * scaling) + lift(weight[i]))
-        bits = magnitude_bits(total)
-        largest = max(largest, bits)
+        total = _sum(weight[i], product[i], scaling)
+        largest = max(largest, magnitude_bits(total))
         rounded[i] = lower_number(total, rounded)
     return np.isfinite(lift(lower(of_bits(largest), rounded)))
+
+
+@jit
+def _add_in_place(merged: Any, product: Any, scaling: Any) -> Any:
+    """Do the same to W where it is. Of a single array the compiler knows that no sum goes where another W is read."""
+    largest = np.uint32(0)
+    for i in range(merged.size):
+        total = _sum(merged[i], product[i], scaling)
+        largest = max(largest, magnitude_bits(total))
+        merged[i] = lower_number(total, merged)
+    return np.isfinite(lift(lower(of_bits(largest), merged)))
 
 
 @jit
@@ -85,6 +100,7 @@ def merge(  # noqa: PLR0917 - compiled code passes by position
     scaling: Any,
     product: Any,
     weight: Any,
+    in_place: Any,
     merged: Any,
     known: Any,
     known_scaling: Any,
@@ -104,7 +120,8 @@ def merge(  # noqa: PLR0917 - compiled code passes by position
         num_columns: of W.
         scaling: multiplied into the product; of its dtype.
         product: gets B @ A of the rows of a piece; float32, or float64 for a comparison of float32.
-        weight: elements of W; empty if nothing is added.
+        weight: elements of W; empty if nothing is added to them.
+        in_place: whether it is added to what is in `merged`.
         merged: elements of the sums, rounded: gets them, or has them if nothing is added.
         known: elements of W, read once more; empty if nothing is compared.
         known_scaling: what the product is multiplied by in the comparison; of its dtype.
@@ -130,7 +147,9 @@ def merge(  # noqa: PLR0917 - compiled code passes by position
         if sgemm:
             num_inner = a.size // num_columns
             multiply(sgemm, b[row * num_inner :], a, delta, count, num_inner, num_columns)
-        if weight.size:
+        if in_place:
+            is_finite &= _add_in_place(merged[first:last], delta, scaling)
+        elif weight.size:
             is_finite &= _add(weight[first:last], delta, scaling, merged[first:last])
         if known.size:
             weight_part, delta_part, error_part, largest_part, num_different_part = _compare(

@@ -38,9 +38,15 @@ NO_PLACES = np.empty(0, np.int64)
 
 
 def add(weight, delta, scaling, dtype):
-    rounded, scale = torch.empty(weight.shape, dtype=dtype), np.float32(scaling)
-    given = (0, NO_OPERANDS, NO_OPERANDS, weight.numel(), scale, array(delta), array(weight), array(rounded))
-    finite, *_ = merging.merge(*given, array(weight)[:0], scale, scale[None], scale[None], NO_PLACES)
+    """Round W + scaling * delta; in its own dtype both beside W and in its place."""
+    rounded, in_place, scale = torch.empty(weight.shape, dtype=dtype), weight.clone(), np.float32(scaling)
+    product = (0, NO_OPERANDS, NO_OPERANDS, weight.numel(), scale, array(delta))
+    no_comparison = (array(weight)[:0], scale, scale[None], scale[None], NO_PLACES)
+    finite, *_ = merging.merge(*product, array(weight), False, array(rounded), *no_comparison)
+    if weight.dtype == dtype:
+        also_finite, *_ = merging.merge(*product, array(weight)[:0], True, array(in_place), *no_comparison)
+        assert also_finite == finite
+        assert torch.equal(bits(in_place), bits(rounded))
     return bool(finite), rounded
 
 
@@ -48,7 +54,7 @@ def compare(weight, merged, product, scaling, factors, projections, places):
     """Compare with a product that is at hand; all tensors, [rows, columns] or of a single row."""
     num_columns, scale = factors.numel(), array(product).dtype.type(scaling)
     known, *arrays = (array(each) for each in (weight, factors, projections))
-    given = (0, NO_OPERANDS, NO_OPERANDS, num_columns, scale, array(product), known[:0], array(merged))
+    given = (0, NO_OPERANDS, NO_OPERANDS, num_columns, scale, array(product), known[:0], False, array(merged))
     finite, *found = merging.merge(*given, known, scale, *arrays, places.numpy())
     assert finite
     return found

@@ -524,6 +524,22 @@ def test_overflow_of_a_sum_is_named(llama, tmp_path, quantization):
     assert "which torch.float16 cannot hold" in str(error)
 
 
+def test_overflow_of_a_sum_that_took_the_place_of_its_weight_is_named(llama, tmp_path):
+    (tmp_path / "base").mkdir()
+    base = single_file(llama, tmp_path / "base")
+    in_float16 = {name: tensor.half() for name, tensor in read_tensors(base).items()}
+    save_file(in_float16, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = make_adapter(llama, tmp_path / "adapter", targets=QV, alpha=1e8)
+    error = plan_pass(base, {"job": adapter}, tmp_path).run(num_threads=1).errors["job"]
+    assert isinstance(error, BadInputError)
+    name, value = re.search("tensor (.*): merging gives (.*), which torch.float16 cannot hold", str(error)).groups()
+    factors = load_file(adapter / ADAPTER_WEIGHTS)
+    left, right = (factors[f"base_model.model.{name.replace('weight', each)}.weight"] for each in ("lora_B", "lora_A"))
+    scaling = json.loads((adapter / "adapter_config.json").read_text())
+    sums = in_float16[name].float() + left @ right * (scaling["lora_alpha"] / scaling["r"])
+    assert float(value) == pytest.approx(float(sums.abs().max()))
+
+
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
 @pytest.mark.parametrize("value", [1e6, float("nan")])
 def test_overflow_of_a_cast_is_named(llama, adapters, tmp_path, name, value):

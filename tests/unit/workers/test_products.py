@@ -64,6 +64,12 @@ def test_sums_and_what_is_found_are_those_of_torch(shape, stored, scaling):
     assert products.merge(b, a, scaling, merged, buffers, weight_OI=weight, comparison=on_the_way)
     assert torch.equal(merged, expected)
     assert on_the_way.num_different == 0
+    if dtype is stored:
+        in_place = weight.clone()
+        as_well = products.Comparison.of(weight, factors.numpy(), scaling)
+        assert products.merge(b, a, scaling, in_place, buffers, weight_OI=in_place, comparison=as_well)
+        assert torch.equal(in_place, expected)
+        assert found_by(as_well) == found_by(on_the_way)
     sums = [chunk.double().sum(1) for chunk in product.split(merging.CHUNK, dim=1)]
     projections = torch.from_numpy(on_the_way.projections_OC).double()
     assert torch.allclose(projections, torch.stack(sums, dim=1), rtol=1e-5, atol=1e-3)
