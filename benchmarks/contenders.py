@@ -135,13 +135,14 @@ class Ours:
         # One worker keeps what it knows for all that may find it, as a worker of a fleet does.
         home = site.home("kept" if self.keeps_cache else self.name)
         if not self.keeps_cache:
-            self.resident.forget(home)
             shutil.rmtree(home, ignore_errors=True)
         adapters = [site.adapter(name) for name in self.adapters]
         out = site.fresh(self.name)
         measurement = self.resident.merge(
             site.base, adapters, out, base_quantization=self.base_quantization, home=home, checked=self.checked
         )
+        if not self.keeps_cache:
+            self.resident.forget(home)
         if self.adapters == EIGHT or not self.checked:
             shutil.rmtree(out)  # nobody compares it
         return measurement

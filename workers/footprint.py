@@ -66,7 +66,7 @@ def pass_bytes(plans: Sequence[MergePlan], num_threads: int, device: str) -> int
     """
     base = plans[0].base
     operands = _WEIGHTS_PER_THREAD * sum(_operand_bytes(plan) for plan in plans)
-    streaming = num_threads * (_tile_bytes(plans, device) + operands) + _buffer_bytes(base, num_threads, device)
+    streaming = num_threads * (_tile_bytes(plans, device) + operands)
     quantizing = 0
     if base.quantization is not None or any(plan.request.compare for plan in plans):
         quantizing = num_threads * _QUANTIZE_BYTES[device] + _quantized_whole(plans[0])
@@ -75,9 +75,9 @@ def pass_bytes(plans: Sequence[MergePlan], num_threads: int, device: str) -> int
             largest = max((t.num_bytes // t.dtype.itemsize for t in base.tensors if t.stored is None), default=0)
             quantizing += num_threads * 5 * largest // 4
     by_peft = max(map(_bytes_by_peft, plans))
-    if device == "cpu":
-        return max(streaming, quantizing, by_peft)
-    return streaming + quantizing + by_peft  # what was pinned stays so
+    # Buffers stay from pass to pass, and so does what was pinned.
+    scratch = max(streaming, quantizing, by_peft) if device == "cpu" else streaming + quantizing + by_peft
+    return _buffer_bytes(base, num_threads, device) + scratch
 
 
 def resident_bytes(base: BasePlan) -> int:

@@ -1,5 +1,6 @@
 """Adding B @ A and rounding, and comparing what was added and rounded."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -22,31 +23,16 @@ CHUNK = 256
 """Elements whose squares are added up in the precision of their products."""
 
 
-@jit
-def _sum(element: Any, factor: Any, scaling: Any) -> Any:
-    return np.float32(np.float32(factor * scaling) + lift(element))
-
-
-@jit
+# Inlined so that an array given twice is seen to be one: then no sum goes where another W is still to be read.
+@functools.partial(jit, inline="always")
 def _add(weight: Any, product: Any, scaling: Any, rounded: Any) -> Any:
-    """Round W + scaling * product once; return whether all sums are finite."""
+    """Round W + scaling * product once, beside W or in its place; return whether all sums are finite."""
     largest = np.uint32(0)
     for i in range(weight.size):
-        total = _sum(weight[i], product[i], scaling)
+        total = np.float32(np.float32(product[i] * scaling) + lift(weight[i]))
         largest = max(largest, magnitude_bits(total))
         rounded[i] = lower_number(total, rounded)
     return np.isfinite(lift(lower(of_bits(largest), rounded)))
-
-
-@jit
-def _add_in_place(merged: Any, product: Any, scaling: Any) -> Any:
-    """Do the same to W where it is. Of a single array the compiler knows that no sum goes where another W is read."""
-    largest = np.uint32(0)
-    for i in range(merged.size):
-        total = _sum(merged[i], product[i], scaling)
-        largest = max(largest, magnitude_bits(total))
-        merged[i] = lower_number(total, merged)
-    return np.isfinite(lift(lower(of_bits(largest), merged)))
 
 
 @jit
@@ -148,7 +134,8 @@ def merge(  # noqa: PLR0917 - compiled code passes by position
             num_inner = a.size // num_columns
             multiply(sgemm, b[row * num_inner :], a, delta, count, num_inner, num_columns)
         if in_place:
-            is_finite &= _add_in_place(merged[first:last], delta, scaling)
+            piece = merged[first:last]
+            is_finite &= _add(piece, delta, scaling, piece)
         elif weight.size:
             is_finite &= _add(weight[first:last], delta, scaling, merged[first:last])
         if known.size:

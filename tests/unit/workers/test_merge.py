@@ -535,8 +535,8 @@ def test_overflow_of_a_sum_that_took_the_place_of_its_weight_is_named(llama, tmp
     name, value = re.search("tensor (.*): merging gives (.*), which torch.float16 cannot hold", str(error)).groups()
     factors = load_file(adapter / ADAPTER_WEIGHTS)
     left, right = (factors[f"base_model.model.{name.replace('weight', each)}.weight"] for each in ("lora_B", "lora_A"))
-    scaling = json.loads((adapter / "adapter_config.json").read_text())
-    sums = in_float16[name].float() + left @ right * (scaling["lora_alpha"] / scaling["r"])
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    sums = in_float16[name].float() + left @ right * (config["lora_alpha"] / config["r"])
     assert float(value) == pytest.approx(float(sums.abs().max()))
 
 
