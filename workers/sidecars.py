@@ -18,6 +18,7 @@ from workers.checkpoint import INDEX_FILE, read_json
 from workers.files import file_errors, sha256_of
 from workers.lanes.adapter import ADAPTER_CONFIG
 from workers.plan import MergePlan
+from workers.ties import COMPUTES_WITH_FLAG
 
 CARD_NAME = "README.md"
 
@@ -148,8 +149,10 @@ def _merged_config(plan: MergePlan) -> dict[str, Any]:
     if plan.request.dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = plan.request.dtype
-    if plan.unties:
-        config["tie_word_embeddings"] = False
+    if plan.apart and config.get("model_type") not in COMPUTES_WITH_FLAG:
+        for section in (config, config.get("text_config"), config.get("decoder")):
+            if isinstance(section, dict) and (section is config or "tie_word_embeddings" in section):
+                section["tie_word_embeddings"] = False
     return config
 
 
