@@ -24,6 +24,8 @@ class Preview:
     request: MergeRequest
     estimate: Estimate | None
     failure: Failure | None
+    notes: tuple[str, ...] = ()
+    """Those of the plan."""
 
 
 def preview(requests: Sequence[MergeRequest], cache: Path, num_threads: int | None, device: str) -> tuple[Preview, ...]:
@@ -62,6 +64,7 @@ def _preview_job(base: BasePlan, request: MergeRequest, cache: Path, num_threads
     try:
         with tempfile.TemporaryDirectory(prefix="mergefleet-plan-") as outline:
             plan = plan_merge(base, request, outline_adapters(request, base.source, cache, Path(outline)))
-            return Preview(request=request, estimate=estimate(plan, num_threads, device), failure=None)
+            estimated = estimate(plan, num_threads, device)
+            return Preview(request=request, estimate=estimated, failure=None, notes=plan.notes)
     except MergefleetError as error:
         return Preview(request=request, estimate=None, failure=Failure.of(error))

@@ -162,6 +162,9 @@ class MergePlan:
     tensors: tuple[OutputTensor, ...]
     """Of the output, in its order: the base's, changed where the adapter changes a shape, and what comes apart."""
     output: CheckpointLayout
+    notes: tuple[str, ...] = ()
+    """One sentence for each thing that stops nothing and that a person should know before the release is used. They
+    go into report and manifest, so they name no place of this machine."""
 
     @property
     def changed(self) -> frozenset[str]:
