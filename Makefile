@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench scale gpu bases fidelity chaos fuzz
+.PHONY: help setup demo test lint bench scale gpu bases fidelity mutations chaos fuzz
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ fidelity: setup  ## every method, and LoRA on every architecture, against PEFT; 
 
 bases: setup  ## 16-bit or 4-bit base: adapters trained on each, merged into both, on held-out chats
 	$(BIN)/python -m benchmarks.bases
+
+mutations: setup  ## break the merge at one place after the other; the proof has to find and name each; ROUNDS=200
+	$(BIN)/python -m tests.mutations --rounds $(ROUNDS)
 
 chaos: setup  ## kill -9 of a worker and of the driver in the middle of a batch; then run it to its end
 	$(BIN)/python -m pytest tests/chaos

@@ -253,7 +253,7 @@ class SimulatedPool:
         seconds += len(work.requests) * self._costs.merge_seconds(part)
         if work.requests[0].pass_key() not in self._workers[worker].residents:
             seconds += self._costs.load_seconds(part)
-        merged = MergedShards(receipts=(), checks=(), wrong_headers=())
+        merged = MergedShards(receipts=(), checks=(), wrong=())
         outcome = ShardsOutcome(
             merged={request.id: merged for request in work.requests},
             ended=(),

@@ -40,7 +40,9 @@ class TensorCheck(Frozen):
 
     tensor: str
     changed: bool
-    """Whether the merge adds a delta to it."""
+    """Whether its bytes are others than those of W, the weights it was merged into."""
+    targeted: bool = False
+    """Whether it was compared with what the adapter says of it; every other tensor has to be W, bit for bit."""
     max_abs_error: float
     """Largest |merged - exact|, exact in float64."""
     rounding_excess: float

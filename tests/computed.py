@@ -52,11 +52,8 @@ def is_rounded(merged: torch.Tensor, exact: torch.Tensor, before: torch.Tensor) 
 
 def _is_end(model: Any, module: nn.Module) -> bool:
     size = model.get_input_embeddings().weight.shape
-    return (
-        (type(module) is nn.Linear
-        and module.weight.shape == size
-        and module is model.get_output_embeddings())
-        or (isinstance(module, nn.Embedding) and module.weight.shape == size)
+    return (type(module) is nn.Linear and module.weight.shape == size and module is model.get_output_embeddings()) or (
+        isinstance(module, nn.Embedding) and module.weight.shape == size
     )
 
 

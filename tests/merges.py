@@ -19,13 +19,14 @@ from jobs.request import MergeRequest
 from tests.models import load_plain
 from workers.adapters import fetch_adapters
 from workers.arithmetic import ArithmeticCheck
+from workers.evidence import Evidence
 from workers.inference import quiet_libraries
 from workers.merge import PassResult, run_pass
 from workers.model import load_config, model_class
+from workers.module_checks import check_modules
 from workers.module_weights import ModuleWeights
 from workers.passes import PassJob
 from workers.plan import BasePlan, MergePlan, plan_base, plan_merge
-from workers.probes import check_modules
 from workers.quantized_base import QuantizedBase, QuantizedCache
 from workers.sources import fetch_base
 from workers.tiles import single_threads
@@ -91,8 +92,10 @@ class Pass:
             found[name] = check.files(plan, directory, num_threads=num_threads, stop=lambda: None)
             if plan.by_peft:
                 with single_threads(1, "check") as pool:
-                    modules = pool.submit(check_modules, plan, directory, self.weights, lambda: None, lambda _: None)
-                    found[name] |= modules.result()
+                    how = {"evidence": Evidence(plan), "stop": lambda: None, "on_bytes": lambda _: None}
+                    modules = pool.submit(check_modules, plan, directory, self.weights, **how).result()
+                    assert not modules.wrong
+                    found[name] |= modules.tensors
         errors = check.quantization_errors
         return {
             job: {

@@ -23,9 +23,9 @@ import torch
 from jobs.errors import InternalError
 from jobs.release import TensorCheck
 from workers import products
+from workers.evidence import Evidence
 from workers.kernels import merging
 from workers.kernels.elements import ARRAY_DTYPES, array
-from workers.lanes.lora import read_operand
 from workers.plan import BasePlan, MergePlan, OutputTensor
 from workers.products import lifted
 from workers.proof import SPARSE, Operands
@@ -46,6 +46,8 @@ class _Sums:
     max_abs_error: float = 0.0
     rounding_excess: float = 0.0
     num_bad_elements: int = 0
+    changed: bool = False
+    """Whether some element is not W."""
     weight_square: float = 0.0
     delta_square: float = 0.0
     kept: float = 0.0
@@ -55,6 +57,7 @@ class _Sums:
         self.max_abs_error = max(self.max_abs_error, other.max_abs_error)
         self.rounding_excess = max(self.rounding_excess, other.rounding_excess)
         self.num_bad_elements += other.num_bad_elements
+        self.changed |= other.changed
         self.weight_square += other.weight_square
         self.delta_square += other.delta_square
         self.kept += other.kept
@@ -63,26 +66,41 @@ class _Sums:
 class Tally:
     """What is found about one tensor of one job, over its tiles; several threads add to it."""
 
-    def __init__(self, plan: MergePlan, name: str) -> None:
+    def __init__(self, plan: MergePlan, name: str, evidence: Evidence) -> None:
+        """Start with nothing found.
+
+        Args:
+            plan: says where the tensor goes.
+            name: of the tensor.
+            evidence: what the adapter says of it.
+        """
         shard, spec = plan.output.tensors[name]
         self.name = name
         self.shard = shard.name
         self.spec = spec
-        self._plan = plan
+        self._evidence = evidence
+        self._pair = evidence.pairs.get(name)
         self._sums: dict[int, _Sums] = {}
         """By the row they begin at."""
         self._lock = threading.Lock()
         self._reading = threading.Lock()
-        self._changed = name in plan.deltas
         self._operands: Operands | None = None
 
     @property
     def operands(self) -> Operands | None:
         """The delta of the tensor; None if it is to be what it was."""
-        if self._changed and self._operands is None:
+        if self._pair is not None and self._operands is None:
             with self._reading:
-                self._operands = self._operands or _operands(self._plan, self.name)
+                if self._operands is None:
+                    a_RI, b_OR = self._evidence.read(self._pair.a), self._evidence.read(self._pair.b)
+                    self._operands = Operands(a_RI, b_OR, self._pair.scaling, precision_for(self.spec.dtype))
         return self._operands
+
+    @property
+    def changed(self) -> bool:
+        """Whether some element of the tiles compared so far is not W."""
+        with self._lock:
+            return any(sums.changed for sums in self._sums.values())
 
     def add(self, start: int, sums: _Sums) -> None:
         """Add what was found about the rows from `start` on."""
@@ -96,7 +114,8 @@ class Tally:
             sums.add(self._sums[start])
         return TensorCheck(
             tensor=self.name,
-            changed=self._changed,
+            changed=sums.changed,
+            targeted=self._pair is not None,
             max_abs_error=sums.max_abs_error,
             rounding_excess=sums.rounding_excess,
             num_bad_elements=sums.num_bad_elements,
@@ -122,6 +141,7 @@ class ArithmeticCheck:
         self._buffers = TileBuffers(device)
         self._opened = threading.local()
         self._lock = threading.Lock()
+        self._evidence: dict[str, Evidence] = {}
         self.seconds = 0.0
         """Of all threads together."""
 
@@ -129,6 +149,21 @@ class ArithmeticCheck:
     def quantization_errors(self) -> Mapping[str, float]:
         """What 4 bits changed of W, by tensor, where it is known."""
         return {} if self._quantized is None else self._quantized.errors
+
+    def tally(self, plan: MergePlan, name: str) -> Tally:
+        """Return what the tiles of a tensor are counted in.
+
+        Args:
+            plan: of a job of the pass, or a part of it.
+            name: of the tensor.
+
+        Raises:
+            BadInputError: the adapter's files cannot be read any more.
+        """
+        with self._lock:
+            if plan.request.id not in self._evidence:
+                self._evidence[plan.request.id] = Evidence(plan)
+        return Tally(plan, name, self._evidence[plan.request.id])
 
     def weight(self, tensor: OutputTensor, rows: slice) -> torch.Tensor:
         """Read rows of W anew, or dequantize them; the next call of this thread may overwrite them.
@@ -205,10 +240,12 @@ class ArithmeticCheck:
         merged_OI = merged.view(spec.dtype).view(weight_OI.shape)
         if tally.operands is not None:
             sums = self._check(merged_OI, weight_OI, tally.operands, rows, found)
+            sums.changed = tally.changed or _differs(merged_OI, weight_OI)
         elif weight_OI.dtype == merged_OI.dtype:
             sums = _check_equal(merged_OI, weight_OI)
         else:
             sums = self._check_rounded(merged_OI, weight_OI)
+            sums.changed = sums.num_bad_elements > 0
         tally.add(rows.start, sums)
         self._took(begin)
 
@@ -234,7 +271,7 @@ class ArithmeticCheck:
 
         def compared(tensor: OutputTensor) -> TensorCheck:
             stop()
-            tally = Tally(plan, tensor.name)
+            tally = self.tally(plan, tensor.name)
             alignment = self._quantized_weight(tensor.name).row_alignment if tensor.stored is None else 1
             tiling = Tiling.of(tensor.shape, alignment, TILE_ELEMENTS["cpu"])
             row_bytes = tiling.num_columns * tally.spec.dtype.itemsize
@@ -352,10 +389,12 @@ def _in_doubt(doubtful: torch.Tensor | None, num_rows: int, num_columns: int) ->
             yield part, doubtful[slice(*torch.searchsorted(doubtful, torch.tensor([begin, end])).tolist())] - begin
 
 
-def _operands(plan: MergePlan, name: str) -> Operands:
-    delta = plan.deltas[name]
-    a_RI, b_OR = (read_operand(plan.opened, spec) for spec in (delta.a_RI, delta.b_OR))
-    return Operands(a_RI, b_OR, delta.scaling, precision_for(plan.base.by_name[name].dtype))
+def _differs(merged_OI: torch.Tensor, weight_OI: torch.Tensor) -> bool:
+    """Whether some element is not W; a few rows at a time, as the first ones tell where anything was added."""
+    return any(
+        not torch.equal(_bits(merged_OI[rows]), _bits(weight_OI[rows].to(merged_OI.dtype)))
+        for rows in pieces_of(*weight_OI.shape)
+    )
 
 
 def _check_equal(merged_OI: torch.Tensor, weight_OI: torch.Tensor) -> _Sums:
@@ -376,6 +415,7 @@ def _differences(merged_OI: torch.Tensor, weight_OI: torch.Tensor) -> _Sums:
     different = _bits(merged_OI) != _bits(weight_OI)
     error = (merged_OI.double() - weight_OI.double()).abs()[different]
     sums.num_bad_elements = int(different.sum())
+    sums.changed = sums.num_bad_elements > 0
     sums.max_abs_error = _largest(error)
     allowed = half_ulp(weight_OI[different]) if weight_OI.dtype in EXPONENT_BITS else 0.5
     sums.rounding_excess = _largest(error / allowed)
@@ -397,7 +437,7 @@ def _finite(value: float) -> float:
 
 def failures(checks: Sequence[TensorCheck], max_rounding_excess: float) -> Mapping[str, str]:
     """Return one sentence for each tensor that is not what it should be, by tensor, the worst first."""
-    bad = [c for c in checks if c.rounding_excess > max_rounding_excess or (c.num_bad_elements and not c.changed)]
+    bad = [c for c in checks if c.rounding_excess > max_rounding_excess or (c.num_bad_elements and not c.targeted)]
     bad.sort(key=lambda c: (c.rounding_excess, c.max_abs_error), reverse=True)
     return {
         check.tensor: (

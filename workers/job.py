@@ -36,8 +36,8 @@ class Job:
     """Of files that were put by others, or before."""
     checks: dict[str, TensorCheck] = field(default_factory=dict)
     """The arithmetic check, by tensor."""
-    wrong_headers: list[str] = field(default_factory=list)
-    """What is wrong about its shards as files."""
+    wrong: list[str] = field(default_factory=list)
+    """What is wrong about its shards as files, or about what was read of its adapter, a sentence each."""
     error: MergefleetError | None = None
     release: Release | None = None
     parity: ParitySummary | None = None
@@ -93,11 +93,11 @@ class Job:
         merged = MergedShards(
             receipts=tuple(upload.result() for upload in self.uploads),
             checks=tuple(self.checks.values()),
-            wrong_headers=tuple(self.wrong_headers),
+            wrong=tuple(self.wrong),
         )
         self.uploads.clear()
         self.checks.clear()
-        self.wrong_headers.clear()
+        self.wrong.clear()
         return merged
 
     def take_over(self, merged: Sequence[MergedShards]) -> None:
@@ -107,7 +107,7 @@ class Job:
                 self.staging.take(receipt)
             self.receipts += shards.receipts
             self.checks |= {check.tensor: check for check in shards.checks}
-            self.wrong_headers += shards.wrong_headers
+            self.wrong += shards.wrong
 
     def drop(self) -> None:
         """Remove what it staged. A failure to do so is logged: what is left is invisible."""

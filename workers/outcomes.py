@@ -132,8 +132,8 @@ class MergedShards:
     receipts: tuple[Receipt, ...]
     checks: tuple[TensorCheck, ...]
     """Of every tensor in them."""
-    wrong_headers: tuple[str, ...]
-    """What is wrong about the files themselves, a sentence each."""
+    wrong: tuple[str, ...]
+    """What is wrong besides, about the files themselves or what was read of the adapter, a sentence each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

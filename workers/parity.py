@@ -1,6 +1,6 @@
 """The verdict: what the checks found against the thresholds of the request, as a report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jobs.errors import BadInputError, NotFoundError
@@ -14,6 +14,7 @@ from jobs.release import (
 )
 from workers.arithmetic import failures as arithmetic_failures
 from workers.checkpoint import read_shard
+from workers.evidence import Evidence
 from workers.files import file_errors
 from workers.plan import MergePlan
 from workers.report import render_report
@@ -25,7 +26,7 @@ _NUM_NAMED = 20
 
 def judge(
     plan: MergePlan,
-    headers: Sequence[str],
+    wrong: Sequence[str],
     tensors: Sequence[TensorCheck],
     behaviour: Sequence[BehaviourCheck],
 ) -> ParityReport:
@@ -33,7 +34,7 @@ def judge(
 
     Args:
         plan: of the job.
-        headers: what is wrong about the files themselves, as `wrong_headers` found it.
+        wrong: what is wrong besides, a sentence each, as `wrong_headers` and `unfounded` find it.
         tensors: the arithmetic check, of every tensor.
         behaviour: the behavioural checks; empty at level `arithmetic`.
 
@@ -42,7 +43,7 @@ def judge(
     """
     request = plan.request
     thresholds = request.parity.thresholds
-    wrong = list(headers)
+    wrong = list(wrong)
     named = list(arithmetic_failures(tensors, thresholds.max_rounding_excess).values())
     wrong += named[:_NUM_NAMED]
     if len(named) > _NUM_NAMED:
@@ -73,9 +74,18 @@ def judge(
         thresholds=thresholds,
         passed=not wrong,
         failures=tuple(wrong),
-        notes=plan.notes,
+        notes=(*plan.notes, *_nothing_changed(tensors)),
         tensors=tuple(tensors),
         behaviour=tuple(behaviour),
+    )
+
+
+def _nothing_changed(tensors: Sequence[TensorCheck]) -> tuple[str, ...]:
+    if not tensors or any(check.changed for check in tensors):
+        return ()
+    return (
+        f"the adapter changes NOTHING: all {len(tensors)} tensors have the values that it was merged into; its matrices "
+        "or its scaling are zero, or too small for the dtype of the weights",
     )
 
 
@@ -104,6 +114,21 @@ def write_report(report: ParityReport, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     write_text(directory / REPORT_NAME, report.model_dump_json(by_alias=True, indent=2) + "\n")
     write_text(directory / REPORT_PAGE_NAME, render_report(report))
+
+
+def unfounded(evidence: Evidence, checks: Mapping[str, TensorCheck]) -> list[str]:
+    """Return one sentence for each tensor of the adapter that nothing in the release was compared with.
+
+    Args:
+        evidence: what the adapter says.
+        checks: of all tensors of the release, by name.
+    """
+    names = evidence.unfounded(checks)
+    told = [f"adapter tensor {name}: it left nothing in the release" for name in names[:_NUM_NAMED]]
+    return [
+        *told,
+        *([f"{len(names) - _NUM_NAMED} more adapter tensors left nothing"] if len(names) > _NUM_NAMED else []),
+    ]
 
 
 def wrong_headers(plan: MergePlan, directory: Path) -> list[str]:

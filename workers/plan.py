@@ -414,7 +414,7 @@ def _by_peft(
             raise UnsupportedError(
                 f"{adapter.directory}: the adapter changes {name}, which {base.source.directory} does not store"
             )
-        made |= dict.fromkeys(outputs, (name,))
+        made |= dict.fromkeys(outputs, same[:1])
     return made
 
 

@@ -68,9 +68,8 @@ def _template() -> Template:
 
 
 def _is_wrong(check: TensorCheck, report: ParityReport) -> bool:
-    if not check.changed:
-        return check.num_bad_elements > 0
-    return not check.rounding_excess <= report.thresholds.max_rounding_excess
+    wrong_bits = check.num_bad_elements > 0 and not check.targeted
+    return wrong_bits or not check.rounding_excess <= report.thresholds.max_rounding_excess
 
 
 def _gauges(report: ParityReport, num_wrong: int) -> list[Gauge]:

@@ -10,13 +10,14 @@ from jobs.release import REPORT_NAME, BehaviourCheck, ParityReport, TensorCheck
 from workers.arithmetic import ArithmeticCheck
 from workers.behaviour import Subject, check_behaviour
 from workers.comparison import compare_ways
+from workers.evidence import Evidence
 from workers.job import Job, own_failure, shared_failures
 from workers.merge import PassResult
+from workers.module_checks import ModuleChecks, check_modules
 from workers.module_weights import ModuleWeights
 from workers.outcomes import WorkerSettings
-from workers.parity import judge, summarize, write_report, wrong_headers
+from workers.parity import judge, summarize, unfounded, write_report, wrong_headers
 from workers.plan import BasePlan, MergePlan
-from workers.probes import check_modules
 from workers.progress import Tracker
 from workers.quantized_base import QuantizedCache
 from workers.scratch import OwnedDirectory
@@ -64,13 +65,15 @@ class Verifier:
                 self._tracker.check(job.id)
                 directory = job.staging.directory
                 wrong = wrong_headers(plan, directory)
-                job.wrong_headers += wrong
+                job.wrong += wrong
                 checks = {found.tensor: found for found in result.checks[job.id]}
                 if not wrong:  # a shard that is cut short cannot be read
                     checks |= self._check_again(check, job, plan, result.files[job.id])
                     if plan.by_peft:
                         assert weights is not None
-                        checks |= self._check_modules(job, plan, weights)
+                        modules = self._check_modules(job, plan, weights)
+                        checks |= modules.tensors
+                        job.wrong += modules.wrong
                 job.checks |= {
                     name: found.model_copy(update={"quantization_error": check.quantization_errors.get(name)})
                     for name, found in checks.items()
@@ -85,11 +88,16 @@ class Verifier:
         stop = functools.partial(self._tracker.check, job.id)
         return check.files(plan.part(touched), directory, num_threads=self._num_threads, stop=stop)
 
-    def _check_modules(self, job: Job, plan: MergePlan, weights: ModuleWeights) -> dict[str, TensorCheck]:
-        check = functools.partial(self._tracker.check, job.id)
+    def _check_modules(self, job: Job, plan: MergePlan, weights: ModuleWeights) -> ModuleChecks:
         with single_threads(1, "check") as pool:
             return pool.submit(
-                check_modules, plan, job.staging.directory, weights, check, self._tracker.advance
+                check_modules,
+                plan,
+                job.staging.directory,
+                weights,
+                evidence=Evidence(job.plan),
+                stop=functools.partial(self._tracker.check, job.id),
+                on_bytes=self._tracker.advance,
             ).result()
 
     def conclude(self, base: BasePlan, jobs: Sequence[Job]) -> None:
@@ -100,7 +108,7 @@ class Verifier:
             jobs: running, all their shards checked, their sidecars written.
         """
         self._tracker.enter("verify", (job.id for job in jobs))
-        asked = [job for job in jobs if job.request.parity.level == "full" and not job.wrong_headers]
+        asked = [job for job in jobs if job.request.parity.level == "full" and not job.wrong]
         behaviour: dict[str, tuple[BehaviourCheck, ...]] = {}
         with self._tracker.timed("behaviour"), shared_failures(asked):
             behaviour = self._check_behaviour(base, asked)
@@ -168,10 +176,11 @@ class Verifier:
     def _judge(self, job: Job, behaviour: tuple[BehaviourCheck, ...]) -> ParityReport:
         names = [tensor.name for tensor in job.plan.tensors]
         unchecked = [name for name in names if name not in job.checks]
-        if unchecked and not job.wrong_headers:
+        if unchecked and not job.wrong:
             raise InternalError(f"{len(unchecked)} tensors were not checked, {unchecked[0]} among them")
         tensors = [job.checks[name] for name in names if name in job.checks]
-        report = judge(job.plan, job.wrong_headers, tensors, behaviour)
+        wrong = [*job.wrong, *unfounded(Evidence(job.plan), job.checks)]
+        report = judge(job.plan, wrong, tensors, behaviour)
         path = self._settings.reports / job.id
         write_report(report, path)
         job.report_path = path

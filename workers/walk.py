@@ -294,7 +294,7 @@ class Walk:
         name = job.plan.request.id
         with weight.lock:
             if name not in weight.tallies:
-                weight.tallies[name] = Tally(job.plan, weight.tensor.name)
+                weight.tallies[name] = self._check.tally(job.plan, weight.tensor.name)
             return weight.tallies[name]
 
     def _add(

@@ -96,7 +96,7 @@ class SleepingWorker:
         if work.requests[0].labels.get("elsewhere"):
             return Unreachable(reason="not to be seen from here")
         checks = tuple(sorted(shards))
-        merged = MergedShards(receipts=(), checks=checks, wrong_headers=())
+        merged = MergedShards(receipts=(), checks=checks, wrong=())
         merged = dict.fromkeys(work.tickets, merged)
         return ShardsOutcome(merged=merged, ended=(), usage=Usage(), residents=("held",))
 

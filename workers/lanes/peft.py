@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
@@ -32,13 +33,18 @@ class MergedModule:
 
 
 def merge_modules(
-    plan: MergePlan, weights: ModuleWeights, *, look: Callable[[str, Any], None] = lambda _name, _layer: None
+    plan: MergePlan,
+    weights: ModuleWeights,
+    *,
+    wrapped: Callable[[PeftModel], None] = lambda _model: None,
+    look: Callable[[str, Any], None] = lambda _name, _layer: None,
 ) -> Iterator[MergedModule]:
     """Merge what the plan leaves to PEFT.
 
     Args:
         plan: of the job.
         weights: of its base; not changed.
+        wrapped: told the model that wears the adapter, before anything is merged.
         look: told the name and the layer of each module before it is merged.
 
     Yields:
@@ -49,6 +55,7 @@ def merge_modules(
     """
     model = weights.model()
     peft_model = put_on(plan.opened, model, values=True).model
+    wrapped(peft_model)
     layers = wrapped_modules(peft_model)
     _untie(model, [layer for name, layer in layers if plan.merges(name)])
     names = [name for name, _ in layers]

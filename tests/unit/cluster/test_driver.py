@@ -150,7 +150,7 @@ class ScriptedPool:
     def merge(self, worker, *names, ended=()):
         """Answer `merge_shards`: what was given last to this worker; its checks stand for the shards."""
         shards = [shards for each, shards in self.given if each == worker][-1]
-        merged = MergedShards(receipts=(), checks=shards, wrong_headers=())
+        merged = MergedShards(receipts=(), checks=shards, wrong=())
         outcome = ShardsOutcome(merged=dict.fromkeys(names, merged), ended=ended, usage=NOTHING_USED, residents=())
         self.events.append(ShardsMerged(worker=worker, pass_id=self.opened[-1][1], outcome=outcome))
 

@@ -21,7 +21,7 @@ from jobs.request import Thresholds
 from tests.merges import CPU, merge_by_peft, open_descriptors, plan_pass, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
 from workers import products
-from workers.arithmetic import ArithmeticCheck, Tally, failures
+from workers.arithmetic import ArithmeticCheck, failures
 from workers.checkpoint import DTYPES
 from workers.kernels import blas, merging
 from workers.lanes.adapter import ADAPTER_WEIGHTS
@@ -477,7 +477,7 @@ def test_the_product_of_the_merge_is_not_trusted(base, tmp_path, monkeypatch, ch
     checks = planned.run(checked=True).checks["job"]
     assert wrong.num_changed
     found = {each.tensor for each in checks if each.num_bad_elements}
-    assert found == {each.tensor for each in checks if each.changed}
+    assert found == {each.tensor for each in checks if each.targeted}
     monkeypatch.undo()
     assert plain_checks(checks) == plain_checks(planned.check()["job"].values())
 
@@ -496,7 +496,7 @@ def test_the_scaling_of_the_merge_is_not_trusted(base, tmp_path, monkeypatch, wr
     monkeypatch.setattr(products, "merge", merge_wrongly)
     checks = planned.run(checked=True).checks["job"]
     found = {each.tensor for each in checks if each.num_bad_elements}
-    assert found == {each.tensor for each in checks if each.changed}
+    assert found == {each.tensor for each in checks if each.targeted}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -552,7 +552,7 @@ def test_bytes_that_go_to_another_place_are_a_fault(merged):
     name = "model.layers.0.self_attn.q_proj.weight"
     shard, spec = plan.output.tensors[name]
     check = ArithmeticCheck(merged.base, None, torch.device("cpu"))
-    tally, weight = Tally(plan, name), check.weight(merged.base.by_name[name], slice(2, 4))
+    tally, weight = check.tally(plan, name), check.weight(merged.base.by_name[name], slice(2, 4))
     begin = spec.begin + 2 * spec.row_bytes
     with (merged.output("job") / shard.name).open("rb") as file:
         file.seek(begin)
@@ -573,9 +573,13 @@ def test_the_base_of_the_check_is_not_what_the_merge_left_behind(base, adapter, 
 
 def test_failures_name_the_worst_first():
     checks = [
-        TensorCheck(tensor="fine", changed=True, max_abs_error=0.1, rounding_excess=0.99),
-        TensorCheck(tensor="bad", changed=True, max_abs_error=0.1, rounding_excess=3, num_bad_elements=2),
-        TensorCheck(tensor="worse", changed=True, max_abs_error=0.2, rounding_excess=30, num_bad_elements=9),
+        TensorCheck(tensor="fine", changed=True, targeted=True, max_abs_error=0.1, rounding_excess=0.99),
+        TensorCheck(
+            tensor="bad", changed=True, targeted=True, max_abs_error=0.1, rounding_excess=3, num_bad_elements=2
+        ),
+        TensorCheck(
+            tensor="worse", changed=True, targeted=True, max_abs_error=0.2, rounding_excess=30, num_bad_elements=9
+        ),
         TensorCheck(tensor="sign", changed=False, max_abs_error=0, rounding_excess=0, num_bad_elements=1),
     ]
     assert list(failures(checks, 1.0)) == ["worse", "bad", "sign"]

@@ -17,7 +17,8 @@ from tests.merges import plan_pass, read_tensors
 from tests.methods import make_method_adapter
 from tests.models import build_llama, build_qwen2, make_adapter
 from workers.arithmetic import failures
-from workers.probes import check_modules
+from workers.evidence import Evidence
+from workers.module_checks import check_modules
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 
@@ -147,7 +148,8 @@ def test_the_figures_are_those_of_float64(tmp_path):
 def test_progress_and_cancellation(merged):
     (plan,) = merged.plans
     told = []
-    check_modules(plan, merged.output("job"), merged.weights, lambda: None, told.append)
+    how = {"evidence": Evidence(plan), "on_bytes": told.append}
+    check_modules(plan, merged.output("job"), merged.weights, stop=lambda: None, **how)
     assert sum(told) == sum(plan.output.tensors[name][1].num_bytes for name in plan.by_peft)
 
     def stop():
@@ -156,4 +158,4 @@ def test_progress_and_cancellation(merged):
 
     told.clear()
     with pytest.raises(CancelledError):
-        check_modules(plan, merged.output("job"), merged.weights, stop, told.append)
+        check_modules(plan, merged.output("job"), merged.weights, stop=stop, **how)

@@ -1,0 +1,196 @@
+"""What an adapter has to leave in a release, by its own files: where the proof of a merge begins.
+
+Nothing here is taken from a plan, or read as the merge reads it: the files are read by safetensors itself, and names
+and scalings are those of PEFT 0.21 (`LoraModel._create_and_replace`, `LoraLayer.update_layer`).
+"""
+
+import contextlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+
+from jobs.errors import BadInputError
+from jobs.release import TensorCheck
+from workers.plan import MergePlan
+
+_PREFIX = "base_model.model."
+_BIASES = ("bias", "base_layer.bias")
+"""What a layer may have besides two matrices that are added to its weight."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two tensors of an adapter that add scaling * B @ A to one weight."""
+
+    a: str
+    b: str
+    scaling: float
+
+
+class Evidence:
+    """What one adapter says, against what ships of it."""
+
+    def __init__(self, plan: MergePlan) -> None:
+        """Read the names of an adapter's tensors.
+
+        Args:
+            plan: of the job, whole: which adapter and which base they are. What it does with them is not asked.
+
+        Raises:
+            BadInputError: the adapter's files cannot be read any more.
+        """
+        self._base = plan.base
+        self._directory = plan.adapter.directory
+        self._outputs = plan.output.tensors.keys()
+        with self._opened() as file:
+            self.tensors = tuple(file.keys())
+
+    @cached_property
+    def pairs(self) -> Mapping[str, Pair]:
+        """Plain LoRA on linear weights, by the weight's name in the release."""
+        config: dict[str, Any] = json.loads((self._directory / "adapter_config.json").read_bytes())
+        if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out"):
+            return {}
+        of_module: dict[str, set[str]] = defaultdict(set)
+        for name in self.tensors:
+            for half in ("lora_A.weight", "lora_B.weight"):
+                if name.startswith(_PREFIX) and name.endswith(f".{half}"):
+                    of_module[name.removeprefix(_PREFIX).removesuffix(f".{half}")].add(half)
+        pairs = {}
+        for module, halves in of_module.items():
+            inside = [
+                name.removeprefix(f"{_PREFIX}{module}.")
+                for name in self.tensors
+                if name.startswith(f"{_PREFIX}{module}.")
+            ]
+            stored = self._base.conversions.stored_names.get(f"{module}.weight")
+            if (
+                len(halves) == 2
+                and halves.union(_BIASES).issuperset(inside)
+                and stored is not None
+                and self._is_linear(f"{module}.weight")
+            ):
+                names = {half: f"{_PREFIX}{module}.{half}.weight" for half in ("lora_A", "lora_B")}
+                scaling = _scaling(config, module)
+                pairs[stored] = Pair(a=names["lora_A"], b=names["lora_B"], scaling=scaling)
+        return pairs
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a tensor of the adapter: a copy, in float32 if it holds 16-bit numbers."""
+        with self._opened() as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor.float() if tensor.is_floating_point() else tensor.clone()
+
+    def replacement(self, name: str) -> str | None:
+        """Return the adapter's tensor that takes the place of one of the base's, by the latter's name in the model."""
+        for same in (name, *self._base.tied.get(name, ())):
+            owner, _, key = same.rpartition(".")
+            for candidate in (f"{_PREFIX}{same}", f"{_PREFIX}{owner}.base_layer.{key}"):
+                if candidate in self.tensors:
+                    return candidate
+        return None
+
+    def misread(self, held: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+        """Return the tensors of the adapter that a model holds other values for.
+
+        Args:
+            held: what PEFT has put on a model, by the names that it would save it under.
+        """
+        return tuple(
+            name
+            for name in self.tensors
+            if name in held
+            and held[name].device.type != "meta"  # of the base, and not left to PEFT
+            and not torch.equal(held[name], self.read(name).to(held[name].dtype))
+        )
+
+    def shipped(self, name: str) -> tuple[str, ...]:
+        """Return the names in the release of a tensor of the model: its own, or those of what it is made of."""
+        conversions = self._base.conversions
+        if name in conversions.stored_names:
+            return (conversions.stored_names[name],)
+        if name in conversions.group_of:
+            return conversions.group_of[name].stored
+        if name in self._base.tied:
+            apart = conversions.new_name(name)
+            stored = apart if apart in self._outputs else self._base.stored_name(name)
+            return () if stored is None else (stored,)
+        return ()
+
+    @cached_property
+    def model_names(self) -> Mapping[str, str]:
+        """Names in the model, by those in the release, of tensors that are one there; of tied ones, the first."""
+        names: dict[str, str] = {}
+        for name in self._base.conversions.shapes:
+            if name not in self._base.conversions.group_of:
+                for output in self.shipped(name):
+                    names.setdefault(output, name)
+        return names
+
+    def unfounded(self, checks: Mapping[str, TensorCheck]) -> tuple[str, ...]:
+        """Return the adapter's tensors that nothing in the release was compared with.
+
+        Args:
+            checks: of all tensors of the release, by name.
+        """
+        return tuple(
+            name
+            for name in self.tensors
+            if not any(output in checks and checks[output].targeted for output in self._places(name))
+        )
+
+    def _places(self, tensor: str) -> Collection[str]:
+        """Return the tensors of a release in which an adapter's tensor may be found.
+
+        That is the one whose name it has, else those of the module it names, else all: some are shared by all layers.
+        """
+        parts = [part for part in tensor.removeprefix(_PREFIX).split(".") if part != "base_layer"]
+        for length in range(len(parts), 0, -1):
+            if places := self._by_module.get(".".join(parts[:length])):
+                return places
+        return self._outputs
+
+    @cached_property
+    def _by_module(self) -> Mapping[str, Collection[str]]:
+        """Names in the release of the tensors below each module of the model, and of each tensor."""
+        places: dict[str, set[str]] = defaultdict(set)
+        for name in self._base.conversions.shapes:
+            parts = name.split(".")
+            for length in range(1, len(parts) + 1):
+                places[".".join(parts[:length])].update(self.shipped(name))
+        return places
+
+    def _is_linear(self, weight: str) -> bool:
+        conversions = self._base.conversions
+        return (
+            len(conversions.shapes[weight]) == 2
+            and weight not in self._base.tied
+            and conversions.stored_names[weight] not in self._base.transposed
+        )
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
+        path = self._directory / "adapter_model.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise BadInputError(f"{path}: cannot be read any more: {error}") from error
+
+
+def _scaling(config: Mapping[str, Any], module: str) -> float:
+    def pattern(field: str, default: float) -> float:
+        patterns = config.get(field) or {}
+        return float(patterns.get(get_pattern_key(list(patterns), module), default))
+
+    rank = pattern("rank_pattern", config.get("r", 8))
+    alpha = pattern("alpha_pattern", config.get("lora_alpha", 8))
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
