@@ -1,6 +1,5 @@
 """What deployment sees: the files of a release, its manifest, and the parity report that let it out."""
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -15,8 +14,28 @@ MANIFEST_NAME = "manifest.json"
 REPORT_NAME = "parity.json"
 REPORT_PAGE_NAME = "parity.html"
 
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+_MAX_NAME_BYTES = 255
+"""Of one part of a path: what file systems take."""
+_NOWHERE_PLAIN = frozenset('\\:*?"<>|')
+"""Separators, wildcards and streams of some system or other."""
+
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def is_plain_path(value: str) -> bool:
+    """Return whether a path may be one of a release: relative, and a plain name on every store and file system.
+
+    Its parts are printable, in any script, and may hold spaces; none is hidden, climbs (`..`), looks like an option, or
+    ends in what some system drops.
+    """
+    return all(
+        0 < len(part.encode(errors="replace")) <= _MAX_NAME_BYTES
+        and part.isprintable()
+        and part[0] not in " .-~"
+        and part[-1] not in " ."
+        and not _NOWHERE_PLAIN.intersection(part)
+        for part in value.split("/")
+    )
 
 
 class Artifact(Frozen):
@@ -30,7 +49,7 @@ class Artifact(Frozen):
     @field_validator("path")
     @classmethod
     def _check_path(cls, value: str) -> str:
-        if not _FILE_NAME.fullmatch(value):
+        if not is_plain_path(value):
             raise InvalidValueError("a plain relative file name", repr(value))
         return value
 

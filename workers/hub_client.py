@@ -145,13 +145,13 @@ class HubStore:
                 )
             )
 
-    def listed(self, commit: str) -> frozenset[str]:
-        """Return the names of all files of a commit that was brought into the cache, without asking the Hub."""
+    def listed(self, commit: str) -> dict[str, int]:
+        """Return names and sizes of all files of a commit that was brought into the cache, without asking the Hub."""
         try:
             tree = get_cached_repo_tree(self.place.repo_id, revision=commit)
         except CachedRepoTreeNotFoundError:
-            return frozenset()
-        return frozenset(entry.path for entry in tree)
+            return {}
+        return {entry.path: entry.size for entry in tree}
 
     def _translate(self, error: Exception) -> MergefleetError:
         if isinstance(error, LocalEntryNotFoundError | RuntimeError) and isinstance(error.__cause__, _RAISED):

@@ -1,13 +1,15 @@
 """Base and adapter bytes: wherever they are, pinned, digested, and brought to a local directory.
 
-Only what a checkpoint needs is brought: safetensors, configs, tokenizer files and chat templates. Other formats of the
-same weights are left where they are. A base without safetensors is refused; an adapter that has its weights only in
+Only what a checkpoint needs is brought: safetensors, and what `workers.belongings` lists. Other formats of the same
+weights are left where they are. A base without safetensors is refused; an adapter that has its weights only in
 `adapter_model.bin` is converted, once, in a closed process.
 """
 
 import fnmatch
+import glob
 import hashlib
 import json
+import os
 import shutil
 import struct
 from collections.abc import Iterable
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.errors import NotFoundError, TransientIOError, UnsupportedError
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
+from workers.belongings import CARD_NAME, Files, ListedFiles, LocalFiles, belongings, check_description
 from workers.files import file_errors, sha256_of
 from workers.pickled import CONVERTED_WEIGHTS, PICKLED_WEIGHTS, convert
 from workers.scratch import keep_directory
@@ -24,7 +27,6 @@ from workers.scratch import keep_directory
 if TYPE_CHECKING:
     from workers.s3_client import S3Object, S3Store
 
-_SIDECARS = ("LICENSE*", "NOTICE*", "USE_POLICY*", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "tokenizer*")
 _MAX_HEADER_BYTES = 100 << 20
 """Largest header that safetensors itself reads."""
 
@@ -56,22 +58,21 @@ class _Kind:
     """Patterns of the same weights in pickle files."""
     convertible: str | None
     """The pickle file that stands in for safetensors where there are none."""
+    unread: frozenset[str] = frozenset()
+    """Of what belongs to a model, names that say nothing here."""
 
-    def select(self, names: Iterable[str]) -> list[str]:
-        """Return the names, in order, of the files that belong to it, out of all that are at a place."""
-        there = frozenset(names)
-        wanted = {name for name in there if self.wants(name)}
-        if self.convertible in there and not any(name.endswith(".safetensors") for name in wanted):
+    def select(self, files: Files) -> list[str]:
+        """Return the names, in order, of the files that belong to it, out of all that are at a place.
+
+        Raises:
+            BadInputError: a file that says what belongs together cannot be read.
+        """
+        top = frozenset(files.top())
+        chosen = belongings(files) - self.unread | top & {self.config} | {name for name in top if self._holds(name)}
+        wanted = {name for name in chosen if not _matches(name, self.pickled)}
+        if self.convertible in top and not self._has_weights(wanted):
             wanted.add(self.convertible)
         return sorted(wanted)
-
-    def wants(self, name: str) -> bool:
-        """Whether a file belongs to it. Directories hold other formats; of theirs only chat templates are taken."""
-        if "/" in name:
-            return fnmatch.fnmatchcase(name, "additional_chat_templates/*.jinja")
-        if fnmatch.fnmatchcase(name, "*.safetensors"):
-            return fnmatch.fnmatchcase(name, self.weights) and not self._repeats(name)
-        return _matches(name, _SIDECARS) and not _matches(name, self.pickled)
 
     def check(self, names: Iterable[str], location: Location) -> None:
         """Check that config and weights are among the files of a location.
@@ -80,8 +81,8 @@ class _Kind:
             NotFoundError: they are not; the message names what was expected.
             UnsupportedError: there are only pickled weights, of a kind that is not converted.
         """
-        there = frozenset(names)
-        if not any(name.endswith(".safetensors") or name == self.convertible for name in self.select(there)):
+        there = frozenset(name for name in names if "/" not in name)
+        if not self._has_weights(there) and self.convertible not in there:
             if pickled := sorted(name for name in there if _matches(name, self.pickled)):
                 raise UnsupportedError(
                     f"{self.name} {location} has its weights only in pickle files ({pickled[0]}), which can run code "
@@ -91,8 +92,13 @@ class _Kind:
         if self.config not in there:
             raise NotFoundError(f"{self.name} {location} has no {self.config}; found {_some(there)}")
 
-    def _repeats(self, name: str) -> bool:
-        return self.duplicates is not None and fnmatch.fnmatchcase(name, self.duplicates)
+    def _has_weights(self, names: Iterable[str]) -> bool:
+        return any(self._holds(name) for name in names)
+
+    def _holds(self, name: str) -> bool:
+        """Whether a file at the top holds weights as they are read here."""
+        is_repeated = self.duplicates is not None and fnmatch.fnmatchcase(name, self.duplicates)
+        return fnmatch.fnmatchcase(name, self.weights) and "/" not in name and not is_repeated
 
 
 _BASE = _Kind(
@@ -110,6 +116,7 @@ _ADAPTER = _Kind(
     duplicates=None,
     pickled=("adapter_model*.bin",),
     convertible=PICKLED_WEIGHTS,
+    unread=frozenset({CARD_NAME}),
 )
 
 
@@ -170,7 +177,7 @@ def _convert(directory: Path, contents: list[tuple[str, str]], target: Path) -> 
         if name == PICKLED_WEIGHTS:
             convert(directory / name, target / CONVERTED_WEIGHTS)
         else:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(directory / name, path)
     if _contents(directory) != contents:
         raise TransientIOError(f"adapter {directory} was changed while it was read; it is read anew")
@@ -199,7 +206,12 @@ def _bring_from_s3(kind: _Kind, location: S3Prefix, cache: Path) -> tuple[Path, 
     store = S3Store(location)
     objects = store.objects()
     kind.check(objects, location)
-    wanted = [objects[name] for name in kind.select(objects)]
+
+    def read(name: str) -> bytes:
+        check_description(f"{location}/{name}", objects[name].num_bytes)
+        return b"".join(store.read(objects[name]))
+
+    wanted = [objects[name] for name in kind.select(ListedFiles(location, frozenset(objects), read))]
     identity = [(entry.name, entry.etag, entry.num_bytes) for entry in wanted]
     directory = cache / "sources" / _digest(identity)
     with file_errors(f"bringing {kind.name} {location} to {directory}"):
@@ -210,7 +222,7 @@ def _bring_from_s3(kind: _Kind, location: S3Prefix, cache: Path) -> tuple[Path, 
 def _download(store: "S3Store", wanted: list["S3Object"], directory: Path) -> None:
     for entry in wanted:
         path = directory / entry.name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as file:
             file.writelines(store.read(entry))
 
@@ -218,17 +230,20 @@ def _download(store: "S3Store", wanted: list["S3Object"], directory: Path) -> No
 def _bring_from_hub(kind: _Kind, location: HubRepo) -> tuple[Path, Location, Any]:
     from workers.hub_client import HubStore  # noqa: PLC0415 - loads huggingface_hub only where there is a Hub
 
-    store = HubStore(location)
-    allowed = [kind.weights, *_SIDECARS]
-    ignored = [f"*/{pattern}" for pattern in allowed if pattern != "*.jinja"]
-    directory = store.snapshot(allowed, [*ignored, *kind.pickled, *([kind.duplicates] if kind.duplicates else [])])
+    # A look at the commit first, as some of its files say which others belong to them.
+    directory = HubStore(location).snapshot([kind.config], [])
     commit = directory.name
-    names = store.listed(commit) or frozenset(path.name for path in directory.iterdir())
-    kind.check(names, location)
-    wanted = kind.select(names)
     pinned = HubRepo(location.repo_id, commit)
-    if kind.convertible in wanted:
-        directory = HubStore(pinned).snapshot([*allowed, kind.convertible], ignored)
+    store = HubStore(pinned)
+    sizes = store.listed(commit) or _sizes(directory)
+    kind.check(sizes, location)
+
+    def read(name: str) -> bytes:
+        check_description(f"{location}/{name}", sizes[name])
+        return store.content(commit, name)
+
+    wanted = kind.select(ListedFiles(location, frozenset(sizes), read))
+    store.snapshot([glob.escape(name) for name in wanted], [])
     return directory, pinned, [location.repo_id, commit, *wanted]
 
 
@@ -236,8 +251,9 @@ def _look_at_base(directory: Path, location: Location) -> list[tuple[str, ...]]:
     """Return what identifies a local base: stat and header of each safetensors file, contents of the others."""
     with file_errors(f"reading base {location}"):
         return [
-            (path.name, *_look_at_weights(path)) if path.suffix == ".safetensors" else (path.name, sha256_of(path))
+            (name, *_look_at_weights(path)) if path.suffix == ".safetensors" else (name, sha256_of(path))
             for path in _files(_BASE, directory)
+            for name in [path.relative_to(directory).as_posix()]
         ]
 
 
@@ -253,10 +269,13 @@ def _look_at_weights(path: Path) -> tuple[str, str, str]:
 
 def _files(kind: _Kind, directory: Path) -> list[Path]:
     """Return the files of a local directory that belong to a kind, by name."""
-    top = [path for path in directory.iterdir() if path.is_file()]
-    templates = (directory / "additional_chat_templates").glob("*.jinja")
-    names = (path.relative_to(directory).as_posix() for path in (*top, *templates))
-    return sorted(directory / name for name in kind.select(names))
+    return sorted(directory / name for name in kind.select(LocalFiles(directory)))
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    """Return names and sizes in bytes of all files below a directory, which need not exist."""
+    paths = (Path(parent, name) for parent, _, names in os.walk(directory) for name in names)
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in paths}
 
 
 def _digest(identity: Any) -> str:

@@ -29,18 +29,46 @@ def safetensors(data: bytes) -> bytes:
 
 
 BASE = {
-    "config.json": b'{"model_type": "llama"}',
+    "config.json": b'{"auto_map": {"AutoModel": "modeling_x.X", "AutoConfig": "org/other--configuration_y.Y"}}',
+    "modeling_x.py": b"from .layers_x import (\n    Layer,\n)\nfrom . import extra\n",
+    "layers_x.py": b"import torch\nfrom .deep.rope import Rope\n",
+    "extra.py": b"",
+    "deep/rope.py": b"from ..layers_x import Layer\n",
     "model-00001-of-00002.safetensors": safetensors(bytes(9_000_000)),
     "model-00002-of-00002.safetensors": safetensors(bytes(10)),
     "model.safetensors.index.json": b"{}",
     "tokenizer.json": b"{}",
     "tokenizer.model": b"spm",
+    "tokenizer_config.json": b'{"auto_map": {"AutoTokenizer": ["tokenization_x.T", null]}}',
+    "tokenization_x.py": b"",
     "merges.txt": b"a b",
+    "source.spm": b"spm",
+    "x.vocab": b"a",
+    "modules.json": b'[{"path": "", "type": "sentence_transformers.models.Transformer"}, {"path": "1_Pooling"}, '
+    b'{"path": "2_Dense", "type": "custom_dense.Dense"}, {"path": "3_Normalize", "type": "gone.Normalize"}]',
+    "custom_dense.py": b"",
+    "1_Pooling/config.json": b"{}",
+    "2_Dense/config.json": b"{}",
+    "2_Dense/model.safetensors": safetensors(b"dense"),
+    "README.md": b"# Base",
+    "license.md": b"free",
+    "COPYING": b"free",
+    "Llama License Agreement.pdf": b"pdf",
+    "\u8bb8\u53ef.txt": b"free",
+    "LICENSES/MIT.txt": b"free",
+    "ThirdPartyNotices.txt": b"thanks",
+    "hf_quant_config.json": b"{}",
     "chat_template.jinja": b"{{ x }}",
     "additional_chat_templates/rag.jinja": b"{{ y }}",
 }
 CLUTTER = {
-    "README.md": b"# Base",
+    "stray.py": b"",
+    "params.json": b"{}",
+    "trainer_state.json": b"{}",
+    "licenses.py": b"",
+    "2_Dense/pytorch_model.bin": b"pickle",
+    "2_Dense/openvino.onnx": b"onnx",
+    "4_Other/config.json": b"{}",
     "pytorch_model-00001-of-00002.bin": b"pickle",
     "consolidated.safetensors": safetensors(b"twice"),
     "model.gguf": b"gguf",
@@ -59,6 +87,8 @@ ADAPTER_CLUTTER = {
     "optimizer.pt": b"pickle",
     "model.safetensors": safetensors(b"base"),
     "checkpoint-5/x.json": b"{}",
+    "README.md": b"# Adapter",
+    "trainer_state.json": b"{}",
 }
 
 
@@ -109,9 +139,7 @@ class TestLocal:
     def test_digest_of_a_base_follows_every_file(self, tmp_path: Path, name: str) -> None:
         write_files(tmp_path / "base", BASE)
         before = fetch_base(LocalPath(tmp_path / "base"), tmp_path).digest
-        changed = bytearray(BASE[name])
-        changed[-1] ^= 1
-        (tmp_path / "base" / name).write_bytes(changed)
+        (tmp_path / "base" / name).write_bytes(BASE[name] + b" ")
         assert fetch_base(LocalPath(tmp_path / "base"), tmp_path).digest != before
 
     def test_digest_of_a_base_reads_no_weights(self, tmp_path: Path) -> None:

@@ -1,0 +1,319 @@
+"""What belongs to a model: the one list of the files that are brought, that a digest covers, and that a release ships.
+
+Files at the top of a checkpoint belong to it by their names; those in folders, and code, by what its own files name:
+`modules.json` (sentence-transformers) names folders, `auto_map` code. Nothing here is run, and weights are not listed.
+"""
+
+import fnmatch
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from jobs.errors import BadInputError
+from jobs.release import MANIFEST_NAME, REPORT_NAME, is_plain_path
+from workers.code_files import code_of, custom_modules
+from workers.files import file_errors
+
+CARD_NAME = "README.md"
+MODULES_FILE = "modules.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILE = "tokenizer.json"
+TEMPLATE_FILES = frozenset({"chat_template.jinja", "chat_template.json"})
+TEMPLATE_FOLDER = "additional_chat_templates"
+
+MAX_DESCRIPTION_BYTES = 16 << 20
+"""Largest file that is read to find what else belongs to a model."""
+
+_SETTINGS = frozenset({TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"})
+_VOCABULARY = (
+    "tokenizer.json",
+    "tokenizer.model*",  # Mistral writes the version behind it
+    "*.model",  # sentencepiece, by many names
+    "*.spm",
+    "*.vocab",
+    "*.tiktoken",
+    "*.bpe",
+    "*.codes",
+    "*.tokenizer",
+    "*vocab*.json",
+    "*vocab*.txt",
+    "merges.txt",
+    "dict.txt",
+    "tekken.json",
+    "byte_maps.json",
+    "emoji.json",
+    "normalizer.json",
+    "word_pronunciation.json",
+    "word_shape.json",
+)
+_PROCESSOR = ("*processor_config.json", "feature_extractor_config.json", "audio_tokenizer_config.json")
+_DESCRIPTIONS = ("*.json", "*.txt", "*.jinja")
+"""What else describes a model, under names that only its own libraries know."""
+_READ_ONLY = (
+    "config.json",  # written anew, as is the next
+    "*.safetensors.index.json",
+    CARD_NAME,
+    "hf_quant_config.json",  # these describe the stored weights, and a release has others
+    "quant_config.json",
+    "quantize_config.json",
+    "quantization_config.json",
+)
+"""Brought, as a merge reads them, and not shipped."""
+_STRANGERS = (
+    "adapter_config.json",  # transformers would look for the adapter's weights beside it
+    "*.index.json",
+    "params.json",  # the weights of other formats
+    "consolidated*",
+    "measurement.json",
+    "ort_config.json",
+    "onnx*",
+    "openvino*",
+    "neuron_config.json",
+    "trainer_state.json",  # leftovers of training
+    "training_args*",
+    "*_results.json",
+    "optimizer*",
+    "rng_state*",
+    "events.out.*",
+    MANIFEST_NAME,  # a release that serves as a base
+    REPORT_NAME,
+)
+_LEGAL = re.compile(
+    r"licen[cs]e|copying|copyright|notice|patents|eula|agreement|disclaimer"
+    r"|use[-_ ]?policy|usage[-_ ]?policy|terms[-_ ]of|third[-_ ]?party|attribution|许可|協議|协议"
+)
+_LEGAL_FOLDER = re.compile(r"licen[cs]es?|third[-_ ]?party[-_ ]?(licen[cs]es?|notices?)", re.IGNORECASE)
+_NO_TEXT = re.compile(
+    r"\.(py|ipynb|sh|cpp|cu|so|safetensors|bin|pt|pth|ckpt|h5|msgpack|ot|onnx|gguf|pkl|npz|npy|zip|tar|gz|7z"
+    r"|png|jpe?g|gif|svg|webp|mp4)"
+)
+"""Suffixes of what is no licence, whatever its name."""
+_OTHER_FORMATS = (".onnx", ".onnx_data", ".h5", ".msgpack", ".ot", ".gguf", ".mlmodel", ".tflite", ".xml")
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+class Files(Protocol):
+    """The files at a place: names, and the bytes of the few small ones that say what belongs together."""
+
+    @property
+    def place(self) -> object:
+        """Where they are, for messages."""
+        ...
+
+    def top(self) -> Collection[str]:
+        """Return the names of the files at the top."""
+        ...
+
+    def folders(self) -> Collection[str]:
+        """Return the names of the folders at the top."""
+        ...
+
+    def below(self, folder: str) -> Collection[str]:
+        """Return the files in a folder and below, named from the top."""
+        ...
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file, named from the top."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a file, which has at most `MAX_DESCRIPTION_BYTES`.
+
+        Raises:
+            BadInputError: it is larger.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFiles:
+    """The files of a directory. Links to files count, as the Hub's cache has them; links to directories do not."""
+
+    place: Path
+
+    def top(self) -> Collection[str]:
+        """Return the names of the files at the top."""
+        with file_errors(f"reading {self.place}"):
+            return [path.name for path in self.place.iterdir() if path.is_file()]
+
+    def folders(self) -> Collection[str]:
+        """Return the names of the folders at the top."""
+        with file_errors(f"reading {self.place}"):
+            return [path.name for path in self.place.iterdir() if path.is_dir() and not path.is_symlink()]
+
+    def below(self, folder: str) -> Collection[str]:
+        """Return the files in a folder and below, named from the top."""
+        top = self.place / folder
+        if top.is_symlink():
+            return []
+        found = (Path(parent, name) for parent, _, names in os.walk(top) for name in names)
+        return [path.relative_to(self.place).as_posix() for path in found if path.is_file()]
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file, named from the top."""
+        return (self.place / name).is_file()
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a small file."""
+        path = self.place / name
+        with file_errors(f"reading {path}"):
+            check_description(path, path.stat().st_size)
+            return path.read_bytes()
+
+
+@dataclass(frozen=True, slots=True)
+class ListedFiles:
+    """Files whose names are known from a listing."""
+
+    place: object
+    names: frozenset[str]
+    reader: Callable[[str], bytes]
+
+    def top(self) -> Collection[str]:
+        """Return the names of the files at the top."""
+        return [name for name in self.names if "/" not in name]
+
+    def folders(self) -> Collection[str]:
+        """Return the names of the folders at the top."""
+        return {name.partition("/")[0] for name in self.names if "/" in name}
+
+    def below(self, folder: str) -> Collection[str]:
+        """Return the files in a folder and below, named from the top."""
+        return [name for name in self.names if name.startswith(f"{folder}/")]
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file, named from the top."""
+        return name in self.names
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a small file."""
+        return self.reader(name)
+
+
+def belongings(files: Files) -> frozenset[str]:
+    """Return the names of all files that belong to a model, or to an adapter, but for its weights.
+
+    Raises:
+        BadInputError: a file that says what belongs to it cannot be read, or names what lies outside.
+    """
+    top = {name for name in files.top() if belongs(name)}
+    code = {name for found in code_of(documents(files), files).values() for name in found.files}
+    folders = {name for folder in _folders(files) for name in _of_folder(files.below(folder))}
+    templates = {name for name in files.below(TEMPLATE_FOLDER) if is_template(name)}
+    return frozenset(name for name in top | code | folders | templates | _modules_code(files) if is_plain_path(name))
+
+
+def belongs(name: str) -> bool:
+    """Whether a file at the top of a checkpoint belongs to it by its name, weights aside."""
+    if _matches(name, _READ_ONLY):
+        return True
+    if name.startswith(".") or _matches(name, _STRANGERS):
+        return False
+    return is_tokenizer(name) or is_legal(name) or _matches(name, _DESCRIPTIONS)
+
+
+def ships(name: str) -> bool:
+    """Whether a belonging goes into a release as it is; the others are read, and written anew or left behind."""
+    return "/" in name or not _matches(name, _READ_ONLY)
+
+
+def is_tokenizer(name: str) -> bool:
+    """Whether a file at the top is a tokenizer's."""
+    return name in _SETTINGS or is_vocabulary(name)
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a file at the top holds the vocabulary of a tokenizer, or a part of it."""
+    return "/" not in name and _matches(name, _VOCABULARY) and not _matches(name, _STRANGERS)
+
+
+def is_processor(name: str) -> bool:
+    """Whether a file at the top describes what is made of images, sounds and videos."""
+    return "/" not in name and _matches(name, _PROCESSOR)
+
+
+def is_template(name: str) -> bool:
+    """Whether a file is a chat template."""
+    folder, _, inner = name.rpartition("/")
+    return name in TEMPLATE_FILES or (folder == TEMPLATE_FOLDER and inner.endswith(".jinja"))
+
+
+def is_legal(name: str) -> bool:
+    """Whether a file at the top is a licence, a notice, or terms of use."""
+    lower = name.lower()
+    return bool(_LEGAL.search(lower)) and not _NO_TEXT.fullmatch(Path(lower).suffix)
+
+
+def is_pickled(name: str) -> bool:
+    """Whether a file, by its name, is a pickle, which can run code when it is read."""
+    return _matches(name, _PICKLED)
+
+
+def documents(files: Files) -> dict[str, Any]:
+    """Return the configurations at the top, by name: those that may name code.
+
+    Raises:
+        BadInputError: one of them is no JSON.
+    """
+    return {name: _json(files, name) for name in sorted(files.top()) if name.endswith("config.json") and belongs(name)}
+
+
+def check_description(name: object, num_bytes: int) -> None:
+    """Check the size of a file that says what belongs together.
+
+    Raises:
+        BadInputError: it is none of those.
+    """
+    if num_bytes > MAX_DESCRIPTION_BYTES:
+        raise BadInputError(f"{name}: expected at most {MAX_DESCRIPTION_BYTES} bytes, found {num_bytes}")
+
+
+def _folders(files: Files) -> Iterator[str]:
+    """Yield the folders that belong to a model."""
+    for module in _modules(files):
+        folder = module.get("path", "")
+        if not isinstance(folder, str) or (folder and not is_plain_path(folder.rstrip("/"))):
+            raise BadInputError(
+                f"{files.place}/{MODULES_FILE}: path: expected the name of a folder beside it, found {folder!r}"
+            )
+        if folder:
+            yield folder.rstrip("/")
+    yield "custom_generate"  # where transformers looks for a model's own way to generate
+    yield from (folder for folder in files.folders() if _LEGAL_FOLDER.fullmatch(folder))
+
+
+def _of_folder(names: Iterable[str]) -> Iterator[str]:
+    """Yield what is shipped of a folder: everything but other formats of the same weights."""
+    there = frozenset(names)
+    safe = {name.rpartition("/")[0] for name in there if name.endswith(".safetensors")}
+    for name in there:
+        if name.endswith(_OTHER_FORMATS) or (is_pickled(name) and name.rpartition("/")[0] in safe):
+            continue
+        yield name
+
+
+def _modules_code(files: Files) -> frozenset[str]:
+    types = [module.get("type") for module in _modules(files)]
+    return custom_modules((name for name in types if isinstance(name, str)), files)
+
+
+def _modules(files: Files) -> list[dict[str, Any]]:
+    """Return the modules of a sentence-transformers model; none where there is no such file, or one of another kind."""
+    modules = _json(files, MODULES_FILE) if files.has(MODULES_FILE) else []
+    return [module for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+
+
+def _json(files: Files, name: str) -> Any:
+    try:
+        return json.loads(files.read(name))
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"{files.place}/{name}: expected readable JSON, found: {error}") from error
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    lower = name.lower()
+    return any(fnmatch.fnmatchcase(lower, pattern.lower()) for pattern in patterns)
