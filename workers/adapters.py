@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import peft
@@ -18,7 +18,7 @@ from workers.combination import Combined, combine
 from workers.files import file_errors, sha256_of
 from workers.lanes.adapter import ADAPTER_WEIGHTS, open_adapter
 from workers.scratch import keep_directory
-from workers.sidecars import shipped_files
+from workers.shipment import shipped_files
 from workers.sources import Source, fetch_adapter
 
 
@@ -66,6 +66,7 @@ def outline_adapters(request: MergeRequest, base: Source, cache: Path, directory
         with (directory / ADAPTER_WEIGHTS).open("wb") as file:
             file.write(layout.header)
             file.truncate(layout.num_bytes)
+        _copy(_common_files(parts), directory)
     return _source(directory, parts)
 
 
@@ -83,8 +84,12 @@ def _make(request: MergeRequest, base: Source, parts: Sequence[Source], director
     combined = _combine(request, base, parts, values=True)
     combined.config.save_pretrained(str(directory))
     save_file(dict(combined.tensors), directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    for name, path in _common_files(parts).items():
-        (directory / name).parent.mkdir(exist_ok=True)
+    _copy(_common_files(parts), directory)
+
+
+def _copy(files: Mapping[str, Path], directory: Path) -> None:
+    for name, path in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, directory / name)
 
 

@@ -191,6 +191,21 @@ def answers_prompts(model: PreTrainedModel) -> bool:
     return bool(model.can_generate()) and not model.config.is_encoder_decoder and "input_ids" in parameters
 
 
+def token_embedding(model: PreTrainedModel) -> tuple[str | None, int]:
+    """Return the name of the weight whose rows are a model's tokens, and how many further rows stand beside it.
+
+    The name is None for a model without tokens. Rows beside are those of Idefics, for tokens that were added.
+    """
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        return None, 0
+    name = next((name for name, module in model.named_modules() if module is embedding), None)
+    if name is None or not isinstance(embedding, torch.nn.Embedding):
+        return None, 0
+    return f"{name}.weight", int(getattr(embedding, "num_additional_embeddings", 0) or 0)
+
+
 def ignores_missing(model: PreTrainedModel, name: str) -> bool:
     """Return whether transformers makes a tensor by itself, so that checkpoints need not hold it."""
     patterns: Any = model._keys_to_ignore_on_load_missing or ()  # noqa: SLF001

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.release import CombinedAdapter
 from jobs.request import BaseQuantization, MergeRequest
+from workers.base_card import BaseCard, read_base_card
 from workers.checkpoint import CheckpointLayout, TensorSpec, lay_out, lay_out_shard, read_checkpoint, read_json
 from workers.conversions import Conversions, relate
 from workers.four_bit import plan_quantization, stored_as_asked
@@ -26,9 +27,11 @@ from workers.lanes.adapter import Adapter, open_adapter
 from workers.lanes.coverage import Coverage, cover, ties_by_values
 from workers.lanes.lora import LoraDelta, plan_lora
 from workers.lanes.methods import WEIGHED
-from workers.model import answers_prompts, check_depth, skeleton
+from workers.model import answers_prompts, check_depth, skeleton, token_embedding
+from workers.notes import find_notes
 from workers.quant import quantized_names, quantized_owner
 from workers.quantization import QuantizationTask
+from workers.shipment import Shipment, plan_shipment, shipped_alone
 from workers.sources import Source
 from workers.ties import come_apart, stored_apart, tied_names
 
@@ -98,6 +101,12 @@ class BasePlan:
     """Parameters that its configuration ties to others, while its files have values of their own for them."""
     answers_prompts: bool
     """Whether its model continues text."""
+    embedding: str | None
+    """The stored tensor whose rows are its tokens; None where it has none."""
+    num_rows_beside: int
+    """Rows for further tokens that the model keeps in a tensor of their own."""
+    card: BaseCard
+    """What its model card says."""
     _coverages: dict[object, Coverage] = field(default_factory=dict, compare=False, repr=False)
 
     def coverage(self, adapter: Adapter) -> Coverage:
@@ -162,6 +171,8 @@ class MergePlan:
     tensors: tuple[OutputTensor, ...]
     """Of the output, in its order: the base's, changed where the adapter changes a shape, and what comes apart."""
     output: CheckpointLayout
+    shipment: Shipment
+    """The files that the release takes over."""
     notes: tuple[str, ...] = ()
     """One sentence for each thing that stops nothing and that a person should know before the release is used. They
     go into report and manifest, so they name no place of this machine."""
@@ -308,6 +319,7 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
                 stored=None if name in converted else spec,
             )
         )
+    embedding, num_rows_beside = token_embedding(model)
     return BasePlan(
         source=source,
         layout=layout,
@@ -319,6 +331,9 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
         tied=tied_names(model),
         apart=apart,
         answers_prompts=answers_prompts(model),
+        embedding=conversions.stored_names.get(embedding) if embedding else None,
+        num_rows_beside=num_rows_beside,
+        card=read_base_card(directory),
     )
 
 
@@ -371,6 +386,8 @@ def plan_merge(base: BasePlan, request: MergeRequest, adapter: Source) -> MergeP
                 f"{base.source.directory}: tensor {tensor.name} is {tensor.dtype}; merging needs float32, float16 or "
                 "bfloat16 weights: use the base that this one was made from"
             )
+    shipment = plan_shipment(base.source.directory, adapter.directory)
+    rows = [tensor.shape[0] + base.num_rows_beside for tensor in tensors if tensor.name == base.embedding]
     return MergePlan(
         request=request,
         base=base,
@@ -385,6 +402,17 @@ def plan_merge(base: BasePlan, request: MergeRequest, adapter: Source) -> MergeP
         apart=bool(coverage.untied or base.apart),
         tensors=tensors,
         output=_output_layout(base, tensors, request.max_shard_size),
+        shipment=shipment,
+        notes=find_notes(
+            request,
+            base.source,
+            adapter.parts or (adapter,),
+            stored_in_4bit=base.stored_in_4bit,
+            card=base.card,
+            shipment=shipment,
+            base_shipment=shipped_alone(base.source.directory),
+            num_rows=rows[0] if rows else None,
+        ),
     )
 
 

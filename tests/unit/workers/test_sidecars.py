@@ -148,23 +148,38 @@ def test_one_file_has_no_index(bases, adapters, tmp_path):
 def test_the_configuration_is_the_bases_but_for_what_changed(bases, adapters, tmp_path):
     own = json.loads((bases["llama"] / "config.json").read_text())
     output, _ = write(bases["llama"], adapters["llama"], tmp_path / "own")
-    assert json.loads((output / "config.json").read_text()) == own
+    assert json.loads((output / "config.json").read_text()) == own | {"torch_dtype": "bfloat16"}
     output, _ = write(bases["llama"], adapters["llama"], tmp_path / "cast", dtype="float16")
-    assert json.loads((output / "config.json").read_text()) == own | {"dtype": "float16"}
+    dtypes = {"dtype": "float16", "torch_dtype": "float16"}
+    assert json.loads((output / "config.json").read_text()) == own | dtypes
     stored = json.loads((bases["bnb"] / "config.json").read_text())
     output, _ = write(bases["bnb"], adapters["bnb"], tmp_path / "bnb", base_quantization="nf4")
     assert stored.pop("quantization_config")["load_in_4bit"]
-    assert json.loads((output / "config.json").read_text()) == stored
+    assert json.loads((output / "config.json").read_text()) == stored | {"torch_dtype": "bfloat16"}
 
 
-def test_an_old_dtype_field_does_not_contradict_the_new_one(base, adapter, tmp_path):
+@pytest.mark.parametrize(
+    ("stated", "asked", "expected"),
+    [
+        ({"torch_dtype": "bfloat16"}, None, "bfloat16"),
+        ({"torch_dtype": "bfloat16"}, "float32", "float32"),
+        ({"dtype": "bfloat16", "torch_dtype": "float16"}, None, "bfloat16"),  # transformers 5 reads the first
+        ({}, None, "bfloat16"),  # of the tensors
+    ],
+    ids=str,
+)
+def test_older_and_newer_readers_find_one_dtype(base, adapter, tmp_path, stated, asked, expected):
     config = json.loads((base / "config.json").read_text())
-    config["torch_dtype"] = config.pop("dtype")
-    (base / "config.json").write_text(json.dumps(config))
-    output, _ = write(base, adapter, tmp_path, dtype="float32")
+    del config["dtype"]
+    nested = {"vision_config": {"torch_dtype": "float16", "depth": 1}, "audio_config": {"depth": 2}}
+    (base / "config.json").write_text(json.dumps(config | stated | nested))
+    output, _ = write(base, adapter, tmp_path, dtype=asked)
     written = json.loads((output / "config.json").read_text())
-    assert written["dtype"] == "float32"
-    assert "torch_dtype" not in written
+    assert (written["dtype"], written["torch_dtype"]) == (expected, expected)
+    of_part = asked or "float16"
+    assert written["vision_config"] == {"torch_dtype": of_part, "dtype": of_part, "depth": 1}
+    assert written["audio_config"] == {"depth": 2}
+    assert load_plain(output).dtype == getattr(torch, expected)
 
 
 def test_the_adapters_tokenizer_wins_whole(base, adapter, tmp_path):
@@ -231,10 +246,12 @@ def test_the_adapters_processor_wins(base, adapter, tmp_path):
 
 
 def test_what_is_of_no_use_to_a_checkpoint_stays_behind(base, adapter, tmp_path):
-    for name in ("pytorch_model.bin", "training_args.bin", ".gitattributes", "notes (old).txt", "adapter_config.json"):
+    for name in ("pytorch_model.bin", "training_args.bin", ".gitattributes", "a\tb.txt", "adapter_config.json"):
         (base / name).write_text("{}")
     for name in ("trainer_state.json", "optimizer.pt", "all_results.json"):
         (adapter / name).write_text("{}")
+    for name in ("hf_quant_config.json", "params.json", "quantize_config.json", "run.py", "trainer_state.json"):
+        (base / name).write_text("{}")
     for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md", "merges.txt"):
         (base / name).write_text(name)
     output, _ = write(base, adapter, tmp_path)

@@ -1,0 +1,73 @@
+"""The model card of a release: the base's licence and language, and what became of base and adapter."""
+
+import re
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from jobs.locations import HubRepo
+from jobs.request import adapter_name
+from workers.belongings import MODULES_FILE
+from workers.plan import MergePlan
+
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_OF_STORED_WEIGHTS = re.compile(
+    r"[48][-_ ]?bit.*|bitsandbytes|bnb|gptq|awq|fp8|int[48]|nvfp4|mxfp[48]|quantized|compressed-tensors|mlx|gguf",
+    re.IGNORECASE,
+)
+"""Tags of weights in a form that a release does not have."""
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def model_card(plan: MergePlan) -> str:
+    """Return the card of a release, valid for the Hub wherever the base is from."""
+    request = plan.request
+    base, adapters = plan.base.source.location, [adapter.location for adapter, _ in plan.weighted]
+    several = len(adapters) > 1
+    body = [
+        f"# {adapter_name(adapters)} merged into {base.name}",
+        "",
+        f"A plain checkpoint: base and adapter{'s' if several else ''} fused, loadable by transformers without PEFT.",
+        "",
+        f"- base: `{base}`",
+        *_adapter_lines(plan),
+        f"- merged into: {_merged_into(plan)}",
+        f"- tensors changed: {len(plan.changed)} of {len(plan.tensors)}",
+        f"- merge key: `{plan.merge_key}`",
+        "",
+        "`manifest.json` lists every file with its SHA-256; `parity.json` and `parity.html` are the evidence that this",
+        f"checkpoint computes what base + adapter computes (level: {request.parity.level}).",
+        "",
+    ]
+    return f"---\n{_data(plan).to_yaml()}\n---\n\n" + "\n".join(body)
+
+
+def _data(plan: MergePlan) -> ModelCardData:
+    card, location = plan.base.card, plan.base.source.location
+    # Of a base that is on no Hub, the models that its card says it was made from are those that this one is made from.
+    named = [location.repo_id] if isinstance(location, HubRepo) else card.texts("base_model")
+    lineage = [name for name in named if _REPOSITORY.fullmatch(name)]
+    more: dict[str, Any] = {name: card.metadata[name] for name in _INHERITED if name in card.metadata}
+    if lineage:
+        more["base_model"] = lineage[0] if len(lineage) == 1 else lineage
+        more["base_model_relation"] = "merge" if len(plan.weighted) > 1 else "finetune"
+    return ModelCardData(
+        library_name="sentence-transformers" if MODULES_FILE in plan.shipment.files else "transformers",
+        tags=[*(tag for tag in card.texts("tags") if not _OF_STORED_WEIGHTS.fullmatch(tag)), "mergefleet"],
+        **more,
+    )
+
+
+def _adapter_lines(plan: MergePlan) -> list[str]:
+    combination = plan.request.combination
+    if combination is None:
+        return [f"- adapter: `{plan.adapter.location}`"]
+    lines = [f"- adapter: `{adapter.location}`, weight {weight:g}" for adapter, weight in plan.weighted]
+    how = "".join(f", {name} {value}" for name, value in combination.arguments().items() if value is not None)
+    return [*lines, f"- combined by PEFT: {combination.type}{how}"]
+
+
+def _merged_into(plan: MergePlan) -> str:
+    if not any(tensor.stored is None for tensor in plan.base.tensors):
+        return "the base's own weights"
+    return f"the base's weights through {plan.request.base_quantization} and back"

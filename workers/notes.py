@@ -1,0 +1,104 @@
+"""What a person should know before a release is used, found while it is planned; what cannot be used is refused here.
+
+A note stops nothing: it is told by `plan` and `merge`, and stands in report and manifest, so it names files by what
+they are and no place of this machine.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from jobs.problems import show
+from jobs.request import BaseQuantization, MergeRequest
+from workers.base_card import BaseCard
+from workers.checkpoint import read_json
+from workers.shipment import Shipment
+from workers.sources import Source
+from workers.tokenizers import read_tokenizer
+from workers.vocabulary import rows_note, stop_notes
+
+_BNB_4BIT = re.compile(r"bnb[-_.]?(nf4|fp4|4[-_]?bit)|(nf4|4[-_]?bit)[-_.]bnb", re.IGNORECASE)
+_OTHER_FORMATS = re.compile(
+    r"(?<![a-z0-9])(gptq|awq|gguf|ggml|exl[23]|aqlm|hqq|eetq|fp8|nvfp4|mxfp[48]|w4a16|w8a8|w8a16|int[48]|[48][-_]?bit|mlx)"
+    r"(?![a-z0-9])",
+    re.IGNORECASE,
+)
+
+
+def find_notes(
+    request: MergeRequest,
+    base: Source,
+    adapters: tuple[Source, ...],
+    *,
+    stored_in_4bit: bool,
+    card: BaseCard,
+    shipment: Shipment,
+    base_shipment: Mapping[str, Path],
+    num_rows: int | None,
+) -> tuple[str, ...]:
+    """Find what a person should know of a planned merge.
+
+    Args:
+        request: of the job.
+        base: as it was brought.
+        adapters: as they were brought.
+        stored_in_4bit: whether the base is.
+        card: of the base.
+        shipment: the files that the release takes over.
+        base_shipment: those it would take over without an adapter.
+        num_rows: of the embedding of the merged model; None where it has none for tokens.
+
+    Raises:
+        BadInputError: the release would fail in use; the message says why.
+    """
+    notes = [*shipment.notes]
+    if not card.is_readable:
+        notes.append(
+            "the metadata of the base's README.md cannot be read, so the release's card says nothing of licence and "
+            "language; expected YAML between two lines '---'"
+        )
+    for adapter in adapters:
+        notes += _base_notes(request, base, adapter, stored_in_4bit=stored_in_4bit)
+    tokenizer = read_tokenizer(shipment.files)
+    if tokenizer is not None:
+        config = read_json(base.directory / "config.json")
+        if num_rows is not None:
+            notes += rows_note(tokenizer, read_tokenizer(base_shipment), config, num_rows)
+        notes += stop_notes(tokenizer, shipment.files, config)
+    return tuple(dict.fromkeys(notes))
+
+
+def _base_notes(request: MergeRequest, base: Source, adapter: Source, *, stored_in_4bit: bool) -> Iterator[str]:
+    """Compare what an adapter says it was trained on with what it is merged into."""
+    name = read_json(adapter.directory / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(name, str) or stored_in_4bit:  # a base in 4 bits was asked for as it is stored
+        return
+    last = name.rstrip("/").rpartition("/")[2]
+    trained = f"adapter_config.json says that {adapter.location.name} was trained on {show(name)}"
+    options = request.quantization_options
+    if _BNB_4BIT.search(last):
+        if request.base_quantization is BaseQuantization.NONE:
+            yield (
+                f"{trained}, weights in 4 bits, and it is merged into the base's own (base_quantization: none): what "
+                "it learned corrects other values; request base_quantization: nf4, with quantization_options: "
+                "{bnb_4bit_use_double_quant: true} where that checkpoint has it (those of unsloth do), or name that "
+                "checkpoint as the base"
+            )
+            return
+        if request.base_quantization is BaseQuantization.FP4 and "fp4" not in last.lower().replace("nf4", ""):
+            yield (
+                f"{trained}, which by its name holds nf4, and it is merged into fp4; request base_quantization: nf4, "
+                "or name that checkpoint as the base"
+            )
+        if not options.bnb_4bit_use_double_quant:
+            yield (
+                f"{trained}; checkpoints of that name mostly have double quantization (those of unsloth do), and this "
+                "merge has not: request quantization_options: {bnb_4bit_use_double_quant: true}, or name that "
+                "checkpoint as the base"
+            )
+    elif (found := _OTHER_FORMATS.search(last)) and last != base.location.name:
+        into = "the base's own weights" if request.base_quantization is BaseQuantization.NONE else "other 4-bit weights"
+        yield (
+            f"{trained}, by its name weights in {found[1]}, and it is merged into {into} "
+            f"(base_quantization: {request.base_quantization.value}): what it learned corrects other values"
+        )

@@ -1,0 +1,161 @@
+"""What a release takes over from its base and what from the adapter: decided from names and small files.
+
+The files are the base's. Where the adapter ships a tokenizer, it is the adapter's, whole; so are the processor and the
+chat templates where it ships any. Files that hold the base's vocabulary in another form stay where the adapter's
+tokenizer has the same vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.errors import BadInputError
+from jobs.problems import show
+from workers.belongings import (
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILE,
+    LocalFiles,
+    belongings,
+    documents,
+    is_pickled,
+    is_processor,
+    is_template,
+    is_tokenizer,
+    is_vocabulary,
+    ships,
+)
+from workers.checkpoint import read_json
+from workers.code_files import code_of
+from workers.files import file_errors, sha256_of
+from workers.tokenizers import same_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shipment:
+    """The files of base and adapter that a release has."""
+
+    files: Mapping[str, Path]
+    """By their names in the release; copied as they are, but for references that are left out."""
+    broken: Mapping[str, str]
+    """References to code that is not there, with the file that is missing. Configurations are shipped without them."""
+    from_adapter: frozenset[str]
+    """Names of those that are the adapter's."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of them."""
+        notes = [
+            f"{reference} of auto_map is left out of the release: its code needs {show(missing)}, which the base does "
+            "not hold, and classes of transformers are loaded instead; put the file beside the base to have it shipped"
+            for reference, missing in self.broken.items()
+        ]
+        if code := sorted(name for name in self.from_adapter if name.endswith(".py")):
+            notes.append(
+                f"the release carries code that came with the adapter ({', '.join(code)}), not run here; transformers "
+                "runs it where trust_remote_code is true"
+            )
+        if pickles := sorted(name for name in self.files if is_pickled(name)):
+            notes.append(
+                f"the release carries pickles of the base ({', '.join(pickles)}), not read here; save those modules as "
+                "safetensors to have a release that cannot run code when it is loaded"
+            )
+        return tuple(notes)
+
+
+def plan_shipment(base: Path, adapter: Path) -> Shipment:
+    """Decide which files of a base and an adapter a release has.
+
+    Raises:
+        BadInputError: a configuration cannot be read, or base and adapter have different code under one name.
+    """
+    ours, theirs = shipped_alone(base), shipped_files(adapter)
+    files, from_adapter = dict(ours), dict[str, Path]()
+    if any(name == TOKENIZER_CONFIG or is_vocabulary(name) for name in theirs):
+        tokenizer = {name: path for name, path in theirs.items() if is_tokenizer(name)}
+        stays = _staying(ours, tokenizer)
+        files = {name: path for name, path in files.items() if not is_tokenizer(name) or name in stays}
+        from_adapter |= tokenizer
+    if processor := {name: path for name, path in theirs.items() if is_processor(name)}:
+        files = {name: path for name, path in files.items() if not is_processor(name)}
+        from_adapter |= processor
+    if _ships_template(theirs):
+        files = {name: path for name, path in files.items() if not is_template(name)}
+        from_adapter |= {name: path for name, path in theirs.items() if is_template(name)}
+    code, broken = _code(base, adapter, from_adapter)
+    from_adapter |= {name: path for name, path in code.items() if path.is_relative_to(adapter)}
+    files = {name: path for name, path in (files | from_adapter).items() if not name.endswith(".py")} | code
+    return Shipment(files=files, broken=broken, from_adapter=frozenset(from_adapter))
+
+
+def shipped_files(adapter: Path) -> Mapping[str, Path]:
+    """Return the files of an adapter's directory that a merged model takes from it, and the code beside them."""
+    files = shipped_alone(adapter)
+    described = [name for name in files if is_tokenizer(name) or is_processor(name) or is_template(name)]
+    code = [name for name in files if name.endswith(".py")]
+    return {name: files[name] for name in (*described, *code)}
+
+
+def shipped_alone(directory: Path) -> dict[str, Path]:
+    """Return the files of a directory that a release would take over, were there no other."""
+    return {name: directory / name for name in sorted(belongings(LocalFiles(directory))) if ships(name)}
+
+
+def _staying(base: Mapping[str, Path], tokenizer: Mapping[str, Path]) -> frozenset[str]:
+    """Return which files of the base's tokenizer stay beside an adapter's: forms of the same vocabulary."""
+    vocabulary = {name: path for name, path in base.items() if is_vocabulary(name)}
+    brought = {name: path for name, path in tokenizer.items() if is_vocabulary(name)}
+    if not brought:  # settings alone are those of the base's vocabulary
+        return frozenset(vocabulary)
+    if TOKENIZER_FILE in brought and TOKENIZER_FILE in vocabulary:
+        is_same = same_tokens(brought[TOKENIZER_FILE], vocabulary[TOKENIZER_FILE])
+    else:
+        common = brought.keys() & vocabulary.keys()
+        with file_errors("comparing the tokenizers of base and adapter"):
+            is_same = bool(common) and all(sha256_of(brought[name]) == sha256_of(vocabulary[name]) for name in common)
+    # `tokenizer.json` is a whole tokenizer with its added tokens, and never one of two.
+    return frozenset(vocabulary) - brought.keys() - {TOKENIZER_FILE} if is_same else frozenset()
+
+
+def _ships_template(files: Mapping[str, Path]) -> bool:
+    if any(is_template(name) for name in files):
+        return True
+    # Older tokenizers hold it themselves, and a file beside them would win over it.
+    tokenizer = read_json(files[TOKENIZER_CONFIG]) if TOKENIZER_CONFIG in files else {}
+    return isinstance(tokenizer, dict) and bool(tokenizer.get("chat_template"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Overlay:
+    """The code of an adapter, and behind it that of its base."""
+
+    front: LocalFiles
+    back: LocalFiles
+
+    def has(self, name: str) -> bool:
+        return self.front.has(name) or self.back.has(name)
+
+    def read(self, name: str) -> bytes:
+        return (self.front if self.front.has(name) else self.back).read(name)
+
+
+def _code(base: Path, adapter: Path, from_adapter: Mapping[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
+    """Return the code that the release has, by name, and the references to code that is missing."""
+    ours, theirs = LocalFiles(base), LocalFiles(adapter)
+    named = code_of({name: text for name, text in documents(ours).items() if name not in from_adapter}, ours)
+    # What a tokenizer was saved without it finds beside the base.
+    brought = {name: text for name, text in documents(theirs).items() if name in from_adapter}
+    named_by_adapter = code_of(brought, _Overlay(theirs, ours))
+    found = [*named.values(), *named_by_adapter.values()]
+    whole = {name for each in found if not each.missing for name in each.files}
+    useless = {name for each in found if each.missing for name in each.files} - whole
+    code = {name: base / name for name in belongings(ours) if name.endswith(".py") and name not in useless}
+    for name in sorted({name for each in named_by_adapter.values() for name in each.files} - useless):
+        path = (adapter if theirs.has(name) else base) / name
+        with file_errors(f"reading {path}"):
+            if name in code and path != code[name] and sha256_of(path) != sha256_of(code[name]):
+                raise BadInputError(
+                    f"{path} and {code[name]} differ, and the release has one {name}; remove one of them"
+                )
+        code.setdefault(name, path)
+    missing = {reference: each.missing for reference, each in (named | named_by_adapter).items() if each.missing}
+    return code, missing
