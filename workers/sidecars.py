@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,12 @@ _STORED_FORMS = ("quantization_config", "compression_config")
 """Fields of a configuration that describe the base's stored weights: a release has plain ones."""
 
 
-def write_sidecars(plan: MergePlan, directory: Path, standing: Collection[str] = ()) -> tuple[Artifact, ...]:
+def write_sidecars(plan: MergePlan, directory: Path) -> tuple[Artifact, ...]:
     """Write the files that make the merged shards of a directory a checkpoint of its own.
 
     Args:
         plan: of the job.
         directory: holds the merged shards.
-        standing: names of files that are at the destination and stay as they are; a card among them is not written.
 
     Returns:
         The files written.
@@ -55,10 +54,8 @@ def write_sidecars(plan: MergePlan, directory: Path, standing: Collection[str] =
             shutil.copyfile(source, directory / name)
     for name, content in written.items():
         write_text(directory / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    if CARD_NAME not in standing:
-        write_text(directory / CARD_NAME, model_card(plan))
-        names.add(CARD_NAME)
-    return tuple(digest_file(directory, name) for name in sorted(names))
+    write_text(directory / CARD_NAME, model_card(plan))
+    return tuple(digest_file(directory, name) for name in sorted({*names, CARD_NAME}))
 
 
 def write_text(path: Path, text: str) -> None:
