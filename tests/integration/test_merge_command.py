@@ -1,6 +1,7 @@
 """`plan`, `merge`, `verify` and `pull` on real pico models, through the command line."""
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -98,6 +99,25 @@ def test_plan_tells_what_would_happen_and_which_requests_are_bad(models, tmp_pat
     assert "14 of" in result.stdout
     assert "nowhere: not_found" in result.stderr
     assert not (tmp_path / "north").exists()
+
+
+def test_what_should_be_known_of_a_release_is_told_before_and_with_it(models, tmp_path):
+    adapter = shutil.copytree(models / "north", tmp_path / "ending-elsewhere")
+    config = json.loads((models / "base" / "tokenizer_config.json").read_text())
+    (adapter / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|begin|>"}))
+    path = tmp_path / "requests.jsonl"
+    request = {"id": "it", "base": str(models / "base"), "adapter": str(adapter), "destination": str(tmp_path / "out")}
+    path.write_text(json.dumps(request | {"base_quantization": "none", "parity": {"level": "arithmetic"}}))
+    code, result = call("plan", path, "--json")
+    [planned] = json.loads(result.stdout)["requests"]
+    [note] = planned["notes"]
+    assert (code, note[:40]) == (0, "the tokenizer ends at '<|begin|>' (id 0)")
+    assert f"it  note: {note}" in call("plan", path)[1].stdout
+    arguments = ("merge", "--base", models / "base", "--adapter", adapter, "--to", tmp_path / "out")
+    code, result = call(*arguments, "--base-quantization", "none", "--parity", "arithmetic")
+    assert f"{tmp_path / 'out'}  note: {note}" in result.stdout
+    for name in ("manifest.json", "parity.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["notes"] == [note]
 
 
 def test_plan_tells_the_memory_of_a_gpu_that_this_machine_need_not_have(models, tmp_path, monkeypatch):

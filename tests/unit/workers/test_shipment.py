@@ -1,0 +1,198 @@
+"""What a release takes over from its base and what from the adapter, from directories without weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+
+from jobs.errors import BadInputError
+from tests.releases import write_files
+from workers.belongings import belongs, is_legal, is_vocabulary, ships
+from workers.code_files import leave_out
+from workers.shipment import plan_shipment, shipped_files
+
+
+def tokenizer(vocabulary=("a", "b"), **fields):
+    """Return the bytes of a fast tokenizer with some tokens."""
+    model = {"type": "BPE", "vocab": {token: id_ for id_, token in enumerate(vocabulary)}}
+    return json.dumps({"model": model | fields, "added_tokens": []}).encode()
+
+
+def ship(tmp_path, base, adapter):
+    """Plan the shipment of two directories; return it, and whose each file is."""
+    for name, files in (("base", base), ("adapter", adapter)):
+        (tmp_path / name).mkdir()
+        write_files(tmp_path / name, files)
+    shipment = plan_shipment(tmp_path / "base", tmp_path / "adapter")
+    return shipment, {name: path.relative_to(tmp_path).parts[0] for name, path in shipment.files.items()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("LICENSE", "license.md", "LICENCE.txt", "COPYING", "MODEL_LICENSE", "LICENSE-MODEL", "LICENSE-APACHE-2.0"),
+        *("Notice.txt", "NOTICES", "USE_POLICY.md", "Acceptable Use Policy.pdf", "Llama License Agreement.pdf"),
+        *("third_party_notices.txt", "ThirdPartyNotices.md", "TERMS_OF_USE.md", "模型许可协议.pdf", "EULA.html"),
+    ],
+)
+def test_licences_of_every_name_belong(name):
+    assert belongs(name)
+    assert ships(name)
+
+
+@pytest.mark.parametrize("name", ["license_plates.safetensors", "licenses.py", "notice.png", "copying.zip", ".license"])
+def test_what_only_sounds_like_a_licence_does_not(name):
+    assert not belongs(name)
+    assert not is_legal(name) or name.startswith(".")
+
+
+def test_every_vocabulary_file_that_transformers_knows_belongs():
+    kinds = [kind for pair in TOKENIZER_MAPPING.values() for kind in (pair if isinstance(pair, tuple) else (pair,))]
+    names = {name for kind in kinds for name in (getattr(kind, "vocab_files_names", None) or {}).values()}
+    settings = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+    assert len(names) > 15
+    assert {name for name in names - settings if not is_vocabulary(name)} == set()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "params.json",
+            "hf_quant_config.json",
+            "quantize_config.json",
+            "consolidated.safetensors",
+            "consolidated.json",
+        ),
+        *("trainer_state.json", "training_args.bin", "optimizer.pt", "eval_results.json", "model.gguf", "config.json"),
+        *("pytorch_model.bin.index.json", "model.safetensors.index.json", "adapter_config.json", "manifest.json"),
+    ],
+)
+def test_what_describes_other_weights_is_not_shipped(name):
+    assert not (belongs(name) and ships(name))
+
+
+class TestVocabulary:
+    FORMS = ("tokenizer.model", "source.spm", "x.vocab", "merges.txt")
+
+    @pytest.mark.parametrize(
+        ("brought", "stay"),
+        [
+            (tokenizer(), True),
+            (tokenizer(merges=[["a", "b"]]), True),  # a newer library writes merges as pairs
+            (tokenizer(("a", "b", "c")), False),
+            (tokenizer(("b", "a")), False),
+        ],
+        ids=["same", "written anew", "more", "other order"],
+    )
+    def test_other_forms_stay_where_it_is_the_bases(self, tmp_path, brought, stay):
+        base = {"tokenizer.json": tokenizer(), **dict.fromkeys(self.FORMS, b"base"), "special_tokens_map.json": b"{}"}
+        _, whose = ship(tmp_path, base, {"tokenizer.json": brought, "tokenizer_config.json": b"{}"})
+        assert (whose["tokenizer.json"], whose["tokenizer_config.json"]) == ("adapter", "adapter")
+        assert [whose.get(name) for name in self.FORMS] == ["base" if stay else None] * 4
+        assert "special_tokens_map.json" not in whose
+
+    def test_settings_alone_go_with_the_bases_vocabulary(self, tmp_path):
+        base = {"tokenizer.json": tokenizer(), "tokenizer.model": b"base", "tokenizer_config.json": b"{}"}
+        _, whose = ship(tmp_path, base, {"tokenizer_config.json": b'{"a": 1}', "special_tokens_map.json": b"{}"})
+        assert whose == {
+            "tokenizer.json": "base",
+            "tokenizer.model": "base",
+            "tokenizer_config.json": "adapter",
+            "special_tokens_map.json": "adapter",
+        }
+
+    def test_a_slow_tokenizer_of_the_adapter_is_never_mixed_with_a_fast_one(self, tmp_path):
+        base = {"tokenizer.json": tokenizer(), "vocab.json": b"{}", "merges.txt": b"a b", "x.tiktoken": b"base"}
+        _, whose = ship(tmp_path, base, {"vocab.json": b"{}", "merges.txt": b"a b"})
+        assert whose == {"vocab.json": "adapter", "merges.txt": "adapter", "x.tiktoken": "base"}
+
+
+class TestCode:
+    CONFIG = json.dumps({"auto_map": {"AutoModel": "m.Model", "AutoConfig": "org/r--c.Config"}}).encode()
+
+    def test_a_reference_without_its_file_is_left_out_and_told(self, tmp_path):
+        pipelines = {"task": {"impl": "pipe.Pipe", "pt": ["AutoModel"]}}
+        config = {"auto_map": {"AutoModel": "m.Model", "AutoConfig": "org/r--c.Config"}, "custom_pipelines": pipelines}
+        shipment, whose = ship(
+            tmp_path, {"config.json": json.dumps(config).encode(), "m.py": b"from .gone import x"}, {}
+        )
+        assert shipment.broken == {"m.Model": "gone.py", "pipe.Pipe": "pipe.py"}
+        assert whose == {}
+        assert len([note for note in shipment.notes if "gone.py" in note and "m.Model" in note]) == 1
+        leave_out(config, shipment.broken)
+        assert config["auto_map"] == {"AutoConfig": "org/r--c.Config"}
+        leave_out(config, ["m.Model"])
+        assert config["auto_map"] == {"AutoConfig": "org/r--c.Config"}
+
+    def test_half_a_pair_stays(self):
+        config = {
+            "text_config": {"auto_map": {"AutoTokenizer": ["slow.T", "fast.T"]}},
+            "auto_map": {"X": ["slow.T", None]},
+        }
+        leave_out(config, ["slow.T"])
+        assert config == {"text_config": {"auto_map": {"AutoTokenizer": [None, "fast.T"]}}}
+
+    def test_code_of_an_adapters_tokenizer_is_found_beside_it_or_the_base_and_told(self, tmp_path):
+        settings = json.dumps({"auto_map": {"AutoTokenizer": ["mine.T", "ours.T"]}}).encode()
+        shipment, whose = ship(
+            tmp_path,
+            {"ours.py": b"", "deep.py": b"", "stray.py": b"", "tokenizer.json": tokenizer()},
+            {"tokenizer_config.json": settings, "mine.py": b"from .deep import x"},
+        )
+        assert {name: whose.get(name) for name in ("mine.py", "deep.py", "ours.py", "stray.py")} == {
+            "mine.py": "adapter",
+            "deep.py": "base",
+            "ours.py": "base",
+            "stray.py": None,
+        }
+        assert ["mine.py" in note and "trust_remote_code" in note for note in shipment.notes] == [True]
+
+    def test_an_adapter_cannot_replace_code_of_the_base(self, tmp_path):
+        base = {"config.json": self.CONFIG, "m.py": b"theirs"}
+        settings = json.dumps({"auto_map": {"AutoTokenizer": ["m.Tokenizer", None]}}).encode()
+        with pytest.raises(BadInputError, match=r"adapter/m\.py and .*base/m\.py differ"):
+            ship(tmp_path, base, {"tokenizer_config.json": settings, "m.py": b"other"})
+
+    @pytest.mark.parametrize("reference", ["../up.Model", "/etc/passwd.Model", "..m.Model", "a/../../m.Model", "m"])
+    def test_references_lead_nowhere_else(self, tmp_path, reference):
+        (tmp_path / "up.py").write_text("")
+        config = json.dumps({"auto_map": {"AutoModel": reference}}).encode()
+        _, whose = ship(tmp_path, {"config.json": config}, {})
+        assert whose == {}
+
+
+class TestFolders:
+    def test_pickles_of_modules_go_along_and_are_told_unless_there_is_better(self, tmp_path):
+        modules = json.dumps([{"path": "1_Dense"}, {"path": "2_Dense/"}, {"path": "3_Normalize"}]).encode()
+        files = {
+            "modules.json": modules,
+            "1_Dense/pytorch_model.bin": b"pickle",
+            "1_Dense/part/config.json": b"{}",
+            "2_Dense/pytorch_model.bin": b"pickle",
+            "2_Dense/model.safetensors": b"safe",
+            "other/config.json": b"{}",
+        }
+        shipment, whose = ship(tmp_path, files, {})
+        assert whose.keys() == files.keys() - {"2_Dense/pytorch_model.bin", "other/config.json"}
+        assert ["1_Dense/pytorch_model.bin" in note for note in shipment.notes] == [True]
+
+    @pytest.mark.parametrize("path", ["../adapter", "/etc", 5, "a/../b", "a\\b"])
+    def test_folders_outside_are_refused(self, tmp_path, path):
+        with pytest.raises(BadInputError, match=r"modules\.json: path: expected the name of a folder"):
+            ship(tmp_path, {"modules.json": json.dumps([{"path": path}]).encode()}, {})
+
+    def test_a_folder_that_is_a_link_is_not_followed(self, tmp_path):
+        (tmp_path / "secret").mkdir()
+        (tmp_path / "secret" / "key.json").write_text("{}")
+        (tmp_path / "base").mkdir()
+        (tmp_path / "base" / "modules.json").write_text('[{"path": "1_Pooling"}]')
+        (tmp_path / "base" / "1_Pooling").symlink_to(tmp_path / "secret")
+        assert plan_shipment(tmp_path / "base", tmp_path / "secret").files.keys() == {"modules.json"}
+
+    def test_files_that_name_others_have_a_size(self, tmp_path):
+        with (tmp_path / "modules.json").open("wb") as file:
+            file.truncate(1 << 40)  # a sparse TiB
+        with pytest.raises(BadInputError, match=r"modules\.json: expected at most \d+ bytes, found 1099511627776"):
+            shipped_files(Path(tmp_path))

@@ -1,0 +1,154 @@
+"""A tokenizer against its model, read as data: ids without rows, and tokens that generation does not stop at."""
+
+import json
+
+import pytest
+from transformers import AddedToken, AutoTokenizer
+
+from jobs.errors import BadInputError
+from tests.models import build_tokenizer
+from tests.releases import write_files
+from workers.tokenizers import read_tokenizer
+from workers.vocabulary import rows_note, stop_notes
+
+CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+
+
+def files_of(directory):
+    return {path.name: path for path in directory.iterdir()}
+
+
+def tokenizer_with(directory, *, extra=(), special=(), template=None, **roles):
+    """Save a tokenizer by transformers with tokens beyond those of `build_tokenizer`; return it as it is read here."""
+    tokenizer = AutoTokenizer.from_pretrained(build_tokenizer(directory))
+    tokenizer.add_tokens(list(extra))
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in special], special_tokens=True)
+    for role, token in roles.items():
+        setattr(tokenizer, role, token)
+    if template is not None:
+        tokenizer.chat_template = template
+    tokenizer.save_pretrained(directory)
+    return tokenizer, read_tokenizer(files_of(directory))
+
+
+def test_a_tokenizer_is_read_as_transformers_reads_it(tmp_path):
+    real, read = tokenizer_with(tmp_path, extra=["<plain>"], special=["<|x|>"], template="{{ x }}", sep_token="<|x|>")
+    assert read.ids == real.get_vocab()
+    assert read.id_of("eos_token") == real.eos_token_id
+    assert read.roles["sep_token"] == "<|x|>"
+    assert {"<|x|>", "<|end|>", "<|begin|>"} <= read.special
+    assert "<plain>" not in read.special
+    assert read.templates == ("{{ x }}",)
+
+
+@pytest.mark.parametrize(
+    ("files", "ids"),
+    [
+        ({"vocab.json": {"a": 0}, "added_tokens.json": {"b": 7}}, {"a": 0, "b": 7}),
+        ({"tokenizer.json": {"model": {"vocab": [["a", -1.0], ["b", -2.0]]}}}, {"a": 0, "b": 1}),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"5": {"content": "x", "special": True}}}}, {"x": 5}),
+        ({"tokenizer.json": {"model": {"vocab": {"a": "0", "b": 1}}, "added_tokens": [1, {"id": 2}]}}, {"b": 1}),
+    ],
+    ids=["slow", "unigram", "settings", "odd"],
+)
+def test_ids_of_other_files(tmp_path, files, ids):
+    write_files(
+        tmp_path, {"tokenizer_config.json": b"{}"} | {name: json.dumps(d).encode() for name, d in files.items()}
+    )
+    assert read_tokenizer(files_of(tmp_path)).ids == ids
+
+
+class TestRows:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def base(tmp_path_factory):
+        return tokenizer_with(tmp_path_factory.mktemp("base"))[1]
+
+    def notes(self, tokenizer, base, **config):
+        return list(rows_note(tokenizer, base, config, len(base.ids)))
+
+    def test_a_tokenizer_that_fits_says_nothing(self, base):
+        assert self.notes(base, base) == []
+
+    @pytest.mark.parametrize(
+        ("fields", "why"),
+        [
+            ({"extra": ["<start>"], "template": "<start>{{ messages }}"}, "the chat template writes it"),
+            ({"special": ["<start>"]}, "it is a special token"),
+            ({"extra": ["<start>"], "pad_token": "<start>"}, "it is a special token"),
+            ({"extra": ["<start>"], "eos_token": "<start>"}, "it is the eos_token"),
+        ],
+        ids=["template", "special", "pad", "eos"],
+    )
+    def test_tokens_that_are_used_are_refused(self, base, tmp_path, fields, why):
+        _, tokenizer = tokenizer_with(tmp_path, **fields)
+        rows = len(base.ids)
+        with pytest.raises(
+            BadInputError, match=rf"adapter's tokenizer gives '<start>' the id {rows}, {why}, .*{rows} row"
+        ):
+            self.notes(tokenizer, base)
+
+    def test_others_are_told(self, base, tmp_path):
+        _, tokenizer = tokenizer_with(tmp_path, extra=["<start>"])
+        [note] = self.notes(tokenizer, base)
+        assert note.startswith(f"the tokenizer has 1 tokens with ids beyond the {len(base.ids)} rows")
+        assert f"'<start>' ({len(base.ids)})" in note
+
+    def test_what_the_base_has_itself_is_no_fault_of_the_adapter(self, base, tmp_path):
+        _, larger = tokenizer_with(tmp_path, special=["<image>"])
+        [note] = rows_note(larger, larger, {}, len(base.ids))
+        assert "'<image>'" in note
+
+    def test_placeholders_are_never_embedded(self, base, tmp_path):
+        _, tokenizer = tokenizer_with(tmp_path, special=["<image>"], template="<image>")
+        assert self.notes(tokenizer, base, image_token_id=len(base.ids)) == []
+        with pytest.raises(BadInputError, match="the chat template writes it"):
+            self.notes(tokenizer, base, pad_token_id=len(base.ids))
+
+
+class TestStops:
+    def notes(self, tmp_path, tokenizer, generation=None, config=None):
+        if generation is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+        return list(stop_notes(tokenizer, files_of(tmp_path), config or {}))
+
+    @pytest.mark.parametrize("stops", [1, [0, 1], None], ids=str)
+    def test_agreement_says_nothing(self, tmp_path, stops):
+        _, tokenizer = tokenizer_with(tmp_path)
+        assert self.notes(tmp_path, tokenizer, stops) == []
+
+    @pytest.mark.parametrize("config", [{"eos_token_id": 0}, {"text_config": {"eos_token_id": [0]}}], ids=str)
+    def test_the_end_of_a_tokenizer(self, tmp_path, config):
+        _, tokenizer = tokenizer_with(tmp_path, template="{{ messages }}")
+        [note] = self.notes(tmp_path, tokenizer, config=config)
+        assert note.startswith("the tokenizer ends at '<|end|>' (id 1) and config.json stops at '<|begin|>' (id 0): ")
+
+    @pytest.mark.parametrize(
+        ("template", "mark"),
+        [
+            ("{% for m in messages %}{{ m['content'] }}<stop>{% endfor %}", "<stop>"),
+            ("{{ '<go>' + m.content | trim + '<stop>\\n' }}", "<stop>"),
+            ("{{- '<go>' }}{{- content }}{% if x %}{% endif %}{{- '<|im_end|>\\n' }}", "<|im_end|>"),
+            ("{{ '<go>' + m['content'] }}{{ eos_token }}", None),
+        ],
+    )
+    def test_the_end_of_a_turn(self, tmp_path, template, mark):
+        _, tokenizer = tokenizer_with(tmp_path, special=["<go>", "<stop>", "<|im_end|>"], template=template)
+        notes = self.notes(tmp_path, tokenizer, [1])
+        assert [f"ends a turn with '{mark}'" in note for note in notes] == [True] * (mark is not None)
+        assert self.notes(tmp_path, tokenizer, [1, tokenizer.ids.get(mark, 1)]) == []
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    (tmp_path / "tokenizer.json").touch()
+    with (tmp_path / "tokenizer.json").open("ab") as file:
+        file.truncate(1 << 40)  # a sparse TiB
+    with pytest.raises(BadInputError, match=r"tokenizer\.json: expected at most"):
+        read_tokenizer(files_of(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '{"model": ' + "9" * 5000 + "}"], ids=lambda text: text[:8])
+def test_what_is_no_object_is_named(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(BadInputError, match=r"tokenizer\.json: expected"):
+        read_tokenizer(files_of(tmp_path))
