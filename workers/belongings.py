@@ -5,6 +5,7 @@ Files at the top of a checkpoint belong to it by their names; those in folders, 
 """
 
 import fnmatch
+import itertools
 import json
 import os
 import re
@@ -27,6 +28,8 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 
 MAX_DESCRIPTION_BYTES = 16 << 20
 """Largest file that is read to find what else belongs to a model."""
+
+_MAX_FILES_OF_FOLDER = 1000
 
 _SETTINGS = frozenset({TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"})
 _VOCABULARY = (
@@ -151,7 +154,12 @@ class LocalFiles:
         if top.is_symlink():
             return []
         found = (Path(parent, name) for parent, _, names in os.walk(top) for name in names)
-        return [path.relative_to(self.place).as_posix() for path in found if path.is_file()]
+        paths = list(itertools.islice(found, _MAX_FILES_OF_FOLDER + 1))
+        if len(paths) > _MAX_FILES_OF_FOLDER:
+            raise BadInputError(
+                f"{top}: expected at most {_MAX_FILES_OF_FOLDER} files in a folder of a model, found more"
+            )
+        return [path.relative_to(self.place).as_posix() for path in paths if path.is_file()]
 
     def has(self, name: str) -> bool:
         """Whether there is a file, named from the top."""
@@ -254,12 +262,13 @@ def is_pickled(name: str) -> bool:
 
 
 def documents(files: Files) -> dict[str, Any]:
-    """Return the configurations at the top, by name: those that may name code.
+    """Return the configurations at the top that may name code, by name.
 
     Raises:
         BadInputError: one of them is no JSON.
     """
-    return {name: _json(files, name) for name in sorted(files.top()) if name.endswith("config.json") and belongs(name)}
+    named = {name for name in files.top() if name in ("config.json", TOKENIZER_CONFIG) or is_processor(name)}
+    return {name: _json(files, name) for name in sorted(named)}
 
 
 def check_description(name: object, num_bytes: int) -> None:

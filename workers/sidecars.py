@@ -78,7 +78,7 @@ def digest_file(directory: Path, name: str) -> Artifact:
 def _merged_config(plan: MergePlan) -> dict[str, Any]:
     config: dict[str, Any] = read_json(plan.base.source.directory / "config.json")
     leave_out(config, plan.shipment.broken.keys())
-    config.setdefault("dtype", config.get("torch_dtype", _main_dtype(plan)))
+    config["dtype"] = config.get("dtype") or config.get("torch_dtype") or _main_dtype(plan)
     for section in _sections(config):
         for field in _STORED_FORMS:
             section.pop(field, None)

@@ -112,10 +112,12 @@ def _read(path: Path) -> _Vocabulary:
 
 @functools.lru_cache(maxsize=_NUM_KEPT)
 def _read_once(path: Path, _: FileState) -> _Vocabulary:
-    return _parse(read_object(path))
+    return _parse(_read_json(path))
 
 
-def _parse(document: Mapping[str, Any]) -> _Vocabulary:
+def _parse(document: Any) -> _Vocabulary:
+    if not isinstance(document, dict):  # some models keep an alphabet under the name of a vocabulary
+        return _NOTHING
     model = document.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else document
     if isinstance(vocabulary, list):  # unigram: pieces with their scores, by id
@@ -137,18 +139,22 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         BadInputError: it is none, or too large.
     """
+    document = _read_json(path)
+    if not isinstance(document, dict):
+        raise BadInputError(f"{path}: expected a JSON object, found {type(document).__name__}")
+    return document
+
+
+def _read_json(path: Path) -> Any:
     with file_errors(f"reading {path}"):
         num_bytes = path.stat().st_size
         if num_bytes > MAX_TOKENIZER_BYTES:
             raise BadInputError(f"{path}: expected at most {MAX_TOKENIZER_BYTES} bytes, found {num_bytes}")
         data = path.read_bytes()
     try:
-        document = json.loads(data)
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BadInputError(f"{path}: expected readable JSON, found: {error}") from error
-    if not isinstance(document, dict):
-        raise BadInputError(f"{path}: expected a JSON object, found {type(document).__name__}")
-    return document
 
 
 def _object(files: Mapping[str, Path], name: str) -> dict[str, Any]:

@@ -47,9 +47,10 @@ def test_a_tokenizer_is_read_as_transformers_reads_it(tmp_path):
         ({"vocab.json": {"a": 0}, "added_tokens.json": {"b": 7}}, {"a": 0, "b": 7}),
         ({"tokenizer.json": {"model": {"vocab": [["a", -1.0], ["b", -2.0]]}}}, {"a": 0, "b": 1}),
         ({"tokenizer_config.json": {"added_tokens_decoder": {"5": {"content": "x", "special": True}}}}, {"x": 5}),
+        ({"vocab.json": ["a", "b"]}, {}),
         ({"tokenizer.json": {"model": {"vocab": {"a": "0", "b": 1}}, "added_tokens": [1, {"id": 2}]}}, {"b": 1}),
     ],
-    ids=["slow", "unigram", "settings", "odd"],
+    ids=["slow", "unigram", "settings", "alphabet", "odd"],
 )
 def test_ids_of_other_files(tmp_path, files, ids):
     write_files(
@@ -147,8 +148,8 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path):
         read_tokenizer(files_of(tmp_path))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '{"model": ' + "9" * 5000 + "}"], ids=lambda text: text[:8])
-def test_what_is_no_object_is_named(tmp_path, text):
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"model": ' + "9" * 5000 + "}"], ids=lambda text: text[:8])
+def test_what_is_no_json_is_named(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(BadInputError, match=r"tokenizer\.json: expected"):
         read_tokenizer(files_of(tmp_path))
