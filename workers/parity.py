@@ -83,10 +83,11 @@ def judge(
 def _nothing_changed(tensors: Sequence[TensorCheck]) -> tuple[str, ...]:
     if not tensors or any(check.changed for check in tensors):
         return ()
-    return (
-        f"the adapter changes NOTHING: all {len(tensors)} tensors have the values that it was merged into; its matrices "
-        "or its scaling are zero, or too small for the dtype of the weights",
+    sentence = (
+        f"the adapter changes NOTHING: all {len(tensors)} tensors have the values that it was merged into; its "
+        "matrices or its scaling are zero, or too small for the dtype of the weights"
     )
+    return (sentence,)
 
 
 def summarize(report: ParityReport) -> ParitySummary:
