@@ -24,8 +24,10 @@ from workers.conversions import Conversions, relate
 from workers.four_bit import plan_quantization, stored_as_asked
 from workers.lanes.adapter import Adapter, open_adapter
 from workers.lanes.coverage import Coverage, cover
+from workers.lanes.fitting import fit
 from workers.lanes.lora import LoraDelta, plan_lora
 from workers.lanes.methods import WEIGHED
+from workers.lanes.vocabulary import resize_vocabulary
 from workers.model import answers_prompts, check_depth, skeleton
 from workers.quant import quantized_names, quantized_owner
 from workers.quantization import QuantizationTask
@@ -102,14 +104,19 @@ class BasePlan:
             UnsupportedError, BadInputError: adapter and base do not fit.
         """
         if adapter.method in WEIGHED:  # its layers hold arrays, and would stay for as long as this plan does
-            return cover(adapter, skeleton(self.source.directory))
+            return self._cover(adapter)
         tensors = tuple((name, spec.dtype, spec.shape) for name, spec in adapter.tensors.items())
-        recipe = (repr(adapter.config.to_dict()), tensors)
+        recipe = (repr(adapter.config.to_dict()), tensors, adapter.num_tokens)
         if recipe not in self._coverages:
             while len(self._coverages) >= _MAX_RECIPES:
                 del self._coverages[next(iter(self._coverages))]
-            self._coverages[recipe] = cover(adapter, skeleton(self.source.directory))
+            self._coverages[recipe] = self._cover(adapter)
         return self._coverages[recipe]
+
+    def _cover(self, adapter: Adapter) -> Coverage:
+        model = skeleton(self.source.directory)
+        resize_vocabulary(model, adapter.num_tokens)
+        return cover(adapter, model)
 
     @cached_property
     def by_name(self) -> Mapping[str, OutputTensor]:
@@ -298,13 +305,25 @@ class PlannedBases:
         return self._plans[key]
 
 
-def plan_merge(base: BasePlan, request: MergeRequest, adapter: Source) -> MergePlan:
+def plan_merge(
+    base: BasePlan, request: MergeRequest, adapter: Source, inert_fields: frozenset[str] = frozenset()
+) -> MergePlan:
     """Plan one job on a planned base.
+
+    Args:
+        base: planned.
+        request: of the job.
+        adapter: in a local directory.
+        inert_fields: of its configuration, as in `open_adapter`.
 
     Raises:
         NotFoundError, BadInputError, UnsupportedError: the adapter cannot be used, or does not fit the base.
     """
-    opened = open_adapter(adapter.directory)
+    opened = fit(
+        open_adapter(adapter.directory, inert_fields),
+        base.conversions.shapes,
+        lambda: skeleton(base.source.directory),
+    )
     if request.parity.level == "full" and not base.answers_prompts:
         raise UnsupportedError(
             f"{base.source.directory}: its model does not continue text, so parity level full cannot ask "

@@ -96,7 +96,7 @@ def check_modules(
             if not needed <= state.keys():
                 continue
             del unanswered[name], probes[name]
-            before = {key: weights.get(f"{name}.{key}") for key in state}
+            before = {key: _as_large(weights.get(f"{name}.{key}"), shipped) for key, shipped in state.items()}
             if isinstance(probe, _Probe):
                 output = _output_of(plan, f"{name}.weight")
                 checks[output] = _judge(checks[output], plain, state, before, probe)
@@ -145,7 +145,7 @@ def _compare_bits(
         allowed = half_ulp(rounded[different]) if rounded.dtype in EXPONENT_BITS else 0.5
         excess = _finite(float((error / allowed).max()))
     weight_norm = delta_norm = 0.0
-    before = weights.output(name) if name in plan.base.by_name else None
+    before = _as_large(weights.output(name), shipped) if name in plan.base.by_name else None
     if before is not None and before.shape == shipped.shape:
         weight = before.float()
         weight_norm = float(torch.linalg.vector_norm(weight))
@@ -160,6 +160,16 @@ def _compare_bits(
         delta_norm=_finite(delta_norm),
         survival=None,
     )
+
+
+def _as_large(weight: torch.Tensor, shipped: torch.Tensor) -> torch.Tensor:
+    """Return a weight of the base with as many rows as ship: those of tokens that it lacks are zero."""
+    if weight.shape == shipped.shape or weight.shape[1:] != shipped.shape[1:] or not weight.dim():
+        return weight
+    rows = weight.new_zeros(shipped.shape)
+    count = min(len(weight), len(shipped))
+    rows[:count] = weight[:count]
+    return rows
 
 
 def _ask(name: str, layer: Any) -> _Probe | None:

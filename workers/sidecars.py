@@ -148,6 +148,11 @@ def _merged_config(plan: MergePlan) -> dict[str, Any]:
     if plan.request.dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = plan.request.dtype
+    if plan.opened.num_tokens is not None:
+        for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+            # Other sections, such as that of a vision model, have no vocabulary.
+            if "vocab_size" in section:
+                section["vocab_size"] = plan.opened.num_tokens
     if plan.unties:
         config["tie_word_embeddings"] = False
     return config

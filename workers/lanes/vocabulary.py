@@ -1,0 +1,112 @@
+"""Adapters of a resized vocabulary: tokens were added to the base, or taken away, before the training."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from jobs.errors import UnsupportedError
+from workers.checkpoint import TensorSpec
+from workers.lanes.names import PREFIX
+
+_ROWS = (("weight", 0), ("bias", 0), ("lora_B.weight", 0), ("lora_embedding_A", 1))
+"""Ends of names of what has an entry for every row of a weight, with the dimension of these entries."""
+
+
+def num_tokens_of(
+    where: str,
+    tensors: Mapping[str, TensorSpec],
+    shapes: Mapping[str, tuple[int, ...]],
+    skeleton: Callable[[], PreTrainedModel],
+) -> int | None:
+    """Return the size of the vocabulary that an adapter was trained with, or None where it is the base's.
+
+    Args:
+        where: the adapter's file, for messages.
+        tensors: of the adapter, by PEFT's names, as the base has them.
+        shapes: of all tensors of the base's model, by name.
+        skeleton: makes the base's model; asked only where a tensor has another number of rows.
+
+    Raises:
+        UnsupportedError: it is another one, and the adapter does not bring all that depends on it.
+    """
+    rows = {name: found for name, spec in tensors.items() if (found := _rows(name, spec)) is not None}
+    if all(num_rows == shapes[name][0] for name, num_rows in rows.values() if shapes.get(name)):
+        return None
+    model = skeleton()
+    parts = _vocabulary_of(model)
+    of_tokens = {name: found for name, found in rows.items() if found[0] in parts}
+    first = next((name for name, (weight, size) in of_tokens.items() if size != shapes[weight][0]), None)
+    if first is None:
+        return None
+    weight, num_tokens = of_tokens[first]
+    told = (
+        f"{where}: tensor {tensors[first].name} is of a vocabulary of {num_tokens} tokens, and {weight} of the base "
+        f"has {shapes[weight][0]}: tokens were added or taken away before the training"
+    )
+    resize = (
+        f"resize the base to {num_tokens} as the training did, with the same values, save it, and name that as base"
+    )
+    if others := {size for _, size in of_tokens.values()} - {num_tokens}:
+        raise UnsupportedError(
+            f"{told}, and others of its tensors are of {min(others)}; {resize}, or save the adapter with "
+            "embedding and head in modules_to_save"
+        )
+    brought = {plain for name in tensors if (plain := plain_name(name)) is not None}
+    needed = defaultdict(set)
+    for name, parameter in parts.items():
+        needed[id(parameter)].add(name)
+    for same in needed.values():
+        if same.isdisjoint(brought):
+            raise UnsupportedError(
+                f"{told}; the adapter does not bring {min(same)} whole, so nothing says what its rows are; {resize}, "
+                "or train with embedding and head in modules_to_save"
+            )
+    return num_tokens
+
+
+def resize_vocabulary(model: PreTrainedModel, num_tokens: int | None) -> None:
+    """Give a model the vocabulary of an adapter, as `resize_token_embeddings` does; new rows are zero.
+
+    Args:
+        model: changed, unless it is of that size.
+        num_tokens: None leaves it as it is.
+    """
+    if num_tokens is None:
+        return
+    before = {len(parameter) for parameter in _vocabulary_of(model).values()}
+    if before == {num_tokens}:
+        return
+    model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    with torch.no_grad():
+        for parameter in _vocabulary_of(model).values():
+            parameter[min(before) :] = 0  # the adapter brings all rows; until then they are the same everywhere
+
+
+def _vocabulary_of(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Return the parameters with a row for every token, by name: those of embedding and head, under both where tied."""
+    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    return {
+        f"{name}.{key}": parameter
+        for name, module in model.named_modules()
+        if id(module) in ends
+        for key, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def plain_name(name: str) -> str | None:
+    """Return the name in the model of a tensor that an adapter brings whole; None for what a tuner adds."""
+    if not name.startswith(PREFIX) or "lora_" in name:
+        return None
+    return name[len(PREFIX) :].replace(".token_adapter", "").replace(".base_layer", "")
+
+
+def _rows(name: str, spec: TensorSpec) -> tuple[str, int] | None:
+    """Return the weight that a tensor belongs to, and the number of rows that it has for it."""
+    inner = name.removeprefix(PREFIX).replace(".token_adapter", "").replace(".base_layer", "")
+    for end, dimension in reversed(_ROWS):
+        if inner.endswith(f".{end}") and len(spec.shape) > dimension:
+            return f"{inner.removesuffix(end)}weight", spec.shape[dimension]
+    return None
