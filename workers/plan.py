@@ -27,7 +27,7 @@ from workers.lanes.coverage import Coverage, cover
 from workers.lanes.fitting import fit
 from workers.lanes.lora import LoraDelta, plan_lora
 from workers.lanes.methods import WEIGHED
-from workers.lanes.vocabulary import resize_vocabulary
+from workers.lanes.vocabulary import check_apart, resize_vocabulary
 from workers.model import answers_prompts, check_depth, skeleton
 from workers.quant import quantized_names, quantized_owner
 from workers.quantization import QuantizationTask
@@ -116,7 +116,17 @@ class BasePlan:
     def _cover(self, adapter: Adapter) -> Coverage:
         model = skeleton(self.source.directory)
         resize_vocabulary(model, adapter.num_tokens)
-        return cover(adapter, model)
+        coverage = cover(adapter, model)
+        if adapter.num_tokens is not None:
+            check_apart(
+                str(adapter.weights_path),
+                adapter.tensors,
+                adapter.num_tokens,
+                tied=coverage.tied,
+                untied=coverage.untied,
+                replaced=coverage.replaced,
+            )
+        return coverage
 
     @cached_property
     def by_name(self) -> Mapping[str, OutputTensor]:

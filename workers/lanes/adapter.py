@@ -134,13 +134,19 @@ def open_adapter(directory: Path, inert_fields: frozenset[str] = frozenset()) ->
         tensor, kind, advice = found
         raise UnsupportedError(f"{path}: tensor {tensor}: this is {kind}, not one of PEFT; {advice}")
     beside = origins(shard)
-    named = adapter_names.name_as_peft(str(path), method, shard.tensors, beside)
+    named = adapter_names.name_as_peft(str(path), method, shard.tensors, beside, functools.partial(_same, path))
     if named.left_behind:
         num_more = len(named.left_behind) - 1
         notes += (
             f"a value head is left behind, which only the training needed: {named.left_behind[0]} and {num_more} more",
         )
     return Adapter(directory, method, config, named.tensors, beside, None, inert_fields, notes)
+
+
+def _same(path: Path, one: TensorSpec, other: TensorSpec) -> bool:
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(
+        read_tensor(path, one), read_tensor(path, other)
+    )
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -10,7 +11,7 @@ from jobs.errors import UnsupportedError
 from workers.checkpoint import TensorSpec
 from workers.lanes.adapter import ADAPTER_CONFIG, Adapter, refusals
 from workers.lanes.names import fit_names
-from workers.lanes.vocabulary import num_tokens_of, plain_name
+from workers.lanes.vocabulary import check_indices, num_tokens_of, plain_name, trained_indices
 
 
 def fit(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], skeleton: Callable[[], PreTrainedModel]) -> Adapter:
@@ -32,6 +33,10 @@ def fit(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], skeleton: Calla
         fitted = fit_names(adapter.config, adapter.tensors, shapes, model)
     where = str(adapter.weights_path)
     num_tokens = num_tokens_of(where, fitted.tensors, shapes, model)
+    if any(trained_indices(fitted.config)):
+        embedding: Any = model().get_input_embeddings()
+        config_path = str(adapter.directory / ADAPTER_CONFIG)
+        check_indices(config_path, fitted.config, num_tokens or embedding.weight.shape[0])
     parameters = functools.cache(lambda: frozenset(dict(model().named_parameters(remove_duplicate=False))))
     for name, spec in fitted.tensors.items():
         plain = plain_name(name)

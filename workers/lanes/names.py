@@ -46,7 +46,13 @@ class Named:
     """Names, as stored, of those that are of a value head: training needs it, and the model does not."""
 
 
-def name_as_peft(where: str, method: str, specs: Sequence[TensorSpec], origins: Mapping[str, str]) -> Named:
+def name_as_peft(
+    where: str,
+    method: str,
+    specs: Sequence[TensorSpec],
+    origins: Mapping[str, str],
+    same: Callable[[TensorSpec, TensorSpec], bool],
+) -> Named:
     """Find the names that PEFT would save tensors under, whatever they are stored as.
 
     Args:
@@ -54,9 +60,10 @@ def name_as_peft(where: str, method: str, specs: Sequence[TensorSpec], origins: 
         method: PEFT's name of it.
         specs: of the file.
         origins: of tensors that come from files beside the adapter's: their names, by tensor.
+        same: whether two tensors of the file are equal.
 
     Raises:
-        BadInputError: two tensors have one name, or a tensor is empty.
+        BadInputError: two tensors that differ have one name, or a tensor is empty.
         UnsupportedError: the file holds several adapters.
     """
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(method)]
@@ -74,6 +81,10 @@ def name_as_peft(where: str, method: str, specs: Sequence[TensorSpec], origins: 
                 "ZeRO-3 saves adapters so when its parameters are not gathered first; save it anew with "
                 "stage3_gather_16bit_weights_on_model_save, or make it of the training checkpoint with zero_to_fp32.py"
             )
+        if ".original_module." in name:
+            continue  # the base's, beside a copy that was trained in its place
+        if name in tensors and same(tensors[name], spec):
+            continue  # PEFT saves an embedding that was trained and resized twice
         if name in tensors:
             raise BadInputError(
                 f"{where}: tensors {tensors[name].name} and {spec.name} are one and the same to PEFT, {name}, and "
@@ -194,9 +205,8 @@ def _as_peft(name: str, prefix: str) -> tuple[str, str | None]:
     for place, part in enumerate(parts[:-1]):
         following = parts[place + 1]
         rest = len(parts) - place - 1
-        if part == "modules_to_save" and rest > 1:
-            adapter = following
-            del parts[place : place + 2]
+        if part == "modules_to_save":
+            del parts[place : place + (2 if following == "default" and rest > 1 else 1)]
             break
         if part.startswith((prefix, _TOKENS)):
             named = following == "default"

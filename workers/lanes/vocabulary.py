@@ -1,9 +1,10 @@
 """Adapters of a resized vocabulary: tokens were added to the base, or taken away, before the training."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
+from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -94,6 +95,66 @@ def _vocabulary_of(model: PreTrainedModel) -> dict[str, nn.Parameter]:
         if id(module) in ends
         for key, parameter in module.named_parameters(recurse=False)
     }
+
+
+def check_apart(
+    where: str,
+    tensors: Mapping[str, TensorSpec],
+    num_tokens: int,
+    *,
+    tied: Mapping[str, tuple[str, ...]],
+    untied: Collection[str],
+    replaced: Collection[str],
+) -> None:
+    """Check that an adapter of another vocabulary brings both of embedding and head, where it takes them apart.
+
+    Args:
+        where: the adapter's file, for messages.
+        tensors: of the adapter, by PEFT's names, as the base has them.
+        num_tokens: that it was trained with.
+        tied: names of the base's tensors that share their values, for each of them.
+        untied: those that come apart.
+        replaced: tensors of the base that the adapter brings its own values for.
+
+    Raises:
+        UnsupportedError: it does not.
+    """
+    brought = {plain_name(name) for name in tensors}
+    left = [name for name in sorted(untied) if name not in brought and not set(tied[name]) & set(replaced)]
+    if left:
+        raise UnsupportedError(
+            f"{where}: the adapter is of a vocabulary of {num_tokens} tokens, which the base does not have, and takes "
+            f"{' and '.join(tied[left[0]])} apart; it does not bring {left[0]}, so nothing says what its new rows are; "
+            "train with both in modules_to_save, or with ensure_weight_tying"
+        )
+
+
+def check_indices(where: str, config: PeftConfig, num_tokens: int) -> None:
+    """Check that the tokens which were trained by their numbers are in the vocabulary.
+
+    Args:
+        where: the configuration, for messages.
+        config: of the adapter.
+        num_tokens: of the base, or of the adapter where it brings a vocabulary of its own.
+
+    Raises:
+        UnsupportedError: they are not.
+    """
+    for indices in trained_indices(config):
+        beyond = [index for index in indices if isinstance(index, int) and index >= num_tokens]
+        if beyond:
+            raise UnsupportedError(
+                f"{where}: token {max(beyond)} was trained, and the vocabulary has {num_tokens}: tokens were added "
+                f"before the training; resize the base to {max(beyond) + 1} or more as the training did, with the same "
+                "values, save it, and name that as base"
+            )
+
+
+def trained_indices(config: PeftConfig) -> list[Sequence[object]]:
+    """Return the numbers of the tokens that an adapter was trained on one by one, for each embedding."""
+    found = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
+    listed = list(found.values()) if isinstance(found, dict) else [found]
+    return [indices for indices in listed if isinstance(indices, list)]
 
 
 def plain_name(name: str) -> str | None:
