@@ -27,7 +27,7 @@ from workers.lanes.coverage import Coverage, cover
 from workers.lanes.fitting import fit
 from workers.lanes.lora import LoraDelta, plan_lora
 from workers.lanes.methods import WEIGHED
-from workers.lanes.vocabulary import check_apart, resize_vocabulary
+from workers.lanes.resizing import check_apart, resize_vocabulary
 from workers.model import answers_prompts, check_depth, skeleton
 from workers.quant import quantized_names, quantized_owner
 from workers.quantization import QuantizationTask

@@ -27,7 +27,7 @@ from workers.checkpoint import TensorSpec, read_json, read_shard
 from workers.lanes import names as adapter_names
 from workers.lanes.causes import cause_of
 from workers.lanes.methods import MERGED, REFUSED, SHAPED_BY_VALUES, WEIGHED
-from workers.lanes.vocabulary import resize_vocabulary
+from workers.lanes.resizing import resize_vocabulary
 from workers.tensor_io import read_rows
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -67,7 +67,8 @@ REFUSALS = (
 )
 """What PEFT raises on an adapter that it cannot use, depending on where it stumbles."""
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""What the tensors of an adapter are stored in; integers are codes that mean nothing without their scales."""
 
 
 @dataclass(frozen=True)
@@ -357,14 +358,14 @@ def _check_init(path: Path, init: object) -> None:
 
 
 def _account_for(adapter: Adapter, peft_model: PeftModel, missing: Sequence[str], unexpected: Sequence[str]) -> None:
-    path = adapter.weights_path
     if unexpected:
         stored = {name: spec.name for name, spec in adapter.tensors.items()}
         first = min(unexpected)
         cause = cause_of(first, adapter.method, adapter.config, peft_model.get_base_model())
+        name = stored.get(first, first)
         raise UnsupportedError(
-            f"{path}: {len(unexpected)} tensors belong to nothing this adapter's configuration declares, first "
-            f"{stored.get(first, first)}; {cause}"
+            f"{adapter.origin(name)}: {len(unexpected)} tensors belong to nothing that its configuration declares, "
+            f"first {name}; {cause}"
         )
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(adapter.method)]
     parameters = dict(peft_model.named_parameters(remove_duplicate=False))
@@ -395,10 +396,9 @@ def _check_tensors(adapter: Adapter, peft_model: PeftModel) -> None:
                 f"configuration, found {list(spec.shape)}; the adapter was trained on another base, or the "
                 "configuration is not its own"
             )
-        if expected[name].is_floating_point() and spec.dtype not in _FLOATS:
+        if expected[name].is_floating_point() and spec.dtype not in FLOATS:
             raise UnsupportedError(
-                f"{adapter.weights_path}: tensor {name}: dtype {spec.dtype} is not one of "
-                f"{', '.join(map(str, _FLOATS))}"
+                f"{adapter.weights_path}: tensor {name}: dtype {spec.dtype} is not one of {', '.join(map(str, FLOATS))}"
             )
     if adapter.tensors.keys() < expected.keys():
         _raise_missing(adapter, sorted(expected.keys() - adapter.tensors.keys()))

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from jobs.errors import UnsupportedError
 from workers.checkpoint import TensorSpec
-from workers.lanes.adapter import ADAPTER_CONFIG, Adapter, refusals
+from workers.lanes.adapter import ADAPTER_CONFIG, FLOATS, Adapter, refusals
 from workers.lanes.names import fit_names
-from workers.lanes.vocabulary import check_indices, num_tokens_of, plain_name, trained_indices
+from workers.lanes.resizing import check_indices, num_tokens_of, plain_name, trained_indices
 
 
 def fit(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], skeleton: Callable[[], PreTrainedModel]) -> Adapter:
@@ -44,6 +44,11 @@ def fit(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], skeleton: Calla
             raise UnsupportedError(
                 f"{adapter.origin(spec.name)}: tensor {spec.name} is a buffer of the base's model, {plain}, and a "
                 "merge changes parameters alone; save the adapter without it"
+            )
+        if plain in shapes and spec.dtype not in FLOATS:
+            raise UnsupportedError(
+                f"{adapter.origin(spec.name)}: tensor {spec.name}: expected one of {', '.join(map(str, FLOATS))} for "
+                f"{plain} of the base, found {spec.dtype}; save it as such"
             )
         if spec.name in adapter.beside:
             expected = spec.shape if num_tokens is not None and plain in shapes else shapes.get(plain or "")

@@ -86,8 +86,12 @@ def name_as_peft(
         if name in tensors and same(tensors[name], spec):
             continue  # PEFT saves an embedding that was trained and resized twice
         if name in tensors:
+            both = " and ".join(
+                f"{each.name} (of {origins[each.name]})" if each.name in origins else each.name
+                for each in (tensors[name], spec)
+            )
             raise BadInputError(
-                f"{where}: tensors {tensors[name].name} and {spec.name} are one and the same to PEFT, {name}, and "
+                f"{where}: tensors {both} are one and the same to PEFT, {name}, and "
                 "nothing says which counts; save the adapter again with one of them"
             )
         tensors[name] = spec
