@@ -44,7 +44,7 @@ Labels = Annotated[list[str] | None, typer.Option("--label", metavar="K=V", help
 def plan(file: RequestFile, *, as_json: AsJson = False, debug: Debug = False) -> None:
     """Show what each request of FILE would do, from headers alone: coverage, bytes, memory, time."""
     with terminal(as_json=as_json, debug=debug) as output:
-        from cluster.display import preview_table
+        from cluster.display import note_line, preview_table
         from cluster.documents import preview_document
         from cluster.settings import load_settings
         from jobs.manifest import load_requests
@@ -61,6 +61,9 @@ def plan(file: RequestFile, *, as_json: AsJson = False, debug: Debug = False) ->
         )
         output.document({"requests": [preview_document(each) for each in previews]})
         output.show(preview_table(previews))
+        for each in previews:
+            for note in each.notes:
+                output.show(note_line(each.request.id, note))
         failures = {each.request.id: each.failure for each in previews if each.failure is not None}
         for id_, failure in failures.items():
             output.show_error(f"{id_}: {failure.failure_class}: {failure.message}")

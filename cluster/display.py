@@ -57,6 +57,11 @@ def preview_table(previews: "Sequence[Preview]") -> Table:
     return table
 
 
+def note_line(about: object, note: str) -> Text:
+    """Return what a person should know before a release is used, in one line."""
+    return Text(f"{about}  note: {note}", "yellow")
+
+
 def _memory(estimate: "Estimate") -> str:
     on_gpu = f" and {decimal(estimate.peak_device_memory_bytes)} GPU" if estimate.peak_device_memory_bytes else ""
     return decimal(estimate.peak_memory_bytes) + on_gpu
@@ -147,7 +152,8 @@ def _settled_line(event: JobSettled) -> Text:
     match event.state:
         case JobState.PUBLISHED:
             note = "" if event.created else "  (was there already)"
-            return Text(f"{event.job_id}  published: {event.location}{note}", "green")
+            line = Text(f"{event.job_id}  published: {event.location}{note}", "green")
+            return Text("\n").join([line, *(note_line(event.job_id, each) for each in event.notes)])
         case JobState.RETRY_WAIT:
             wait = duration(event.retry_seconds or 0)
             return Text(f"{event.job_id}  again in {wait}: {event.failure_class}: {event.message}", "yellow")

@@ -70,6 +70,7 @@ def manifest_document(manifest: Manifest) -> dict[str, Any]:
         "num_files": len(manifest.files),
         "num_bytes": manifest.num_bytes,
         "parity": manifest.parity.model_dump(mode="json"),
+        "notes": list(manifest.notes),
     }
 
 
@@ -86,6 +87,7 @@ def preview_document(each: "Preview") -> dict[str, Any]:
         **adapter_document(each.request),
         "destination": str(each.request.destination),
         "plan": plain(each.estimate),
+        "notes": list(each.notes),
         "failure": failure_document(each.failure),
     }
 

@@ -42,6 +42,8 @@ class JobSettled:
     retry_seconds: float | None = None
     """How long it waits before it may be tried again."""
     report_path: str | None = None
+    notes: tuple[str, ...] = ()
+    """What a person should know before the release is used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cluster.display import comparison_table, manifest_line
+from cluster.display import comparison_table, manifest_line, note_line
 from cluster.documents import adapter_document, failure_document, plain, release_document
 from cluster.settings import load_settings, worker_settings
 from cluster.terminal import Terminal
@@ -116,6 +116,8 @@ def merge_and_show(output: Terminal, requests: tuple[MergeRequest, ...]) -> tupl
     for result in results:
         if result.release is not None:
             output.show(manifest_line(result.release.location, result.release.manifest))
+            for note in result.release.manifest.notes:
+                output.show(note_line(result.release.location, note))
             if ways := result.ways:
                 output.show(comparison_table(ways))
             elif result.request.compare:

@@ -24,6 +24,8 @@ class Preview:
     request: MergeRequest
     estimate: Estimate | None
     failure: Failure | None
+    notes: tuple[str, ...] = ()
+    """Those of the plan."""
 
 
 def preview(
@@ -77,6 +79,7 @@ def _preview_job(
         with tempfile.TemporaryDirectory(prefix="mergefleet-plan-") as outline:
             adapter = outline_adapters(request, base.source, cache, Path(outline), inert_fields)
             plan = plan_merge(base, request, adapter, inert_fields)
-            return Preview(request=request, estimate=estimate(plan, num_threads, device), failure=None)
+            estimated = estimate(plan, num_threads, device)
+            return Preview(request=request, estimate=estimated, failure=None, notes=plan.notes)
     except MergefleetError as error:
         return Preview(request=request, estimate=None, failure=Failure.of(error))

@@ -126,6 +126,7 @@ class Settlement:
                     location=str(publication.release.location),
                     created=publication.release.created,
                     report_path=publication.report_path,
+                    notes=publication.release.manifest.notes,
                 )
                 self._end(held, event)
 

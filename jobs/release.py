@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 
 from jobs.combination import Combination
 from jobs.errors import InvalidValueError
-from jobs.frozen import Frozen, is_none
+from jobs.frozen import Frozen, is_empty, is_none
 from jobs.locations import LocationField
 from jobs.request import BaseQuantization, Dtype, QuantizationOptions, Thresholds
 
@@ -161,6 +161,8 @@ class ParityReport(Frozen):
     passed: bool
     failures: tuple[str, ...]
     """One sentence for each reason it did not pass; names the tensor or the figure."""
+    notes: tuple[str, ...] = Field(default=(), exclude_if=is_empty)
+    """One sentence for each thing that decides nothing and that a person should know before the release is used."""
     tensors: tuple[TensorCheck, ...]
     behaviour: tuple[BehaviourCheck, ...] = ()
     alternative: Alternative | None = Field(default=None, exclude_if=is_none)
@@ -213,6 +215,8 @@ class Manifest(Frozen):
     quantization_options: QuantizationOptions | None
     dtype: Dtype | None
     parity: ParitySummary
+    notes: tuple[str, ...] = Field(default=(), exclude_if=is_empty)
+    """Those of the parity report."""
     files: tuple[Artifact, ...]
     versions: dict[str, str]
     """Versions of the libraries that decided the bytes."""

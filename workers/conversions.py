@@ -8,6 +8,7 @@ import copy
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from transformers.core_model_loading import (
 
 from jobs.errors import BadInputError, UnsupportedError
 from workers.model import ignores_missing
+from workers.ties import tied_names
 
 _REFUSALS = (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What the conversions of transformers raise on tensors that they are not made for."""
@@ -114,7 +116,7 @@ class Conversions:
         return {name: group for group in self.groups for name in group.stored}
 
     @functools.cached_property
-    def covered(self) -> Collection[str]:
+    def covered(self) -> AbstractSet[str]:
         """Names of all tensors of the model that the checkpoint has values for."""
         return self.stored_names.keys() | self.group_of.keys()
 
@@ -215,16 +217,22 @@ def relate(
                     f"{list(tensor.shape)}, config.json makes it {list(own.get(name, ()))}; weights and configuration "
                     "are not of the same model"
                 )
-    tied = set(model.all_tied_weights_keys)
+    tied = tied_names(model)
     missing = [
         name
         for name, _ in model.named_parameters()
-        if name not in conversions.covered and name not in tied and not ignores_missing(model, name)
+        if conversions.covered.isdisjoint(tied.get(name, (name,))) and not ignores_missing(model, name)
     ]
     if missing:
         taken = conversions.parameter_names.keys() | conversions.group_behind.keys()
         foreign = sorted(stored.keys() - taken)
         instead = f"; it holds {foreign[0]} and {len(foreign) - 1} more that the model does not take" if foreign else ""
+        could_be_tied: Any = model._tied_weights_keys or ()  # noqa: SLF001
+        if missing[0] in could_be_tied and not getattr(model.config, "tie_word_embeddings", False):
+            instead = (
+                "; config.json says tie_word_embeddings: false, so the model has one of its own, and no file holds it: "
+                "set tie_word_embeddings to true there if the base was trained with both as one" + instead
+            )
         raise BadInputError(
             f"{directory}: {len(missing)} tensors of {type(model).__name__} are missing, first {missing[0]}{instead}"
         )

@@ -41,6 +41,8 @@ class Job:
     error: MergefleetError | None = None
     release: Release | None = None
     parity: ParitySummary | None = None
+    notes: tuple[str, ...] = ()
+    """Those of its report."""
     report_path: Path | None = None
     manifest: Manifest | None = None
 

@@ -18,7 +18,6 @@ from jobs.errors import BadInputError
 from workers.checkpoint import ShardLayout, lay_out_shard
 from workers.conversions import Group
 from workers.files import file_errors
-from workers.model import skeleton
 from workers.plan import BasePlan, MergePlan, OutputTensor
 from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
@@ -55,6 +54,7 @@ class ModuleWeights:
         self._base = base
         self._path = directory / _FILE_NAME
         conversions = base.conversions
+        names = {self._own_name(name) for name in names}
         single = {name: self._stored(name) for name in names if name in conversions.stored_names}
         converted = {name: tensor for name, tensor in single.items() if not tensor.copied}
         groups = tuple(dict.fromkeys(conversions.group_of[name] for name in names if name in conversions.group_of))
@@ -74,6 +74,7 @@ class ModuleWeights:
         Raises:
             BadInputError: the file is not what its header says any more.
         """
+        name = self._own_name(name)
         if name in self._written:
             return _mapped(self._path, name)
         tensor = self._stored(name)
@@ -89,7 +90,7 @@ class ModuleWeights:
 
     def model(self) -> PreTrainedModel:
         """Return the base as a model. What has no values in the base's files stays on the meta device."""
-        model = skeleton(self._base.source.directory)
+        model = self._base.skeleton()
         mapped: dict[int, nn.Parameter] = {}
         # A parameter that stands under several names has its values under the first one the base stores.
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -104,6 +105,11 @@ class ModuleWeights:
                 owner, _, key = name.rpartition(".")
                 setattr(model.get_submodule(owner), key, self.get(name))
         return model
+
+    def _own_name(self, name: str) -> str:
+        """Return the name of a tensor under which the base stores its values: its own, or one that it is tied to."""
+        stored = self._base.stored_name(name)
+        return name if stored is None else self._base.conversions.parameter_names[stored]
 
     def _has(self, name: str) -> bool:
         return name in self._written or (name in self._base.conversions.stored_names and self._stored(name).copied)

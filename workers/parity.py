@@ -73,6 +73,7 @@ def judge(
         thresholds=thresholds,
         passed=not wrong,
         failures=tuple(wrong),
+        notes=plan.notes,
         tensors=tuple(tensors),
         behaviour=tuple(behaviour),
     )

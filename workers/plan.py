@@ -23,7 +23,7 @@ from workers.checkpoint import CheckpointLayout, TensorSpec, lay_out, lay_out_sh
 from workers.conversions import Conversions, relate
 from workers.four_bit import plan_quantization, stored_as_asked
 from workers.lanes.adapter import Adapter, open_adapter
-from workers.lanes.coverage import Coverage, cover
+from workers.lanes.coverage import Coverage, cover, ties_by_values
 from workers.lanes.fitting import fit
 from workers.lanes.lora import LoraDelta, plan_lora
 from workers.lanes.methods import WEIGHED
@@ -32,6 +32,7 @@ from workers.model import answers_prompts, check_depth, skeleton
 from workers.quant import quantized_names, quantized_owner
 from workers.quantization import QuantizationTask
 from workers.sources import Source
+from workers.ties import come_apart, stored_apart, tied_names
 
 _MAX_PLANNED_BASES = 4
 _MAX_RECIPES = 16
@@ -93,6 +94,10 @@ class BasePlan:
     """Between the names and tensors of its files and those of its model."""
     transposed: frozenset[str]
     """Weights that 4-bit loading converts as their transpose."""
+    tied: Mapping[str, tuple[str, ...]]
+    """For each parameter of its model that shares its values: all names of these values, its own included."""
+    apart: frozenset[str]
+    """Parameters that its configuration ties to others, while its files have values of their own for them."""
     answers_prompts: bool
     """Whether its model continues text."""
     _coverages: dict[object, Coverage] = field(default_factory=dict, compare=False, repr=False)
@@ -103,7 +108,8 @@ class BasePlan:
         Raises:
             UnsupportedError, BadInputError: adapter and base do not fit.
         """
-        if adapter.method in WEIGHED:  # its layers hold arrays, and would stay for as long as this plan does
+        # Layers that hold arrays would stay for as long as this plan does.
+        if adapter.method in WEIGHED or ties_by_values(adapter):
             return self._cover(adapter)
         tensors = tuple((name, spec.dtype, spec.shape) for name, spec in adapter.tensors.items())
         recipe = (repr(adapter.config.to_dict()), tensors, adapter.num_tokens)
@@ -114,7 +120,7 @@ class BasePlan:
         return self._coverages[recipe]
 
     def _cover(self, adapter: Adapter) -> Coverage:
-        model = skeleton(self.source.directory)
+        model = self.skeleton()
         resize_vocabulary(model, adapter.num_tokens)
         coverage = cover(adapter, model)
         if adapter.num_tokens is not None:
@@ -127,6 +133,20 @@ class BasePlan:
                 replaced=coverage.replaced,
             )
         return coverage
+
+    def skeleton(self) -> PreTrainedModel:
+        """Build its model on the meta device, with the ties that its files have."""
+        model = skeleton(self.source.directory)
+        come_apart(model, self.apart)
+        return model
+
+    def stored_name(self, name: str) -> str | None:
+        """Return what a tensor of the model is called in the files: by its own name, or by one that it is tied to.
+
+        None where it is made of several stored tensors, or of a part of one, or not stored at all.
+        """
+        stored_names = self.conversions.stored_names
+        return next((stored_names[same] for same in (name, *self.tied.get(name, ())) if same in stored_names), None)
 
     @cached_property
     def by_name(self) -> Mapping[str, OutputTensor]:
@@ -151,12 +171,17 @@ class MergePlan:
     regrouped: frozenset[str]
     """Of these, what no adapter changes, but what goes through 4 bits as a part of another weight."""
     tied: frozenset[str]
-    """Names in the model of the tensors that share their values with others in the base."""
-    unties: bool
-    """Whether some of them come apart."""
+    """Names in the model of the tensors that share their values with others, merged as in the base."""
+    left_alone: frozenset[str]
+    """Names in the model of those that come apart from others and keep the base's values."""
+    apart: bool
+    """Whether some tensors that the base's configuration ties have values of their own."""
     tensors: tuple[OutputTensor, ...]
     """Of the output, in its order: the base's, changed where the adapter changes a shape, and what comes apart."""
     output: CheckpointLayout
+    notes: tuple[str, ...] = ()
+    """One sentence for each thing that stops nothing and that a person should know before the release is used. They
+    go into report and manifest, so they name no place of this machine."""
 
     @property
     def changed(self) -> frozenset[str]:
@@ -179,6 +204,11 @@ class MergePlan:
             tensors=tuple(tensor for tensor in self.tensors if tensor.name in names),
             output=CheckpointLayout(kept),
         )
+
+    @cached_property
+    def made_of(self) -> Mapping[str, str]:
+        """Output tensors of the `peft` lane that are one tensor of the model, by its name there."""
+        return {sources[0]: output for output, sources in self.by_peft.items() if len(sources) == 1}
 
     def merges(self, module: str) -> bool:
         """Whether PEFT merges a module; it leaves alone what is streamed, and what the adapter replaces as it is."""
@@ -227,8 +257,8 @@ class MergePlan:
         for source in itertools.chain.from_iterable(self.by_peft.values()):
             if source in conversions.group_of:
                 names.update(conversions.group_of[source].stored)
-            elif source in conversions.stored_names:
-                names.add(conversions.stored_names[source])
+            elif stored := self.base.stored_name(source):
+                names.add(stored)
         return frozenset(names)
 
     @property
@@ -279,6 +309,8 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
             source, layout, request, conversions=conversions, transposed=transposed, dtype=asked_dtype
         )
     converted = frozenset(stored_weights) if task is None else task.converted
+    apart = stored_apart(directory, layout, conversions.stored_names, model)
+    come_apart(model, apart)
     tensors = []
     for name, (shard, spec) in layout.tensors.items():
         if owners[name] not in (None, name):
@@ -294,7 +326,16 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
             )
         )
     return BasePlan(
-        source, layout, tuple(tensors), task, stored_in_4bit, conversions, transposed, answers_prompts(model)
+        source=source,
+        layout=layout,
+        tensors=tuple(tensors),
+        quantization=task,
+        stored_in_4bit=stored_in_4bit,
+        conversions=conversions,
+        transposed=transposed,
+        tied=tied_names(model),
+        apart=apart,
+        answers_prompts=answers_prompts(model),
     )
 
 
@@ -332,7 +373,7 @@ def plan_merge(
     opened = fit(
         open_adapter(adapter.directory, inert_fields),
         base.conversions.shapes,
-        lambda: skeleton(base.source.directory),
+        base.skeleton,
     )
     if request.parity.level == "full" and not base.answers_prompts:
         raise UnsupportedError(
@@ -368,10 +409,12 @@ def plan_merge(
         deltas=deltas,
         by_peft=by_peft,
         regrouped=frozenset(regrouped),
-        tied=frozenset(coverage.tied),
-        unties=bool(coverage.untied),
+        tied=frozenset(coverage.tied.keys() - coverage.untied),
+        left_alone=coverage.left_alone,
+        apart=bool(coverage.untied or base.apart),
         tensors=tensors,
         output=_output_layout(base, tensors, request.max_shard_size),
+        notes=opened.notes,
     )
 
 
@@ -384,6 +427,9 @@ def _by_peft(
     for name in coverage.shapes:
         # Beside a streamed weight nothing changes but what the adapter brings itself.
         if name in streamed or (f"{name.rpartition('.')[0]}.weight" in streamed and name not in coverage.replaced):
+            continue
+        # What keeps the base's values is copied like any other tensor, if it has a place in the base's files.
+        if name in coverage.left_alone and name in conversions.stored_names:
             continue
         # Values that stay tied are written under each name the base stores them by.
         same = (name,) if name in coverage.untied else coverage.tied.get(name, (name,))

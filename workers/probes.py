@@ -77,13 +77,14 @@ def check_modules(
 
     def ask(name: str, layer: Any) -> None:
         check()
-        # Values that several modules share are another layer's, too.
-        if plan.merges(name) and f"{name}.weight" not in plan.tied:
+        if plan.merges(name):
             probes[name] = _ask(name, layer) or factors_of(layer)
 
+    base_values = {plan.made_of[name]: name for name in plan.left_alone if name in plan.made_of}
     for module in merge_modules(plan, weights, look=ask):
-        for output, expected in module.outputs.items():
+        for output, made in module.outputs.items():
             shipped = _read(plan, directory, output)
+            expected = weights.get(base_values[output]) if output in base_values else made
             checks[output] = _compare_bits(plan, output, shipped, expected, weights)
             on_bytes(shipped.numel() * shipped.itemsize)
         if module.name in probes:
@@ -123,9 +124,9 @@ def _shipped_state(
         group = conversions.group_of.get(source)
         if group is not None and set(group.stored) <= set(checked):
             state[key] = conversions.load(group, lambda stored: _read(plan, directory, stored))[source]
-        elif (stored := conversions.stored_names.get(source)) in checked:
-            assert stored is not None
-            state[key] = _read(plan, directory, stored)
+        elif (output := plan.made_of.get(source)) in checked:
+            assert output is not None
+            state[key] = _read(plan, directory, output)
     return state
 
 

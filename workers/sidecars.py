@@ -18,6 +18,7 @@ from workers.checkpoint import INDEX_FILE, read_json
 from workers.files import file_errors, sha256_of
 from workers.lanes.adapter import ADAPTER_CONFIG
 from workers.plan import MergePlan
+from workers.ties import COMPUTES_WITH_FLAG
 
 CARD_NAME = "README.md"
 
@@ -149,12 +150,14 @@ def _merged_config(plan: MergePlan) -> dict[str, Any]:
         config.pop("torch_dtype", None)
         config["dtype"] = plan.request.dtype
     if plan.opened.num_tokens is not None:
-        for section in (config, *(value for value in config.values() if isinstance(value, dict))):
-            # Other sections, such as that of a vision model, have no vocabulary.
-            if "vocab_size" in section:
-                section["vocab_size"] = plan.opened.num_tokens
-    if plan.unties:
-        config["tie_word_embeddings"] = False
+        # Other sections, such as that of a vision model, have no vocabulary.
+        for part in (config, *config.values()):
+            if isinstance(part, dict) and "vocab_size" in part:
+                part["vocab_size"] = plan.opened.num_tokens
+    if plan.apart and config.get("model_type") not in COMPUTES_WITH_FLAG:
+        for section in (config, config.get("text_config"), config.get("decoder")):
+            if isinstance(section, dict) and (section is config or "tie_word_embeddings" in section):
+                section["tie_word_embeddings"] = False
     return config
 
 

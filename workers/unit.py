@@ -371,6 +371,7 @@ class Unit:
             quantization_options=job.request.quantization_options if quantized else None,
             dtype=job.request.dtype,
             parity=job.parity,
+            notes=job.notes,
             files=artifacts,
             versions=library_versions(),
         )

@@ -175,6 +175,7 @@ class Verifier:
         path = self._settings.reports / job.id
         write_report(report, path)
         job.report_path = path
+        job.notes = report.notes
         if not report.passed:
             more = f" (and {len(report.failures) - 1} more)" if len(report.failures) > 1 else ""
             raise ParityFailedError(

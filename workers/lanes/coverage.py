@@ -1,19 +1,31 @@
 """What an adapter changes in a base, found by PEFT on the base's skeleton: names and shapes, no weights are read."""
 
-from collections import defaultdict
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from jobs.errors import UnsupportedError
-from workers.lanes.adapter import ADAPTER_CONFIG, Adapter, put_on, take_off, wrapped_modules
+from workers.lanes.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_NAME,
+    PREFIX,
+    Adapter,
+    put_on,
+    read_tensor,
+    take_off,
+    wrapped_modules,
+)
 from workers.lanes.methods import WEIGHED
+from workers.ties import tied_names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,11 +37,14 @@ class Coverage:
     shapes: Mapping[str, tuple[int, ...]]
     """Shape, once merged, of every tensor that may change; tensors that share their values are there by each name."""
     replaced: frozenset[str]
-    """Tensors of the base that the adapter brings values of its own for, such as biases that were trained too."""
+    """Tensors of the base that the adapter brings values of its own for, such as biases that were trained too; of
+    values that several share, all of them."""
     tied: Mapping[str, tuple[str, ...]]
     """For each tensor of the base that shares its values: all names of these values, its own included."""
     untied: frozenset[str]
-    """Those of the tied tensors that come apart."""
+    """Those of the tied tensors that come apart: base + adapter computes with different values for them."""
+    left_alone: frozenset[str]
+    """Those of the untied ones that keep the base's values."""
 
 
 def cover(adapter: Adapter, model: PreTrainedModel) -> Coverage:
@@ -44,15 +59,17 @@ def cover(adapter: Adapter, model: PreTrainedModel) -> Coverage:
     """
     if adapter.method in WEIGHED:
         _fill_with_zeros(model)
-    owners = {id(parameter): name for name, parameter in model.named_parameters()}
+    own = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     tied = tied_names(model)
     wrapped = put_on(adapter, model, values=False)
     layers = dict(wrapped_modules(wrapped.model))
-    replaced = {
-        owners[id(parameter)]
+    ways = {name: _way(adapter, name, layers) for name in tied}
+    taken = {
+        id(parameter)
         for name, parameter in wrapped.model.named_parameters(remove_duplicate=False)
-        if name in wrapped.loaded and id(parameter) in owners
+        if name in wrapped.loaded
     }
+    replaced = {name for name, parameter in own.items() if parameter in taken}
     changed = set(replaced)
     for name in layers:
         plain = take_off(adapter, wrapped.model, name, merge=False)
@@ -63,22 +80,55 @@ def cover(adapter: Adapter, model: PreTrainedModel) -> Coverage:
             )
         changed |= {f"{name}.{key}" for key in plain.state_dict()}
     merged = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    untied = {name for names in tied.values() for name in names if len({id(merged[other]) for other in names}) > 1}
+    untied = {name for name, names in tied.items() if len({ways[other] for other in names}) > 1}
     return Coverage(
         layers=layers,
         shapes={name: tuple(merged[name].shape) for name in sorted(changed | untied)},
         replaced=frozenset(replaced),
         tied=tied,
         untied=frozenset(untied),
+        left_alone=frozenset(name for name in untied - replaced if ways[name] is None),
     )
 
 
-def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return the names of parameters that stand for the same values, all of them for each."""
-    names = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
-    return {name: tuple(group) for group in names.values() if len(group) > 1 for name in group}
+def _way(adapter: Adapter, name: str, layers: Mapping[str, Any]) -> object:
+    """Return what tells the ways apart in which layers change a parameter that they share; None if none does.
+
+    A merge of PEFT's writes into the shared values, so into each other's; unmerged layers compute each with its own.
+    """
+    owner = next((owner for owner in layers if name.startswith(f"{owner}.")), None)
+    if owner is None:
+        return None
+    layer = layers[owner]
+    tokens = layer.token_adapter if isinstance(layer, TrainableTokensWrapper) else layer
+    if isinstance(tokens, TrainableTokensLayer):
+        return id(tokens.tied_adapter or tokens)
+    if isinstance(layer, ModulesToSaveWrapper):  # a trained copy, or one that PEFT has tied
+        return "trained" if getattr(adapter.config, "ensure_weight_tying", False) else owner
+    return _matrices(adapter, owner, layer) if ties_by_values(adapter) else owner
+
+
+def ties_by_values(adapter: Adapter) -> bool:
+    """Whether the adapter's values say which parameters stay tied.
+
+    PEFT 0.21 gives tied layers the same two matrices, one of them transposed, but they come apart in training where
+    the base is in 16 bits, as each is lifted to float32 by itself.
+    """
+    config: Any = adapter.config
+    return bool(getattr(config, "ensure_weight_tying", False)) and not config.use_dora
+
+
+def _matrices(adapter: Adapter, owner: str, layer: Any) -> object:
+    """Return what a LoRA layer adds to its weight [O, I], as a value that is the same for the same matrices."""
+    embeds = isinstance(layer.get_base_layer(), nn.Embedding)
+    names = ("lora_embedding_B", "lora_embedding_A") if embeds else ("lora_A.weight", "lora_B.weight")
+    specs = [adapter.tensors.get(f"{PREFIX}{owner}.{name}") for name in names]
+    if None in specs:
+        return owner
+    values = [read_tensor(adapter.weights_path, spec).float() for spec in specs if spec is not None]
+    a_RI, b_OR = (value.T.contiguous() if embeds else value for value in values)
+    digests = (hashlib.sha256(half.numpy().data).hexdigest() for half in (a_RI, b_OR))
+    return (*digests, layer.scaling[ADAPTER_NAME])
 
 
 def _fill_with_zeros(model: nn.Module) -> None:

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from workers.lanes.adapter import put_on, take_off, wrapped_modules
 from workers.module_weights import ModuleWeights
 from workers.plan import MergePlan
+from workers.ties import tied_names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,10 @@ def merge_modules(
     """
     model = weights.model()
     peft_model = put_on(plan.opened, model, values=True).model
-    names = [name for name, _ in wrapped_modules(peft_model)]
+    layers = wrapped_modules(peft_model)
+    _untie(model, [layer for name, layer in layers if plan.merges(name)])
+    names = [name for name, _ in layers]
+    del layers
     due = _when_final(plan, names)
     kept: dict[str, torch.Tensor] = {}
 
@@ -70,6 +75,18 @@ def merge_modules(
             model.set_submodule(name, nn.Identity())  # what it held is free again
     for outputs in final(len(names)):
         yield MergedModule(name=None, plain=None, outputs=outputs)
+
+
+def _untie(model: PreTrainedModel, layers: Sequence[Any]) -> None:
+    """Give layers weights of their own where they share them: a merge of PEFT's writes into what it finds."""
+    shared = {id(parameter) for names in tied_names(model).values() for parameter in map(model.get_parameter, names)}
+    for layer in layers:
+        if isinstance(layer, ModulesToSaveWrapper):
+            continue  # it computes with a copy as it is
+        for module in layer.modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                if id(parameter) in shared:
+                    setattr(module, key, nn.Parameter(parameter.detach().clone(), requires_grad=False))
 
 
 def _when_final(plan: MergePlan, modules: Sequence[str]) -> Mapping[int, list[tuple[tuple[str, ...], list[str]]]]:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -80,7 +81,12 @@ def resize_vocabulary(model: PreTrainedModel, num_tokens: int | None) -> None:
     before = {len(parameter) for parameter in _vocabulary_of(model).values()}
     if before == {num_tokens}:
         return
+    apart = len(set(map(id, _vocabulary_of(model).values())))
     model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    if len(set(map(id, _vocabulary_of(model).values()))) < apart:
+        # It has tied them as the configuration says, which the base's files do not follow.
+        head: Any = model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     with torch.no_grad():
         for parameter in _vocabulary_of(model).values():
             parameter[min(before) :] = 0  # the adapter brings all rows; until then they are the same everywhere

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.display import event_line
 from cluster.driver import Driver
 from cluster.events import JobSettled, WorkerReplaced
 from cluster.replies import (
@@ -303,6 +304,19 @@ def test_a_release_that_is_there_already_is_settled_and_nothing_published(fleet)
     assert it.states() == {"one": JobState.PUBLISHED}
     assert it.pool.published == []
     assert (it.driver.summary().published, it.driver.summary().unchanged) == (0, 1)
+
+
+def test_what_should_be_known_of_a_release_is_told_with_it(fleet):
+    it = fleet()
+    it.submit(request("one"))
+    it.step()
+    found = release("one")
+    manifest = found.manifest.model_copy(update={"notes": ("the tokenizer ends elsewhere",)})
+    told = JobOutcome(job_id="one", merge_key="a" * 64, release=found.model_copy(update={"manifest": manifest}))
+    it.pool.finish("merge-worker-0", told)
+    it.step()
+    [event] = [event for event in it.events if isinstance(event, JobSettled)]
+    assert event_line(event).plain == "one  published: /releases/one\none  note: the tokenizer ends elsewhere"
 
 
 def test_publishing_that_fails_is_decided_like_any_failure(fleet):

@@ -1,5 +1,6 @@
 """The parity report as a page: complete, escaped, self-contained, and drawn where it should be."""
 
+import json
 import re
 import sys
 import xml.etree.ElementTree as ET
@@ -177,6 +178,7 @@ def test_everything_from_outside_is_escaped():
                 base=f"/bases/{evil}",
                 passed=False,
                 failures=(evil,),
+                notes=(evil,),
                 tensors=(tensor(f"model.layers.0.{evil}.weight", rounding_excess=5.0),),
                 behaviour=(
                     behaviour(prompt(evil, reference_text=evil, merged_text=evil + "!"), reference=evil),
@@ -187,7 +189,15 @@ def test_everything_from_outside_is_escaped():
     )
     assert not {"script", "img"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
-    assert page.text.count(evil) >= 6
+    assert page.text.count(evil) >= 7
+
+
+def test_notes_are_told_and_take_no_room_where_there_are_none():
+    note = "generation_config.json ends at 1 and the tokenizer at 2"
+    assert note in Page(render_report(report(notes=(note,)))).text
+    assert "To know before it is used" not in Page(render_report(report())).text
+    assert json.loads(report(notes=(note,)).model_dump_json())["notes"] == [note]
+    assert "notes" not in report().model_dump_json()
 
 
 def test_page_is_self_contained():
