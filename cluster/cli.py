@@ -52,7 +52,13 @@ def plan(file: RequestFile, *, as_json: AsJson = False, debug: Debug = False) ->
         settings, requests = load_settings(), load_requests(file)
         from cluster.preview import preview  # takes seconds to load, and a wrong file is told before
 
-        previews = preview(requests, settings.cache, settings.num_threads, settings.device)
+        previews = preview(
+            requests,
+            settings.cache,
+            settings.num_threads,
+            settings.device,
+            inert_fields=settings.inert_adapter_fields,
+        )
         output.document({"requests": [preview_document(each) for each in previews]})
         output.show(preview_table(previews))
         for each in previews:

@@ -28,7 +28,14 @@ class Preview:
     """Those of the plan."""
 
 
-def preview(requests: Sequence[MergeRequest], cache: Path, num_threads: int | None, device: str) -> tuple[Preview, ...]:
+def preview(
+    requests: Sequence[MergeRequest],
+    cache: Path,
+    num_threads: int | None,
+    device: str,
+    *,
+    inert_fields: frozenset[str] = frozenset(),
+) -> tuple[Preview, ...]:
     """Plan every request; a base is planned once for all that share a pass.
 
     Args:
@@ -36,6 +43,7 @@ def preview(requests: Sequence[MergeRequest], cache: Path, num_threads: int | No
         cache: where fetched sources are kept.
         num_threads: of the worker the time is estimated for; None for all cores.
         device: that worker's: `cpu`, `cuda`, or `auto` for CUDA where this machine has any.
+        inert_fields: of adapters' configurations, that PEFT may not know and that change no merge.
 
     Returns:
         One preview for each request, in their order.
@@ -47,23 +55,30 @@ def preview(requests: Sequence[MergeRequest], cache: Path, num_threads: int | No
     if device == "auto":
         device = resolve_device(device).type
     found = {
-        each.request.id: each for group in passes.values() for each in _preview_pass(group, cache, threads, device)
+        each.request.id: each
+        for group in passes.values()
+        for each in _preview_pass(group, cache, threads, device, inert_fields=inert_fields)
     }
     return tuple(found[request.id] for request in requests)
 
 
-def _preview_pass(requests: list[MergeRequest], cache: Path, num_threads: int, device: str) -> list[Preview]:
+def _preview_pass(
+    requests: list[MergeRequest], cache: Path, num_threads: int, device: str, *, inert_fields: frozenset[str]
+) -> list[Preview]:
     try:
         base = plan_base(fetch_base(requests[0].base, cache), requests[0])
     except MergefleetError as error:
         return [Preview(request=request, estimate=None, failure=Failure.of(error)) for request in requests]
-    return [_preview_job(base, request, cache, num_threads, device) for request in requests]
+    return [_preview_job(base, request, cache, num_threads, device, inert_fields=inert_fields) for request in requests]
 
 
-def _preview_job(base: BasePlan, request: MergeRequest, cache: Path, num_threads: int, device: str) -> Preview:
+def _preview_job(
+    base: BasePlan, request: MergeRequest, cache: Path, num_threads: int, device: str, *, inert_fields: frozenset[str]
+) -> Preview:
     try:
         with tempfile.TemporaryDirectory(prefix="mergefleet-plan-") as outline:
-            plan = plan_merge(base, request, outline_adapters(request, base.source, cache, Path(outline)))
+            adapter = outline_adapters(request, base.source, cache, Path(outline), inert_fields)
+            plan = plan_merge(base, request, adapter, inert_fields)
             estimated = estimate(plan, num_threads, device)
             return Preview(request=request, estimate=estimated, failure=None, notes=plan.notes)
     except MergefleetError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.sources import InitSettingsSource
 
 from cluster.logs import DEBUG_VARIABLE
@@ -30,6 +30,10 @@ _VARIABLES_THAT_ARE_NO_SETTINGS = frozenset({CONFIG_VARIABLE, DEBUG_VARIABLE})
 
 def _absolute(value: Any) -> Any:
     return Path(os.path.normpath(Path.cwd() / Path(value).expanduser())) if isinstance(value, str | Path) else value
+
+
+def _names(value: Any) -> Any:
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
 AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
@@ -68,6 +72,8 @@ class Settings(BaseSettings):
     """Compute threads of each worker; by default the cores, divided among the workers."""
     resident_bytes: NumBytes = 4 * 1024**3
     """Most bytes of quantized bases that one worker keeps in memory between units."""
+    inert_adapter_fields: Annotated[frozenset[str], NoDecode, BeforeValidator(_names)] = frozenset()
+    """Fields of `adapter_config.json` that PEFT does not know and that change no merge: names with commas between."""
 
     lease_seconds: Annotated[float, Field(ge=1)] = 30.0
     """How long a job stays with a driver that no longer says that it lives."""
@@ -156,6 +162,7 @@ def worker_settings(settings: Settings, *, device: str, num_threads: int | None)
         device=device,
         num_threads=num_threads,
         resident_bytes=settings.resident_bytes,
+        inert_adapter_fields=settings.inert_adapter_fields,
     )
 
 

@@ -17,18 +17,23 @@ from workers.checkpoint import lay_out_shard
 from workers.combination import Combined, combine
 from workers.files import file_errors, sha256_of
 from workers.lanes.adapter import ADAPTER_WEIGHTS, open_adapter
+from workers.lanes.fitting import fit
+from workers.model import skeleton
 from workers.scratch import keep_directory
 from workers.shipment import shipped_files
 from workers.sources import Source, fetch_adapter
 
 
-def fetch_adapters(request: MergeRequest, base: Source, cache: Path) -> Source:
+def fetch_adapters(
+    request: MergeRequest, base: Source, cache: Path, inert_fields: frozenset[str] = frozenset()
+) -> Source:
     """Bring the adapter of a request to a local directory; several are combined into one, once, and kept in the cache.
 
     Args:
         request: says where the adapters are, and how they are combined.
         base: that they were made for.
         cache: where fetched and combined adapters are kept.
+        inert_fields: of their configurations, as in `open_adapter`.
 
     Returns:
         One adapter. One that was combined knows what of, and its digest is made of the digests of those.
@@ -42,11 +47,13 @@ def fetch_adapters(request: MergeRequest, base: Source, cache: Path) -> Source:
         return parts[0]
     directory = cache / "combined" / _cache_key(request, base, parts)
     with file_errors(f"combining adapters in {directory}"):
-        keep_directory(directory, lambda path: _make(request, base, parts, path))
+        keep_directory(directory, lambda path: _make(request, base, parts, path, inert_fields))
     return _source(directory, parts)
 
 
-def outline_adapters(request: MergeRequest, base: Source, cache: Path, directory: Path) -> Source:
+def outline_adapters(
+    request: MergeRequest, base: Source, cache: Path, directory: Path, inert_fields: frozenset[str] = frozenset()
+) -> Source:
     """Do as `fetch_adapters`, but combine names and shapes alone: enough to plan with, and no weight is read.
 
     Args:
@@ -54,11 +61,12 @@ def outline_adapters(request: MergeRequest, base: Source, cache: Path, directory
         base: that they were made for.
         cache: where fetched adapters are kept.
         directory: an existing one, for the outline; its weights are a hole in a file.
+        inert_fields: of their configurations, as in `open_adapter`.
     """
     parts = tuple(fetch_adapter(each.adapter, cache) for each in request.weighted)
     if request.combination is None:
         return parts[0]
-    combined = _combine(request, base, parts, values=False)
+    combined = _combine(request, base, parts, inert_fields, values=False)
     shapes = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in combined.tensors.items()]
     layout = lay_out_shard(ADAPTER_WEIGHTS, shapes)
     with file_errors(f"outlining adapters in {directory}"):
@@ -80,8 +88,10 @@ def _cache_key(request: MergeRequest, base: Source, parts: Sequence[Source]) -> 
     return hashlib.sha256(json.dumps([key, peft.__version__, torch.__version__]).encode()).hexdigest()
 
 
-def _make(request: MergeRequest, base: Source, parts: Sequence[Source], directory: Path) -> None:
-    combined = _combine(request, base, parts, values=True)
+def _make(
+    request: MergeRequest, base: Source, parts: Sequence[Source], directory: Path, inert_fields: frozenset[str]
+) -> None:
+    combined = _combine(request, base, parts, inert_fields, values=True)
     combined.config.save_pretrained(str(directory))
     save_file(dict(combined.tensors), directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     _copy(_common_files(parts), directory)
@@ -93,10 +103,15 @@ def _copy(files: Mapping[str, Path], directory: Path) -> None:
         shutil.copyfile(path, directory / name)
 
 
-def _combine(request: MergeRequest, base: Source, parts: Sequence[Source], *, values: bool) -> Combined:
+def _combine(
+    request: MergeRequest, base: Source, parts: Sequence[Source], inert_fields: frozenset[str], *, values: bool
+) -> Combined:
     assert request.combination is not None
     _common_files(parts)
-    adapters = [open_adapter(part.directory) for part in parts]
+    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton(base.directory).state_dict().items()}
+    adapters = [
+        fit(open_adapter(part.directory, inert_fields), shapes, lambda: skeleton(base.directory)) for part in parts
+    ]
     weights = [each.weight for each in request.weighted]
     return combine(adapters, weights, request.combination, base.directory, values=values)
 

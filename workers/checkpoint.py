@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -298,10 +299,20 @@ def lay_out(
     return CheckpointLayout(tuple(lay_out_shard(name, group) for name, group in zip(names, groups, strict=True)))
 
 
-def lay_out_shard(name: str, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> ShardLayout:
-    """Lay out one file: widest dtype first, so that every tensor is aligned, then in the order given."""
+def lay_out_shard(
+    name: str,
+    tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> ShardLayout:
+    """Lay out one file: widest dtype first, so that every tensor is aligned, then in the order given.
+
+    Args:
+        name: of the file.
+        tensors: name, dtype and shape of each.
+        metadata: kept in the header beside the format.
+    """
     tensors = sorted(tensors, key=_widest_first)
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for tensor, dtype, shape in tensors:
         end = offset + math.prod(shape) * dtype.itemsize

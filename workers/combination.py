@@ -73,6 +73,12 @@ def combine(
     """
     kind, arguments = combination.type, combination.arguments()
     for adapter in adapters:
+        if adapter.num_tokens is not None:
+            raise UnsupportedError(
+                f"{adapter.weights_path} is of a vocabulary of {adapter.num_tokens} tokens, which the base does not "
+                "have, and PEFT combines no embeddings; merge it alone, and let a second request have that release as "
+                "its base"
+            )
         _check(adapter, adapters[0], kind)
         put_on(adapter, skeleton(base), values=False)  # fails on a tensor that is missing or left over
     names = [f"part{number}" for number in range(len(adapters))]

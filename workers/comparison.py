@@ -127,7 +127,7 @@ def _merge(
     others: list[MergePlan] = []
     for plan in plans:
         try:
-            others.append(plan_merge(base, other_way(plan.request), plan.adapter))
+            others.append(plan_merge(base, other_way(plan.request), plan.adapter, plan.opened.inert_fields))
         except MergefleetError as error:
             merged[plan.request.id] = error
     if not others:

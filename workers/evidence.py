@@ -50,13 +50,19 @@ class Evidence:
         self._base = plan.base
         self._directory = plan.adapter.directory
         self._outputs = plan.output.tensors.keys()
+        self._config: Any = plan.opened.config
+        self._stored = {name: spec.name for name, spec in plan.opened.tensors.items()}
+        """Names in the file, by PEFT's."""
         with self._opened() as file:
-            self.tensors = tuple(file.keys())
+            unnamed = set(file.keys()).difference(self._stored.values(), plan.opened.left_behind)
+        self.tensors = (*self._stored, *sorted(unnamed))
 
     @cached_property
     def pairs(self) -> Mapping[str, Pair]:
         """Plain LoRA on linear weights, by the weight's name in the release."""
         config: dict[str, Any] = json.loads((self._directory / "adapter_config.json").read_bytes())
+        for field in ("rank_pattern", "alpha_pattern"):  # their keys are names of modules, which bases have renamed
+            config[field] = getattr(self._config, field, None)
         if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out"):
             return {}
         of_module: dict[str, set[str]] = defaultdict(set)
@@ -84,9 +90,9 @@ class Evidence:
         return pairs
 
     def read(self, name: str) -> torch.Tensor:
-        """Read a tensor of the adapter: a copy, in float32 if it holds 16-bit numbers."""
+        """Read a tensor of the adapter by PEFT's name of it: a copy, in float32 if it holds 16-bit numbers."""
         with self._opened() as file:
-            tensor: torch.Tensor = file.get_tensor(name)
+            tensor: torch.Tensor = file.get_tensor(self._stored.get(name, name))
         return tensor.float() if tensor.is_floating_point() else tensor.clone()
 
     def replacement(self, name: str) -> str | None:

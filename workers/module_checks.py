@@ -156,7 +156,7 @@ class _Check:
             needed = {"weight"} if isinstance(asked, Probe) else {factors.key for factors in asked}
             if needed <= state.keys():
                 del self._unanswered[name], self._asked[name]
-                before = {key: self._weights.get(f"{name}.{key}") for key in state}
+                before = {key: _as_large(self._weights.get(f"{name}.{key}"), shipped) for key, shipped in state.items()}
                 if isinstance(asked, Probe):
                     self._judge(f"{name}.weight", asked.judge(plain, state, before))
                 for factors in () if isinstance(asked, Probe) else asked:
@@ -184,6 +184,16 @@ class _Check:
         return read_rows(self._directory / shard.name, spec, 0, spec.shape[0] if spec.shape else 1)
 
 
+def _as_large(weight: torch.Tensor, shipped: torch.Tensor) -> torch.Tensor:
+    """Return a weight of the base with as many rows as ship: those of tokens that it lacks are zero."""
+    if weight.shape == shipped.shape or weight.shape[1:] != shipped.shape[1:] or not weight.dim():
+        return weight
+    rows = weight.new_zeros(shipped.shape)
+    count = min(len(weight), len(shipped))
+    rows[:count] = weight[:count]
+    return rows
+
+
 def _merged_copy(layer: Any) -> nn.Module:
     """Merge a copy of a layer, by PEFT alone."""
     own = copy.deepcopy(layer)
@@ -207,8 +217,8 @@ def _compare(
         allowed = half_ulp(rounded[different]) if rounded.dtype in EXPONENT_BITS else 0.5
         excess = max(_finite(float((error / allowed).max())), _WRONG_BITS)
     weight_norm = delta_norm = 0.0
-    if before.shape == shipped.shape:
-        weight = before.float()
+    weight = _as_large(before, shipped).float()
+    if weight.shape == shipped.shape:
         weight_norm = float(torch.linalg.vector_norm(weight))
         delta_norm = float(torch.linalg.vector_norm(rounded.float() - weight))
     return TensorCheck(

@@ -26,6 +26,8 @@ class WorkerSettings:
     """Threads that compute; None for one on each core this process may use."""
     resident_bytes: int = 4 << 30
     """Budget of device memory for quantized bases kept between units."""
+    inert_adapter_fields: frozenset[str] = frozenset()
+    """Fields of adapters' configurations that PEFT may not know, and that change no merge."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Adapters saved as `adapter_model.bin`: a pickle, read in a closed process and written again as safetensors.
+"""Weights of adapters in pickled files, read in a closed process and written again as safetensors.
 
 PyTorch's `weights_only` unpickler makes tensors and nothing else. Should it be fooled one day, the process it runs in
 has no credentials, no network and no files but the pickle and the safetensors file (see `workers/confinement.py`).

@@ -25,8 +25,10 @@ from workers.conversions import Conversions, relate
 from workers.four_bit import plan_quantization, stored_as_asked
 from workers.lanes.adapter import Adapter, open_adapter
 from workers.lanes.coverage import Coverage, cover, ties_by_values
+from workers.lanes.fitting import fit
 from workers.lanes.lora import LoraDelta, plan_lora
 from workers.lanes.methods import WEIGHED
+from workers.lanes.resizing import check_apart, resize_vocabulary
 from workers.model import answers_prompts, check_depth, skeleton, token_embedding
 from workers.notes import find_notes
 from workers.quant import quantized_names, quantized_owner
@@ -117,14 +119,29 @@ class BasePlan:
         """
         # Layers that hold arrays would stay for as long as this plan does.
         if adapter.method in WEIGHED or ties_by_values(adapter):
-            return cover(adapter, self.skeleton())
+            return self._cover(adapter)
         tensors = tuple((name, spec.dtype, spec.shape) for name, spec in adapter.tensors.items())
-        recipe = (repr(adapter.config.to_dict()), tensors)
+        recipe = (repr(adapter.config.to_dict()), tensors, adapter.num_tokens)
         if recipe not in self._coverages:
             while len(self._coverages) >= _MAX_RECIPES:
                 del self._coverages[next(iter(self._coverages))]
-            self._coverages[recipe] = cover(adapter, self.skeleton())
+            self._coverages[recipe] = self._cover(adapter)
         return self._coverages[recipe]
+
+    def _cover(self, adapter: Adapter) -> Coverage:
+        model = self.skeleton()
+        resize_vocabulary(model, adapter.num_tokens)
+        coverage = cover(adapter, model)
+        if adapter.num_tokens is not None:
+            check_apart(
+                str(adapter.weights_path),
+                adapter.tensors,
+                adapter.num_tokens,
+                tied=coverage.tied,
+                untied=coverage.untied,
+                replaced=coverage.replaced,
+            )
+        return coverage
 
     def skeleton(self) -> PreTrainedModel:
         """Build its model on the meta device, with the ties that its files have."""
@@ -354,13 +371,25 @@ class PlannedBases:
         return self._plans[key]
 
 
-def plan_merge(base: BasePlan, request: MergeRequest, adapter: Source) -> MergePlan:
+def plan_merge(
+    base: BasePlan, request: MergeRequest, adapter: Source, inert_fields: frozenset[str] = frozenset()
+) -> MergePlan:
     """Plan one job on a planned base.
+
+    Args:
+        base: planned.
+        request: of the job.
+        adapter: in a local directory.
+        inert_fields: of its configuration, as in `open_adapter`.
 
     Raises:
         NotFoundError, BadInputError, UnsupportedError: the adapter cannot be used, or does not fit the base.
     """
-    opened = open_adapter(adapter.directory)
+    opened = fit(
+        open_adapter(adapter.directory, inert_fields),
+        base.conversions.shapes,
+        base.skeleton,
+    )
     if request.parity.level == "full" and not base.answers_prompts:
         raise UnsupportedError(
             f"{base.source.directory}: its model does not continue text, so parity level full cannot ask "
@@ -403,7 +432,8 @@ def plan_merge(base: BasePlan, request: MergeRequest, adapter: Source) -> MergeP
         tensors=tensors,
         output=_output_layout(base, tensors, request.max_shard_size),
         shipment=shipment,
-        notes=find_notes(
+        notes=opened.notes
+        + find_notes(
             request,
             base.source,
             adapter.parts or (adapter,),

@@ -86,6 +86,11 @@ def _merged_config(plan: MergePlan) -> dict[str, Any]:
         if isinstance(stated, str):
             # Under both names: older versions of transformers, and what is built on them, read the second alone.
             section["dtype"] = section["torch_dtype"] = plan.request.dtype or stated
+    if plan.opened.num_tokens is not None:
+        # Other sections, such as that of a vision model, have no vocabulary.
+        for part in (config, *config.values()):
+            if isinstance(part, dict) and "vocab_size" in part:
+                part["vocab_size"] = plan.opened.num_tokens
     if plan.apart and config.get("model_type") not in COMPUTES_WITH_FLAG:
         config["tie_word_embeddings"] = False
         text = config.get("text_config")

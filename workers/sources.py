@@ -1,8 +1,8 @@
 """Base and adapter bytes: wherever they are, pinned, digested, and brought to a local directory.
 
 Only what a checkpoint needs is brought: safetensors, and what `workers.belongings` lists. Other formats of the same
-weights are left where they are. A base without safetensors is refused; an adapter that has its weights only in
-`adapter_model.bin` is converted, once, in a closed process.
+weights are left where they are. A base without safetensors is refused. An adapter in several files, or with pickled
+ones, is gathered into one safetensors file, once; pickled files are converted in a closed process.
 """
 
 import fnmatch
@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.errors import NotFoundError, TransientIOError, UnsupportedError
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
+from workers.adapter_files import WeightFiles, foreign_kind, gather, weight_files
 from workers.belongings import CARD_NAME, Files, ListedFiles, LocalFiles, belongings, check_description
+from workers.checkpoint import read_shard
 from workers.files import file_errors, sha256_of
-from workers.pickled import CONVERTED_WEIGHTS, PICKLED_WEIGHTS, convert
 from workers.scratch import keep_directory
 
 if TYPE_CHECKING:
@@ -56,8 +57,6 @@ class _Kind:
     """Pattern of safetensors files that repeat the weights in a form that is not read here."""
     pickled: tuple[str, ...]
     """Patterns of the same weights in pickle files."""
-    convertible: str | None
-    """The pickle file that stands in for safetensors where there are none."""
     unread: frozenset[str] = frozenset()
     """Of what belongs to a model, names that say nothing here."""
 
@@ -69,10 +68,7 @@ class _Kind:
         """
         top = frozenset(files.top())
         chosen = belongings(files) - self.unread | top & {self.config} | {name for name in top if self._holds(name)}
-        wanted = {name for name in chosen if not _matches(name, self.pickled)}
-        if self.convertible in top and not self._has_weights(wanted):
-            wanted.add(self.convertible)
-        return sorted(wanted)
+        return sorted(name for name in chosen if not _matches(name, self.pickled))
 
     def check(self, names: Iterable[str], location: Location) -> None:
         """Check that config and weights are among the files of a location.
@@ -82,7 +78,7 @@ class _Kind:
             UnsupportedError: there are only pickled weights, of a kind that is not converted.
         """
         there = frozenset(name for name in names if "/" not in name)
-        if not self._has_weights(there) and self.convertible not in there:
+        if not any(map(self._holds, there)):
             if pickled := sorted(name for name in there if _matches(name, self.pickled)):
                 raise UnsupportedError(
                     f"{self.name} {location} has its weights only in pickle files ({pickled[0]}), which can run code "
@@ -92,13 +88,27 @@ class _Kind:
         if self.config not in there:
             raise NotFoundError(f"{self.name} {location} has no {self.config}; found {_some(there)}")
 
-    def _has_weights(self, names: Iterable[str]) -> bool:
-        return any(self._holds(name) for name in names)
-
     def _holds(self, name: str) -> bool:
         """Whether a file at the top holds weights as they are read here."""
         is_repeated = self.duplicates is not None and fnmatch.fnmatchcase(name, self.duplicates)
         return fnmatch.fnmatchcase(name, self.weights) and "/" not in name and not is_repeated
+
+
+class _AdapterKind(_Kind):
+    """An adapter: its own files, and those with what was trained beside it."""
+
+    def select(self, files: Files) -> list[str]:
+        """Do as any kind, with the weights that are there."""
+        weights = weight_files(files.top(), self.name)
+        beside = (name for name in super().select(files) if not name.endswith(".safetensors"))
+        return sorted({*beside, *weights.own, *weights.beside})
+
+    def check(self, names: Iterable[str], location: Location) -> None:
+        """Check that config and weights are there, and of the kind that PEFT saves; raises as `weight_files`."""
+        there = frozenset(name for name in names if "/" not in name)
+        weight_files(there, f"adapter {location}")
+        if self.config not in there:
+            raise NotFoundError(f"adapter {location} has no {self.config}; found {_some(there)}")
 
 
 _BASE = _Kind(
@@ -107,15 +117,13 @@ _BASE = _Kind(
     weights="*.safetensors",
     duplicates="consolidated*.safetensors",  # the release format of some makers, beside the one of transformers
     pickled=("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt"),
-    convertible=None,
 )
-_ADAPTER = _Kind(
+_ADAPTER = _AdapterKind(
     name="adapter",
     config="adapter_config.json",
-    weights="adapter_model*.safetensors",
+    weights="adapter_model.safetensors",
     duplicates=None,
-    pickled=("adapter_model*.bin",),
-    convertible=PICKLED_WEIGHTS,
+    pickled=(),
     unread=frozenset({CARD_NAME}),
 )
 
@@ -142,27 +150,44 @@ def fetch_base(location: Location, cache: Path) -> Source:
 def fetch_adapter(location: Location, cache: Path) -> Source:
     """Bring an adapter to a local directory. Its digest is taken from the names and contents of its files.
 
-    One without safetensors has its `adapter_model.bin` converted; the digest stays that of the files as they were.
+    Weights in several files, or in pickled ones, are gathered into one safetensors file; the digest stays that of the
+    files as they were.
 
     Args:
-        location: a directory with `adapter_config.json` and `adapter_model.safetensors` or `adapter_model.bin`, a
-            prefix, or a repository.
-        cache: where adapters from S3 and converted ones are kept; those from a Hub are kept in huggingface_hub's own
+        location: a directory with `adapter_config.json` and weights as PEFT saves them, a prefix, or a repository.
+        cache: where adapters from S3 and gathered ones are kept; those from a Hub are kept in huggingface_hub's own
             cache.
 
     Raises:
-        As `fetch_base`; as `workers.pickled.convert` for an adapter that is converted.
+        As `fetch_base`; as `workers.adapter_files.gather` for an adapter that is gathered.
     """
+    if isinstance(location, LocalPath):
+        _check_kind(location)
     directory, pinned, _ = _bring(_ADAPTER, location, cache)
     with file_errors(f"reading adapter {pinned}"):
         contents = _contents(directory)
     digest = _digest(contents)
-    if any(name == PICKLED_WEIGHTS for name, _ in contents):
-        converted = cache / "sources" / digest
-        with file_errors(f"converting adapter {pinned} to {converted}"):
-            keep_directory(converted, lambda path: _convert(directory, contents, path))
-        directory = converted
+    files = weight_files((name for name, _ in contents), f"adapter {pinned}")
+    if not files.plain:
+        gathered = cache / "sources" / digest
+        with file_errors(f"gathering adapter {pinned} in {gathered}"):
+            keep_directory(gathered, lambda path: _gather(directory, contents, files, path))
+        directory = gathered
     return Source(location=pinned, directory=directory, digest=digest)
+
+
+def _check_kind(location: LocalPath) -> None:
+    """Say what the weights of a directory are that has none of PEFT's, where their names tell.
+
+    Raises:
+        UnsupportedError: they tell.
+    """
+    names = {path.name for path in location.path.glob("*.safetensors") if path.is_file()}
+    if len(names) == 1 and not any(name.startswith("adapter_model") for name in names):
+        path = location.path / names.pop()
+        if found := foreign_kind(spec.name for spec in read_shard(path).tensors):
+            tensor, kind, advice = found
+            raise UnsupportedError(f"{path}: tensor {tensor}: this is {kind}, not one of PEFT; {advice}")
 
 
 def _contents(directory: Path) -> list[tuple[str, str]]:
@@ -170,15 +195,13 @@ def _contents(directory: Path) -> list[tuple[str, str]]:
     return [(path.relative_to(directory).as_posix(), sha256_of(path)) for path in _files(_ADAPTER, directory)]
 
 
-def _convert(directory: Path, contents: list[tuple[str, str]], target: Path) -> None:
-    """Fill a directory with an adapter's files, the weights as safetensors."""
+def _gather(directory: Path, contents: list[tuple[str, str]], files: WeightFiles, target: Path) -> None:
+    """Fill a directory with an adapter's files, the weights in one of them."""
+    gather(directory, files, target)
     for name, _ in contents:
-        path = target / name
-        if name == PICKLED_WEIGHTS:
-            convert(directory / name, target / CONVERTED_WEIGHTS)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(directory / name, path)
+        if name not in {*files.own, *files.beside} and not name.endswith(".index.json"):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(directory / name, target / name)
     if _contents(directory) != contents:
         raise TransientIOError(f"adapter {directory} was changed while it was read; it is read anew")
 

@@ -70,6 +70,13 @@ def read_rows(path: Path, spec: TensorSpec, start: int, stop: int) -> torch.Tens
     return target
 
 
+def read_into_bytes(descriptor: int, path: Path, num_bytes: int, offset: int) -> bytes:
+    """Return bytes of a file; raises as `read_into`."""
+    target = torch.empty(num_bytes, dtype=torch.uint8)
+    read_into(descriptor, path, target, offset)
+    return tensor_bytes(target).tobytes()
+
+
 def write_all(descriptor: int, path: Path, data: memoryview | bytes, offset: int) -> None:
     """Write all bytes at an offset.
 

@@ -186,8 +186,9 @@ class Unit:
             for job in self.jobs:
                 with own_failure(job):
                     self.tracker.check(job.id)
-                    adapter = fetch_adapters(job.request, source, self._settings.cache)
-                    job.planned = plan_merge(base, job.request, adapter)
+                    inert = self._settings.inert_adapter_fields
+                    adapter = fetch_adapters(job.request, source, self._settings.cache, inert)
+                    job.planned = plan_merge(base, job.request, adapter, inert)
                     enter(job)
         self._admit()
         for job in self._running:

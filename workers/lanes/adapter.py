@@ -7,8 +7,8 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from jobs.errors import BadInputError, UnsupportedError
+from workers.adapter_files import foreign_kind, origins
 from workers.checkpoint import TensorSpec, read_json, read_shard
+from workers.lanes import names as adapter_names
+from workers.lanes.causes import cause_of
 from workers.lanes.methods import MERGED, REFUSED, SHAPED_BY_VALUES, WEIGHED
+from workers.lanes.resizing import resize_vocabulary
 from workers.tensor_io import read_rows
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_NAME = "default"
-PREFIX = "base_model.model."
+PREFIX = adapter_names.PREFIX
 """What PEFT puts before the name of every module it saves tensors of."""
 
 _NEUTRAL: tuple[Any, ...] = (None, False, {}, [])
@@ -37,6 +41,11 @@ _NEUTRAL: tuple[Any, ...] = (None, False, {}, [])
 
 _NOT_FOR_PEFT = frozenset({"auto_mapping", "runtime_config"})
 """Fields that PEFT itself leaves aside when it loads an adapter."""
+
+_INERT_FIELDS = "MERGEFLEET_INERT_ADAPTER_FIELDS"
+
+_OF_INITS = frozenset({"eva_config", "corda_config", "lora_ga_config", "loftq_config"})
+"""Fields that say how an initialization computes; it is over once an adapter is saved."""
 
 _ALTERS_THE_MODEL = ("layer_replication", "alora_invocation_tokens", "arrow_config", "use_qalora", "megatron_config")
 """Fields of LoRA whose effect is no weight of the base's own model, or that belong to other model classes."""
@@ -58,7 +67,8 @@ REFUSALS = (
 )
 """What PEFT raises on an adapter that it cannot use, depending on where it stumbles."""
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""What the tensors of an adapter are stored in; integers are codes that mean nothing without their scales."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,21 @@ class Adapter:
     config: PeftConfig
     """Never handed out as it is: PEFT writes into the one it wraps a model with."""
     tensors: Mapping[str, TensorSpec]
-    """By the names it is saved under."""
+    """By the names that PEFT gives them; a spec has the name that is stored."""
+    beside: Mapping[str, str] = field(default_factory=dict)
+    """Files that tensors come from which were trained beside the adapter, by the names stored."""
+    num_tokens: int | None = None
+    """Size of the vocabulary that it was trained with; None where it is the base's."""
+    inert_fields: frozenset[str] = frozenset()
+    """Fields of a configuration that the operator knows to change nothing."""
+    left_behind: frozenset[str] = frozenset()
+    """Tensors of its file that no release takes, by the names stored; a note tells them."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of it who did not write its files."""
+
+    def origin(self, stored: str) -> str:
+        """Return the file that a tensor comes from, for messages; by the name it is stored under."""
+        return f"{self.directory}: {self.beside[stored]}" if stored in self.beside else str(self.weights_path)
 
     @property
     def weights_path(self) -> Path:
@@ -93,18 +117,48 @@ class Wrapped:
     """Names in the wrapped model of the tensors that took their values from the adapter's file."""
 
 
-def open_adapter(directory: Path) -> Adapter:
+def open_adapter(directory: Path, inert_fields: frozenset[str] = frozenset()) -> Adapter:
     """Read the configuration and the headers of an adapter.
+
+    Args:
+        directory: of the adapter.
+        inert_fields: of the configuration, that PEFT may not know: the operator says that they change nothing.
 
     Raises:
         NotFoundError: a file is missing.
         UnsupportedError: the method, or something the configuration asks for, cannot be merged; the message names it.
         BadInputError: configuration or weights are malformed.
     """
-    config = _read_peft_config(directory)
+    config, notes = _read_peft_config(directory, inert_fields)
     path = directory / ADAPTER_WEIGHTS
     method = PeftType(config.peft_type).value
-    return Adapter(directory, method, config, {spec.name: spec for spec in read_shard(path).tensors})
+    shard = read_shard(path)
+    if found := foreign_kind(spec.name for spec in shard.tensors):
+        tensor, kind, advice = found
+        raise UnsupportedError(f"{path}: tensor {tensor}: this is {kind}, not one of PEFT; {advice}")
+    beside = origins(shard)
+    named = adapter_names.name_as_peft(str(path), method, shard.tensors, beside, functools.partial(_same, path))
+    if named.left_behind:
+        num_more = len(named.left_behind) - 1
+        notes += (
+            f"a value head is left behind, which only the training needed: {named.left_behind[0]} and {num_more} more",
+        )
+    return Adapter(
+        directory=directory,
+        method=method,
+        config=config,
+        tensors=named.tensors,
+        beside=beside,
+        inert_fields=inert_fields,
+        left_behind=frozenset(named.left_behind),
+        notes=notes,
+    )
+
+
+def _same(path: Path, one: TensorSpec, other: TensorSpec) -> bool:
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(
+        read_tensor(path, one), read_tensor(path, other)
+    )
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -159,7 +213,8 @@ def put_on(
     if hasattr(config, "progressbar"):
         config.progressbar = False
     on_meta = not values and adapter.method not in WEIGHED
-    with _refusals(adapter, f"{ADAPTER_CONFIG}: does not fit this base, {type(model).__name__}"), _device(on_meta):
+    resize_vocabulary(model, adapter.num_tokens)
+    with refusals(adapter, f"{ADAPTER_CONFIG}: does not fit this base, {type(model).__name__}"), _device(on_meta):
         peft_model = PeftModel(model, config, low_cpu_mem_usage=on_meta or offloaded_to is not None)
     if not values and adapter.method in SHAPED_BY_VALUES:
         return Wrapped(peft_model, frozenset())
@@ -175,7 +230,7 @@ def put_on(
         keep_adapters_on(offloaded_to, peft_model)
     _check_tensors(adapter, peft_model)
     names = set(peft_model.state_dict())
-    with _refusals(adapter, f"{ADAPTER_WEIGHTS}: PEFT cannot load it"):
+    with refusals(adapter, f"{ADAPTER_WEIGHTS}: PEFT cannot load it"):
         found: Any = set_peft_model_state_dict(peft_model, tensors, low_cpu_mem_usage=offloaded_to is not None)
     _account_for(adapter, peft_model, found.missing_keys, found.unexpected_keys)
     return Wrapped(peft_model.eval(), frozenset(names.difference(found.missing_keys)))
@@ -210,7 +265,7 @@ def take_off(adapter: Adapter, peft_model: PeftModel, name: str, *, merge: bool)
     tree = peft_model.get_base_model()
     module: Any = tree.get_submodule(name)
     plain: nn.Module
-    with _refusals(adapter, f"{ADAPTER_WEIGHTS}: module {name} cannot be merged"):
+    with refusals(adapter, f"{ADAPTER_WEIGHTS}: module {name} cannot be merged"):
         if hasattr(module, "unload_and_optionally_merge_module"):
             plain = module.unload_and_optionally_merge_module(merge=merge, safe_merge=False, adapter_names=None)
         else:
@@ -231,10 +286,15 @@ def keep_adapters_on(device: torch.device, peft_model: PeftModel) -> None:
             )
 
 
-def _read_peft_config(directory: Path) -> PeftConfig:
+def _read_peft_config(directory: Path, inert_fields: frozenset[str]) -> tuple[PeftConfig, tuple[str, ...]]:
     path = directory / ADAPTER_CONFIG
     raw = read_config(directory)
     method = raw.get("peft_type")
+    if method is None and "fine_tune_type" in raw:
+        raise UnsupportedError(
+            f"{path}: fine_tune_type {raw['fine_tune_type']!r}: this is an adapter of MLX, not one of PEFT; merge it "
+            "with MLX itself (mlx_lm.fuse)"
+        )
     if not isinstance(method, str) or method not in MERGED:
         reason = REFUSED.get(method) if isinstance(method, str) else None
         raise UnsupportedError(
@@ -243,28 +303,60 @@ def _read_peft_config(directory: Path) -> PeftConfig:
             else f"{path}: peft_type {method!r} is unknown to this version; expected one of {', '.join(sorted(MERGED))}"
         )
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)]
-    known = {field.name for field in dataclasses.fields(config_class)}
-    for field, value in raw.items():
-        if field not in known and not any(value == other and type(value) is type(other) for other in _NEUTRAL):
-            raise UnsupportedError(
-                f"{path}: field {field} = {value!r} is unknown to PEFT {peft.__version__}; it would change the merge"
-            )
+    known = {entry.name for entry in dataclasses.fields(config_class)}
+    unknown = _unknown_fields(path, raw, known, inert_fields)
     if "init_lora_weights" in known:
         _check_init(path, raw.get("init_lora_weights", True))
         raw["init_lora_weights"] = True  # the values come from the file
-    for field in _ALTERS_THE_MODEL:
-        if field in known and raw.get(field):
+        for name in _OF_INITS & raw.keys():
+            del raw[name]
+    for name in _ALTERS_THE_MODEL:
+        if name in known and raw.get(name):
             raise UnsupportedError(
-                f"{path}: field {field} = {raw[field]!r} is not supported by this version; it would change the merge"
+                f"{path}: field {name} = {raw[name]!r} is not supported by this version; it would change the merge"
             )
-    given = {field: value for field, value in raw.items() if field in known - _NOT_FOR_PEFT}
+    given = {name: value for name, value in raw.items() if name in known - _NOT_FOR_PEFT}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config: PeftConfig = config_class(**given | {"inference_mode": True})
     except REFUSALS as error:
         raise BadInputError(f"{path}: PEFT refuses this configuration: {error}") from error
-    return config
+    notes = (
+        f"field {name} of {ADAPTER_CONFIG} is taken to change nothing, as {_INERT_FIELDS} says" for name in unknown
+    )
+    return config, tuple(notes)
+
+
+def _unknown_fields(
+    path: Path, raw: Mapping[str, Any], known: Collection[str], inert_fields: Collection[str]
+) -> list[str]:
+    """Return the fields that this PEFT does not know, all of which the operator knows to change nothing."""
+    unknown = []
+    for name, value in raw.items():
+        if name in known or any(value == other and type(value) is type(other) for other in _NEUTRAL):
+            continue
+        if name not in inert_fields:
+            raise UnsupportedError(
+                f"{path}: field {name} = {value!r} is unknown to PEFT {peft.__version__}, and may change the merge; "
+                f"{_known_to(raw)}; take it out if it changes nothing, or name it in {_INERT_FIELDS}"
+            )
+        unknown.append(name)
+    return unknown
+
+
+def _known_to(raw: Mapping[str, Any]) -> str:
+    """Say which version of PEFT knows a field that this one does not."""
+    saved_by = raw.get("peft_version")
+    if not isinstance(saved_by, str):
+        return "the configuration does not say which version of PEFT saved it"
+    if _version(saved_by) > _version(peft.__version__):
+        return f"PEFT {saved_by} saved the adapter and knows it: merge it where that version is installed"
+    return f"PEFT {saved_by} saved the adapter, so that it is no field of PEFT's but one that a trainer wrote"
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d{1,9}", text)[:3])
 
 
 def _check_init(path: Path, init: object) -> None:
@@ -277,11 +369,14 @@ def _check_init(path: Path, init: object) -> None:
 
 
 def _account_for(adapter: Adapter, peft_model: PeftModel, missing: Sequence[str], unexpected: Sequence[str]) -> None:
-    path = adapter.weights_path
     if unexpected:
+        stored = {name: spec.name for name, spec in adapter.tensors.items()}
+        first = min(unexpected)
+        cause = cause_of(first, adapter.method, adapter.config, peft_model.get_base_model())
+        name = stored.get(first, first)
         raise UnsupportedError(
-            f"{path}: {len(unexpected)} tensors belong to nothing this adapter's configuration declares, first "
-            f"{min(unexpected)}; leaving them out would change the model, so the merge is refused"
+            f"{adapter.origin(name)}: {len(unexpected)} tensors belong to nothing that its configuration declares, "
+            f"first {name}; {cause}"
         )
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(adapter.method)]
     parameters = dict(peft_model.named_parameters(remove_duplicate=False))
@@ -302,7 +397,7 @@ def _check_tensors(adapter: Adapter, peft_model: PeftModel) -> None:
 
     Names may differ where PEFT converts what older versions saved; those are accounted for when they are loaded.
     """
-    with _refusals(adapter, f"{ADAPTER_CONFIG}: cannot be saved again"):
+    with refusals(adapter, f"{ADAPTER_CONFIG}: cannot be saved again"):
         expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     for name in sorted(adapter.tensors.keys() & expected.keys()):
         spec = adapter.tensors[name]
@@ -312,10 +407,9 @@ def _check_tensors(adapter: Adapter, peft_model: PeftModel) -> None:
                 f"configuration, found {list(spec.shape)}; the adapter was trained on another base, or the "
                 "configuration is not its own"
             )
-        if expected[name].is_floating_point() and spec.dtype not in _FLOATS:
+        if expected[name].is_floating_point() and spec.dtype not in FLOATS:
             raise UnsupportedError(
-                f"{adapter.weights_path}: tensor {name}: dtype {spec.dtype} is not one of "
-                f"{', '.join(map(str, _FLOATS))}"
+                f"{adapter.weights_path}: tensor {name}: dtype {spec.dtype} is not one of {', '.join(map(str, FLOATS))}"
             )
     if adapter.tensors.keys() < expected.keys():
         _raise_missing(adapter, sorted(expected.keys() - adapter.tensors.keys()))
@@ -330,7 +424,7 @@ def _raise_missing(adapter: Adapter, names: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _refusals(adapter: Adapter, words: str) -> Iterator[None]:
+def refusals(adapter: Adapter, words: str) -> Iterator[None]:
     """Whatever PEFT stumbles over inside is the adapter's fault, or the base's."""
     try:
         with warnings.catch_warnings():

@@ -23,8 +23,8 @@ from workers.sources import Source, fetch_adapter, fetch_base
 ROOT = Path(__file__).parents[3]
 
 
-def safetensors(data: bytes) -> bytes:
-    header = json.dumps({"w": {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
+def safetensors(data: bytes, name: str = "w") -> bytes:
+    header = json.dumps({name: {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
     return struct.pack("<Q", len(header)) + header + data
 
 
@@ -82,10 +82,17 @@ ADAPTER = {
     "adapter_model.safetensors": safetensors(bytes(5_000)),
     "tokenizer.json": b"{}",
 }
+IN_PARTS = {
+    "adapter_config.json": b"{}",
+    "adapter_model-00001-of-00002.safetensors": safetensors(b"first"),
+    "adapter_model-00002-of-00002.safetensors": safetensors(b"second", name="v"),
+    "vit.safetensors": safetensors(b"third", name="u"),
+    "model.safetensors.index.json": b"{}",
+}
 ADAPTER_CLUTTER = {
     "adapter_model.bin": b"pickle",
     "optimizer.pt": b"pickle",
-    "model.safetensors": safetensors(b"base"),
+    "model.gguf": b"base",
     "checkpoint-5/x.json": b"{}",
     "README.md": b"# Adapter",
     "trainer_state.json": b"{}",
@@ -183,15 +190,26 @@ class TestLocal:
         with pytest.raises(NotFoundError, match=r"has no \*\.safetensors; found adapter_model\.bin"):
             fetch_base(LocalPath(tmp_path / "adapter_model.bin"), tmp_path)
 
-    def test_pickled_adapters_under_other_names_are_refused(self, tmp_path: Path) -> None:
+    def test_part_of_an_adapter_that_is_missing_is_named(self, tmp_path: Path) -> None:
         write_files(tmp_path / "a", {"adapter_config.json": b"{}", "adapter_model-00001-of-00002.bin": b"pickle"})
-        with pytest.raises(UnsupportedError, match=r"adapter_model-00001-of-00002\.bin.*re-save it as safetensors"):
+        with pytest.raises(NotFoundError, match=r"has no adapter_model-00002-of-00002\.bin, a part of the adapter"):
             fetch_adapter(LocalPath(tmp_path / "a"), tmp_path)
 
     def test_pickled_adapter_without_a_config_is_named(self, tmp_path: Path) -> None:
         write_files(tmp_path / "a", {"adapter_model.bin": b"pickle"})
         with pytest.raises(NotFoundError, match=r"has no adapter_config\.json"):
             fetch_adapter(LocalPath(tmp_path / "a"), tmp_path)
+
+
+def check_gathered(place: Location, tmp_path: Path) -> None:
+    """Fetch an adapter in several files: it is what the same files in a directory are."""
+    source = fetch_adapter(place, tmp_path / "cache")
+    assert names(source) == {"adapter_config.json", "adapter_model.safetensors"}
+    tensors = load_file(source.directory / "adapter_model.safetensors")
+    found = {name: bytes(tensor.tolist()) for name, tensor in tensors.items()}
+    assert found == {"w": b"first", "v": b"second", "u": b"third"}
+    write_files(tmp_path / "local", IN_PARTS)
+    assert fetch_adapter(LocalPath(tmp_path / "local"), tmp_path / "cache").digest == source.digest
 
 
 def check_converted(place: Location, tmp_path: Path) -> Source:
@@ -227,6 +245,10 @@ class TestS3:
     def test_pickled_adapter_is_converted(self, place: S3Prefix, tmp_path: Path) -> None:
         write_objects(self.server, place.child("pickled"), pickled())
         check_converted(place.child("pickled"), tmp_path)
+
+    def test_adapter_in_several_files_is_gathered(self, place: S3Prefix, tmp_path: Path) -> None:
+        write_objects(self.server, place.child("parts"), IN_PARTS | {"optimizer.pt": b"pickle"})
+        check_gathered(place.child("parts"), tmp_path)
 
     def test_second_fetch_brings_nothing(self, place: S3Prefix, tmp_path: Path) -> None:
         first = fetch_base(place.child("base"), tmp_path / "cache")
@@ -332,6 +354,10 @@ class TestHub:
         hub.create(f"{place.repo_id}-pickled", pickled() | {"nested/adapter_model.bin": b"pickle"})
         source = check_converted(HubRepo(f"{place.repo_id}-pickled"), tmp_path)
         assert source.location == HubRepo(f"{place.repo_id}-pickled", hub.repos[f"{place.repo_id}-pickled"][-1].oid)
+
+    def test_adapter_in_several_files_is_gathered(self, place: HubRepo, hub: Hub, tmp_path: Path) -> None:
+        hub.create(f"{place.repo_id}-parts", IN_PARTS | {"optimizer.pt": b"pickle"})
+        check_gathered(HubRepo(f"{place.repo_id}-parts"), tmp_path)
 
     def test_pickled_bases_are_refused(self, place: HubRepo, hub: Hub, tmp_path: Path) -> None:
         hub.create(f"{place.repo_id}-bin", {"config.json": b"{}", "pytorch_model.bin": b"pickle"})

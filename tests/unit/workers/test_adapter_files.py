@@ -1,0 +1,348 @@
+"""Adapters as trainers and hubs leave them: merged as PEFT merges the same adapter, or refused with the cause."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForSequenceClassification
+
+from jobs.errors import MergefleetError
+from jobs.locations import LocalPath
+from tests.merges import different, merge, merge_by_peft, plan_pass, read_tensors
+from tests.models import build_llama, make_adapter
+from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from workers.sources import fetch_adapter
+
+PREFIX = "base_model.model."
+TARGETS = ("q_proj", "v_proj")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return build_llama(tmp_path_factory.mktemp("base") / "llama", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def plain(base, tmp_path_factory):
+    return make_adapter(base, tmp_path_factory.mktemp("adapter") / "plain", targets=TARGETS)
+
+
+@pytest.fixture(scope="module")
+def expected(base, plain, tmp_path_factory):
+    """What PEFT makes of the adapter."""
+    return merge_by_peft(base, plain, tmp_path_factory.mktemp("expected") / "peft")
+
+
+@pytest.fixture
+def adapter(plain, tmp_path):
+    """A copy of the adapter, to be written as others do."""
+    return Path(shutil.copytree(plain, tmp_path / "adapter"))
+
+
+def rename(adapter, change):
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    save_file({change(name): tensor for name, tensor in tensors.items()}, adapter / ADAPTER_WEIGHTS)
+
+
+def change_config(adapter, **fields):
+    path = adapter / ADAPTER_CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def refusal(base, adapter, directory):
+    with pytest.raises(MergefleetError) as error:
+        plan_pass(base, {"job": adapter}, directory)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"_fsdp_wrapped_module.{name}",
+        lambda name: name.replace(".layers.0.", ".layers.0._checkpoint_wrapped_module."),
+        lambda name: name.replace(".layers.", "._fsdp_wrapped_module.layers."),
+        lambda name: name.replace(".layers.0.", ".layers.0._orig_mod."),
+        lambda name: name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."),
+        lambda name: name.replace("lora_A.", "lora_A.mine.").replace("lora_B.", "lora_B.mine."),
+        lambda name: name.removeprefix(PREFIX),
+        lambda name: name.removeprefix(f"{PREFIX}model."),
+    ],
+    ids=[
+        "compiled",
+        "ddp",
+        "ddp-compiled",
+        "fsdp",
+        "checkpointed",
+        "fsdp-inside",
+        "compiled-inside",
+        "default",
+        "named",
+        "no-prefix",
+        "body",
+    ],
+)
+def test_names_of_a_training_run_are_names_of_peft(base, adapter, expected, tmp_path, change):
+    rename(adapter, change)
+    assert different(merge(base, adapter, tmp_path / "ours"), expected) == []
+
+
+def test_tensors_of_two_adapters_in_one_file_are_refused(base, adapter, tmp_path):
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    one = {name.replace("_A.", "_A.one.").replace("_B.", "_B.one."): tensor for name, tensor in tensors.items()}
+    save_file(one | {name.replace(".one.", ".two."): t + 1 for name, t in one.items()}, adapter / ADAPTER_WEIGHTS)
+    assert "lora_A.two.weight are one and the same to PEFT" in refusal(base, adapter, tmp_path / "1")
+    other = {name.replace(".one.", ".two."): t for name, t in one.items() if "v_proj" in name}
+    save_file({name: t for name, t in one.items() if "q_proj" in name} | other, adapter / ADAPTER_WEIGHTS)
+    assert "holds tensors of 2 adapters, one and two" in refusal(base, adapter, tmp_path / "2")
+
+
+def test_parts_with_an_index_are_one_adapter(base, adapter, expected, tmp_path):
+    """As transformers saves a model with an adapter on that is larger than `max_shard_size`."""
+    split(adapter, 3)
+    assert different(merge(base, adapter, tmp_path / "ours"), expected) == []
+
+
+def split(adapter, num_parts):
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    (adapter / ADAPTER_WEIGHTS).unlink()
+    places = {}
+    for part in range(num_parts):
+        name = f"adapter_model-{part + 1:05d}-of-{num_parts:05d}.safetensors"
+        own = dict(sorted(tensors.items())[part::num_parts])
+        save_file(own, adapter / name)
+        places |= dict.fromkeys(own, name)
+    index = {"metadata": {}, "weight_map": places}
+    (adapter / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_a_part_that_is_missing_or_of_another_adapter_is_named(base, adapter, tmp_path):
+    split(adapter, 3)
+    second = adapter / "adapter_model-00002-of-00003.safetensors"
+    kept = second.read_bytes()
+    second.unlink()
+    assert f"has no {second.name}, a part of the adapter" in refusal(base, adapter, tmp_path / "1")
+    save_file({"base_model.model.other": torch.zeros(1)}, second)
+    assert "files of two adapters are mixed" in refusal(base, adapter, tmp_path / "2")
+    second.write_bytes(kept)
+    save_file({}, adapter / ADAPTER_WEIGHTS)
+    assert "are both there, and nothing says which" in refusal(base, adapter, tmp_path / "3")
+
+
+def test_pickled_parts_are_one_adapter(base, adapter, expected, tmp_path):
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    (adapter / ADAPTER_WEIGHTS).unlink()
+    torch.save(tensors, adapter / "adapter_model-00001-of-00001.bin")
+    assert different(merge(base, adapter, tmp_path / "ours"), expected) == []
+
+
+NORM = "model.norm.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def trained(base, names):
+    """Return tensors of a base as training would change them."""
+    weights = read_tensors(base)
+    generator = torch.Generator().manual_seed(5)
+    return {name: weights[name] + torch.randn(weights[name].shape, generator=generator).bfloat16() for name in names}
+
+
+@pytest.mark.parametrize(
+    ("file", "prefix"),
+    [
+        ("non_lora_trainables.bin", PREFIX),
+        ("trainable_params.safetensors", "module."),
+        ("vit.safetensors", ""),
+    ],
+)
+def test_what_was_trained_beside_is_merged(base, adapter, expected, tmp_path, file, prefix):
+    tensors = trained(base, [NORM, EMBEDDING])
+    beside = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+    save_file(beside, adapter / file) if file.endswith("safetensors") else torch.save(beside, adapter / file)
+    planned = plan_pass(base, {"job": adapter}, tmp_path / "ours")
+    assert not planned.run().errors
+    assert different(read_tensors(planned.output("job")), expected | tensors) == []
+    assert tensors.keys() <= planned.plans[0].changed
+    found = planned.check()["job"]
+    assert max(check.rounding_excess for check in found.values()) <= 1
+    assert all(found[name].delta_norm > 0 for name in tensors)
+
+
+def test_files_beside_decide_the_digest(plain, adapter, base, tmp_path):
+    def digest():
+        return fetch_adapter(LocalPath(adapter), tmp_path / "cache").digest
+
+    digests = [fetch_adapter(LocalPath(plain), tmp_path / "cache").digest, digest()]
+    for scale in (1, 2):
+        save_file({NORM: trained(base, [NORM])[NORM] * scale}, adapter / "trained.safetensors")
+        digests.append(digest())
+    assert digests[0] == digests[1]
+    assert len(set(digests[1:])) == 3
+
+
+@pytest.mark.parametrize(
+    ("file", "tensors", "said"),
+    [
+        (
+            "mm_projector.safetensors",
+            {f"{PREFIX}model.mm_projector.0.weight": torch.zeros(4, 4)},
+            r"mm_projector\.safetensors: tensor .* and LlamaForCausalLM has no parameter model\.mm_projector\.0\.",
+        ),
+        (
+            "vit.safetensors",
+            {NORM: torch.zeros(4)},
+            r"vit\.safetensors: tensor model\.norm\.weight .* expected shape \[64\].* found \[4\]",
+        ),
+        (
+            "new_embeddings.safetensors",
+            {"input_embeddings": torch.zeros(4, 64)},
+            r"new_embeddings\.safetensors: tensor input_embeddings was trained beside .* no parameter",
+        ),
+        (
+            "merged.safetensors",
+            {"model.layers.0.self_attn.q_proj.weight": torch.zeros(64, 64)},
+            r"q_proj holds an adapter as well, and nothing says whether this is its weight before or after a merge",
+        ),
+        ("trained.safetensors", {NORM: torch.zeros(0)}, r"trained\.safetensors: tensor \S+ is empty.*ZeRO-3"),
+        (
+            "twice.safetensors",
+            {f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(1)},
+            r"both hold tensor",
+        ),
+        ("trained.bin", {"step": 5}, r"trained\.bin: expected tensors by name, found int under 'step'"),
+    ],
+)
+def test_what_fits_nowhere_is_refused_by_name(base, adapter, tmp_path, file, tensors, said):
+    save_file(tensors, adapter / file) if file.endswith("safetensors") else torch.save(tensors, adapter / file)
+    assert re.search(said, refusal(base, adapter, tmp_path / "ours"))
+
+
+@pytest.mark.parametrize("file", ["model-00001-of-00002.safetensors", "trained.pkl", "weights.npz", "tf_model.h5"])
+def test_files_that_are_not_read_are_refused_by_name(base, adapter, tmp_path, file):
+    (adapter / file).write_bytes(b"weights")
+    assert f"{file} beside the adapter may hold weights" in refusal(base, adapter, tmp_path / "ours")
+
+
+def test_bystanders_pass(base, adapter, expected, tmp_path):
+    for file in (
+        *("optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "random_states_0.pkl"),
+        *("training_args.bin", "trainer_state.json", "scaler.pt", "adapter_model.bin", "model.gguf", "log.txt"),
+    ):
+        (adapter / file).write_bytes(b"not read")
+    (adapter / "global_step5").mkdir()
+    (adapter / "global_step5" / "mp_rank_00_model_states.pt").write_bytes(b"not read")
+    assert different(merge(base, adapter, tmp_path / "ours"), expected) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("value_head.safetensors", "v_head.summary.weight"),
+        ("value_head.safetensors", "summary.weight"),
+        ("model.safetensors", "v_head.summary.weight"),
+    ],
+)
+def test_a_value_head_is_left_behind_and_told(base, adapter, expected, tmp_path, file, name):
+    save_file({name: torch.ones(1, 64)}, adapter / file)
+    planned = plan_pass(base, {"job": adapter}, tmp_path / "ours")
+    assert not planned.run().errors
+    assert different(read_tensors(planned.output("job")), expected) == []
+    said = f"a value head is left behind, which only the training needed: {name} and 0 more"
+    assert planned.plans[0].opened.notes == (said,)
+
+
+def make_mlx(directory):
+    save_file({"model.layers.0.self_attn.q_proj.lora_a": torch.zeros(64, 8)}, directory / "adapters.safetensors")
+    (directory / ADAPTER_CONFIG).write_text(json.dumps({"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}))
+
+
+def make_renamed_mlx(directory):
+    make_mlx(directory)
+    (directory / "adapters.safetensors").rename(directory / ADAPTER_WEIGHTS)
+
+
+def make_kohya(directory):
+    save_file({"lora_unet_mid_block.lora_down.weight": torch.zeros(4, 4)}, directory / "style.safetensors")
+
+
+def make_gguf(directory):
+    (directory / "lora.gguf").write_bytes(b"GGUF")
+
+
+def make_diffusers(directory):
+    save_file({"unet.down.lora_A.weight": torch.zeros(4, 4)}, directory / "pytorch_lora_weights.safetensors")
+
+
+def make_tinker(directory):
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 32, "target_modules": "all-linear"}
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(config))
+    save_file({f"{PREFIX}model.unembed_tokens.lora_A.weight": torch.zeros(8, 64)}, directory / ADAPTER_WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (make_mlx, r"adapters\.safetensors: tensor \S+q_proj\.lora_a: this is an adapter of MLX"),
+        (make_renamed_mlx, r"fine_tune_type 'lora': this is an adapter of MLX"),
+        (make_kohya, r"style\.safetensors: tensor lora_unet_mid_block\.lora_down\.weight: this is a LoRA as kohya's"),
+        (make_gguf, r"lora\.gguf is an adapter of llama\.cpp"),
+        (make_diffusers, r"pytorch_lora_weights\.safetensors is a LoRA of diffusers"),
+        (make_tinker, r"unembed_tokens\.lora_A\.weight: this is an adapter as Tinker saves it"),
+    ],
+)
+def test_adapters_of_others_are_called_what_they_are(base, tmp_path, make, said):
+    (tmp_path / "adapter").mkdir()
+    make(tmp_path / "adapter")
+    assert re.search(said, refusal(base, tmp_path / "adapter", tmp_path / "ours"))
+
+
+def test_an_adapter_saved_empty_is_told_of_zero3(base, adapter, tmp_path):
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    save_file({name: torch.zeros(0) for name in tensors}, adapter / ADAPTER_WEIGHTS)
+    assert re.search(r"is empty, of shape \[0\]: DeepSpeed ZeRO-3", refusal(base, adapter, tmp_path / "ours"))
+
+
+@pytest.mark.parametrize(
+    ("saved_by", "said"),
+    [
+        ("99.1.0", "PEFT 99.1.0 saved the adapter and knows it: merge it where that version is installed"),
+        ("0.1.0", "PEFT 0.1.0 saved the adapter, so that it is no field of PEFT's but one that a trainer wrote"),
+        (None, "the configuration does not say which version of PEFT saved it"),
+    ],
+)
+def test_a_field_of_another_version_names_the_version(base, adapter, tmp_path, saved_by, said):
+    change_config(adapter, use_magic=True, peft_version=saved_by)
+    message = refusal(base, adapter, tmp_path / "refused")
+    assert said in message
+    assert "or name it in MERGEFLEET_INERT_ADAPTER_FIELDS" in message
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"init_lora_weights": "eva", "eva_config": {"rho": 2.0, "tau": 0.99}}, {"corda_config": {"beta_magnitude": 1}}],
+)
+def test_how_an_initialization_computed_does_not_matter(base, adapter, expected, tmp_path, fields):
+    change_config(adapter, **fields)
+    assert different(merge(base, adapter, tmp_path / "ours"), expected) == []
+
+
+def test_a_reward_head_is_called_what_it_is(base, tmp_path):
+    model = LlamaForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=1)
+    config = LoraConfig(target_modules=list(TARGETS), task_type="SEQ_CLS")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    said = refusal(base, tmp_path / "adapter", tmp_path / "ours")
+    assert re.search(
+        r"score\.weight; it is the head of a model that does not continue text \(task_type SEQ_CLS\)", said
+    )
+    assert "load the base as AutoModelForSequenceClassification" in said
+    # What the message says to do is possible.
+    LlamaForSequenceClassification.from_pretrained(base, num_labels=1).save_pretrained(tmp_path / "classifier")
+    ours = merge(tmp_path / "classifier", tmp_path / "adapter", tmp_path / "merged", parity={"level": "arithmetic"})
+    assert different(ours, merge_by_peft(tmp_path / "classifier", tmp_path / "adapter", tmp_path / "peft")) == []

@@ -1,0 +1,120 @@
+"""Adapters whose names are not those of the base's model: what PEFT makes of the same adapter under today's names."""
+
+import json
+import re
+import shutil
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from jobs.errors import MergefleetError
+from tests.architectures import build
+from tests.merges import different, merge_by_peft, plan_pass, read_tensors
+from tests.models import load_plain
+from workers.inference import quiet_libraries
+from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+TEXT = r".*language_model.*\.(q_proj|v_proj)"
+EVERYWHERE = ["q_proj", "v_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    return build("vision-language", "qwen2_5_vl", tmp_path_factory.mktemp("base") / "qwen2_5_vl")
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    return build("vision-language", "gemma3", tmp_path_factory.mktemp("base") / "gemma3")
+
+
+def make(base, directory, targets, **fields):
+    """Save a trained adapter under the names that the model has today."""
+    with quiet_libraries():
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **fields)
+        get_peft_model(load_plain(base), config).save_pretrained(directory)
+    return directory
+
+
+def rewrite(adapter, directory, change, **config):
+    """Copy an adapter with other names of tensors and other fields."""
+    shutil.copytree(adapter, directory)
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    save_file({change(name): tensor for name, tensor in tensors.items()}, directory / ADAPTER_WEIGHTS)
+    fields = json.loads((adapter / ADAPTER_CONFIG).read_text()) | config
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(fields))
+    return directory
+
+
+def before_4_52(name):
+    return name.replace("model.model.language_model.", "model.model.").replace("model.model.visual.", "model.visual.")
+
+
+def text_alone(name):
+    return name.replace("model.language_model.", "model.")
+
+
+def merged(base, adapter, directory):
+    planned = plan_pass(base, {"job": adapter}, directory)
+    assert not planned.run().errors
+    return read_tensors(planned.output("job")), planned.plans[0].opened.notes
+
+
+@pytest.mark.parametrize(
+    ("targets", "fields", "old"),
+    [
+        (EVERYWHERE, {}, {}),
+        (
+            EVERYWHERE,
+            {"alpha_pattern": {"model.language_model.layers.0.self_attn.q_proj": 32}},
+            {"alpha_pattern": {"model.layers.0.self_attn.q_proj": 32}},
+        ),
+        (
+            EVERYWHERE,
+            {"rank_pattern": {"model.language_model.layers.1.self_attn.v_proj": 2}},
+            {"rank_pattern": {"^model.layers.1.self_attn.v_proj": 2}},
+        ),
+        (
+            r"model\.language_model\.layers\.\d+\.self_attn\.(q|v)_proj",
+            {},
+            {"target_modules": r"model\.layers\.\d+\.self_attn\.(q|v)_proj"},
+        ),
+        (["q_proj"], {"modules_to_save": ["embed_tokens"]}, {}),
+    ],
+    ids=["plain", "alpha", "rank", "pattern", "embedding"],
+)
+def test_names_before_a_renaming_are_found_by_the_rules_of_transformers(qwen, tmp_path, targets, fields, old):
+    today = make(qwen, tmp_path / "today", targets, **fields)
+    adapter = rewrite(today, tmp_path / "old", before_4_52, **old)
+    tensors, notes = merged(qwen, adapter, tmp_path / "ours")
+    assert different(tensors, merge_by_peft(qwen, today, tmp_path / "peft")) == []
+    assert any("modules of the adapter have another name in this base" in note for note in notes)
+
+
+def test_an_adapter_of_a_text_model_fits_it_in_a_larger_one(gemma, tmp_path):
+    """The vision tower has modules of the same names; they have no adapter, and stay as they are."""
+    today = make(gemma, tmp_path / "today", TEXT)
+    for number, change in enumerate((text_alone, lambda name: text_alone(name).replace("model.model.", "model."))):
+        adapter = rewrite(today, tmp_path / f"text-{number}", change, target_modules=["q_proj", "v_proj"])
+        tensors, notes = merged(gemma, adapter, tmp_path / f"ours-{number}")
+        assert different(tensors, merge_by_peft(gemma, today, tmp_path / f"peft-{number}")) == []
+        assert "the adapter is of the text model alone; modules outside of model.language_model" in notes[-1]
+
+
+def test_names_of_another_architecture_are_refused(qwen, tmp_path):
+    today = make(qwen, tmp_path / "today", EVERYWHERE)
+    adapter = rewrite(today, tmp_path / "other", lambda name: name.replace("self_attn", "attention"))
+    with pytest.raises(MergefleetError) as error:
+        plan_pass(qwen, {"job": adapter}, tmp_path / "ours")
+    assert re.search(
+        r"has no module model\.language_model\.layers\.0\.attention\.q_proj: .* another architecture", str(error.value)
+    )
+
+
+def test_a_layer_that_the_configuration_leaves_out_is_told(qwen, tmp_path):
+    today = make(qwen, tmp_path / "today", EVERYWHERE)
+    adapter = rewrite(today, tmp_path / "other", lambda name: name, target_modules=["q_proj", "down_proj"])
+    with pytest.raises(MergefleetError) as error:
+        plan_pass(qwen, {"job": adapter}, tmp_path / "ours")
+    assert "v_proj, but target_modules of the configuration does not name it" in str(error.value)

@@ -1,0 +1,112 @@
+"""Adapters of a vocabulary that was resized before the training: merged where they bring all of it, or refused."""
+
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from jobs.errors import UnsupportedError
+from tests.merges import different, plan_pass, read_tensors
+from tests.models import build_llama
+from workers.checkpoint import read_json
+from workers.inference import quiet_libraries
+from workers.sidecars import write_sidecars
+
+BOTH = ["embed_tokens", "lm_head"]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Two bases of 512 tokens, by whether embedding and head are tied."""
+    directory = tmp_path_factory.mktemp("bases")
+    return {
+        tied: build_llama(directory / str(tied), num_hidden_layers=1, tie_word_embeddings=tied)
+        for tied in (False, True)
+    }
+
+
+def resize(base, num_tokens):
+    with quiet_libraries():
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    return model
+
+
+def make(base, directory, num_tokens, *, whole=False, **fields):
+    """Train an adapter on a base of another vocabulary.
+
+    Args:
+        base: of 512 tokens.
+        directory: becomes the adapter.
+        num_tokens: that the base is resized to first.
+        whole: whether embedding and head are saved with it, as PEFT does where it sees that they were resized.
+        fields: of `LoraConfig`.
+    """
+    torch.manual_seed(3)
+    with quiet_libraries():
+        config = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False} | fields)
+        peft_model = get_peft_model(resize(base, num_tokens), config)
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.05 * torch.randn(parameter.shape)
+        peft_model.save_pretrained(directory, save_embedding_layers=whole)
+    return directory
+
+
+def merge_by_peft(base, adapter, num_tokens):
+    """Merge over the whole model, resized as the training did."""
+    with quiet_libraries():
+        merged = PeftModel.from_pretrained(resize(base, num_tokens), adapter).merge_and_unload()
+    return merged.state_dict()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("num_tokens", [516, 500])
+@pytest.mark.parametrize(
+    ("whole", "fields"), [(False, {"modules_to_save": BOTH}), (True, {})], ids=["trained", "saved"]
+)
+def test_the_vocabulary_of_the_adapter_is_that_of_the_release(bases, tmp_path, tied, num_tokens, whole, fields):
+    adapter = make(bases[tied], tmp_path / "adapter", num_tokens, whole=whole, **fields)
+    planned = plan_pass(bases[tied], {"job": adapter}, tmp_path / "ours")
+    assert not planned.run().errors
+    ours = read_tensors(planned.output("job"))
+    expected = merge_by_peft(bases[tied], adapter, num_tokens)
+    assert different(ours, {name: expected[name] for name in ours}) == []
+    assert ours["model.embed_tokens.weight"].shape == (num_tokens, 64)
+    assert max(check.rounding_excess for check in planned.check()["job"].values()) <= 1
+    write_sidecars(planned.plans[0], planned.output("job"))
+    assert read_json(planned.output("job") / "config.json")["vocab_size"] == num_tokens
+    with quiet_libraries():
+        loaded, info = AutoModelForCausalLM.from_pretrained(planned.output("job"), output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    assert torch.equal(loaded.lm_head.weight.bfloat16(), expected["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("tied", "fields", "said"),
+    [
+        (
+            False,
+            {"modules_to_save": ["embed_tokens"]},
+            r"embed_tokens.* of 516 tokens.* has 512.*bring lm_head\.weight whole",
+        ),
+        (
+            False,
+            {"modules_to_save": ["lm_head"]},
+            r"lm_head.* of 516 tokens.* has 512.*bring model\.embed_tokens\.weight whole",
+        ),
+        (True, {"modules_to_save": ["embed_tokens"]}, r"of 516 tokens.* apart; it does not bring lm_head\.weight"),
+        (False, {"target_modules": ["embed_tokens"]}, r"lora_embedding_A is of a vocabulary of 516 tokens.* has 512"),
+        (True, {"target_modules": ["q_proj", "lm_head"]}, r"lora_B\.weight is of a vocabulary of 516 tokens.* has 512"),
+        (False, {"trainable_token_indices": [3, 513]}, r"token 513 was trained, and the vocabulary has 512"),
+    ],
+    ids=["embedding", "head", "tied", "embedding-lora", "head-lora", "token"],
+)
+def test_what_brings_a_part_of_it_is_refused_with_both_sizes(bases, tmp_path, tied, fields, said):
+    adapter = make(bases[tied], tmp_path / "adapter", 516, **fields)
+    with pytest.raises(UnsupportedError) as error:
+        plan_pass(bases[tied], {"job": adapter}, tmp_path / "ours")
+    assert re.search(said, str(error.value))

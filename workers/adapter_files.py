@@ -1,0 +1,267 @@
+"""Which files of an adapter hold trained weights, and the tensors of all of them in one safetensors file.
+
+PEFT reads `adapter_model.safetensors` alone. Large adapters are saved in several files, and trainers put what they
+trained beside the adapter's layers into files of their own. None of them may be left out in silence.
+"""
+
+import fnmatch
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.errors import BadInputError, NotFoundError, UnsupportedError
+from workers.checkpoint import ShardLayout, TensorSpec, lay_out_shard, read_json, read_shard
+from workers.pickled import CONVERTED_WEIGHTS, PICKLED_WEIGHTS, convert
+from workers.tensor_io import opened, read_into_bytes, write_all
+
+ADAPTER_WEIGHTS = CONVERTED_WEIGHTS
+
+_ORIGINS = "mergefleet.files"
+"""Field of a gathered file's metadata: for each tensor that is not the adapter file's own, the file it came from."""
+
+_SHARDS = re.compile(r"adapter_model-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+_INDEXES = ("adapter_model.safetensors.index.json", "adapter_model.bin.index.json", "model.safetensors.index.json")
+"""The last one is the name that transformers gives it."""
+
+_READ = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_NOT_READ = (".h5", ".msgpack", ".npy", ".npz", ".pickle", ".pkl")
+"""Formats of weights that are never opened."""
+
+_BYSTANDERS = (
+    "optimizer*",
+    "scheduler*",
+    "lr_scheduler*",
+    "rng_state*",
+    "random_states_*",
+    "training_args*",
+    "trainer_state*",
+    "scaler*",
+    "sampler*",
+    "dataloader*",
+)
+"""What trainers keep to go on with; nothing that a model computes with."""
+
+_WHOLE_MODELS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin", "consolidated*")
+
+_FOREIGN = (
+    ("adapters.safetensors", "an adapter of MLX", "merge it with MLX itself (mlx_lm.fuse)"),
+    ("adapters.npz", "an adapter of MLX", "merge it with MLX itself (mlx_lm.fuse)"),
+    ("*.gguf", "an adapter of llama.cpp", "use the adapter that it was converted from"),
+    (
+        "pytorch_lora_weights.*",
+        "a LoRA of diffusers",
+        "it belongs to an image model; merge it there (fuse_lora of diffusers)",
+    ),
+)
+"""By file name: what it is, and what to do."""
+
+_FOREIGN_TENSORS = (
+    (
+        re.compile(r"lora_(unet|te\d?|transformer)_.*|.*\.(lora_down|lora_up)\.weight|.*\.alpha"),
+        "a LoRA as kohya's sd-scripts save it",
+        "convert it to PEFT's format first; for an image model, merge it there (fuse_lora of diffusers)",
+    ),
+    (
+        re.compile(r".*\.lora_[ab]"),
+        "an adapter of MLX",
+        "merge it with MLX itself (mlx_lm.fuse)",
+    ),
+    (
+        re.compile(r".*\.unembed_tokens\..*|.*\.experts\.w[123]\.lora_.*"),
+        "an adapter as Tinker saves it",
+        "give its modules the names that the base has (unembed_tokens is lm_head), and name them in target_modules",
+    ),
+)
+"""By tensor name."""
+
+_COPIED_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFiles:
+    """The files of a directory that hold weights of one adapter."""
+
+    own: tuple[str, ...]
+    """The adapter itself: one file, or all parts of it in order."""
+    beside: tuple[str, ...]
+    """Trained together with it."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether the adapter is what PEFT reads, and all of it."""
+        return self.own == (ADAPTER_WEIGHTS,) and not self.beside
+
+
+def weight_files(names: Iterable[str], place: str) -> WeightFiles:
+    """Find the files that hold weights of an adapter.
+
+    Args:
+        names: of all files of its directory, folders not included.
+        place: the directory, for messages.
+
+    Raises:
+        NotFoundError: there are none, or a part is missing.
+        UnsupportedError: they are of another kind than PEFT's, or two sets of them are there.
+    """
+    there = sorted(name for name in names if "/" not in name)
+    own = _own(there, place)
+    beside = []
+    for name in there:
+        if name in own or name in (ADAPTER_WEIGHTS, PICKLED_WEIGHTS) or _SHARDS.fullmatch(name):
+            continue
+        if not name.endswith(_READ + _NOT_READ) or _matches(name, _BYSTANDERS):
+            continue
+        if name.endswith(_NOT_READ) or _matches(name, _WHOLE_MODELS):
+            raise UnsupportedError(
+                f"{place}: {name} beside the adapter may hold weights that were trained with it, and is not read; move "
+                "it elsewhere if the adapter does not need it, or merge it into the base first"
+            )
+        beside.append(name)
+    return WeightFiles(own=own, beside=tuple(beside))
+
+
+def gather(directory: Path, files: WeightFiles, target: Path) -> None:
+    """Write all tensors of an adapter to `adapter_model.safetensors` of another directory.
+
+    Pickled files are converted in a closed process first. Tensors keep their names and bytes; the file says where those
+    came from that were not in the adapter's own files.
+
+    Args:
+        directory: of the adapter.
+        files: of it.
+        target: an existing directory.
+
+    Raises:
+        NotFoundError: a file is missing.
+        BadInputError: a file is malformed, or two hold a tensor of one name.
+        As `workers.pickled.convert` for a pickled one.
+    """
+    if files.own == (PICKLED_WEIGHTS,) and not files.beside:
+        convert(directory / PICKLED_WEIGHTS, target / ADAPTER_WEIGHTS)
+        return
+    read: list[tuple[str, Path, ShardLayout]] = []
+    converted = []
+    for name in (*files.own, *files.beside):
+        path = directory / name
+        if path.suffix != ".safetensors":
+            path = target / f"{name}.part"
+            convert(directory / name, path)
+            converted.append(path)
+        read.append((name, path, read_shard(path)))
+    found: dict[str, tuple[str, Path, TensorSpec]] = {}
+    for name, path, shard in read:
+        for spec in shard.tensors:
+            if spec.name in found:
+                raise BadInputError(
+                    f"{directory}: {found[spec.name][0]} and {name} both hold tensor {spec.name}, and nothing says "
+                    "which counts; remove the file that is not the adapter's"
+                )
+            found[spec.name] = (name, path, spec)
+    _check_index(directory, files, found)
+    origins = {tensor: name for tensor, (name, _, _) in found.items() if name in files.beside}
+    layout = lay_out_shard(
+        ADAPTER_WEIGHTS,
+        [(name, spec.dtype, spec.shape) for name, (_, _, spec) in found.items()],
+        {_ORIGINS: json.dumps(origins)} if origins else {},
+    )
+    with (target / ADAPTER_WEIGHTS).open("xb") as file:
+        write_all(file.fileno(), target / ADAPTER_WEIGHTS, layout.header, 0)
+        for spec in layout.tensors:
+            _, path, source = found[spec.name]
+            _copy(path, source, file.fileno(), target / ADAPTER_WEIGHTS, spec.begin)
+    for path in converted:
+        path.unlink()
+
+
+def origins(shard: ShardLayout) -> Mapping[str, str]:
+    """Return the files that tensors of an adapter came from, where it is not the adapter's own, by tensor."""
+    try:
+        metadata = json.loads(shard.header[8:]).get("__metadata__") or {}
+        found = json.loads(metadata.get(_ORIGINS, "{}"))
+    except (AttributeError, TypeError, ValueError, RecursionError):
+        return {}
+    names = {spec.name for spec in shard.tensors}
+    return {name: str(file) for name, file in found.items() if name in names} if isinstance(found, dict) else {}
+
+
+def foreign_kind(names: Iterable[str]) -> tuple[str, str, str] | None:
+    """Return what an adapter is that PEFT has not saved, by the names of its tensors.
+
+    Returns:
+        A tensor that tells, what the adapter is, and what to do; None where no tensor tells.
+    """
+    for name in sorted(names):
+        for pattern, kind, advice in _FOREIGN_TENSORS:
+            if pattern.fullmatch(name):
+                return name, kind, advice
+    return None
+
+
+def _own(there: list[str], place: str) -> tuple[str, ...]:
+    parts = {kind: [name for name in there if _SHARDS.fullmatch(name) and name.endswith(kind)] for kind in _READ[:2]}
+    if ADAPTER_WEIGHTS in there:
+        if parts[".safetensors"]:
+            raise UnsupportedError(
+                f"{place}: {ADAPTER_WEIGHTS} and {parts['.safetensors'][0]} are both there, and nothing says which is "
+                "the adapter; remove the one that is not"
+            )
+        return (ADAPTER_WEIGHTS,)
+    for name, shards in ((None, parts[".safetensors"]), (PICKLED_WEIGHTS, parts[".bin"])):
+        if name in there:
+            return (PICKLED_WEIGHTS,)
+        if shards:
+            return _all_of(shards, place)
+    for pattern, kind, advice in _FOREIGN:
+        if found := fnmatch.filter(there, pattern):
+            raise UnsupportedError(f"{place}: {found[0]} is {kind}; expected {ADAPTER_WEIGHTS}, of PEFT: {advice}")
+    raise NotFoundError(f"{place} has no {ADAPTER_WEIGHTS}; found {', '.join(there[:5]) or 'nothing'}")
+
+
+def _all_of(shards: list[str], place: str) -> tuple[str, ...]:
+    totals = {match[2] for name in shards if (match := _SHARDS.fullmatch(name))}
+    total, kind = max(totals), shards[0].rpartition(".")[2]
+    expected = [f"adapter_model-{number:05d}-of-{total}.{kind}" for number in range(1, int(total) + 1)]
+    if len(totals) > 1:
+        raise UnsupportedError(
+            f"{place}: parts of two adapters, of {' and of '.join(sorted(totals))}, are there; remove the ones that "
+            "are not the adapter's"
+        )
+    if missing := [name for name in expected if name not in shards]:
+        raise NotFoundError(f"{place} has no {missing[0]}, a part of the adapter; fetch all {int(total)} of them")
+    return tuple(expected)
+
+
+def _check_index(directory: Path, files: WeightFiles, found: Mapping[str, tuple[str, Path, TensorSpec]]) -> None:
+    """Check that all tensors that an index names are there, each in its file."""
+    if len(files.own) == 1:
+        return
+    for path in (directory / name for name in _INDEXES):
+        index = read_json(path) if path.is_file() else {}
+        places = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(places, dict) or not set(files.own) & {str(place) for place in places.values()}:
+            continue
+        for name, place in sorted(places.items()):
+            where = found[name][0] if name in found else "nowhere"
+            if where != place:
+                raise BadInputError(
+                    f"{path}: tensor {name}: expected in {place}, found {where}; "
+                    "files of two adapters are mixed, or one is incomplete: fetch them again"
+                )
+
+
+def _copy(path: Path, source: TensorSpec, descriptor: int, target: Path, begin: int) -> None:
+    with opened(path) as reading:
+        for offset, data in _chunks(reading, path, source):
+            write_all(descriptor, target, data, begin + offset)
+
+
+def _chunks(descriptor: int, path: Path, source: TensorSpec) -> Iterator[tuple[int, bytes]]:
+    for offset in range(0, source.num_bytes, _COPIED_BYTES):
+        size = min(_COPIED_BYTES, source.num_bytes - offset)
+        yield offset, read_into_bytes(descriptor, path, size, source.begin + offset)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

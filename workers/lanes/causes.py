@@ -1,0 +1,65 @@
+"""Why a tensor of an adapter belongs to nothing in a base: what it is, and what to do."""
+
+import re
+from typing import Any
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from torch import nn
+
+from workers.lanes.names import owner_of
+
+_HEADS = {
+    "score": "ForSequenceClassification",
+    "classifier": "ForSequenceClassification or ForTokenClassification",
+    "classification_head": "ForSequenceClassification",
+    "qa_outputs": "ForQuestionAnswering",
+}
+"""Heads of models that do not continue text, and the classes of transformers that have them."""
+
+_TASKS = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"})
+
+
+def cause_of(name: str, method: str, config: Any, model: nn.Module) -> str:
+    """Say why a tensor of an adapter belongs to nothing in the model of its base.
+
+    Args:
+        name: as PEFT has it.
+        method: PEFT's name of the adapter's.
+        config: of the adapter.
+        model: of the base, with the adapter on.
+
+    Returns:
+        The end of a sentence.
+    """
+    kind = type(model).__name__
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(method)]
+    # PEFT tells names of layers with its own name of the adapter in them.
+    owner = owner_of(name, prefix) or ""
+    top = owner.partition(".")[0]
+    modules = dict(model.named_modules())
+    if top in _HEADS and top not in modules:
+        task = f" (task_type {config.task_type})" if config.task_type else ""
+        return (
+            f"it is the head of a model that does not continue text{task}, which {kind} does not have: load the base "
+            f"as AutoModel{_HEADS[top].partition(' ')[0]}, with the number of labels of the training, save it with "
+            "save_pretrained, name that as base, and request parity level: arithmetic"
+        )
+    is_layer = re.search(rf"\.{re.escape(prefix)}", name) is not None
+    if is_layer and owner not in modules:
+        return (
+            f"{kind} has no module {owner}: the adapter was trained on another architecture, or on names that this "
+            "version of transformers does not know any more; leaving them out would change the model"
+        )
+    if is_layer:
+        return (
+            f"{kind} has the module {owner}, but target_modules of the configuration does not name it; leaving them "
+            "out would change the model: the configuration is not the adapter's own"
+        )
+    if hasattr(modules.get(owner.rpartition(".")[0]), "base_layer"):
+        return (
+            f"{owner.rpartition('.')[0]} holds an adapter as well, and nothing says whether this is its weight before "
+            "or after a merge; remove the tensor if it is of a merged model, or call it base_layer.weight if the "
+            "training changed it below the adapter"
+        )
+    return f"{kind} has no parameter {owner}; leaving them out would change the model, so the merge is refused"

@@ -1,0 +1,85 @@
+"""An adapter as a base takes it: names, tensors trained beside it and vocabulary, held against the base's model."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from jobs.errors import UnsupportedError
+from workers.checkpoint import TensorSpec
+from workers.lanes.adapter import ADAPTER_CONFIG, FLOATS, Adapter, refusals
+from workers.lanes.names import fit_names
+from workers.lanes.resizing import check_indices, num_tokens_of, plain_name, trained_indices
+
+
+def fit(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], skeleton: Callable[[], PreTrainedModel]) -> Adapter:
+    """Return an adapter with the names and the vocabulary that a base has.
+
+    Args:
+        adapter: as it was opened.
+        shapes: of all tensors of the base's model, by name.
+        skeleton: makes the base's model on the meta device; asked where the names and shapes alone do not fit, and not
+            changed.
+
+    Raises:
+        UnsupportedError: a tensor that was trained beside the adapter is none of the base's, or what it brings of
+            another vocabulary is not enough.
+        BadInputError: its configuration cannot be read for the base's names.
+    """
+    model = functools.cache(skeleton)
+    with refusals(adapter, f"{ADAPTER_CONFIG}: does not fit this base"):
+        fitted = fit_names(adapter.config, adapter.tensors, shapes, model)
+    where = str(adapter.weights_path)
+    num_tokens = num_tokens_of(where, fitted.tensors, shapes, model)
+    if any(trained_indices(fitted.config)):
+        embedding: Any = model().get_input_embeddings()
+        config_path = str(adapter.directory / ADAPTER_CONFIG)
+        check_indices(config_path, fitted.config, num_tokens or embedding.weight.shape[0])
+    parameters = functools.cache(lambda: frozenset(dict(model().named_parameters(remove_duplicate=False))))
+    for name, spec in fitted.tensors.items():
+        plain = plain_name(name)
+        if plain is not None and plain in shapes and plain not in parameters():
+            raise UnsupportedError(
+                f"{adapter.origin(spec.name)}: tensor {spec.name} is a buffer of the base's model, {plain}, and a "
+                "merge changes parameters alone; save the adapter without it"
+            )
+        if plain in shapes and spec.dtype not in FLOATS:
+            raise UnsupportedError(
+                f"{adapter.origin(spec.name)}: tensor {spec.name}: expected one of {', '.join(map(str, FLOATS))} for "
+                f"{plain} of the base, found {spec.dtype}; save it as such"
+            )
+        if spec.name in adapter.beside:
+            expected = spec.shape if num_tokens is not None and plain in shapes else shapes.get(plain or "")
+            if plain is not None and spec.shape != expected:
+                raise _misfit(adapter, spec, plain, expected, type(model()).__name__)
+    notes = list(adapter.notes)
+    if fitted.moved:
+        old, new = next(iter(fitted.moved.items()))
+        notes.append(
+            f"{len(fitted.moved)} modules of the adapter have another name in this base, such as {old}, which is {new}"
+        )
+    if fitted.tower is not None:
+        notes.append(f"the adapter is of the text model alone; modules outside of {fitted.tower} are left as they are")
+    if num_tokens is not None:
+        notes.append(f"the vocabulary is the adapter's: {num_tokens} tokens")
+    return dataclasses.replace(
+        adapter, config=fitted.config, tensors=fitted.tensors, num_tokens=num_tokens, notes=tuple(notes)
+    )
+
+
+def _misfit(
+    adapter: Adapter, spec: TensorSpec, plain: str, expected: tuple[int, ...] | None, model: str
+) -> UnsupportedError:
+    """Say why a tensor that was trained beside an adapter is not exactly one of the base's."""
+    where = f"{adapter.origin(spec.name)}: tensor {spec.name} was trained beside the adapter"
+    if expected is None:
+        return UnsupportedError(
+            f"{where}, and {model} has no parameter {plain}; name the base that has it, or move the file elsewhere if "
+            "the model does not need it"
+        )
+    return UnsupportedError(
+        f"{where}: expected shape {list(expected)}, as {plain} of this base has, found {list(spec.shape)}; it was "
+        "trained on another base"
+    )
