@@ -6,7 +6,6 @@ are the chat templates where it ships any.
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from jobs.release import Artifact
 from jobs.request import adapter_name
 from workers.checkpoint import INDEX_FILE, read_json
 from workers.files import file_errors, sha256_of
+from workers.foreign import copy_foreign
 from workers.lanes.adapter import ADAPTER_CONFIG
 from workers.plan import MergePlan
 
@@ -65,7 +65,7 @@ def write_sidecars(plan: MergePlan, directory: Path) -> tuple[Artifact, ...]:
     for name, source in _copied_files(plan).items():
         with file_errors(f"copying {source} to {directory}"):
             (directory / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source, directory / name)
+            copy_foreign(source, directory / name, num_parts=name.count("/") + 1)
         names.append(name)
     written: dict[str, Any] = {"config.json": _merged_config(plan)}
     index = plan.output.index()

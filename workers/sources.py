@@ -8,7 +8,7 @@ same weights are left where they are. A base without safetensors is refused; an 
 import fnmatch
 import hashlib
 import json
-import shutil
+import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.errors import NotFoundError, TransientIOError, UnsupportedError
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
-from workers.files import file_errors, sha256_of
+from workers.files import file_errors
+from workers.foreign import copy_foreign, foreign_file, foreign_sha256
 from workers.pickled import CONVERTED_WEIGHTS, PICKLED_WEIGHTS, convert
 from workers.scratch import keep_directory
 
@@ -160,7 +161,8 @@ def fetch_adapter(location: Location, cache: Path) -> Source:
 
 def _contents(directory: Path) -> list[tuple[str, str]]:
     """Return what identifies an adapter: name and SHA-256 of each file."""
-    return [(path.relative_to(directory).as_posix(), sha256_of(path)) for path in _files(_ADAPTER, directory)]
+    files = ((path, path.relative_to(directory)) for path in _files(_ADAPTER, directory))
+    return [(name.as_posix(), foreign_sha256(path, num_parts=len(name.parts))) for path, name in files]
 
 
 def _convert(directory: Path, contents: list[tuple[str, str]], target: Path) -> None:
@@ -171,7 +173,7 @@ def _convert(directory: Path, contents: list[tuple[str, str]], target: Path) -> 
             convert(directory / name, target / CONVERTED_WEIGHTS)
         else:
             path.parent.mkdir(exist_ok=True)
-            shutil.copyfile(directory / name, path)
+            copy_foreign(directory / name, path, num_parts=name.count("/") + 1)
     if _contents(directory) != contents:
         raise TransientIOError(f"adapter {directory} was changed while it was read; it is read anew")
 
@@ -236,14 +238,16 @@ def _look_at_base(directory: Path, location: Location) -> list[tuple[str, ...]]:
     """Return what identifies a local base: stat and header of each safetensors file, contents of the others."""
     with file_errors(f"reading base {location}"):
         return [
-            (path.name, *_look_at_weights(path)) if path.suffix == ".safetensors" else (path.name, sha256_of(path))
+            (path.name, *_look_at_weights(path))
+            if path.suffix == ".safetensors"
+            else (path.name, foreign_sha256(path, num_parts=len(path.relative_to(directory).parts)))
             for path in _files(_BASE, directory)
         ]
 
 
 def _look_at_weights(path: Path) -> tuple[str, str, str]:
-    status = path.stat()
-    with path.open("rb") as file:
+    with foreign_file(path) as file:
+        status = os.fstat(file.fileno())
         start = file.read(8)
         # A header that lies about its size is for the reader of checkpoints to refuse; here it is only hashed.
         num_bytes = min(struct.unpack("<Q", start)[0], _MAX_HEADER_BYTES) if len(start) == 8 else 0
