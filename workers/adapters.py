@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,11 +14,13 @@ from jobs.locations import LocalPath
 from jobs.request import MergeRequest
 from workers.checkpoint import lay_out_shard
 from workers.combination import Combined, combine
-from workers.files import file_errors, sha256_of
+from workers.files import file_errors
+from workers.foreign import copy_foreign, foreign_sha256
 from workers.lanes.adapter import ADAPTER_WEIGHTS, open_adapter
 from workers.scratch import keep_directory
 from workers.sidecars import shipped_files
 from workers.sources import Source, fetch_adapter
+from workers.vetting import vet_adapter
 
 
 def fetch_adapters(request: MergeRequest, base: Source, cache: Path) -> Source:
@@ -37,7 +38,7 @@ def fetch_adapters(request: MergeRequest, base: Source, cache: Path) -> Source:
         NotFoundError, AuthError, TransientIOError, NoCapacityError: by kind of fault.
         UnsupportedError, BadInputError: an adapter cannot be used, or PEFT does not combine them without loss.
     """
-    parts = tuple(fetch_adapter(each.adapter, cache) for each in request.weighted)
+    parts = _fetch_parts(request, base, cache)
     if request.combination is None:
         return parts[0]
     directory = cache / "combined" / _cache_key(request, base, parts)
@@ -55,7 +56,7 @@ def outline_adapters(request: MergeRequest, base: Source, cache: Path, directory
         cache: where fetched adapters are kept.
         directory: an existing one, for the outline; its weights are a hole in a file.
     """
-    parts = tuple(fetch_adapter(each.adapter, cache) for each in request.weighted)
+    parts = _fetch_parts(request, base, cache)
     if request.combination is None:
         return parts[0]
     combined = _combine(request, base, parts, values=False)
@@ -67,6 +68,13 @@ def outline_adapters(request: MergeRequest, base: Source, cache: Path, directory
             file.write(layout.header)
             file.truncate(layout.num_bytes)
     return _source(directory, parts)
+
+
+def _fetch_parts(request: MergeRequest, base: Source, cache: Path) -> tuple[Source, ...]:
+    parts = tuple(fetch_adapter(each.adapter, cache) for each in request.weighted)
+    for part in parts:
+        vet_adapter(base, request, part)
+    return parts
 
 
 def _source(directory: Path, parts: tuple[Source, ...]) -> Source:
@@ -85,7 +93,7 @@ def _make(request: MergeRequest, base: Source, parts: Sequence[Source], director
     save_file(dict(combined.tensors), directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     for name, path in _common_files(parts).items():
         (directory / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, directory / name)
+        copy_foreign(path, directory / name, num_parts=name.count("/") + 1)
 
 
 def _combine(request: MergeRequest, base: Source, parts: Sequence[Source], *, values: bool) -> Combined:
@@ -107,7 +115,8 @@ def _common_files(parts: Sequence[Source]) -> dict[str, Path]:
         for name, path in shipped_files(part.directory).items():
             other = files.setdefault(name, path)
             with file_errors(f"reading {path}"):
-                is_same = sha256_of(other) == sha256_of(path)
+                num_parts = name.count("/") + 1
+                is_same = foreign_sha256(other, num_parts=num_parts) == foreign_sha256(path, num_parts=num_parts)
             if not is_same:
                 raise UnsupportedError(
                     f"{path} and {other} differ, and the merged model has one {name}; remove it from the adapters "

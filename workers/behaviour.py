@@ -30,6 +30,7 @@ from workers.plan import MergePlan
 from workers.prompts import Prompts, read_prompts
 from workers.references import Reference, references
 from workers.texts import MAX_POSITIONS, Text
+from workers.vetting import vet_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ def check_behaviour(
         for subject in subjects:
             try:
                 _check_config(subject.merged)
+                vet_prompts(subject.request, subject.merged)
                 trials.append(_Trial(subject=subject, prompts=read_prompts(subject.request, subject.merged)))
             except (BadInputError, ParityFailedError) as error:
                 outcomes[subject.request.id] = error
