@@ -8,7 +8,10 @@ import unicodedata
 from typing import Any
 
 MAX_SHOWN = 2_000
-"""Characters of a message that are shown; what is longer is cut."""
+"""Characters of one thing that are shown; what is longer is cut."""
+
+MAX_MESSAGE = 8_000
+"""Characters of a message that is kept with a job."""
 
 _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
 """Characters that count as letters or marks, and are drawn as nothing."""

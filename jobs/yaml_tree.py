@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from jobs.documents import MAX_DEPTH, DocumentTooLargeError, Limits, Node, Value, joined
+from jobs.documents import MAX_DEPTH, DocumentTooLargeError, Limits, Node, Value, joined, whole_number
 from jobs.problems import ProblemList, show
 
 _TAG = "tag:yaml.org,2002:"
@@ -25,7 +25,7 @@ _SCALARS: dict[str, Callable[[str], Value]] = {
     "str": str,
     "null": lambda _: None,
     "bool": lambda text: {"true": True, "false": False}[text.lower()],
-    "int": lambda text: int(text, 0 if text.startswith(("0o", "0x")) else 10),
+    "int": lambda text: whole_number(text, 0 if text.startswith(("0o", "0x")) else 10),
     "float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
 }
 
