@@ -56,6 +56,9 @@ class Answer:
     error: str | None = None
     """The exception it ended with that is none of ours, in one line."""
     traceback: str = ""
+    cpu_seconds: float = 0.0
+    peak_bytes: int = 0
+    """Of main memory, the libraries included."""
 
 
 class ForkServer:
@@ -174,7 +177,7 @@ def _serve() -> NoReturn:
     os._exit(0)
 
 
-def _run(name: str, arguments: tuple[Any, ...], bounds: Bounds, served: socket.socket) -> dict[str, str]:
+def _run(name: str, arguments: tuple[Any, ...], bounds: Bounds, served: socket.socket) -> dict[str, Any]:
     """Fork, wait for the child no longer than it may take, and return its answer."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -187,15 +190,17 @@ def _run(name: str, arguments: tuple[Any, ...], bounds: Bounds, served: socket.s
         answer = _read_all(reader)
     finally:
         os.close(reader)
+    cpu_seconds = usage.ru_utime + usage.ru_stime
+    found: dict[str, Any] = {"cpu_seconds": cpu_seconds, "peak_bytes": usage.ru_maxrss << 10}
     if late:
-        return {"overran": f"more than {bounds.seconds:.0f} seconds"}
-    if usage.ru_utime + usage.ru_stime > bounds.cpu_seconds - 0.5:  # the kernel counts in ticks
-        return {"overran": f"more than {bounds.cpu_seconds} seconds of a processor"}
+        return found | {"overran": f"more than {bounds.seconds:.0f} seconds"}
+    if cpu_seconds > bounds.cpu_seconds - 0.5:  # the kernel counts in ticks
+        return found | {"overran": f"more than {bounds.cpu_seconds} seconds of a processor"}
     if os.waitstatus_to_exitcode(status) != 0:
         # The libraries in C and Rust end the process where they get no memory.
-        return {"overran": f"more than {bounds.memory_bytes >> 20} MiB of memory, or it crashed"}
-    found: dict[str, str] = json.loads(answer)
-    return found
+        return found | {"overran": f"more than {bounds.memory_bytes >> 20} MiB of memory, or it crashed"}
+    told: dict[str, Any] = json.loads(answer)
+    return found | told
 
 
 def _ended(child: int, seconds: float, served: socket.socket) -> bool:

@@ -119,22 +119,26 @@ def server():
         yield started
 
 
+def ended_well(answer):
+    return answer.overran is None and answer.error is None
+
+
 def test_a_call_ends_as_it_ends(server):
     bounds = Bounds(cpu_seconds=1, memory_bytes=256 << 20)
-    assert server.call(len, "text", bounds=bounds) == Answer()
+    assert ended_well(server.call(len, "text", bounds=bounds))
     assert server.call(operator.truediv, 1, 0, bounds=bounds).error == "ZeroDivisionError: division by zero"
     assert "256 MiB of memory" in (server.call(operator.mul, b"x", 1 << 40, bounds=bounds).overran or "")
     assert "crashed" in (server.call(signal.raise_signal, signal.SIGSEGV, bounds=bounds).overran or "")
     assert "1 seconds of a processor" in (server.call(math.factorial, 10**8, bounds=bounds).overran or "")
-    assert server.call(len, "text", bounds=bounds) == Answer()
+    assert ended_well(server.call(len, "text", bounds=bounds))
     server.close()
-    assert server.call(len, "text", bounds=bounds) == Answer()
+    assert ended_well(server.call(len, "text", bounds=bounds))
 
 
 def test_a_call_sees_none_of_our_variables_and_writes_no_file(server, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     bounds = Bounds(cpu_seconds=1, memory_bytes=256 << 20)
     empty = ["sh", "-c", 'test -z "$AWS_SECRET_ACCESS_KEY"']
-    assert server.call(subprocess.check_call, empty, bounds=bounds) == Answer()
+    assert ended_well(server.call(subprocess.check_call, empty, bounds=bounds))
     found = server.call(shutil.copyfile, __file__, str(tmp_path / "copy"), bounds=bounds)
     assert "File too large" in (found.error or "")
