@@ -22,6 +22,12 @@ from workers.files import CHUNK_BYTES, FileState, file_errors
 
 _MIB = 1 << 20
 
+_SMALL_BYTES = 128 * _MIB
+"""Of a file that is read at once, whatever its name."""
+
+_ADAPTER_BYTES = 64 << 30
+"""Of an adapter's weights, which are read as a whole for their digest."""
+
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 """Never read as a whole: their readers check what they say of themselves, and take a part at a time."""
 
@@ -92,7 +98,7 @@ def open_foreign(path: Path, *, num_parts: int = 1, any_size: bool = False) -> F
     try:
         status = os.fstat(descriptor)
         _check_kind(path, status)
-        if not any_size:
+        if not any_size or path.name.startswith("adapter_model"):
             _check_size(path, status)
     except BaseException:
         os.close(descriptor)
@@ -110,7 +116,7 @@ def foreign_file(path: Path, *, num_parts: int = 1, any_size: bool = False) -> I
 
 def read_foreign(path: Path, *, num_parts: int = 1) -> bytes:
     """Return the bytes of a small file from outside; raises as `open_foreign`."""
-    most = _most_bytes(path.name) or 16 * _MIB
+    most = min(_most_bytes(path.name) or _SMALL_BYTES, _SMALL_BYTES)
     with foreign_file(path, num_parts=num_parts) as file, file_errors(f"reading {shown(path)}"):
         content = file.read(most + 1)
     if len(content) > most:  # it has grown since it was opened
@@ -208,7 +214,7 @@ def _check_size(path: Path, status: os.stat_result) -> None:
 def _most_bytes(name: str) -> int | None:
     """Return how large a file may be; None where it is never read as a whole."""
     if name.endswith(_WEIGHTS):
-        return None
+        return _ADAPTER_BYTES if name.startswith("adapter_model") else None
     return next(most for suffix, most in _MOST_BYTES if name.endswith(suffix))
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.errors import NotFoundError, TransientIOError, UnsupportedError
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
+from workers.checkpoint import read_shard
 from workers.files import file_errors
 from workers.foreign import copy_foreign, foreign_file, foreign_sha256
 from workers.pickled import CONVERTED_WEIGHTS, PICKLED_WEIGHTS, convert
@@ -161,7 +162,10 @@ def fetch_adapter(location: Location, cache: Path) -> Source:
 
 def _contents(directory: Path) -> list[tuple[str, str]]:
     """Return what identifies an adapter: name and SHA-256 of each file."""
-    files = ((path, path.relative_to(directory)) for path in _files(_ADAPTER, directory))
+    files = [(path, path.relative_to(directory)) for path in _files(_ADAPTER, directory)]
+    for path, _ in files:
+        if path.suffix == ".safetensors":
+            read_shard(path)  # what is no such file, and may be a hole of a terabyte, is not read for its digest
     return [(name.as_posix(), foreign_sha256(path, num_parts=len(name.parts))) for path, name in files]
 
 
