@@ -16,7 +16,7 @@ MAX_DEPTH = 50
 MAX_DIGITS = 100
 """Of a whole number."""
 
-MAX_VALUES = 1_000_000
+MAX_VALUES = 600_000
 """Values in one file, counted after YAML aliases are followed: a small file can stand for a huge one."""
 
 Value: TypeAlias = "str | int | float | bool | tuple[Node, ...] | dict[str, Node] | None"
