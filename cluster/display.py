@@ -15,6 +15,7 @@ from jobs.release import Manifest, Way
 from jobs.request import BaseQuantization
 from jobs.states import ACTIVE_STATES, JobState
 from jobs.store import JobRecord
+from jobs.text import MAX_MESSAGE, shown
 
 if TYPE_CHECKING:
     from cluster.preview import Preview
@@ -30,6 +31,7 @@ _STYLES = {
     JobState.QUEUED: "dim",
 }
 _MAX_MESSAGE = 200
+_MAX_CELL = 400
 
 
 def preview_table(previews: "Sequence[Preview]") -> Table:
@@ -43,10 +45,12 @@ def preview_table(previews: "Sequence[Preview]") -> Table:
         if each.estimate is not None:
             it = each.estimate
             table.add_row(
-                each.request.id
-                if each.request.combination is None
-                else f"{each.request.id}: {each.request.adapter_words}",
-                it.merges_into,
+                _cell(
+                    each.request.id
+                    if each.request.combination is None
+                    else f"{each.request.id}: {each.request.adapter_words}"
+                ),
+                _cell(it.merges_into),
                 f"{it.num_changed_tensors} of {it.num_tensors}",
                 f"{it.num_changed_parameters / it.num_parameters:.1%}",
                 decimal(it.bytes_read),
@@ -82,13 +86,13 @@ def job_table(records: Sequence[JobRecord]) -> Table:
         table.add_column(name, overflow="fold", justify="right" if name == "done" else "left")
     for record in records:
         table.add_row(
-            record.id,
-            base_name(record.request),
-            record.request.adapter_name,
+            _cell(record.id),
+            _cell(base_name(record.request)),
+            _cell(record.request.adapter_name),
             Text(record.state.value, _STYLES.get(record.state, "cyan")),
-            record.stage or "" if record.state in ACTIVE_STATES else "",
+            _cell(record.stage or "" if record.state in ACTIVE_STATES else ""),
             _percent(record),
-            Text(_result(record)),
+            _cell(_result(record)),
         )
     return table
 
@@ -109,7 +113,17 @@ def _result(record: JobRecord) -> str:
 
 def shorten(message: str) -> str:
     """Return a message cut to what fits a table."""
-    return message if len(message) <= _MAX_MESSAGE else f"{message[:_MAX_MESSAGE]}…"
+    text = shown(message, _MAX_MESSAGE + 1)
+    return text if len(message) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}…"
+
+
+def _cell(text: str) -> Text:
+    """Return text from outside as a cell of a table: neither markup nor control characters act."""
+    return Text(shown(text, _MAX_CELL))
+
+
+def _line(text: str, style: str) -> Text:
+    return Text(shown(text, MAX_MESSAGE, lines=True), style)
 
 
 def board(progress: Sequence[BaseProgress], seconds_left: float | None) -> RenderableType:
@@ -117,11 +131,11 @@ def board(progress: Sequence[BaseProgress], seconds_left: float | None) -> Rende
     table = Table(box=None, pad_edge=False, show_header=False)
     for each in progress:
         table.add_row(
-            each.name,
+            _cell(each.name),
             ProgressBar(total=each.bytes_total, completed=each.bytes_done, width=30, pulse=each.bytes_total is None),
             _bytes(each.bytes_done, each.bytes_total),
             f"{each.num_final}/{each.num_jobs} jobs",
-            Text("  ".join(f"{count} {stage}" for stage, count in sorted(each.stages.items())), "dim"),
+            _line("  ".join(f"{count} {stage}" for stage, count in sorted(each.stages.items())), "dim"),
         )
     left = "time left: not known yet" if seconds_left is None else f"time left: about {duration(seconds_left)}"
     return Group(table, Text(left, "dim"))
@@ -142,28 +156,28 @@ def duration(seconds: float) -> str:
 def event_line(event: DriverEvent) -> Text:
     """Return one line for one event of a driver."""
     if isinstance(event, UnitStarted | ShardsStarted):
-        return Text(f"{event.worker}  {event.name}", "dim")
+        return _line(f"{event.worker}  {event.name}", "dim")
     if isinstance(event, JobSettled):
         return _settled_line(event)
-    return Text(f"{event.worker}  lost with {len(event.job_ids)} job(s), replaced: {shorten(event.reason)}", "yellow")
+    return _line(f"{event.worker}  lost with {len(event.job_ids)} job(s), replaced: {shorten(event.reason)}", "yellow")
 
 
 def _settled_line(event: JobSettled) -> Text:
     match event.state:
         case JobState.PUBLISHED:
             note = "" if event.created else "  (was there already)"
-            line = Text(f"{event.job_id}  published: {event.location}{note}", "green")
+            line = _line(f"{event.job_id}  published: {event.location}{note}", "green")
             return Text("\n").join([line, *(note_line(event.job_id, each) for each in event.notes)])
         case JobState.RETRY_WAIT:
             wait = duration(event.retry_seconds or 0)
-            return Text(f"{event.job_id}  again in {wait}: {event.failure_class}: {event.message}", "yellow")
+            return _line(f"{event.job_id}  again in {wait}: {event.failure_class}: {event.message}", "yellow")
         case JobState.QUEUED:
-            return Text(f"{event.job_id}  given back", "yellow")
+            return _line(f"{event.job_id}  given back", "yellow")
         case JobState.CANCELLED:
-            return Text(f"{event.job_id}  cancelled", "yellow")
+            return _line(f"{event.job_id}  cancelled", "yellow")
         case _:
             report = f"  report: {event.report_path}" if event.report_path else ""
-            return Text(f"{event.job_id}  {event.state}: {event.failure_class}: {event.message}{report}", "red")
+            return _line(f"{event.job_id}  {event.state}: {event.failure_class}: {event.message}{report}", "red")
 
 
 def manifest_line(place: object, manifest: Manifest) -> Text:
@@ -176,7 +190,7 @@ def manifest_line(place: object, manifest: Manifest) -> Text:
     if parity.top1_agreement is not None:
         figures.append(f"top-1 {parity.top1_agreement:.3f}")
     size = f"{len(manifest.files)} files, {decimal(manifest.num_bytes)}"
-    return Text(f"{place}  {size}  parity ({parity.level}): {', '.join(figures)}", "green")
+    return _line(f"{place}  {size}  parity ({parity.level}): {', '.join(figures)}", "green")
 
 
 def comparison_table(ways: Sequence[Way]) -> Table:
@@ -190,8 +204,8 @@ def comparison_table(ways: Sequence[Way]) -> Table:
         into = "own weights" if way.base_quantization is BaseQuantization.NONE else way.base_quantization.value
         held_out = way.check.held_out
         table.add_row(
-            way.check.reference,
-            f"{into} (this release)" if way.published else into,
+            _cell(way.check.reference),
+            _cell(f"{into} (this release)" if way.published else into),
             f"{way.check.mean_kl:.2g}",
             f"{way.check.top1_agreement:.3f}",
             *(

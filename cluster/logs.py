@@ -5,6 +5,8 @@ import logging
 import sys
 from typing import Any, Literal
 
+from jobs.text import MAX_MESSAGE, shown
+
 LogFormat = Literal["text", "json"]
 
 DEBUG_VARIABLE = "MERGEFLEET_DEBUG"
@@ -39,7 +41,7 @@ class TextFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is logging's
         """Return the line, traceback apart."""
         extra = " ".join(f"{name}={value}" for name, value in _extra(record).items())
-        return " ".join(filter(None, (super().formatMessage(record), extra)))
+        return shown(" ".join(filter(None, (super().formatMessage(record), extra))), MAX_MESSAGE, lines=True)
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:

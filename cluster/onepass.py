@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from workers.worker import MergeWorker
 
 _POLL_SECONDS = 0.2
-_COLUMNS = (BarColumn(), DownloadColumn(), TimeRemainingColumn(), TextColumn("{task.fields[stages]}"))
+_COLUMNS = (BarColumn(), DownloadColumn(), TimeRemainingColumn(), TextColumn("{task.fields[stages]}", markup=False))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +101,10 @@ def merge_and_show(output: Terminal, requests: tuple[MergeRequest, ...]) -> tupl
     Returns:
         The classes of the failures.
     """
+    from workers.vetting import server  # noqa: PLC0415 - takes seconds to load, and wrong arguments are told before
+
     settings = load_settings()
+    server.start()  # before the progress bar has its thread: then it is a fork of this process
     with Progress(*_COLUMNS, console=output.out, transient=True, disable=output.as_json) as bar:
         task = bar.add_task("merge", total=None, stages="")
 

@@ -15,6 +15,7 @@ from workers.outcomes import Failure
 from workers.plan import BasePlan, plan_base, plan_merge
 from workers.sources import fetch_base
 from workers.unit import resolve_device
+from workers.vetting import server, vet_base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,7 @@ def preview(
     Returns:
         One preview for each request, in their order.
     """
+    server.start()  # before there are threads, while it costs nothing
     passes: dict[str, list[MergeRequest]] = defaultdict(list)
     for request in requests:
         passes[request.pass_key()].append(request)
@@ -66,7 +68,9 @@ def _preview_pass(
     requests: list[MergeRequest], cache: Path, num_threads: int, device: str, *, inert_fields: frozenset[str]
 ) -> list[Preview]:
     try:
-        base = plan_base(fetch_base(requests[0].base, cache), requests[0])
+        source = fetch_base(requests[0].base, cache)
+        vet_base(source, requests[0])
+        base = plan_base(source, requests[0])
     except MergefleetError as error:
         return [Preview(request=request, estimate=None, failure=Failure.of(error)) for request in requests]
     return [_preview_job(base, request, cache, num_threads, device, inert_fields=inert_fields) for request in requests]

@@ -1,6 +1,7 @@
 """The `run` command: Ray, workers and a driver from start to end, and what is seen of them."""
 
 import contextlib
+import logging
 import os
 import secrets
 import socket
@@ -23,6 +24,8 @@ from cluster.terminal import Terminal
 from cluster.watching import LiveBoard
 from jobs.errors import FailureClass
 from jobs.store import JobStore
+
+logger = logging.getLogger(__name__)
 
 
 def drive(
@@ -99,9 +102,18 @@ def _listening(output: Terminal, store: JobStore) -> Iterator[Callable[[DriverEv
     if output.out.is_terminal and not output.as_json:
         live = Live(LiveBoard(store), console=output.out, refresh_per_second=1, transient=True)
 
+    failed = False
+
     def listener(event: DriverEvent) -> None:
-        output.show(event_line(event))
-        output.document({"event": event_name(event), **plain(event)})
+        nonlocal failed
+        try:
+            output.show(event_line(event))
+            output.document({"event": event_name(event), **plain(event)})
+        except Exception:
+            # The display's edge: a terminal that is gone, or text it cannot show, ends no batch.
+            if not failed:
+                logger.exception("events cannot be shown any more; the batch goes on")
+            failed = True
 
     with live:
         yield listener

@@ -1,6 +1,7 @@
 """Where the command line writes: text for a person, or JSON on stdout and nothing else there."""
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -16,6 +17,10 @@ from rich.text import Text
 from cluster import exit_codes
 from cluster.logs import DEBUG_VARIABLE, LogFormat, configure_logging
 from jobs.errors import InternalError, MergefleetError
+from jobs.text import MAX_MESSAGE, shown
+
+_MAX_ERRORS = 1_000_000
+"""Characters of an error: a request file may have thousands of mistakes, each on a line of its own."""
 
 
 class Terminal:
@@ -24,18 +29,23 @@ class Terminal:
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
         self._stdout = sys.stdout
-        self.out = Console(file=self._stdout, highlight=False)
-        self._errors = Console(stderr=True, highlight=False)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal may know fewer characters than a name has
+                stream.reconfigure(errors="backslashreplace")
+        # What is shown may hold text from outside: it is data, never markup, and `:name:` is no picture.
+        self.out = Console(file=self._stdout, highlight=False, markup=False, emoji=False)
+        self._errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
     def show(self, view: RenderableType) -> None:
         """Show something to a person; says nothing with `--json`."""
         if not self.as_json:
-            self.out.print(view, soft_wrap=isinstance(view, str | Text))
+            text = shown(view, MAX_MESSAGE, lines=True) if isinstance(view, str) else view
+            self.out.print(text, soft_wrap=isinstance(view, str | Text))
 
     def show_error(self, message: str) -> None:
         """Show on stderr what went wrong; says nothing with `--json`."""
         if not self.as_json:
-            self._errors.print(message, style="red", markup=False, soft_wrap=True)
+            self._errors.print(shown(message, _MAX_ERRORS, lines=True), style="red", soft_wrap=True)
 
     def document(self, value: dict[str, Any]) -> None:
         """Write one JSON document on one line; says nothing without `--json`."""

@@ -1,5 +1,6 @@
 """Following a batch, from any terminal that can reach the store."""
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Collection
@@ -14,6 +15,8 @@ from cluster.terminal import Terminal
 from jobs.errors import FailureClass, MergefleetError
 from jobs.states import FINAL_STATES, JobState
 from jobs.store import JobRecord, JobStore
+
+logger = logging.getLogger(__name__)
 
 _UNSUCCESSFUL = frozenset({JobState.FAILED, JobState.QUARANTINED})
 
@@ -66,11 +69,17 @@ class LiveBoard:
         self._batch = Batch(store)
         self._clock = ByteClock()
         self._last: RenderableType = ""
+        self._failed = False
 
     def __rich__(self) -> RenderableType:
         try:
             progress = by_base(self._batch.refresh())
+            self._last = board(progress, self._clock.seconds_left(time.monotonic(), progress))
         except MergefleetError:
-            return self._last  # the store does not answer for a moment; the driver says so
-        self._last = board(progress, self._clock.seconds_left(time.monotonic(), progress))
+            pass  # the store does not answer for a moment; the driver says so
+        except Exception:
+            # The display's edge: what cannot be drawn is no matter of the driver's, which draws it.
+            if not self._failed:
+                logger.exception("the board cannot be drawn")
+            self._failed = True
         return self._last

@@ -13,7 +13,10 @@ from typing import Any, TypeAlias
 from jobs.problems import ProblemList, known_name
 
 MAX_DEPTH = 50
-MAX_VALUES = 2_000_000
+MAX_DIGITS = 100
+"""Of a whole number."""
+
+MAX_VALUES = 600_000
 """Values in one file, counted after YAML aliases are followed: a small file can stand for a huge one."""
 
 Value: TypeAlias = "str | int | float | bool | tuple[Node, ...] | dict[str, Node] | None"
@@ -101,6 +104,17 @@ class _Pairs(list[tuple[str, Any]]):
     """The fields of a JSON object as written, repeated ones included."""
 
 
+def whole_number(text: str, base: int = 10) -> int:
+    """Return a whole number; one of thousands of digits takes minutes to read, and cannot be shown.
+
+    Raises:
+        ValueError: it is none, or has too many digits.
+    """
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text, base)
+
+
 def _parse_json(text: str, *, strict: bool = True) -> Any:
     """Parse JSON; objects become `_Pairs`.
 
@@ -113,7 +127,7 @@ def _parse_json(text: str, *, strict: bool = True) -> Any:
         UnicodeEncodeError: an escape stands for half a character, which no store could keep.
         ValueError, RecursionError: numbers of thousands of digits, nesting of thousands of levels.
     """
-    value = json.loads(text, object_pairs_hook=_Pairs, strict=strict)
+    value = json.loads(text, object_pairs_hook=_Pairs, strict=strict, parse_int=whole_number)
     json.dumps(value, ensure_ascii=False).encode()
     return value
 

@@ -22,7 +22,7 @@ from jobs.yaml_tree import read_yaml
 
 __all__ = ["MAX_FILE_BYTES", "MAX_REQUESTS", "ManifestError", "Problem", "load_requests"]
 
-MAX_FILE_BYTES = 64 * 1024**2
+MAX_FILE_BYTES = 16 * 1024**2
 _SUFFIXES = (".yaml", ".yml", ".jsonl", ".csv")
 
 

@@ -11,8 +11,11 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from jobs.errors import BadInputError, InvalidValueError
+from jobs.text import shown
 
 _MAX_SHOWN = 80
+_MAX_FIELD = 200
+_MAX_EXPECTED = 1_000
 _MESSAGE_START = "Input should be "
 
 
@@ -65,7 +68,8 @@ class ProblemList:
 
     def add(self, line: int | None, field: str, expected: str, found: str) -> None:
         """Note one problem."""
-        problem = Problem(self._file, line, field, expected, found)
+        words = shown(expected, _MAX_EXPECTED), shown(found, _MAX_EXPECTED)
+        problem = Problem(shown(self._file), line, shown(field, _MAX_FIELD), *words)
         self._problems.setdefault((line, field, expected), problem)
 
     def error(self) -> ManifestError:

@@ -10,8 +10,11 @@ from typing import Any
 
 import yaml
 
-from jobs.documents import MAX_DEPTH, DocumentTooLargeError, Limits, Node, Value, joined
+from jobs.documents import MAX_DEPTH, MAX_VALUES, DocumentTooLargeError, Limits, Node, Value, joined, whole_number
 from jobs.problems import ProblemList, show
+
+_MAX_NODES = 2 * MAX_VALUES
+"""Names count as well: a node takes half a kilobyte."""
 
 _TAG = "tag:yaml.org,2002:"
 _CORE_SCALAR = re.compile(
@@ -25,7 +28,7 @@ _SCALARS: dict[str, Callable[[str], Value]] = {
     "str": str,
     "null": lambda _: None,
     "bool": lambda text: {"true": True, "false": False}[text.lower()],
-    "int": lambda text: int(text, 0 if text.startswith(("0o", "0x")) else 10),
+    "int": lambda text: whole_number(text, 0 if text.startswith(("0o", "0x")) else 10),
     "float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
 }
 
@@ -34,6 +37,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     """Composes YAML nodes under the core schema; with libyaml, where it is there, ten times faster."""
 
     depth = 0
+    num_nodes = 0
 
     def resolve(self, kind: type, value: str | None, implicit: tuple[bool, bool]) -> str:
         """Return the tag of a node that names none."""
@@ -43,7 +47,10 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         return f"{_TAG}{'seq' if kind is yaml.SequenceNode else 'map'}"
 
     def descend_resolver(self, _node: yaml.Node | None, _index: Any) -> None:
-        """Bound the nesting. The composer recurses, libyaml's on the C stack, where a file of brackets is fatal."""
+        """Bound nodes and nesting: the composer recurses, libyaml's on the C stack, where brackets alone are fatal."""
+        self.num_nodes += 1
+        if self.num_nodes > _MAX_NODES:
+            raise DocumentTooLargeError(f"at most {_MAX_NODES} names and values")
         self.depth += 1
         if self.depth > MAX_DEPTH + 1:
             raise DocumentTooLargeError(f"values nested at most {MAX_DEPTH} deep")

@@ -1,265 +1,167 @@
-"""Does the proof find every wrong merge? One delta is dropped, halved, swapped or moved, and has to be named.
+"""Files as nobody should write them: structural and bytewise changes of headers, indexes, configurations, tokenizers,
+and request files, drawn from a seed."""
 
-    make mutations ROUNDS=200
-    python -m tests.mutations --rounds 200 --seed 1
-
-Each round makes an adapter of some kind for some base, breaks the engine at one place between the adapter's file and
-the release, and merges at parity level `arithmetic`. What passes, or fails without naming the tensor, is printed.
-"""
-
-import argparse
-import dataclasses
+import json
+import os
 import random
-import sys
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import torch
-
-import workers.lanes.adapter
-import workers.lanes.peft
-import workers.merge
-import workers.unit
-import workers.walk
-from jobs.errors import FailureClass
-from jobs.release import REPORT_NAME, ParityReport
-from jobs.request import MergeRequest
-from tests.methods import make_method_adapter
-from tests.models import build_llama, build_qwen2, make_adapter
-from workers.outcomes import JobOutcome, WorkerSettings
-from workers.plan import MergePlan
-from workers.worker import MergeWorker
-
-STREAMED: Mapping[str, Mapping[str, Any]] = {
-    "q, v": {"targets": ["q_proj", "v_proj"]},
-    "all linear": {},
-    "rank-stabilized, patterns": {"rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 5}},
-    "with biases": {"bias": "all", "trained": True},
-}
-BY_PEFT: Mapping[str, Mapping[str, Any]] = {
-    "DoRA": {"use_dora": True},
-    "a head": {"targets": ["lm_head", "q_proj"]},
-    "an embedding": {"targets": ["embed_tokens", "q_proj"]},
-    "a trained head": {"targets": ["q_proj"], "modules_to_save": ["lm_head"], "trained": True},
-}
-METHODS = ("LOHA", "LOKR", "IA3", "VERA", "OFT", "BOFT", "HRA", "ADALORA", "MISS", "FOURIERFT")
+BOMB = "(([a-z_.0-9])+)+$!"
+_LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"
+_MANY = 30_000
 
 
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """A merge with one fault in it."""
-
-    words: str
-    names: tuple[str, ...]
-    """Of modules; the proof has to name a tensor of one of them."""
-    patch: Callable[[], Any]
-    """Returns a context in which the engine has the fault."""
-
-
-def in_the_plan(change: Callable[[MergePlan], MergePlan]) -> Any:
-    """Return a context in which plans are changed after they were made."""
-    really = workers.unit.plan_merge
-    return mock.patch.object(workers.unit, "plan_merge", lambda *what: change(really(*what)))
+def _values(outside: Path) -> list[Any]:
+    """Return what a field is replaced by; `outside` is a file that nothing may read."""
+    numbers = [-1, 0, 1, 2, 3, 0.5, -0.0, 10**6, 10**12, 10**18, 2**63, 10**30, 10**99, 1e-308, 1e308]
+    paths = ["../../outside/secret", str(outside), f"file://{outside}"]
+    texts = ["", " ", "a", "nf4", "float16", "bfloat16", "\ud800", "\u202egnp.exe", "\x1b[2J", "[red]x[/red] :smile:"]
+    long_texts = ["a\nb\0c", "x" * 100_000, BOMB, ".*", "(", "^(?=(a+))\\1+$", "{{ 7*7 }}", _LOOPS]
+    lists = [[], [[]], [None], ["q_proj"], [BOMB], list(range(_MANY)), ["q_proj"] * _MANY]
+    mappings: list[Any] = [{}, {"a": 1}, {"q_proj": 3}, {BOMB: 2}]
+    return [None, True, False, float("nan"), float("inf"), *numbers, *paths, *texts, *long_texts, *lists, *mappings]
 
 
-def break_streamed(plan: MergePlan, rng: random.Random) -> Broken:
-    """Break what happens to one plain delta of LoRA."""
-    name = rng.choice(sorted(plan.deltas))
-    delta = plan.deltas[name]
-    same = [
-        other
-        for other, each in plan.deltas.items()
-        if other != name and (each.a_RI.shape, each.b_OR.shape) == (delta.a_RI.shape, delta.b_OR.shape)
-    ]
-    shape = plan.base.by_name[name].shape
-    free = [t.name for t in plan.base.tensors if t.shape == shape and t.name not in plan.deltas]
-    kinds = ["drop", "halve", "drop a half when it is read", "halve a half when it is read", "drop where it is added"]
-    kinds += ["swap"] * bool(same) + ["move"] * bool(free)
-    match rng.choice(kinds):
-        case "drop":
-            deltas = {other: each for other, each in plan.deltas.items() if other != name}
-        case "halve":
-            deltas = {**plan.deltas, name: dataclasses.replace(delta, scaling=delta.scaling / 2)}
-        case "swap":
-            other = rng.choice(same)
-            deltas = {**plan.deltas, name: plan.deltas[other], other: delta}
-        case "move":
-            deltas = {other: each for other, each in plan.deltas.items() if other != name}
-            deltas[rng.choice(free)] = delta
-        case words:
-            factor = 0.5 if words.startswith("halve") else 0.0
-            spec = rng.choice([delta.a_RI, delta.b_OR])
-            if words == "drop where it is added":
-                return Broken(words, (name,), lambda: _merging_nothing(name))
-            return Broken(words, (name,), lambda: _reading(workers.walk, "read_operand", spec.name, factor))
-    words = "drop, halve, swap or move in the plan"
-    return Broken(words, (name,), lambda: in_the_plan(lambda made: dataclasses.replace(made, deltas=deltas)))
+_NAMES = (
+    *("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform", "rank_pattern", "alpha_pattern"),
+    *("target_parameters", "modules_to_save", "trainable_token_indices", "r", "lora_alpha", "use_rslora", "use_dora"),
+    *("bias", "peft_type", "fan_in_fan_out", "lora_bias", "auto_map", "quantization_config", "num_hidden_layers"),
+    *("depth", "hidden_size", "vocab_size", "architectures", "model_type", "tie_word_embeddings", "rope_scaling"),
+    *("max_position_embeddings", "dtype", "torch_dtype", "normalizer", "pre_tokenizer", "post_processor"),
+    *("added_tokens", "chat_template", "eos_token", "weight_map", "metadata", "__metadata__", "base", "adapter"),
+    *("destination", "matrix", "defaults", "parity", "labels"),
+)
+_ODD_NAMES = ("\ud800", "\u202e", "x" * 2000, "..", "[red]")
 
 
-def break_by_peft(plan: MergePlan, changed: Collection[str], rng: random.Random) -> Broken:
-    """Break what happens to one tensor that is left to PEFT."""
-    output = rng.choice(sorted(plan.by_peft.keys() & changed))
-    module = plan.by_peft[output][0].rpartition(".")[0]
-    shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
-    same = [other for other in plan.by_peft if other != output and shapes[other] == shapes[output]]
-    tensors = [spec for name, spec in plan.opened.tensors.items() if f".{module}." in f".{name}."]
-    kinds = ["forget", "drop", "halve"] + ["swap"] * bool(same) + ["misread"] * bool(tensors)
-    match rng.choice(kinds):
-        case "forget" if plan.base.by_name.get(output):
-            left = {other: sources for other, sources in plan.by_peft.items() if other != output}
-            return Broken(
-                "forget it in the plan",
-                (output, module),
-                lambda: in_the_plan(lambda made: dataclasses.replace(made, by_peft=left)),
-            )
-        case "swap":
-            other = rng.choice(same)
-            swapped = {**plan.by_peft, output: plan.by_peft[other], other: plan.by_peft[output]}
-            return Broken(
-                "swap two outputs",
-                (output, other, module),
-                lambda: in_the_plan(lambda made: dataclasses.replace(made, by_peft=swapped)),
-            )
-        case "misread":
-            spec = rng.choice(tensors)
-            return Broken(
-                "give PEFT half of it",
-                (output, module),
-                lambda: _reading(workers.lanes.adapter, "read_tensor", spec.name, 0.5),
-            )
-        case words:
-            kept = 0.5 if words == "halve" else 0.0
-            return Broken(f"{words} what PEFT made", (output, module), lambda: _making(plan, output, kept))
+def mutate_json(value: Any, random_: random.Random, outside: Path) -> Any:
+    """Return a JSON value with one to three changes anywhere in it."""
+    for _ in range(random_.choice((1, 1, 1, 2, 3))):
+        value = _change(value, random_, outside)
+    return value
 
 
-@contextmanager
-def _reading(module: Any, function: str, name: str, factor: float) -> Iterator[None]:
-    really = getattr(module, function)
-
-    def read(where: Any, spec: Any) -> torch.Tensor:
-        read_tensor: torch.Tensor = really(where, spec)
-        return read_tensor * factor if spec.name == name else read_tensor
-
-    with mock.patch.object(module, function, read):
-        yield
-
-
-@contextmanager
-def _merging_nothing(name: str) -> Iterator[None]:
-    really = workers.walk.Walk._operands
-
-    def operands(self: Any, tile: Any, job: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        a_RI, b_OR = really(self, tile, job)
-        return (a_RI, torch.zeros_like(b_OR)) if tile.weight.tensor.name == name else (a_RI, b_OR)
-
-    with mock.patch.object(workers.walk.Walk, "_operands", operands):
-        yield
-
-
-@contextmanager
-def _making(plan: MergePlan, output: str, kept: float) -> Iterator[None]:
-    """Have the merge keep a part of what it changes; the second merge of the check is right."""
-    really = workers.merge.merge_modules
-
-    def modules(*what: Any, **how: Any) -> Iterator[Any]:
-        weights = what[1]
-        for module in really(*what, **how):
-            outputs = dict(module.outputs)
-            if output in outputs:
-                source = plan.by_peft[output][0]
-                before = weights.output(output) if output in plan.base.by_name else weights.get(source)
-                outputs[output] = before.float() + kept * (outputs[output].float() - before.float())
-            yield dataclasses.replace(module, outputs=outputs)
-
-    with mock.patch.object(workers.merge, "merge_modules", modules):
-        yield
-
-
-def run_round(directory: Path, bases: Mapping[str, Path], rng: random.Random) -> tuple[str, str]:
-    """Return what was broken, and what is wrong with the answer: nothing where the proof has found it."""
-    kind = rng.choice([*STREAMED, *BY_PEFT, *METHODS])
-    base = rng.choice(sorted(bases))
-    seed = rng.randrange(1 << 30)
-    if kind in METHODS:
-        adapter = make_method_adapter(bases[base], directory / "adapter", kind, std=rng.choice([0.02, 0.1]), seed=seed)
+def _change(value: Any, random_: random.Random, outside: Path) -> Any:
+    if not isinstance(value, dict | list) or not value or random_.random() < 0.02:
+        return random_.choice(_values(outside))
+    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+    key = random_.choice(keys)
+    changed: Any = dict(value) if isinstance(value, dict) else list(value)
+    if isinstance(value[key], dict | list) and value[key] and random_.random() < 0.7:
+        changed[key] = _change(value[key], random_, outside)
+        return changed
+    if isinstance(changed, dict) and random_.random() < 0.3:
+        _change_name(changed, key, random_, outside)
     else:
-        fields = (STREAMED | BY_PEFT)[kind]
-        adapter = make_adapter(bases[base], directory / "adapter", seed=seed, std=rng.choice([0.01, 0.1]), **fields)
-    request = MergeRequest(
-        id="job",
-        base=str(bases[base]),
-        adapter=str(adapter),
-        destination=str(directory / "release"),
-        base_quantization=rng.choice(["none", "nf4"]),
-        parity={"level": "arithmetic"},
-    )
-    right, plan = _run(request, directory / "right")
-    if right.failure is not None:
-        return kind, f"fails where nothing is broken: {right.failure.message}"
-    report = ParityReport.model_validate_json((right.report_path / REPORT_NAME).read_bytes())
-    changed = {check.tensor for check in report.tensors if check.changed}
-    streamed = bool(plan.deltas) and (not plan.by_peft.keys() & changed or rng.random() < 0.5)
-    broken = break_streamed(plan, rng) if streamed else break_by_peft(plan, changed, rng)
-    with broken.patch():
-        outcome, _ = _run(request, directory / "wrong")
-    what = f"{kind} on {base} in {request.base_quantization}: {broken.words} ({broken.names[0]})"
-    if outcome.failure is None:
-        return what, "passed"
-    if outcome.failure.failure_class is not FailureClass.PARITY_FAILED:
-        return what, f"failed as {outcome.failure.failure_class}: {outcome.failure.message}"
-    report = ParityReport.model_validate_json((outcome.report_path / REPORT_NAME).read_bytes())
-    modules = [name.removesuffix(".weight").removesuffix(".bias") for name in broken.names]
-    if not any(module in failure for failure in report.failures for module in modules):
-        return what, f"does not name it: {report.failures}"
-    return what, ""
+        changed[key] = _other(changed[key], changed[random_.choice(keys)], random_, outside)
+    return changed
 
 
-def _run(request: MergeRequest, directory: Path) -> tuple[JobOutcome, MergePlan]:
-    directory.mkdir()
-    settings = WorkerSettings(
-        cache=directory.parent / "cache", scratch=directory, reports=directory / "reports", device="cpu", num_threads=1
-    )
-    plans = []
-    worker = MergeWorker(settings)
-    with in_the_plan(lambda made: plans.append(made) or made):
-        (outcome,) = worker.run_unit("round", (request,)).jobs
-    worker.close()
-    return outcome, plans[0]
+def _change_name(fields: dict[str, Any], name: str, random_: random.Random, outside: Path) -> None:
+    match random_.randrange(3):
+        case 0:
+            del fields[name]
+        case 1:
+            fields[random_.choice(_NAMES)] = random_.choice(_values(outside))
+        case _:
+            fields[random_.choice((*_NAMES, *_ODD_NAMES, f"{name}.", name.upper()))] = fields.pop(name)
 
 
-def main() -> int:
-    """Run the rounds; return 1 if one of them was not found."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    rng = random.Random(options.seed)
-    found, missed = Counter[str](), []
-    with tempfile.TemporaryDirectory() as place:
-        shape = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 128, "tokenizer": False}
-        bases = {
-            "a llama": build_llama(Path(place, "llama"), **shape),
-            "a tied qwen2": build_qwen2(Path(place, "qwen2"), **shape),
-        }
-        for number in range(options.rounds):
-            with tempfile.TemporaryDirectory(dir=place) as directory:
-                what, wrong = run_round(Path(directory), bases, rng)
-            if wrong:
-                missed.append(f"{what}: {wrong}")
-                print(f"MISSED round {number}: {missed[-1]}", flush=True)
-            else:
-                found[what.partition(": ")[2].partition(" (")[0]] += 1
-    for words, num_found in found.most_common():
-        print(f"{num_found:5d}  {words}")
-    print(f"{sum(found.values())} of {options.rounds} found and named")
-    return 1 if missed else 0
+def _other(value: Any, neighbour: Any, random_: random.Random, outside: Path) -> Any:
+    """Return a value in the place of another."""
+    kind = random_.randrange(8)
+    if kind == 0:
+        return neighbour
+    if kind == 1 and type(value) is int:
+        return random_.choice((value + 1, value - 1, -value, value * 1000))
+    if kind == 2:
+        for _ in range(random_.choice((10, 100, 900))):
+            value = [value]
+        return value
+    if kind == 3 and isinstance(value, str) and value:
+        place = random_.randrange(len(value))
+        return value[:place] + random_.choice("\ud800\u202e\x1b.*([a/\\0 é") + value[place + 1 :]
+    return random_.choice(_values(outside))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def as_text(value: Any, random_: random.Random) -> bytes:
+    """Return JSON as bytes; in one of eight with a further change that no writer of JSON makes."""
+    data = json.dumps(value).encode()
+    kind = random_.randrange(40)
+    if kind == 0:
+        return data.replace(b"1", b"9" * random_.choice((100, 4000, 5000, 100_000)), 1)
+    if kind == 1:
+        return b"[" * random_.choice((100, 10_000, 1_000_000)) + data
+    if kind == 2:
+        marked = b"\xef\xbb\xbf" + data
+        return random_.choice((marked, data.decode().encode("utf-16"), data + b"\0", b"", b"\xff" + data))
+    if kind == 3 and data[:1] == b"{" and len(data) > 2:
+        return data[:-1] + b"," + data[1:]  # every field twice
+    if kind == 4:
+        return mutate_bytes(data, random_)
+    return data
+
+
+def mutate_bytes(data: bytes, random_: random.Random) -> bytes:
+    """Return bytes cut off, flipped, doubled or filled somewhere."""
+    if not data:
+        return b"\0"
+    place = random_.randrange(len(data))
+    kind = random_.randrange(5)
+    if kind == 0:
+        return data[:place]
+    if kind == 1:
+        return data[:place] + bytes([data[place] ^ (1 << random_.randrange(8))]) + data[place + 1 :]
+    if kind == 2:
+        return data[:place] + data[place : place + 64] * random_.randrange(2, 50) + data[place:]
+    if kind == 3:
+        return data[:place] + random_.randbytes(random_.randrange(1, 64)) + data[place:]
+    return data[:place] + data[place + random_.randrange(1, 64) :]
+
+
+def mutate_header(path: Path, random_: random.Random, outside: Path) -> None:
+    """Change the header of a safetensors file, or the file as a whole."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+    kind = random_.randrange(12)
+    if kind == 0:
+        path.write_bytes(mutate_bytes(data, random_))
+        return
+    if kind == 1:  # another order and more room: the same tensors
+        names = list(header)
+        random_.shuffle(names)
+        raw = json.dumps({name: header[name] for name in names}, indent=random_.choice((None, 1))).encode()
+        raw += b" " * (-len(raw) % 8)
+    elif kind == 2:  # many more tensors, of no elements
+        empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+        raw = json.dumps(header | {f"extra.{n}": empty for n in range(random_.choice((1, 1000, 250_000)))}).encode()
+    elif kind == 3:  # other names for the same bytes
+        a, b = random_.sample([name for name in header if name != "__metadata__"], 2)
+        header[a], header[b] = header[b], header[a]
+        raw = json.dumps(header).encode()
+    else:
+        raw = as_text(mutate_json(header, random_, outside), random_)
+    length = len(raw)
+    if random_.random() < 0.05:
+        length = random_.choice((0, length + 1, length - 1, 90_000_000, 1 << 40, 1 << 63))
+    if kind == 4:
+        body = mutate_bytes(body, random_)
+    path.write_bytes(length.to_bytes(8, "little", signed=False) + raw + body)
+
+
+def replace_file(path: Path, random_: random.Random, outside: Path) -> None:
+    """Put something that is no plain file in the place of a file."""
+    path.unlink()
+    kind = random_.randrange(6)
+    makers: list[Callable[[], Any]] = [
+        lambda: path.symlink_to(outside),
+        lambda: path.symlink_to("../" * 12 + str(outside).lstrip("/")),
+        lambda: path.symlink_to(path.name),
+        lambda: os.mkfifo(path),
+        path.mkdir,
+        lambda: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC), 1 << 40),
+    ]
+    makers[kind]()

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,13 +14,15 @@ from jobs.locations import LocalPath
 from jobs.request import MergeRequest
 from workers.checkpoint import lay_out_shard
 from workers.combination import Combined, combine
-from workers.files import file_errors, sha256_of
+from workers.files import file_errors
+from workers.foreign import copy_foreign, foreign_sha256
 from workers.lanes.adapter import ADAPTER_WEIGHTS, open_adapter
 from workers.lanes.fitting import fit
 from workers.model import skeleton
 from workers.scratch import keep_directory
 from workers.shipment import shipped_files
 from workers.sources import Source, fetch_adapter
+from workers.vetting import vet_adapter
 
 
 def fetch_adapters(
@@ -42,7 +43,7 @@ def fetch_adapters(
         NotFoundError, AuthError, TransientIOError, NoCapacityError: by kind of fault.
         UnsupportedError, BadInputError: an adapter cannot be used, or PEFT does not combine them without loss.
     """
-    parts = tuple(fetch_adapter(each.adapter, cache) for each in request.weighted)
+    parts = _fetch_parts(request, base, cache)
     if request.combination is None:
         return parts[0]
     directory = cache / "combined" / _cache_key(request, base, parts)
@@ -63,7 +64,7 @@ def outline_adapters(
         directory: an existing one, for the outline; its weights are a hole in a file.
         inert_fields: of their configurations, as in `open_adapter`.
     """
-    parts = tuple(fetch_adapter(each.adapter, cache) for each in request.weighted)
+    parts = _fetch_parts(request, base, cache)
     if request.combination is None:
         return parts[0]
     combined = _combine(request, base, parts, inert_fields, values=False)
@@ -76,6 +77,13 @@ def outline_adapters(
             file.truncate(layout.num_bytes)
         _copy(_common_files(parts), directory)
     return _source(directory, parts)
+
+
+def _fetch_parts(request: MergeRequest, base: Source, cache: Path) -> tuple[Source, ...]:
+    parts = tuple(fetch_adapter(each.adapter, cache) for each in request.weighted)
+    for part in parts:
+        vet_adapter(base, request, part)
+    return parts
 
 
 def _source(directory: Path, parts: tuple[Source, ...]) -> Source:
@@ -100,7 +108,7 @@ def _make(
 def _copy(files: Mapping[str, Path], directory: Path) -> None:
     for name, path in files.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, directory / name)
+        copy_foreign(path, directory / name, num_parts=name.count("/") + 1)
 
 
 def _combine(
@@ -127,7 +135,8 @@ def _common_files(parts: Sequence[Source]) -> dict[str, Path]:
         for name, path in shipped_files(part.directory).items():
             other = files.setdefault(name, path)
             with file_errors(f"reading {path}"):
-                is_same = sha256_of(other) == sha256_of(path)
+                num_parts = name.count("/") + 1
+                is_same = foreign_sha256(other, num_parts=num_parts) == foreign_sha256(path, num_parts=num_parts)
             if not is_same:
                 raise UnsupportedError(
                     f"{path} and {other} differ, and the merged model has one {name}; remove it from the adapters "

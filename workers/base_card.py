@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 
 from workers.belongings import CARD_NAME
 from workers.files import file_errors
+from workers.foreign import read_foreign
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags", "base_model")
 _MAX_METADATA_CHARACTERS = 64 << 10
@@ -42,7 +43,7 @@ def read_base_card(directory: Path) -> BaseCard:
     with file_errors(f"reading {path}"):
         if path.stat().st_size > _MAX_CARD_BYTES:
             return BaseCard(is_readable=False)
-        text = path.read_text(encoding="utf-8", errors="replace")
+    text = read_foreign(path).decode(errors="replace")
     block = _metadata_block(text)
     if block is None:
         return BaseCard()

@@ -22,6 +22,7 @@ from jobs.release import BehaviourCheck, HeldOutCheck, PromptCheck
 from jobs.request import MergeRequest
 from workers.checkpoint import read_json
 from workers.divergence import NEAR_TIE_MARGIN, Divergence, compare_logits, total, working_bytes
+from workers.foreign_models import model_of
 from workers.inference import Room, RunningModel, load_model
 from workers.lanes.adapter import Adapter
 from workers.memory import release_memory
@@ -30,6 +31,7 @@ from workers.plan import MergePlan
 from workers.prompts import Prompts, read_prompts
 from workers.references import Reference, references
 from workers.texts import MAX_POSITIONS, Text
+from workers.vetting import vet_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +114,7 @@ def check_behaviour(
         for subject in subjects:
             try:
                 _check_config(subject.merged)
+                vet_prompts(subject.request, subject.merged)
                 trials.append(_Trial(subject=subject, prompts=read_prompts(subject.request, subject.merged)))
             except (BadInputError, ParityFailedError) as error:
                 outcomes[subject.request.id] = error
@@ -125,7 +128,8 @@ def check_behaviour(
         for trial in [trial for trial in trials if trial.subject.request.id not in outcomes]:
             cancelled()
             try:
-                outcomes[trial.subject.request.id] = _ask_merged(trial, room, cancelled)
+                with model_of(trial.subject.merged, ParityFailedError):
+                    outcomes[trial.subject.request.id] = _ask_merged(trial, room, cancelled)
             except ParityFailedError as error:
                 outcomes[trial.subject.request.id] = error
             release_memory()
@@ -179,7 +183,8 @@ def _ask_reference(
             if running is None or not trial.subject.streamed:
                 running = None
                 release_memory()
-                running = _load_reference(base, reference, room, dequantize=not trial.subject.streamed)
+                with model_of(base, BadInputError):
+                    running = _load_reference(base, reference, room, dequantize=not trial.subject.streamed)
         except NoCapacityError as error:
             if reference.gates:
                 errors[trial.subject.request.id] = error
@@ -189,7 +194,8 @@ def _ask_reference(
         directory = room.scratch / f"{'gating' if reference.gates else 'other'}-{number}"
         directory.mkdir()
         try:
-            trial.answers.append(_answer(running, reference, trial, directory, cancelled))
+            with model_of(base, BadInputError):
+                trial.answers.append(_answer(running, reference, trial, directory, cancelled))
         except (BadInputError, UnsupportedError) as error:
             errors[trial.subject.request.id] = error
     return errors

@@ -18,6 +18,7 @@ from jobs.errors import BadInputError
 from jobs.release import MANIFEST_NAME, REPORT_NAME, is_plain_path
 from workers.code_files import code_of, custom_modules
 from workers.files import file_errors
+from workers.foreign import read_foreign
 
 CARD_NAME = "README.md"
 MODULES_FILE = "modules.json"
@@ -170,7 +171,7 @@ class LocalFiles:
         path = self.place / name
         with file_errors(f"reading {path}"):
             check_description(path, path.stat().st_size)
-            return path.read_bytes()
+        return read_foreign(path, num_parts=name.count("/") + 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,22 @@ from typing import Any
 import torch
 
 from jobs.errors import BadInputError, NotFoundError
-from workers.files import translate_os_error
+from jobs.text import shown
+from workers.files import file_errors
+from workers.foreign import foreign_file, read_foreign
+from workers.foreign_json import parse_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the safetensors library itself."""
+MAX_HEADER_BYTES = 32 << 20
+"""Of one file. `MAX_TENSORS` tensors with long names take less; the safetensors library itself takes three times as
+much, which as Python objects is more memory than a merge."""
+
+MAX_TENSORS = 200_000
+"""Of one file, and of a checkpoint. The largest published ones have 92,000."""
+
+MAX_SHARDS = 10_000
+MAX_NAME_LENGTH = 1_000
 
 _MAX_DIMENSIONS = 64
 """Far beyond any tensor; bounds the product of the sizes that a header can ask for."""
@@ -133,17 +143,10 @@ def read_json(path: Path) -> Any:
 
     Raises:
         NotFoundError: it is not there.
-        BadInputError: it is no JSON.
+        BadInputError: it is no JSON, or beyond the bounds of docs/bounds.md.
         AuthError, TransientIOError: it cannot be read, by kind of fault.
     """
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{path}: expected this file, found nothing; is the directory a complete one?") from error
-    except OSError as error:
-        raise translate_os_error(error, f"reading {path}") from error
-    except (ValueError, RecursionError) as error:
-        raise BadInputError(f"{path}: expected readable JSON, found: {error}") from error
+    return parse_json(read_foreign(path), path)
 
 
 def read_shard(path: Path) -> ShardLayout:
@@ -154,28 +157,31 @@ def read_shard(path: Path) -> ShardLayout:
         BadInputError: the header is malformed, or does not describe exactly the bytes that are there.
         AuthError, TransientIOError: the file cannot be read, by kind of fault.
     """
-    try:
-        with path.open("rb") as file:
-            num_file_bytes = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            num_header_bytes = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or num_header_bytes > min(MAX_HEADER_BYTES, num_file_bytes - 8):
-                raise BadInputError(
-                    f"{path}: expected a safetensors header within the file's {num_file_bytes} bytes, found a header "
-                    f"length of {num_header_bytes}; the file is truncated or no safetensors file"
-                )
-            raw = file.read(num_header_bytes)
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{path}: expected this file, found nothing; is the checkpoint complete?") from error
-    except OSError as error:
-        raise translate_os_error(error, f"reading {path}") from error
-    try:
-        entries = json.loads(raw.decode())
-    except (ValueError, RecursionError) as error:
-        raise BadInputError(f"{path}: expected a JSON header, found: {error}; the file is corrupt") from error
+    where = shown(path)
+    with foreign_file(path, any_size=True) as file, file_errors(f"reading {where}"):
+        num_file_bytes = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        num_header_bytes = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or num_header_bytes > num_file_bytes - 8:
+            raise BadInputError(
+                f"{where}: expected a safetensors header within the file's {num_file_bytes} bytes, found a header "
+                f"length of {num_header_bytes}; the file is truncated or no safetensors file"
+            )
+        if num_header_bytes > MAX_HEADER_BYTES:
+            raise BadInputError(
+                f"{where}: expected a header of at most {MAX_HEADER_BYTES} bytes, found one of {num_header_bytes}"
+            )
+        raw = file.read(num_header_bytes)
+    # Before it becomes objects, which take twenty times the memory; a header that writes the field otherwise is
+    # counted below.
+    if (num_tensors := raw.count(b'"data_offsets"')) > MAX_TENSORS:
+        raise BadInputError(f"{where}: expected at most {MAX_TENSORS} tensors, found {num_tensors}")
+    entries = parse_json(raw, path, "a JSON header")
     if not isinstance(entries, dict):
         raise BadInputError(f"{path}: expected a JSON object as header, found {type(entries).__name__}")
     entries.pop("__metadata__", None)
+    if len(entries) > MAX_TENSORS:
+        raise BadInputError(f"{where}: expected at most {MAX_TENSORS} tensors, found {len(entries)}")
     data_begin = 8 + num_header_bytes
     specs = sorted((_read_spec(path, name, entry, data_begin) for name, entry in entries.items()), key=_file_order)
     expected_begin = data_begin
@@ -203,21 +209,26 @@ def _file_order(spec: TensorSpec) -> tuple[int, int]:
 
 
 def _read_spec(path: Path, name: str, entry: Any, data_begin: int) -> TensorSpec:
-    where = f"{path}: tensor {name}"
-    if not name.isprintable():
-        raise BadInputError(f"{path}: tensor {name!r}: expected a printable name; the file is corrupt")
+    if len(name) > MAX_NAME_LENGTH or shown(name) != name:
+        raise BadInputError(
+            f"{shown(path)}: tensor {shown(name, 80)}: expected a name of at most {MAX_NAME_LENGTH} visible "
+            "characters; the file is corrupt"
+        )
+    where = f"{shown(path)}: tensor {name}"
     try:
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise BadInputError(
-            f"{where}: expected dtype, shape and data_offsets, found {str(entry)[:_MAX_SHOWN]}"
+            f"{where}: expected dtype, shape and data_offsets, found {shown(entry, _MAX_SHOWN)}"
         ) from error
     if not isinstance(code, str) or code not in DTYPES:
-        raise BadInputError(f"{where}: dtype {code!r} is not supported; expected one of {', '.join(DTYPES)}")
+        raise BadInputError(
+            f"{where}: dtype {shown(repr(code), _MAX_SHOWN)} is not supported; expected one of {', '.join(DTYPES)}"
+        )
     if len(shape) > _MAX_DIMENSIONS:
         raise BadInputError(f"{where}: expected at most {_MAX_DIMENSIONS} dimensions, found {len(shape)}")
     if not all(type(size) is int and 0 <= size < 1 << 63 for size in (*shape, begin, end)):
-        found = str((shape, begin, end))[:_MAX_SHOWN]
+        found = shown((shape, begin, end), _MAX_SHOWN)
         raise BadInputError(f"{where}: expected whole numbers of 64 bits as shape and offsets, found {found}")
     spec = TensorSpec(name=name, dtype=DTYPES[code], shape=shape, begin=data_begin + begin)
     if spec.num_bytes != end - begin:
@@ -250,15 +261,18 @@ def read_checkpoint(directory: Path) -> CheckpointLayout:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInputError(
-            f"{index_path}: expected a non-empty object 'weight_map', found {str(weight_map)[:_MAX_SHOWN]}"
+            f"{index_path}: expected a non-empty object 'weight_map', found {shown(weight_map, _MAX_SHOWN)}"
         )
     for tensor, shard_name in weight_map.items():
         if not isinstance(shard_name, str) or not _SHARD_NAME.fullmatch(shard_name):
             raise BadInputError(
-                f"{index_path}: tensor {tensor}: expected the plain name of a safetensors file in this directory, "
-                f"found {shard_name!r}"
+                f"{index_path}: tensor {shown(tensor, _MAX_SHOWN)}: expected the plain name of a safetensors file in "
+                f"this directory, found {shown(repr(shard_name), _MAX_SHOWN)}"
             )
-    layout = CheckpointLayout(tuple(read_shard(directory / name) for name in sorted(set(weight_map.values()))))
+    names = sorted(set(weight_map.values()))
+    if len(names) > MAX_SHARDS:
+        raise BadInputError(f"{index_path}: expected at most {MAX_SHARDS} files, found {len(names)}")
+    layout = CheckpointLayout(_read_shards(directory, names))
     if sum(len(shard.tensors) for shard in layout.shards) != len(layout.tensors):
         raise BadInputError(f"{index_path}: a tensor stands in more than one shard; the checkpoint is ambiguous")
     actual = {name: shard.name for name, (shard, _) in layout.tensors.items()}
@@ -270,6 +284,22 @@ def read_checkpoint(directory: Path) -> CheckpointLayout:
             f"{weight_map.get(name, 'nothing')}, the shards say {actual.get(name, 'nothing')}"
         )
     return layout
+
+
+def _read_shards(directory: Path, names: Sequence[str]) -> tuple[ShardLayout, ...]:
+    """Read the headers of a checkpoint's files: each is bounded, and so are all of them together."""
+    shards: list[ShardLayout] = []
+    num_tensors = num_header_bytes = 0
+    for name in names:
+        shards.append(read_shard(directory / name))
+        num_tensors += len(shards[-1].tensors)
+        num_header_bytes += len(shards[-1].header)
+        if num_tensors > MAX_TENSORS or num_header_bytes > 2 * MAX_HEADER_BYTES:
+            raise BadInputError(
+                f"{directory}: expected at most {MAX_TENSORS} tensors and {2 * MAX_HEADER_BYTES} bytes of headers, "
+                f"found {num_tensors} and {num_header_bytes} in the first {len(shards)} of {len(names)} files"
+            )
+    return tuple(shards)
 
 
 def lay_out(

@@ -104,15 +104,11 @@ def run_isolated(
         descriptors: further ones it keeps, under their numbers.
         seconds: after which it is killed.
     """
-    start = f"import json, sys; sys.path[:] = json.loads(sys.argv.pop()); {program}"
-    path = json.dumps([os.path.abspath(entry) for entry in sys.path])  # noqa: PTH100 - an empty entry is a directory
-    environment = {"HOME": os.devnull, "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"}
-    environment |= {name: os.environ[name] for name in _KEPT if name in os.environ}
     with tempfile.TemporaryFile() as said:
         try:
             code: int | None = subprocess.run(  # noqa: S603 - our own interpreter and program
-                [sys.executable, "-I", "-c", start, *arguments, path],
-                env=environment,
+                isolated_command(program, arguments),
+                env=bare_environment(),
                 cwd="/",
                 stdin=stdin,
                 stdout=said,
@@ -126,6 +122,19 @@ def run_isolated(
             code = None
         said.seek(max(0, said.seek(0, os.SEEK_END) - _SAID_BYTES))
         return Ended(code, said.read().decode(errors="replace"))
+
+
+def isolated_command(program: str, arguments: Sequence[str] = ()) -> list[str]:
+    """Return a command that runs a Python program with the modules of this process, whatever its environment says."""
+    start = f"import json, sys; sys.path[:] = json.loads(sys.argv.pop()); {program}"
+    path = json.dumps([os.path.abspath(entry) for entry in sys.path])  # noqa: PTH100 - an empty entry is a directory
+    return [sys.executable, "-I", "-c", start, *arguments, path]
+
+
+def bare_environment() -> dict[str, str]:
+    """Return the variables of a process that gets nothing of ours: no credentials, no home."""
+    environment = {"HOME": os.devnull, "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"}
+    return environment | {name: os.environ[name] for name in _KEPT if name in os.environ}
 
 
 def close_in(limits: Limits) -> None:
@@ -145,8 +154,7 @@ def close_in(limits: Limits) -> None:
         )
     column, architecture = _ARCHITECTURES[machine]
     libc = ctypes.CDLL(None, use_errno=True)
-    # A parent that is killed takes it along.
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    die_with_parent()
     _set_limits(limits)
     program = _filter(architecture, [numbers[column] for numbers in ALLOWED.values()])
     instructions = ctypes.create_string_buffer(program, len(program))
@@ -163,18 +171,32 @@ def close_in(limits: Limits) -> None:
         )
 
 
+def die_with_parent() -> None:
+    """Have this process killed when the thread that started it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def _set_limits(limits: Limits) -> None:
+    bound(limits)
+    _lower(resource.RLIMIT_NOFILE, 0)
+
+
+def bound(limits: Limits) -> None:
+    """Bound what this process may still take, for good; it can still open files."""
     num_pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     for kind, most in (
         (resource.RLIMIT_AS, num_pages * resource.getpagesize() + limits.memory_bytes),
         (resource.RLIMIT_FSIZE, limits.file_bytes),
         (resource.RLIMIT_CPU, limits.cpu_seconds),
-        (resource.RLIMIT_NOFILE, 0),
         (resource.RLIMIT_CORE, 0),
     ):
-        _, before = resource.getrlimit(kind)
-        limit = most if before == resource.RLIM_INFINITY else min(most, before)
-        resource.setrlimit(kind, (limit, limit))
+        _lower(kind, most)
+
+
+def _lower(kind: int, most: int) -> None:
+    _, before = resource.getrlimit(kind)
+    limit = most if before == resource.RLIM_INFINITY else min(most, before)
+    resource.setrlimit(kind, (limit, limit))
 
 
 def _filter(architecture: int, allowed: Sequence[int]) -> bytes:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from jobs.errors import BadInputError
 from jobs.release import TensorCheck
+from workers.foreign import read_foreign
 from workers.plan import MergePlan
 
 _PREFIX = "base_model.model."
@@ -60,7 +61,7 @@ class Evidence:
     @cached_property
     def pairs(self) -> Mapping[str, Pair]:
         """Plain LoRA on linear weights, by the weight's name in the release."""
-        config: dict[str, Any] = json.loads((self._directory / "adapter_config.json").read_bytes())
+        config: dict[str, Any] = json.loads(read_foreign(self._directory / "adapter_config.json"))
         for field in ("rank_pattern", "alpha_pattern"):  # their keys are names of modules, which bases have renamed
             config[field] = getattr(self._config, field, None)
         if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out"):

@@ -22,7 +22,7 @@ from workers.plan import BasePlan, MergePlan, OutputTensor
 from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
 from workers.scratch import OwnedDirectory
-from workers.tensor_io import read_rows, tensor_bytes, write_all
+from workers.tensor_io import opened, read_rows, tensor_bytes, write_all
 from workers.tiles import TILE_ELEMENTS, rows_per_tile
 
 _FILE_NAME = "weights.safetensors"
@@ -205,7 +205,7 @@ def _ranges(num_rows: int, num_columns: int, alignment: int = 1) -> Iterator[tup
 
 def _mapped(path: Path, name: str) -> torch.Tensor:
     try:
-        with file_errors(f"reading {path}"), safe_open(path, framework="pt") as file:
+        with opened(path) as descriptor, safe_open(f"/proc/self/fd/{descriptor}", framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
     except SafetensorError as error:
         raise BadInputError(f"{path}: tensor {name} cannot be read: {error}") from error

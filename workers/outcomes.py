@@ -7,6 +7,7 @@ from pathlib import Path
 from jobs.errors import FailureClass, MergefleetError
 from jobs.release import ParitySummary, Release, TensorCheck
 from jobs.request import MergeRequest
+from jobs.text import MAX_MESSAGE, shown
 from workers.sinks import Receipt, Ticket
 
 
@@ -41,7 +42,8 @@ class Failure:
     @classmethod
     def of(cls, error: MergefleetError) -> "Failure":
         """Return the failure an error stands for."""
-        return cls(failure_class=error.failure_class, retryable=error.retryable, message=str(error))
+        message = shown(error, MAX_MESSAGE, lines=True)
+        return cls(failure_class=error.failure_class, retryable=error.retryable, message=message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,7 @@ from jobs.errors import (
 from workers.checkpoint import DTYPE_CODES, lay_out_shard, read_shard
 from workers.confinement import Ended, Limits, close_in, run_isolated
 from workers.files import file_errors
+from workers.foreign import foreign_file
 from workers.tensor_io import tensor_bytes, write_all
 
 PICKLED_WEIGHTS = "adapter_model.bin"
@@ -61,7 +62,11 @@ def convert(path: Path, target: Path) -> None:
         NotFoundError, AuthError, TransientIOError, NoCapacityError: files cannot be read or written, by kind of fault.
         InternalError: the process failed by itself.
     """
-    with file_errors(f"converting {path}"), path.open("rb") as pickled, target.open("xb") as converted:
+    with (
+        file_errors(f"converting {path}"),
+        foreign_file(path, any_size=True) as pickled,
+        target.open("xb") as converted,
+    ):
         num_bytes = os.fstat(pickled.fileno()).st_size
         seconds = 120 + num_bytes / (8 << 20)
         descriptor = converted.fileno()

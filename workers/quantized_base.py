@@ -20,6 +20,7 @@ from workers.files import file_errors, sha256_of
 from workers.quant import QuantizedWeight, quantized_names, quantized_owner, restore
 from workers.quantization import QuantizationTask, Quantized, quantize_streamed, quantize_whole, streamed_layout
 from workers.scratch import OwnedDirectory, exclusive, sweep
+from workers.tensor_io import opened as opened_descriptor
 from workers.tiles import results_of, single_threads
 from workers.writer import CheckpointWriter, Conveyor
 
@@ -112,7 +113,9 @@ class QuantizedBase:
                 with file_errors(f"reading {path}"):
                     opened = self._opened.get(path)
                     if opened is None:  # its header is read once, however many weights it has
-                        opened = self._opened[path] = safe_open(path, framework="pt")
+                        with opened_descriptor(path) as descriptor:
+                            place = f"/proc/self/fd/{descriptor}"
+                            opened = self._opened[path] = safe_open(place, framework="pt")
                     stored[suffix] = opened.get_tensor(f"{name}{suffix}")
             except SafetensorError as error:
                 raise BadInputError(f"{path}: tensor {name}{suffix} cannot be read: {error}") from error

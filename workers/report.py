@@ -5,11 +5,13 @@ import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from jobs.release import ParityReport, PromptCheck, TensorCheck
+from jobs.text import shown
 from workers.charts import NUM_COLOURS, WIDTH, LayerChart, RowChart, figure, kind_of, layer_chart, row_chart
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -18,6 +20,7 @@ _NUM_LISTED = 50
 """Wrong tensors in the table; a merge that is wrong everywhere needs no list of everything."""
 
 _LABEL_LENGTH = 34
+_MAX_TEXT = 20_000
 _WORD = re.compile(r"\s+|\w+|\W")
 
 
@@ -63,8 +66,14 @@ def render_report(report: ParityReport) -> str:
 
 @functools.cache
 def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_visible
+    )
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _visible(value: Any) -> Any:
+    return shown(value, _MAX_TEXT, lines=True) if type(value) is str else value
 
 
 def _is_wrong(check: TensorCheck, report: ParityReport) -> bool:
@@ -197,6 +206,6 @@ def _mark_differences(prompt: PromptCheck) -> tuple[Markup, Markup]:
     matcher = difflib.SequenceMatcher(a=reference, b=merged, autojunk=False)
     for kind, *spans in matcher.get_opcodes():
         for side, words, (start, stop) in zip(marked, (reference, merged), (spans[:2], spans[2:]), strict=True):
-            text = escape("".join(words[start:stop]))
+            text = escape(_visible("".join(words[start:stop])))
             side.append(text if kind == "equal" or not text else Markup("<mark>{}</mark>").format(text))
     return Markup("").join(marked[0]), Markup("").join(marked[1])

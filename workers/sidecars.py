@@ -1,7 +1,6 @@
 """Everything in a release that is no weight: what base and adapter bring, configuration, index and model card."""
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from workers.card import model_card
 from workers.checkpoint import INDEX_FILE, read_json
 from workers.code_files import leave_out, references
 from workers.files import file_errors, sha256_of
+from workers.foreign import copy_foreign
 from workers.plan import MergePlan
 from workers.ties import COMPUTES_WITH_FLAG
 
@@ -51,7 +51,7 @@ def write_sidecars(plan: MergePlan, directory: Path) -> tuple[Artifact, ...]:
                     leave_out(document, plan.shipment.broken.keys())
                     written[name] = document
                     continue
-            shutil.copyfile(source, directory / name)
+            copy_foreign(source, directory / name, num_parts=name.count("/") + 1)
     for name, content in written.items():
         write_text(directory / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     write_text(directory / CARD_NAME, model_card(plan))

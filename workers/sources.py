@@ -10,7 +10,6 @@ import glob
 import hashlib
 import json
 import os
-import shutil
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
 from workers.adapter_files import WeightFiles, foreign_kind, gather, weight_files
 from workers.belongings import CARD_NAME, Files, ListedFiles, LocalFiles, belongings, check_description
 from workers.checkpoint import read_shard
-from workers.files import file_errors, sha256_of
+from workers.files import file_errors
+from workers.foreign import copy_foreign, foreign_file, foreign_sha256
 from workers.scratch import keep_directory
 
 if TYPE_CHECKING:
@@ -192,7 +192,11 @@ def _check_kind(location: LocalPath) -> None:
 
 def _contents(directory: Path) -> list[tuple[str, str]]:
     """Return what identifies an adapter: name and SHA-256 of each file."""
-    return [(path.relative_to(directory).as_posix(), sha256_of(path)) for path in _files(_ADAPTER, directory)]
+    files = [(path, path.relative_to(directory)) for path in _files(_ADAPTER, directory)]
+    for path, _ in files:
+        if path.suffix == ".safetensors":
+            read_shard(path)  # what is no such file, and may be a hole of a terabyte, is not read for its digest
+    return [(name.as_posix(), foreign_sha256(path, num_parts=len(name.parts))) for path, name in files]
 
 
 def _gather(directory: Path, contents: list[tuple[str, str]], files: WeightFiles, target: Path) -> None:
@@ -201,7 +205,7 @@ def _gather(directory: Path, contents: list[tuple[str, str]], files: WeightFiles
     for name, _ in contents:
         if name not in {*files.own, *files.beside} and not name.endswith(".index.json"):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(directory / name, target / name)
+            copy_foreign(directory / name, target / name, num_parts=name.count("/") + 1)
     if _contents(directory) != contents:
         raise TransientIOError(f"adapter {directory} was changed while it was read; it is read anew")
 
@@ -274,15 +278,17 @@ def _look_at_base(directory: Path, location: Location) -> list[tuple[str, ...]]:
     """Return what identifies a local base: stat and header of each safetensors file, contents of the others."""
     with file_errors(f"reading base {location}"):
         return [
-            (name, *_look_at_weights(path)) if path.suffix == ".safetensors" else (name, sha256_of(path))
+            (name, *_look_at_weights(path))
+            if path.suffix == ".safetensors"
+            else (name, foreign_sha256(path, num_parts=name.count("/") + 1))
             for path in _files(_BASE, directory)
             for name in [path.relative_to(directory).as_posix()]
         ]
 
 
 def _look_at_weights(path: Path) -> tuple[str, str, str]:
-    status = path.stat()
-    with path.open("rb") as file:
+    with foreign_file(path) as file:
+        status = os.fstat(file.fileno())
         start = file.read(8)
         # A header that lies about its size is for the reader of checkpoints to refuse; here it is only hashed.
         num_bytes = min(struct.unpack("<Q", start)[0], _MAX_HEADER_BYTES) if len(start) == 8 else 0

@@ -10,6 +10,7 @@ import torch
 from jobs.errors import BadInputError
 from workers.checkpoint import TensorSpec
 from workers.files import file_errors
+from workers.foreign import open_foreign
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -19,17 +20,16 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """Open a file for reading and hand out its descriptor.
+    """Open a file for reading, whoever made it, and hand out its descriptor.
 
     Raises:
-        NotFoundError, AuthError, TransientIOError: by kind of fault.
+        As `workers.foreign.open_foreign`.
     """
-    with file_errors(f"reading {path}"):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    file = open_foreign(path, any_size=True)
     try:
-        yield descriptor
+        yield file.descriptor
     finally:
-        os.close(descriptor)
+        file.close()
 
 
 def read_into(descriptor: int, path: Path, target: torch.Tensor, offset: int) -> None:

@@ -42,6 +42,7 @@ from workers.sidecars import digest_file, write_sidecars
 from workers.sinks import Ticket, open_sink
 from workers.sources import fetch_base
 from workers.verification import Verifier
+from workers.vetting import vet_base
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +183,7 @@ class Unit:
             source = fetch_base(first.base, self._settings.cache)
         self.tracker.enter("plan", (job.id for job in self.jobs))
         with self.tracker.timed("plan"):
+            vet_base(source, first)
             self._prepared = base = self._planned.get(source, first)
             for job in self.jobs:
                 with own_failure(job):

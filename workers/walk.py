@@ -23,7 +23,7 @@ import torch
 from jobs.errors import BadInputError
 from workers import products
 from workers.arithmetic import ArithmeticCheck, Tally
-from workers.files import file_errors
+from workers.foreign import open_foreign
 from workers.lanes.lora import read_operand
 from workers.passes import PassJob, PassState, check_range
 from workers.plan import BasePlan, OutputTensor
@@ -170,9 +170,7 @@ class Walk:
     def _descriptor(self, shard: str) -> int:
         with self._lock:
             if shard not in self._descriptors:
-                path = self._base.source.directory / shard
-                with file_errors(f"reading {path}"):
-                    self._descriptors[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._descriptors[shard] = open_foreign(self._base.source.directory / shard, any_size=True).descriptor
             return self._descriptors[shard]
 
     def _finish(self, tile: _Tile) -> None:

@@ -26,12 +26,14 @@ from workers.plan import PlannedBases
 from workers.progress import Tracker
 from workers.quantized_base import ResidentBases
 from workers.unit import Unit
+from workers.vetting import server
 
 
 class MergeWorker:
     """Merges units of requests. One unit at a time; `progress` and `cancel` may be called meanwhile from elsewhere."""
 
     def __init__(self, settings: WorkerSettings) -> None:
+        server.start()  # beside what comes first; where there is one thread still, a fork of this process
         pass_over_modules()
         self._settings = settings
         self._planned = PlannedBases()

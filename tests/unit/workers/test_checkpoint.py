@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.models import build_llama
 from workers.checkpoint import (
     DTYPES,
     INDEX_FILE,
+    MAX_TENSORS,
     SINGLE_FILE,
     CheckpointLayout,
     lay_out,
@@ -153,8 +155,15 @@ BAD_HEADERS = {
         b"1234",
         "tensor a: expected its bytes to begin at",
     ),
-    "a name with a line break": ({"a\nb": entry(0, 4)}, b"1234", r"tensor 'a\nb': expected a printable name"),
-    "half a character as name": (b'{"\\ud800":{}}', b"", "expected a printable name"),
+    "a name with a line break": (
+        {"a\nb": entry(0, 4)},
+        b"1234",
+        r"tensor a\nb: expected a name of at most 1000 visible",
+    ),
+    "a name that turns the text": ({"a\u202eb": entry(0, 4)}, b"1234", r"tensor a\u202eb: expected a name of"),
+    "a name of a page": ({"a" * 1001: entry(0, 4)}, b"1234", "expected a name of at most 1000 visible"),
+    "half a character as name": (b'{"\\ud800":{}}', b"", r"expected names of valid Unicode, found \ud800"),
+    "a number of 4000 digits": ({"a": entry(0, 10**4000)}, b"1234", "a number of 4001 digits, expected at most 100"),
 }
 
 
@@ -184,7 +193,14 @@ def test_a_header_beyond_the_limit_is_not_read(tmp_path):
     with path.open("wb") as file:
         file.write((200_000_000).to_bytes(8, "little"))
         file.truncate(300_000_000)
-    with pytest.raises(BadInputError, match="header length of 200000000"):
+    with pytest.raises(BadInputError, match="header of at most 33554432 bytes, found one of 200000000"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_header_of_too_many_tensors_is_not_parsed(tmp_path):
+    header = b"{" + b",".join(b'"%d":{"data_offsets":[0,0]}' % number for number in range(MAX_TENSORS + 1)) + b"}"
+    (tmp_path / SINGLE_FILE).write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(BadInputError, match=f"expected at most {MAX_TENSORS} tensors, found {MAX_TENSORS + 1}"):
         read_checkpoint(tmp_path)
 
 
@@ -247,7 +263,6 @@ BAD_SHARD_NAMES = [
     "a b.safetensors",
     "nul\0.safetensors",
     "line\n.safetensors",
-    "\ud800.safetensors",
     None,
     7,
     ["model.safetensors"],
@@ -270,7 +285,7 @@ def test_an_index_that_names_a_directory_is_refused(copy):
     index = json.loads((copy / INDEX_FILE).read_text())
     index["weight_map"]["model.norm.weight"] = "folder.safetensors"
     (copy / INDEX_FILE).write_text(json.dumps(index))
-    with pytest.raises(BadInputError, match=r"folder\.safetensors: Is a directory"):
+    with pytest.raises(BadInputError, match=r"folder\.safetensors: expected a regular file, found a directory"):
         read_checkpoint(copy)
 
 
@@ -334,8 +349,7 @@ def test_a_fault_of_the_disk_is_not_a_fault_of_the_input(sharded, monkeypatch):
     def fail(*_, **__):
         raise PermissionError(13, "Permission denied", "config.json")
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
-    monkeypatch.setattr(Path, "open", fail)
+    monkeypatch.setattr(os, "open", fail)
     with pytest.raises(AuthError, match="Permission denied"):
         read_json(sharded / "config.json")
     with pytest.raises(AuthError, match="Permission denied"):

@@ -271,13 +271,21 @@ def test_what_is_of_no_use_to_a_checkpoint_stays_behind(base, adapter, tmp_path)
     load_plain(output)
 
 
-def test_files_that_are_links_are_copied_as_files(base, adapter, tmp_path):
-    real = tmp_path / "blob"
-    (base / "tokenizer.json").rename(real)
-    (base / "tokenizer.json").symlink_to(real)
+def test_a_link_to_another_file_of_the_base_is_copied_as_a_file(base, adapter, tmp_path):
+    (base / "tokenizer.json").rename(base / "real.json")
+    (base / "tokenizer.json").symlink_to("real.json")
     output, _ = write(base, adapter, tmp_path)
     assert not (output / "tokenizer.json").is_symlink()
-    assert (output / "tokenizer.json").read_bytes() == real.read_bytes()
+    assert (output / "tokenizer.json").read_bytes() == (base / "real.json").read_bytes()
+
+
+def test_a_link_out_of_the_adapter_is_not_copied(base, adapter, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("a file of the service")
+    (adapter / "chat_template.jinja").unlink(missing_ok=True)
+    (adapter / "chat_template.jinja").symlink_to(secret)
+    with pytest.raises(BadInputError, match=r"chat_template\.jinja: expected a file of this directory"):
+        write(base, adapter, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
-"""A few rounds of `make mutations`: what is wrong on its way from the adapter to the release is found and named."""
+"""A few rounds of `make wrong-merges`: what is wrong on its way from the adapter to the release is found and named."""
 
 import random
 
 import pytest
 
 from tests.models import build_llama, build_qwen2
-from tests.mutations import run_round
+from tests.wrong_merges import run_round
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,74 @@
+"""What a person sees of text from outside: every character, none of its effects."""
+
+import contextlib
+import io
+import logging
+
+import pytest
+
+from cluster import run as run_command
+from cluster.display import event_line, job_table
+from cluster.events import JobSettled, WorkerReplaced
+from cluster.terminal import Terminal
+from jobs.errors import BadInputError, FailureClass
+from jobs.request import MergeRequest
+from jobs.states import Decision, JobState
+from jobs.store import JobStore
+from workers.outcomes import Failure
+
+HOSTILE = "[red]a[/red] :smile: \x1b[2J\u202e\ud800 [link=http://x]y"
+VISIBLE = "[red]a[/red] :smile: \\x1b[2J\\u202e\\ud800 [link=http://x]y"
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A terminal whose output is read back, as UTF-8."""
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr("sys.stdout", stdout)
+    shown = Terminal(as_json=False)
+    shown.out.width = 400
+
+    def read():
+        stdout.flush()
+        return stdout.buffer.getvalue().decode()
+
+    return shown, read
+
+
+def settled(message):
+    return JobSettled(job_id="a", state=JobState.FAILED, failure_class=FailureClass.BAD_INPUT, message=message)
+
+
+def test_an_event_is_shown_as_data(terminal):
+    output, read = terminal
+    output.show(event_line(settled(HOSTILE)))
+    output.show(event_line(WorkerReplaced(worker="w", reason=HOSTILE, job_ids=())))
+    output.show(f"reports {HOSTILE}")
+    assert read().count(VISIBLE) == 3
+
+
+def test_a_table_shows_names_and_messages_as_data(terminal, tmp_path):
+    output, read = terminal
+    with contextlib.closing(JobStore(f"sqlite:///{tmp_path}/jobs.db")) as store:
+        request = MergeRequest(id="a", base="/bases/[bold]b :tada:", adapter="/adapters/\u202ec", destination="/r/a")
+        store.submit([request])
+        [lease] = store.claim("driver", 1, 60)
+        failure = Failure.of(BadInputError(HOSTILE))
+        store.fail("a", lease.token, failure.failure_class, failure.message, Decision(state=JobState.FAILED))
+        output.show(job_table(store.jobs()))
+    assert VISIBLE in read()
+    assert "[bold]b :tada: (nf4)" in read()
+    assert "\\u202ec" in read()
+
+
+def test_a_terminal_that_is_gone_ends_no_batch(monkeypatch, tmp_path, caplog):
+    output = Terminal(as_json=False)
+    monkeypatch.setattr(output, "show", lambda _: (_ for _ in ()).throw(BrokenPipeError()))
+    with (
+        contextlib.closing(JobStore(f"sqlite:///{tmp_path}/jobs.db")) as store,
+        caplog.at_level(logging.ERROR),
+        run_command._listening(output, store) as listener,
+    ):
+        listener(settled("one"))
+        listener(settled("two"))
+    assert [record.message for record in caplog.records] == ["events cannot be shown any more; the batch goes on"]

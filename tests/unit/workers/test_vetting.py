@@ -1,0 +1,144 @@
+"""Files that hold or bring down whoever uses them are refused, in seconds, and the worker is none the worse."""
+
+import contextlib
+import json
+import math
+import operator
+import shutil
+import signal
+import subprocess
+
+import pytest
+
+from jobs.errors import BadInputError, UnsupportedError
+from jobs.locations import LocalPath
+from jobs.request import MergeRequest, ParityPolicy
+from tests.models import build_llama, make_adapter
+from workers import vetting
+from workers.forks import Answer, Bounds, ForkServer
+from workers.sources import fetch_adapter, fetch_base
+from workers.vetting import vet_adapter, vet_base, vet_prompts
+
+BOMB = "(([a-z_.0-9])+)+$!"
+"""Backtracks for longer than the universe lasts on any module's name."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("vetting")
+    base = build_llama(directory / "base")
+    return base, make_adapter(base, directory / "adapter")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_time():
+    """A second and a half is enough for a tiny model, and for a bomb to be known as one."""
+    before = vetting.CPU_SECONDS
+    vetting.CPU_SECONDS = 2
+    yield
+    vetting.CPU_SECONDS = before
+
+
+def changed(source, target, name, change):
+    shutil.copytree(source, target)
+    content = json.loads((target / name).read_text())
+    (target / name).write_text(json.dumps(change(content)))
+    return target
+
+
+def request(base, adapter):
+    return MergeRequest(base=str(base), adapter=str(adapter), destination="/releases/a", base_quantization="none")
+
+
+def vet(base, adapter, cache):
+    asked = request(base, adapter)
+    source = fetch_base(LocalPath(base), cache)
+    vet_base(source, asked)
+    vet_adapter(source, asked, fetch_adapter(LocalPath(adapter), cache))
+
+
+@pytest.mark.parametrize("field", [{"target_modules": BOMB}, {"rank_pattern": {BOMB: 2}}], ids=min)
+def test_a_regular_expression_that_never_ends_is_refused(made, tmp_path, field):
+    base, adapter = made
+    bad = changed(adapter, tmp_path / "bad", "adapter_config.json", lambda config: config | field)
+    with pytest.raises(BadInputError, match=rf"adapter_config\.json: planning with it takes .*look at .*{min(field)}"):
+        vet(base, bad, tmp_path)
+    vet(base, adapter, tmp_path)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+def test_a_list_without_end_is_refused_unplanned(made, tmp_path, field):
+    base, adapter = made
+    many = [f"module{number}" for number in range(vetting.MAX_ENTRIES + 1)]
+    bad = changed(adapter, tmp_path / "bad", "adapter_config.json", lambda config: config | {field: many})
+    with pytest.raises(BadInputError, match=f"field {field}: expected at most 10000 entries, found 10001"):
+        vet(base, bad, tmp_path)
+
+
+def test_a_model_of_a_million_layers_is_refused_whatever_the_field_is_called(made, tmp_path):
+    base, adapter = made
+    deep = {"model_type": "mpt", "architectures": ["MptForCausalLM"], "d_model": 64, "n_heads": 4, "n_layers": 10**6}
+    bad = changed(base, tmp_path / "deep", "config.json", lambda _: deep | {"depth": 10**6})
+    with pytest.raises(BadInputError, match=r"config\.json: .*1000000"):
+        vet(bad, adapter, tmp_path)
+    wide = changed(
+        base, tmp_path / "wide", "config.json", lambda config: config | {"junk": "9" * 10, "head_dim": 10**12}
+    )
+    with pytest.raises(BadInputError):
+        vet(wide, adapter, tmp_path)
+
+
+def test_a_tokenizer_that_grows_text_without_end_is_refused(made, tmp_path):
+    base, adapter = made
+    grows = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+    growth = {"type": "Sequence", "normalizers": [grows] * 5}
+    bad = changed(base, tmp_path / "bad", "tokenizer.json", lambda tokenizer: tokenizer | {"normalizer": growth})
+    with pytest.raises(BadInputError, match=r"tokenizing the prompts takes .* look at its normalizer"):
+        vet_prompts(request(bad, adapter), bad)
+    vet_prompts(request(base, adapter), base)
+
+
+def test_what_was_tried_out_is_not_tried_out_again(made, tmp_path, monkeypatch):
+    base, adapter = made
+    vet(base, adapter, tmp_path)
+    monkeypatch.setattr(vetting.server, "call", None)
+    vet(base, adapter, tmp_path)
+
+
+def test_a_library_that_stumbles_is_no_fault_of_ours(made, monkeypatch):
+    base, adapter = made
+    monkeypatch.setattr(vetting.server, "call", lambda *_, **__: Answer(error="KeyError: 'vocab'", traceback="..."))
+    asked = request(base, adapter)
+    with pytest.raises(UnsupportedError, match="fails in the libraries: KeyError: 'vocab'"):
+        vet_prompts(asked.model_copy(update={"parity": ParityPolicy(max_new_tokens=3)}), base)
+
+
+@pytest.fixture
+def server():
+    with contextlib.closing(ForkServer(("json",))) as started:
+        yield started
+
+
+def ended_well(answer):
+    return answer.overran is None and answer.error is None
+
+
+def test_a_call_ends_as_it_ends(server):
+    bounds = Bounds(cpu_seconds=1, memory_bytes=256 << 20)
+    assert ended_well(server.call(len, "text", bounds=bounds))
+    assert server.call(operator.truediv, 1, 0, bounds=bounds).error == "ZeroDivisionError: division by zero"
+    assert "256 MiB of memory" in (server.call(operator.mul, b"x", 1 << 40, bounds=bounds).overran or "")
+    assert "crashed" in (server.call(signal.raise_signal, signal.SIGSEGV, bounds=bounds).overran or "")
+    assert "1 seconds of a processor" in (server.call(math.factorial, 10**8, bounds=bounds).overran or "")
+    assert ended_well(server.call(len, "text", bounds=bounds))
+    server.close()
+    assert ended_well(server.call(len, "text", bounds=bounds))
+
+
+def test_a_call_sees_none_of_our_variables_and_writes_no_file(server, monkeypatch, tmp_path):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    bounds = Bounds(cpu_seconds=1, memory_bytes=256 << 20)
+    empty = ["sh", "-c", 'test -z "$AWS_SECRET_ACCESS_KEY"']
+    assert ended_well(server.call(subprocess.check_call, empty, bounds=bounds))
+    found = server.call(shutil.copyfile, __file__, str(tmp_path / "copy"), bounds=bounds)
+    assert "File too large" in (found.error or "")

@@ -1,0 +1,210 @@
+"""Files from outside are tried out where time and memory are bounded, before this process works with them.
+
+Planning and tokenizing run what files ask for: regular expressions, templates, normalizers, as many layers as a number
+says. Each is run once in a bounded process (`workers/forks.py`), and only what came to its end there is done here: it
+is the same computation on the same bytes. What was tried once is not tried again.
+"""
+
+import hashlib
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import BadInputError, UnsupportedError
+from jobs.request import MergeRequest
+from jobs.text import shown
+from workers.checkpoint import MAX_TENSORS, CheckpointLayout, read_checkpoint, read_json, read_shard
+from workers.foreign import foreign_sha256, read_foreign
+from workers.forks import Answer, Bounds, ForkServer
+from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_config
+from workers.lanes.methods import WEIGHED
+from workers.model import skeleton
+from workers.plan import plan_base, plan_merge
+from workers.prompts import read_prompts
+from workers.sources import Source
+
+logger = logging.getLogger(__name__)
+
+CPU_SECONDS = 6
+"""For one base, adapter or tokenizer; a base with thousands of tensors gets more. A LoRA on all of 126 blocks takes
+less than three, 45,000 experts of 61 blocks less than two."""
+
+MEMORY_BYTES = 1 << 30
+"""Beyond the libraries."""
+
+_TENSORS_PER_SECOND = 10_000
+_MAX_REMEMBERED = 4_096
+_MAX_BUFFER_BYTES = 1 << 30
+"""What a model may make of its configuration alone when it is loaded, beside its weights."""
+
+MAX_ENTRIES = 10_000
+"""Of a list or mapping in `adapter_config.json`, such as `target_modules`: each is held against every module."""
+
+MAX_TEXT = 20_000
+"""Characters of a text in `adapter_config.json`: some are regular expressions."""
+
+_NUM_NAMED = 3
+
+server = ForkServer((__name__,))
+"""Started with the first worker of this process, or the first file."""
+
+_known: OrderedDict[str, None] = OrderedDict()
+
+
+def vet_base(base: Source, request: MergeRequest) -> None:
+    """Try out the planning of a base.
+
+    Raises:
+        BadInputError: it takes more than planning may; the message names what to look at.
+        UnsupportedError: the libraries stumble over it.
+        NotFoundError, AuthError, TransientIOError: its headers cannot be read.
+    """
+    key = _key("base", request.pass_key(), base.digest)
+    if key in _known:
+        return
+    layout = read_checkpoint(base.directory)
+    path = base.directory / "config.json"
+    suspects, bounds = _widest(read_json(path)), _bounds(layout)
+    _try_out(path, _plan_base, base, request, key=key, doing="planning it", suspects=suspects, bounds=bounds)
+
+
+def vet_adapter(base: Source, request: MergeRequest, adapter: Source) -> None:
+    """Try out the planning of one adapter on a base that was vetted; adapters of one recipe are tried out once.
+
+    Raises:
+        As `vet_base`.
+    """
+    path = adapter.directory / ADAPTER_CONFIG
+    config = read_config(adapter.directory)
+    _check_sizes(path, config)
+    header = read_shard(adapter.directory / ADAPTER_WEIGHTS).header
+    key = _key("adapter", request.pass_key(), base.digest, read_foreign(path), header)
+    if key in _known:
+        return
+    layout = read_checkpoint(base.directory)
+    # Methods that compute with values see a base of zeros, whose pages are never there.
+    zeros = 2 * layout.total_size if config.get("peft_type") in WEIGHED else 0
+    suspects, bounds = _expressions(config), _bounds(layout, zeros)
+    doing = "planning with it"
+    _try_out(path, _plan_merge, base, request, adapter, key=key, doing=doing, suspects=suspects, bounds=bounds)
+
+
+def vet_prompts(request: MergeRequest, merged: Path) -> None:
+    """Try out the tokenizer and the templates of a merged checkpoint on the prompts of a request.
+
+    Raises:
+        As `vet_base`.
+    """
+    files = sorted(path for path in merged.iterdir() if path.suffix != ".safetensors" and path.is_file())
+    digests = [f"{path.name}:{foreign_sha256(path)}" for path in files]
+    key = _key("prompts", request.parity.model_dump_json(), *digests)
+    bounds = Bounds(cpu_seconds=CPU_SECONDS, memory_bytes=MEMORY_BYTES)
+    doing, suspects = "tokenizing the prompts", "its normalizer, pre-tokenizer, decoder or chat template"
+    _try_out(merged, _read_prompts, request, merged, key=key, doing=doing, suspects=suspects, bounds=bounds)
+
+
+def _try_out(
+    path: Path, function: Callable[..., None], *arguments: Any, key: str, doing: str, suspects: str, bounds: Bounds
+) -> None:
+    if key in _known:
+        return
+    answer: Answer = server.call(function, *arguments, bounds=bounds)
+    if answer.overran:
+        raise BadInputError(
+            f"{shown(path)}: {doing} takes {answer.overran}, more than any sound file needs (docs/bounds.md); look at "
+            f"{suspects}"
+        )
+    if answer.error:
+        logger.warning("files that cannot be used", extra={"path": shown(path), "traceback": answer.traceback})
+        raise UnsupportedError(
+            f"{shown(path)}: {doing} fails in the libraries: {shown(answer.error, 500)}; the file is damaged, or of a "
+            "kind that this version does not know"
+        )
+    _known[key] = None
+    while len(_known) > _MAX_REMEMBERED:
+        _known.popitem(last=False)
+
+
+def _plan_base(base: Source, request: MergeRequest) -> None:
+    _check_buffers(base)
+    plan_base(base, request)
+
+
+def _plan_merge(base: Source, request: MergeRequest, adapter: Source) -> None:
+    plan_merge(plan_base(base, request), request, adapter)
+
+
+def _read_prompts(request: MergeRequest, merged: Path) -> None:
+    prompts = read_prompts(request, merged)
+    for token_ids in prompts.token_ids:
+        prompts.show(token_ids)
+
+
+def _check_sizes(path: Path, config: dict[str, Any]) -> None:
+    for field, value in config.items():
+        if isinstance(value, list | dict) and len(value) > MAX_ENTRIES:
+            raise BadInputError(
+                f"{shown(path)}: field {shown(field, 80)}: expected at most {MAX_ENTRIES} entries, found {len(value)}"
+            )
+        texts = value if isinstance(value, list | dict) else (value,)
+        longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
+        if max(longest, len(field)) > MAX_TEXT:
+            raise BadInputError(
+                f"{shown(path)}: field {shown(field, 80)}: expected at most {MAX_TEXT} characters, found "
+                f"{max(longest, len(field))}"
+            )
+
+
+def _check_buffers(base: Source) -> None:
+    """Check that what a model makes of its configuration alone, such as tables of positions, is no more than it is."""
+    model = skeleton(base.directory)
+    stored = model.state_dict().keys()
+    made = {
+        name: math.prod(buffer.shape) * buffer.itemsize for name, buffer in model.named_buffers() if name not in stored
+    }
+    if sum(made.values()) > _MAX_BUFFER_BYTES:
+        name = max(made, key=lambda each: made[each])
+        raise MemoryError(f"{name}: {made[name]} bytes")
+
+
+def _bounds(layout: CheckpointLayout, more_bytes: int = 0) -> Bounds:
+    seconds = CPU_SECONDS + min(len(layout.tensors), MAX_TENSORS) // _TENSORS_PER_SECOND
+    return Bounds(cpu_seconds=seconds, memory_bytes=MEMORY_BYTES + more_bytes)
+
+
+def _widest(config: Any) -> str:
+    """Return the largest numbers of a configuration, as people look for them."""
+    numbers: list[tuple[float, str]] = []
+    sections = [("", config)]
+    while sections:
+        prefix, section = sections.pop()
+        for field, value in section.items() if isinstance(section, dict) else ():
+            if isinstance(value, dict):
+                sections.append((f"{prefix}{field}.", value))
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                numbers.append((value, f"{prefix}{field}"))
+    found = sorted(numbers, reverse=True)[:_NUM_NAMED]
+    return ", ".join(f"{shown(field, 80)} = {shown(value, 40)}" for value, field in found) or "its numbers"
+
+
+def _expressions(config: dict[str, Any]) -> str:
+    """Return the fields of an adapter that may be regular expressions or long lists, as people look for them."""
+    found = []
+    for field, value in config.items():
+        if isinstance(value, list | dict) and value:
+            found.append((len(str(value)), f"{field} ({len(value)} entries)"))
+        elif isinstance(value, str) and any(sign in value for sign in "*+?({[|"):
+            found.append((len(value), f"{field} = {value}"))
+    longest = sorted(found, reverse=True)[:_NUM_NAMED]
+    return ", ".join(shown(words, 200) for _, words in longest) or "its fields"
+
+
+def _key(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else part.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
