@@ -43,6 +43,10 @@ class LocalPath:
         """Whether this place is `other` or lies below it."""
         return isinstance(other, LocalPath) and self.path.is_relative_to(other.path)
 
+    def ancestors(self) -> "tuple[LocalPath, ...]":
+        """Return the places that this one lies inside of, nearest first."""
+        return tuple(LocalPath(path) for path in self.path.parents)
+
     def __str__(self) -> str:
         return str(self.path)
 
@@ -71,6 +75,11 @@ class S3Prefix:
             and f"{self.prefix}/".startswith(f"{other.prefix}/")
         )
 
+    def ancestors(self) -> "tuple[S3Prefix, ...]":
+        """Return the prefixes that this one lies inside of, nearest first; a bucket as a whole is none."""
+        parts = self.prefix.split("/")
+        return tuple(S3Prefix(self.bucket, "/".join(parts[:length])) for length in range(len(parts) - 1, 0, -1))
+
     def __str__(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}"
 
@@ -94,6 +103,10 @@ class HubRepo:
     def is_inside(self, other: "Location") -> bool:
         """Whether this place is `other`: a repository at a revision has nothing below it."""
         return self == other
+
+    def ancestors(self) -> "tuple[HubRepo, ...]":
+        """Return nothing: a repository lies inside of none."""
+        return ()
 
     def __str__(self) -> str:
         return f"hf://{self.repo_id}@{self.revision}"

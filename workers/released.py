@@ -1,6 +1,7 @@
 """The manifest of a release: written in one form only, read with suspicion, and compared with the files it names."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,30 @@ def occupied(location: Location, names: Sequence[str], what: str) -> Destination
     """
     shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return DestinationOccupiedError(f"{location} holds {what}: {shown}; choose another destination or empty it first")
+
+
+def is_release(data: bytes) -> bool:
+    """Whether a `manifest.json` is that of a release, of whatever version: other programs use the name, too."""
+    try:
+        found = json.loads(data) if len(data) <= MAX_MANIFEST_BYTES else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.keys() >= {"merge_key", "files"}
+
+
+def lies_inside(location: Location, outer: Location) -> DestinationOccupiedError:
+    """Return the error for a destination inside of a release."""
+    return DestinationOccupiedError(
+        f"{location} lies inside the release at {outer}, which would hold more than its manifest says; "
+        "choose a destination beside it"
+    )
+
+
+def holds_below(location: Location, inner: Location) -> DestinationOccupiedError:
+    """Return the error for a destination that another release lies below."""
+    return DestinationOccupiedError(
+        f"{location} has the release at {inner} below it, which is no part of this one; choose a destination beside it"
+    )
 
 
 def check_artifact(path: Path, artifact: Artifact) -> None:

@@ -83,6 +83,13 @@ class S3Place:
         found = self.client.list_multipart_uploads(**self._at, Prefix=f"{self.location.prefix}/").get("Uploads", [])
         return [(entry["Key"], entry["UploadId"]) for entry in found]
 
+    def begin_upload(self, name: str) -> tuple[str, str]:
+        """Begin an upload as another program would: key and id."""
+        key = f"{self.location.prefix}/{name}"
+        upload = self.client.create_multipart_upload(**self._at, Key=key)["UploadId"]
+        self.client.upload_part(**self._at, Key=key, UploadId=upload, PartNumber=1, Body=b"theirs")
+        return key, upload
+
     def leftovers(self) -> list[str]:
         return [key for key, _ in self.uploads()] + _names(self.scratch)
 

@@ -22,7 +22,8 @@ from tests.servers.s3 import S3Server
 from workers.delivery import verify_release
 from workers.s3_client import S3Store
 from workers.sinks.s3 import S3Sink, S3Staging
-from workers.sinks.s3_upload import abort_unfinished, part_bytes
+from workers.sinks.s3_records import abort_recorded
+from workers.sinks.s3_upload import part_bytes
 
 pytestmark = pytest.mark.s3
 
@@ -258,20 +259,26 @@ def test_neighbouring_prefixes_are_left_alone(place: S3Place, s3: S3Server) -> N
     assert staging.publish(fill(staging, FILES)).created
     staging.discard()
 
-    assert len(neighbour.uploads()) == 1
+    assert [key for key, _ in neighbour.uploads() if key.endswith(f"deeper/{SHARD}")] != []
     assert neighbour.visible() == {"weights.bin": b"theirs"}
     theirs.discard()
 
 
-def test_every_page_of_unfinished_uploads_is_aborted(place: S3Place) -> None:
-    for name in "abc":
-        place.client.create_multipart_upload(Bucket=place.location.bucket, Key=f"{place.location.prefix}/{name}")
+def test_every_page_of_recorded_uploads_is_aborted(place: S3Place) -> None:
+    stagings = [S3Sink(place.location, place.scratch).open(KEY) for _ in range(3)]
+    theirs = [place.begin_upload(SHARD), place.begin_upload("deeper/weights.bin")]
+    for staging in stagings:
+        write_files(staging.directory, FILES)
+        staging.put(next(artifact for artifact in make_manifest(FILES).files if artifact.path == SHARD))
     store = S3Store(place.location)
     store.client.meta.events.register(
         "provide-client-params.s3.ListMultipartUploads", lambda params, **_: params | {"MaxUploads": 1}
     )
-    assert abort_unfinished(store) == 3
-    assert place.uploads() == []
+    assert len(place.uploads()) == 2 * len(stagings) + len(theirs)
+    assert abort_recorded(store) == len(stagings)
+    assert sorted(place.uploads()) == sorted(theirs)
+    for staging in stagings:
+        staging.discard()
 
 
 def test_object_that_changes_while_it_is_read(place: S3Place) -> None:
