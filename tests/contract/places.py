@@ -70,6 +70,7 @@ class S3Place:
     def __init__(self, directory: Path, server: S3Server, prefix: str) -> None:
         self.location = S3Prefix(server.bucket, prefix)
         self.scratch = directory / "scratch"
+        self.server = server
         self.client = server.client()
         self._at = {"Bucket": server.bucket}
 

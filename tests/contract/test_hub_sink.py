@@ -10,7 +10,7 @@ from jobs.errors import AuthError, BadInputError, DestinationOccupiedError, NotF
 from jobs.locations import HubRepo
 from jobs.release import Manifest
 from tests.contract.places import HubPlace, content
-from tests.releases import SHARD, fill, make_files
+from tests.releases import SHARD, fill, make_files, make_manifest, write_files
 from tests.servers.hub import Hub
 from workers.delivery import verify_release
 from workers.hub_client import HubStore
@@ -133,14 +133,35 @@ def test_hub_that_stays_down_is_given_up(place: HubPlace) -> None:
     assert titles(place) == ["initial commit"]
 
 
-def test_card_edited_meanwhile_is_no_obstacle(place: HubPlace) -> None:
-    staging, manifest = stage(place)
-    place.write("README.md", b"# Mine\n")
+CARD = {"README.md": b"---\nlicense: mit\n---\n# Made by the merge\n"}
 
-    assert staging.publish(manifest).created
+
+def test_card_that_is_there_stays_and_is_named_by_the_manifest(place: HubPlace) -> None:
+    place.write("README.md", b"# Mine\n")
+    staging = HubSink(place.location, place.scratch).open(KEY)
+    write_files(staging.directory, FILES | CARD)
+    receipts = [staging.put(artifact) for artifact in make_manifest(FILES | CARD).files]
+    files = tuple(receipt.artifact for receipt in receipts)
+
+    assert staging.publish(make_manifest({}).model_copy(update={"files": files})).created
     staging.discard()
 
-    assert titles(place) == ["initial commit", "by hand", "Release job-1"]
+    assert content(place) == FILES | {"README.md": b"# Mine\n"}
+    verify_release(place.location, place.scratch)
+
+
+@pytest.mark.parametrize("files", [FILES, FILES | CARD], ids=["without", "with"])
+def test_card_edited_meanwhile_is_taken_by_the_next_attempt(place: HubPlace, files: dict[str, bytes]) -> None:
+    staging = HubSink(place.location, place.scratch).open(KEY)
+    manifest = fill(staging, files)
+    place.write("README.md", b"# Mine\n")
+
+    with pytest.raises(TransientIOError, match=r"README\.md was edited while the release was made; try again"):
+        staging.publish(manifest)
+    staging.discard()
+
+    assert titles(place) == ["initial commit", "by hand"]
+    assert place.visible() == {"README.md": b"# Mine\n"}
 
 
 def test_weights_committed_meanwhile_are_not_overwritten(place: HubPlace) -> None:

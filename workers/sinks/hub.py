@@ -1,4 +1,8 @@
-"""Releases in a Hub repository: large files are uploaded as they come, and one commit makes all of them visible."""
+"""Releases in a Hub repository: large files are uploaded as they come, and one commit makes all of them visible.
+
+A README that is on the branch before the release is a person's. It stays as it is, in the place of the card that was
+made, and the manifest names it.
+"""
 
 import hashlib
 import re
@@ -12,13 +16,24 @@ from jobs.locations import HubRepo
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
 from workers.files import FileState, file_errors
 from workers.hub_client import HubStore
-from workers.released import ManifestFile, changed, check_all_put, decode_existing, encode_manifest, occupied
+from workers.released import (
+    MAX_MANIFEST_BYTES,
+    ManifestFile,
+    changed,
+    check_all_put,
+    check_artifact,
+    decode_existing,
+    encode_manifest,
+    occupied,
+)
 from workers.scratch import OwnedDirectory, sweep
 from workers.sinks import Receipt, Ticket
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_NEW = frozenset({".gitattributes", "README.md"})
-"""What a fresh repository holds."""
+_CARD_NAME = "README.md"
+_NEW = frozenset({".gitattributes", _CARD_NAME})
+"""What a repository may hold that is free: the first is the Hub's own."""
+_MAX_CARD_BYTES = 16 << 20
 _MEMORY_BYTES = 4 << 20
 _NUM_TRIES = 3
 
@@ -104,8 +119,18 @@ class HubStaging:
         return Ticket(directory=self.directory, attempt=self._attempt, merge_key=self._merge_key)
 
     def put(self, artifact: Artifact, hashed_as: FileState | None = None) -> Receipt:  # noqa: ARG002 - it reads the file
-        """Upload a file that is too large for git; keep a small one for the commit."""
+        """Upload a file that is too large for git; keep a small one for the commit.
+
+        Returns:
+            For a card, where a person has written one, a receipt of that one: it is what the release will hold.
+        """
         path = self.directory / artifact.path
+        if artifact.path == _CARD_NAME and (card := _card(self._store, self._parent)):
+            with file_errors(f"checking {path}"):
+                check_artifact(path, artifact)
+            receipt = Receipt(artifact=card, stored=None)
+            self.take(receipt)
+            return receipt
         with file_errors(f"reading {path}"):
             content = path.read_bytes() if path.stat().st_size <= _MEMORY_BYTES else path
         addition = CommitOperationAdd(artifact.path, content)
@@ -123,8 +148,9 @@ class HubStaging:
 
     def take(self, receipt: Receipt) -> None:
         """Keep an addition for the commit: what it says of a large file is at the Hub already."""
-        assert isinstance(receipt.stored, CommitOperationAdd)
-        self._additions[receipt.artifact.path] = receipt.stored
+        if receipt.stored is not None:  # else it is in the repository
+            assert isinstance(receipt.stored, CommitOperationAdd)
+            self._additions[receipt.artifact.path] = receipt.stored
         self._put[receipt.artifact.path] = receipt.artifact
 
     def publish(self, manifest: Manifest) -> Release:
@@ -135,6 +161,7 @@ class HubStaging:
             return self._existing.settle(self._store.place, self._merge_key)
         num_tries = 0
         while True:
+            self._check_card()
             try:
                 return self._commit(encoded)
             except TransientIOError:  # somebody else has committed, or the answer was lost: what is there decides
@@ -147,6 +174,16 @@ class HubStaging:
     def discard(self) -> None:
         """Leave the scratch directory. Uploaded files that are in no commit are the Hub's to collect."""
         self._owned.leave()
+
+    def _check_card(self) -> None:
+        """Refuse to commit beside, or over, a card that is not the one that was put.
+
+        Raises:
+            TransientIOError: the next attempt takes the card as it is by then.
+        """
+        kept = None if _CARD_NAME in self._additions else self._put.get(_CARD_NAME)
+        if _card(self._store, self._parent) != kept:
+            raise TransientIOError(f"{self._store.place}/{_CARD_NAME} was edited while the release was made; try again")
 
     def _commit(self, manifest: ManifestFile) -> Release:
         additions = [*self._additions.values(), CommitOperationAdd(MANIFEST_NAME, manifest.data)]
@@ -183,9 +220,26 @@ def _deleted(store: HubStore) -> NotFoundError:
 
 
 def _find(store: HubStore, commit: str) -> ManifestFile | None:
-    names = store.sizes(commit).keys()
-    if MANIFEST_NAME in names:
+    sizes = store.sizes(commit)
+    if MANIFEST_NAME in sizes:
+        if sizes[MANIFEST_NAME] > MAX_MANIFEST_BYTES:
+            raise occupied(store.place, [MANIFEST_NAME], "a file too large to be the manifest of a release")
         return decode_existing(store.content(commit, MANIFEST_NAME), store.place)
-    if foreign := sorted(names - _NEW):
+    if foreign := sorted(sizes.keys() - _NEW):
         raise occupied(store.place, foreign, f"files, but no {MANIFEST_NAME}")
     return None
+
+
+def _card(store: HubStore, commit: str) -> Artifact | None:
+    """Return the README that a commit holds, or None without one.
+
+    Raises:
+        DestinationOccupiedError: it is too large to be one.
+    """
+    num_bytes = store.sizes(commit).get(_CARD_NAME)
+    if num_bytes is None:
+        return None
+    if num_bytes > _MAX_CARD_BYTES:
+        raise occupied(store.place, [_CARD_NAME], f"a {_CARD_NAME} of more than {_MAX_CARD_BYTES} bytes")
+    data = store.content(commit, _CARD_NAME)
+    return Artifact(path=_CARD_NAME, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
