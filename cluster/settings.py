@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.sources import InitSettingsSource
 
 from cluster.logs import DEBUG_VARIABLE
-from jobs.errors import BadInputError
+from jobs.allowance import Allowance, Pattern
+from jobs.errors import BadInputError, InvalidValueError
 from jobs.request import NumBytes
 from jobs.states import RetryPolicy
 from workers.outcomes import WorkerSettings
@@ -34,6 +35,21 @@ def _absolute(value: Any) -> Any:
 
 AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
 """`~` is the user's home; a relative path is taken from the working directory."""
+
+
+def _patterns(value: Any) -> Any:
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    if isinstance(value, list | tuple):
+        if not value:
+            raise InvalidValueError("at least one place; leave it out to allow all", "none")
+        for text in value:
+            Pattern.parse(text if isinstance(text, str) else "")
+    return value
+
+
+Patterns = Annotated[tuple[str, ...] | None, NoDecode, BeforeValidator(_patterns)]
+"""A list of places as `jobs.allowance.Pattern` reads them; in the environment separated by commas."""
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 
@@ -68,6 +84,11 @@ class Settings(BaseSettings):
     """Compute threads of each worker; by default the cores, divided among the workers."""
     resident_bytes: NumBytes = 4 * 1024**3
     """Most bytes of quantized bases that one worker keeps in memory between units."""
+
+    allowed_sources: Patterns = None
+    """Where bases and adapters may be read from; everywhere when it is not set."""
+    allowed_destinations: Patterns = None
+    """Where releases may be written to; everywhere when it is not set."""
 
     lease_seconds: Annotated[float, Field(ge=1)] = 30.0
     """How long a job stays with a driver that no longer says that it lives."""
@@ -118,6 +139,11 @@ class Settings(BaseSettings):
             max_delay_seconds=self.max_retry_delay_seconds,
         )
 
+    @property
+    def allowance(self) -> Allowance:
+        """The places that requests may name."""
+        return Allowance(sources=_parsed(self.allowed_sources), destinations=_parsed(self.allowed_destinations))
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -156,7 +182,12 @@ def worker_settings(settings: Settings, *, device: str, num_threads: int | None)
         device=device,
         num_threads=num_threads,
         resident_bytes=settings.resident_bytes,
+        allowance=settings.allowance,
     )
+
+
+def _parsed(texts: tuple[str, ...] | None) -> tuple[Pattern, ...] | None:
+    return None if texts is None else tuple(Pattern.parse(text) for text in texts)
 
 
 def _check_environment() -> None:

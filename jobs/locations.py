@@ -6,6 +6,7 @@ at the edge. Arbitrary URLs are refused.
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,6 +114,22 @@ class HubRepo:
 
 
 Location = LocalPath | S3Prefix | HubRepo
+
+
+def enclosing(text: str) -> Iterator[str]:
+    """Yield the places that a location lies inside of, nearest first, all as text: cheap for very many.
+
+    Args:
+        text: a location as it writes itself.
+    """
+    if text.startswith("hf://"):
+        return
+    root = text.index("/", len("s3://")) + 1 if text.startswith("s3://") else 1
+    while (cut := text.rfind("/", root)) > 0:
+        text = text[:cut]
+        yield text
+    if text.startswith("/") and text != "/":
+        yield "/"
 
 
 def parse_location(text: str, relative_to: Path | None = None) -> Location:

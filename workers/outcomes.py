@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jobs.allowance import Allowance
 from jobs.errors import FailureClass, MergefleetError
 from jobs.release import ParitySummary, Release, TensorCheck
 from jobs.request import MergeRequest
@@ -26,6 +27,8 @@ class WorkerSettings:
     """Threads that compute; None for one on each core this process may use."""
     resident_bytes: int = 4 << 30
     """Budget of device memory for quantized bases kept between units."""
+    allowance: Allowance = field(default_factory=Allowance)
+    """The places that requests may name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -177,13 +177,18 @@ class Unit:
         # Several workers share the cores of a machine; threads of theirs that wait for each other would stand still.
         torch.set_num_threads(self._num_threads)
         hold_little()
+        for job in self.jobs:
+            with own_failure(job):
+                self._settings.allowance.check(job.request)
+        if not self._running:
+            return
         first = self.jobs[0].request
         with self.tracker.timed("fetch"):
             source = fetch_base(first.base, self._settings.cache)
         self.tracker.enter("plan", (job.id for job in self.jobs))
         with self.tracker.timed("plan"):
             self._prepared = base = self._planned.get(source, first)
-            for job in self.jobs:
+            for job in self._running:
                 with own_failure(job):
                     self.tracker.check(job.id)
                     adapter = fetch_adapters(job.request, source, self._settings.cache)
