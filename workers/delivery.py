@@ -11,7 +11,14 @@ from jobs.locations import LocalPath, Location
 from jobs.release import MANIFEST_NAME, REPORT_NAME, Artifact, Manifest
 from workers.contents import Contents, LocalContents, open_contents
 from workers.files import FileState, file_errors
-from workers.released import MAX_MANIFEST_BYTES, ManifestFile, decode_manifest, disagreements, occupied
+from workers.released import (
+    MAX_MANIFEST_BYTES,
+    MAX_REPORT_BYTES,
+    ManifestFile,
+    decode_manifest,
+    disagreements,
+    occupied,
+)
 from workers.scratch import OwnedDirectory, sweep
 from workers.sinks.directory import DirectorySink, DirectoryStaging
 
@@ -129,7 +136,7 @@ def _check(contents: Contents, manifest: Manifest, location: Location, staging: 
             wrong.append(f"{name}: missing")
         elif contents.sizes[name] != artifact.num_bytes:
             wrong.append(f"{name}: {contents.sizes[name]} bytes, expected {artifact.num_bytes}")
-        elif name == REPORT_NAME and artifact.num_bytes > MAX_MANIFEST_BYTES:
+        elif name == REPORT_NAME and artifact.num_bytes > MAX_REPORT_BYTES:
             wrong.append(f"{name}: {artifact.num_bytes} bytes, more than any parity report has")
         else:
             whole.append(artifact)
@@ -140,7 +147,7 @@ def _check(contents: Contents, manifest: Manifest, location: Location, staging: 
         differs = _difference(artifact, chunks) if staging is None else _bring(artifact, chunks, staging)
         if differs is not None:
             return [differs]
-        return [] if kept is None else disagreements(manifest, b"".join(kept), location)
+        return [] if kept is None else disagreements(manifest, b"".join(kept))
 
     with ThreadPoolExecutor(_NUM_STREAMS, thread_name_prefix="verify") as pool:
         wrong.extend(text for texts in pool.map(difference, whole) for text in texts)

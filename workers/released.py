@@ -26,8 +26,10 @@ from jobs.release import (
 )
 from workers.files import sha256_of
 
-MAX_MANIFEST_BYTES = 64 << 20
+MAX_MANIFEST_BYTES = 16 << 20
 """A larger `manifest.json` is not ours."""
+MAX_REPORT_BYTES = 64 << 20
+"""A larger `parity.json` is not ours."""
 
 _MAX_SHOWN = 80
 _SAID_TWICE = sorted((Manifest.model_fields.keys() & ParityReport.model_fields.keys()) - {"schema_version"})
@@ -83,15 +85,11 @@ def decode_manifest(data: bytes, location: Location) -> ManifestFile:
     """
     if len(data) > MAX_MANIFEST_BYTES:
         raise BadInputError(f"{location}: {MANIFEST_NAME} has more than {MAX_MANIFEST_BYTES} bytes and is none of ours")
-    _check_schema(data, MANIFEST_NAME, Manifest, location)
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the whole file"
-        raise BadInputError(
-            f"{location}: {MANIFEST_NAME} is no manifest of mergefleet: {field}: {first['msg']}"
-        ) from error
+        wrong = _wrong(error, Manifest, f"{location}: {MANIFEST_NAME}", "no manifest of mergefleet")
+        raise BadInputError(wrong) from error
     times = Counter(artifact.path for artifact in manifest.files)
     if twice := sorted(path for path, number in times.items() if number > 1):
         raise BadInputError(
@@ -103,27 +101,20 @@ def decode_manifest(data: bytes, location: Location) -> ManifestFile:
     return ManifestFile(manifest=manifest, data=data)
 
 
-def disagreements(manifest: Manifest, report: bytes, location: Location) -> list[str]:
+def disagreements(manifest: Manifest, report: bytes) -> list[str]:
     """Compare a manifest with the parity report it names.
 
     Args:
         manifest: of a release.
         report: the bytes of its `parity.json`.
-        location: where they are from, for the message.
 
     Returns:
         One sentence for each thing that the two say differently, or that the report says against the release.
-
-    Raises:
-        BadInputError: the report is one of a newer mergefleet.
     """
-    _check_schema(report, REPORT_NAME, ParityReport, location)
     try:
         found = ParityReport.model_validate_json(report)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the whole file"
-        return [f"{REPORT_NAME}: is no parity report of mergefleet: {field}: {first['msg']}"]
+        return [_wrong(error, ParityReport, f"{REPORT_NAME}:", "no parity report of mergefleet")]
     told = {name: getattr(found, name) for name in _SAID_TWICE}
     named = {name: getattr(manifest, name) for name in _SAID_TWICE}
     figures = _figures(found)
@@ -159,19 +150,18 @@ def _shown(value: object) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
-def _check_schema(data: bytes, name: str, model: type[Manifest | ParityReport], location: Location) -> None:
-    """Refuse what a newer mergefleet has written, before the fields that it brings are called wrong."""
+def _wrong(error: ValidationError, model: type[Manifest | ParityReport], what: str, kind: str) -> str:
+    """Say what is wrong about a file; that it is of a newer mergefleet, before the fields that this one brings."""
+    found = {detail["loc"]: detail for detail in error.errors(include_url=False)}
     known = model.model_fields["schema_version"].default
-    try:
-        found = from_json(data)
-    except ValueError:
-        return  # the model says what is wrong
-    schema = found.get("schema") if isinstance(found, dict) else None
-    if isinstance(schema, int) and schema > known:
-        raise BadInputError(
-            f"{location}: {name} has schema {schema}, and this mergefleet reads up to {known}; "
+    schema = found[("schema",)]["input"] if ("schema",) in found else None
+    if isinstance(schema, int) and schema > known and ("merge_key",) not in found:
+        return (
+            f"{what} has schema {schema}, and this mergefleet reads up to {known}; "
             "use the version that wrote it, or a newer one"
         )
+    loc, first = next(iter(found.items()))
+    return f"{what} is {kind}: {'.'.join(str(part) for part in loc) or 'the whole file'}: {first['msg']}"
 
 
 def read_manifest(path: Path) -> bytes | None:
