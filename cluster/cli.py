@@ -49,7 +49,8 @@ def plan(file: RequestFile, *, as_json: AsJson = False, debug: Debug = False) ->
         from cluster.settings import load_settings
         from jobs.manifest import load_requests
 
-        settings, requests = load_settings(), load_requests(file)
+        settings = load_settings()
+        requests = load_requests(file, settings.allowance)
         from cluster.preview import preview  # takes seconds to load, and a wrong file is told before
 
         previews = preview(
@@ -74,9 +75,10 @@ def plan(file: RequestFile, *, as_json: AsJson = False, debug: Debug = False) ->
 def submit(file: RequestFile, *, as_json: AsJson = False, debug: Debug = False) -> None:
     """Queue every request of FILE, or none when one is wrong. The same file twice changes nothing."""
     with terminal(as_json=as_json, debug=debug) as output:
+        from cluster.settings import load_settings
         from jobs.manifest import load_requests
 
-        requests = load_requests(file)
+        requests = load_requests(file, load_settings().allowance)
         with _open_store() as store:
             result = store.submit(requests)
         output.document({"created": list(result.created), "unchanged": list(result.unchanged)})

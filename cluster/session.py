@@ -31,7 +31,9 @@ _LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 token authentication it is read when Ray is imported: nothing imports Ray before a session is opened."""
 _CONNECT_SECONDS = 5.0
 _MAX_SOCKET_PATH = 107
-_SOCKETS_BELOW_DIRECTORY = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+_PRIVATE = "own/ray"
+"""Below the directory: Ray gives its own one to everybody (0777), so that it lies in one that is closed (0700)."""
+_SOCKETS_BELOW_DIRECTORY = f"/{_PRIVATE}/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 _LOCAL_ONLY = ("dashboard", "dashboard_host", "dashboard_port", "metrics_port", "ray_directory")
 
 
@@ -77,7 +79,7 @@ def close_session() -> None:
 
 
 def _start(settings: Settings, namespace: str, log_format: LogFormat) -> Session:
-    _check_directory(settings.ray_directory)
+    directory = _private_directory(settings.ray_directory)
     token_path = _enable_token_auth(settings.home)
     if not _token_auth_is_on() and not _is_loopback(settings.dashboard_host):
         raise BadInputError(
@@ -100,13 +102,13 @@ def _start(settings: Settings, namespace: str, log_format: LogFormat) -> Session
             log_to_driver=False,
             logging_level=logging.WARNING,
             job_config=_job_config(log_format),
-            _temp_dir=str(settings.ray_directory),
+            _temp_dir=str(directory),
             _metrics_export_port=settings.metrics_port,
         )
     except ValueError as error:  # a port that is taken
         raise BadInputError(f"Ray refused to start: {error}") from error
     except (OSError, RuntimeError) as error:
-        raise NoCapacityError(f"Ray did not start: {error}; its logs are in {settings.ray_directory}") from error
+        raise NoCapacityError(f"Ray did not start: {error}; its logs are in {directory}") from error
     return _describe(context.address_info["gcs_address"], context.dashboard_url, token_path)
 
 
@@ -218,7 +220,12 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _check_directory(directory: Path) -> None:
+def _private_directory(directory: Path) -> Path:
+    """Make the directory that Ray may have, in one that no other user can enter.
+
+    Raises:
+        BadInputError: its path is too long, or a directory on the way belongs to another user.
+    """
     longest = _MAX_SOCKET_PATH - len(_SOCKETS_BELOW_DIRECTORY)
     if len(os.fsencode(directory)) > longest:
         raise BadInputError(
@@ -226,5 +233,13 @@ def _check_directory(directory: Path) -> None:
             "set MERGEFLEET_RAY_DIRECTORY to a shorter path"
         )
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if directory.stat().st_uid != os.getuid():
-        raise BadInputError(f"ray_directory: {directory} belongs to another user; set MERGEFLEET_RAY_DIRECTORY")
+    own = (directory / _PRIVATE).parent
+    with contextlib.suppress(FileExistsError):
+        own.mkdir(mode=0o700)
+    for path in (directory, own):
+        if path.stat().st_uid != os.getuid():
+            raise BadInputError(f"ray_directory: {path} belongs to another user; set MERGEFLEET_RAY_DIRECTORY")
+    if not stat.S_ISDIR(own.lstat().st_mode):
+        raise BadInputError(f"ray_directory: {own} is no directory, or a link; set MERGEFLEET_RAY_DIRECTORY")
+    own.chmod(0o700)  # whatever it was made with
+    return directory / _PRIVATE

@@ -16,7 +16,8 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 from pydantic_settings.sources import InitSettingsSource
 
 from cluster.logs import DEBUG_VARIABLE
-from jobs.errors import BadInputError
+from jobs.allowance import Allowance, Pattern
+from jobs.errors import BadInputError, InvalidValueError
 from jobs.request import NumBytes
 from jobs.states import RetryPolicy
 from workers.outcomes import WorkerSettings
@@ -38,6 +39,21 @@ def _names(value: Any) -> Any:
 
 AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
 """`~` is the user's home; a relative path is taken from the working directory."""
+
+
+def _patterns(value: Any) -> Any:
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    if isinstance(value, list | tuple):
+        if not value:
+            raise InvalidValueError("at least one place; leave it out to allow all", "none")
+        for text in value:
+            Pattern.parse(text if isinstance(text, str) else "")
+    return value
+
+
+Patterns = Annotated[tuple[str, ...] | None, NoDecode, BeforeValidator(_patterns)]
+"""A list of places as `jobs.allowance.Pattern` reads them; in the environment separated by commas."""
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 
@@ -74,6 +90,11 @@ class Settings(BaseSettings):
     """Most bytes of quantized bases that one worker keeps in memory between units."""
     inert_adapter_fields: Annotated[frozenset[str], NoDecode, BeforeValidator(_names)] = frozenset()
     """Fields of `adapter_config.json` that PEFT does not know and that change no merge: names with commas between."""
+
+    allowed_sources: Patterns = None
+    """Where bases and adapters may be read from; everywhere when it is not set."""
+    allowed_destinations: Patterns = None
+    """Where releases may be written to; everywhere when it is not set."""
 
     lease_seconds: Annotated[float, Field(ge=1)] = 30.0
     """How long a job stays with a driver that no longer says that it lives."""
@@ -124,6 +145,11 @@ class Settings(BaseSettings):
             max_delay_seconds=self.max_retry_delay_seconds,
         )
 
+    @property
+    def allowance(self) -> Allowance:
+        """The places that requests may name."""
+        return Allowance(sources=_parsed(self.allowed_sources), destinations=_parsed(self.allowed_destinations))
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -163,7 +189,12 @@ def worker_settings(settings: Settings, *, device: str, num_threads: int | None)
         num_threads=num_threads,
         resident_bytes=settings.resident_bytes,
         inert_adapter_fields=settings.inert_adapter_fields,
+        allowance=settings.allowance,
     )
+
+
+def _parsed(texts: tuple[str, ...] | None) -> tuple[Pattern, ...] | None:
+    return None if texts is None else tuple(Pattern.parse(text) for text in texts)
 
 
 def _check_environment() -> None:

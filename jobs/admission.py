@@ -1,4 +1,7 @@
-"""How jobs enter the ledger: one content for each id, one live job for each destination, all conflicts at once."""
+"""How jobs enter the ledger: one content for each id, one live job for each destination, all conflicts at once.
+
+No destination lies inside of another live or published one: a release holds what its manifest names, and nothing else.
+"""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,6 +10,7 @@ from sqlalchemy import Connection, insert, select
 from jobs.database import rows_where_in
 from jobs.errors import BadInputError
 from jobs.journal import Step, event_values
+from jobs.locations import enclosing
 from jobs.records import SubmitResult, request_of
 from jobs.request import MergeRequest
 from jobs.schema import events, jobs, labels
@@ -47,7 +51,7 @@ def admit(connection: Connection, requests: Sequence[MergeRequest], now: float) 
 
 
 def destination_conflicts(connection: Connection, claims: Iterable[tuple[str, str]]) -> list[str]:
-    """Say which jobs may not go live, as another live job has their destination.
+    """Say which jobs may not go live, as another live job has their destination, or one inside or around it.
 
     Args:
         connection: in a transaction under the admission lock.
@@ -60,11 +64,42 @@ def destination_conflicts(connection: Connection, claims: Iterable[tuple[str, st
     live = select(jobs).where(jobs.c.state.in_(LIVE_STATES))
     rows = rows_where_in(connection, live, jobs.c.destination, (destination for _, destination in claimed))
     owners = {row.destination: row.id for row in rows}
-    return [
+    taken = [
         f"job '{job_id}': expected a destination of its own, found {destination}, which belongs to job '{owner}'"
         for job_id, destination in claimed
         if (owner := owners.setdefault(destination, job_id)) != job_id
     ]
+    return taken + _nesting_conflicts(connection, claimed)
+
+
+def _nesting_conflicts(connection: Connection, claimed: Sequence[tuple[str, str]]) -> list[str]:
+    """Say which destinations lie inside of another job's, or around one: releases do not hold releases.
+
+    All live destinations are read: no index finds what begins alike in both databases.
+    """
+    claims = {destination: job_id for job_id, destination in claimed if not destination.startswith("hf://")}
+    if not claims:
+        return []
+    query = select(jobs.c.id, jobs.c.destination).where(
+        jobs.c.state.in_(LIVE_STATES), jobs.c.destination.not_like("hf://%")
+    )
+    live = {row.destination: row.id for row in connection.execute(query)}
+    owners = live | claims
+    inside = [
+        f"job '{job_id}': expected a destination beside those of others, found {destination}, "
+        f"which lies inside of {outer} of job '{owners[outer]}'"
+        for destination, job_id in claims.items()
+        for outer in enclosing(destination)
+        if outer in owners
+    ]
+    around = [
+        f"job '{claims[outer]}': expected a destination beside those of others, found {outer}, "
+        f"inside of which lies {destination} of job '{owner}'"
+        for destination, owner in live.items()
+        for outer in enclosing(destination)
+        if outer in claims
+    ]
+    return inside + around
 
 
 def _difference(known: MergeRequest, request: MergeRequest) -> str:

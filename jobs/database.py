@@ -1,9 +1,10 @@
 """The database under the ledger: opening it, its transactions, its clock. SQLite and Postgres, told apart only here."""
 
+import contextlib
+import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,7 +81,7 @@ class Database:
         except DatabaseError as error:
             raise BadInputError(f"store {self.name} is not a database of mergefleet: {error.orig}") from error
 
-    @contextmanager
+    @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
         """Open a transaction that only reads; in SQLite it sees one moment and waits for nobody.
 
@@ -90,7 +91,7 @@ class Database:
         with self._faults(), self._engine.begin() as connection:
             yield connection
 
-    @contextmanager
+    @contextlib.contextmanager
     def write(self) -> Iterator[Connection]:
         """Open a transaction that may write; committed to disk when the block ends, undone when it raises.
 
@@ -114,7 +115,7 @@ class Database:
         """Close all connections."""
         self._engine.dispose()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
         try:
             yield
@@ -169,7 +170,11 @@ def _parse(url: str) -> URL:
 def _sqlite_engine(url: URL) -> Engine:
     """Return an engine for a file in WAL mode whose commits are on the disk when they return."""
     path = Path(str(url.database)).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Requests and failures are for those who run the fleet. SQLite gives its other files the mode of this one.
+    # What is there keeps its own, and what cannot be made SQLite has words for.
+    with contextlib.suppress(OSError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
     engine = create_engine(url.set(database=str(path)), connect_args={"timeout": _BUSY_SECONDS})
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)

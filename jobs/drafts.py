@@ -7,10 +7,11 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from jobs.allowance import Allowance
 from jobs.documents import Node, joined
 from jobs.errors import InvalidValueError
 from jobs.frozen import inner_model
-from jobs.locations import Location, parse_location
+from jobs.locations import Location, enclosing, parse_location
 from jobs.problems import ProblemList, closest, expectation, known_name, mistakes, show
 from jobs.request import BaseQuantization, MergeRequest, adapter_name
 from jobs.templates import PLACEHOLDERS, fill
@@ -26,13 +27,19 @@ class DraftCheck:
         directory: what relative paths are taken from.
         problems: takes every mistake.
         strict: whether values must have the right type already, or are text to be converted.
+        allowance: the places that requests may name.
     """
 
-    def __init__(self, directory: Path, problems: ProblemList, *, strict: bool) -> None:
+    def __init__(self, directory: Path, problems: ProblemList, *, strict: bool, allowance: Allowance) -> None:
         self._directory = directory
         self._problems = problems
         self._strict = strict
+        self._allowance = allowance
         self._owners: dict[tuple[str, str], Node] = {}
+        self._places: dict[str, Node] = {}
+        """Drafts by their destination."""
+        self._inner: dict[str, str] = {}
+        """By a place, a destination that lies inside of it."""
 
     def shared(self, draft: Node) -> None:
         """Check what many requests share: fields may be missing, and templates get their values later."""
@@ -58,7 +65,12 @@ class DraftCheck:
             elif isinstance(fields.get(name), str) and fields[name]:
                 names[name] = fields[name]
         self._compare(draft, fields)
-        return self._validate(draft, fields, set_aside=set_aside)
+        request = self._validate(draft, fields, set_aside=set_aside)
+        if request is not None:
+            for path, expected, found in self._allowance.refusals(request, follow_links=False):
+                node = draft.at(path)
+                self._problems.add(node.line, node.field, expected, found)
+        return request
 
     def _names(self, fields: dict[str, Any]) -> dict[str, str | None]:
         """Return what the placeholders stand for, before the id is known."""
@@ -105,8 +117,25 @@ class DraftCheck:
         destination = self._location(fields.get("destination"))
         is_taken = isinstance(name, str) and name != "" and self._is_taken(draft, "id", name)
         follows = is_taken and "{id}" in str(draft.at(["destination"]).value)
-        if destination is not None and not follows:
-            self._is_taken(draft, "destination", str(destination))
+        if destination is None or follows or self._is_taken(draft, "destination", str(destination)):
+            return
+        self._check_nesting(draft, str(destination))
+
+    def _check_nesting(self, draft: Node, destination: str) -> None:
+        """Note a destination that lies inside of an earlier draft's, or around one: releases do not hold releases."""
+        around = list(enclosing(destination))
+        outer = next((place for place in around if place in self._places), None)
+        inner = self._inner.get(destination)
+        for place in around:
+            if self._inner.setdefault(place, destination) != destination:
+                break  # then those around it are known, too
+        self._places.setdefault(destination, draft)
+        for other, how in ((outer, "inside of"), (inner, "around")):
+            if other is not None:
+                node, line = draft.at(["destination"]), self._places[other].at(["destination"]).line
+                where = "of another request" if node.line == line else f"on line {line}"
+                expected = "a destination that lies neither inside of another one nor around it"
+                self._problems.add(node.line, node.field, expected, f"{destination!r}, {how} {other!r} {where}")
 
     def _is_taken(self, draft: Node, name: str, value: str) -> bool:
         owner = self._owners.setdefault((name, value), draft)

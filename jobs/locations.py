@@ -6,6 +6,7 @@ at the edge. Arbitrary URLs are refused.
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +44,10 @@ class LocalPath:
         """Whether this place is `other` or lies below it."""
         return isinstance(other, LocalPath) and self.path.is_relative_to(other.path)
 
+    def ancestors(self) -> "tuple[LocalPath, ...]":
+        """Return the places that this one lies inside of, nearest first."""
+        return tuple(LocalPath(path) for path in self.path.parents)
+
     def __str__(self) -> str:
         return str(self.path)
 
@@ -71,6 +76,11 @@ class S3Prefix:
             and f"{self.prefix}/".startswith(f"{other.prefix}/")
         )
 
+    def ancestors(self) -> "tuple[S3Prefix, ...]":
+        """Return the prefixes that this one lies inside of, nearest first; a bucket as a whole is none."""
+        parts = self.prefix.split("/")
+        return tuple(S3Prefix(self.bucket, "/".join(parts[:length])) for length in range(len(parts) - 1, 0, -1))
+
     def __str__(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}"
 
@@ -95,11 +105,31 @@ class HubRepo:
         """Whether this place is `other`: a repository at a revision has nothing below it."""
         return self == other
 
+    def ancestors(self) -> "tuple[HubRepo, ...]":
+        """Return nothing: a repository lies inside of none."""
+        return ()
+
     def __str__(self) -> str:
         return f"hf://{self.repo_id}@{self.revision}"
 
 
 Location = LocalPath | S3Prefix | HubRepo
+
+
+def enclosing(text: str) -> Iterator[str]:
+    """Yield the places that a location lies inside of, nearest first, all as text: cheap for very many.
+
+    Args:
+        text: a location as it writes itself.
+    """
+    if text.startswith("hf://"):
+        return
+    root = text.index("/", len("s3://")) + 1 if text.startswith("s3://") else 1
+    while (cut := text.rfind("/", root)) > 0:
+        text = text[:cut]
+        yield text
+    if text.startswith("/") and text != "/":
+        yield "/"
 
 
 def parse_location(text: str, relative_to: Path | None = None) -> Location:

@@ -12,6 +12,7 @@ from typing import get_args, get_origin
 
 from pydantic import BaseModel
 
+from jobs.allowance import Allowance
 from jobs.documents import DocumentTooLargeError, joined, read_csv, read_jsonl
 from jobs.drafts import DraftCheck
 from jobs.frozen import inner_model
@@ -23,17 +24,19 @@ from jobs.yaml_tree import read_yaml
 __all__ = ["MAX_FILE_BYTES", "MAX_REQUESTS", "ManifestError", "Problem", "load_requests"]
 
 MAX_FILE_BYTES = 16 * 1024**2
+_EVERYWHERE = Allowance()
 _SUFFIXES = (".yaml", ".yml", ".jsonl", ".csv")
 
 
-def load_requests(path: Path) -> tuple[MergeRequest, ...]:
+def load_requests(path: Path, allowance: Allowance = _EVERYWHERE) -> tuple[MergeRequest, ...]:
     """Read a request file.
 
     Args:
         path: the file; its suffix says what it is: `.yaml`, `.yml`, `.jsonl` or `.csv`.
+        allowance: the places that requests may name.
 
     Returns:
-        At least one request; ids and destinations are unique within the file.
+        At least one request; ids and destinations are unique within the file, and no destination lies inside another.
 
     Raises:
         ManifestError: anything is wrong; lists every mistake with its line.
@@ -50,7 +53,7 @@ def load_requests(path: Path) -> tuple[MergeRequest, ...]:
     if len(expansion.requests) > MAX_REQUESTS:
         problems.add(None, "", f"at most {MAX_REQUESTS} requests in one file", str(len(expansion.requests)))
         expansion = Expansion()
-    check = DraftCheck(path.absolute().parent, problems, strict=suffix != ".csv")
+    check = DraftCheck(path.absolute().parent, problems, strict=suffix != ".csv", allowance=allowance)
     for node in expansion.shared:
         check.shared(node)
     requests = [check.request(node) for node in expansion.requests]

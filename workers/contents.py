@@ -1,15 +1,16 @@
 """What is at a location now: names, sizes and bytes, of one version, wherever it is."""
 
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from jobs.errors import NotFoundError
+from jobs.errors import BadInputError, NotFoundError
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
 from workers.belongings import CARD_NAME
-from workers.files import file_errors, read_chunks
+from workers.files import CHUNK_BYTES, file_errors, read_chunks
 
 
 class Contents(Protocol):
@@ -20,6 +21,8 @@ class Contents(Protocol):
 
     beside: frozenset[str]
     """Names that may stand there without being of a release."""
+    oddities: Mapping[str, str]
+    """What else is there and has no place in a release, by name: links, FIFOs, directories with nothing in them."""
 
     def read(self, name: str) -> Iterator[bytes]:
         """Yield the bytes of a file in order, a few MiB at a time.
@@ -37,19 +40,37 @@ class LocalContents:
 
     def __init__(self, location: LocalPath) -> None:
         self._directory = location.path
+        sizes: dict[str, int] = {}
+        oddities: dict[str, str] = {}
         with file_errors(f"reading {location}"):
             if not self._directory.is_dir():
                 raise NotFoundError(f"{location} does not exist, or is no directory")
-            self.sizes: Mapping[str, int] = {
-                path.relative_to(self._directory).as_posix(): path.stat().st_size
-                for parent, _, names in os.walk(self._directory, onerror=_raise)
-                for path in (Path(parent, name) for name in names)
-            }
+            for parent, directories, names in os.walk(self._directory, onerror=_raise):
+                if not (directories or names or Path(parent) == self._directory):
+                    oddities[self._name(parent)] = "is an empty directory, which no release holds"
+                for path in (Path(parent, name) for name in (*directories, *names)):
+                    status = path.lstat()
+                    if stat.S_ISREG(status.st_mode):
+                        sizes[self._name(path)] = status.st_size
+                    elif not stat.S_ISDIR(status.st_mode):
+                        kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "a FIFO, a socket or a device"
+                        oddities[self._name(path)] = f"is {kind}, expected a regular file"
+        self.sizes: Mapping[str, int] = sizes
+        self.oddities: Mapping[str, str] = oddities
 
     def read(self, name: str) -> Iterator[bytes]:
-        """Yield the bytes of a file."""
+        """Yield the bytes of a file. What has become a link or a FIFO by now is neither followed nor waited for."""
+        path = self._directory / name
         with file_errors(f"reading {name}"):
-            yield from read_chunks(self._directory / name)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            with os.fdopen(descriptor, "rb") as file:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise BadInputError(f"{path} is no regular file")
+                while chunk := file.read(CHUNK_BYTES):
+                    yield chunk
+
+    def _name(self, path: str | Path) -> str:
+        return Path(path).relative_to(self._directory).as_posix()
 
 
 class S3Contents:
@@ -63,6 +84,7 @@ class S3Contents:
         self._store = S3Store(location)
         self._objects = self._store.objects()
         self.sizes: Mapping[str, int] = {name: entry.num_bytes for name, entry in self._objects.items()}
+        self.oddities: Mapping[str, str] = {}
 
     def read(self, name: str) -> Iterator[bytes]:
         """Yield the bytes of an object, of the version that was listed."""
@@ -87,6 +109,7 @@ class HubContents:
         self.sizes: Mapping[str, int] = {
             name: size for name, size in self._store.sizes(commit).items() if name != ".gitattributes"
         }
+        self.oddities: Mapping[str, str] = {}
 
     def read(self, name: str) -> Iterator[bytes]:
         """Yield the bytes of a file; it is fetched into a directory of its own first, and gone afterwards."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jobs.allowance import Allowance
 from jobs.errors import FailureClass, MergefleetError
 from jobs.release import ParitySummary, Release, TensorCheck
 from jobs.request import MergeRequest
@@ -29,6 +30,8 @@ class WorkerSettings:
     """Budget of device memory for quantized bases kept between units."""
     inert_adapter_fields: frozenset[str] = frozenset()
     """Fields of adapters' configurations that PEFT may not know, and that change no merge."""
+    allowance: Allowance = field(default_factory=Allowance)
+    """The places that requests may name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

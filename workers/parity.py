@@ -112,7 +112,9 @@ def write_report(report: ParityReport, directory: Path) -> None:
         NoCapacityError, AuthError: the disk is full, or the directory cannot be written.
     """
     with file_errors(f"making {directory}"):
-        directory.mkdir(parents=True, exist_ok=True)
+        # Prompts and texts of requests are in it: for those who run the fleet.
+        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
     write_text(directory / REPORT_NAME, report.model_dump_json(by_alias=True, indent=2) + "\n")
     write_text(directory / REPORT_PAGE_NAME, render_report(report))
 

@@ -1,19 +1,40 @@
 """The manifest of a release: written in one form only, read with suspicion, and compared with the files it names."""
 
+import errno
 import hashlib
+import os
+import stat
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
+from pydantic_core import from_json
 
 from jobs.errors import BadInputError, DestinationOccupiedError, InternalError
 from jobs.locations import Location
-from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
+from jobs.release import (
+    MANIFEST_NAME,
+    REPORT_NAME,
+    Artifact,
+    BehaviourCheck,
+    Manifest,
+    ParityReport,
+    ParitySummary,
+    Release,
+)
 from workers.files import sha256_of
 
-MAX_MANIFEST_BYTES = 64 << 20
+MAX_MANIFEST_BYTES = 16 << 20
 """A larger `manifest.json` is not ours."""
+MAX_REPORT_BYTES = 64 << 20
+"""A larger `parity.json` is not ours."""
+
+_MAX_SHOWN = 80
+_SAID_TWICE = sorted((Manifest.model_fields.keys() & ParityReport.model_fields.keys()) - {"schema_version"})
+_NO_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
+"""Nothing of this name, a link, or a socket."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,15 +83,109 @@ def decode_manifest(data: bytes, location: Location) -> ManifestFile:
     Raises:
         BadInputError: they are no manifest of mergefleet.
     """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BadInputError(f"{location}: {MANIFEST_NAME} has more than {MAX_MANIFEST_BYTES} bytes and is none of ours")
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        wrong = _wrong(error, Manifest, f"{location}: {MANIFEST_NAME}", "no manifest of mergefleet")
+        raise BadInputError(wrong) from error
+    times = Counter(artifact.path for artifact in manifest.files)
+    if twice := sorted(path for path, number in times.items() if number > 1):
         raise BadInputError(
-            f"{location}: {MANIFEST_NAME} is no manifest of mergefleet: {field}: {first['msg']}"
-        ) from error
+            f"{location}: {MANIFEST_NAME} names {', '.join(twice[:3])} more than once, expected each file once; "
+            "do not deploy it"
+        )
+    if MANIFEST_NAME in times:
+        raise BadInputError(f"{location}: {MANIFEST_NAME} names itself, which no manifest of mergefleet does")
     return ManifestFile(manifest=manifest, data=data)
+
+
+def disagreements(manifest: Manifest, report: bytes) -> list[str]:
+    """Compare a manifest with the parity report it names.
+
+    Args:
+        manifest: of a release.
+        report: the bytes of its `parity.json`.
+
+    Returns:
+        One sentence for each thing that the two say differently, or that the report says against the release.
+    """
+    try:
+        found = ParityReport.model_validate_json(report)
+    except ValidationError as error:
+        return [_wrong(error, ParityReport, f"{REPORT_NAME}:", "no parity report of mergefleet")]
+    told = {name: getattr(found, name) for name in _SAID_TWICE}
+    named = {name: getattr(manifest, name) for name in _SAID_TWICE}
+    figures = _figures(found)
+    told |= figures
+    named |= {name: getattr(manifest.parity, name) for name in figures}
+    wrong = [
+        f"{REPORT_NAME}: {name} is {_shown(value)}, {MANIFEST_NAME} says {_shown(named[name])}"
+        for name, value in told.items()
+        if value != named[name]
+    ]
+    if not found.passed:
+        wrong.append(f"{REPORT_NAME}: says that parity did not pass")
+    return wrong
+
+
+def _figures(report: ParityReport) -> dict[str, object]:
+    """Return what a report comes to, by the names that a manifest has for it."""
+    survivals = [check.survival for check in report.tensors if check.survival is not None]
+    gating = next((check for check in report.behaviour if check.gates), None)
+    shared = ParitySummary.model_fields.keys() & BehaviourCheck.model_fields.keys()
+    return {
+        "level": report.level,
+        "num_tensors": len(report.tensors),
+        "num_changed_tensors": sum(check.changed for check in report.tensors),
+        "rounding_excess": max((check.rounding_excess for check in report.tensors), default=0.0),
+        "min_survival": min(survivals, default=None),
+        **{name: getattr(gating, name) if gating else None for name in sorted(shared)},
+    }
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
+
+
+def _wrong(error: ValidationError, model: type[Manifest | ParityReport], what: str, kind: str) -> str:
+    """Say what is wrong about a file; that it is of a newer mergefleet, before the fields that this one brings."""
+    found = {detail["loc"]: detail for detail in error.errors(include_url=False)}
+    known = model.model_fields["schema_version"].default
+    schema = found[("schema",)]["input"] if ("schema",) in found else None
+    if isinstance(schema, int) and schema > known and ("merge_key",) not in found:
+        return (
+            f"{what} has schema {schema}, and this mergefleet reads up to {known}; "
+            "use the version that wrote it, or a newer one"
+        )
+    loc, first = next(iter(found.items()))
+    return f"{what} is {kind}: {'.'.join(str(part) for part in loc) or 'the whole file'}: {first['msg']}"
+
+
+def read_manifest(path: Path) -> bytes | None:
+    """Return the bytes of a manifest in a directory, at most one more than a manifest has.
+
+    Returns:
+        None when there is no regular file of this name: links are not followed, and a FIFO is not waited for.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            return None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return None
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(MAX_MANIFEST_BYTES + 1)
+    finally:
+        os.close(descriptor)
 
 
 def decode_existing(data: bytes, location: Location) -> ManifestFile:
@@ -95,6 +210,30 @@ def occupied(location: Location, names: Sequence[str], what: str) -> Destination
     """
     shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return DestinationOccupiedError(f"{location} holds {what}: {shown}; choose another destination or empty it first")
+
+
+def is_release(data: bytes) -> bool:
+    """Whether a `manifest.json` is that of a release, of whatever version: other programs use the name, too."""
+    try:
+        found = from_json(data) if len(data) <= MAX_MANIFEST_BYTES else None
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.keys() >= {"merge_key", "files"}
+
+
+def lies_inside(location: Location, outer: Location) -> DestinationOccupiedError:
+    """Return the error for a destination inside of a release."""
+    return DestinationOccupiedError(
+        f"{location} lies inside the release at {outer}, which would hold more than its manifest says; "
+        "choose a destination beside it"
+    )
+
+
+def holds_below(location: Location, inner: Location) -> DestinationOccupiedError:
+    """Return the error for a destination that another release lies below."""
+    return DestinationOccupiedError(
+        f"{location} has the release at {inner} below it, which is no part of this one; choose a destination beside it"
+    )
 
 
 def check_artifact(path: Path, artifact: Artifact) -> None:

@@ -4,13 +4,14 @@ Credentials, region and endpoint are boto3's own business: `AWS_*` variables, pr
 """
 
 import contextlib
+import copy
 import functools
 import itertools
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import boto3.session
 import botocore.loaders
@@ -108,6 +109,12 @@ class S3Store:
         except (botocore_errors.BotoCoreError, ValueError) as error:
             raise self._translate(error) from error
 
+    def at(self, place: S3Prefix) -> Self:
+        """Return the same client for what lies below another prefix."""
+        other = copy.copy(self)
+        other.place = place
+        return other
+
     def key(self, name: str) -> str:
         """Return the key of a name below the prefix."""
         return f"{self.place.prefix}/{name}"
@@ -136,20 +143,29 @@ class S3Store:
             if (name := entry["Key"].removeprefix(start)) and not name.endswith("/")
         }
 
-    def content(self, name: str) -> bytes | None:
-        """Return the bytes of a small object, or None when there is none."""
+    def content(self, name: str, max_bytes: int) -> bytes | None:
+        """Return the bytes of a small object, or None when there is none; of a larger one, one byte too many."""
         with self.errors():
             try:
-                return self.client.get_object(Bucket=self.place.bucket, Key=self.key(name))["Body"].read()
+                body = self.client.get_object(Bucket=self.place.bucket, Key=self.key(name))["Body"]
             except botocore_errors.ClientError as error:
                 if error_code(error) == "NoSuchKey":
                     return None
                 raise
+            with contextlib.closing(body):
+                return body.read(max_bytes + 1)
 
-    def delete(self, name: str) -> None:
-        """Delete an object; none is fine."""
+    def delete(self, name: str, etag: str) -> None:
+        """Delete an object, if it is the one that was looked at; none, or another one by now, is fine.
+
+        Stores that know no conditional deletes take the condition for nothing.
+        """
         with self.errors():
-            self.client.delete_object(Bucket=self.place.bucket, Key=self.key(name))
+            try:
+                self.client.delete_object(Bucket=self.place.bucket, Key=self.key(name), IfMatch=etag)
+            except botocore_errors.ClientError as error:
+                if error_status(error) not in (404, 412):
+                    raise
 
     def read(self, entry: S3Object) -> Iterator[bytes]:
         """Yield the bytes of an object in order, fetched as ranges, a few at a time, and all of one version.

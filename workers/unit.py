@@ -178,6 +178,11 @@ class Unit:
         # Several workers share the cores of a machine; threads of theirs that wait for each other would stand still.
         torch.set_num_threads(self._num_threads)
         hold_little()
+        for job in self.jobs:
+            with own_failure(job):
+                self._settings.allowance.check(job.request)
+        if not self._running:
+            return
         first = self.jobs[0].request
         with self.tracker.timed("fetch"):
             source = fetch_base(first.base, self._settings.cache)
@@ -185,7 +190,7 @@ class Unit:
         with self.tracker.timed("plan"):
             vet_base(source, first)
             self._prepared = base = self._planned.get(source, first)
-            for job in self.jobs:
+            for job in self._running:
                 with own_failure(job):
                     self.tracker.check(job.id)
                     inert = self._settings.inert_adapter_fields

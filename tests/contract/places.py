@@ -70,6 +70,7 @@ class S3Place:
     def __init__(self, directory: Path, server: S3Server, prefix: str) -> None:
         self.location = S3Prefix(server.bucket, prefix)
         self.scratch = directory / "scratch"
+        self.server = server
         self.client = server.client()
         self._at = {"Bucket": server.bucket}
 
@@ -82,6 +83,13 @@ class S3Place:
     def uploads(self) -> list[tuple[str, str]]:
         found = self.client.list_multipart_uploads(**self._at, Prefix=f"{self.location.prefix}/").get("Uploads", [])
         return [(entry["Key"], entry["UploadId"]) for entry in found]
+
+    def begin_upload(self, name: str) -> tuple[str, str]:
+        """Begin an upload as another program would: key and id."""
+        key = f"{self.location.prefix}/{name}"
+        upload = self.client.create_multipart_upload(**self._at, Key=key)["UploadId"]
+        self.client.upload_part(**self._at, Key=key, UploadId=upload, PartNumber=1, Body=b"theirs")
+        return key, upload
 
     def leftovers(self) -> list[str]:
         return [key for key, _ in self.uploads()] + _names(self.scratch)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.awsrequest import AWSResponse
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,9 +21,11 @@ from tests.contract.places import S3Place, content, sink_of
 from tests.releases import SHARD, fill, make_files, make_manifest, write_files
 from tests.servers.s3 import S3Server
 from workers.delivery import verify_release
+from workers.released import encode_manifest
 from workers.s3_client import S3Store
 from workers.sinks.s3 import S3Sink, S3Staging
-from workers.sinks.s3_upload import abort_unfinished, part_bytes
+from workers.sinks.s3_records import abort_recorded
+from workers.sinks.s3_upload import part_bytes
 
 pytestmark = pytest.mark.s3
 
@@ -35,7 +38,7 @@ _numbers = itertools.count()
 @pytest.fixture
 def place(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3Place:
     monkeypatch.setattr("workers.sinks.s3_upload.MIN_PART_BYTES", 5 << 20)
-    return S3Place(tmp_path, s3, f"faults/r{next(_numbers)}")
+    return S3Place(tmp_path, s3, f"faults/r{next(_numbers)}/eu")
 
 
 def before_call(staging: S3Staging, operation: str, act: Callable[[dict[str, Any]], None]) -> None:
@@ -53,6 +56,115 @@ def lose_first_answer(staging: S3Staging, operation: str) -> list[int]:
 
     staging._store.client.meta.events.register_first(f"needs-retry.s3.{operation}", forget)
     return statuses
+
+
+def answer_instead(staging: S3Staging, operation: str, name: str, status: int, times: int) -> list[str]:
+    """Answer requests for one file in the place of the store, which never hears of them."""
+    asked: list[str] = []
+
+    def answer(request: Any, **_: Any) -> AWSResponse | None:
+        url = request.url.partition("?")[0]
+        if not url.endswith(f"/{name}") or len(asked) == times:
+            return None
+        asked.append(url)
+        code = {409: "ConditionalRequestConflict", 412: "PreconditionFailed", 503: "ServiceUnavailable"}[status]
+        raw = AWSResponse(url, status, {}, None)
+        raw._content = f"<Error><Code>{code}</Code><Message>told to</Message></Error>".encode()
+        return raw
+
+    staging._store.client.meta.events.register(f"before-send.s3.{operation}", answer)
+    staging._sleep = lambda _: None
+    return asked
+
+
+@pytest.mark.parametrize("status", [409, 412])
+@pytest.mark.parametrize(
+    ("operation", "name"),
+    [("PutObject", "config.json"), ("PutObject", MANIFEST_NAME), ("CompleteMultipartUpload", SHARD)],
+)
+def test_refusal_of_a_conditional_request_is_asked_again(
+    place: S3Place, status: int, operation: str, name: str
+) -> None:
+    staging = S3Sink(place.location, place.scratch).open(KEY)
+    manifest = fill(staging, FILES)
+    asked = answer_instead(staging, operation, name, status, times=2)
+
+    assert staging.publish(manifest).created
+    staging.discard()
+
+    assert len(asked) == 2
+    assert content(place) == FILES
+    assert place.leftovers() == []
+    verify_release(place.location, place.scratch)
+
+
+def test_store_that_stays_in_conflict_is_given_up(place: S3Place) -> None:
+    staging = S3Sink(place.location, place.scratch).open(KEY)
+    manifest = fill(staging, FILES)
+    answer_instead(staging, "PutObject", "config.json", 409, times=99)
+
+    with pytest.raises(TransientIOError, match=r"config\.json changed again and again"):
+        staging.publish(manifest)
+    staging.discard()
+
+    assert place.visible() == {}
+    assert place.leftovers() == []
+
+
+def test_manifest_that_may_come_late_keeps_its_files(place: S3Place) -> None:
+    staging = S3Sink(place.location, place.scratch).open(KEY)
+    manifest = fill(staging, FILES)
+    answer_instead(staging, "PutObject", MANIFEST_NAME, 503, times=99)
+    with pytest.raises(TransientIOError, match="503"):
+        staging.publish(manifest)
+    staging.discard()
+    assert place.visible() == FILES
+
+    place.write(MANIFEST_NAME, encode_manifest(manifest).data)  # it comes
+
+    verify_release(place.location, place.scratch)
+    assert place.leftovers() == []
+
+
+def test_manifest_whose_answer_was_lost_is_told_to_whoever_publishes_again(place: S3Place) -> None:
+    staging = S3Sink(place.location, place.scratch).open(KEY)
+    manifest = fill(staging, FILES)
+    staging.publish(manifest)
+
+    assert staging.publish(manifest).created
+    staging.discard()
+
+    verify_release(place.location, place.scratch)
+
+
+def test_deletion_spares_what_came_after_the_look(place: S3Place) -> None:
+    place.write("file", b"ours")
+    store = S3Store(place.location)
+    looked_at = store.objects()["file"].etag
+    place.write("file", b"theirs")
+
+    store.delete("file", looked_at)
+    assert place.visible() == {"file": b"theirs"}
+    store.delete("file", store.objects()["file"].etag)
+    store.delete("file", looked_at)
+    assert place.visible() == {}
+
+
+def test_credentials_that_may_not_look_above(place: S3Place) -> None:
+    inner = S3Place(place.scratch.parent, place.server, f"{place.location.prefix}/prod")
+    sink = S3Sink(inner.location, inner.scratch)
+
+    def deny(request: Any, **_: Any) -> AWSResponse | None:
+        if not request.url.endswith(f"/{MANIFEST_NAME}") or "/prod/" in request.url:
+            return None
+        raw = AWSResponse(request.url, 403, {}, None)
+        raw._content = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
+        return raw
+
+    sink._store.client.meta.events.register("before-send.s3.GetObject", deny)
+    staging = sink.open(KEY)
+    assert staging.publish(fill(staging, FILES)).created
+    staging.discard()
 
 
 def test_missing_bucket_is_named(s3: S3Server, tmp_path: Path) -> None:
@@ -241,6 +353,26 @@ def test_crash_before_the_manifest_and_other_sidecars_now(crashed: S3Place) -> N
     verify_release(crashed.location, crashed.scratch)
 
 
+def test_crash_below_is_not_taken_for_one_of_this_destination(crashed: S3Place) -> None:
+    """The same merge key, another destination: what a crash left at `s3://b/n/prod` is not of `s3://b/n`."""
+    outer = S3Place(crashed.scratch.parent, crashed.server, crashed.location.prefix.rpartition("/")[0])
+    with pytest.raises(DestinationOccupiedError, match="files, but no manifest"):
+        sink_of(outer).open(KEY)
+    assert crashed.visible() == FILES
+
+
+def test_crash_above_is_not_cleared_by_an_attempt_below(crashed: S3Place) -> None:
+    inner = S3Place(crashed.scratch.parent, crashed.server, f"{crashed.location.prefix}/prod")
+    staging = S3Sink(inner.location, inner.scratch).open(KEY)
+    assert staging.publish(fill(staging, FILES)).created
+    staging.discard()
+
+    assert {name: data for name, data in crashed.visible().items() if not name.startswith("prod/")} == FILES
+    with pytest.raises(DestinationOccupiedError, match=f"has the release at {inner.location} below it"):
+        sink_of(crashed).open(KEY)
+    verify_release(inner.location, inner.scratch)
+
+
 def test_crash_before_the_manifest_blocks_another_release(crashed: S3Place) -> None:
     with pytest.raises(DestinationOccupiedError, match="what a crash left of another release"):
         sink_of(crashed).open(OTHER_KEY)
@@ -258,20 +390,26 @@ def test_neighbouring_prefixes_are_left_alone(place: S3Place, s3: S3Server) -> N
     assert staging.publish(fill(staging, FILES)).created
     staging.discard()
 
-    assert len(neighbour.uploads()) == 1
+    assert [key for key, _ in neighbour.uploads() if key.endswith(f"deeper/{SHARD}")] != []
     assert neighbour.visible() == {"weights.bin": b"theirs"}
     theirs.discard()
 
 
-def test_every_page_of_unfinished_uploads_is_aborted(place: S3Place) -> None:
-    for name in "abc":
-        place.client.create_multipart_upload(Bucket=place.location.bucket, Key=f"{place.location.prefix}/{name}")
+def test_every_page_of_recorded_uploads_is_aborted(place: S3Place) -> None:
+    stagings = [S3Sink(place.location, place.scratch).open(KEY) for _ in range(3)]
+    theirs = [place.begin_upload(SHARD), place.begin_upload("deeper/weights.bin")]
+    for staging in stagings:
+        write_files(staging.directory, FILES)
+        staging.put(next(artifact for artifact in make_manifest(FILES).files if artifact.path == SHARD))
     store = S3Store(place.location)
     store.client.meta.events.register(
         "provide-client-params.s3.ListMultipartUploads", lambda params, **_: params | {"MaxUploads": 1}
     )
-    assert abort_unfinished(store) == 3
-    assert place.uploads() == []
+    assert len(place.uploads()) == 2 * len(stagings) + len(theirs)
+    assert abort_recorded(store) == len(stagings)
+    assert sorted(place.uploads()) == sorted(theirs)
+    for staging in stagings:
+        staging.discard()
 
 
 def test_object_that_changes_while_it_is_read(place: S3Place) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import tempfile
 import time
 import urllib.request
@@ -147,6 +148,16 @@ def session(tmp_path_factory):
         yield open_session(settings, namespace="test", address=None, log_format="json")
         close_session()
     patch.undo()
+
+
+@pytest.mark.usefixtures("session")
+def test_nobody_else_can_enter_the_directory_of_a_local_ray():
+    import ray
+
+    directory = Path(ray._private.worker._global_node.get_session_dir_path())
+    closed = directory.parent.parent
+    assert stat.S_IMODE(closed.stat().st_mode) == 0o700
+    assert closed.name == "own"
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import workers.plan
 import workers.unit
 import workers.verification
+from jobs.allowance import Allowance, Pattern
 from jobs.errors import BadInputError, FailureClass
 from jobs.release import Manifest, ParityReport
 from jobs.request import MergeRequest
@@ -674,3 +675,33 @@ def test_releases_do_not_depend_on_the_company(worker, requests, request_for, ad
     ]
     assert shards[0] == shards[1]
     assert Path(release.location.path).is_dir()
+
+
+def test_places_that_are_not_allowed_are_refused_before_anything_is_read(
+    settings, request_for, base, adapters, tmp_path
+):
+    (tmp_path / "releases").mkdir()
+    (tmp_path / "releases" / "link").symlink_to(tmp_path)
+    allowance = Allowance(
+        sources=(Pattern.parse(str(base)), Pattern.parse(str(adapters["one"]))),
+        destinations=(Pattern.parse(str(tmp_path / "releases")),),
+    )
+    worker = MergeWorker(dataclasses.replace(settings, allowance=allowance))
+    outcome = worker.run_unit(
+        "unit",
+        (
+            request_for("good", adapters["one"]),
+            request_for("source", adapters["two"]),
+            request_for("link", adapters["one"], destination=str(tmp_path / "releases" / "link" / "out")),
+        ),
+    )
+    failures = {job.job_id: job.failure for job in outcome.jobs}
+    assert failures["good"] is None
+    assert worker.publish("good").failure is None
+    for name, field in (("source", "adapter: expected a source"), ("link", "destination: expected a destination")):
+        assert failures[name].failure_class is FailureClass.BAD_INPUT
+        assert failures[name].message.startswith(f"{field} that this fleet ")
+    assert not (tmp_path / "out").exists()
+    none_left = worker.run_unit("unit", (request_for("alone", adapters["two"]),))
+    assert none_left.jobs[0].failure.failure_class is FailureClass.BAD_INPUT
+    worker.close()

@@ -1,17 +1,34 @@
 """Releases in a directory: built beside it under a hidden name, made visible by one rename."""
 
 import errno
+import itertools
+import logging
 import os
 from pathlib import Path
 
-from jobs.errors import DestinationOccupiedError, InternalError, TransientIOError
+from jobs.errors import BadInputError, DestinationOccupiedError, InternalError, TransientIOError
 from jobs.locations import LocalPath
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
 from workers.files import FileState, file_errors, sync, sync_tree
-from workers.released import ManifestFile, check_all_put, check_artifact, decode_existing, encode_manifest, occupied
+from workers.released import (
+    ManifestFile,
+    check_all_put,
+    check_artifact,
+    decode_existing,
+    encode_manifest,
+    holds_below,
+    is_release,
+    lies_inside,
+    occupied,
+    read_manifest,
+)
 from workers.scratch import OwnedDirectory, sweep
 from workers.sinks import Receipt, Ticket
 
+_log = logging.getLogger(__name__)
+
+_MAX_DIRECTORIES = 10_000
+"""Looked at to name the release that is in the way; a destination that is not empty is refused in any case."""
 _TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
 
 
@@ -27,8 +44,20 @@ class DirectorySink:
         return found.manifest if found else None
 
     def open(self, merge_key: str) -> "DirectoryStaging":
-        """Start a release in a hidden directory beside the destination, on the same filesystem."""
+        """Start a release in a hidden directory beside the destination, on the same filesystem.
+
+        Raises:
+            DestinationOccupiedError: the destination lies inside of a release, or holds something else than one.
+            BadInputError: it is a mount point, which no rename replaces.
+        """
         destination = _real(self._location)
+        _refuse_above(self._location, destination)
+        _find(self._location)
+        if destination.is_mount():
+            raise BadInputError(
+                f"{self._location} is a mount point, in whose place no directory can be renamed; "
+                "choose a directory below it"
+            )
         prefix = f".{destination.name}.staging-"
         with file_errors(f"making a staging directory for {self._location}"):
             sweep(destination.parent, prefix)
@@ -133,7 +162,37 @@ def _find(location: LocalPath) -> ManifestFile | None:
             raise DestinationOccupiedError(f"{location} is a file, expected a directory or nothing")
         names = [entry.name for entry in location.path.iterdir()]
         if MANIFEST_NAME in names:
-            return decode_existing((location.path / MANIFEST_NAME).read_bytes(), location)
-    if names:
-        raise occupied(location, names, f"files, but no {MANIFEST_NAME}")
+            data = read_manifest(location.path / MANIFEST_NAME)
+            if data is None:
+                raise occupied(location, names, f"a {MANIFEST_NAME} that is no regular file")
+            return decode_existing(data, location)
+        if names:
+            if inner := _release_below(location.path):
+                raise holds_below(location, LocalPath(inner))
+            raise occupied(location, names, f"files, but no {MANIFEST_NAME}")
+    return None
+
+
+def _refuse_above(location: LocalPath, destination: Path) -> None:
+    """Refuse a directory inside of a release, wherever links lead to, as far as this process may look.
+
+    Raises:
+        DestinationOccupiedError: names the release.
+    """
+    for parent in destination.parents:
+        try:
+            data = read_manifest(parent / MANIFEST_NAME)
+        except PermissionError:
+            _log.info("whether there is a release cannot be told", extra={"place": str(parent)})
+            continue
+        if data is not None and is_release(data):
+            raise lies_inside(location, LocalPath(parent))
+
+
+def _release_below(directory: Path) -> Path | None:
+    for parent, _, names in itertools.islice(os.walk(directory), _MAX_DIRECTORIES):
+        if MANIFEST_NAME in names:
+            data = read_manifest(Path(parent, MANIFEST_NAME))
+            if data is not None and is_release(data):
+                return Path(parent)
     return None

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd
@@ -13,7 +14,15 @@ from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
 from workers.belongings import CARD_NAME
 from workers.files import FileState, file_errors
 from workers.hub_client import HubStore
-from workers.released import ManifestFile, changed, check_all_put, decode_existing, encode_manifest, occupied
+from workers.released import (
+    MAX_MANIFEST_BYTES,
+    ManifestFile,
+    changed,
+    check_all_put,
+    decode_existing,
+    encode_manifest,
+    occupied,
+)
 from workers.scratch import OwnedDirectory, sweep
 from workers.sinks import Receipt, Ticket
 
@@ -36,7 +45,7 @@ class HubSink:
     def existing(self) -> Manifest | None:
         """Return the manifest of the release that is there, or None when the branch is free."""
         head = self._store.head()
-        found = _find(self._store, head, _names(self._store, head)) if head else None
+        found = _find(self._store, head, self._store.sizes(head)) if head else None
         return found.manifest if found else None
 
     def open(self, merge_key: str) -> "HubStaging":
@@ -55,8 +64,8 @@ class HubSink:
         head = self._store.head()
         if head is None:
             raise _deleted(self._store)
-        names = _names(self._store, head)
-        existing = _find(self._store, head, names)
+        sizes = self._store.sizes(head)
+        existing = _find(self._store, head, sizes)
         if owned is None:
             prefix = f"hub-{hashlib.sha256(str(self._store.place).encode()).hexdigest()[:16]}-"
             with file_errors(f"making a staging directory for {self._store.place}"):
@@ -69,7 +78,7 @@ class HubSink:
             attempt=attempt,
             parent=head,
             existing=existing,
-            has_card=CARD_NAME in names,
+            has_card=CARD_NAME in sizes,
         )
 
 
@@ -190,9 +199,9 @@ class HubStaging:
         if head is None:
             raise _deleted(self._store)
         self._parent = head
-        names = _names(self._store, head)
-        found = _find(self._store, head, names)
-        self._has_card = CARD_NAME in names
+        sizes = self._store.sizes(head)
+        found = _find(self._store, head, sizes)
+        self._has_card = CARD_NAME in sizes
         if found is None:
             return None
         with self._store.errors():
@@ -206,13 +215,11 @@ def _deleted(store: HubStore) -> NotFoundError:
     return NotFoundError(f"{store.place} was deleted while it was published")
 
 
-def _names(store: HubStore, commit: str) -> frozenset[str]:
-    return frozenset(store.sizes(commit))
-
-
-def _find(store: HubStore, commit: str, names: frozenset[str]) -> ManifestFile | None:
-    if MANIFEST_NAME in names:
+def _find(store: HubStore, commit: str, sizes: Mapping[str, int]) -> ManifestFile | None:
+    if MANIFEST_NAME in sizes:
+        if sizes[MANIFEST_NAME] > MAX_MANIFEST_BYTES:
+            raise occupied(store.place, [MANIFEST_NAME], "a file too large to be the manifest of a release")
         return decode_existing(store.content(commit, MANIFEST_NAME), store.place)
-    if foreign := sorted(names - _NEW):
+    if foreign := sorted(sizes.keys() - _NEW):
         raise occupied(store.place, foreign, f"files, but no {MANIFEST_NAME}")
     return None

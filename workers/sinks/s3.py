@@ -1,34 +1,56 @@
 """Releases in an S3 store: shards wait there as unfinished uploads, and `manifest.json` is created last.
 
 Objects are created, never overwritten: two publishers meet at the first file they share, or at the manifest. What a
-crash leaves between the first file and the manifest is known by its marks: the same release uses it again, any other is
-refused.
+crash leaves between the first file and the manifest is known by its marks, which name destination, release and attempt:
+the same release at the same destination uses it again, any other is refused. Nothing else is ever touched.
 """
 
 import hashlib
 import logging
 import secrets
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
 from botocore.exceptions import ClientError
 
-from jobs.errors import DestinationOccupiedError, TransientIOError
+from jobs.errors import AuthError, DestinationOccupiedError, TransientIOError
 from jobs.locations import S3Prefix
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
 from workers.files import FileState, file_errors
-from workers.released import ManifestFile, check_all_put, decode_existing, encode_manifest, occupied
+from workers.released import (
+    MAX_MANIFEST_BYTES,
+    ManifestFile,
+    check_all_put,
+    decode_existing,
+    encode_manifest,
+    holds_below,
+    is_release,
+    lies_inside,
+    occupied,
+)
 from workers.s3_client import S3Store, error_status
 from workers.scratch import OwnedDirectory, sweep
 from workers.sinks import Receipt, Ticket
-from workers.sinks.s3_upload import Mark, StoredObject, StoredParts, Upload, abort_unfinished, create_whole, look_at
+from workers.sinks.s3_records import abort_recorded
+from workers.sinks.s3_upload import (
+    Mark,
+    StoredObject,
+    StoredParts,
+    Upload,
+    create_whole,
+    destination_digest,
+    look_at,
+)
 
 _log = logging.getLogger(__name__)
 
 _NUM_STREAMS = 8
-_NUM_TRIES = 3
+_NUM_TRIES = 5
+_PAUSE_SECONDS = 0.1
+"""Before the second try; doubles with each one."""
 _GONE, _CONFLICT, _EXISTS = 404, 409, 412
 
 
@@ -43,31 +65,34 @@ class S3Sink:
         """Return the manifest of the release that is there, or None when the prefix is free."""
         if found := _find(self._store):
             return found.manifest
-        _leftovers(self._store)
+        _own_below(self._store)
         return None
 
     def open(self, merge_key: str) -> "S3Staging":
-        """Start a release. Aborts every unfinished upload below the prefix.
+        """Start a release. Aborts the unfinished uploads that earlier attempts at this destination have recorded.
 
         Raises:
-            DestinationOccupiedError: a crash left objects of another release there.
+            DestinationOccupiedError: there are files that are not ours, or a crash left those of another release; or
+                a release lies above or below.
         """
         store = self._store
-        _abort_unfinished(store)
-        leftovers = _leftovers(store)
-        others = [path for path, found in leftovers.items() if not _is_of(found, merge_key)]
-        if others and _find(store) is None:
+        _refuse_above(store)
+        leftovers = {} if _find(store) else _own_below(store)
+        others = [path for path, found in leftovers.items() if found.mark and found.mark.merge_key != merge_key]
+        if others:
             raise occupied(store.place, others, "what a crash left of another release")
+        _abort_recorded(store)
         return S3Staging(store, self._make_directory(), leftovers, merge_key=merge_key, attempt=secrets.token_hex(8))
 
     def join(self, ticket: Ticket) -> "S3Staging":
         """Take part, in the same scratch directory where this process sees it, else in one of its own."""
+        leftovers = {} if _find(self._store) else _own_below(self._store)
         with file_errors(f"joining the staging directory of {self._store.place}"):
             owned = OwnedDirectory.join(ticket.directory)
         return S3Staging(
             self._store,
             owned or self._make_directory(),
-            _leftovers(self._store),
+            leftovers,
             merge_key=ticket.merge_key,
             attempt=ticket.attempt,
             apart=owned is None,
@@ -94,16 +119,18 @@ class S3Staging:
         merge_key: str,
         attempt: str,
         apart: bool = False,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Take what `S3Sink` has found.
 
         Args:
             store: the destination.
             owned: the scratch directory.
-            leftovers: what a crash left below the prefix, by name.
+            leftovers: what a crash of an attempt at this destination left, by name.
             merge_key: of the release.
             attempt: marks the objects of this release on its way.
             apart: whether whoever publishes does not see the directory, so that all bytes have to be at the store.
+            sleep: waits some seconds.
         """
         self._store = store
         self._merge_key = merge_key
@@ -111,12 +138,15 @@ class S3Staging:
         self._leftovers = leftovers
         self._owned = owned
         self._apart = apart
+        self._sleep = sleep
         self.directory = owned.path
         self._uploads: dict[str, Upload] = {}
         self._etags: dict[str, str] = {}
         """Objects that are in their place."""
         self._others_put = False
         self._published = False
+        self._in_doubt = False
+        """Whether the manifest may still come to be, after a request whose answer never came."""
 
     @property
     def ticket(self) -> Ticket:
@@ -150,17 +180,19 @@ class S3Staging:
     def publish(self, manifest: Manifest) -> Release:
         """Complete the uploads, and create `manifest.json` when all are in their place."""
         check_all_put(manifest, {path: upload.artifact for path, upload in self._uploads.items()})
+        encoded = encode_manifest(manifest)
         if found := _find(self._store):
-            return found.settle(self._store.place, self._merge_key)
-        for path in self._leftovers.keys() - self._uploads.keys():
-            self._store.delete(path)
-        self._place_all()
-        release = self._create_manifest(encode_manifest(manifest))
+            release = self._settle(found, encoded)
+        else:
+            _refuse_above(self._store)
+            self._place_all()
+            self._clear_others()
+            release = self._create_manifest(encoded)
         if release.created:
             self._repair()
             self._published = True
             if self._others_put:
-                _abort_unfinished(self._store)  # of a process that died before it could hand them over
+                _abort_recorded(self._store)  # of a process that died before it could hand them over
         return release
 
     def discard(self) -> None:
@@ -168,13 +200,22 @@ class S3Staging:
         try:
             for upload in self._uploads.values():
                 upload.abort()
-            if not self._published:
+            # Without its objects, a manifest that comes to be late would be a release with nothing in it.
+            if not (self._published or self._in_doubt):
                 self._delete_own()
         finally:
             self._owned.leave()
 
     def _mark(self, sha256: str) -> Mark:
-        return Mark(merge_key=self._merge_key, sha256=sha256, attempt=self._attempt)
+        return Mark(
+            destination=destination_digest(self._store),
+            merge_key=self._merge_key,
+            sha256=sha256,
+            attempt=self._attempt,
+        )
+
+    def _is_of_release(self, found: StoredObject) -> bool:
+        return self._mark("").is_same_release(found.mark)
 
     def _upload(self, artifact: Artifact, parts: StoredParts | None = None) -> Upload:
         path, mark = self.directory / artifact.path, self._mark(artifact.sha256)
@@ -194,9 +235,13 @@ class S3Staging:
             list(pool.map(self._place, [upload for upload in pending if upload.in_parts]))
 
     def _place(self, upload: Upload) -> None:
-        """Make one file visible, unless the same bytes are there; clear away what an attempt at this release left."""
+        """Make one file visible, unless the same bytes are there; clear away what an attempt at this release left.
+
+        A refusal is not believed: the object that is there may be our own, whose answer was lost, and a conflict says
+        only that another request was on its way. What is there decides.
+        """
         path = upload.artifact.path
-        for _ in range(_NUM_TRIES):
+        for number in range(_NUM_TRIES):
             with self._store.errors():
                 try:
                     self._etags[path] = upload.complete()
@@ -209,29 +254,45 @@ class S3Staging:
             if found and upload.is_copy(found):  # of another publisher, or our own whose answer was lost
                 self._etags[path] = found.etag
                 return
-            if found and not _is_of(found, self._merge_key):
+            if found and not self._is_of_release(found):
                 raise occupied(self._store.place, [path], "a file of somebody else")
             if found:
-                self._store.delete(path)
+                self._store.delete(path, found.etag)
             else:
                 upload.abort()  # its parts are gone or in doubt; the next try sends them again
+            self._sleep(_PAUSE_SECONDS * 2**number)
         raise TransientIOError(f"{self._store.place}/{path} changed again and again while it was published; try again")
 
+    def _clear_others(self) -> None:
+        """Delete what other attempts at this release left beyond its files; refuse what is not of this release."""
+        for path, found in _own_below(self._store, besides={*self._uploads, MANIFEST_NAME}).items():
+            if not self._is_of_release(found):  # its publisher will be stopped at a file we share, and clear it away
+                raise TransientIOError(f"{self._store.place}/{path} is of another release on its way there; try again")
+            self._store.delete(path, found.etag)
+
     def _create_manifest(self, manifest: ManifestFile) -> Release:
-        with self._store.errors():
-            try:
-                create_whole(self._store, MANIFEST_NAME, manifest.data, self._mark(manifest.sha256))
-            except ClientError as error:
-                if error_status(error) not in (_CONFLICT, _EXISTS):
-                    raise
-            else:
-                return manifest.release(self._store.place, created=True)
-        there = look_at(self._store, MANIFEST_NAME)
-        if there and there.mark and there.mark.attempt == self._attempt:  # created, but the answer was lost
-            return manifest.release(self._store.place, created=True)
-        if found := _find(self._store):
-            return found.settle(self._store.place, self._merge_key)
+        self._in_doubt = True
+        for number in range(_NUM_TRIES):
+            with self._store.errors():
+                try:
+                    create_whole(self._store, MANIFEST_NAME, manifest.data, self._mark(manifest.sha256))
+                except ClientError as error:
+                    if error_status(error) not in (_CONFLICT, _EXISTS):
+                        raise
+                else:
+                    return manifest.release(self._store.place, created=True)
+            if found := _find(self._store):
+                self._in_doubt = False
+                return self._settle(found, manifest)
+            self._sleep(_PAUSE_SECONDS * 2**number)
         raise TransientIOError(f"{self._store.place}/{MANIFEST_NAME} was written and deleted by others; try again")
+
+    def _settle(self, found: ManifestFile, manifest: ManifestFile) -> Release:
+        """Return the release that is there: created by this attempt whose answer was lost, or by another."""
+        there = look_at(self._store, MANIFEST_NAME)
+        if there and there.mark == self._mark(manifest.sha256):
+            return manifest.release(self._store.place, created=True)
+        return found.settle(self._store.place, self._merge_key)
 
     def _repair(self) -> None:
         """Write again what another publisher of this release touched before it saw the manifest."""
@@ -248,35 +309,61 @@ class S3Staging:
         named = {artifact.path for artifact in found.manifest.files} if found else set()
         for path in self._uploads.keys() - named:
             there = look_at(self._store, path)
-            if there and there.mark and there.mark.attempt == self._attempt:
-                self._store.delete(path)
+            if there and self._is_of_release(there) and there.mark and there.mark.attempt == self._attempt:
+                self._store.delete(path, there.etag)
 
 
-def _is_of(found: StoredObject, merge_key: str) -> bool:
-    return found.mark is not None and found.mark.merge_key == merge_key
-
-
-def _abort_unfinished(store: S3Store) -> None:
-    if num_aborted := abort_unfinished(store):
+def _abort_recorded(store: S3Store) -> None:
+    if num_aborted := abort_recorded(store):
         _log.info("aborted unfinished uploads", extra={"place": str(store.place), "uploads": num_aborted})
 
 
 def _find(store: S3Store) -> ManifestFile | None:
-    data = store.content(MANIFEST_NAME)
+    data = store.content(MANIFEST_NAME, MAX_MANIFEST_BYTES)
     return None if data is None else decode_existing(data, store.place)
 
 
-def _leftovers(store: S3Store) -> dict[str, StoredObject]:
-    """Return what a crash left below the prefix, by name.
+def _refuse_above(store: S3Store) -> None:
+    """Refuse a prefix inside of a release, as far as the credentials may look.
 
     Raises:
-        DestinationOccupiedError: there is something that is not ours.
+        DestinationOccupiedError: names the release.
     """
-    leftovers = {}
-    for path in store.objects():
+    for place in store.place.ancestors():
+        above = store.at(place)
+        try:
+            data = above.content(MANIFEST_NAME, MAX_MANIFEST_BYTES)
+        except AuthError:  # those for one prefix may not look above it, or not ask whether there is anything
+            _log.info("whether there is a release cannot be told", extra={"place": str(place)})
+            continue
+        if data is not None and is_release(data):
+            raise lies_inside(store.place, place)
+
+
+def _own_below(store: S3Store, besides: Collection[str] = ()) -> dict[str, StoredObject]:
+    """Return what attempts at this destination left, by name.
+
+    Args:
+        store: the destination.
+        besides: names that are known, and not looked at.
+
+    Raises:
+        DestinationOccupiedError: there is something else; a release is named first.
+    """
+    names = sorted(
+        store.objects().keys() - set(besides), key=lambda name: (not name.endswith(f"/{MANIFEST_NAME}"), name)
+    )
+    digest = destination_digest(store)
+    own = {}
+    for path in names:
         found = look_at(store, path)
-        if found and found.mark is None:
+        if found is None:
+            continue
+        if found.mark is None or found.mark.destination != digest:
+            if path.endswith(f"/{MANIFEST_NAME}"):
+                data = store.content(path, MAX_MANIFEST_BYTES)
+                if data is not None and is_release(data):
+                    raise holds_below(store.place, store.place.child(path.removesuffix(f"/{MANIFEST_NAME}")))
             raise occupied(store.place, [path], f"files, but no {MANIFEST_NAME}")
-        if found:
-            leftovers[path] = found
-    return leftovers
+        own[path] = found
+    return own

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awscrt.checksums import crc64nvme
-from botocore.exceptions import ClientError
 
 from jobs.errors import NotFoundError, TransientIOError, UnsupportedError
 from jobs.release import Artifact
 from workers.files import file_errors
 from workers.released import changed
-from workers.s3_client import S3Store, error_code
+from workers.s3_client import S3Store
+from workers.sinks.s3_records import abort_upload, begin_record, end_record
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
@@ -33,6 +33,7 @@ _NUM_STREAMS = 4
 _MERGE_KEY = "mergefleet-merge-key"
 _SHA256 = "mergefleet-sha256"
 _ATTEMPT = "mergefleet-attempt"
+_DESTINATION = "mergefleet-destination"
 
 
 def part_bytes(num_bytes: int) -> int:
@@ -45,6 +46,8 @@ def part_bytes(num_bytes: int) -> int:
 class Mark:
     """What every object of ours carries as metadata, so that a later attempt knows its own."""
 
+    destination: str
+    """Digest of the place it was written for: an object copied elsewhere, or of a release below, is not its own."""
     merge_key: str
     sha256: str
     attempt: str
@@ -52,7 +55,21 @@ class Mark:
 
     def metadata(self) -> dict[str, str]:
         """Return it as S3 metadata."""
-        return {_MERGE_KEY: self.merge_key, _SHA256: self.sha256, _ATTEMPT: self.attempt}
+        return {
+            _DESTINATION: self.destination,
+            _MERGE_KEY: self.merge_key,
+            _SHA256: self.sha256,
+            _ATTEMPT: self.attempt,
+        }
+
+    def is_same_release(self, other: "Mark | None") -> bool:
+        """Whether another mark is of the same release at the same destination."""
+        return other is not None and (other.destination, other.merge_key) == (self.destination, self.merge_key)
+
+
+def destination_digest(store: S3Store) -> str:
+    """Return the name of a destination in marks: metadata is ASCII, and prefixes need not be."""
+    return hashlib.sha256(str(store.place).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +89,7 @@ class StoredParts:
     """What is needed to complete an upload from elsewhere; empty for a file that goes up in one request."""
 
     upload_id: str
+    record_id: str
     parts: "tuple[CompletedPartTypeDef, ...]"
     crc: str
 
@@ -84,30 +102,20 @@ def look_at(store: S3Store, name: str) -> StoredObject | None:
     except NotFoundError:
         return None
     found = answer["Metadata"]
-    ours = found.keys() >= {_MERGE_KEY, _SHA256, _ATTEMPT}
+    mark = None
+    if found.keys() >= {_DESTINATION, _MERGE_KEY, _SHA256, _ATTEMPT}:
+        mark = Mark(
+            destination=found[_DESTINATION],
+            merge_key=found[_MERGE_KEY],
+            sha256=found[_SHA256],
+            attempt=found[_ATTEMPT],
+        )
     return StoredObject(
         num_bytes=answer["ContentLength"],
         etag=answer["ETag"],
         crc=answer.get("ChecksumCRC64NVME"),
-        mark=Mark(merge_key=found[_MERGE_KEY], sha256=found[_SHA256], attempt=found[_ATTEMPT]) if ours else None,
+        mark=mark,
     )
-
-
-def abort_unfinished(store: S3Store) -> int:
-    """Abort every unfinished multipart upload below the prefix.
-
-    Returns:
-        How many there were.
-    """
-    num_aborted = 0
-    with store.errors():
-        while True:  # each round asks for the first page: what was listed before is gone
-            page = store.client.list_multipart_uploads(Bucket=store.place.bucket, Prefix=store.key(""))
-            for upload in page.get("Uploads", []):
-                _abort(store, upload["Key"], upload["UploadId"])
-                num_aborted += 1
-            if not page.get("IsTruncated") or not page.get("Uploads"):
-                return num_aborted
 
 
 def create_whole(store: S3Store, name: str, data: bytes, mark: Mark) -> str:
@@ -162,6 +170,8 @@ class Upload:
         self._path = path
         self._mark = mark
         self._upload_id = parts.upload_id if parts else ""
+        self._record_id = parts.record_id if parts else ""
+        self._is_complete = False
         self.in_parts = bool(self._upload_id) or always_in_parts or artifact.num_bytes > MIN_PART_BYTES
         self._parts: list[CompletedPartTypeDef] = list(parts.parts) if parts else []
         self._crc = parts.crc if parts else ""
@@ -169,7 +179,9 @@ class Upload:
     @property
     def parts(self) -> StoredParts:
         """What another process needs to complete it."""
-        return StoredParts(upload_id=self._upload_id, parts=tuple(self._parts), crc=self._crc)
+        return StoredParts(
+            upload_id=self._upload_id, record_id=self._record_id, parts=tuple(self._parts), crc=self._crc
+        )
 
     def send(self) -> None:
         """Check the file and store its parts. May be called again after an error or an abort: it starts over.
@@ -197,6 +209,8 @@ class Upload:
                 ChecksumType="FULL_OBJECT",
                 Metadata=self._mark.metadata(),
             )["UploadId"]
+            # Before any byte is sent: whatever ends this process, the bytes can be found again.
+            self._record_id = begin_record(self._store, self._mark.attempt, self.artifact.path, self._upload_id)
             waiting: deque[Future[CompletedPartTypeDef]] = deque()
             self._parts = []
             for number, data in enumerate(self._checked(), start=1):
@@ -218,7 +232,7 @@ class Upload:
         """Whether an object holds this file's bytes, as far as its checksum and marks say. After `send` or `check`."""
         return (
             found.mark is not None
-            and found.mark.merge_key == self._mark.merge_key
+            and self._mark.is_same_release(found.mark)
             and found.mark.sha256 == self.artifact.sha256
             and found.num_bytes == self.artifact.num_bytes
             and found.crc == self._crc
@@ -238,7 +252,7 @@ class Upload:
         if not self.in_parts:
             data = b"".join(self._checked())
             return create_whole(self._store, self.artifact.path, data, self._mark)
-        if not self._upload_id:
+        if self._is_complete or not self._upload_id:
             self.send()
         answer = self._store.client.complete_multipart_upload(
             Bucket=self._store.place.bucket,
@@ -250,16 +264,20 @@ class Upload:
             MpuObjectSize=self.artifact.num_bytes,
             IfNoneMatch="*",
         )
-        self._upload_id = ""
+        self._is_complete = True
         _compare(f"{self._store.place}/{self.artifact.path}", answer.get("ChecksumCRC64NVME"), self._crc)
         return answer["ETag"]
 
     def abort(self) -> None:
-        """Drop the parts. Idempotent."""
-        if self._upload_id:
-            with self._store.errors():
-                _abort(self._store, self._key, self._upload_id)
-            self._upload_id = ""
+        """Drop the parts, unless they have become the object, and the record of them. Idempotent."""
+        name, attempt = self.artifact.path, self._mark.attempt
+        with self._store.errors():
+            if self._upload_id and not self._is_complete:
+                abort_upload(self._store, name, self._upload_id)
+            if self._record_id:
+                end_record(self._store, attempt, name, self._upload_id, self._record_id)
+        self._upload_id = self._record_id = ""
+        self._is_complete = False
 
     def _checked(self) -> Iterator[bytes]:
         """Yield the file in parts; at its end, refuse it if it is not what its artifact says."""
@@ -289,14 +307,6 @@ class Upload:
         )
         _compare(f"part {number} of {self._store.place}/{self.artifact.path}", answer.get("ChecksumCRC64NVME"), crc)
         return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumCRC64NVME": crc}
-
-
-def _abort(store: S3Store, key: str, upload_id: str) -> None:
-    try:
-        store.client.abort_multipart_upload(Bucket=store.place.bucket, Key=key, UploadId=upload_id)
-    except ClientError as error:
-        if error_code(error) != "NoSuchUpload":
-            raise
 
 
 def _text(crc: int) -> str:

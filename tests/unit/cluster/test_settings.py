@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.settings import Settings, load_settings
+from cluster.settings import Settings, load_settings, worker_settings
+from jobs.allowance import Allowance
 from jobs.errors import BadInputError
 
 
@@ -94,3 +95,20 @@ def test_every_setting_says_what_it_is():
     source = Path(load_settings.__code__.co_filename).read_text()
     body = source[source.index("class Settings") : source.index("@model_validator")]
     assert body.count('"""') == 2 * (len(Settings.model_fields) + 1)
+
+
+def test_lists_of_places_come_from_the_environment_and_the_file(monkeypatch, tmp_path):
+    assert load_settings().allowance == Allowance()
+    (tmp_path / "mergefleet.toml").write_text('allowed_sources = ["/models", "hf://org/*"]\n')
+    monkeypatch.setenv("MERGEFLEET_ALLOWED_DESTINATIONS", "s3://out/team, /srv/releases")
+    settings = load_settings()
+    assert settings.allowed_sources == ("/models", "hf://org/*")
+    assert settings.allowed_destinations == ("s3://out/team", "/srv/releases")
+    assert worker_settings(settings, device="cpu", num_threads=1).allowance == settings.allowance != Allowance()
+
+
+@pytest.mark.parametrize("value", ["", "models", "s3://out,", "s3://*"])
+def test_a_list_that_would_mean_something_else_is_refused(monkeypatch, value):
+    monkeypatch.setenv("MERGEFLEET_ALLOWED_SOURCES", value)
+    with pytest.raises(BadInputError, match=r"MERGEFLEET_ALLOWED_SOURCES: .*expected /path, s3://bucket"):
+        load_settings()

@@ -1,5 +1,6 @@
 import json
 import sqlite3
+import stat
 import threading
 import time
 
@@ -13,6 +14,10 @@ from tests.releases import settle
 class TestOpening:
     def test_the_directory_is_made_and_commits_reach_the_disk(self, store, database):
         assert database.is_file()
+        store.counts()
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in database.parent.glob(f"{database.name}*")}
+        assert len(modes) > 1
+        assert set(modes.values()) == {0o600}
         with store._database.read() as connection:
             assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
             assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from jobs.errors import InvalidValueError
-from jobs.locations import HubRepo, LocalPath, LocationField, S3Prefix, parse_location
+from jobs.locations import HubRepo, LocalPath, LocationField, S3Prefix, enclosing, parse_location
 
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True)
 parts = names.filter(lambda name: name not in (".", ".."))
@@ -114,6 +114,22 @@ def test_children_and_names():
 )
 def test_is_inside(inner, outer, expected):
     assert parse_location(inner).is_inside(parse_location(outer)) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "around"),
+    [
+        ("/a/b/c", ["/a/b", "/a", "/"]),
+        ("/a", ["/"]),
+        ("/", []),
+        ("s3://bucket/a/b/c", ["s3://bucket/a/b", "s3://bucket/a"]),
+        ("s3://bucket/a", []),
+        ("hf://org/a@v/1", []),
+    ],
+)
+def test_places_around(text, around):
+    assert list(enclosing(text)) == around
+    assert [str(place) for place in parse_location(text).ancestors()] == around
 
 
 def test_a_model_field_reads_text_relative_to_its_context(tmp_path):

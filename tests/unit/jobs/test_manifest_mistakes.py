@@ -205,3 +205,23 @@ def test_a_broken_base_is_one_mistake_not_two(refuse):
         "batch.yaml", "requests:\n  - base: ftp://x\n    adapter: /a\n    destination: hf://org/{base}\n"
     )
     assert places == [(2, "requests[0].base")]
+
+
+def test_destinations_inside_of_others_are_refused_with_both_lines(refuse):
+    lines = [
+        json.dumps({"base": "/b", "adapter": "/a", "destination": place})
+        for place in (
+            "s3://bkt/n",
+            "s3://bkt/n/prod",
+            "s3://bkt/n-other",
+            "/o/x/y",
+            "/o",
+            "/o2",
+            "hf://o/n",
+            "hf://o/n@v1",
+        )
+    ]
+    places, found = refuse("batch.jsonl", "\n".join(lines) + "\n")
+    assert places == [(2, "destination"), (5, "destination")]
+    assert "'s3://bkt/n/prod', inside of 's3://bkt/n' on line 1" in found
+    assert "'/o', around '/o/x/y' on line 4" in found

@@ -70,3 +70,44 @@ class TestSubmit:
         assert len(store.submit(requests).created) == 3000
         assert len(store.submit(requests).unchanged) == 3000
         assert [job.id for job in store.jobs()] == [request.id for request in requests]
+
+    @pytest.mark.parametrize("state", [JobState.QUEUED, JobState.PUBLISHED])
+    @pytest.mark.parametrize("root", ["s3://bucket/n", "/releases"])
+    def test_destinations_inside_of_others_and_around_them_are_refused(
+        self, store, driver, make_request, make_release, root, state
+    ):
+        store.submit([make_request("a", destination=f"{root}/n"), make_request("h", destination="hf://org/n")])
+        if state is JobState.PUBLISHED:
+            settle(store, "a", driver.lead_to("a", JobState.PUBLISHING), make_release("a"))
+        with pytest.raises(BadInputError) as caught:
+            store.submit(
+                [
+                    make_request("in", destination=f"{root}/n/prod"),
+                    make_request("deep", destination=f"{root}/n/x/y"),
+                    make_request("around", destination=root),
+                    make_request("beside", destination=f"{root}/n-other"),
+                    make_request("also", destination=f"{root}/n2"),
+                    make_request("hub", destination="hf://org/n@v1"),
+                ]
+            )
+        found = [line.partition(", found ")[2] for line in str(caught.value).splitlines()]
+        inside = "which lies inside of"
+        assert sorted(found) == sorted(
+            [
+                f"{root}/n/prod, {inside} {root}/n of job 'a'",
+                f"{root}/n/prod, {inside} {root} of job 'around'",
+                f"{root}/n/x/y, {inside} {root}/n of job 'a'",
+                f"{root}/n/x/y, {inside} {root} of job 'around'",
+                f"{root}/n-other, {inside} {root} of job 'around'",
+                f"{root}/n2, {inside} {root} of job 'around'",
+                f"{root}, inside of which lies {root}/n of job 'a'",
+            ]
+        )
+        assert store.submit([make_request("beside", destination=f"{root}/n-other")]).created == ("beside",)
+
+    def test_a_retry_does_not_go_inside_of_what_came_meanwhile(self, store, driver, make_request):
+        store.submit([make_request("a", destination="s3://bucket/n/prod")])
+        driver.lead_to("a", JobState.FAILED)
+        store.submit([make_request("b", destination="s3://bucket/n")])
+        with pytest.raises(BadInputError, match=r"job 'a'.* which lies inside of s3://bucket/n of job 'b'"):
+            store.retry(["a"])

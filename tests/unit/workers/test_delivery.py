@@ -1,16 +1,23 @@
 """A release is taken as it is, or not at all."""
 
+import hashlib
+import json
+import os
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from jobs.errors import BadInputError, DestinationOccupiedError, NotFoundError
 from jobs.locations import LocalPath
-from jobs.release import MANIFEST_NAME, Manifest
+from jobs.release import MANIFEST_NAME, REPORT_NAME, Manifest, ParityReport
 from tests.releases import SHARD, make_files, make_manifest, write_files
 from workers.delivery import pull_release, verify_release
 from workers.released import encode_manifest
+from workers.sinks.directory import DirectorySink
 
 FILES = make_files()
 
@@ -118,3 +125,150 @@ def test_a_damaged_release_does_not_arrive(release: Path, tmp_path: Path) -> Non
     with pytest.raises(BadInputError, match=r"tokenizer\.json: SHA-256"):
         pull_release(LocalPath(release), tmp_path / "pulled")
     assert [path.name for path in tmp_path.iterdir()] == ["release"]
+
+
+def _replace(path: Path, make: Callable[[Path], None]) -> None:
+    path.unlink(missing_ok=True)
+    make(path)
+
+
+ODDITIES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "link": (lambda path: _replace(path / "config.json", lambda one: one.symlink_to("tokenizer.json")),
+             "config.json: is a symbolic link, expected a regular file"),
+    "link to a directory": (lambda path: (path / "more").symlink_to("/etc"),
+                            "more: is a symbolic link, expected a regular file"),
+    "link to nothing": (lambda path: (path / "more").symlink_to("none"),
+                        "more: is a symbolic link, expected a regular file"),
+    "fifo": (lambda path: _replace(path / "empty.txt", os.mkfifo),
+             "empty.txt: is a FIFO, a socket or a device, expected a regular file"),
+    "empty directory": (lambda path: (path / "a" / "b").mkdir(parents=True),
+                        "a/b: is an empty directory, which no release holds"),
+}  # fmt: skip
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", ODDITIES)
+def test_what_has_no_place_in_a_release_is_told(release: Path, tmp_path: Path, kind: str) -> None:
+    damage, expected = ODDITIES[kind]
+    damage(release)
+    for check in (verify_release, pull_release):
+        with pytest.raises(BadInputError) as caught:
+            check(LocalPath(release), tmp_path / "elsewhere")
+        assert str(caught.value).splitlines()[1:] == [f"  {expected}"]
+
+
+@pytest.mark.timeout(30)
+def test_manifest_that_is_no_file(tmp_path: Path) -> None:
+    for name, make in (("fifo", os.mkfifo), ("link", lambda path: path.symlink_to("/etc/hostname"))):
+        (tmp_path / name).mkdir()
+        make(tmp_path / name / MANIFEST_NAME)
+        with pytest.raises(BadInputError, match=r"manifest\.json is a .*, expected a regular file; do not deploy it"):
+            verify_release(LocalPath(tmp_path / name), tmp_path / "scratch")
+        with pytest.raises(DestinationOccupiedError, match=r"a manifest\.json that is no regular file"):
+            DirectorySink(LocalPath(tmp_path / name)).existing()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"schema": 2, "news": 1}, "has schema 2, and this mergefleet reads up to 1; use the version that wrote it"),
+        ({"files": "twice"}, r"names config\.json more than once, expected each file once"),
+        ({"files": "itself"}, "names itself, which no manifest of mergefleet does"),
+    ],
+    ids=["newer", "twice", "itself"],
+)
+def test_manifest_that_cannot_be_true(release: Path, tmp_path: Path, change: dict[str, Any], expected: str) -> None:
+    found = json.loads((release / MANIFEST_NAME).read_text())
+    first = found["files"][0]
+    if change.get("files"):
+        change = {"files": [*found["files"], first if change["files"] == "twice" else first | {"path": MANIFEST_NAME}]}
+    (release / MANIFEST_NAME).write_text(json.dumps(found | change))
+    with pytest.raises(BadInputError, match=expected):
+        verify_release(LocalPath(release), tmp_path / "scratch")
+
+
+def _report() -> dict[str, Any]:
+    """What a parity report says that agrees with the manifests of `tests.releases`."""
+    check = {"changed": True, "max_abs_error": 0.0, "rounding_excess": 0.5}
+    report = ParityReport.model_validate(
+        {
+            "request_id": "job-1",
+            "merge_key": "a" * 64,
+            "base": "/bases/b",
+            "adapter": "/adapters/a",
+            "base_quantization": "none",
+            "level": "arithmetic",
+            "thresholds": {},
+            "passed": True,
+            "failures": (),
+            "tensors": ({"tensor": "x", **check}, {"tensor": "y", **check, "changed": False, "rounding_excess": 0.0}),
+        }
+    )
+    return report.model_dump(mode="json", by_alias=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, None),
+        ({"merge_key": "b" * 64}, f"merge_key is {'b' * 64}, manifest.json says {'a' * 64}"),
+        ({"adapter": "/adapters/other"}, "adapter is /adapters/other, manifest.json says /adapters/a"),
+        ({"base_quantization": "nf4"}, "base_quantization is nf4, manifest.json says none"),
+        ({"tensors": []}, "num_tensors is 0, manifest.json says 2"),
+        ({"passed": False}, "says that parity did not pass"),
+        ({"schema": 2, "news": 1}, "has schema 2, and this mergefleet reads up to 1"),
+        ({"passed": "maybe"}, "is no parity report of mergefleet: passed: Input should be a valid boolean"),
+    ],
+)  # fmt: skip
+def test_report_that_says_something_else(tmp_path: Path, change: dict[str, Any], expected: str | None) -> None:
+    files = {"config.json": b"{}", REPORT_NAME: json.dumps(_report() | change).encode()}
+    location = LocalPath(write_release(tmp_path / "release", files))
+    for check in (verify_release, pull_release):
+        if expected is None:
+            check(location, tmp_path / "elsewhere")
+            continue
+        with pytest.raises(BadInputError) as caught:
+            check(location, tmp_path / "elsewhere")
+        assert f"\n  {REPORT_NAME}: {expected}" in str(caught.value)
+
+
+def test_pull_takes_each_digest_once(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[int] = []
+
+    class Counting:
+        def __init__(self, data: bytes = b"") -> None:
+            self._digest = hashlib.sha256()
+            self.update(data)
+
+        def update(self, data: bytes) -> None:
+            hashed.append(len(data))
+            self._digest.update(data)
+
+        def hexdigest(self) -> str:
+            return self._digest.hexdigest()
+
+    monkeypatch.setattr("workers.delivery.hashlib", SimpleNamespace(sha256=Counting))
+    monkeypatch.setattr("workers.released.sha256_of", lambda path: pytest.fail(f"{path} is read again"))
+    pull_release(LocalPath(release), tmp_path / "pulled")
+    assert sum(hashed) == sum(len(data) for data in FILES.values())
+
+
+def test_pull_into_the_working_directory(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(BadInputError, match=r"is the working directory.* name one that does not exist yet"):
+        pull_release(LocalPath(release), Path())
+    write_files(tmp_path / "here", {"mine.txt": b"x"})
+    with pytest.raises(DestinationOccupiedError, match=r"mine\.txt"):
+        pull_release(LocalPath(release), Path())
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["mine.txt"]
+    pull_release(LocalPath(release), Path("../here/../pulled"))
+    monkeypatch.chdir(tmp_path / "pulled")
+    assert pull_release(LocalPath(release), Path()) == verify_release(LocalPath(release), tmp_path / "scratch")
+
+
+def test_pull_into_a_release(release: Path, tmp_path: Path) -> None:
+    outer = write_release(tmp_path / "outer", {"config.json": b"{}"})
+    with pytest.raises(DestinationOccupiedError, match=f"lies inside the release at {outer}"):
+        pull_release(LocalPath(release), outer / "inner")
+    verify_release(LocalPath(outer), tmp_path / "scratch")

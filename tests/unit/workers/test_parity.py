@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import stat
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -202,6 +203,9 @@ def test_a_summary_of_arithmetic_alone_claims_no_behaviour(plan, directory):
 def test_a_report_is_written_as_json_and_as_a_page(merged, plan, directory, tmp_path):
     report = judge(plan, wrong_headers(plan, directory), list(merged.check()["job"].values()), [behaviour()])
     write_report(report, tmp_path / "reports" / "job")
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "reports", tmp_path / "reports" / "job")} == {
+        0o700
+    }
     written = (tmp_path / "reports" / "job" / "parity.json").read_text()
     assert ParityReport.model_validate_json(written) == report
     assert json.loads(written)["schema"] == 1
