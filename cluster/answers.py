@@ -173,7 +173,7 @@ class AnswerHandler:
         """End a job that failed, or whose release was there already."""
         report_path = _text(outcome.report_path)
         if outcome.failure is not None:
-            self._settlement.failure(held, outcome.failure, report_path)
+            self._settlement.unit_failure(held, outcome.failure, report_path)
         elif outcome.release is not None:
             self._settlement.release(held, outcome.release, report_path)
 
@@ -259,7 +259,7 @@ class AnswerHandler:
             leader = found[0] if found else None
         for held in self._holdings.on_worker(leader) if leader else ():
             if event.job_id in (None, held.job_id):
-                self._settlement.failure(held, _fault(f"{event.call} on {event.worker} raised: {event.message}"))
+                self._settlement.unit_failure(held, _fault(f"{event.call} on {event.worker} raised: {event.message}"))
                 self._pool.discard(event.worker, held.job_id)
 
     def _take_loss(self, event: WorkerLost) -> None:
@@ -280,10 +280,10 @@ class AnswerHandler:
         failure = Failure(
             failure_class=FailureClass.WORKER_LOST,
             retryable=True,
-            message=f"{event.worker} was lost with {len(lost)} job(s): {event.reason}",
+            message=f"{event.worker} was lost with {len(lost)} job{'' if len(lost) == 1 else 's'}: {event.reason}",
         )
         for held in lost:
-            self._settlement.failure(held, failure)
+            self._settlement.unit_failure(held, failure)
 
 
 def _fault(message: str) -> Failure:

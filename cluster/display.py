@@ -151,6 +151,8 @@ def _settled_line(event: JobSettled) -> Text:
         case JobState.RETRY_WAIT:
             wait = duration(event.retry_seconds or 0)
             return Text(f"{event.job_id}  again in {wait}: {event.failure_class}: {event.message}", "yellow")
+        case JobState.QUEUED if event.failure_class is not None:
+            return Text(f"{event.job_id}  not charged, runs alone next: {event.message}", "yellow")
         case JobState.QUEUED:
             return Text(f"{event.job_id}  given back", "yellow")
         case JobState.CANCELLED:

@@ -21,6 +21,8 @@ class Held:
     """As the scheduler knows it, asked for in every round."""
     state: JobState = JobState.LEASED
     """As this driver last wrote it."""
+    beside: bool = False
+    """Whether other jobs are in its unit, or were when it began."""
     cancel_sent: bool = False
     """Whether its worker was told to stop it."""
     outcome: JobOutcome | None = None
@@ -68,20 +70,15 @@ class Holdings:
     def __bool__(self) -> bool:
         return bool(self.waiting or self.flights or self.published)
 
-    def add(self, leases: Iterable[Lease], alone_from_losses: int) -> None:
-        """Take in newly claimed jobs.
-
-        Args:
-            leases: of the jobs.
-            alone_from_losses: a job that has cost so many workers must not take other jobs with it.
-        """
+    def add(self, leases: Iterable[Lease]) -> None:
+        """Take in newly claimed jobs."""
         for lease in leases:
             waiting = WaitingJob(
                 job_id=lease.job_id,
                 pass_key=lease.request.pass_key(),
                 priority=lease.request.priority,
                 sequence=self.num_claimed,
-                alone=lease.worker_losses >= max(1, alone_from_losses),
+                alone=lease.suspect,
             )
             self.waiting[lease.job_id] = Held(lease, waiting)
             self._tokens[lease.job_id] = lease.token
@@ -100,6 +97,8 @@ class Holdings:
         """Move a unit's jobs from waiting to its worker."""
         assert unit.worker not in self.flights
         flight = Flight(unit, {job_id: self.waiting.pop(job_id) for job_id in unit.job_ids})
+        for held in flight.held.values():
+            held.beside = len(unit.job_ids) > 1
         self.flights[unit.worker] = flight
         return flight
 

@@ -1,6 +1,7 @@
 """The `run` command: Ray, workers and a driver from start to end, and what is seen of them."""
 
 import contextlib
+import logging
 import os
 import secrets
 import socket
@@ -23,6 +24,8 @@ from cluster.terminal import Terminal
 from cluster.watching import LiveBoard
 from jobs.errors import FailureClass
 from jobs.store import JobStore
+
+logger = logging.getLogger(__name__)
 
 
 def drive(
@@ -95,7 +98,7 @@ def _introduce(output: Terminal, session: Session, settings: Settings) -> None:
 @contextlib.contextmanager
 def _listening(output: Terminal, store: JobStore) -> Iterator[Callable[[DriverEvent], None]]:
     """Yield what the driver tells its events; at a terminal a board is kept below them."""
-    live: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    live = None
     if output.out.is_terminal and not output.as_json:
         live = Live(LiveBoard(store), console=output.out, refresh_per_second=1, transient=True)
 
@@ -103,5 +106,22 @@ def _listening(output: Terminal, store: JobStore) -> Iterator[Callable[[DriverEv
         output.show(event_line(event))
         output.document({"event": event_name(event), **plain(event)})
 
-    with live:
+    # A board that cannot be drawn, at its begin or at its end, is no reason to merge nothing or to tell of nothing.
+    with _only_shown():
+        if live is not None:
+            live.start()
+    try:
         yield listener
+    finally:
+        with _only_shown():
+            if live is not None:
+                live.stop()
+
+
+@contextlib.contextmanager
+def _only_shown() -> Iterator[None]:
+    """Log what goes wrong inside, and go on."""
+    try:
+        yield
+    except Exception:
+        logger.exception("the board could not be shown")

@@ -22,7 +22,7 @@ class WaitingJob:
     sequence: int
     """Lower is older; unique."""
     alone: bool = False
-    """It has cost workers before, and must not take other jobs with it."""
+    """It may be what has cost workers, and must not take other jobs with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,8 +81,9 @@ class Settings(BaseSettings):
 
     max_attempts: Annotated[int, Field(ge=1)] = 5
     """Attempts before a failure that may go away is final."""
-    max_worker_losses: Annotated[int, Field(ge=0)] = 2
-    """Workers a job may cost; after that many it runs alone once, then it is quarantined."""
+    max_worker_losses: Annotated[int, Field(ge=1)] = 2
+    """Workers that a job costs while it runs alone before it is quarantined. A worker that is lost with several jobs is
+    charged to none of them: each runs alone from then on."""
     retry_delay_seconds: Annotated[float, Field(ge=0)] = 2.0
     """Longest wait before the second attempt; doubles with each one."""
     max_retry_delay_seconds: Annotated[float, Field(ge=0)] = 300.0

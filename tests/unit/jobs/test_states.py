@@ -81,6 +81,7 @@ def test_every_decision_is_an_allowed_transition_with_a_bounded_delay(failure, r
         (FailureClass.TRANSIENT_IO, True, 1, 0, JobState.RETRY_WAIT),
         (FailureClass.TRANSIENT_IO, True, 5, 0, JobState.FAILED),
         (FailureClass.WORKER_LOST, True, 1, 1, JobState.RETRY_WAIT),
+        (FailureClass.WORKER_LOST, True, 2, 2, JobState.QUARANTINED),
         (FailureClass.WORKER_LOST, True, 3, 3, JobState.QUARANTINED),
         (FailureClass.CANCELLED, False, 1, 0, JobState.CANCELLED),
     ],
