@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from cluster.events import DriverEvent, WorkerReplaced
+from cluster.events import DriverEvent, WorkerBenched, WorkerReplaced
 from cluster.holdings import Held, Holdings
 from cluster.metrics import FleetMetrics
 from cluster.pool import WorkerPool
@@ -19,6 +19,7 @@ from cluster.replies import (
     TurnedDown,
     UnitFinished,
     WorkerLost,
+    WorkerUnfit,
 )
 from cluster.settlement import Settlement
 from jobs.errors import FailureClass
@@ -98,6 +99,10 @@ class AnswerHandler:
             case WorkerLost():
                 self._take_loss(event)
                 self._metrics.worker_lost()
+            case WorkerUnfit():
+                # It had no jobs by now: what it had before went with the loss that came first.
+                self._listener(WorkerBenched(worker=event.worker, reason=event.reason))
+                self._metrics.worker_benched()
 
     def _follow(self, worker: str, progress: Progress) -> None:
         """Note how far the jobs of a unit are; each has its share of the unit's bytes."""

@@ -9,7 +9,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cluster.events import DriverEvent, JobSettled, ShardsStarted, Summary, UnitStarted
+from cluster.events import DriverEvent, JobSettled, ShardsStarted, Summary, UnitStarted, WorkerBenched
 from cluster.progress import BaseProgress, base_name
 from jobs.release import Manifest, Way
 from jobs.request import BaseQuantization
@@ -140,6 +140,8 @@ def event_line(event: DriverEvent) -> Text:
         return Text(f"{event.worker}  {event.name}", "dim")
     if isinstance(event, JobSettled):
         return _settled_line(event)
+    if isinstance(event, WorkerBenched):
+        return Text(f"{event.worker}  gets no jobs for now: {shorten(event.reason)}", "yellow")
     return Text(f"{event.worker}  lost with {len(event.job_ids)} job(s), replaced: {shorten(event.reason)}", "yellow")
 
 

@@ -252,7 +252,7 @@ class Driver:
             jobs=self._store.counts(),
             num_waiting=len(self._holdings.waiting),
             num_in_flight=len(self._holdings.flights),
-            residents={view.name: len(view.residents) for view in self._pool.views()},
+            residents={view.name: len(view.residents) for view in self._pool.views() if view.up},
         )
         # Counting a long ledger takes a while, and must not become what a driver does.
         seconds = self._clock() - begin

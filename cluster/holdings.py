@@ -1,6 +1,6 @@
 """The jobs a driver holds leases of: those that wait, and those on a worker. State only; it decides nothing."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from cluster.scheduler import UnitAssignment, WaitingJob
@@ -132,14 +132,22 @@ class Holdings:
             return worker
         return next((leader for leader, _, shared in self.shared_passes() if worker in shared.at_work), None)
 
-    def hand_on(self, leader: str) -> bool:
-        """Have a shared pass led by a worker that takes part and leads none; False when there is none."""
+    def hand_on(self, leader: str, candidates: Collection[str] | None = None) -> bool:
+        """Have a shared pass led by another worker that leads none; False when there is none.
+
+        Args:
+            leader: that cannot go on.
+            candidates: workers that can take part; None for those that do.
+        """
         flight = self.flights[leader]
-        assert flight.shared is not None
-        able = sorted(flight.shared.takers - flight.shared.barred - self.flights.keys())
+        shared = flight.shared
+        assert shared is not None
+        wanted = shared.takers if candidates is None else set(candidates)
+        able = sorted(wanted - shared.barred - self.flights.keys(), key=lambda name: (name not in shared.takers, name))
         if not able:
             return False
         self.flights[able[0]] = self.flights.pop(leader)
+        shared.takers.add(able[0])
         return True
 
     def find(self, worker: str, job_id: str) -> Held | None:

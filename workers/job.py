@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from jobs.errors import InternalError, MergefleetError, OutOfMemoryError
+from jobs.errors import DeviceLostError, InternalError, MergefleetError, OutOfMemoryError
 from jobs.release import Artifact, Manifest, ParitySummary, Release, TensorCheck
 from jobs.request import MergeRequest
 from workers.files import FileState
@@ -157,6 +157,10 @@ def _failures(fail: Callable[[MergefleetError], None]) -> Iterator[None]:
         fail(error)
     except (MemoryError, torch.OutOfMemoryError) as error:
         fail(OutOfMemoryError(f"memory ran out: {error}; use a worker with more, or parity level 'arithmetic'"))
+    except torch.AcceleratorError as error:
+        # The context of a device that had one is of no use any more, nor is this process.
+        first_line = next(iter(str(error).splitlines()), "")
+        fail(DeviceLostError(f"the GPU failed at work: {first_line}; this worker is replaced"))
     except Exception as error:
         logger.exception("a fault of mergefleet, or one it does not know")
         fail(

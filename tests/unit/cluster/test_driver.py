@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.driver import Driver
-from cluster.events import JobSettled, WorkerReplaced
+from cluster.events import JobSettled, WorkerBenched, WorkerReplaced
 from cluster.replies import (
     CallFailed,
     PassBegun,
@@ -20,6 +20,7 @@ from cluster.replies import (
     TurnedDown,
     UnitFinished,
     WorkerLost,
+    WorkerUnfit,
 )
 from cluster.scheduler import WorkerView
 from cluster.settings import Settings
@@ -92,9 +93,18 @@ class ScriptedPool:
         self.discarded = []
         self.cancelled = []
         self.on_poll = lambda: None
+        self.down = set()
 
     def views(self):
-        return tuple(WorkerView(name=n, idle=n not in self.busy, residents=frozenset()) for n in self.names)
+        return tuple(
+            WorkerView(
+                name=name,
+                idle=name not in self.busy and name not in self.down,
+                residents=frozenset(),
+                up=name not in self.down,
+            )
+            for name in self.names
+        )
 
     def run_unit(self, worker, name, requests):
         assert worker not in self.busy
@@ -766,6 +776,29 @@ def test_when_the_leader_cannot_go_on_a_helper_leads(fleet):
     it.pool.finish("merge-worker-1", staged("one"))
     it.step()
     assert it.pool.published == [("merge-worker-1", "one")]
+
+
+def test_a_pass_whose_leader_is_not_replaced_is_finished_by_another(fleet):
+    it = shared(fleet, "one", num_pieces=3)
+    it.pool.lose("merge-worker-0")
+    it.pool.events.append(WorkerUnfit(worker="merge-worker-0", reason="ECC error"))
+    it.pool.down.add("merge-worker-0")
+    it.pool.merge("merge-worker-1", "one")
+    it.step(2)
+    assert [event.reason for event in it.events if isinstance(event, WorkerBenched)] == ["ECC error"]
+    it.pool.merge("merge-worker-2", "one")
+    it.step()
+    it.pool.merge(it.pool.given[-1][0], "one")
+    it.step(2)
+    [(worker, merged)] = it.pool.finishing
+    assert worker != "merge-worker-0"
+    assert sorted(merged["one"]) == [("shard-0",), ("shard-1",), ("shard-2",)]
+    it.pool.finish(worker, staged("one"))
+    it.step()
+    it.pool.finish_publish(worker, "one")
+    it.step(2)
+    assert it.states() == {"one": JobState.PUBLISHED}
+    assert (it.job("one").attempts, it.job("one").worker_losses) == (1, 0)
 
 
 def test_a_pass_that_nobody_can_go_on_with_is_tried_again(fleet):

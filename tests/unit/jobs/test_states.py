@@ -80,6 +80,8 @@ def test_every_decision_is_an_allowed_transition_with_a_bounded_delay(failure, r
         (FailureClass.BAD_INPUT, False, 1, 0, JobState.FAILED),
         (FailureClass.TRANSIENT_IO, True, 1, 0, JobState.RETRY_WAIT),
         (FailureClass.TRANSIENT_IO, True, 5, 0, JobState.FAILED),
+        (FailureClass.OUT_OF_MEMORY, True, 4, 0, JobState.RETRY_WAIT),
+        (FailureClass.OUT_OF_MEMORY, True, 5, 0, JobState.FAILED),
         (FailureClass.WORKER_LOST, True, 1, 1, JobState.RETRY_WAIT),
         (FailureClass.WORKER_LOST, True, 2, 2, JobState.QUARANTINED),
         (FailureClass.WORKER_LOST, True, 3, 3, JobState.QUARANTINED),
