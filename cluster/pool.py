@@ -25,7 +25,7 @@ from cluster.replies import (
     WorkerUnfit,
 )
 from cluster.scheduler import WorkerView
-from jobs.errors import FailureClass, WorkerLostError
+from jobs.errors import DeviceLostError, FailureClass, WorkerLostError
 from jobs.request import MergeRequest
 from workers.outcomes import (
     MergedShards,
@@ -336,7 +336,7 @@ class WorkerPool:
             return
         except self._ray.exceptions.RayError as error:
             cause = getattr(error, "cause", error)  # what the worker raised, without Ray's account of where
-            if call.method == "ready":
+            if call.method == "ready" or isinstance(cause, DeviceLostError):
                 yield from self._lose(member, _one_line(cause))
                 return
             yield CallFailed(

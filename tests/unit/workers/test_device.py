@@ -7,8 +7,11 @@ import threading
 import pytest
 import torch
 
+from jobs.errors import DeviceLostError, FailureClass
+from jobs.request import MergeRequest
 from workers import device
 from workers.device import device_fault
+from workers.job import Job, shared_failures
 from workers.outcomes import WorkerSettings
 from workers.worker import MergeWorker
 
@@ -37,6 +40,29 @@ def test_a_driver_that_hangs_is_a_fault(monkeypatch):
     fault = device_fault("cuda", seconds=0.05)
     ended.set()
     assert fault.endswith("no answer within 0 s")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered\nCompile with TORCH_USE_CUDA_DSA"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+    ],
+)
+def test_a_device_that_fails_at_work_is_told_as_the_loss_of_the_worker(error):
+    job = Job(MergeRequest(id="one", base="/b", adapter="/a", destination="/d"))
+    with shared_failures([job]):
+        raise error
+    assert isinstance(job.error, DeviceLostError)
+    assert (job.error.failure_class, job.error.retryable) == (FailureClass.WORKER_LOST, True)
+    assert str(job.error) == f"the GPU failed at work: {str(error).splitlines()[0]}; another worker has to do it"
+
+
+def test_other_runtime_errors_stay_faults():
+    job = Job(MergeRequest(id="one", base="/b", adapter="/a", destination="/d"))
+    with shared_failures([job]):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    assert job.error.failure_class is FailureClass.INTERNAL
 
 
 def test_a_device_that_computes_wrongly_is_a_fault(monkeypatch):
