@@ -380,6 +380,9 @@ class SimulatedMetrics:
     def worker_lost(self) -> None:
         """Count nothing."""
 
+    def worker_benched(self) -> None:
+        """Count nothing."""
+
 
 def _release(job_id: str) -> Release:
     """Return a release of a merged checkpoint of four shards, for the ledger."""

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from cluster.events import DriverEvent, WorkerReplaced
+from cluster.events import DriverEvent, WorkerBenched, WorkerReplaced
 from cluster.holdings import Held, Holdings
 from cluster.metrics import FleetMetrics
 from cluster.pool import WorkerPool
@@ -19,6 +19,7 @@ from cluster.replies import (
     TurnedDown,
     UnitFinished,
     WorkerLost,
+    WorkerUnfit,
 )
 from cluster.settlement import Settlement
 from jobs.errors import FailureClass
@@ -98,6 +99,10 @@ class AnswerHandler:
             case WorkerLost():
                 self._take_loss(event)
                 self._metrics.worker_lost()
+            case WorkerUnfit():
+                # It had no jobs by now: what it had before went with the loss that came first.
+                self._listener(WorkerBenched(worker=event.worker, reason=event.reason))
+                self._metrics.worker_benched()
 
     def _follow(self, worker: str, progress: Progress) -> None:
         """Note how far the jobs of a unit are; each has its share of the unit's bytes."""
@@ -173,7 +178,7 @@ class AnswerHandler:
         """End a job that failed, or whose release was there already."""
         report_path = _text(outcome.report_path)
         if outcome.failure is not None:
-            self._settlement.failure(held, outcome.failure, report_path)
+            self._settlement.unit_failure(held, outcome.failure, report_path)
         elif outcome.release is not None:
             self._settlement.release(held, outcome.release, report_path)
 
@@ -259,7 +264,7 @@ class AnswerHandler:
             leader = found[0] if found else None
         for held in self._holdings.on_worker(leader) if leader else ():
             if event.job_id in (None, held.job_id):
-                self._settlement.failure(held, _fault(f"{event.call} on {event.worker} raised: {event.message}"))
+                self._settlement.unit_failure(held, _fault(f"{event.call} on {event.worker} raised: {event.message}"))
                 self._pool.discard(event.worker, held.job_id)
 
     def _take_loss(self, event: WorkerLost) -> None:
@@ -280,10 +285,10 @@ class AnswerHandler:
         failure = Failure(
             failure_class=FailureClass.WORKER_LOST,
             retryable=True,
-            message=f"{event.worker} was lost with {len(lost)} job(s): {event.reason}",
+            message=f"{event.worker} was lost with {len(lost)} job{'' if len(lost) == 1 else 's'}: {event.reason}",
         )
         for held in lost:
-            self._settlement.failure(held, failure)
+            self._settlement.unit_failure(held, failure)
 
 
 def _fault(message: str) -> Failure:

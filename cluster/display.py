@@ -9,7 +9,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cluster.events import DriverEvent, JobSettled, ShardsStarted, Summary, UnitStarted
+from cluster.events import DriverEvent, JobSettled, ShardsStarted, Summary, UnitStarted, WorkerBenched
 from cluster.progress import BaseProgress, base_name
 from jobs.release import Manifest, Way
 from jobs.request import BaseQuantization
@@ -159,6 +159,8 @@ def event_line(event: DriverEvent) -> Text:
         return _line(f"{event.worker}  {event.name}", "dim")
     if isinstance(event, JobSettled):
         return _settled_line(event)
+    if isinstance(event, WorkerBenched):
+        return _line(f"{event.worker}  gets no jobs for now: {shorten(event.reason)}", "yellow")
     return _line(f"{event.worker}  lost with {len(event.job_ids)} job(s), replaced: {shorten(event.reason)}", "yellow")
 
 
@@ -171,6 +173,8 @@ def _settled_line(event: JobSettled) -> Text:
         case JobState.RETRY_WAIT:
             wait = duration(event.retry_seconds or 0)
             return _line(f"{event.job_id}  again in {wait}: {event.failure_class}: {event.message}", "yellow")
+        case JobState.QUEUED if event.failure_class is not None:
+            return _line(f"{event.job_id}  not charged, runs alone next: {event.message}", "yellow")
         case JobState.QUEUED:
             return _line(f"{event.job_id}  given back", "yellow")
         case JobState.CANCELLED:

@@ -58,7 +58,7 @@ class Driver:
             settings: lease, polling, pass and retry settings.
             metrics: where figures go.
             owner: names this driver in the store.
-            listener: told of every event, in this thread.
+            listener: told of every event, in this thread. What it raises is logged, and changes nothing.
             clock: seconds that only go forward.
             sleep: waits so many seconds.
             rng: source of the jitter between attempts.
@@ -68,7 +68,7 @@ class Driver:
         self._settings = settings
         self._metrics = metrics
         self._owner = owner
-        self._listener = listener
+        self._listener = listener = _Shielded(listener)
         self._clock = clock
         self._sleep = sleep
         self._holdings = Holdings()
@@ -212,7 +212,7 @@ class Driver:
             for lease in leases:
                 if lease.job_id in self._holdings.tokens:  # its last lease ran out before it was extended
                     self._drop(lease.job_id)
-            self._holdings.add(leases, self._settings.max_worker_losses)
+            self._holdings.add(leases)
 
     def _start_units(self, pool_views: Sequence[WorkerView]) -> None:
         # Who leads a unit is not idle, whether it is at it just now or not.
@@ -252,11 +252,28 @@ class Driver:
             jobs=self._store.counts(),
             num_waiting=len(self._holdings.waiting),
             num_in_flight=len(self._holdings.flights),
-            residents={view.name: len(view.residents) for view in self._pool.views()},
+            residents={view.name: len(view.residents) for view in self._pool.views() if view.up},
         )
         # Counting a long ledger takes a while, and must not become what a driver does.
         seconds = self._clock() - begin
         self._observe_at = begin + max(self._settings.poll_seconds, seconds / _MAX_OBSERVING)
+
+
+class _Shielded:
+    """Tells a listener of events; a fault of it (a display, a pipe that was closed) is not one of the driver."""
+
+    def __init__(self, listener: Callable[[DriverEvent], None]) -> None:
+        self._listener = listener
+        self._told = False
+
+    def __call__(self, event: DriverEvent) -> None:
+        try:
+            self._listener(event)
+        except Exception as error:
+            if not self._told:  # once: what cannot show one event cannot show the next thousand
+                logger.exception("an event could not be shown", extra={"event": type(event).__name__})
+            self._told = True
+            logger.debug("an event could not be shown", extra={"reason": repr(error)})
 
 
 @contextlib.contextmanager

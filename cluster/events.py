@@ -56,7 +56,15 @@ class WorkerReplaced:
     """The jobs it was at."""
 
 
-DriverEvent = UnitStarted | ShardsStarted | JobSettled | WorkerReplaced
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerBenched:
+    """A worker cannot start, or cannot use its GPU: it gets no jobs. Told once; its place is tried again meanwhile."""
+
+    worker: str
+    reason: str
+
+
+DriverEvent = UnitStarted | ShardsStarted | JobSettled | WorkerReplaced | WorkerBenched
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,3 +90,5 @@ def event_name(event: DriverEvent) -> str:
             return "job_settled"
         case WorkerReplaced():
             return "worker_replaced"
+        case WorkerBenched():
+            return "worker_benched"

@@ -1,4 +1,4 @@
-"""How many workers a driver has, and what each gets of the cluster."""
+"""How many workers a driver has, of what kinds, and what each gets of the cluster."""
 
 from dataclasses import dataclass
 
@@ -6,12 +6,16 @@ from jobs.errors import NoCapacityError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fleet:
-    """How many workers, of what kind."""
+class Crew:
+    """Workers of one kind."""
 
     num_workers: int
     device: str
+    """`cuda` or `cpu`: where all of them compute."""
     num_threads: int
+    """Of each."""
+    without_gpus: bool = False
+    """Whether they belong on machines without a GPU, beside a crew on those that have them."""
 
     @property
     def num_gpus_each(self) -> int:
@@ -19,26 +23,53 @@ class Fleet:
         return 1 if self.device == "cuda" else 0
 
 
-def plan_fleet(*, num_cpus: int, num_gpus: int, device: str, num_workers: int | None, num_threads: int | None) -> Fleet:
-    """Decide on the workers: one for each GPU, or one for every two cores where there is none.
+def plan_crews(
+    *,
+    num_cpus: int,
+    num_gpus: int,
+    num_cpus_without_gpus: int,
+    device: str,
+    num_workers: int | None,
+    num_threads: int | None,
+) -> tuple[Crew, ...]:
+    """Decide on the workers: one for each GPU, and one for every two cores of machines that have none.
 
     Args:
         num_cpus: cores of the cluster.
         num_gpus: GPUs of the cluster.
-        device: `auto`, `cpu` or `cuda`.
-        num_workers: None for the default.
+        num_cpus_without_gpus: cores of those of its machines that have no GPU.
+        device: `auto`, `cpu` (of all machines) or `cuda` (GPUs alone).
+        num_workers: in all; None for the default. With `auto` GPUs get theirs first.
         num_threads: of each worker; None divides the cores among the workers.
 
+    Returns:
+        One crew, or two: the one on GPUs, and the one on machines without.
+
     Raises:
-        NoCapacityError: CUDA is asked for, and the cluster has fewer GPUs than workers.
+        NoCapacityError: more workers are asked for than there are GPUs, and no other machine may take them.
     """
-    if device == "auto":
-        device = "cuda" if num_gpus else "cpu"
-    if num_workers is None:
-        num_workers = max(1, num_gpus) if device == "cuda" else max(1, num_cpus // 2)
-    if device == "cuda" and num_workers > num_gpus:
+    if device == "cpu" or (device == "auto" and num_gpus == 0):
+        return (_crew("cpu", num_workers or max(1, num_cpus // 2), num_cpus, num_threads),)
+    mixed = device == "auto" and num_cpus_without_gpus > 0
+    on_gpus = max(1, num_gpus) if num_workers is None else min(num_workers, num_gpus) if mixed else num_workers
+    if on_gpus > num_gpus:
         raise NoCapacityError(
-            f"expected a GPU for each of {num_workers} workers, found {num_gpus} in the cluster; lower workers, or set "
+            f"expected a GPU for each of {on_gpus} workers, found {num_gpus} in the cluster; lower workers, or set "
             "device to cpu"
         )
-    return Fleet(num_workers=num_workers, device=device, num_threads=num_threads or max(1, num_cpus // num_workers))
+    crews = [_crew("cuda", on_gpus, num_cpus - num_cpus_without_gpus if mixed else num_cpus, num_threads)]
+    beside = 0
+    if mixed:
+        beside = max(1, num_cpus_without_gpus // 2) if num_workers is None else num_workers - on_gpus
+    if beside:
+        crews.append(_crew("cpu", beside, num_cpus_without_gpus, num_threads, without_gpus=True))
+    return tuple(crews)
+
+
+def _crew(device: str, num_workers: int, num_cpus: int, num_threads: int | None, *, without_gpus: bool = False) -> Crew:
+    return Crew(
+        num_workers=num_workers,
+        device=device,
+        num_threads=num_threads or max(1, num_cpus // num_workers),
+        without_gpus=without_gpus,
+    )

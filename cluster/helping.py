@@ -47,11 +47,13 @@ class Helping:
             views: the workers that may get pieces; none while the driver stops.
         """
         self._give_pieces(views)
+        self._replace_leaders(views)
         self._finish_passes()
         self._release_helpers()
 
     def _give_pieces(self, views: Sequence[WorkerView]) -> None:
-        """Have idle workers work on passes that are open."""
+        """Have idle workers of the leader's kind work on passes that are open: the bits of a GPU may be others."""
+        devices = {view.name: view.device for view in views}
         open_passes = {
             shared.pass_id: OpenPass(
                 pass_id=shared.pass_id,
@@ -60,9 +62,10 @@ class Helping:
                 piece_bytes=tuple(piece.num_bytes for piece in shared.todo),
                 at_work=shared.at_work,
                 barred=frozenset(shared.barred),
+                device=devices[leader],
             )
             for leader, flight, shared in self._holdings.shared_passes()
-            if shared.todo
+            if shared.todo and leader in devices
         }
         if not open_passes:
             return
@@ -79,6 +82,20 @@ class Helping:
             job_ids = tuple(flight.held)
             logger.info("shards started", extra={"worker": given.worker, "unit": name, "job_ids": list(job_ids)})
             self._listener(ShardsStarted(worker=given.worker, name=name, job_ids=job_ids, shards=shards))
+
+    def _replace_leaders(self, views: Sequence[WorkerView]) -> None:
+        """Have passes that only wait for their leader led by another, where its place is empty.
+
+        It may stay empty for long, when a machine is gone or a GPU has failed.
+        """
+        by_name = {view.name: view for view in views}
+        for leader, _, shared in list(self._holdings.shared_passes()):
+            view = by_name.get(leader)
+            if view is None or view.up or not shared.is_merged or shared.finishing:
+                continue
+            able = [each.name for each in views if each.idle and each.device == view.device]
+            if self._holdings.hand_on(leader, able):
+                logger.info("pass is led by another", extra={"worker": leader, "pass": shared.pass_id})
 
     def _finish_passes(self) -> None:
         """Have passes finished of which all pieces are merged."""

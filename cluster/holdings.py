@@ -1,6 +1,6 @@
 """The jobs a driver holds leases of: those that wait, and those on a worker. State only; it decides nothing."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from cluster.scheduler import UnitAssignment, WaitingJob
@@ -21,6 +21,8 @@ class Held:
     """As the scheduler knows it, asked for in every round."""
     state: JobState = JobState.LEASED
     """As this driver last wrote it."""
+    beside: bool = False
+    """Whether other jobs are in its unit, or were when it began."""
     cancel_sent: bool = False
     """Whether its worker was told to stop it."""
     outcome: JobOutcome | None = None
@@ -68,20 +70,15 @@ class Holdings:
     def __bool__(self) -> bool:
         return bool(self.waiting or self.flights or self.published)
 
-    def add(self, leases: Iterable[Lease], alone_from_losses: int) -> None:
-        """Take in newly claimed jobs.
-
-        Args:
-            leases: of the jobs.
-            alone_from_losses: a job that has cost so many workers must not take other jobs with it.
-        """
+    def add(self, leases: Iterable[Lease]) -> None:
+        """Take in newly claimed jobs."""
         for lease in leases:
             waiting = WaitingJob(
                 job_id=lease.job_id,
                 pass_key=lease.request.pass_key(),
                 priority=lease.request.priority,
                 sequence=self.num_claimed,
-                alone=lease.worker_losses >= max(1, alone_from_losses),
+                alone=lease.suspect,
             )
             self.waiting[lease.job_id] = Held(lease, waiting)
             self._tokens[lease.job_id] = lease.token
@@ -100,6 +97,8 @@ class Holdings:
         """Move a unit's jobs from waiting to its worker."""
         assert unit.worker not in self.flights
         flight = Flight(unit, {job_id: self.waiting.pop(job_id) for job_id in unit.job_ids})
+        for held in flight.held.values():
+            held.beside = len(unit.job_ids) > 1
         self.flights[unit.worker] = flight
         return flight
 
@@ -133,14 +132,22 @@ class Holdings:
             return worker
         return next((leader for leader, _, shared in self.shared_passes() if worker in shared.at_work), None)
 
-    def hand_on(self, leader: str) -> bool:
-        """Have a shared pass led by a worker that takes part and leads none; False when there is none."""
+    def hand_on(self, leader: str, candidates: Collection[str] | None = None) -> bool:
+        """Have a shared pass led by another worker that leads none; False when there is none.
+
+        Args:
+            leader: that cannot go on.
+            candidates: workers that can take part; None for those that do.
+        """
         flight = self.flights[leader]
-        assert flight.shared is not None
-        able = sorted(flight.shared.takers - flight.shared.barred - self.flights.keys())
+        shared = flight.shared
+        assert shared is not None
+        wanted = shared.takers if candidates is None else set(candidates)
+        able = sorted(wanted - shared.barred - self.flights.keys(), key=lambda name: (name not in shared.takers, name))
         if not able:
             return False
         self.flights[able[0]] = self.flights.pop(leader)
+        shared.takers.add(able[0])
         return True
 
     def find(self, worker: str, job_id: str) -> Held | None:

@@ -32,6 +32,10 @@ class FleetMetrics:
         self._settled = Counter("mergefleet_settled_total", "Attempts settled, by what came of them.", ("outcome",))
         self._worker_deaths = Counter("mergefleet_worker_deaths_total", "Workers that died and were replaced.")
 
+        self._workers_benched = Counter(
+            "mergefleet_workers_benched_total", "Workers that did not start or could not use their GPU."
+        )
+
     def observe(
         self,
         *,
@@ -87,6 +91,10 @@ class FleetMetrics:
     def worker_lost(self) -> None:
         """Count a death."""
         self._worker_deaths.inc()
+
+    def worker_benched(self) -> None:
+        """Count a worker that cannot work."""
+        self._workers_benched.inc()
 
     def _count_bytes(self, direction: str, count: int) -> None:
         if count > 0:  # a counter refuses to be raised by nothing

@@ -7,11 +7,11 @@ death is an event the driver decides on. They are not detached: they end with th
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.fleet import Fleet
+from cluster.fleet import Crew
 from cluster.replies import (
     CallFailed,
     PassBegun,
@@ -22,9 +22,10 @@ from cluster.replies import (
     TurnedDown,
     UnitFinished,
     WorkerLost,
+    WorkerUnfit,
 )
 from cluster.scheduler import WorkerView
-from jobs.errors import WorkerLostError
+from jobs.errors import DeviceLostError, FailureClass, WorkerLostError
 from jobs.request import MergeRequest
 from workers.outcomes import (
     MergedShards,
@@ -32,6 +33,7 @@ from workers.outcomes import (
     PassWork,
     Progress,
     PublishOutcome,
+    Readiness,
     ShardsOutcome,
     UnitOutcome,
     Unreachable,
@@ -47,6 +49,10 @@ _POLLS = frozenset({"progress", "residents"})
 MAX_PINGS_PER_SECOND = 10.0
 """Of the whole fleet: what a driver does about each answer must leave it time for its work."""
 _MAX_FAILED_STARTS = 3
+"""In a row, of every place of the fleet: then there is no fleet."""
+_FIRST_PAUSE_SECONDS = 1.0
+_MAX_PAUSE_SECONDS = 300.0
+"""Between two attempts to fill a place whose workers do not start, or whose GPU fails; doubles with each of them."""
 _CLOSE_SECONDS = 10.0
 _SLOW_START_SECONDS = 60.0
 _MAX_REASON = 600
@@ -73,6 +79,7 @@ class _Member:
     """One place in the fleet; the actor in it may change."""
 
     name: str
+    crew: Crew
     handle: Any = None
     node: str | None = None
     """Where it is to be; None where Ray decides."""
@@ -82,6 +89,11 @@ class _Member:
     awaited: bool = False
     """Whether somebody was told that it takes long to start."""
     failed_starts: int = 0
+    """In a row."""
+    device_faults: int = 0
+    """At work, in a row."""
+    rests_until: float = 0.0
+    """When its place is filled again."""
     calls: dict[Any, _Call] = field(default_factory=dict)
 
 
@@ -91,11 +103,11 @@ class WorkerPool:
     def __init__(
         self,
         worker_class: type,
-        arguments: tuple[Any, ...],
-        fleet: Fleet,
+        arguments: Callable[[Crew], tuple[Any, ...]],
+        crews: Sequence[Crew],
         *,
         ping_seconds: float,
-        unresponsive_seconds: float = 300.0,
+        unresponsive_seconds: float = 120.0,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -103,8 +115,8 @@ class WorkerPool:
 
         Args:
             worker_class: `MergeWorker`, or a class with its methods.
-            arguments: for its `__init__`.
-            fleet: how many, on what.
+            arguments: for the `__init__` of the workers of a crew.
+            crews: how many, on what.
             ping_seconds: how often each worker is asked how it is doing; in a large fleet less often.
             unresponsive_seconds: a worker that has not answered for so long is killed and replaced.
             clock: seconds that only go forward.
@@ -113,24 +125,33 @@ class WorkerPool:
         import ray.util.scheduling_strategies  # noqa: PLC0415 - read the environment on import: see `cluster/session.py`
 
         self._ray: Any = ray
+        exceptions = ray.exceptions
+        self._gone = (
+            exceptions.RayActorError,
+            # What Ray's memory monitor, a dead machine and a lost answer leave are no errors of an actor.
+            exceptions.OutOfMemoryError,
+            exceptions.NodeDiedError,
+            exceptions.LocalRayletDiedError,
+            exceptions.WorkerCrashedError,
+            exceptions.ObjectLostError,
+        )
         options: dict[str, Any] = {
             "num_cpus": 0,  # else num_gpus=1 also takes a CPU, and a replacement could wait for it forever
-            "num_gpus": fleet.num_gpus_each,
             "max_restarts": 0,
             "max_task_retries": 0,
             "concurrency_groups": {_CONTROL: 2},
-            # With num_cpus=0 Ray would force one OpenMP thread, which bitsandbytes computes with.
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(fleet.num_threads)}},
         }
         self._actor_class = self._ray.remote(**options)(worker_class)
         self._arguments = arguments
-        self._by_gpu = fleet.num_gpus_each > 0
-        self._ping_seconds = max(ping_seconds, fleet.num_workers / MAX_PINGS_PER_SECOND)
+        places = [crew for crew in crews for _ in range(crew.num_workers)]
+        self._ping_seconds = max(ping_seconds, len(places) / MAX_PINGS_PER_SECOND)
         self._unresponsive_seconds = unresponsive_seconds
         self._clock = clock
         self._pinged_at = clock()
         self._sleep = sleep
-        self._members = {name: _Member(name) for name in (f"merge-worker-{i}" for i in range(fleet.num_workers))}
+        self._members = {f"merge-worker-{n}": _Member(f"merge-worker-{n}", crew) for n, crew in enumerate(places)}
+        self._node_rests: dict[str, float] = {}
+        """Until when nodes get no worker because one did not start there; only of those that are chosen here."""
         self._fill_places()
 
     def views(self) -> tuple[WorkerView, ...]:
@@ -140,6 +161,8 @@ class WorkerPool:
                 name=member.name,
                 idle=member.ready and not any(call.is_work for call in member.calls.values()),
                 residents=member.residents,
+                device=member.crew.device,
+                up=member.ready,
             )
             for member in self._members.values()
         )
@@ -178,7 +201,7 @@ class WorkerPool:
         """Wait until something happens, at most `timeout_seconds`, and return what did.
 
         Raises:
-            WorkerLostError: a worker fails to start again and again; the message has the reason.
+            WorkerLostError: no worker of the fleet starts, tried again and again; the message has a reason.
         """
         self._fill_places()
         self._ping()
@@ -218,32 +241,46 @@ class WorkerPool:
     def _fill_places(self) -> None:
         """Put an actor into every empty place."""
         for member in self._members.values():
-            if member.handle is not None:
+            if member.handle is not None or self._clock() < member.rests_until:
                 continue
             try:
-                member.node = self._choose_node()
-                options = {"name": member.name, "scheduling_strategy": self._near(member.node)}
-                member.handle = self._actor_class.options(**options).remote(*self._arguments)
+                member.node = self._choose_node(member.crew)
+                if member.node is None and member.crew.without_gpus:
+                    continue  # the machines it belongs on are gone, for now
+                options = {
+                    "name": member.name,
+                    "num_gpus": member.crew.num_gpus_each,
+                    "scheduling_strategy": self._near(member.node),
+                    # With num_cpus=0 Ray would force one OpenMP thread, which bitsandbytes computes with.
+                    "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(member.crew.num_threads)}},
+                }
+                member.handle = self._actor_class.options(**options).remote(*self._arguments(member.crew))
             except self._ray.exceptions.ActorAlreadyExistsError:
                 continue  # the name is free once Ray has noticed that nobody holds the dead actor's handle
             member.ready = False
             member.residents = frozenset()
             member.awaited = False
             member.created_at = self._clock()
-            self._call(member.name, "residents", task_name="residents")
+            self._call(member.name, "ready", task_name="ready")
 
-    def _choose_node(self) -> str | None:
+    def _choose_node(self, crew: Crew) -> str | None:
         """Return the node with the fewest workers for each of its cores; None where GPUs decide.
 
-        Ray itself puts actors that ask for no resource wherever it likes, and leaves machines empty.
+        Ray itself puts actors that ask for no resource wherever it likes, and leaves machines empty. A node where a
+        worker did not start comes last for a while.
         """
-        if self._by_gpu:
+        if crew.num_gpus_each > 0:
             return None
-        nodes: list[dict[str, Any]] = self._ray.nodes()
-        cores = {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in nodes if node["Alive"]}
+        nodes: list[dict[str, Any]] = [
+            node
+            for node in self._ray.nodes()
+            if node["Alive"] and not (crew.without_gpus and node["Resources"].get("GPU", 0.0))
+        ]
+        cores = {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in nodes}
         counts = Counter(member.node for member in self._members.values() if member.handle is not None)
         able = sorted(node for node, count in cores.items() if count > 0)
-        return min(able, key=lambda node: (counts[node] + 1) / cores[node], default=None)
+        rests = {node for node, until in self._node_rests.items() if self._clock() < until}
+        return min(able, key=lambda node: (node in rests, (counts[node] + 1) / cores[node]), default=None)
 
     def _near(self, node: str | None) -> Any:
         """Return how Ray is told to place an actor: where a node is only wished for, it takes others as well."""
@@ -280,7 +317,7 @@ class WorkerPool:
         # All at the same time, so that what they answer is written down at once.
         self._pinged_at = now
         for member in self._members.values():
-            if member.handle is None or any(call.method in _POLLS for call in member.calls.values()):
+            if not member.ready or any(call.method in _POLLS for call in member.calls.values()):
                 continue
             if any(call.is_work for call in member.calls.values()):
                 self._call(member.name, "progress", task_name="progress", group=_CONTROL)
@@ -294,11 +331,14 @@ class WorkerPool:
         call = member.calls.pop(reference)
         try:
             value = self._ray.get(reference)
-        except self._ray.exceptions.RayActorError as error:
-            yield self._lose(member, _one_line(error))
+        except self._gone as error:
+            yield from self._lose(member, _one_line(error))
             return
         except self._ray.exceptions.RayError as error:
             cause = getattr(error, "cause", error)  # what the worker raised, without Ray's account of where
+            if call.method == "ready" or isinstance(cause, DeviceLostError):
+                yield from self._lose(member, _one_line(cause))
+                return
             yield CallFailed(
                 worker=member.name,
                 call=call.method,
@@ -307,11 +347,18 @@ class WorkerPool:
                 message=_one_line(cause),
             )
             return
+        fault = _device_fault(value)
+        if fault is not None:
+            member.device_faults += 1
+            self._rest(member)
+            yield from self._lose(member, fault)
+            return
         yield from self._answer(member, call, value)
 
     def _answer(self, member: _Member, call: _Call, value: Any) -> Iterable[PoolEvent]:
         if isinstance(value, UnitOutcome | ShardsOutcome):
             member.residents = frozenset(value.residents)
+            member.device_faults = 0
         match value:
             case UnitOutcome():
                 yield UnitFinished(worker=member.name, outcome=value)
@@ -328,24 +375,51 @@ class WorkerPool:
                 yield PublishFinished(worker=member.name, outcome=value)
             case Progress():
                 yield ProgressSeen(worker=member.name, progress=value)
+            case Readiness():
+                yield from self._welcome(member, value)
         if call.method == "residents":
-            member.ready = True
-            member.failed_starts = 0
             member.residents = frozenset(value)
 
-    def _lose(self, member: _Member, reason: str) -> WorkerLost:
-        """Empty the place of a dead worker, and forget its calls: an actor's name is free when nothing refers to it."""
-        if not member.ready:
-            member.failed_starts += 1
-            if member.failed_starts >= _MAX_FAILED_STARTS:
-                raise WorkerLostError(f"{member.name} did not start in {_MAX_FAILED_STARTS} attempts: {reason}")
+    def _welcome(self, member: _Member, said: Readiness) -> Iterable[PoolEvent]:
+        """Count a worker that has started among those that can work, or do without it."""
+        if said.fault is not None:
+            yield from self._lose(member, f"{said.host}: {said.fault}")
+            return
+        member.ready = True
+        member.failed_starts = 0
+
+    def _lose(self, member: _Member, reason: str) -> Iterable[PoolEvent]:
+        """Empty the place of a worker that is dead or cannot work, and say so; of one that never could, once.
+
+        Its calls are forgotten: an actor's name is free when nothing refers to it.
+        """
         # It may be alive and only out of reach, and must not go on beside its replacement.
         self._ray.kill(member.handle)
+        was_ready, member.ready = member.ready, False
         member.handle = None
-        member.ready = False
         member.calls.clear()
-        logger.warning("worker lost", extra={"worker": member.name, "reason": reason})
-        return WorkerLost(worker=member.name, reason=reason)
+        if was_ready:
+            logger.warning("worker lost", extra={"worker": member.name, "reason": reason})
+            yield WorkerLost(worker=member.name, reason=reason)
+            return
+        member.failed_starts += 1
+        self._rest(member)
+        if member.node is not None:
+            self._node_rests[member.node] = member.rests_until
+        logger.warning("worker does not start", extra={"worker": member.name, "reason": reason})
+        members = self._members.values()
+        if all(not each.ready and each.failed_starts >= _MAX_FAILED_STARTS for each in members):
+            raise WorkerLostError(
+                f"none of {len(members)} workers started in {_MAX_FAILED_STARTS} attempts; {member.name}: {reason}"
+            )
+        if member.failed_starts == 1:
+            yield WorkerUnfit(worker=member.name, reason=reason)
+
+    def _rest(self, member: _Member) -> None:
+        """Leave a place empty for a while, the longer the more often its workers could not work."""
+        num_faults = member.failed_starts + member.device_faults
+        pause = min(_MAX_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2.0 ** min(num_faults - 1, 32))
+        member.rests_until = self._clock() + pause
 
     def _kill_unresponsive(self) -> Iterable[PoolEvent]:
         now = self._clock()
@@ -355,7 +429,7 @@ class WorkerPool:
                 continue
             pings = [call.started_at for call in member.calls.values() if not call.is_work]
             if pings and now - min(pings) > self._unresponsive_seconds:
-                yield self._lose(member, f"no answer for {self._unresponsive_seconds:.0f} s")
+                yield from self._lose(member, f"no answer for {self._unresponsive_seconds:.0f} s")
 
 
 def _tell_slow_start(member: _Member, now: float) -> None:
@@ -364,6 +438,19 @@ def _tell_slow_start(member: _Member, now: float) -> None:
         logger.warning(
             "worker does not start yet; the cluster may have no free resources for it", extra={"worker": member.name}
         )
+
+
+def _device_fault(value: object) -> str | None:
+    """Return how a worker lost its device at work, of which its answer says nothing else; None when it did not."""
+    match value:
+        case UnitOutcome(jobs=jobs) | PassOpened(ended=jobs) | ShardsOutcome(ended=jobs):
+            failures = [job.failure for job in jobs]
+        case PublishOutcome(failure=failure):
+            failures = [failure]
+        case _:
+            return None
+    lost = [each for each in failures if each is not None and each.failure_class is FailureClass.WORKER_LOST]
+    return lost[0].message if lost else None
 
 
 def _one_line(error: BaseException) -> str:

@@ -77,6 +77,25 @@ class WorkerLost:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerUnfit:
+    """A worker did not start, or says that it cannot work.
+
+    It has no jobs. Its place is filled again and again, with growing pauses; this is told once.
+    """
+
+    worker: str
+    reason: str
+
+
 PoolEvent = (
-    UnitFinished | PassBegun | ShardsMerged | TurnedDown | PublishFinished | CallFailed | ProgressSeen | WorkerLost
+    UnitFinished
+    | PassBegun
+    | ShardsMerged
+    | TurnedDown
+    | PublishFinished
+    | CallFailed
+    | ProgressSeen
+    | WorkerLost
+    | WorkerUnfit
 )

@@ -14,7 +14,7 @@ from cluster.display import event_line, summary_line
 from cluster.documents import plain
 from cluster.driver import Driver, stop_on_signals
 from cluster.events import DriverEvent, event_name
-from cluster.fleet import plan_fleet
+from cluster.fleet import Crew, plan_crews
 from cluster.logs import LogFormat
 from cluster.metrics import FleetMetrics
 from cluster.pool import WorkerPool
@@ -24,6 +24,9 @@ from cluster.terminal import Terminal
 from cluster.watching import LiveBoard
 from jobs.errors import FailureClass
 from jobs.store import JobStore
+from workers.outcomes import WorkerSettings
+
+logger = logging.getLogger(__name__)
 
 logger = logging.getLogger(__name__)
 
@@ -73,15 +76,26 @@ def drive(
 def _open_pool(session: Session, settings: Settings) -> Iterator[WorkerPool]:
     from workers.worker import MergeWorker  # noqa: PLC0415 - takes seconds to load, and wrong settings are told before
 
-    fleet = plan_fleet(
+    crews = plan_crews(
         num_cpus=session.num_cpus,
         num_gpus=session.num_gpus,
+        num_cpus_without_gpus=session.num_cpus_without_gpus,
         device=settings.device,
         num_workers=settings.workers,
         num_threads=settings.num_threads,
     )
-    arguments = (worker_settings(settings, device=fleet.device, num_threads=fleet.num_threads),)
-    with contextlib.closing(WorkerPool(MergeWorker, arguments, fleet, ping_seconds=settings.poll_seconds)) as pool:
+
+    def arguments(crew: Crew) -> tuple[WorkerSettings]:
+        return (worker_settings(settings, device=crew.device, num_threads=crew.num_threads),)
+
+    pool = WorkerPool(
+        MergeWorker,
+        arguments,
+        crews,
+        ping_seconds=settings.poll_seconds,
+        unresponsive_seconds=settings.unresponsive_seconds,
+    )
+    with contextlib.closing(pool):
         yield pool
 
 
@@ -98,7 +112,7 @@ def _introduce(output: Terminal, session: Session, settings: Settings) -> None:
 @contextlib.contextmanager
 def _listening(output: Terminal, store: JobStore) -> Iterator[Callable[[DriverEvent], None]]:
     """Yield what the driver tells its events; at a terminal a board is kept below them."""
-    live: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    live = None
     if output.out.is_terminal and not output.as_json:
         live = Live(LiveBoard(store), console=output.out, refresh_per_second=1, transient=True)
 
@@ -115,5 +129,22 @@ def _listening(output: Terminal, store: JobStore) -> Iterator[Callable[[DriverEv
                 logger.exception("events cannot be shown any more; the batch goes on")
             failed = True
 
-    with live:
+    # A board that cannot be drawn, at its begin or at its end, is no reason to merge nothing or to tell of nothing.
+    with _only_shown():
+        if live is not None:
+            live.start()
+    try:
         yield listener
+    finally:
+        with _only_shown():
+            if live is not None:
+                live.stop()
+
+
+@contextlib.contextmanager
+def _only_shown() -> Iterator[None]:
+    """Log what goes wrong inside, and go on."""
+    try:
+        yield
+    except Exception:
+        logger.exception("the board could not be shown")

@@ -22,7 +22,7 @@ class WaitingJob:
     sequence: int
     """Lower is older; unique."""
     alone: bool = False
-    """It has cost workers before, and must not take other jobs with it."""
+    """It may be what has cost workers, and must not take other jobs with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +33,10 @@ class WorkerView:
     idle: bool
     residents: frozenset[str]
     """Pass keys whose base it holds in memory."""
+    device: str = "cpu"
+    """`cuda` or `cpu`. Their bits may differ, so that all of one merge is done on one kind."""
+    up: bool = True
+    """Whether it has started, and is neither lost nor benched."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +55,7 @@ class UnitAssignment:
     pass_key: str
     job_ids: tuple[str, ...]
     shared: bool = False
-    """Whether other workers would be idle, and can help."""
+    """Whether other workers of its kind would be idle, and can help."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +72,8 @@ class OpenPass:
     """Workers that are at other pieces of it."""
     barred: frozenset[str]
     """Workers that cannot take part."""
+    device: str = "cpu"
+    """Of the workers that may take part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,9 +98,10 @@ def schedule(
 ) -> Schedule:
     """Assign waiting jobs to idle workers.
 
-    No worker stays idle while a job waits, and no job is in two units. With fewer passes than idle workers, the
-    largest passes are split by jobs, which reads a base twice but keeps everybody at work; where that is not enough,
-    they are shared, and `share_out` splits them by shards.
+    No worker stays idle while a job waits, and no job is in two units; GPUs get theirs first. With fewer passes than
+    idle workers, the largest passes are split by jobs, which reads a base twice but keeps everybody at work; where that
+    is not enough, they are shared, and `share_out` splits them by shards. Neither is done between a GPU and a CPU: the
+    one would have to wait for the other.
 
     Args:
         waiting: the claimed jobs without a worker.
@@ -117,10 +124,15 @@ def schedule(
         idle.remove(worker)
         counts = {key: 0 if key == first.pass_key else count + 1 for key, count in counts.items()}
     if not left:
-        units = _spread(units, idle)
-        if len(units) < sum(worker.idle for worker in workers):
-            alone = {job.job_id for job in waiting if job.alone}
-            units = [dataclasses.replace(unit, shared=alone.isdisjoint(unit.job_ids)) for unit in units]
+        units = _spread(units, idle, {worker.name: worker.device for worker in workers})
+        devices = {worker.name: worker.device for worker in workers}
+        at_work = {unit.worker for unit in units}
+        helping = {worker.device for worker in workers if worker.idle and worker.name not in at_work}
+        alone = {job.job_id for job in waiting if job.alone}
+        units = [
+            dataclasses.replace(unit, shared=devices[unit.worker] in helping and alone.isdisjoint(unit.job_ids))
+            for unit in units
+        ]
     waiting_keys = {job.pass_key for job in left}
     return Schedule(
         units=tuple(units), passed_over={key: count for key, count in counts.items() if key in waiting_keys}
@@ -142,11 +154,12 @@ def _next(
 
 
 def _best_worker(pass_key: str, left: Collection[WaitingJob], idle: Sequence[WorkerView]) -> WorkerView:
-    """Return the idle worker that holds this base, else the one whose own bases are least wanted."""
+    """Return the idle worker that holds this base, else the one whose own bases are least wanted; GPUs before all."""
     wanted = {job.pass_key for job in left} - {pass_key}
     return min(
         idle,
         key=lambda worker: (
+            worker.device != "cuda",
             pass_key not in worker.residents,
             len(worker.residents & wanted),
             len(worker.residents),
@@ -163,17 +176,19 @@ def _fill(first: WaitingJob, left: Sequence[WaitingJob], limits: Limits) -> tupl
     return (first.job_id, *others[: limits.max_jobs_per_pass - 1])
 
 
-def _spread(units: list[UnitAssignment], idle: list[WorkerView]) -> list[UnitAssignment]:
-    """Halve the largest units until every idle worker has one or no unit can be halved."""
+def _spread(units: list[UnitAssignment], idle: list[WorkerView], devices: Mapping[str, str]) -> list[UnitAssignment]:
+    """Halve the largest units until every idle worker has one or no unit of its kind can be halved."""
     units = list(units)
     idle = list(idle)
-    while idle:
-        largest = max(range(len(units)), key=lambda index: (len(units[index].job_ids), -index), default=None)
-        if largest is None or len(units[largest].job_ids) == 1:
+    while True:
+        kinds = {worker.device for worker in idle}
+        able = [n for n, each in enumerate(units) if len(each.job_ids) > 1 and devices[each.worker] in kinds]
+        if not able:
             break
+        largest = max(able, key=lambda index: (len(units[index].job_ids), -index))
         unit = units[largest]
         middle = (len(unit.job_ids) + 1) // 2
-        worker = _best_worker(unit.pass_key, (), idle)
+        worker = _best_worker(unit.pass_key, (), [each for each in idle if each.device == devices[unit.worker]])
         idle.remove(worker)
         units[largest] = UnitAssignment(worker=unit.worker, pass_key=unit.pass_key, job_ids=unit.job_ids[:middle])
         units.append(UnitAssignment(worker=worker.name, pass_key=unit.pass_key, job_ids=unit.job_ids[middle:]))
@@ -183,8 +198,9 @@ def _spread(units: list[UnitAssignment], idle: list[WorkerView]) -> list[UnitAss
 def share_out(passes: Sequence[OpenPass], workers: Sequence[WorkerView]) -> tuple[PieceAssignment, ...]:
     """Assign pieces of open passes to idle workers.
 
-    A leader works on its own pass. Everybody else goes where most is left for each worker that is there, and where the
-    base is held before others. What is handed out at once shrinks with what is left, so that all end together.
+    A leader works on its own pass. Everybody else goes where most is left for each worker that is there, among passes
+    of its kind, and where the base is held before others. What is handed out at once shrinks with what is left, so that
+    all end together.
 
     Args:
         passes: with pieces left.
@@ -205,7 +221,8 @@ def share_out(passes: Sequence[OpenPass], workers: Sequence[WorkerView]) -> tupl
             return -share, each.pass_key not in worker.residents, each.pass_id
 
         own = leading.get(worker.name)
-        open_to = [own] if own else [each for each in passes if worker.name not in each.barred]
+        able = [each for each in passes if worker.name not in each.barred and worker.device == each.device]
+        open_to = [own] if own else able
         wanted = min((each for each in open_to if left[each.pass_id]), key=need, default=None)
         if wanted is None:
             continue

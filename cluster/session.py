@@ -50,6 +50,8 @@ class Session:
     """File with the token the dashboard asks for; None when it asks for none or the operator brought their own."""
     num_cpus: int
     num_gpus: int
+    num_cpus_without_gpus: int
+    """Cores of those machines that have no GPU."""
 
 
 def open_session(settings: Settings, *, namespace: str, address: str | None, log_format: LogFormat) -> Session:
@@ -177,6 +179,13 @@ def _describe(address: str, dashboard_url: str | None, token_path: Path | None) 
         token_path=token_path,
         num_cpus=int(resources.get("CPU", 1)),
         num_gpus=int(resources.get("GPU", 0)),
+        num_cpus_without_gpus=int(
+            sum(
+                node["Resources"].get("CPU", 0)
+                for node in nodes
+                if node["Alive"] and not node["Resources"].get("GPU", 0)
+            )
+        ),
     )
 
 

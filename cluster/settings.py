@@ -81,9 +81,11 @@ class Settings(BaseSettings):
     """Parity reports, of releases and of merges that did not pass."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: CUDA where the workers have a GPU, else the CPU."""
+    """`auto`: workers on GPUs on the machines that have some, and on the CPU on those that have none. `cuda`: on GPUs
+    alone. `cpu`: on the CPU of every machine."""
     workers: Annotated[int, Field(ge=1)] | None = None
-    """Worker processes; by default one for each GPU, or one for every two cores where there is none."""
+    """Worker processes; by default one for each GPU, and one for every two cores of machines that have none. GPUs get
+    theirs first."""
     num_threads: Annotated[int, Field(ge=1)] | None = None
     """Compute threads of each worker; by default the cores, divided among the workers."""
     resident_bytes: NumBytes = 4 * 1024**3
@@ -100,6 +102,8 @@ class Settings(BaseSettings):
     """How long a job stays with a driver that no longer says that it lives."""
     poll_seconds: Annotated[float, Field(gt=0, le=10)] = 1.0
     """How often the store is asked for work and the workers for progress."""
+    unresponsive_seconds: Annotated[float, Field(ge=1)] = 120.0
+    """How long a worker may answer nothing before it is ended and replaced."""
     max_jobs_per_pass: Annotated[int, Field(ge=1)] = 8
     """Most adapters merged in one read of a base."""
     max_units_of_other_bases: Annotated[int, Field(ge=0)] = 4
@@ -108,8 +112,9 @@ class Settings(BaseSettings):
 
     max_attempts: Annotated[int, Field(ge=1)] = 5
     """Attempts before a failure that may go away is final."""
-    max_worker_losses: Annotated[int, Field(ge=0)] = 2
-    """Workers a job may cost; after that many it runs alone once, then it is quarantined."""
+    max_worker_losses: Annotated[int, Field(ge=1)] = 2
+    """Workers that a job costs while it runs alone before it is quarantined. A worker that is lost with several jobs is
+    charged to none of them: each runs alone from then on."""
     retry_delay_seconds: Annotated[float, Field(ge=0)] = 2.0
     """Longest wait before the second attempt; doubles with each one."""
     max_retry_delay_seconds: Annotated[float, Field(ge=0)] = 300.0

@@ -11,7 +11,7 @@ from cluster.holdings import Held, Holdings
 from cluster.metrics import FleetMetrics
 from jobs.errors import CancelledError, FailureClass, LeaseLostError, NoCapacityError, TransientIOError
 from jobs.release import Release
-from jobs.states import STAGES, Decision, JobState, RetryPolicy
+from jobs.states import STAGES, SUSPICIOUS_FAILURES, Decision, JobState, RetryPolicy
 from jobs.store import JobStore, ProgressReport, Publication
 from workers.outcomes import Failure
 
@@ -135,6 +135,17 @@ class Settlement:
         with self._guarded(held):
             self._write_failure(held, failure, report_path)
 
+    def unit_failure(self, held: Held, failure: Failure, report_path: str | None = None) -> None:
+        """End an attempt by what its worker says, or by the loss of it.
+
+        What may be the doing of another job of the unit is not held against this one: it runs alone next.
+        """
+        with self._guarded(held):
+            if held.beside and failure.failure_class in SUSPICIOUS_FAILURES:
+                self._isolate(held, failure)
+            else:
+                self._write_failure(held, failure, report_path)
+
     def summary(self) -> Summary:
         """Return what became of the jobs so far."""
         ended = self._ended.values()
@@ -165,11 +176,17 @@ class Settlement:
         )
         if cancelled:
             decision = Decision(state=JobState.CANCELLED)
+        message = failure.message
+        if decision.state is JobState.QUARANTINED:
+            message += (
+                f"; {held.lease.worker_losses + 1} workers were lost while it ran alone, so it is not tried again; its "
+                "events have the reason of each"
+            )
         self._store.fail(
             held.job_id,
             held.lease.token,
             failure.failure_class,
-            failure.message,
+            message,
             decision,
             report_path=report_path,
             worker_lost=worker_lost,
@@ -180,9 +197,22 @@ class Settlement:
                 job_id=held.job_id,
                 state=decision.state,
                 failure_class=failure.failure_class,
-                message=failure.message,
+                message=message,
                 retry_seconds=decision.delay_seconds if decision.state is JobState.RETRY_WAIT else None,
                 report_path=report_path,
+            ),
+        )
+
+    def _isolate(self, held: Held, failure: Failure) -> None:
+        cancelled = held.job_id in self._store.cancelling({held.job_id: held.lease.token})
+        self._store.isolate(held.job_id, held.lease.token, failure.failure_class, failure.message)
+        self._end(
+            held,
+            JobSettled(
+                job_id=held.job_id,
+                state=JobState.CANCELLED if cancelled else JobState.QUEUED,
+                failure_class=failure.failure_class,
+                message=failure.message,
             ),
         )
 

@@ -107,6 +107,10 @@ class WorkerLostError(MergefleetError):
     retryable = True
 
 
+class DeviceLostError(WorkerLostError):
+    """The worker cannot use its GPU, at its start or any more. Other workers can do its work."""
+
+
 class CancelledError(MergefleetError):
     """Somebody asked for this job to stop."""
 

@@ -10,7 +10,7 @@ from sqlalchemy import Row
 from jobs.errors import FailureClass
 from jobs.release import Release
 from jobs.request import MergeRequest
-from jobs.states import JobState
+from jobs.states import SUSPICIOUS_FAILURES, JobState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,9 @@ class Lease:
     attempts: int
     """Attempts so far, this one included."""
     worker_losses: int
-    """Workers the job has cost so far."""
+    """Workers the job has cost so far, each while it was the only job there."""
+    suspect: bool
+    """Whether it, or a job beside it, may have been what ended an attempt: it must not take other jobs with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +116,7 @@ def lease_of(row: JobRow, token: int, attempts: int) -> Lease:
         token=token,
         attempts=attempts,
         worker_losses=row.worker_losses,
+        suspect=row.worker_losses > 0 or row.failure_class in SUSPICIOUS_FAILURES,
     )
 
 

@@ -33,7 +33,7 @@ class JobState(StrEnum):
     FAILED = "FAILED"
     """Failed for good. Final, until somebody retries it."""
     QUARANTINED = "QUARANTINED"
-    """It killed its worker again and again. Final, until somebody retries it."""
+    """Alone on them, it has cost workers again and again. Final, until somebody retries it."""
 
 
 ACTIVE_STATES = frozenset(
@@ -51,6 +51,10 @@ RETRYABLE_STATES = frozenset({JobState.RETRY_WAIT, JobState.CANCELLED, JobState.
 
 LIVE_STATES = frozenset(JobState) - {JobState.CANCELLED, JobState.FAILED, JobState.QUARANTINED}
 """States in which a job has, or may still write, its destination: no other job may be given the same one."""
+
+SUSPICIOUS_FAILURES = frozenset({FailureClass.WORKER_LOST, FailureClass.INTERNAL})
+"""Failures that end a whole unit, whichever of its jobs is at fault. Where there were several, none of them is charged;
+each runs alone, and what goes wrong then is its own."""
 
 _ENDINGS = frozenset(
     {
@@ -106,7 +110,7 @@ class RetryPolicy:
             failure: the class of the error.
             retryable: whether errors of this class may go away by themselves.
             attempts: attempts made so far, this one included.
-            worker_losses: workers this job has cost so far, this one included.
+            worker_losses: workers this job has cost so far while it ran alone, this one included.
             rng: source of the jitter.
 
         Returns:
@@ -114,7 +118,7 @@ class RetryPolicy:
         """
         if failure is FailureClass.CANCELLED:
             return Decision(state=JobState.CANCELLED)
-        if failure is FailureClass.WORKER_LOST and worker_losses > self.max_worker_losses:
+        if failure is FailureClass.WORKER_LOST and worker_losses >= self.max_worker_losses:
             return Decision(state=JobState.QUARANTINED)
         if not retryable or attempts >= self.max_attempts:
             return Decision(state=JobState.FAILED)

@@ -26,7 +26,16 @@ from jobs.records import Event, JobRecord, JobRow, Lease, ProgressReport, Public
 from jobs.request import MergeRequest
 from jobs.schema import events, jobs, releases
 from jobs.schema import labels as label_table
-from jobs.states import ACTIVE_STATES, CLAIMABLE_STATES, FINAL_STATES, RETRYABLE_STATES, STAGES, Decision, JobState
+from jobs.states import (
+    ACTIVE_STATES,
+    CLAIMABLE_STATES,
+    FINAL_STATES,
+    RETRYABLE_STATES,
+    STAGES,
+    SUSPICIOUS_FAILURES,
+    Decision,
+    JobState,
+)
 
 __all__ = ["Event", "JobRecord", "JobStore", "Lease", "ProgressReport", "Publication", "SubmitResult"]
 
@@ -257,8 +266,7 @@ class JobStore:
         """
         if decision.state not in _FAILURE_STATES:
             raise InternalError(f"job '{job_id}': expected a state that follows from failure, found {decision.state}")
-        # Messages quote names of files, which may hold bytes that no database takes as text.
-        message = message.encode(errors="backslashreplace").decode().replace("\0", "\\x00")
+        message = _storable(message)
         with self._database.write() as connection:
             row, now = lock_held(self._database, connection, job_id, token)
             state = JobState.CANCELLED if row.state == JobState.CANCELLING else decision.state
@@ -283,6 +291,46 @@ class JobStore:
                 failure_class=failure.value,
                 failure_message=message,
                 report_path=report_path,
+            )
+
+    def isolate(self, job_id: str, token: int, failure: FailureClass, message: str) -> None:
+        """Give a job back to the queue whose unit failed as a whole: any of the jobs in it may be at fault.
+
+        The attempt does not count, nor is a lost worker held against it. The next lease of the job says that it is a
+        suspect. A job that somebody asked to cancel becomes CANCELLED.
+
+        Args:
+            job_id: of the job.
+            token: of the lease.
+            failure: one of `SUSPICIOUS_FAILURES`.
+            message: of the error, for people.
+
+        Raises:
+            LeaseLostError: the token is stale or the lease has expired.
+            InternalError: the failure is none that makes a job a suspect.
+        """
+        if failure not in SUSPICIOUS_FAILURES:
+            raise InternalError(f"job '{job_id}': expected a failure that makes a job a suspect, found {failure}")
+        message = _storable(message)
+        with self._database.write() as connection:
+            row, now = lock_held(self._database, connection, job_id, token)
+            state = JobState.CANCELLED if row.state == JobState.CANCELLING else JobState.QUEUED
+            detail: dict[str, JsonValue] = {
+                "reason": "its unit failed as a whole: not charged, runs alone next",
+                "failure": failure.value,
+                "message": message,
+                "attempt": row.attempts,
+                "worker_lost": False,
+            }
+            take_steps(
+                connection,
+                row,
+                now,
+                Step(state, detail),
+                **NO_LEASE,
+                attempts=row.attempts - 1,
+                failure_class=failure.value,
+                failure_message=message,
             )
 
     def let_go(self, job_id: str, token: int, reason: str) -> None:
@@ -393,3 +441,8 @@ class JobStore:
         with self._database.read() as connection:
             earliest = connection.scalar(query)
             return None if earliest is None else max(0.0, earliest - self._database.now(connection))
+
+
+def _storable(message: str) -> str:
+    """Return a message as text that any database takes: it quotes names of files, which may hold any bytes."""
+    return message.encode(errors="backslashreplace").decode().replace("\0", "\\x00")

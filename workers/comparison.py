@@ -135,6 +135,7 @@ def _merge(
     quantized = None
     if base.quantization is not None:
         quantized = cache.open(base.quantization, lambda _: cancelled())
+        quantized.hold(whole=False)  # each weight is used once
     jobs = [
         PassJob(plan=plan, directory=room / str(number), on_file=lambda _: None, direct=False, check=cancelled)
         for number, plan in enumerate(others)

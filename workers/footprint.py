@@ -86,6 +86,21 @@ def resident_bytes(base: BasePlan) -> int:
     return sum(math.ceil(size / 2) + 4 * math.ceil(size / BLOCK_SIZE) for size in sizes)
 
 
+def passing_bytes(base: BasePlan, num_threads: int) -> int:
+    """Return what a GPU takes of a base in 4-bit that it does not hold: codes and scales of the tiles in work.
+
+    A weight whose transpose is in 4-bit comes whole.
+
+    Args:
+        base: the planned base.
+        num_threads: threads that compute, each with a tile for the merge and one for its check.
+    """
+    sizes = [tensor.num_elements for tensor in base.tensors if tensor.stored is None]
+    whole = [tensor.num_elements for tensor in base.tensors if tensor.stored is None and tensor.name in base.transposed]
+    size = max([min(max(sizes, default=0), TILE_ELEMENTS["cuda"]), *whole])
+    return num_threads * 2 * (math.ceil(size / 2) + 4 * math.ceil(size / BLOCK_SIZE))
+
+
 def device_bytes(plans: Sequence[MergePlan], num_threads: int) -> int:
     """Return the memory of a GPU that a pass takes at its peak, on top of the base in 4-bit that it may hold.
 

@@ -35,6 +35,16 @@ class WorkerSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Readiness:
+    """What a worker says when it starts."""
+
+    host: str
+    """Name of its machine."""
+    fault: str | None = None
+    """Why it cannot work; None when it can."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """Why a job failed."""
 

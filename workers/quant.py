@@ -36,7 +36,7 @@ _STATE_SUFFIX = ".quant_state.bitsandbytes__"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedWeight:
-    """A linear weight in 4-bit, on the device where it is dequantized."""
+    """A linear weight in 4-bit, on the device where it is dequantized, or brought there tile by tile."""
 
     codes: torch.Tensor
     """uint8 [ceil(O * I / 2), 1]: two codes a byte."""
@@ -49,6 +49,8 @@ class QuantizedWeight:
     """What it dequantizes to: the dtype of the weight it was made from."""
     transposed: bool = False
     """Whether the blocks run over the transpose, as of a `Conv1D`, which keeps its weight [I, O]."""
+    device: torch.device | None = None
+    """Where tiles are brought to be dequantized; None for where the codes are."""
 
     @property
     def row_alignment(self) -> int:
@@ -69,7 +71,7 @@ class QuantizedWeight:
             memory: [stop - start, I] of `dtype`, on the CPU: may become the result, where the codes are there, too.
 
         Returns:
-            A tensor [stop - start, I] of `dtype`, on the device of the codes.
+            A tensor [stop - start, I] of `dtype`, on the device where it is dequantized.
         """
         if self.transposed:
             num_rows, num_columns = self.shape
@@ -79,6 +81,8 @@ class QuantizedWeight:
         begin, end = start * num_columns, stop * num_columns
         codes = self.codes[begin // 2 : (end + 1) // 2]
         absmax = self.absmax[begin // self.blocksize : math.ceil(end / self.blocksize)]
+        if self.device is not None:
+            codes, absmax = codes.to(self.device), absmax.to(self.device)
         if BITSANDBYTES_VERSION == _FOLLOWED_VERSION and codes.device.type == "cpu":
             weight = torch.empty(stop - start, num_columns, dtype=self.dtype) if memory is None else memory
             four_bit.dequantize(

@@ -1,5 +1,6 @@
 """Bases in 4-bit: made once, kept on disk in the bnb-4bit checkpoint format, mapped or held by workers."""
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -55,6 +56,7 @@ class QuantizedBase:
         self.errors: dict[str, float] = {}
         """What 4 bits changed of stored tensors, as the Frobenius norm of the difference; empty where nobody knows."""
         self._device = device
+        self._holds = True
         self._transposed = frozenset(transposed)
         self._files: dict[str, dict[str, Path]] = {}
         """By weight, where each of its tensors is, by suffix."""
@@ -68,6 +70,16 @@ class QuantizedBase:
         made = cls(base.name, quantized_names(layout.tensors), device, transposed)
         made.add(base, layout, {})
         return made
+
+    def hold(self, *, whole: bool) -> None:
+        """Say whether weights stay on the device once they are used, or are brought there tile by tile.
+
+        One that is larger than the device has room for is not held: its codes are mapped, and cross the bus whenever
+        a tile is dequantized. The bits are the same. On the CPU weights are mapped either way.
+        """
+        self._holds = whole
+        if not whole:
+            self._held.clear()
 
     @property
     def num_device_bytes(self) -> int:
@@ -96,7 +108,7 @@ class QuantizedBase:
         self._directories.add(directory)
 
     def weight(self, name: str) -> QuantizedWeight:
-        """Return one weight, on this base's device.
+        """Return one weight, which is dequantized on this base's device.
 
         Raises:
             BadInputError: the stored parts do not make a weight.
@@ -120,6 +132,8 @@ class QuantizedBase:
             except SafetensorError as error:
                 raise BadInputError(f"{path}: tensor {name}{suffix} cannot be read: {error}") from error
         weight = restore(name, stored, transposed=name in self._transposed)
+        if self._device.type != "cpu" and not self._holds:
+            return dataclasses.replace(weight, device=self._device)
         if self._device.type != "cpu":
             weight = self._held[name] = weight.to(self._device)
             if self._held.keys() >= self._files.keys():
@@ -317,6 +331,10 @@ class ResidentBases:
     def num_device_bytes(self, key: str) -> int:
         """Return the bytes that the base under a key holds on a device; 0 if it is not held."""
         return self._bases[key].num_device_bytes if key in self._bases else 0
+
+    def num_device_bytes_beside(self, key: str) -> int:
+        """Return the bytes that all other bases hold on a device."""
+        return sum(base.num_device_bytes for other, base in self._bases.items() if other != key)
 
     def make_room(self, key: str, num_bytes: int) -> None:
         """Let go of other bases than the one under a key, until they held so many bytes of a device or none is left."""

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from jobs.errors import InternalError, NotFoundError, OutOfMemoryError
+from jobs.errors import DeviceLostError, NotFoundError, OutOfMemoryError
 from jobs.release import (
     REPORT_NAME,
     REPORT_PAGE_NAME,
@@ -25,7 +25,7 @@ from jobs.request import BaseQuantization
 from workers.adapters import fetch_adapters
 from workers.arithmetic import ArithmeticCheck
 from workers.files import file_errors
-from workers.footprint import device_bytes, pass_bytes, resident_bytes
+from workers.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
 from workers.job import Job, own_failure
 from workers.memory import available_device_bytes, available_host_bytes, give_back, hold_little
 from workers.merge import PassResult, run_pass
@@ -207,13 +207,16 @@ class Unit:
         """Refuse jobs, the last ones first, until the pass fits into the memory that is free."""
         free = available_host_bytes()
         free_on_device = self._make_room_on_device()
+        on_device = resident_bytes(self._base)
+        if self._running and not self._fits(self._running[:1], free_on_device):
+            on_device = passing_bytes(self._base, self._num_threads)
         admitted: list[MergePlan] = []
         for job in self._running:
             with own_failure(job):
                 plans = [*admitted, job.plan]
                 takes = {"memory": (pass_bytes(plans, self._num_threads, self._device.type), free)}
                 if free_on_device is not None:
-                    needed = resident_bytes(self._base) + device_bytes(plans, self._num_threads)
+                    needed = on_device + device_bytes(plans, self._num_threads)
                     takes["GPU memory"] = needed, free_on_device
                 for what, (needed, available) in takes.items():
                     if needed > available:
@@ -225,8 +228,16 @@ class Unit:
                         )
                 admitted.append(job.plan)
 
+    def _fits(self, jobs: Sequence[Job], room: int | None) -> bool:
+        """Whether the GPU has room for the whole base in 4-bit beside some jobs; what it has not comes tile by tile."""
+        if room is None:
+            return True
+        return resident_bytes(self._base) + device_bytes([job.plan for job in jobs], self._num_threads) <= room
+
     def _make_room_on_device(self) -> int | None:
         """Let go of bases that other passes left on the GPU, if they have to.
+
+        They stay where this pass's own would not fit beside it even without them.
 
         Returns:
             Bytes of the GPU that this pass may take, the base it holds included; None on the CPU.
@@ -235,8 +246,14 @@ class Unit:
             return None
         key = self.jobs[0].request.pass_key()
         held = self._residents.num_device_bytes(key)
-        wanted = resident_bytes(self._base) + device_bytes([job.plan for job in self._running], self._num_threads)
-        self._residents.make_room(key, wanted - held - available_device_bytes(self._device))
+        free = available_device_bytes(self._device) + held
+        beside = self._residents.num_device_bytes_beside(key)
+        base = self._base
+        on_device = resident_bytes(base)
+        if not self._fits(self._running[:1], free + beside):
+            on_device = passing_bytes(base, self._num_threads)
+        wanted = on_device + device_bytes([job.plan for job in self._running], self._num_threads)
+        self._residents.make_room(key, wanted - free)
         return available_device_bytes(self._device) + held
 
     def _open_sink(self, job: Job) -> None:
@@ -257,6 +274,14 @@ class Unit:
             raise NotFoundError(f"{ticket.directory}, which the merge is written to, is not to be seen from here")
 
     def _open_quantized(self, plans: Collection[MergePlan]) -> QuantizedBase | None:
+        # Other passes may have been here since this one was admitted.
+        room = self._make_room_on_device()
+        quantized = self._open_mapped(plans)
+        if quantized is not None:
+            quantized.hold(whole=self._fits(self._running, room))
+        return quantized
+
+    def _open_mapped(self, plans: Collection[MergePlan]) -> QuantizedBase | None:
         base = self._base
         if base.stored_in_4bit:
             return QuantizedBase.stored(base.source.directory, base.layout, self._device, base.transposed)
@@ -299,7 +324,6 @@ class Unit:
 
     def _merge(self, plans: Mapping[str, MergePlan], uploads: ThreadPoolExecutor) -> None:
         """Merge and check what some plans say: those of the jobs, or parts of them."""
-        self._make_room_on_device()  # other passes may have been here since this one was admitted
         quantized = self._open_quantized(plans.values())
         with self._module_weights(quantized, plans.values()) as weights:
             check = ArithmeticCheck(self._base, quantized, self._device)
@@ -393,11 +417,11 @@ def resolve_device(name: str) -> torch.device:
     """Return the device for `cpu`, `cuda` or `auto`.
 
     Raises:
-        InternalError: CUDA was asked for and there is none.
+        DeviceLostError: CUDA was asked for and there is none.
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise InternalError("device is 'cuda', but this process sees no CUDA device; set device to 'cpu' or 'auto'")
+        raise DeviceLostError("device is 'cuda', but this process sees no CUDA device; set device to 'cpu' or 'auto'")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 

@@ -1,11 +1,13 @@
 """The worker: takes units of requests as far as staging, and publishes on the word. Knows nothing of what runs it."""
 
+import socket
 import threading
 import time
 from collections.abc import Mapping
 
 from jobs.errors import InternalError
 from jobs.request import MergeRequest
+from workers.device import device_fault
 from workers.job import Job, own_failure, shared_failures
 from workers.memory import pass_over_modules
 from workers.outcomes import (
@@ -17,6 +19,7 @@ from workers.outcomes import (
     Piece,
     Progress,
     PublishOutcome,
+    Readiness,
     ShardsOutcome,
     UnitOutcome,
     Unreachable,
@@ -44,6 +47,10 @@ class MergeWorker:
         self._passes: dict[str, Unit] = {}
         """Passes this worker takes part in; what is known of them here, the next call could find out again."""
         self._lock = threading.Lock()
+
+    def ready(self) -> Readiness:
+        """Say whether this worker can use its device; it is to get no work when it cannot."""
+        return Readiness(host=socket.gethostname(), fault=device_fault(self._settings.device))
 
     def run_unit(self, name: str, requests: tuple[MergeRequest, ...]) -> UnitOutcome:
         """Plan, merge, verify and stage requests that share a pass key.

@@ -15,6 +15,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from jobs.errors import FailureClass
 from jobs.states import JobState
 from jobs.store import JobStore
 from tests.models import build_tokenizer, make_adapter
@@ -136,7 +137,7 @@ def test_kill_of_worker_and_driver_mid_batch(fleet, s3):
     try:
         wait_until(lambda: JobState.MERGING in states(store).values() and workers_of(driver), driver)
         os.kill(workers_of(driver)[0].pid, signal.SIGKILL)
-        wait_until(lambda: any(record.worker_losses for record in store.jobs()), driver)
+        wait_until(lambda: any(record.failure_class is FailureClass.WORKER_LOST for record in store.jobs()), driver)
         at_work = {JobState.MERGING, JobState.VERIFYING, JobState.PUBLISHING}
         wait_until(lambda: JobState.PUBLISHED in states(store).values() and at_work & {*states(store).values()}, driver)
         workers = workers_of(driver)

@@ -111,3 +111,20 @@ def test_one_merge_is_spread_over_all_nodes(models, tmp_path, num_nodes, quantiz
     else:
         assert replaced == []
         assert len(names) == len(set(names)) == len(list((models / "base").glob("*.safetensors")))
+
+
+def test_a_fleet_of_nodes_with_and_without_gpus_works_on_where_they_can_be_used(models, tmp_path):
+    """Ray hands out GPUs that are not there: what nodes look like whose driver does not fit."""
+    home = tmp_path / "home"
+    home.mkdir()
+    with contextlib.closing(JobStore(f"sqlite:///{home}/mergefleet.db")) as store:
+        store.submit([request(models, name, tmp_path / "releases" / name, "none") for name in ("one", "two")])
+        events = run_nodes(home, 2, "--mixed")
+        records = store.jobs()
+    assert [(each.state, each.attempts, each.worker_losses) for each in records] == [(JobState.PUBLISHED, 1, 0)] * 2
+    assert {event["worker"] for event in events if event["event"] == "unit_started"} == {"merge-worker-1"}
+    assert [event["worker"] for event in events if event["event"] == "place"] == ["merge-worker-1"]
+    (benched,) = [event for event in events if event["event"] == "worker_benched"]
+    assert benched["worker"] == "merge-worker-0"
+    assert "device 'cuda' cannot be used" in benched["reason"]
+    assert not [event for event in events if event["event"] == "worker_replaced"]

@@ -8,6 +8,8 @@ import torch
 from jobs.request import MergeRequest
 from tests.merges import read_tensors
 from tests.models import build_llama, make_adapter, merge_with_peft
+from workers import unit
+from workers.footprint import resident_bytes
 from workers.outcomes import WorkerSettings
 from workers.worker import MergeWorker
 
@@ -56,4 +58,27 @@ def test_merge_is_that_of_peft_on_the_gpu(tmp_path: Path, quantization: str, dou
             torch.testing.assert_close(merged[key], tensor, rtol=2**-7, atol=2**-20)
             assert (merged[key] == tensor).float().mean() > 0.999, key
     assert len(digests) == 1
+    worker.close()
+
+
+def test_a_base_that_does_not_fit_is_merged_into_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base = build_llama(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter")
+    worker = MergeWorker(
+        WorkerSettings(cache=tmp_path / "c", scratch=tmp_path / "s", reports=tmp_path / "r", device="cuda")
+    )
+    merged = {}
+    for name, size in (("held", resident_bytes), ("passing", lambda _: 1 << 50)):
+        monkeypatch.setattr(unit, "resident_bytes", size)
+        request = MergeRequest(
+            id=name, base=str(base), adapter=str(adapter), destination=str(tmp_path / name), base_quantization="nf4"
+        )
+        (job,) = worker.run_unit(name, (request,)).jobs
+        assert job.failure is None, job.failure
+        held = worker._residents.num_device_bytes(request.pass_key())
+        assert (held == 0) == (name == "passing")
+        assert worker.publish(name).release is not None
+        merged[name] = read_tensors(tmp_path / name)
+    for key, tensor in merged["held"].items():
+        assert torch.equal(merged["passing"][key], tensor), key
     worker.close()

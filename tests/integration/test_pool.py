@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.fleet import Fleet
+from cluster.fleet import Crew
 from cluster.metrics import FleetMetrics
 from cluster.pool import WorkerPool
 from cluster.replies import (
@@ -30,6 +30,7 @@ from cluster.replies import (
     TurnedDown,
     UnitFinished,
     WorkerLost,
+    WorkerUnfit,
 )
 from cluster.session import close_session, open_session
 from cluster.settings import Settings
@@ -45,6 +46,7 @@ from workers.outcomes import (
     Piece,
     Progress,
     PublishOutcome,
+    Readiness,
     ShardsOutcome,
     UnitOutcome,
     Unreachable,
@@ -54,7 +56,7 @@ from workers.sinks import Ticket
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("session")]
 
-FLEET = Fleet(num_workers=2, device="cpu", num_threads=3)
+CREW = Crew(num_workers=2, device="cpu", num_threads=3)
 
 
 class SleepingWorker:
@@ -64,6 +66,9 @@ class SleepingWorker:
         self.directory = directory
         self.cancelled = frozenset()
         self.unit = ""
+
+    def ready(self):
+        return Readiness(host="here")
 
     def run_unit(self, name, requests):
         self.unit = name
@@ -164,9 +169,12 @@ def test_nobody_else_can_enter_the_directory_of_a_local_ray():
 def make_pool(tmp_path):
     pools = []
 
-    def make(worker_class=SleepingWorker, **options):
-        pools.append(WorkerPool(worker_class, (str(tmp_path),), FLEET, **{"ping_seconds": 0.1, **options}))
+    def make(worker_class=SleepingWorker, crews=(CREW,), **options):
+        pools.append(WorkerPool(worker_class, arguments, crews, **{"ping_seconds": 0.1, **options}))
         return pools[-1]
+
+    def arguments(_crew):
+        return (str(tmp_path),)
 
     yield make
     for pool in pools:
@@ -234,7 +242,7 @@ def test_progress_and_cancellation_reach_a_worker_at_work(make_pool):
     while (progress := last(until(pool, ProgressSeen), ProgressSeen).progress).unit == "":
         pass  # asked before the unit had begun
     assert progress.unit == "merge:b:1 adapter"
-    assert progress.stages["threads"] == str(FLEET.num_threads)
+    assert progress.stages["threads"] == str(CREW.num_threads)
     pool.cancel("merge-worker-0", ["one"])
     outcome = last(until(pool, UnitFinished), UnitFinished).outcome
     assert outcome.jobs[0].failure.failure_class is FailureClass.CANCELLED
@@ -291,11 +299,50 @@ def test_workers_that_never_start_end_the_driver_with_the_reason(make_pool):
         ready(pool)
 
 
+class HalfBlindWorker(SleepingWorker):
+    """Says that its GPU is of no use, unless a file is there."""
+
+    def ready(self):
+        usable = Path(self.directory, "mended").exists() or "merge-worker-1" in name_of_this_actor()
+        return Readiness(host="gpu-7", fault=None if usable else "device 'cuda' cannot be used: ECC error")
+
+    def run_unit(self, name, requests):
+        outcome = super().run_unit(name, requests)
+        if not requests[0].labels.get("breaks"):
+            return outcome
+        failure = Failure(failure_class=FailureClass.WORKER_LOST, retryable=True, message="the GPU failed at work")
+        return dataclasses.replace(outcome, jobs=(JobOutcome(job_id=requests[0].id, failure=failure),))
+
+
+def name_of_this_actor():
+    import ray
+
+    return ray.get_runtime_context().get_actor_name()
+
+
+def test_a_worker_that_cannot_use_its_gpu_gets_no_work_is_told_once_and_tried_again(make_pool, tmp_path):
+    pool = make_pool(HalfBlindWorker)
+    unfit = last(until(pool, WorkerUnfit), WorkerUnfit)
+    assert (unfit.worker, unfit.reason) == ("merge-worker-0", "gpu-7: device 'cuda' cannot be used: ECC error")
+    ready(pool, num=1)
+    end = time.monotonic() + 6
+    while time.monotonic() < end:  # longer than it takes to fail again, with pauses of 1 s and 2 s
+        assert not [event for event in pool.poll(0.2) if isinstance(event, WorkerUnfit | WorkerLost)]
+    assert [(view.idle, view.up) for view in pool.views()] == [(False, False), (True, True)]
+    (tmp_path / "mended").touch()
+    ready(pool)
+    # One whose GPU fails at work is lost with what it did, and its place rests before it is filled again.
+    pool.run_unit("merge-worker-0", "u", (request(breaks="1"),))
+    lost = last(until(pool, WorkerLost), WorkerLost)
+    assert (lost.worker, lost.reason) == ("merge-worker-0", "the GPU failed at work")
+    ready(pool)
+
+
 def test_closing_lets_idle_workers_sweep(make_pool, tmp_path):
     pool = make_pool()
     ready(pool)
     pool.close()
-    assert len(list(tmp_path.glob("closed-*"))) == FLEET.num_workers
+    assert len(list(tmp_path.glob("closed-*"))) == CREW.num_workers
 
 
 def test_every_metric_is_on_the_prometheus_endpoint(session):
@@ -312,6 +359,7 @@ def test_every_metric_is_on_the_prometheus_endpoint(session):
     metrics.publish_finished(PublishOutcome(job_id="one", seconds=0.25))
     metrics.settled("published")
     metrics.worker_lost()
+    metrics.worker_benched()
     expected = {
         ("ray_mergefleet_jobs", "QUEUED"): 3,
         ("ray_mergefleet_jobs", "FAILED"): 0,
@@ -329,6 +377,7 @@ def test_every_metric_is_on_the_prometheus_endpoint(session):
         ("ray_mergefleet_parity_total", "failed"): 1,
         ("ray_mergefleet_settled_total", "published"): 1,
         ("ray_mergefleet_worker_deaths_total", ""): 1,
+        ("ray_mergefleet_workers_benched_total", ""): 1,
     }
     end = time.monotonic() + 60
     while (found := scrape(session.metrics_urls[0])).keys() < expected.keys() or any(

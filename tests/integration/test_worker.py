@@ -24,7 +24,7 @@ from jobs.release import Manifest, ParityReport
 from jobs.request import MergeRequest
 from tests.merges import different, merge_by_peft, open_descriptors, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
-from workers.footprint import device_bytes, pass_bytes
+from workers.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
 from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from workers.model import quiet_transformers
 from workers.plan import plan_base, plan_merge
@@ -642,6 +642,34 @@ def test_jobs_that_do_not_fit_into_the_memory_of_the_gpu_wait(worker, settings, 
         assert "MB of GPU memory" in failure.message
     worker.discard("one")
     assert left_over(tmp_path) == []
+
+
+def test_a_base_in_4_bit_larger_than_the_gpu_is_merged_all_the_same(
+    worker, settings, request_for, base, adapters, tmp_path, monkeypatch
+):
+    """The room of the GPU is replaced by numbers; weights that are not held on one are dequantized here."""
+    requests = [request_for(name, adapter, base_quantization="nf4") for name, adapter in adapters.items()]
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base_plan = plan_base(fetch_base(requests[0].base, settings.cache), requests[0])
+    plans = [plan_merge(base_plan, request, fetch_adapter(request.adapter, settings.cache)) for request in requests]
+    held = []
+    monkeypatch.setattr(workers.quantized_base.QuantizedBase, "hold", lambda _, whole: held.append(whole))
+    whole = resident_bytes(base_plan) + device_bytes(plans, settings.num_threads)
+    # Of so small a base, tiles on their way take more than all of it: a larger one is told of.
+    monkeypatch.setattr(workers.unit, "resident_bytes", lambda _: 10 * whole)
+    room = passing_bytes(base_plan, settings.num_threads) + device_bytes(plans, settings.num_threads)
+    monkeypatch.setattr(workers.unit.Unit, "_make_room_on_device", lambda _: room)
+    outcomes = run(worker, *requests)
+    assert {name: job.failure for name, job in outcomes.items()} == dict.fromkeys(adapters)
+    assert held == [False]
+    assert_published(worker.publish("one").release, base, adapters["one"], tmp_path, quantization=config)
+    # With less room than that, those that still fit go first; with enough for the base, it is held.
+    room = passing_bytes(base_plan, settings.num_threads) + device_bytes(plans[2:], settings.num_threads)
+    outcomes = run(worker, requests[2], requests[1])
+    assert [name for name, job in outcomes.items() if job.failure is None] == ["three"]
+    room = 11 * whole
+    assert run(worker, requests[1])["two"].failure is None
+    assert held == [False, False, True]
 
 
 def test_jobs_that_do_not_fit_into_memory_wait_and_the_others_do_not(

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.display import event_line
 from cluster.driver import Driver
-from cluster.events import JobSettled, WorkerReplaced
+from cluster.events import JobSettled, WorkerBenched, WorkerReplaced
 from cluster.replies import (
     CallFailed,
     PassBegun,
@@ -21,6 +21,7 @@ from cluster.replies import (
     TurnedDown,
     UnitFinished,
     WorkerLost,
+    WorkerUnfit,
 )
 from cluster.scheduler import WorkerView
 from cluster.settings import Settings
@@ -93,9 +94,18 @@ class ScriptedPool:
         self.discarded = []
         self.cancelled = []
         self.on_poll = lambda: None
+        self.down = set()
 
     def views(self):
-        return tuple(WorkerView(name=n, idle=n not in self.busy, residents=frozenset()) for n in self.names)
+        return tuple(
+            WorkerView(
+                name=name,
+                idle=name not in self.busy and name not in self.down,
+                residents=frozenset(),
+                up=name not in self.down,
+            )
+            for name in self.names
+        )
 
     def run_unit(self, worker, name, requests):
         assert worker not in self.busy
@@ -345,32 +355,119 @@ def test_progress_is_shared_out_and_moves_jobs_through_every_state_between(fleet
     assert it.job("two").state is JobState.LEASED
 
 
-def test_a_lost_worker_costs_each_of_its_jobs_one_loss(fleet):
+def test_a_worker_that_is_lost_with_several_jobs_is_charged_to_none_of_them(fleet):
     it = fleet()
     it.submit(request("one"), request("two"))
     it.step()
     it.pool.lose("merge-worker-0")
     it.step()
-    assert it.states() == {"one": JobState.RETRY_WAIT, "two": JobState.RETRY_WAIT}
-    assert [it.job(name).worker_losses for name in ("one", "two")] == [1, 1]
+    assert it.states() == {"one": JobState.QUEUED, "two": JobState.QUEUED}
+    assert [(it.job(name).attempts, it.job(name).worker_losses) for name in ("one", "two")] == [(0, 0)] * 2
     assert [event.reason for event in it.events if isinstance(event, WorkerReplaced)] == ["killed by signal 9"]
+    last = it.store.events("one")[-1]
+    assert last.detail["reason"] == "its unit failed as a whole: not charged, runs alone next"
+    assert last.detail["message"] == "merge-worker-0 was lost with 2 jobs: killed by signal 9"
 
 
-def test_a_job_that_has_cost_two_workers_runs_alone_and_is_quarantined_with_the_third(fleet):
+def test_suspects_run_alone_beside_the_rest_and_the_one_that_kills_again_is_quarantined(fleet):
+    it = fleet(num_workers=2, max_jobs_per_pass=3)
+    names = ("one", "killer", "two", "three", "four", "five")
+    it.submit(*(request(name) for name in names))
+    it.step()
+    assert [jobs for _, _, jobs in it.pool.units] == [("one", "killer", "two"), ("three", "four", "five")]
+    it.pool.units.clear()
+    it.submit(request("six"), request("seven"))
+    it.pool.lose("merge-worker-0")
+
+    def answer():
+        """End every unit in a round: with the loss of its worker where the killer is in it."""
+        for worker, jobs in list(it.pool.busy.items()):
+            if "killer" in jobs:
+                it.pool.lose(worker)
+            else:
+                it.pool.finish(worker, *(staged(job) for job in jobs))
+        for worker, job in it.pool.published[answer.num_published :]:
+            it.pool.finish_publish(worker, job)
+        answer.num_published = len(it.pool.published)
+
+    answer.num_published = 0
+    it.pool.on_poll = answer
+    it.driver.run(drain=True)
+    assert it.states() == {
+        name: JobState.QUARANTINED if name == "killer" else JobState.PUBLISHED for name in (*names, "six", "seven")
+    }
+    good = [it.job(name) for name in it.states() if name != "killer"]
+    assert {(record.attempts, record.worker_losses) for record in good} == {(1, 0)}
+    units = [jobs for _, _, jobs in it.pool.units]
+    # The suspects alone, the others together; the killer twice.
+    assert sorted(unit for unit in units if len(unit) == 1) == [("killer",), ("killer",), ("one",), ("two",)]
+    assert ("six", "seven") in units
+    killer = it.job("killer")
+    assert (killer.attempts, killer.worker_losses) == (2, 2)
+    assert killer.failure_message.endswith(
+        "was lost with 1 job: killed by signal 9; 2 workers were lost while it ran alone, so it is not tried again; "
+        "its events have the reason of each"
+    )
+
+
+def test_a_suspect_stays_one_for_the_next_driver(fleet):
     it = fleet()
     it.submit(request("one"), request("two"))
-    for _ in range(2):
-        it.step()
-        assert it.pool.units.pop()[2] == ("one", "two")
-        it.pool.lose("merge-worker-0")
-        it.step()
     it.step()
-    assert it.pool.units.pop()[2] == ("one",)
     it.pool.lose("merge-worker-0")
+    it.step()
+    leases = it.store.claim("driver-b", 8, 60)
+    assert [(lease.job_id, lease.suspect) for lease in leases] == [("one", True), ("two", True)]
+    it.store.let_go("one", leases[0].token, "stopped")
+    assert it.store.claim("driver-b", 1, 60)[0].suspect
+
+
+def test_a_job_cancelled_before_its_worker_was_lost_ends_cancelled(fleet):
+    it = fleet()
+    it.submit(request("one"), request("two"))
+    it.step()
+    it.store.cancel(["two"])
+    it.pool.lose("merge-worker-0")
+    it.step()
+    assert it.states() == {"one": JobState.QUEUED, "two": JobState.CANCELLED}
+
+
+def test_a_fault_that_ends_a_whole_unit_is_held_against_a_job_that_has_it_alone(fleet):
+    it = fleet()
+    it.submit(request("one"), request("two"))
+    it.step()
+    it.pool.events.append(CallFailed(worker="merge-worker-0", call="run_unit", job_id=None, message="boom"))
+    it.step()
+    assert it.job("two").attempts == 0
+    it.step()
+    assert it.pool.units[-1][2] == ("one",)
+    it.pool.finish("merge-worker-0", failed("one", FailureClass.INTERNAL))
     it.step(2)
-    assert it.states() == {"one": JobState.QUARANTINED, "two": JobState.LEASED}
-    assert it.pool.units.pop()[2] == ("two",)
-    assert "killed by signal 9" in it.job("one").failure_message
+    assert it.pool.units[-1][2] == ("two",)
+    it.pool.finish("merge-worker-0", staged("two"))
+    it.step()
+    assert it.states() == {"one": JobState.FAILED, "two": JobState.PUBLISHING}
+
+
+def test_a_listener_that_raises_changes_nothing(tmp_path):
+    it = Fixture(tmp_path)
+    said = []
+
+    def listener(event):
+        said.append(event)
+        "\udcff".encode()
+
+    driver = Driver(
+        it.store, it.pool, Settings(poll_seconds=0.01), SilentMetrics(), owner="driver-b", listener=listener
+    )
+    it.submit(request("one"), request("two", base="/bases/b"))
+    it.pool.on_poll = lambda: [
+        it.pool.finish(worker, *(failed(job, FailureClass.BAD_INPUT) for job in jobs))
+        for worker, jobs in it.pool.busy.items()
+    ]
+    assert driver.run(drain=True).failures == {FailureClass.BAD_INPUT: 2}
+    assert len(said) == 4
+    it.store.close()
 
 
 def test_an_exception_out_of_a_worker_fails_the_unit_as_a_fault(fleet):
@@ -693,6 +790,29 @@ def test_when_the_leader_cannot_go_on_a_helper_leads(fleet):
     it.pool.finish("merge-worker-1", staged("one"))
     it.step()
     assert it.pool.published == [("merge-worker-1", "one")]
+
+
+def test_a_pass_whose_leader_is_not_replaced_is_finished_by_another(fleet):
+    it = shared(fleet, "one", num_pieces=3)
+    it.pool.lose("merge-worker-0")
+    it.pool.events.append(WorkerUnfit(worker="merge-worker-0", reason="ECC error"))
+    it.pool.down.add("merge-worker-0")
+    it.pool.merge("merge-worker-1", "one")
+    it.step(2)
+    assert [event.reason for event in it.events if isinstance(event, WorkerBenched)] == ["ECC error"]
+    it.pool.merge("merge-worker-2", "one")
+    it.step()
+    it.pool.merge(it.pool.given[-1][0], "one")
+    it.step(2)
+    [(worker, merged)] = it.pool.finishing
+    assert worker != "merge-worker-0"
+    assert sorted(merged["one"]) == [("shard-0",), ("shard-1",), ("shard-2",)]
+    it.pool.finish(worker, staged("one"))
+    it.step()
+    it.pool.finish_publish(worker, "one")
+    it.step(2)
+    assert it.states() == {"one": JobState.PUBLISHED}
+    assert (it.job("one").attempts, it.job("one").worker_losses) == (1, 0)
 
 
 def test_a_pass_that_nobody_can_go_on_with_is_tried_again(fleet):

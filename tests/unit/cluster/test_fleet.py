@@ -1,32 +1,50 @@
-"""How many workers there are by default, and what is refused."""
+"""How many workers there are by default, of what kinds, and what is refused."""
 
 import pytest
 
-from cluster.fleet import plan_fleet
+from cluster.fleet import plan_crews
 from jobs.errors import NoCapacityError
 
 
 @pytest.mark.parametrize(
     ("cluster", "asked", "expected"),
     [
-        ((2, 0), {}, (1, "cpu", 2)),
-        ((1, 0), {}, (1, "cpu", 1)),
-        ((16, 0), {}, (8, "cpu", 2)),
-        ((16, 0), {"num_workers": 4}, (4, "cpu", 4)),
-        ((2, 0), {"num_workers": 4}, (4, "cpu", 1)),
-        ((32, 8), {}, (8, "cuda", 4)),
-        ((32, 8), {"device": "cpu"}, (16, "cpu", 2)),
-        ((32, 8), {"num_workers": 2, "num_threads": 3}, (2, "cuda", 3)),
+        ((2, 0, 2), {}, [(1, "cpu", 2)]),
+        ((1, 0, 1), {}, [(1, "cpu", 1)]),
+        ((16, 0, 16), {}, [(8, "cpu", 2)]),
+        ((16, 0, 16), {"num_workers": 4}, [(4, "cpu", 4)]),
+        ((2, 0, 2), {"num_workers": 4}, [(4, "cpu", 1)]),
+        ((32, 8, 0), {}, [(8, "cuda", 4)]),
+        ((32, 8, 0), {"device": "cpu"}, [(16, "cpu", 2)]),
+        ((32, 8, 0), {"num_workers": 2, "num_threads": 3}, [(2, "cuda", 3)]),
+        ((48, 8, 16), {}, [(8, "cuda", 4), (8, "cpu", 2)]),
+        ((48, 8, 16), {"num_workers": 10}, [(8, "cuda", 4), (2, "cpu", 8)]),
+        ((48, 8, 16), {"num_workers": 8}, [(8, "cuda", 4)]),
+        ((48, 8, 16), {"num_workers": 3, "num_threads": 5}, [(3, "cuda", 5)]),
+        ((48, 8, 16), {"device": "cuda"}, [(8, "cuda", 6)]),
+        ((48, 8, 16), {"device": "cpu"}, [(24, "cpu", 2)]),
     ],
 )
 def test_workers_by_default(cluster, asked, expected):
     options = {"device": "auto", "num_workers": None, "num_threads": None} | asked
-    fleet = plan_fleet(num_cpus=cluster[0], num_gpus=cluster[1], **options)
-    assert (fleet.num_workers, fleet.device, fleet.num_threads) == expected
-    assert fleet.num_gpus_each == (1 if fleet.device == "cuda" else 0)
+    num_cpus, num_gpus, without = cluster
+    crews = plan_crews(num_cpus=num_cpus, num_gpus=num_gpus, num_cpus_without_gpus=without, **options)
+    assert [(crew.num_workers, crew.device, crew.num_threads) for crew in crews] == expected
+    assert [crew.num_gpus_each for crew in crews] == [1 if crew.device == "cuda" else 0 for crew in crews]
+    assert [crew.without_gpus for crew in crews] == [False, True][: len(crews)]
 
 
-@pytest.mark.parametrize("num_workers", [None, 3])
-def test_more_cuda_workers_than_gpus_are_refused(num_workers):
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "without", "num_workers"),
+    [("cuda", 0, 8, None), ("cuda", 0, 8, 3), ("cuda", 2, 8, 3), ("auto", 2, 0, 3)],
+)
+def test_more_workers_than_gpus_are_refused_where_nothing_else_may_take_them(device, num_gpus, without, num_workers):
     with pytest.raises(NoCapacityError, match="expected a GPU for each"):
-        plan_fleet(num_cpus=8, num_gpus=0, device="cuda", num_workers=num_workers, num_threads=None)
+        plan_crews(
+            num_cpus=8,
+            num_gpus=num_gpus,
+            num_cpus_without_gpus=without,
+            device=device,
+            num_workers=num_workers,
+            num_threads=None,
+        )

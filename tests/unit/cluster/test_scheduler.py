@@ -14,8 +14,8 @@ def job(number, key="a", priority=0, *, alone=False):
     return WaitingJob(job_id=f"job-{number}", pass_key=key, priority=priority, sequence=number, alone=alone)
 
 
-def worker(number, *residents, idle=True):
-    return WorkerView(name=f"merge-worker-{number}", idle=idle, residents=frozenset(residents))
+def worker(number, *residents, idle=True, device="cpu"):
+    return WorkerView(name=f"merge-worker-{number}", idle=idle, residents=frozenset(residents), device=device)
 
 
 def limits(per_pass=4, others=3):
@@ -157,7 +157,36 @@ def test_a_job_that_has_cost_workers_runs_alone():
     assert assigned(result) == {"merge-worker-0": ("a", ("job-0",))}
 
 
-def open_pass(name, sizes, *, leader=None, key="a", at_work=(), barred=()):
+def test_gpus_get_work_first_and_the_rest_what_they_cannot_take():
+    workers = [worker(0, "a"), worker(1, device="cuda")]
+    assert assigned(schedule([job(0)], workers, {}, limits())) == {"merge-worker-1": ("a", ("job-0",))}
+    both = assigned(schedule([job(n) for n in range(6)], workers, {}, limits()))
+    assert both == {
+        "merge-worker-1": ("a", ("job-0", "job-1", "job-2", "job-3")),
+        "merge-worker-0": ("a", ("job-4", "job-5")),
+    }
+
+
+def test_a_pass_is_neither_split_nor_shared_between_a_gpu_and_a_cpu():
+    result = schedule([job(0), job(1)], [worker(0), worker(1, device="cuda"), worker(2)], {}, limits())
+    assert [(unit.worker, unit.job_ids, unit.shared) for unit in result.units] == [
+        ("merge-worker-1", ("job-0", "job-1"), False)
+    ]
+    gpus = [worker(n, device="cuda") for n in (1, 2, 3)]
+    result = schedule([job(0), job(1)], [worker(0), *gpus], {}, limits())
+    assert [(unit.worker, unit.job_ids, unit.shared) for unit in result.units] == [
+        ("merge-worker-1", ("job-0",), True),
+        ("merge-worker-2", ("job-1",), True),
+    ]
+
+
+def test_pieces_go_to_workers_of_the_kind_of_their_leader():
+    shared = open_pass("p", [10] * 8, leader="merge-worker-1", device="cuda")
+    workers = [worker(0), *(worker(n, device="cuda") for n in (1, 2)), worker(3)]
+    assert {each.worker for each in share_out([shared], workers)} == {"merge-worker-1", "merge-worker-2"}
+
+
+def open_pass(name, sizes, *, leader=None, key="a", at_work=(), barred=(), device="cpu"):
     return OpenPass(
         pass_id=name,
         pass_key=key,
@@ -165,6 +194,7 @@ def open_pass(name, sizes, *, leader=None, key="a", at_work=(), barred=()):
         piece_bytes=tuple(sizes),
         at_work=frozenset(at_work),
         barred=frozenset(barred),
+        device=device,
     )
 
 

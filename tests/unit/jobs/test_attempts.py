@@ -114,6 +114,28 @@ class TestAttempt:
         assert store.events("a")[-1].detail == {"reason": "no worker is large enough"}
         assert driver.claim("a").token == 2
 
+    def test_isolating_costs_no_attempt_and_marks_the_job_until_it_is_published_or_retried(
+        self, store, driver, make_request, make_release
+    ):
+        store.submit([make_request("a"), make_request("b")])
+        tokens = {name: driver.claim(name).token for name in ("a", "b")}
+        for name in ("a", "b"):
+            store.isolate(name, tokens[name], FailureClass.WORKER_LOST, "died \udcff")
+            assert (driver.record(name).state, driver.record(name).attempts) == (JobState.QUEUED, 0)
+            assert (driver.record(name).worker_losses, driver.record(name).failure_message) == (0, "died \\udcff")
+        lease = driver.claim("a")
+        assert (lease.suspect, lease.attempts) == (True, 1)
+        settle(store, "a", lease.token, make_release("a"), None)
+        assert driver.record("a").failure_class is None
+        store.cancel(["b"])
+        assert store.retry(["b"]) == ("b",)
+        token = driver.claim("b")
+        assert not token.suspect
+        with pytest.raises(InternalError, match="found bad_input"):
+            store.isolate("b", token.token, FailureClass.BAD_INPUT, "no")
+        with pytest.raises(LeaseLostError):
+            store.isolate("b", token.token - 1, FailureClass.WORKER_LOST, "no")
+
     def test_messages_may_hold_any_bytes(self, store, driver, make_request):
         store.submit([make_request("a")])
         store.fail("a", driver.claim("a").token, FailureClass.INTERNAL, "file '\udcff\0é'", GIVE_UP)

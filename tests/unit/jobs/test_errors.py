@@ -36,7 +36,13 @@ def test_every_error_has_a_class_people_see(kind):
 
 def test_only_faults_that_may_go_away_are_retried():
     retryable = {kind.__name__ for kind in all_errors() if kind.retryable}
-    assert retryable == {"TransientIOError", "NoCapacityError", "OutOfMemoryError", "WorkerLostError"}
+    assert retryable == {
+        "TransientIOError",
+        "NoCapacityError",
+        "OutOfMemoryError",
+        "WorkerLostError",
+        "DeviceLostError",
+    }
 
 
 def test_every_failure_class_belongs_to_an_error():

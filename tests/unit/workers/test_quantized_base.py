@@ -24,8 +24,8 @@ from jobs.locations import LocalPath
 from jobs.request import MergeRequest
 from tests.merges import CPU, different, load_dequantized, open_descriptors, read_tensors
 from tests.models import build_bnb_4bit, build_llama, load_plain
-from workers.checkpoint import INDEX_FILE
-from workers.footprint import resident_bytes
+from workers.checkpoint import INDEX_FILE, read_checkpoint
+from workers.footprint import passing_bytes, resident_bytes
 from workers.plan import plan_base
 from workers.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
 from workers.scratch import exclusive
@@ -421,6 +421,7 @@ def test_other_residents_make_room_as_far_as_they_have_to():
     residents.make_room("a", 1000)
     assert residents.keys == ("a",)
     assert (residents.num_device_bytes("a"), residents.num_device_bytes("d")) == (10, 0)
+    assert (residents.num_device_bytes_beside("a"), residents.num_device_bytes_beside("d")) == (0, 10)
 
 
 def test_what_a_base_takes_of_a_gpu_is_stated(base, tmp_path):
@@ -428,6 +429,40 @@ def test_what_a_base_takes_of_a_gpu_is_stated(base, tmp_path):
     planned = plan_base(fetch_base(LocalPath(base), tmp_path), request)
     made = QuantizedCache(tmp_path / "cache", CPU, 2).open(planned.quantization, lambda _: None)
     assert resident_bytes(planned) == sum(made.weight(name).num_bytes for name in made.names)
+
+
+def test_a_base_that_a_device_cannot_hold_comes_tile_by_tile(task, tmp_path):
+    """The device is torch's `meta`, which has no memory: it shows what is brought there, and what stays."""
+    meta = torch.device("meta")
+    made = QuantizedCache(tmp_path, CPU, 1).open(task, lambda _: None)
+    on_device = QuantizedBase(made.key, made.names, meta)
+    for directory in made.directories:
+        on_device.add(directory, read_checkpoint(directory), {})
+    name = task.weights[0]
+    assert on_device.weight(name).codes.device == meta
+    assert on_device.num_device_bytes == made.weight(name).num_bytes
+    on_device.hold(whole=False)
+    weight = on_device.weight(name)
+    assert (weight.codes.device, weight.absmax.device) == (CPU, CPU)
+    assert on_device.num_device_bytes == 0
+    step = weight.row_alignment
+    tile = weight.dequantize_rows(step, 2 * step)
+    assert (tile.device, tuple(tile.shape), tile.dtype) == (meta, (step, weight.shape[1]), weight.dtype)
+    # Brought to where they are, the bits are those of a weight that is held.
+    moved = dataclasses.replace(weight, device=CPU).dequantize_rows(step, 2 * step)
+    assert torch.equal(moved, made.weight(name).dequantize_rows(step, 2 * step))
+    on_device.hold(whole=True)
+    assert on_device.weight(name).codes.device == meta
+
+
+def test_what_a_base_that_is_not_held_takes_of_a_gpu_does_not_grow_with_it(base, tmp_path):
+    request = MergeRequest(base=str(base), adapter="/adapter", destination="/destination", base_quantization="nf4")
+    planned = plan_base(fetch_base(LocalPath(base), tmp_path), request)
+    elements = max(tensor.num_elements for tensor in planned.tensors if tensor.stored is None)
+    assert passing_bytes(planned, 3) == 6 * (elements // 2 + elements // 64 * 4)
+    deeper = dataclasses.replace(planned, tensors=planned.tensors * 50)
+    assert passing_bytes(deeper, 3) == passing_bytes(planned, 3)
+    assert resident_bytes(deeper) == 50 * resident_bytes(planned)
 
 
 def test_the_least_recently_used_resident_goes_first_and_the_last_stays():

@@ -1,0 +1,58 @@
+"""Whether a worker can use its device: tried when it starts, before anybody gives it work."""
+
+import os
+import threading
+
+import torch
+
+from jobs.errors import DeviceLostError
+
+CHECK_SECONDS = 60.0
+"""A GPU that has not multiplied two small matrices by then hangs: its driver is at fault, or somebody else has it."""
+_SIZE = 64
+
+
+def device_fault(name: str, *, seconds: float = CHECK_SECONDS) -> str | None:
+    """Say why a worker cannot use its device, or None when it can.
+
+    A GPU is asked for memory and for a product that is compared: a driver that does not fit, a device that others hold
+    for themselves, and uncorrectable errors of its memory show there. The CPU needs no trial.
+
+    Args:
+        name: `cpu`, `cuda`, or `auto` for CUDA where there is any.
+        seconds: how long it may take.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return None
+    faults: list[str] = []
+
+    def attempt() -> None:
+        try:
+            _multiply(torch.device("cuda"))
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is what is wrong with the device
+            faults.append(f"{type(error).__name__}: {error}")
+
+    # In a thread: a call into a driver that hangs does not come back, and this worker must still say so.
+    trial = threading.Thread(target=attempt, name="device-trial", daemon=True)
+    trial.start()
+    trial.join(seconds)
+    if trial.is_alive():
+        faults.append(f"no answer within {seconds:.0f} s")
+    if not faults:
+        return None
+    reason = " ".join(faults[0].split())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+    return f"device 'cuda' cannot be used (CUDA_VISIBLE_DEVICES is {visible}): {reason}"
+
+
+def _multiply(device: torch.device) -> None:
+    """Multiply on the device.
+
+    Raises:
+        DeviceLostError: the product is wrong.
+        Exception: whatever torch raises where it cannot use it.
+    """
+    ones = torch.ones(_SIZE, _SIZE, device=device)
+    product = torch.mm(ones, ones).cpu()
+    if not torch.equal(product, torch.full((_SIZE, _SIZE), float(_SIZE))):
+        raise DeviceLostError(f"a product of ones is {product.min().item()} to {product.max().item()}, not {_SIZE}")
