@@ -32,7 +32,7 @@ def never() -> None:
 
 def subject(base: Path, adapter: Path, merged: Path, **fields: Any) -> Subject:
     places = {"base": str(base), "adapter": str(adapter), "destination": "/releases/here"}
-    parity = {"prompts": DEFAULT_PROMPTS[:3], "max_new_tokens": 8}
+    parity = {"prompts": DEFAULT_PROMPTS[:3], "max_new_tokens": 8, "min_positions": 1}
     request = MergeRequest(id=merged.name, **places | {"base_quantization": "none", "parity": parity} | fields)
     return Subject(request=request, merged=merged, adapter=open_adapter(adapter), streamed=True)
 
