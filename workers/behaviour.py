@@ -74,6 +74,8 @@ class _Trial:
     prompts: Prompts
     dtype: torch.dtype
     """Of the merged checkpoint."""
+    merge_dtype: torch.dtype
+    """That it was merged in, where PEFT did it: of the base."""
     answers: list[Answers] = field(default_factory=list)
 
 
@@ -118,7 +120,8 @@ def check_behaviour(
             try:
                 _check_config(subject.merged)
                 prompts, dtype = read_prompts(subject.request, subject.merged), output_dtype(subject.merged)
-                trials.append(_Trial(subject=subject, prompts=prompts, dtype=dtype))
+                merge_dtype = dtype if subject.request.dtype is None else output_dtype(base)
+                trials.append(_Trial(subject=subject, prompts=prompts, dtype=dtype, merge_dtype=merge_dtype))
             except (BadInputError, NotFoundError, ParityFailedError) as error:
                 outcomes[subject.request.id] = error
         for reference in beside or references(base, subjects[0].request):
@@ -218,7 +221,11 @@ def _load_reference(base: Path, reference: Reference, room: Room, *, dequantize:
 
 
 def _answer(
-    running: RunningModel, reference: Reference, trial: _Trial, directory: Path, cancelled: Callable[[], None]
+    running: RunningModel,
+    reference: Reference,
+    trial: _Trial,
+    directory: Path,
+    cancelled: Callable[[], None],
 ) -> Answers:
     request, adapter = trial.subject.request, trial.subject.adapter
     prompts = trial.prompts
@@ -253,7 +260,11 @@ def _answer(
 
 
 def _ask_rounded(
-    running: RunningModel, peft_model: PeftModel, trial: _Trial, texts: Sequence[Text], cancelled: Callable[[], None]
+    running: RunningModel,
+    peft_model: PeftModel,
+    trial: _Trial,
+    texts: Sequence[Text],
+    cancelled: Callable[[], None],
 ) -> list[Divergence]:
     """Return how far one correct rounding takes the reference, by text.
 
@@ -265,7 +276,9 @@ def _ask_rounded(
         if subject.streamed:
             stack.enter_context(rounding_as_used(peft_model, trial.dtype, everything=everything))
         else:
-            merge_and_round(subject.adapter, peft_model, trial.dtype, everything=everything)
+            merge_and_round(
+                subject.adapter, peft_model, trial.dtype, merge_dtype=trial.merge_dtype, everything=everything
+            )
         roundings = []
         # Weights are rounded again for each batch: the fewer, the better.
         for batch in batches(texts):

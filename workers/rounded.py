@@ -65,24 +65,32 @@ def rounding_as_used(peft_model: PeftModel, dtype: torch.dtype, *, everything: b
         yield
 
 
-def merge_and_round(adapter: Adapter, peft_model: PeftModel, dtype: torch.dtype, *, everything: bool) -> None:
+def merge_and_round(
+    adapter: Adapter, peft_model: PeftModel, dtype: torch.dtype, *, merge_dtype: torch.dtype, everything: bool
+) -> None:
     """Merge an adapter into its base by PEFT, and round what comes out.
 
     Args:
         adapter: that was put on.
         peft_model: wears it; the base's weights are in memory, none in 4-bit. Merged for good afterwards.
         dtype: of the merged checkpoint.
+        merge_dtype: of the base: what PEFT computes a merge in.
         everything: whether biases and norms are rounded, too.
 
     Raises:
         UnsupportedError, BadInputError: PEFT refuses to merge it.
     """
     model = peft_model.get_base_model()
-    _round(model, dtype, everything=everything)  # what 4-bit weights were dequantized to
     _untie(model)
-    for name, _ in wrapped_modules(peft_model):
+    for name, module in wrapped_modules(peft_model):
+        if isinstance(module, BaseTunerLayer):
+            module.get_base_layer().to(merge_dtype)
         take_off(adapter, peft_model, name, merge=True)
-    _round(model, dtype, everything=everything)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                wide = parameter.dim() > 1 or everything
+                parameter.data = (parameter.to(dtype) if wide else parameter).float()
 
 
 def _is_in_4bit(module: nn.Module) -> bool:
@@ -140,13 +148,6 @@ def _forward_dequantized(
     if delta is not None:
         weight_OI = _rounded(delta().add_(weight_OI), dtype)
     return nn.functional.linear(x, weight_OI, module.bias)
-
-
-def _round(model: nn.Module, dtype: torch.dtype, *, everything: bool) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point() and (everything or parameter.dim() > 1):
-                parameter.copy_(_rounded(parameter, dtype))
 
 
 def _untie(model: nn.Module) -> None:
