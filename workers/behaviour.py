@@ -53,6 +53,10 @@ _LIBRARY_BYTES = 360_000_000
 _BYTES_PER_TOKEN = 3
 """Of a prompt: most texts have more, so the estimate errs on the safe side."""
 
+_BYTES_PER_ROUNDED = 14
+"""Of an element of a weight that is merged and rounded: its value out of 4-bit, its delta, and their sum in 16 bits and
+in 32."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
@@ -150,12 +154,15 @@ def estimate_peak_bytes(plan: MergePlan) -> int:
     Args:
         plan: of the job; a pass of several needs no more, since adapters and merged checkpoints come one by one.
     """
-    lifted = widest = 0
+    lifted = widest = largest = 0
+    changed = plan.changed
     for tensor in plan.base.tensors:
         num_elements = math.prod(tensor.shape)
         mapped = tensor.stored is not None and tensor.stored.dtype == tensor.dtype == torch.float32
         lifted += 0 if mapped else num_elements
         widest += num_elements
+        if tensor.name in changed:
+            largest = max(largest, num_elements)
     # A 4-bit weight takes half a byte and, for every 64, a float32 scale.
     num_weight_bytes = max(4 * lifted, widest * 9 // 16)
     parity = plan.request.parity
@@ -169,7 +176,13 @@ def estimate_peak_bytes(plan: MergePlan) -> int:
     )
     vocab_size: int = load_config(plan.base.source.directory).get_text_config().vocab_size
     num_logit_bytes = 3 * 4 * vocab_size * min(longest + parity.max_new_tokens, MAX_POSITIONS)
-    return _LIBRARY_BYTES + num_weight_bytes + plan.num_adapter_bytes + num_logit_bytes + working_bytes(vocab_size)
+    num_rounding_bytes = _BYTES_PER_ROUNDED * largest
+    return (
+        _LIBRARY_BYTES
+        + num_weight_bytes
+        + plan.num_adapter_bytes
+        + max(num_logit_bytes + working_bytes(vocab_size), num_rounding_bytes)
+    )
 
 
 def _check_config(merged: Path) -> None:

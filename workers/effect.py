@@ -8,7 +8,7 @@ is the share that no merge can keep (docs/decisions/0018-what-an-adapter-does.md
 from jobs.release import BehaviourCheck
 from jobs.request import Thresholds
 
-RESOLUTION_KL = 1e-9
+RESOLUTION_KL = 1e-8
 """Nats: what sums in float32 in another order make of the same model, at most. Nothing smaller is told apart."""
 
 
