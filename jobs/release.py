@@ -89,7 +89,8 @@ class PromptCheck(Frozen):
     merged_text: str
     """Greedy continuation by the merged checkpoint."""
     num_positions: Annotated[int, Field(ge=1)]
-    """Positions of prompt and reference's continuation that are compared."""
+    """Positions of prompt and reference's continuation that are compared: those after each of which both models were
+    asked for the next token. What begins as an earlier prompt does (a chat template's system prompt) counts once."""
     num_near_ties: Annotated[int, Field(ge=0)]
     max_abs_logit_difference: float
     mean_abs_logit_difference: float
@@ -100,6 +101,10 @@ class PromptCheck(Frozen):
     reference_nll: float
     """Mean negative log likelihood (nats) of the tokens of prompt and reference's continuation."""
     merged_nll: float
+    adapter_kl: float | None = Field(default=None, exclude_if=is_none)
+    """KL(reference || its base without the adapter) on this prompt; None in reports of earlier versions."""
+    rms_delta_p: float | None = Field(default=None, exclude_if=is_none)
+    """As in `BehaviourCheck`."""
 
 
 class HeldOutCheck(Frozen):
@@ -140,6 +145,27 @@ class BehaviourCheck(Frozen):
     merged_nll: float
     held_out: HeldOutCheck | None = Field(default=None, exclude_if=is_none)
     """None where the request brings no texts."""
+    lost_share: float | None = Field(default=None, exclude_if=is_none)
+    """mean_kl over adapter_kl: 0 where nothing of the adapter's effect is lost, 1 where the merged checkpoint answers
+    as the base does. None where the adapter has no effect at all, and, as all below, in reports of earlier versions."""
+    rounding_kl: float | None = Field(default=None, exclude_if=is_none)
+    """KL(reference || reference with its weights merged and rounded to the output's dtype by PEFT and torch), mean over
+    the same positions: what a correct merge loses. Measured for the reference that gates."""
+    proves_adapter: bool | None = Field(default=None, exclude_if=is_none)
+    """Whether a merge without the adapter would have failed here; None where it was not asked."""
+    kl_p999: float | None = Field(default=None, exclude_if=is_none)
+    """99.9 % quantile of KL(reference || merged) over positions, nats."""
+    mean_delta_p: float | None = Field(default=None, exclude_if=is_none)
+    """Change of the probability of the token that comes next in the text, merged less reference: mean over positions.
+    This and the next three as llama.cpp's perplexity tool reports them of quantized models, there in percent."""
+    rms_delta_p: float | None = Field(default=None, exclude_if=is_none)
+    """Root of the mean square of the same."""
+    delta_p_p001: float | None = Field(default=None, exclude_if=is_none)
+    """0.1 % quantile of the same."""
+    delta_p_p999: float | None = Field(default=None, exclude_if=is_none)
+    """99.9 % quantile of the same."""
+    remarks: tuple[str, ...] = Field(default=(), exclude_if=is_empty)
+    """How the prompts were asked, and what they do not prove: a sentence each."""
 
 
 class Alternative(Frozen):
@@ -216,6 +242,12 @@ class ParitySummary(Frozen):
     min_survival: float | None
     mean_kl: float | None
     top1_agreement: float | None
+    kl_p999: float | None = Field(default=None, exclude_if=is_none)
+    """This and the rest as in `BehaviourCheck`; None at level `arithmetic` and in manifests of earlier versions."""
+    adapter_kl: float | None = Field(default=None, exclude_if=is_none)
+    lost_share: float | None = Field(default=None, exclude_if=is_none)
+    proves_adapter: bool | None = Field(default=None, exclude_if=is_none)
+    num_positions: int | None = Field(default=None, exclude_if=is_none)
 
 
 class Manifest(Frozen):

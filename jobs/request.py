@@ -90,6 +90,9 @@ class Thresholds(Frozen):
     """Mean KL divergence in nats, reference to merged, over all positions of prompts and continuations."""
     min_top1_agreement: float = Field(default=0.97, ge=0, le=1)
     """Share of positions with the same most likely token, among those where the reference is not near a tie."""
+    max_lost_share: float = Field(default=0.05, gt=0, le=1)
+    """Share of the adapter's effect that may be lost beyond what rounding takes: mean KL divergence, reference to
+    merged, over that from the reference to its base without the adapter. 1 switches it off."""
 
 
 class HeldOutText(Frozen):
@@ -110,11 +113,24 @@ class ParityPolicy(Frozen):
 
     level: Literal["full", "arithmetic"] = "full"
     prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=DEFAULT_PROMPTS, min_length=1)
+    """Asked through the model's chat template, where it has one; a prompt with the model's special tokens in it is
+    taken as rendered already."""
     max_new_tokens: Annotated[int, Field(ge=1, le=512)] = 16
     """Length of the greedy continuation shown in the report."""
+    min_positions: Annotated[int, Field(ge=1, le=4096)] = 256
+    """Positions to compare at least: where the prompts have fewer, built-in ones are asked, too."""
     texts: tuple[Annotated[HeldOutText, BeforeValidator(_as_completion)], ...] = Field(default=(), exclude_if=is_empty)
     """Held-out texts whose likelihood is measured; a mere string is a completion of nothing."""
     thresholds: Thresholds = Thresholds()
+
+    def unsaid(self) -> dict[str, Any]:
+        """Return the fields of later versions that say nothing new: they do not decide the name of a request."""
+        fields: dict[str, Any] = {}
+        if self.min_positions == type(self).model_fields["min_positions"].default:
+            fields["min_positions"] = True
+        if self.thresholds.max_lost_share == Thresholds().max_lost_share:
+            fields["thresholds"] = {"max_lost_share"}
+        return fields
 
     @field_validator("texts")
     @classmethod
@@ -221,7 +237,8 @@ class MergeRequest(Frozen):
     @model_validator(mode="after")
     def _name(self) -> Self:
         if not self.id:
-            digest = hashlib.sha256(self.model_dump_json(by_alias=True, exclude={"id"}).encode()).hexdigest()
+            text = self.model_dump_json(by_alias=True, exclude={"id": True, "parity": self.parity.unsaid()})
+            digest = hashlib.sha256(text.encode()).hexdigest()
             object.__setattr__(self, "id", f"merge-{digest[:16]}")
         return self
 

@@ -5,9 +5,13 @@ models, and the logits after every position are compared. Two references are ask
 used, which gates, and the base in the other ones, for information. Reference and merged checkpoint are never in memory
 together: the reference's logits wait on disk.
 
+Two more answers of the reference say how much the first one means: that of its base without the adapter, which is what
+the adapter does, and that of its weights merged and rounded by PEFT and torch, which is what a correct merge loses.
+
 Shape suffixes: T positions, V vocabulary.
 """
 
+import contextlib
 import logging
 import math
 import tempfile
@@ -16,21 +20,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 
-from jobs.errors import BadInputError, MergefleetError, NoCapacityError, ParityFailedError, UnsupportedError
-from jobs.release import BehaviourCheck, HeldOutCheck, PromptCheck
+from jobs.errors import (
+    BadInputError,
+    MergefleetError,
+    NoCapacityError,
+    NotFoundError,
+    ParityFailedError,
+    UnsupportedError,
+)
+from jobs.release import BehaviourCheck
 from jobs.request import MergeRequest
+from workers.answers import Answers, summarize_answers
 from workers.checkpoint import read_json
-from workers.divergence import NEAR_TIE_MARGIN, Divergence, compare_logits, total, working_bytes
+from workers.divergence import Divergence, compare_logits, working_bytes
 from workers.foreign_models import model_of
 from workers.inference import Room, RunningModel, load_model
 from workers.lanes.adapter import Adapter
 from workers.memory import release_memory
 from workers.model import load_config
 from workers.plan import MergePlan
-from workers.prompts import Prompts, read_prompts
+from workers.prompts import LONGEST_BUILT_IN, Prompts, read_prompts
 from workers.references import Reference, references
-from workers.texts import MAX_POSITIONS, Text
+from workers.rounded import merge_and_round, output_dtype, rounding_as_used
+from workers.texts import MAX_POSITIONS, Text, batches
 from workers.vetting import vet_prompts
 
 logger = logging.getLogger(__name__)
@@ -40,6 +54,10 @@ _LIBRARY_BYTES = 360_000_000
 
 _BYTES_PER_TOKEN = 3
 """Of a prompt: most texts have more, so the estimate errs on the safe side."""
+
+_BYTES_PER_ROUNDED = 14
+"""Of an element of a weight that is merged and rounded: its value out of 4-bit, its delta, and their sum in 16 bits and
+in 32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,18 +78,11 @@ class _Trial:
 
     subject: Subject
     prompts: Prompts
-    answers: list["_Answers"] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Answers:
-    """What one reference said."""
-
-    reference: Reference
-    texts: tuple[Text, ...]
-    """Prompts with its continuations, then held-out texts."""
-    effects: tuple[Divergence, ...]
-    """From it to its base without the adapter, by text."""
+    dtype: torch.dtype
+    """Of the merged checkpoint."""
+    merge_dtype: torch.dtype
+    """That it was merged in, where PEFT did it: of the base."""
+    answers: list[Answers] = field(default_factory=list)
 
 
 def check_behaviour(
@@ -115,8 +126,10 @@ def check_behaviour(
             try:
                 _check_config(subject.merged)
                 vet_prompts(subject.request, subject.merged)
-                trials.append(_Trial(subject=subject, prompts=read_prompts(subject.request, subject.merged)))
-            except (BadInputError, ParityFailedError) as error:
+                prompts, dtype = read_prompts(subject.request, subject.merged), output_dtype(subject.merged)
+                merge_dtype = dtype if subject.request.dtype is None else output_dtype(base)
+                trials.append(_Trial(subject=subject, prompts=prompts, dtype=dtype, merge_dtype=merge_dtype))
+            except (BadInputError, NotFoundError, ParityFailedError) as error:
                 outcomes[subject.request.id] = error
         for reference in beside or references(base, subjects[0].request):
             trials = [trial for trial in trials if trial.subject.request.id not in outcomes]
@@ -145,22 +158,35 @@ def estimate_peak_bytes(plan: MergePlan) -> int:
     Args:
         plan: of the job; a pass of several needs no more, since adapters and merged checkpoints come one by one.
     """
-    lifted = widest = 0
+    lifted = widest = largest = 0
+    changed = plan.changed
     for tensor in plan.base.tensors:
         num_elements = math.prod(tensor.shape)
         mapped = tensor.stored is not None and tensor.stored.dtype == tensor.dtype == torch.float32
         lifted += 0 if mapped else num_elements
         widest += num_elements
+        if tensor.name in changed:
+            largest = max(largest, num_elements)
     # A 4-bit weight takes half a byte and, for every 64, a float32 scale.
     num_weight_bytes = max(4 * lifted, widest * 9 // 16)
     parity = plan.request.parity
     longest = (
-        max(len(text.encode()) for text in (*parity.prompts, *(text.prompt + text.completion for text in parity.texts)))
+        max(
+            LONGEST_BUILT_IN,
+            *(len(prompt.encode()) for prompt in parity.prompts),
+            *(len((text.prompt + text.completion).encode()) for text in parity.texts),
+        )
         // _BYTES_PER_TOKEN
     )
     vocab_size: int = load_config(plan.base.source.directory).get_text_config().vocab_size
     num_logit_bytes = 3 * 4 * vocab_size * min(longest + parity.max_new_tokens, MAX_POSITIONS)
-    return _LIBRARY_BYTES + num_weight_bytes + plan.num_adapter_bytes + num_logit_bytes + working_bytes(vocab_size)
+    num_rounding_bytes = _BYTES_PER_ROUNDED * largest
+    return (
+        _LIBRARY_BYTES
+        + num_weight_bytes
+        + plan.num_adapter_bytes
+        + max(num_logit_bytes + working_bytes(vocab_size), num_rounding_bytes)
+    )
 
 
 def _check_config(merged: Path) -> None:
@@ -214,8 +240,12 @@ def _load_reference(base: Path, reference: Reference, room: Room, *, dequantize:
 
 
 def _answer(
-    running: RunningModel, reference: Reference, trial: _Trial, directory: Path, cancelled: Callable[[], None]
-) -> _Answers:
+    running: RunningModel,
+    reference: Reference,
+    trial: _Trial,
+    directory: Path,
+    cancelled: Callable[[], None],
+) -> Answers:
     request, adapter = trial.subject.request, trial.subject.adapter
     prompts = trial.prompts
     texts: list[Text] = []
@@ -226,8 +256,9 @@ def _answer(
         for number, (prompt, continuation) in enumerate(read):
             cancelled()
             path = directory / f"text-{number}.f32"
-            given = number >= len(continuations)
-            text = Text(prompt_ids=prompt, continuation_ids=continuation, logits_path=path, given=given)
+            # Of what is given, nothing is compared.
+            skipped = prompts.nums_shared[number] if number < len(continuations) else len(prompt) - 1
+            text = Text(prompt_ids=prompt, continuation_ids=continuation, logits_path=path, num_skipped=skipped)
             logits_TV = running.logits(text.input_ids, text.num_positions)
             if not logits_TV.isfinite().all():
                 raise BadInputError(
@@ -241,7 +272,42 @@ def _answer(
                 cancelled()
                 without_TV = running.logits(text.input_ids, text.num_positions)
                 effects.append(compare_logits(text.read_logits(), without_TV, text.target_T))
-    return _Answers(reference=reference, texts=tuple(texts), effects=tuple(effects))
+        roundings = []
+        if reference.gates:
+            roundings = _ask_rounded(running, peft_model, trial, texts[: len(continuations)], cancelled)
+    return Answers(reference=reference, texts=tuple(texts), effects=tuple(effects), roundings=tuple(roundings))
+
+
+def _ask_rounded(
+    running: RunningModel,
+    peft_model: PeftModel,
+    trial: _Trial,
+    texts: Sequence[Text],
+    cancelled: Callable[[], None],
+) -> list[Divergence]:
+    """Return how far one correct rounding takes the reference, by text.
+
+    An adapter that is not streamed stays merged: no other is put on this base.
+    """
+    subject = trial.subject
+    everything = subject.request.dtype is not None
+    with contextlib.ExitStack() as stack:
+        if subject.streamed:
+            stack.enter_context(rounding_as_used(peft_model, trial.dtype, everything=everything))
+        else:
+            merge_and_round(
+                subject.adapter, peft_model, trial.dtype, merge_dtype=trial.merge_dtype, everything=everything
+            )
+        roundings = []
+        # Weights are rounded again for each batch: the fewer, the better.
+        for batch in batches(texts):
+            cancelled()
+            logits = running.logits_together([t.input_ids for t in batch], [t.num_positions for t in batch])
+            roundings += [
+                compare_logits(text.read_logits(), rounded_TV, text.target_T)
+                for text, rounded_TV in zip(batch, logits, strict=True)
+            ]
+    return roundings
 
 
 def _ask_merged(trial: _Trial, room: Room, cancelled: Callable[[], None]) -> tuple[BehaviourCheck, ...]:
@@ -275,7 +341,14 @@ def _ask_merged(trial: _Trial, room: Room, cancelled: Callable[[], None]) -> tup
     for number, continuation in zip(others, own, strict=True):
         continuations[number] = continuation
     return tuple(
-        _summarize(trial.prompts, answers, each, continuations)
+        summarize_answers(
+            trial.prompts,
+            answers,
+            each,
+            continuations,
+            thresholds=trial.subject.request.parity.thresholds,
+            dtype=trial.dtype,
+        )
         for answers, each in zip(trial.answers, divergences, strict=True)
     )
 
@@ -285,58 +358,3 @@ def _check_logits(merged: Path, logits_TV: torch.Tensor, vocab_size: int) -> Non
         raise ParityFailedError(f"{merged}: expected logits for {vocab_size} tokens, found {logits_TV.shape[1]}")
     if not logits_TV.isfinite().all():
         raise ParityFailedError(f"{merged}: expected finite logits, found NaN or infinity")
-
-
-def _summarize(
-    prompts: Prompts, answers: _Answers, divergences: Sequence[Divergence], merged: Sequence[tuple[int, ...]]
-) -> BehaviourCheck:
-    num_prompts = len(prompts.token_ids)
-    checks = tuple(
-        PromptCheck(
-            prompt=prompt,
-            reference_text=prompts.show(text.continuation_ids),
-            merged_text=prompts.show(merged_ids),
-            num_positions=divergence.num_positions,
-            num_near_ties=divergence.num_near_ties,
-            max_abs_logit_difference=divergence.max_abs_difference,
-            mean_abs_logit_difference=divergence.mean_abs_difference,
-            mean_kl=divergence.mean_kl,
-            top1_agreement=divergence.top1_agreement,
-            reference_nll=divergence.reference_nll,
-            merged_nll=divergence.other_nll,
-        )
-        for prompt, text, merged_ids, divergence in zip(
-            prompts.texts, answers.texts[:num_prompts], merged, divergences[:num_prompts], strict=True
-        )
-    )
-    all_of_them = total(divergences[:num_prompts])
-    return BehaviourCheck(
-        reference=answers.reference.words,
-        gates=answers.reference.gates,
-        prompts=checks,
-        max_abs_logit_difference=all_of_them.max_abs_difference,
-        mean_kl=all_of_them.mean_kl,
-        adapter_kl=total(answers.effects[:num_prompts]).mean_kl,
-        top1_agreement=all_of_them.top1_agreement,
-        near_tie_margin=NEAR_TIE_MARGIN,
-        num_positions=all_of_them.num_positions,
-        num_near_ties=all_of_them.num_near_ties,
-        reference_nll=all_of_them.reference_nll,
-        merged_nll=all_of_them.other_nll,
-        held_out=_summarize_held_out(answers.effects[num_prompts:], divergences[num_prompts:]),
-    )
-
-
-def _summarize_held_out(effects: Sequence[Divergence], divergences: Sequence[Divergence]) -> HeldOutCheck | None:
-    if not divergences:
-        return None
-    found = total(divergences)
-    return HeldOutCheck(
-        num_texts=len(divergences),
-        num_positions=found.num_positions,
-        base_nll=total(effects).other_nll,
-        reference_nll=found.reference_nll,
-        merged_nll=found.other_nll,
-        mean_kl=found.mean_kl,
-        top1_agreement=found.top1_agreement,
-    )

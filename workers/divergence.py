@@ -1,5 +1,8 @@
 """How far two models are apart: their logits after the same positions of the same text.
 
+The change of the probability of the token that comes next is the measure of llama.cpp's perplexity tool (its
+`tools/perplexity/README.md`: mean and RMS of delta p), which people know from reports on quantized models.
+
 Shape suffixes: T positions, V vocabulary.
 """
 
@@ -18,7 +21,7 @@ _POSITIONS_AT_ONCE = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Divergence:
-    """Sums over positions, so that the figures of many texts add up; the properties are the means."""
+    """Sums and values of positions, so that the figures of many texts add up; properties are of all positions."""
 
     num_positions: int
     num_near_ties: int
@@ -27,8 +30,10 @@ class Divergence:
     max_abs_difference: float
     sum_abs_difference: float
     """Of logits: mean over the vocabulary, sum over positions."""
-    sum_kl: float
-    """KL(reference || other), nats."""
+    kl_T: torch.Tensor
+    """KL(reference || other), nats, float64."""
+    delta_p_T: torch.Tensor
+    """Probability of the token that comes next by the other model, less that by the reference; float64."""
     sum_reference_nll: float
     sum_other_nll: float
 
@@ -40,7 +45,32 @@ class Divergence:
     @property
     def mean_kl(self) -> float:
         """KL(reference || other) in nats."""
-        return self.sum_kl / self.num_positions
+        return float(self.kl_T.mean())
+
+    @property
+    def kl_p999(self) -> float:
+        """99.9 % quantile of KL(reference || other) in nats."""
+        return _quantile(self.kl_T, 0.999)
+
+    @property
+    def mean_delta_p(self) -> float:
+        """Mean change of the probability of the token that comes next."""
+        return float(self.delta_p_T.mean())
+
+    @property
+    def rms_delta_p(self) -> float:
+        """Root of the mean square of the change of that probability."""
+        return float(self.delta_p_T.square().mean().sqrt())
+
+    @property
+    def delta_p_p001(self) -> float:
+        """0.1 % quantile of the change of that probability."""
+        return _quantile(self.delta_p_T, 0.001)
+
+    @property
+    def delta_p_p999(self) -> float:
+        """99.9 % quantile of the change of that probability."""
+        return _quantile(self.delta_p_T, 0.999)
 
     @property
     def top1_agreement(self) -> float:
@@ -83,7 +113,8 @@ def total(divergences: Iterable[Divergence]) -> Divergence:
         num_disagreements=sum(d.num_disagreements for d in each),
         max_abs_difference=max(d.max_abs_difference for d in each),
         sum_abs_difference=sum(d.sum_abs_difference for d in each),
-        sum_kl=sum(d.sum_kl for d in each),
+        kl_T=torch.cat([d.kl_T for d in each]),
+        delta_p_T=torch.cat([d.delta_p_T for d in each]),
         sum_reference_nll=sum(d.sum_reference_nll for d in each),
         sum_other_nll=sum(d.sum_other_nll for d in each),
     )
@@ -102,13 +133,19 @@ def _compare(reference_TV: torch.Tensor, other_TV: torch.Tensor, target_T: torch
     log_p_TV = reference_TV.double().log_softmax(dim=-1)
     log_q_TV = other_TV.double().log_softmax(dim=-1)
     target_T1 = target_T.unsqueeze(1)
+    log_p_T1, log_q_T1 = log_p_TV.gather(1, target_T1), log_q_TV.gather(1, target_T1)
     return Divergence(
         num_positions=len(target_T),
         num_near_ties=int((~decided_T).sum()),
         num_disagreements=int((differs_T & decided_T).sum()),
         max_abs_difference=float(difference_TV.max()),
         sum_abs_difference=float(difference_TV.mean(dim=-1).sum()),
-        sum_reference_nll=-float(log_p_TV.gather(1, target_T1).sum()),
-        sum_other_nll=-float(log_q_TV.gather(1, target_T1).sum()),
-        sum_kl=float((log_p_TV.exp() * (log_p_TV - log_q_TV)).sum()),
+        sum_reference_nll=-float(log_p_T1.sum()),
+        sum_other_nll=-float(log_q_T1.sum()),
+        kl_T=(log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(dim=-1),
+        delta_p_T=(log_q_T1.exp() - log_p_T1.exp()).squeeze(1),
     )
+
+
+def _quantile(values_T: torch.Tensor, share: float) -> float:
+    return float(values_T.quantile(share))

@@ -4,7 +4,7 @@ Float32 throughout: what is left between a merged checkpoint and base + adapter 
 the noise of 16-bit sums, which is ten times larger (docs/decisions/0003-behavioural-parity.md). A model that does not
 fit in float32 is offloaded by accelerate, straight from its safetensors files.
 
-Shape suffixes: T positions, V vocabulary.
+Shape suffixes: B texts, T positions, V vocabulary.
 """
 
 import contextlib
@@ -71,12 +71,38 @@ class RunningModel:
         Returns:
             logits_TV, float32, on the CPU.
         """
-        ids = torch.tensor([token_ids], device=self.device)
+        logits_BTV = self._forward(torch.tensor([token_ids], device=self.device), num_positions)
+        return logits_BTV[0].to(device="cpu", dtype=torch.float32)
+
+    @torch.inference_mode()
+    def logits_together(self, texts: Sequence[Sequence[int]], nums_positions: Sequence[int]) -> list[torch.Tensor]:
+        """Return the logits after each of the last positions of several texts, which run together.
+
+        For models whose weights take long to come by. Padding is on the right, where causal models do not look.
+
+        Args:
+            texts: token ids.
+            nums_positions: T of each, at most its number of tokens.
+
+        Returns:
+            logits_TV of each, float32, on the CPU.
+        """
+        longest = max(map(len, texts))
+        ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=self.device)
+        begins = [len(text) - num_positions for text, num_positions in zip(texts, nums_positions, strict=True)]
+        first = min(begins)
+        logits_BTV = self._forward(ids, longest - first)
+        return [
+            logits_BTV[row, begin - first : len(text) - first].to(device="cpu", dtype=torch.float32)
+            for row, (text, begin) in enumerate(zip(texts, begins, strict=True))
+        ]
+
+    def _forward(self, ids: torch.Tensor, num_positions: int) -> torch.Tensor:
         # Most models can leave out the head at positions nobody asks about; the others compute all of them.
         keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         output = self.model(ids, use_cache=False, **({"logits_to_keep": num_positions} if keeps else {}))
-        logits: torch.Tensor = output.logits[0, -num_positions:]
-        return logits.to(device="cpu", dtype=torch.float32)
+        logits_BTV: torch.Tensor = output.logits[:, -num_positions:]
+        return logits_BTV
 
     @torch.inference_mode()
     def continue_greedily(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[int, ...]]:

@@ -14,6 +14,7 @@ from jobs.release import (
 )
 from workers.arithmetic import failures as arithmetic_failures
 from workers.checkpoint import read_shard
+from workers.effect import allowed_share, keeps_effect, rounding_share
 from workers.evidence import Evidence
 from workers.files import file_errors
 from workers.plan import MergePlan
@@ -60,6 +61,12 @@ def judge(
                 f"top-1 agreement with {check.reference} is {check.top1_agreement:.4f}, expected at least "
                 f"{thresholds.min_top1_agreement:g}"
             )
+        if not keeps_effect(check, thresholds):
+            wrong.append(
+                f"{check.lost_share:.3g} of the adapter's effect is lost: mean KL to {check.reference} is "
+                f"{check.mean_kl:.3g} nats, to the base alone {check.adapter_kl:.3g}; expected a share of "
+                f"at most {allowed_share(check, thresholds):.3g}, {rounding_share(check):.3g} of it by rounding"
+            )
     if request.parity.level == "full" and not wrong and not any(check.gates for check in behaviour):
         wrong.append("the merged checkpoint was not compared with base + adapter, which level 'full' asks for")
     return ParityReport(
@@ -102,6 +109,11 @@ def summarize(report: ParityReport) -> ParitySummary:
         min_survival=min(survivals, default=None),
         mean_kl=gating.mean_kl if gating else None,
         top1_agreement=gating.top1_agreement if gating else None,
+        kl_p999=gating.kl_p999 if gating else None,
+        adapter_kl=gating.adapter_kl if gating else None,
+        lost_share=gating.lost_share if gating else None,
+        proves_adapter=gating.proves_adapter if gating else None,
+        num_positions=gating.num_positions if gating else None,
     )
 
 

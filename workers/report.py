@@ -5,14 +5,16 @@ import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup, escape
 
-from jobs.release import ParityReport, PromptCheck, TensorCheck
+from jobs.release import BehaviourCheck, ParityReport, PromptCheck, TensorCheck
+from jobs.request import Thresholds
 from jobs.text import shown
 from workers.charts import NUM_COLOURS, WIDTH, LayerChart, RowChart, figure, kind_of, layer_chart, row_chart
+from workers.effect import allowed_share, keeps_effect
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
@@ -33,7 +35,7 @@ class Gauge:
     limit: str
     filled: float
     """How much of what is allowed is used up, in percent, at most 100."""
-    passed: bool
+    verdict: Literal["passed", "failed", "proves nothing"]
     note: str
 
 
@@ -57,9 +59,11 @@ def render_report(report: ParityReport) -> str:
         wrong=sorted(wrong, key=lambda check: check.rounding_excess, reverse=True)[:_NUM_LISTED],
         num_wrong=len(wrong),
         num_changed=len(changed),
+        gating=next((check for check in report.behaviour if check.gates), None),
         width=WIDTH,
         figure=figure,
         exact="{:.4f}".format,
+        percent=_percent_words,
         mark=_mark_differences,
     )
 
@@ -90,7 +94,7 @@ def _gauges(report: ParityReport, num_wrong: int) -> list[Gauge]:
             value=figure(worst),
             limit=f"≤ {figure(limits.max_rounding_excess)}",
             filled=_percent(worst, limits.max_rounding_excess),
-            passed=not num_wrong,
+            verdict=_verdict(passed=not num_wrong),
             note="largest difference from base + delta, in units of what one rounding may leave",
         )
     ]
@@ -105,7 +109,7 @@ def _gauges(report: ParityReport, num_wrong: int) -> list[Gauge]:
                 value=figure(check.mean_kl),
                 limit=f"≤ {figure(limits.max_mean_kl)} nats",
                 filled=_percent(check.mean_kl, limits.max_mean_kl),
-                passed=check.mean_kl <= limits.max_mean_kl,
+                verdict=_verdict(passed=check.mean_kl <= limits.max_mean_kl),
                 note=f"from {check.reference}; the adapter itself moves the model by {figure(check.adapter_kl)}",
             ),
             Gauge(
@@ -113,12 +117,39 @@ def _gauges(report: ParityReport, num_wrong: int) -> list[Gauge]:
                 value=f"{100 * check.top1_agreement:.4g} %",
                 limit=f"≥ {100 * limits.min_top1_agreement:.4g} %",
                 filled=_percent(disagreement, 1 - limits.min_top1_agreement),
-                passed=check.top1_agreement >= limits.min_top1_agreement,
+                verdict=_verdict(passed=check.top1_agreement >= limits.min_top1_agreement),
                 note=f"same most likely token, over {num_decided} of {check.num_positions} positions; at the others "
                 f"the reference's two best logits are within {figure(check.near_tie_margin)}",
             ),
+            *_effect_gauges(check, limits),
         ]
     return gauges
+
+
+def _effect_gauges(check: BehaviourCheck, limits: Thresholds) -> list[Gauge]:
+    if check.proves_adapter is None:
+        return []
+    lost, allowed = check.lost_share or 0.0, allowed_share(check, limits)
+    passed = keeps_effect(check, limits)
+    return [
+        Gauge(
+            name="Adapter's effect lost",
+            value="-" if check.lost_share is None else f"{100 * lost:.3g} %",
+            limit=f"≤ {100 * allowed:.3g} %" if check.proves_adapter else "",
+            filled=_percent(lost, allowed),
+            verdict="proves nothing" if passed and not check.proves_adapter else _verdict(passed=passed),
+            note=f"KL to the merged checkpoint over that to the base alone, {figure(check.adapter_kl)}; rounding to "
+            f"the output's dtype by itself is {figure(check.rounding_kl)} away",
+        )
+    ]
+
+
+def _verdict(*, passed: bool) -> Literal["passed", "failed"]:
+    return "passed" if passed else "failed"
+
+
+def _percent_words(share: float | None) -> str:
+    return "-" if share is None else f"{figure(100 * share)} %"
 
 
 def _percent(value: float, limit: float) -> float:
@@ -191,7 +222,25 @@ def _row_charts(report: ParityReport) -> tuple[RowChart | None, ...]:
             labels,
             [[prompt.max_abs_logit_difference for prompt in check.prompts] for check in checks],
         ),
+        row_chart(
+            "Adapter's effect lost, per prompt",
+            "KL divergence from each reference to the merged checkpoint, over that to the reference's base without the "
+            "adapter. 1 is an adapter that was left out. The threshold is for the share over all prompts.",
+            labels,
+            [[_lost_share(prompt) for prompt in check.prompts] for check in checks],
+            limit=allowed_share(checks[0], report.thresholds) if checks[0].proves_adapter else None,
+        ),
+        row_chart(
+            "Change of the right token's probability, per prompt",
+            "Root mean square, over positions, of what the probability of the token that comes next changes by.",
+            labels,
+            [[prompt.rms_delta_p or 0.0 for prompt in check.prompts] for check in checks],
+        ),
     )
+
+
+def _lost_share(prompt: PromptCheck) -> float:
+    return prompt.mean_kl / prompt.adapter_kl if prompt.adapter_kl else 0.0
 
 
 def _shorten(text: str) -> str:

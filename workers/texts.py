@@ -5,6 +5,7 @@ The reference's logits wait on disk: the two models are never in memory together
 Shape suffixes: T positions, V vocabulary.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import torch
 from workers.files import file_errors
 
 MAX_POSITIONS = 512
-"""Positions compared of one text, the last ones: at least the longest continuation, and a bound on memory."""
+"""Positions compared of one text, the last ones: at least the longest continuation, and a bound on memory. As many
+tokens, padding included, of texts that run together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +26,8 @@ class Text:
     continuation_ids: tuple[int, ...]
     logits_path: Path
     """The reference's logits_TV, float32, row by row."""
-    given: bool = False
-    """Whether the prompt is no more than given: what is compared begins with the continuation."""
+    num_skipped: int = 0
+    """Tokens at its beginning after which nothing is compared; all of the prompt but the last one, at most."""
 
     @property
     def input_ids(self) -> tuple[int, ...]:
@@ -35,7 +37,7 @@ class Text:
     @property
     def num_positions(self) -> int:
         """T: positions compared."""
-        return min(len(self.continuation_ids if self.given else self.input_ids), MAX_POSITIONS)
+        return min(len(self.input_ids) - self.num_skipped, MAX_POSITIONS)
 
     @property
     def target_T(self) -> torch.Tensor:  # noqa: N802 - the shape is part of the name
@@ -67,3 +69,16 @@ class Text:
         """
         best_T = logits_TV[-len(self.continuation_ids) :].argmax(dim=-1)
         return tuple(best_T.tolist()) == self.continuation_ids
+
+
+def batches(texts: Iterable[Text]) -> Iterator[list[Text]]:
+    """Group texts that run together, in their order; one that is longer than `MAX_POSITIONS` runs alone."""
+    batch: list[Text] = []
+    for text in texts:
+        longest = max(len(each.input_ids) for each in (*batch, text))
+        if batch and (len(batch) + 1) * longest > MAX_POSITIONS:
+            yield batch
+            batch = []
+        batch.append(text)
+    if batch:
+        yield batch

@@ -12,7 +12,7 @@ from tests.combinations import merge_combined_by_peft
 from tests.merges import different, merge_by_peft, read_tensors
 from tests.models import build_llama, make_adapter
 
-PARITY = {"prompts": ["The capital of France is"], "max_new_tokens": 3}
+PARITY = {"prompts": ["The capital of France is"], "max_new_tokens": 3, "min_positions": 1}
 WEIGHTS = (0.75, -0.5)
 
 

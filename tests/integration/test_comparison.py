@@ -19,6 +19,7 @@ from workers.lanes.adapter import open_adapter
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 PARITY = {
+    "min_positions": 1,
     "prompts": ["The capital of France is"],
     "max_new_tokens": 2,
     "texts": ["Bees make honey.", {"prompt": "How many days has a week? ", "completion": "It has seven."}],

@@ -17,7 +17,7 @@ from workers.scratch import OwnedDirectory
 from workers.sinks.directory import DirectoryStaging
 from workers.worker import MergeWorker
 
-FULL = {"prompts": ["The capital of France is"], "max_new_tokens": 2}
+FULL = {"prompts": ["The capital of France is"], "max_new_tokens": 2, "min_positions": 1}
 NAME = "merge:llama:some"
 
 

@@ -33,7 +33,7 @@ from workers.sources import fetch_adapter, fetch_base
 from workers.worker import MergeWorker
 
 ARITHMETIC = {"level": "arithmetic"}
-FULL = {"prompts": ["The capital of France is"], "max_new_tokens": 2}
+FULL = {"prompts": ["The capital of France is"], "max_new_tokens": 2, "min_positions": 1}
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,15 @@
 """The behavioural check against real transformers and PEFT, on models of a few hundred kilobytes."""
 
+import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -19,6 +22,7 @@ from jobs.request import DEFAULT_PROMPTS, BaseQuantization, MergeRequest, Thresh
 from tests.merges import dequantize_without_kernel
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, load_plain, make_adapter, merge_with_peft
 from workers.behaviour import Subject, check_behaviour
+from workers.effect import keeps_effect
 from workers.inference import Room, load_model
 from workers.lanes.adapter import open_adapter
 
@@ -32,7 +36,7 @@ def never() -> None:
 
 def subject(base: Path, adapter: Path, merged: Path, **fields: Any) -> Subject:
     places = {"base": str(base), "adapter": str(adapter), "destination": "/releases/here"}
-    parity = {"prompts": DEFAULT_PROMPTS[:3], "max_new_tokens": 8}
+    parity = {"prompts": DEFAULT_PROMPTS[:3], "max_new_tokens": 8, "min_positions": 1}
     request = MergeRequest(id=merged.name, **places | {"base_quantization": "none", "parity": parity} | fields)
     return Subject(request=request, merged=merged, adapter=open_adapter(adapter), streamed=True)
 
@@ -46,7 +50,8 @@ def check(base: Path, scratch: Path, *subjects: Subject, **options: Any) -> dict
 def passes(checks: tuple[BehaviourCheck, ...]) -> bool:
     gate = checks[0]
     assert gate.gates
-    return gate.mean_kl <= LIMITS.max_mean_kl and gate.top1_agreement >= LIMITS.min_top1_agreement
+    within = gate.mean_kl <= LIMITS.max_mean_kl and gate.top1_agreement >= LIMITS.min_top1_agreement
+    return within and keeps_effect(gate, LIMITS)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +119,8 @@ def test_correct_merge_passes_by_far(places, base, adapter, scratch, quantizatio
     quant_type = None if quantization == "none" else quantization
     merged = merge_with_peft(base, adapter, places / name, quant_type=quant_type, double_quant=double_quant)
     options = {"quantization_options": {"bnb_4bit_use_double_quant": True}} if double_quant else {}
-    one = subject(base, adapter, merged, base_quantization=quantization, parity={}, **options)
+    parity = {"min_positions": 1}
+    one = subject(base, adapter, merged, base_quantization=quantization, parity=parity, **options)
     gate, other = check(base, scratch, one)[name]
     assert gate.gates
     assert not other.gates
@@ -150,10 +156,11 @@ def test_merge_into_the_other_base_fails(base, adapter, merged, merged_nf4, scra
 def test_figures_equal_those_of_peft_alone(base, adapter, merged, scratch):
     prompt, num_new = "Once upon a time, in a village", 5
     held_out = {"prompt": "What do bees make? ", "completion": "Bees make honey"}
-    parity = {"prompts": [prompt], "max_new_tokens": num_new, "texts": [held_out]}
+    parity = {"prompts": [prompt], "max_new_tokens": num_new, "texts": [held_out], "min_positions": 1}
     gate = check(base, scratch, subject(base, adapter, merged, parity=parity))[merged.name][0]
     tokenizer = AutoTokenizer.from_pretrained(base)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    asked = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=False)
     plain, other = load_plain(base, torch.float32), load_plain(merged, torch.float32)
     with torch.no_grad():
         nll = torch.nn.CrossEntropyLoss()
@@ -165,6 +172,13 @@ def test_figures_equal_those_of_peft_alone(base, adapter, merged, scratch):
     p, q = (x.log_softmax(-1) for x in logits)
     assert gate.num_positions == ids.shape[1] - 1
     assert gate.mean_kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+    kl_T = (p.exp() * (p - q)).sum(-1)
+    assert gate.kl_p999 == pytest.approx(np.quantile(kl_T, 0.999), rel=1e-3)
+    delta_p_T = (q.exp() - p.exp()).gather(1, ids[0, 1:, None])[:, 0].numpy()
+    assert gate.mean_delta_p == pytest.approx(delta_p_T.mean(), rel=1e-2)
+    assert gate.rms_delta_p == pytest.approx(np.sqrt((delta_p_T**2).mean()), rel=1e-3)
+    assert gate.delta_p_p001 == pytest.approx(np.quantile(delta_p_T, 0.001), rel=1e-3)
+    assert gate.delta_p_p999 == pytest.approx(np.quantile(delta_p_T, 0.999), rel=1e-3)
     assert gate.max_abs_logit_difference == pytest.approx(float((logits[0] - logits[1]).abs().max()), rel=1e-3)
     assert gate.prompts[0].mean_abs_logit_difference == pytest.approx(float((logits[0] - logits[1]).abs().mean()), 1e-3)
     assert gate.reference_nll == pytest.approx(float(nll(logits[0], ids[0, 1:])), rel=1e-5)
@@ -174,6 +188,9 @@ def test_figures_equal_those_of_peft_alone(base, adapter, merged, scratch):
         again = reference(ids[:, :-1]).logits[0].double().log_softmax(-1)
     assert without.shape[1] < again.shape[0]
     assert gate.adapter_kl == pytest.approx(float((p.exp() * (p - again)).sum(-1).mean()), rel=1e-3)
+    assert gate.lost_share == gate.mean_kl / gate.adapter_kl
+    # What was merged by PEFT is what a correct merge loses.
+    assert gate.rounding_kl == pytest.approx(gate.mean_kl, rel=1e-3)
     text = tokenizer("".join(held_out.values()), return_tensors="pt")["input_ids"]
     num_given = len(tokenizer(held_out["prompt"])["input_ids"])
     with torch.no_grad():
@@ -188,6 +205,113 @@ def test_figures_equal_those_of_peft_alone(base, adapter, merged, scratch):
     assert gate.held_out.base_nll == pytest.approx(by_base, rel=1e-5)
     assert gate.held_out.mean_kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
     assert gate.held_out.num_texts == 1
+
+
+def scaled(adapter: Path, directory: Path, factor: float) -> Path:
+    """The same adapter, with less of an effect."""
+    shutil.copytree(adapter, directory)
+    tensors = load_file(directory / "adapter_model.safetensors")
+    tensors = {name: tensor * (factor if "lora_B" in name else 1) for name, tensor in tensors.items()}
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "factor"),
+    [("bfloat16", "none", 0.1), ("bfloat16", "nf4", 0.1), ("float16", "none", 0.01), ("float32", "none", 0.003)],
+)
+def test_a_small_adapter_that_is_dropped_or_halved_fails(tmp_path, scratch, dtype, quantization, factor):
+    base = build_llama(tmp_path / "base", dtype=getattr(torch, dtype))
+    small = scaled(make_adapter(base, tmp_path / "adapter"), tmp_path / "small", factor)
+    quant_type = None if quantization == "none" else quantization
+    subjects = []
+    for name, kept in (("right", 1.0), ("halved", 0.5), ("dropped", 0.0)):
+        merged_from = scaled(small, tmp_path / f"{name}-adapter", kept)
+        merged = merge_with_peft(base, merged_from, tmp_path / name, quant_type=quant_type)
+        subjects.append(subject(base, small, merged, base_quantization=quantization))
+    right, halved, dropped = (checks[0] for checks in check(base, scratch, *subjects).values())
+    assert passes((right,))
+    assert right.proves_adapter
+    # The absolute limits alone would let both out.
+    for wrong, share in ((halved, 0.25), (dropped, 1.0)):
+        assert wrong.mean_kl < LIMITS.max_mean_kl
+        assert wrong.top1_agreement >= LIMITS.min_top1_agreement
+        assert wrong.lost_share == pytest.approx(share, rel=0.2)
+        assert not passes((wrong,))
+
+
+@pytest.mark.parametrize("factor", [0.001, 0.0])
+def test_an_adapter_below_the_rounding_is_not_proven_by_prompts(base, adapter, tmp_path, scratch, factor):
+    tiny = scaled(adapter, tmp_path / "tiny", factor)
+    merged = merge_with_peft(base, tiny, tmp_path / "merged")
+    gate = check(base, scratch, subject(base, tiny, merged))[merged.name][0]
+    assert passes((gate,))
+    assert gate.proves_adapter is False
+    assert (gate.lost_share is None) == (factor == 0)
+    assert gate.remarks[0].startswith("The prompts show no effect of the adapter above the rounding")
+    assert "by rounding to bfloat16" in gate.remarks[0]
+
+
+def test_what_rounding_takes_of_a_small_adapter_is_told(base, adapter, tmp_path, scratch):
+    small = scaled(adapter, tmp_path / "small", 0.02)
+    merged = merge_with_peft(base, small, tmp_path / "merged")
+    gate = check(base, scratch, subject(base, small, merged))[merged.name][0]
+    assert passes((gate,))
+    assert gate.proves_adapter
+    assert re.match(r"Rounding to bfloat16 alone moves the model by \d+% .*dtype: float32", gate.remarks[0])
+
+
+def test_a_head_left_out_of_a_tied_base_fails(tmp_path, scratch):
+    base = build_qwen2(tmp_path / "qwen2")
+    adapter = make_adapter(base, tmp_path / "head", targets=["lm_head"], rank=4, std=0.01)
+    # Unmerged, base + adapter changes the head alone; PEFT's own merge would change the embeddings, too.
+    for streamed in (True, False):
+        one = dataclasses.replace(subject(base, adapter, base), streamed=streamed)
+        gate = check(base, scratch, one)[base.name][0]
+        assert gate.mean_kl < LIMITS.max_mean_kl
+        assert gate.rounding_kl < gate.adapter_kl / 100
+        assert gate.lost_share == pytest.approx(1)
+        assert not passes((gate,))
+
+
+def rounded_by_transformers(base: Path, adapter: Path, directory: Path, dtype: torch.dtype) -> Path:
+    model = PeftModel.from_pretrained(load_plain(base), str(adapter)).merge_and_unload().to(dtype)
+    model.save_pretrained(directory)
+    for path in (*base.glob("tokenizer*"), *base.glob("*.jinja")):
+        shutil.copy(path, directory / path.name)
+    return directory
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_rounding_to_another_dtype_is_that_of_every_tensor(tmp_path, scratch, streamed):
+    base = build_llama(tmp_path / "base", dtype=torch.float32)
+    adapter = make_adapter(base, tmp_path / "adapter", targets=["q_proj"])
+    merged = rounded_by_transformers(base, adapter, tmp_path / "merged", torch.bfloat16)
+    one = dataclasses.replace(subject(base, adapter, merged, dtype="bfloat16"), streamed=streamed)
+    gate = check(base, scratch, one)[merged.name][0]
+    assert gate.rounding_kl == pytest.approx(gate.mean_kl, rel=1e-2)
+    assert passes((gate,))
+
+
+def test_what_peft_merges_is_rounded_by_peft(base, tmp_path, scratch):
+    adapter = scaled(make_adapter(base, tmp_path / "adapter", use_dora=True), tmp_path / "small", 0.1)
+    merged = merge_with_peft(base, adapter, tmp_path / "merged")
+    one = dataclasses.replace(subject(base, adapter, merged), streamed=False)
+    gate = check(base, scratch, one)[merged.name][0]
+    # PEFT computes DoRA's norms in the base's 16 bits.
+    assert gate.rounding_kl == pytest.approx(gate.mean_kl, rel=1e-2)
+    assert gate.proves_adapter
+    assert passes((gate,))
+
+
+def test_enough_positions_are_compared_by_default(base, adapter, merged, scratch):
+    one = subject(base, adapter, merged, parity={"prompts": ["Hello"]})
+    gate, other = check(base, scratch, one)[merged.name]
+    assert gate.num_positions >= 256
+    assert gate.num_positions == other.num_positions == sum(prompt.num_positions for prompt in gate.prompts)
+    assert "prompts are built in" in gate.remarks[-1]
+    assert (other.rounding_kl, other.proves_adapter, other.remarks) == (None, None, ())
+    assert other.lost_share == other.mean_kl / other.adapter_kl
 
 
 def test_tied_embeddings(places, scratch):
@@ -216,7 +340,12 @@ def test_many_in_one_pass_are_as_one_at_a_time(places, base, adapter, merged, me
     merged_second = merge_with_peft(base, second, places / "merged-second")
     subjects = [
         subject(base, adapter, merged),
-        subject(base, second, merged_second, parity={"prompts": ["Once", "Once upon a time"], "max_new_tokens": 3}),
+        subject(
+            base,
+            second,
+            merged_second,
+            parity={"prompts": ["Once", "Once upon a time"], "max_new_tokens": 3, "min_positions": 1},
+        ),
         subject(base, adapter, merged_nf4),
     ]
     together = check(base, scratch, *subjects)

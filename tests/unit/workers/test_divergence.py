@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,20 @@ def test_figures_are_those_of_torch_in_float64():
     assert found.other_nll == pytest.approx(float(torch.nn.functional.nll_loss(q, targets)))
     assert found.max_abs_difference == float((reference - other).abs().max())
     assert found.mean_abs_difference == pytest.approx(float((reference - other).abs().mean()))
+
+
+def test_quantiles_and_the_right_tokens_probability_are_those_of_numpy():
+    reference, other = logits(40, seed=0), logits(40, seed=1)
+    targets = torch.arange(40) % 50
+    found = compare_logits(reference, other, targets)
+    p, q = (each.double().softmax(-1).numpy() for each in (reference, other))
+    kl = (p * (np.log(p) - np.log(q))).sum(-1)
+    delta_p = (q - p)[np.arange(40), targets.numpy()]
+    assert found.kl_p999 == pytest.approx(np.quantile(kl, 0.999))
+    assert found.mean_delta_p == pytest.approx(delta_p.mean())
+    assert found.rms_delta_p == pytest.approx(np.sqrt((delta_p**2).mean()))
+    assert found.delta_p_p001 == pytest.approx(np.quantile(delta_p, 0.001))
+    assert found.delta_p_p999 == pytest.approx(np.quantile(delta_p, 0.999))
 
 
 def test_equal_logits_do_not_diverge():
@@ -57,6 +72,8 @@ def test_texts_add_up():
         ]
     )
     assert parts.mean_kl == pytest.approx(whole.mean_kl)
+    assert parts.kl_p999 == pytest.approx(whole.kl_p999)
+    assert parts.rms_delta_p == pytest.approx(whole.rms_delta_p)
     assert parts.num_positions == whole.num_positions
     assert parts.num_disagreements == whole.num_disagreements
     assert parts.max_abs_difference == whole.max_abs_difference

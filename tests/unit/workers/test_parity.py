@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import stat
 
@@ -10,9 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobs.errors import BadInputError
-from jobs.release import BehaviourCheck, ParityReport, PromptCheck, TensorCheck
+from jobs.release import BehaviourCheck, ParityReport, ParitySummary, PromptCheck, TensorCheck
+from jobs.request import Thresholds
 from tests.merges import plan_pass
 from tests.models import build_llama, make_adapter
+from workers.effect import effect_remarks, keeps_effect, proves_adapter
 from workers.parity import judge, summarize, write_report, wrong_headers
 
 THRESHOLDS = {"max_rounding_excess": 1.0, "max_mean_kl": 2e-3, "min_top1_agreement": 0.97}
@@ -108,6 +111,45 @@ def test_what_is_for_information_gates_nothing(plan, directory):
     assert judge(plan, wrong_headers(plan, directory), [tensor()], checks).passed
 
 
+@pytest.mark.parametrize(
+    ("share", "rounding_kl", "passed", "proves"),
+    [
+        (0.05, 1e-5, True, True),
+        (0.07, 1e-5, False, True),
+        (1.0, 1e-5, False, True),
+        (0.49, 4e-4, True, True),  # rounding takes 0.4, and may take a quarter of that more
+        (0.51, 4e-4, False, True),
+        (1.0, 9e-4, True, False),
+        (float("nan"), 1e-5, False, True),
+    ],
+)
+def test_no_more_of_the_adapters_effect_is_lost_than_rounding_and_threshold_allow(
+    plan, directory, share, rounding_kl, passed, proves
+):
+    fields = {"lost_share": share, "mean_kl": 1e-3 * share if math.isfinite(share) else 0.0, "adapter_kl": 1e-3}
+    check = behaviour().model_copy(update=fields | {"rounding_kl": rounding_kl})
+    report = judge(plan, wrong_headers(plan, directory), [tensor()], [check])
+    assert report.passed == passed
+    assert proves_adapter(check, Thresholds()) == proves
+    for informs in ({"gates": False}, {"lost_share": None}):
+        assert judge(plan, [], [tensor()], [behaviour(), check.model_copy(update=informs)]).passed
+    if not passed and math.isfinite(share):
+        expected = (
+            f"{share:.3g} of the adapter's effect is lost: mean KL to base in 4-bit + adapter is {share * 1e-3:.3g} "
+            f"nats, to the base alone 0.001; expected a share of at most "
+            f"{rounding_kl * 1e3 + max(0.05, rounding_kl * 250):.3g}, {rounding_kl * 1e3:.3g} of it by rounding"
+        )
+        assert report.failures == (expected,)
+
+
+def test_a_lenient_threshold_is_told_to_prove_nothing():
+    check = behaviour().model_copy(update={"lost_share": 1.0, "rounding_kl": 1e-5})
+    lenient = Thresholds(max_lost_share=1)
+    assert keeps_effect(check, lenient)
+    [remark] = effect_remarks(check, lenient, "bfloat16")
+    assert remark.startswith("A merge without the adapter would pass with max_lost_share 1 ")
+
+
 @pytest.mark.parametrize("figure", ["mean_kl", "top1_agreement"])
 def test_a_figure_that_is_no_number_is_not_within(plan, directory, figure):
     check = behaviour().model_copy(update={figure: float("nan")})
@@ -193,11 +235,32 @@ def test_a_summary_holds_the_extremes(plan, directory):
     assert (summary.num_tensors, summary.num_changed_tensors) == (3, 2)
     assert (summary.rounding_excess, summary.min_survival) == (0.7, 0.9)
     assert (summary.mean_kl, summary.top1_agreement) == (1e-4, 1.0)
+    assert (summary.adapter_kl, summary.num_positions) == (0.3, 4)
 
 
 def test_a_summary_of_arithmetic_alone_claims_no_behaviour(plan, directory):
     summary = summarize(judge(plan, wrong_headers(plan, directory), [tensor(changed=False)], []))
     assert (summary.mean_kl, summary.top1_agreement, summary.min_survival) == (None, None, None)
+
+
+def test_a_summary_tells_what_the_adapter_does_and_what_is_lost(plan, directory):
+    figures = {"kl_p999": 2e-3, "lost_share": 0.01, "proves_adapter": True}
+    check = behaviour().model_copy(update=figures)
+    summary = summarize(judge(plan, wrong_headers(plan, directory), [tensor()], [check]))
+    assert summary.model_dump(include=set(figures)) == figures
+
+
+def test_a_report_and_a_summary_of_an_earlier_version_are_read(plan, directory):
+    report = judge(plan, wrong_headers(plan, directory), [tensor()], [behaviour()])
+    written = json.loads(report.model_dump_json(by_alias=True))
+    later = {"kl_p999", "lost_share", "rounding_kl", "proves_adapter", "mean_delta_p", "remarks"}
+    assert not later & written["behaviour"][0].keys()
+    del written["thresholds"]["max_lost_share"]
+    assert ParityReport.model_validate(written) == report
+    summary = json.loads(summarize(report).model_dump_json())
+    for name in ("kl_p999", "adapter_kl", "lost_share", "proves_adapter", "num_positions"):
+        summary.pop(name, None)
+    assert ParitySummary.model_validate(summary).num_positions is None
 
 
 def test_a_report_is_written_as_json_and_as_a_page(merged, plan, directory, tmp_path):

@@ -22,17 +22,113 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_llama(tmp_path_factory.mktemp("prompts") / "model", max_position_embeddings=64)
 
 
+@pytest.fixture(scope="module")
+def roomy(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = shutil.copytree(model, tmp_path_factory.mktemp("roomy") / "model")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    return directory
+
+
 @pytest.fixture
 def copy(model: Path, tmp_path: Path) -> Path:
     return shutil.copytree(model, tmp_path / "copy")
 
 
-def test_token_ids_are_those_of_the_checkpoints_tokenizer(model):
-    prompts = read_prompts(request(), model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+def chat(tokenizer: Any, prompt: str) -> list[int]:
+    asked = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+
+
+def test_prompts_are_asked_through_the_chat_template(roomy):
+    prompts = read_prompts(request(min_positions=1), roomy)
+    tokenizer = AutoTokenizer.from_pretrained(roomy)
     assert prompts.texts == DEFAULT_PROMPTS
+    assert [list(ids) for ids in prompts.token_ids] == [chat(tokenizer, text) for text in DEFAULT_PROMPTS]
+    assert prompts.show(prompts.token_ids[0]) == f"<|user|>{DEFAULT_PROMPTS[0]}<|end|><|assistant|>"
+    assert prompts.remarks == ("Prompts were asked through the model's chat template.",)
+
+
+def test_prompts_of_a_model_without_a_chat_template_are_asked_as_they_are(roomy, tmp_path):
+    plain = shutil.copytree(roomy, tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    prompts = read_prompts(request(min_positions=1), plain)
+    tokenizer = AutoTokenizer.from_pretrained(plain)
     assert [list(ids) for ids in prompts.token_ids] == [tokenizer(text)["input_ids"] for text in DEFAULT_PROMPTS]
     assert prompts.show(prompts.token_ids[0]) == DEFAULT_PROMPTS[0]
+    assert "has no chat template" in prompts.remarks[0]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('a system message comes first') }}", "a system message comes first"),
+        ("{{ messages[0]['content']['of'] + 1 }}", "has no attribute"),
+        ("<|user|>{{ messages | length }}", "the message is not in what it makes"),
+        ("{% for", "unexpected"),
+        ("{{ 1 / 0 }}", "division"),
+        ("{{ raise_exception('\x1b[31mred' * 100) }}", "refuses, 1, were asked as they are:  [31mred"),
+    ],
+)
+def test_what_a_chat_template_refuses_is_asked_as_it_is(roomy, tmp_path, template, reason):
+    odd = shutil.copytree(roomy, tmp_path / "odd")
+    (odd / "chat_template.jinja").write_text(template)
+    prompts = read_prompts(request(prompts=["Hello there"], min_positions=1), odd)
+    assert list(prompts.token_ids[0]) == AutoTokenizer.from_pretrained(odd)("Hello there")["input_ids"]
+    assert reason in prompts.remarks[0]
+    assert len(prompts.remarks[0]) < 260
+
+
+def test_a_chat_template_that_takes_lists_of_parts_gets_one(roomy, tmp_path):
+    odd = shutil.copytree(roomy, tmp_path / "odd")
+    (odd / "chat_template.jinja").write_text("[{% for part in messages[0].content %}{{ part.text }}{% endfor %}]")
+    prompts = read_prompts(request(prompts=["Hello there"], min_positions=1), odd)
+    assert prompts.show(prompts.token_ids[0]) == "[Hello there]"
+
+
+def test_a_chat_template_that_tells_the_day_gives_the_same_prompt_on_every_day(roomy, tmp_path):
+    dated = shutil.copytree(roomy, tmp_path / "dated")
+    (dated / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}")
+    prompts = read_prompts(request(prompts=["Hello"], min_positions=1), dated)
+    assert prompts.show(prompts.token_ids[0]) == "01 Jan 2026: Hello"
+
+
+def test_a_prompt_with_special_tokens_has_been_rendered_already(roomy):
+    prompts = read_prompts(request(prompts=["<|user|>Hi<|end|>", "Hello"], min_positions=1), roomy)
+    assert [prompts.show(ids) for ids in prompts.token_ids] == [
+        "<|user|>Hi<|end|>",
+        "<|user|>Hello<|end|><|assistant|>",
+    ]
+    assert "special tokens in them, 1," in prompts.remarks[1]
+
+
+def test_built_in_prompts_follow_until_there_are_enough_positions(roomy):
+    own = ["Hello there", "Hello then"]
+    tokenizer = AutoTokenizer.from_pretrained(roomy)
+    prompts = read_prompts(request(prompts=own), roomy)
+    assert prompts.texts[:2] == tuple(own)
+    first, second = (chat(tokenizer, prompt) for prompt in own)
+    shared = next(n for n, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
+    assert prompts.nums_shared[:2] == (0, shared)
+    nums = [len(ids) - shared for ids, shared in zip(prompts.token_ids, prompts.nums_shared, strict=True)]
+    assert sum(nums) >= 256
+    assert sum(nums[:-1]) < 256
+    assert all(list(ids) == chat(tokenizer, text) for text, ids in zip(prompts.texts, prompts.token_ids, strict=True))
+    assert f"The last {len(nums) - 2} prompts are built in" in prompts.remarks[1]
+
+
+def test_a_prompt_that_is_asked_twice_counts_its_answer_twice(roomy):
+    prompts = read_prompts(request(prompts=["Hello", "Hello"], min_positions=1), roomy)
+    assert prompts.nums_shared == (0, len(prompts.token_ids[0]) - 1)
+
+
+def test_a_context_too_short_for_enough_positions_is_told(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 30}))
+    prompts = read_prompts(request(prompts=["Hello"]), copy)
+    assert max(map(len, prompts.token_ids)) + 16 <= 30
+    num_positions = sum(map(len, prompts.token_ids)) - sum(prompts.nums_shared)
+    assert f"The prompts have {num_positions} positions instead of 256" in prompts.remarks[-1]
 
 
 def test_special_tokens_are_shown(model):
@@ -44,7 +140,7 @@ def test_drawn_prompts_are_the_same_every_time(copy):
         path.unlink()
     first, second = read_prompts(request(), copy), read_prompts(request(), copy)
     assert first == second
-    assert len(first.token_ids) == len(DEFAULT_PROMPTS)
+    assert sum(map(len, first.token_ids)) >= 256
     assert all(0 <= token_id < 512 for ids in first.token_ids for token_id in ids)
     assert first.texts[0] == "token ids " + " ".join(map(str, first.token_ids[0]))
 
@@ -58,6 +154,7 @@ def test_prompt_without_tokens_is_refused(copy):
     content = json.loads((copy / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
     (copy / "tokenizer.json").write_text(json.dumps(content))
+    (copy / "chat_template.jinja").unlink()
     with pytest.raises(BadInputError, match="has no tokens"):
         read_prompts(request(prompts=["fine", "  "]), copy)
 

@@ -226,6 +226,44 @@ def test_arithmetic_level_says_that_no_model_ran():
     assert "Prompt by prompt" not in page.text
 
 
+EFFECT = {
+    "lost_share": 0.0123,
+    "rounding_kl": 1e-5,
+    "proves_adapter": True,
+    "kl_p999": 7.5e-3,
+    "mean_delta_p": -1.5e-4,
+    "rms_delta_p": 0.0042,
+    "delta_p_p001": -0.031,
+    "delta_p_p999": 0.029,
+}
+
+
+def test_what_the_adapter_does_and_what_is_lost_is_shown():
+    asked = prompt("The capital of France is", adapter_kl=1.0, rms_delta_p=0.004)
+    html = render_report(report(behaviour=(behaviour(asked, **EFFECT, remarks=("Prompts were asked.",)),)))
+    words = " ".join(Page(html).text.split())
+    for part in ("Adapter's effect lostpassed 1.23 %≤ 5 %", "0.0075 99.9 %", "-0.015 % mean, 0.42 % RMS"):
+        assert part in words
+    assert "-3.1 % to 2.9 %" in words
+    assert "Prompts were asked." in words
+    titles = [svg.attrib["aria-label"] for svg in pictures(html)]
+    assert "Adapter's effect lost, per prompt" in titles
+    assert "Change of the right token's probability, per prompt" in titles
+
+
+def test_a_lost_adapter_fails_its_gauge():
+    html = render_report(report(behaviour=(behaviour(prompt("a"), **EFFECT | {"lost_share": 1.0}),)))
+    assert "Adapter's effect lostfailed 100 %≤ 5 %" in " ".join(Page(html).text.split())
+
+
+def test_what_proves_nothing_is_not_shown_as_proof():
+    fields = EFFECT | {"lost_share": None, "proves_adapter": False, "adapter_kl": 0.0}
+    check = behaviour(prompt("a"), **fields, remarks=("The prompts show no effect.",))
+    words = " ".join(Page(render_report(report(behaviour=(check,)))).text.split())
+    assert "Adapter's effect lostproves nothing -" in words
+    assert "as base + adapter does. The prompts show no effect." in words
+
+
 def test_report_of_nothing_can_be_shown():
     page = Page(render_report(report(tensors=(), behaviour=(), passed=False, failures=("shard x is missing",))))
     assert "shard x is missing" in page.text
