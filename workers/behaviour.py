@@ -70,6 +70,8 @@ class _Answers:
     """Prompts with its continuations, then held-out texts."""
     effects: tuple[Divergence, ...]
     """From it to its base without the adapter, by text."""
+    strangers: frozenset[str]
+    """Names of tensors that the base stores and its model does not take."""
 
 
 def check_behaviour(
@@ -235,17 +237,22 @@ def _answer(
                 cancelled()
                 without_TV = running.logits(text.input_ids, text.num_positions)
                 effects.append(compare_logits(text.read_logits(), without_TV, text.target_T))
-    return _Answers(reference=reference, texts=tuple(texts), effects=tuple(effects))
+    return _Answers(reference=reference, texts=tuple(texts), effects=tuple(effects), strangers=running.strangers)
 
 
 def _ask_merged(trial: _Trial, room: Room, cancelled: Callable[[], None]) -> tuple[BehaviourCheck, ...]:
     merged = trial.subject.merged
     running = load_model(merged, room)
-    if running.misfits:
-        raise ParityFailedError(
-            f"{merged}: expected every tensor of the model and no other, found {'; '.join(running.misfits)}"
-        )
     gating = trial.answers[0]
+    misfits = list(running.misfits)
+    # What no model takes is copied from the base; it has no other.
+    if strangers := sorted(running.strangers - gating.strangers):
+        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+        misfits.append(f"unexpected keys: {strangers[0]}{more}")
+    if misfits:
+        raise ParityFailedError(
+            f"{merged}: expected every tensor of the model and of the base, and no other, found {'; '.join(misfits)}"
+        )
     num_prompts = len(trial.prompts.token_ids)
     continuations = [text.continuation_ids for text in gating.texts[:num_prompts]]
     divergences: list[list[Divergence]] = [[] for _ in trial.answers]

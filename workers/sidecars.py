@@ -18,6 +18,7 @@ from workers.checkpoint import INDEX_FILE, read_json
 from workers.files import file_errors, sha256_of
 from workers.lanes.adapter import ADAPTER_CONFIG
 from workers.plan import MergePlan
+from workers.stored_forms import without_declarations
 
 CARD_NAME = "README.md"
 
@@ -144,7 +145,7 @@ def _plain_files(directory: Path) -> dict[str, Path]:
 
 def _merged_config(plan: MergePlan) -> dict[str, Any]:
     config: dict[str, Any] = read_json(plan.base.source.directory / "config.json")
-    config.pop("quantization_config", None)
+    config = without_declarations(config)
     if plan.request.dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = plan.request.dtype

@@ -20,6 +20,7 @@ from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
 from workers.files import file_errors, sha256_of
 from workers.pickled import CONVERTED_WEIGHTS, PICKLED_WEIGHTS, convert
 from workers.scratch import keep_directory
+from workers.stored_forms import form_of_files
 
 if TYPE_CHECKING:
     from workers.s3_client import S3Object, S3Store
@@ -81,7 +82,10 @@ class _Kind:
             UnsupportedError: there are only pickled weights, of a kind that is not converted.
         """
         there = frozenset(names)
-        if not any(name.endswith(".safetensors") or name == self.convertible for name in self.select(there)):
+        has_weights = any(name.endswith(".safetensors") or name == self.convertible for name in self.select(there))
+        if self is _BASE and not (has_weights and self.config in there) and (form := form_of_files(there)):
+            raise UnsupportedError(f"{self.name} {location} is {form.words} (found {_some(there)}). {form.advice}")
+        if not has_weights:
             if pickled := sorted(name for name in there if _matches(name, self.pickled)):
                 raise UnsupportedError(
                     f"{self.name} {location} has its weights only in pickle files ({pickled[0]}), which can run code "
