@@ -9,10 +9,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench scale gpu bases fidelity chaos fuzz
+.PHONY: help setup demo test lint bench scale gpu bases fidelity stability chaos fuzz
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## make .venv with exactly the versions of constraints.txt
 
@@ -54,6 +54,9 @@ gpu: setup  ## merges on a GPU against what it can copy and a tmpfs can take, an
 
 fidelity: setup  ## every method, and LoRA on every architecture, against PEFT; writes docs/compatibility.md
 	$(BIN)/python -m tests.fidelity
+
+stability: setup  ## every method, merged by PEFT with other threads and BLAS settings: what moves by more than rounding
+	$(BIN)/python -m tests.stability
 
 bases: setup  ## 16-bit or 4-bit base: adapters trained on each, merged into both, on held-out chats
 	$(BIN)/python -m benchmarks.bases

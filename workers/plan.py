@@ -26,7 +26,7 @@ from workers.four_bit import plan_quantization, stored_as_asked
 from workers.lanes.adapter import Adapter, open_adapter
 from workers.lanes.coverage import Coverage, cover
 from workers.lanes.lora import LoraDelta, plan_lora
-from workers.lanes.methods import WEIGHED
+from workers.lanes.methods import UNSTABLE, WEIGHED
 from workers.model import answers_prompts, check_depth, skeleton
 from workers.quant import quantized_names, quantized_owner
 from workers.quantization import QuantizationTask
@@ -310,6 +310,12 @@ def plan_merge(base: BasePlan, request: MergeRequest, adapter: Source) -> MergeP
         NotFoundError, BadInputError, UnsupportedError: the adapter cannot be used, or does not fit the base.
     """
     opened = open_adapter(adapter.directory)
+    if opened.method in UNSTABLE and not request.accept_unstable:
+        raise UnsupportedError(
+            f"{adapter.directory}: peft_type {opened.method!r}: {UNSTABLE[opened.method]}; it computes "
+            "something else on another machine. Train anew by another method, or request accept_unstable: true for the "
+            "weights that it gives on the worker"
+        )
     if request.parity.level == "full" and not base.answers_prompts:
         raise UnsupportedError(
             f"{base.source.directory}: its model does not continue text, so parity level full cannot ask "
