@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench scale gpu bases fidelity wrong-merges chaos fuzz fuzz-files
+.PHONY: help setup demo test lint bench scale gpu bases fidelity stability wrong-merges chaos fuzz fuzz-files
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ gpu: setup  ## merges on a GPU against what it can copy and a tmpfs can take, an
 
 fidelity: setup  ## every method, and LoRA on every architecture, against PEFT; writes docs/compatibility.md
 	$(BIN)/python -m tests.fidelity
+
+stability: setup  ## every method, merged by PEFT with other threads and BLAS settings: what moves by more than rounding
+	$(BIN)/python -m tests.stability
 
 bases: setup  ## 16-bit or 4-bit base: adapters trained on each, merged into both, on held-out chats
 	$(BIN)/python -m benchmarks.bases

@@ -175,6 +175,9 @@ def merge(
     compare: Annotated[
         bool, typer.Option("--compare", help="Merge into the other base (16-bit, 4-bit) too, and show how both do.")
     ] = False,
+    accept_unstable: Annotated[
+        bool, typer.Option("--accept-unstable", help="Merge a method whose weights depend on this machine.")
+    ] = False,
     log_format: LogFormat = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -191,6 +194,7 @@ def merge(
             dtype=dtype,
             parity=parity,
             compare=compare,
+            accept_unstable=accept_unstable,
         )
         raise typer.Exit(exit_codes.of_command(merge_and_show(output, requests)))
 

@@ -55,6 +55,7 @@ def build_requests(
     dtype: Dtype | None,
     parity: Literal["full", "arithmetic"],
     compare: bool,
+    accept_unstable: bool,
 ) -> tuple[MergeRequest, ...]:
     """Return a request for each adapter; several go to `<destination>/<adapter name>`.
 
@@ -80,6 +81,7 @@ def build_requests(
                 dtype=dtype,
                 parity=ParityPolicy(level=parity),
                 compare=compare,
+                accept_unstable=accept_unstable,
             )
             for place in places
         )

@@ -250,6 +250,23 @@ class ParitySummary(Frozen):
     num_positions: int | None = Field(default=None, exclude_if=is_none)
 
 
+class MadeWith(Frozen):
+    """What the bytes depend on, beside the request, where a method decomposes the base anew whenever it is loaded."""
+
+    method: str
+    """PEFT's name of it."""
+    stable: bool
+    """False where the merged weights move by more than rounding with what is named here."""
+    num_threads: Annotated[int, Field(ge=1)]
+    """That torch computed with."""
+    cpu_capability: str
+    """Vector instructions that torch chose, such as AVX2."""
+    processor: str
+    """Model of the processor, as the system names it."""
+    blas: str
+    """Library of linear algebra that torch was built with, and the settings of it in the environment."""
+
+
 class Manifest(Frozen):
     """Written last. A release exists when, and only when, its manifest does. Same request, same bytes."""
 
@@ -273,6 +290,8 @@ class Manifest(Frozen):
     files: tuple[Artifact, ...]
     versions: dict[str, str]
     """Versions of the libraries that decided the bytes."""
+    made_with: MadeWith | None = Field(default=None, exclude_if=is_none)
+    """Only of methods whose bytes depend on it: there, the same request gives the same bytes with this alone."""
 
     @property
     def num_bytes(self) -> int:

@@ -166,6 +166,9 @@ class MergeRequest(Frozen):
     compare: bool = Field(default=False, exclude_if=is_empty)
     """Whether the adapter is also merged into the base in its other weights (16-bit against 4-bit), not to be
     published but for the report to say how either stands against base + adapter."""
+    accept_unstable: bool = Field(default=False, exclude_if=is_empty)
+    """Whether an adapter may be merged whose method gives other weights on another machine. A permission: of no effect
+    on other methods, so that a file may give it to all of its requests."""
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
     """Higher goes first."""
     labels: Annotated[dict[str, str], PlainSerializer(lambda labels: dict(sorted(labels.items())))] = Field(default={})

@@ -25,6 +25,8 @@ class Answers:
     """From it to its base without the adapter, by text."""
     roundings: tuple[Divergence, ...]
     """From it to itself, merged and rounded, by prompt; only of the one that gates."""
+    strangers: frozenset[str]
+    """Names of tensors that the base stores and its model does not take."""
 
 
 def summarize_answers(

@@ -275,7 +275,13 @@ def _answer(
         roundings = []
         if reference.gates:
             roundings = _ask_rounded(running, peft_model, trial, texts[: len(continuations)], cancelled)
-    return Answers(reference=reference, texts=tuple(texts), effects=tuple(effects), roundings=tuple(roundings))
+    return Answers(
+        reference=reference,
+        texts=tuple(texts),
+        effects=tuple(effects),
+        roundings=tuple(roundings),
+        strangers=running.strangers,
+    )
 
 
 def _ask_rounded(
@@ -313,11 +319,16 @@ def _ask_rounded(
 def _ask_merged(trial: _Trial, room: Room, cancelled: Callable[[], None]) -> tuple[BehaviourCheck, ...]:
     merged = trial.subject.merged
     running = load_model(merged, room)
-    if running.misfits:
-        raise ParityFailedError(
-            f"{merged}: expected every tensor of the model and no other, found {'; '.join(running.misfits)}"
-        )
     gating = trial.answers[0]
+    misfits = list(running.misfits)
+    # What no model takes is copied from the base; it has no other.
+    if strangers := sorted(running.strangers - gating.strangers):
+        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+        misfits.append(f"unexpected keys: {strangers[0]}{more}")
+    if misfits:
+        raise ParityFailedError(
+            f"{merged}: expected every tensor of the model and of the base, and no other, found {'; '.join(misfits)}"
+        )
     num_prompts = len(trial.prompts.token_ids)
     continuations = [text.continuation_ids for text in gating.texts[:num_prompts]]
     divergences: list[list[Divergence]] = [[] for _ in trial.answers]

@@ -60,6 +60,30 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
+_OPAQUE_BITS = {
+    "U16": 16,
+    "U32": 32,
+    "U64": 64,
+    "C64": 64,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F8_E8M0": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+}
+"""Bits of an element, by the further codes of safetensors 0.8: nothing is computed with these, so bytes are all they
+are. A code beyond both tables is one that safetensors opens no file with."""
+_BITS = {code: 8 * dtype.itemsize for code, dtype in DTYPES.items()} | _OPAQUE_BITS
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """What a header says of a tensor that is kept as bytes."""
+
+    code: str
+    shape: tuple[int, ...]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
@@ -70,6 +94,13 @@ class TensorSpec:
     shape: tuple[int, ...]
     begin: int
     """Offset of the first byte from the start of the file."""
+    stated: Stated | None = None
+    """Of a tensor whose dtype is not computed with: it is uint8 [bytes] here, and the header says what it is."""
+
+    @property
+    def code(self) -> str:
+        """The header's word for its dtype."""
+        return self.stated.code if self.stated else DTYPE_CODES[self.dtype]
 
     @property
     def num_elements(self) -> int:
@@ -200,10 +231,6 @@ def read_shard(path: Path) -> ShardLayout:
     return ShardLayout(name=path.name, header=prefix + raw, tensors=tuple(specs))
 
 
-def _widest_first(tensor: tuple[str, torch.dtype, tuple[int, ...]]) -> int:
-    return -tensor[1].itemsize
-
-
 def _file_order(spec: TensorSpec) -> tuple[int, int]:
     return spec.begin, spec.end
 
@@ -221,22 +248,27 @@ def _read_spec(path: Path, name: str, entry: Any, data_begin: int) -> TensorSpec
         raise BadInputError(
             f"{where}: expected dtype, shape and data_offsets, found {shown(entry, _MAX_SHOWN)}"
         ) from error
-    if not isinstance(code, str) or code not in DTYPES:
+    if not isinstance(code, str) or code not in _BITS:
         raise BadInputError(
-            f"{where}: dtype {shown(repr(code), _MAX_SHOWN)} is not supported; expected one of {', '.join(DTYPES)}"
+            f"{where}: dtype {shown(repr(code), _MAX_SHOWN)} is unknown to safetensors 0.8, which opens no such file; "
+            f"expected one of {', '.join(_BITS)}"
         )
     if len(shape) > _MAX_DIMENSIONS:
         raise BadInputError(f"{where}: expected at most {_MAX_DIMENSIONS} dimensions, found {len(shape)}")
     if not all(type(size) is int and 0 <= size < 1 << 63 for size in (*shape, begin, end)):
         found = shown((shape, begin, end), _MAX_SHOWN)
         raise BadInputError(f"{where}: expected whole numbers of 64 bits as shape and offsets, found {found}")
-    spec = TensorSpec(name=name, dtype=DTYPES[code], shape=shape, begin=data_begin + begin)
-    if spec.num_bytes != end - begin:
+    num_bits = _BITS[code] * math.prod(shape)
+    if num_bits != 8 * (end - begin):
         raise BadInputError(
-            f"{where}: {code} of shape {list(shape)} takes {spec.num_bytes} bytes, the header gives it {end - begin}; "
-            "the file is corrupt"
+            f"{where}: {code} of shape {list(shape)} takes {math.ceil(num_bits / 8)} bytes, the header gives it "
+            f"{end - begin}; the file is corrupt"
         )
-    return spec
+    if code in DTYPES:
+        return TensorSpec(name=name, dtype=DTYPES[code], shape=shape, begin=data_begin + begin)
+    return TensorSpec(
+        name=name, dtype=torch.uint8, shape=(end - begin,), begin=data_begin + begin, stated=Stated(code, shape)
+    )
 
 
 def read_checkpoint(directory: Path) -> CheckpointLayout:
@@ -303,7 +335,9 @@ def _read_shards(directory: Path, names: Sequence[str]) -> tuple[ShardLayout, ..
 
 
 def lay_out(
-    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], max_shard_bytes: int | None
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
+    max_shard_bytes: int | None,
+    stated: Mapping[str, Stated] = MappingProxyType({}),
 ) -> CheckpointLayout:
     """Lay tensors out in shards, in the order given, with names and headers as `save_pretrained` would use.
 
@@ -311,6 +345,7 @@ def lay_out(
         tensors: name, dtype and shape of each.
         max_shard_bytes: a shard is closed before it grows beyond this; one larger tensor gets a shard of its own.
             None puts everything into one file.
+        stated: what headers say of those that are kept as bytes, by name.
 
     Returns:
         The layout; offsets are final.
@@ -326,13 +361,16 @@ def lay_out(
         num_bytes += size
     total = len(groups)
     names = [SINGLE_FILE] if total == 1 else [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
-    return CheckpointLayout(tuple(lay_out_shard(name, group) for name, group in zip(names, groups, strict=True)))
+    return CheckpointLayout(
+        tuple(lay_out_shard(name, group, stated=stated) for name, group in zip(names, groups, strict=True))
+    )
 
 
 def lay_out_shard(
     name: str,
     tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
     metadata: Mapping[str, str] = MappingProxyType({}),
+    stated: Mapping[str, Stated] = MappingProxyType({}),
 ) -> ShardLayout:
     """Lay out one file: widest dtype first, so that every tensor is aligned, then in the order given.
 
@@ -340,13 +378,19 @@ def lay_out_shard(
         name: of the file.
         tensors: name, dtype and shape of each.
         metadata: kept in the header beside the format.
+        stated: what the header says of those that are kept as bytes, by name.
     """
-    tensors = sorted(tensors, key=_widest_first)
+
+    def widest_first(tensor: tuple[str, torch.dtype, tuple[int, ...]]) -> int:
+        return -_BITS[stated[tensor[0]].code if tensor[0] in stated else DTYPE_CODES[tensor[1]]]
+
+    tensors = sorted(tensors, key=widest_first)
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for tensor, dtype, shape in tensors:
         end = offset + math.prod(shape) * dtype.itemsize
-        entries[tensor] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        said = stated.get(tensor) or Stated(DTYPE_CODES[dtype], shape)
+        entries[tensor] = {"dtype": said.code, "shape": list(said.shape), "data_offsets": [offset, end]}
         offset = end
     raw = json.dumps(entries, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
@@ -354,6 +398,6 @@ def lay_out_shard(
     specs = []
     begin = len(header)
     for tensor, dtype, shape in tensors:
-        specs.append(TensorSpec(name=tensor, dtype=dtype, shape=shape, begin=begin))
+        specs.append(TensorSpec(name=tensor, dtype=dtype, shape=shape, begin=begin, stated=stated.get(tensor)))
         begin = specs[-1].end
     return ShardLayout(name=name, header=header, tensors=tuple(specs))

@@ -75,6 +75,7 @@ class Conversions:
             base_model_prefix=model.base_model_prefix,
             meta_state_dict=expected,
         )
+        self._rename = rename
         names: dict[str, str] = {}
         self._converters: dict[str, WeightConverter] = {}
         self._patterns: dict[str, str] = {}
@@ -147,6 +148,10 @@ class Conversions:
         )
         return reverted
 
+    def parameter_of(self, stored: str) -> str:
+        """Return what a tensor of the checkpoint would be in the model, or a part of, whether it is there or not."""
+        return str(self._rename(stored)[0])
+
     def new_name(self, name: str) -> str:
         """Return what a tensor of the model is called in the checkpoint that does not hold it yet."""
         (stored,) = revert_weight_conversion(self._model, {name: torch.empty(self.shapes[name], device="meta")})
@@ -184,7 +189,11 @@ class Conversions:
 
 
 def relate(
-    directory: Path, model: PreTrainedModel, stored: Mapping[str, torch.Tensor], in_4bit: Collection[str]
+    directory: Path,
+    model: PreTrainedModel,
+    stored: Mapping[str, torch.Tensor],
+    in_4bit: Collection[str],
+    check: Callable[[Conversions], None] = lambda _: None,
 ) -> Conversions:
     """Relate a checkpoint to its model, and check that the two belong together.
 
@@ -193,6 +202,7 @@ def relate(
         model: skeleton on the meta device; kept.
         stored: the checkpoint's tensors by name, on the meta device.
         in_4bit: those of them that are the codes of weights in 4-bit.
+        check: raises where the checkpoint is of another kind, before the two are held against each other.
 
     Raises:
         UnsupportedError: transformers cannot convert the tensors, or only from 16 bits.
@@ -202,13 +212,15 @@ def relate(
         conversions = Conversions(model, stored)
     except UnsupportedError as error:
         raise UnsupportedError(f"{directory}: {error}") from error
+    check(conversions)
     own = conversions.shapes
     for group in conversions.groups:
         found = [name for name in group.stored if name in in_4bit]
         if found:
             raise UnsupportedError(
-                f"{directory}: {group.parameters[0]} is made of {found[0]} and others, which are stored in 4-bit; use "
-                "the base that this one was made from"
+                f"{directory}: {group.parameters[0]} is made of {found[0]} and others, which are stored in 4-bit, and "
+                "transformers puts weights together from 16 bits only. Name a base in 16 bits if its maker publishes "
+                "one; if not, make it of this one as docs/stored-forms.md shows"
             )
         for name, tensor in conversions.load(group, stored.__getitem__).items():
             if own.get(name) != tuple(tensor.shape):

@@ -56,7 +56,9 @@ class RunningModel:
     device: torch.device
     """Where its inputs go and its outputs come from."""
     misfits: tuple[str, ...]
-    """Tensors that the checkpoint lacks, has too many of, or has in another shape; empty for a sound one."""
+    """Tensors that the checkpoint lacks, or has in another shape; empty for a sound one."""
+    strangers: frozenset[str]
+    """Names of tensors in its files that the model does not take."""
     stop_ids: frozenset[int]
     """Tokens that end a continuation."""
 
@@ -259,9 +261,10 @@ def _prepare(model: PreTrainedModel, info: dict[str, Any], *, device: torch.devi
         device=device,
         misfits=tuple(
             f"{kind.replace('_', ' ')}: {_some(info[kind])}"
-            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+            for kind in ("missing_keys", "mismatched_keys", "error_msgs")
             if info[kind]
         ),
+        strangers=frozenset(map(str, info["unexpected_keys"])),
         stop_ids=frozenset(stop if isinstance(stop, list) else () if stop is None else (stop,)),
     )
 

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from jobs.errors import BadInputError, NotFoundError, UnsupportedError
 from jobs.request import BaseQuantization, QuantizationOptions
 from workers.checkpoint import read_json
+from workers.stored_forms import declared_4bit
 
 _REFUSALS = (
     ArithmeticError,
@@ -75,18 +76,12 @@ def stored_quantization(directory: Path) -> StoredQuantization | None:
     """Return the 4-bit format a base is stored in, or None for one in plain 16- or 32-bit weights.
 
     Raises:
-        UnsupportedError: the base is stored in a format that has no bit-exact way back to the weights of the training.
+        UnsupportedError: the base is stored in a form that is not merged; the message says what to do.
         BadInputError: the configuration contradicts itself or is none.
     """
-    stored = _read_config(directory).get("quantization_config")
-    if not stored:
+    stored = declared_4bit(directory)
+    if stored is None:
         return None
-    if not isinstance(stored, dict) or stored.get("quant_method") != "bitsandbytes" or not stored.get("load_in_4bit"):
-        method = stored.get("quant_method") if isinstance(stored, dict) else stored
-        raise UnsupportedError(
-            f"{directory / 'config.json'}: the base is stored as {method!r}; expected plain weights or a bitsandbytes "
-            "4-bit checkpoint: use the base that it was made from"
-        )
     quant_type = stored.get("bnb_4bit_quant_type", "fp4")
     skip = stored.get("llm_int8_skip_modules")
     if quant_type not in ("nf4", "fp4"):

@@ -21,13 +21,14 @@ from jobs.release import CombinedAdapter
 from jobs.request import BaseQuantization, MergeRequest
 from workers.base_card import BaseCard, read_base_card
 from workers.checkpoint import CheckpointLayout, TensorSpec, lay_out, lay_out_shard, read_checkpoint, read_json
+from workers.codes import refuse_codes
 from workers.conversions import Conversions, relate
 from workers.four_bit import plan_quantization, stored_as_asked
 from workers.lanes.adapter import Adapter, open_adapter
 from workers.lanes.coverage import Coverage, cover, ties_by_values
 from workers.lanes.fitting import fit
 from workers.lanes.lora import LoraDelta, plan_lora
-from workers.lanes.methods import WEIGHED
+from workers.lanes.methods import UNSTABLE, WEIGHED
 from workers.lanes.resizing import check_apart, resize_vocabulary
 from workers.model import answers_prompts, check_depth, skeleton, token_embedding
 from workers.notes import find_notes
@@ -35,6 +36,7 @@ from workers.quant import quantized_names, quantized_owner
 from workers.quantization import QuantizationTask
 from workers.shipment import Shipment, plan_shipment, shipped_alone
 from workers.sources import Source
+from workers.stored_forms import declared_4bit
 from workers.ties import come_apart, stored_apart, tied_names
 
 _MAX_PLANNED_BASES = 4
@@ -42,6 +44,7 @@ _MAX_RECIPES = 16
 """Of adapters, for each base: a fleet of many bases keeps plans for long."""
 
 _TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_NUMBERS = frozenset({torch.float64, *_TORCH_DTYPES.values()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,6 +302,7 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
         NotFoundError, BadInputError, UnsupportedError: the base cannot be used, or not as asked.
     """
     directory = source.directory
+    declared_4bit(directory)  # other forms are refused by name, before anything is made of their tensors
     layout = read_checkpoint(directory)
     check_depth(directory, len(layout.tensors))
     model = skeleton(directory)
@@ -331,7 +335,8 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
             OutputTensor(
                 name=name,
                 shape=shapes.get(name, spec.shape) if name in converted else spec.shape,
-                dtype=asked_dtype if asked_dtype is not None and own_dtype.is_floating_point else own_dtype,
+                # What is no number keeps its bytes: 8-bit floats are codes, like integers.
+                dtype=asked_dtype if asked_dtype is not None and own_dtype in _NUMBERS else own_dtype,
                 shard=shard.name,
                 stored=None if name in converted else spec,
             )
@@ -390,6 +395,12 @@ def plan_merge(
         base.conversions.shapes,
         base.skeleton,
     )
+    if opened.method in UNSTABLE and not request.accept_unstable:
+        raise UnsupportedError(
+            f"{adapter.directory}: peft_type {opened.method!r}: {UNSTABLE[opened.method]}; it computes "
+            "something else on another machine. Train anew by another method, or request accept_unstable: true for the "
+            "weights that it gives on the worker"
+        )
     if request.parity.level == "full" and not base.answers_prompts:
         raise UnsupportedError(
             f"{base.source.directory}: its model does not continue text, so parity level full cannot ask "
@@ -413,7 +424,7 @@ def plan_merge(
         if (tensor.name in deltas or tensor.name in by_peft) and tensor.dtype not in _TORCH_DTYPES.values():
             raise UnsupportedError(
                 f"{base.source.directory}: tensor {tensor.name} is {tensor.dtype}; merging needs float32, float16 or "
-                "bfloat16 weights: use the base that this one was made from"
+                "bfloat16 weights: request a dtype"
             )
     shipment = plan_shipment(base.source.directory, adapter.directory)
     rows = [tensor.shape[0] + base.num_rows_beside for tensor in tensors if tensor.name == base.embedding]
@@ -499,11 +510,17 @@ def _conversions(
     source: Source, layout: CheckpointLayout, owners: Mapping[str, str | None], model: PreTrainedModel
 ) -> Conversions:
     stored = {
-        name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        name: torch.empty(spec.stated.shape if spec.stated else spec.shape, dtype=spec.dtype, device="meta")
         for name, (_, spec) in layout.tensors.items()
         if owners[name] in (None, name)
     }
-    return relate(source.directory, model, stored, [name for name in stored if owners[name] is not None])
+    return relate(
+        source.directory,
+        model,
+        stored,
+        [name for name in stored if owners[name] is not None],
+        lambda conversions: refuse_codes(source.directory, model, conversions, layout, owners),
+    )
 
 
 def _check_shapes(
@@ -513,15 +530,16 @@ def _check_shapes(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
     for name, (_, spec) in layout.tensors.items():
-        if owners[name] is None and spec.shape != shapes.get(name, spec.shape):
+        shape = spec.stated.shape if spec.stated else spec.shape
+        if owners[name] is None and shape != shapes.get(name, shape):
             raise BadInputError(
-                f"{source.directory}: tensor {name} has shape {list(spec.shape)}, config.json makes it "
+                f"{source.directory}: tensor {name} has shape {list(shape)}, config.json makes it "
                 f"{list(shapes[name])}; weights and configuration are not of the same model"
             )
         if owners[name] == name and name not in shapes:
             raise UnsupportedError(
                 f"{source.directory}: tensor {name} is stored in 4-bit and belongs to no module of the model, so "
-                "nothing says what it becomes; use the base that this one was made from"
+                "nothing says what it becomes; store the base without it, or name one in 16 bits"
             )
 
 
@@ -535,12 +553,13 @@ def _config_dtype(source: Source) -> torch.dtype:
 
 
 def _output_layout(base: BasePlan, tensors: Sequence[OutputTensor], max_shard_size: int | None) -> CheckpointLayout:
+    stated = {name: spec.stated for name, (_, spec) in base.layout.tensors.items() if spec.stated}
     if max_shard_size is not None:
-        return lay_out(((t.name, t.dtype, t.shape) for t in tensors), max_shard_size)
+        return lay_out(((t.name, t.dtype, t.shape) for t in tensors), max_shard_size, stated)
     as_stored = [(name, spec.dtype, spec.shape) for name, (_, spec) in base.layout.tensors.items()]
     if [(t.name, t.dtype, t.shape) for t in tensors] == as_stored:
         return base.layout
     by_shard: dict[str, list[tuple[str, torch.dtype, tuple[int, ...]]]] = defaultdict(list)
     for tensor in tensors:
         by_shard[tensor.shard].append((tensor.name, tensor.dtype, tensor.shape))
-    return CheckpointLayout(tuple(lay_out_shard(name, group) for name, group in by_shard.items()))
+    return CheckpointLayout(tuple(lay_out_shard(name, group, stated=stated) for name, group in by_shard.items()))

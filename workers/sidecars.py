@@ -16,10 +16,8 @@ from workers.code_files import leave_out, references
 from workers.files import file_errors, sha256_of
 from workers.foreign import copy_foreign
 from workers.plan import MergePlan
+from workers.stored_forms import without_declarations
 from workers.ties import COMPUTES_WITH_FLAG
-
-_STORED_FORMS = ("quantization_config", "compression_config")
-"""Fields of a configuration that describe the base's stored weights: a release has plain ones."""
 
 
 def write_sidecars(plan: MergePlan, directory: Path) -> tuple[Artifact, ...]:
@@ -77,11 +75,10 @@ def digest_file(directory: Path, name: str) -> Artifact:
 
 def _merged_config(plan: MergePlan) -> dict[str, Any]:
     config: dict[str, Any] = read_json(plan.base.source.directory / "config.json")
+    config = without_declarations(config)
     leave_out(config, plan.shipment.broken.keys())
     config["dtype"] = config.get("dtype") or config.get("torch_dtype") or _main_dtype(plan)
     for section in _sections(config):
-        for field in _STORED_FORMS:
-            section.pop(field, None)
         stated = section.get("dtype") or section.get("torch_dtype")
         if isinstance(stated, str):
             # Under both names: older versions of transformers, and what is built on them, read the second alone.

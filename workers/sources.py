@@ -24,6 +24,7 @@ from workers.checkpoint import read_shard
 from workers.files import file_errors
 from workers.foreign import copy_foreign, foreign_file, foreign_sha256
 from workers.scratch import keep_directory
+from workers.stored_forms import form_of_files
 
 if TYPE_CHECKING:
     from workers.s3_client import S3Object, S3Store
@@ -78,7 +79,10 @@ class _Kind:
             UnsupportedError: there are only pickled weights, of a kind that is not converted.
         """
         there = frozenset(name for name in names if "/" not in name)
-        if not any(map(self._holds, there)):
+        has_weights = any(map(self._holds, there))
+        if self is _BASE and not (has_weights and self.config in there) and (form := form_of_files(there)):
+            raise UnsupportedError(f"{self.name} {location} is {form.words} (found {_some(there)}). {form.advice}")
+        if not has_weights:
             if pickled := sorted(name for name in there if _matches(name, self.pickled)):
                 raise UnsupportedError(
                     f"{self.name} {location} has its weights only in pickle files ({pickled[0]}), which can run code "

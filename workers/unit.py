@@ -27,6 +27,7 @@ from workers.arithmetic import ArithmeticCheck
 from workers.files import file_errors
 from workers.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
 from workers.job import Job, own_failure
+from workers.made_with import made_with
 from workers.memory import available_device_bytes, available_host_bytes, give_back, hold_little
 from workers.merge import PassResult, run_pass
 from workers.module_weights import ModuleWeights, module_weights
@@ -405,6 +406,7 @@ class Unit:
             notes=job.notes,
             files=artifacts,
             versions=library_versions(),
+            made_with=made_with(plan.opened.method),
         )
 
 

@@ -48,6 +48,19 @@ WEIGHED = frozenset({"ADAMSS", "BOFT", "FROD", "SHIRA", "UNILORA"})
 SHAPED_BY_VALUES = frozenset({"ADAMSS"})
 """Methods whose tensors have shapes that follow from the values of the base's weights."""
 
+UNSTABLE = {
+    "FROD": (
+        "PEFT makes its bases anew from the weights of the model whenever it is loaded; they follow the number of "
+        "threads and the BLAS library, while the trained values belong to those of the training"
+    ),
+}
+"""Methods whose merged weights move by more than rounding with the machine that merges, and why: the adapter does not
+say what it is. They are merged only where the request accepts that; `tests/stability.py` measures all methods."""
+
+REMADE = frozenset({"ADAMSS", "OSF", "PSOFT"})
+"""Methods that decompose the base anew, too, whose merged weights move by rounding alone: by about 1e-4 of the delta,
+which in 16 bits is the last bit of some elements. Their bits hold for one number of threads and one BLAS library."""
+
 _ADDS_INPUTS = "it adds inputs to the model and changes no weight, so there is nothing to merge"
 
 REFUSED = {

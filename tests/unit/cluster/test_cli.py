@@ -27,6 +27,7 @@ SURFACE = {
         "--dtype",
         "--parity",
         "--compare",
+        "--accept-unstable",
         "--log-format",
         "--json",
         "--debug",

@@ -164,7 +164,7 @@ def test_options_cannot_change_how_a_base_is_stored(stored, tmp_path):
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_other_quantized_formats_are_refused_by_name(copy, tmp_path, method, quantization):
     change_config(copy, quantization_config={"quant_method": method, "bits": 4, "group_size": 128})
-    with pytest.raises(UnsupportedError, match=f"stored as '{method}'"):
+    with pytest.raises(UnsupportedError, match=f"method '{method}'"):
         base_plan(copy, tmp_path, base_quantization=quantization)
 
 
@@ -243,15 +243,14 @@ def test_a_skip_list_that_converts_a_tied_head_is_refused(tmp_path):
     assert len(plan.quantization.weights) == LINEARS - 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
-def test_weights_that_cannot_be_added_to_are_refused(copy, adapter, tmp_path, dtype):
+def test_weights_that_cannot_be_added_to_are_refused(copy, adapter, tmp_path):
     path = next(
         path for path in copy.glob("*.safetensors") if "model.layers.0.self_attn.q_proj.weight" in load_file(path)
     )
     tensors = load_file(path)
-    tensors["model.layers.0.self_attn.q_proj.weight"] = tensors["model.layers.0.self_attn.q_proj.weight"].to(dtype)
+    tensors["model.layers.0.self_attn.q_proj.weight"] = tensors["model.layers.0.self_attn.q_proj.weight"].double()
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(UnsupportedError, match=rf"tensor model\.layers\.0\.self_attn\.q_proj\.weight is {dtype}"):
+    with pytest.raises(UnsupportedError, match=r"tensor model\.layers\.0\.self_attn\.q_proj\.weight is torch\.float64"):
         planned(copy, adapter, tmp_path)
 
 

@@ -1,0 +1,131 @@
+"""Codes taken for weights: what a base stores in place of numbers, or beside them, without saying so anywhere.
+
+What the model takes as a weight must be a number in the file, whatever dtype a request asks for: an 8-bit float or an
+integer is a code, and without its scales another weight.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from jobs.errors import UnsupportedError
+from workers.checkpoint import CheckpointLayout, TensorSpec
+from workers.conversions import Conversions
+from workers.stored_forms import DECLARING_FIELDS, DECLARING_FILES, FORMS, Form
+
+_PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
+"""Codes of numbers that are what they say."""
+
+_PIECES: Mapping[str, tuple[str, str]] = {
+    "_scale_inv": ("", "fp8"),
+    "_blocks": ("", "mxfp4"),
+    "_packed": ("", "compressed-tensors"),
+    "_scale": ("", ""),
+    "_scale_2": ("", "modelopt"),
+    "_scales": ("", ""),
+    "_global_scale": ("", "compressed-tensors"),
+    "_zero_point": ("", "compressed-tensors"),
+    "._data": ("", "quanto"),
+    "._scale": ("", "quanto"),
+    ".absmax": ("", ""),
+    ".qweight": (".weight", ""),
+    ".qzeros": (".weight", ""),
+    ".g_idx": (".weight", "gptq"),
+    ".scales": (".weight", ""),
+    ".SCB": (".weight", "bitsandbytes"),
+    ".W_q": (".weight", "hqq"),
+    ".codes": (".weight", "aqlm"),
+    ".codebooks": (".weight", "aqlm"),
+    ".trellis": (".weight", "exl3"),
+    ".q_weight": (".weight", "exl2"),
+    ".biases": (".weight", "mlx"),
+}
+"""Endings of tensors that a stored form puts beside a weight, or in its place: what the weight ends in instead, and the
+method where the ending is of one alone."""
+
+_SCALES = ("_scale_inv", "_scale", "_scale_2", "_scales", "_global_scale", "._scale", ".absmax", ".scales", ".SCB")
+"""Those without which the weight beside them is not what was trained, even where it is stored in 16 bits."""
+
+
+def refuse_codes(
+    directory: Path,
+    model: PreTrainedModel,
+    conversions: Conversions,
+    layout: CheckpointLayout,
+    owners: Mapping[str, str | None],
+) -> None:
+    """Check that what the model takes as weights are numbers, not the codes of some form that nothing declares.
+
+    A tensor that the model does not take is none of its weights, whatever it holds.
+
+    Args:
+        directory: of the base, for messages.
+        model: skeleton.
+        conversions: between the base's tensors and the model's.
+        layout: of the base.
+        owners: by stored tensor, the weight in 4 bits by bitsandbytes that it is a part of.
+
+    Raises:
+        UnsupportedError: a weight is stored as codes, in pieces, or beside scales that the model does not take.
+    """
+    behind = {stored: name for name, stored in conversions.stored_names.items()}
+    behind |= {stored: group.parameters[0] for stored, group in conversions.group_behind.items()}
+    numbers = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    specs = {name: spec for name, (_, spec) in layout.tensors.items() if owners[name] is None}
+    pieces = _pieces(specs, behind)
+    codes = [spec for name, spec in specs.items() if behind.get(name) in numbers and spec.code not in _PLAIN]
+    if codes:
+        _refuse(directory, codes[0], len(codes), pieces.get(codes[0].name, ()))
+    for name, beside in pieces.items():
+        if name not in specs and conversions.parameter_of(name) in numbers.difference(conversions.covered):
+            raise UnsupportedError(
+                f"{directory}: the weight {name} is stored as {_listed(beside)}: that is {_form_of(beside).words}, and "
+                f"nothing declares it ({_looked_at()}). {_form_of(beside).advice}"
+            )
+        scales = [spec for spec in beside if spec.name.endswith(_SCALES)]
+        if scales and behind.get(name) in numbers:
+            raise UnsupportedError(
+                f"{directory}: tensor {name} ({specs[name].code}) has {_listed(scales)} beside it, which the model "
+                f"{type(model).__name__} does not take, and nothing declares it ({_looked_at()}): the weight may not "
+                "be multiplied by it yet. If it is, store the base without its scales; if not, multiply it first"
+            )
+
+
+def _pieces(specs: Mapping[str, TensorSpec], taken: Mapping[str, str]) -> dict[str, list[TensorSpec]]:
+    """Return the tensors that no model takes and that are pieces of a weight, by what the weight would be called."""
+    pieces = defaultdict(list)
+    for name, spec in specs.items():
+        ending = max((end for end in _PIECES if name.endswith(end)), key=len, default=None)
+        if ending is not None and name not in taken:
+            pieces[name.removesuffix(ending) + _PIECES[ending][0]].append(spec)
+    return pieces
+
+
+def _form_of(pieces: Iterable[TensorSpec]) -> Form:
+    endings = {end for spec in pieces for end in _PIECES if spec.name.endswith(end)}
+    methods = sorted({_PIECES[end][1] for end in endings} - {""})
+    if not methods:
+        return Form("GPTQ or AWQ") if ".qweight" in endings else Form("no number but a code")
+    return FORMS[methods[0]]
+
+
+def _refuse(directory: Path, spec: TensorSpec, num_codes: int, beside: Iterable[TensorSpec]) -> None:
+    beside = list(beside)
+    form = _form_of([*beside, spec])
+    others = f" (and {num_codes - 1} more)" if num_codes > 1 else ""
+    scales = f"beside {_listed(beside)}" if beside else "without any scales beside it"
+    raise UnsupportedError(
+        f"{directory}: tensor {spec.name}{others} is a weight of the model and stored as {spec.code}, {scales}: that "
+        f"is {form.words}, and nothing declares it ({_looked_at()}). Without its scales it is another weight, in every "
+        f"dtype. {form.advice}"
+    )
+
+
+def _listed(specs: Iterable[TensorSpec]) -> str:
+    return ", ".join(f"{spec.name.rpartition('.')[2]} ({spec.code})" for spec in specs)
+
+
+def _looked_at() -> str:
+    return f"looked at: {', '.join(DECLARING_FIELDS)} of config.json; {', '.join(DECLARING_FILES)}"

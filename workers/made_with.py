@@ -1,0 +1,46 @@
+"""What a merge was made with, where its bytes depend on more than the request: on threads, processor and BLAS."""
+
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from jobs.release import MadeWith
+from workers.lanes.methods import REMADE, UNSTABLE
+
+_NUM_THREADS = 1
+"""Of torch while PEFT merges, whatever a worker has: `workers.tiles.single_threads`."""
+
+_BLAS_SETTINGS = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "OPENBLAS_CORETYPE")
+
+
+def made_with(method: str) -> MadeWith | None:
+    """Return what a merge by a method was made with, or None for a method whose bytes follow from the request.
+
+    Args:
+        method: PEFT's name of it.
+    """
+    if method not in REMADE and method not in UNSTABLE:
+        return None
+    settings = "".join(f", {name}={os.environ[name]}" for name in _BLAS_SETTINGS if name in os.environ)
+    return MadeWith(
+        method=method,
+        stable=method not in UNSTABLE,
+        num_threads=_NUM_THREADS,
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        processor=_processor(),
+        blas=_blas() + settings,
+    )
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return named[1] if named else platform.machine()
+
+
+def _blas() -> str:
+    info = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    return info[1] if info else "unknown"
