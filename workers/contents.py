@@ -8,7 +8,6 @@ from typing import Protocol
 
 from jobs.errors import NotFoundError
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
-from workers.belongings import CARD_NAME
 from workers.files import file_errors, read_chunks
 
 
@@ -17,9 +16,6 @@ class Contents(Protocol):
 
     sizes: Mapping[str, int]
     """Size in bytes of every file, by its name relative to the location."""
-
-    beside: frozenset[str]
-    """Names that may stand there without being of a release."""
 
     def read(self, name: str) -> Iterator[bytes]:
         """Yield the bytes of a file in order, a few MiB at a time.
@@ -32,8 +28,6 @@ class Contents(Protocol):
 
 class LocalContents:
     """The files below a directory."""
-
-    beside: frozenset[str] = frozenset()
 
     def __init__(self, location: LocalPath) -> None:
         self._directory = location.path
@@ -55,8 +49,6 @@ class LocalContents:
 class S3Contents:
     """The objects below a prefix."""
 
-    beside: frozenset[str] = frozenset()
-
     def __init__(self, location: S3Prefix) -> None:
         from workers.s3_client import S3Store  # noqa: PLC0415 - loads boto3 only where there is S3
 
@@ -71,8 +63,6 @@ class S3Contents:
 
 class HubContents:
     """The files of a commit: the one that the revision meant when it was opened."""
-
-    beside: frozenset[str] = frozenset({CARD_NAME})
 
     def __init__(self, location: HubRepo, scratch: Path) -> None:
         from workers.hub_client import HubStore  # noqa: PLC0415 - loads huggingface_hub only where there is a Hub

@@ -98,8 +98,7 @@ def _check(
 ) -> None:
     """Apply `difference` to every file that is there with its size; raise one error that lists everything wrong."""
     named = {artifact.path: artifact for artifact in manifest.files}
-    unnamed = {MANIFEST_NAME, *contents.beside}
-    wrong = [f"{name}: not in the manifest" for name in contents.sizes.keys() - named.keys() - unnamed]
+    wrong = [f"{name}: not in the manifest" for name in contents.sizes.keys() - named.keys() - {MANIFEST_NAME}]
     whole = []
     for name, artifact in named.items():
         if name not in contents.sizes:

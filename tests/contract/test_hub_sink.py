@@ -12,7 +12,7 @@ from jobs.release import Manifest
 from tests.contract.places import HubPlace, content
 from tests.releases import SHARD, fill, make_files
 from tests.servers.hub import Hub
-from workers.delivery import pull_release, verify_release
+from workers.delivery import verify_release
 from workers.hub_client import HubStore
 from workers.sinks.hub import HubSink, HubStaging
 
@@ -141,25 +141,6 @@ def test_card_edited_meanwhile_is_no_obstacle(place: HubPlace) -> None:
     staging.discard()
 
     assert titles(place) == ["initial commit", "by hand", "Release job-1"]
-
-
-@pytest.mark.parametrize("when", ["before", "meanwhile"])
-def test_card_of_a_person_stays(place: HubPlace, when: str) -> None:
-    ours = {"config.json": b"{}", "README.md": b"# Ours"}
-    if when == "before":
-        place.write("README.md", b"# Mine\n")
-    staging = HubSink(place.location, place.scratch).open(KEY)
-    manifest = fill(staging, ours)
-    if when == "meanwhile":
-        place.write("README.md", b"# Mine\n")
-
-    release = staging.publish(manifest)
-    staging.discard()
-
-    assert content(place) == {"config.json": b"{}", "README.md": b"# Mine\n"}
-    assert [artifact.path for artifact in release.manifest.files] == ["config.json"]
-    assert verify_release(place.location, place.scratch) == release.manifest
-    assert pull_release(place.location, place.scratch / "pulled") == release.manifest
 
 
 def test_weights_committed_meanwhile_are_not_overwritten(place: HubPlace) -> None:

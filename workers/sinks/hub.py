@@ -10,7 +10,6 @@ from huggingface_hub import CommitOperationAdd
 from jobs.errors import BadInputError, NotFoundError, TransientIOError
 from jobs.locations import HubRepo
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
-from workers.belongings import CARD_NAME
 from workers.files import FileState, file_errors
 from workers.hub_client import HubStore
 from workers.released import ManifestFile, changed, check_all_put, decode_existing, encode_manifest, occupied
@@ -18,8 +17,8 @@ from workers.scratch import OwnedDirectory, sweep
 from workers.sinks import Receipt, Ticket
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_NEW = frozenset({".gitattributes", CARD_NAME})
-"""What a fresh repository holds. A card that is there is a person's, and stays: the release then has none."""
+_NEW = frozenset({".gitattributes", "README.md"})
+"""What a fresh repository holds."""
 _MEMORY_BYTES = 4 << 20
 _NUM_TRIES = 3
 
@@ -36,7 +35,7 @@ class HubSink:
     def existing(self) -> Manifest | None:
         """Return the manifest of the release that is there, or None when the branch is free."""
         head = self._store.head()
-        found = _find(self._store, head, _names(self._store, head)) if head else None
+        found = _find(self._store, head) if head else None
         return found.manifest if found else None
 
     def open(self, merge_key: str) -> "HubStaging":
@@ -55,22 +54,13 @@ class HubSink:
         head = self._store.head()
         if head is None:
             raise _deleted(self._store)
-        names = _names(self._store, head)
-        existing = _find(self._store, head, names)
+        existing = _find(self._store, head)
         if owned is None:
             prefix = f"hub-{hashlib.sha256(str(self._store.place).encode()).hexdigest()[:16]}-"
             with file_errors(f"making a staging directory for {self._store.place}"):
                 sweep(self._scratch, prefix)
                 owned = OwnedDirectory.make(self._scratch, prefix)
-        return HubStaging(
-            self._store,
-            owned,
-            merge_key=merge_key,
-            attempt=attempt,
-            parent=head,
-            existing=existing,
-            has_card=CARD_NAME in names,
-        )
+        return HubStaging(self._store, owned, merge_key=merge_key, attempt=attempt, parent=head, existing=existing)
 
 
 class HubStaging:
@@ -87,7 +77,6 @@ class HubStaging:
         attempt: str,
         parent: str,
         existing: ManifestFile | None,
-        has_card: bool,
     ) -> None:
         """Take what `HubSink` has found.
 
@@ -98,7 +87,6 @@ class HubStaging:
             attempt: marks the commit of this release on its way.
             parent: the branch's newest commit.
             existing: the release it holds.
-            has_card: whether it holds a model card.
         """
         self._store = store
         self._owned = owned
@@ -106,7 +94,6 @@ class HubStaging:
         self._attempt = attempt
         self._parent = parent
         self._existing = existing
-        self._has_card = has_card
         self.directory = owned.path
         self._put: dict[str, Artifact] = {}
         self._additions: dict[str, CommitOperationAdd] = {}
@@ -141,16 +128,13 @@ class HubStaging:
         self._put[receipt.artifact.path] = receipt.artifact
 
     def publish(self, manifest: Manifest) -> Release:
-        """Commit every file and `manifest.json` at once, on top of the commit that was looked at.
-
-        A model card that the branch has already stays; the manifest that is committed, and returned, names none then.
-        """
+        """Commit every file and `manifest.json` at once, on top of the commit that was looked at."""
         check_all_put(manifest, self._put)
+        encoded = encode_manifest(manifest)
         if self._existing:
             return self._existing.settle(self._store.place, self._merge_key)
         num_tries = 0
         while True:
-            encoded = encode_manifest(self._without_card(manifest) if self._has_card else manifest)
             try:
                 return self._commit(encoded)
             except TransientIOError:  # somebody else has committed, or the answer was lost: what is there decides
@@ -165,8 +149,7 @@ class HubStaging:
         self._owned.leave()
 
     def _commit(self, manifest: ManifestFile) -> Release:
-        named = [self._additions[artifact.path] for artifact in manifest.manifest.files]
-        additions = [*named, CommitOperationAdd(MANIFEST_NAME, manifest.data)]
+        additions = [*self._additions.values(), CommitOperationAdd(MANIFEST_NAME, manifest.data)]
         with self._store.errors():
             self._store.api.create_commit(
                 self._store.place.repo_id,
@@ -179,20 +162,13 @@ class HubStaging:
 
         return manifest.release(self._store.place, created=True)
 
-    @staticmethod
-    def _without_card(manifest: Manifest) -> Manifest:
-        files = tuple(artifact for artifact in manifest.files if artifact.path != CARD_NAME)
-        return manifest.model_copy(update={"files": files})
-
     def _look_again(self, manifest: ManifestFile) -> Release | None:
         """Return the release that is there now, or None when the branch is still free."""
         head = self._store.head()
         if head is None:
             raise _deleted(self._store)
         self._parent = head
-        names = _names(self._store, head)
-        found = _find(self._store, head, names)
-        self._has_card = CARD_NAME in names
+        found = _find(self._store, self._parent)
         if found is None:
             return None
         with self._store.errors():
@@ -206,11 +182,8 @@ def _deleted(store: HubStore) -> NotFoundError:
     return NotFoundError(f"{store.place} was deleted while it was published")
 
 
-def _names(store: HubStore, commit: str) -> frozenset[str]:
-    return frozenset(store.sizes(commit))
-
-
-def _find(store: HubStore, commit: str, names: frozenset[str]) -> ManifestFile | None:
+def _find(store: HubStore, commit: str) -> ManifestFile | None:
+    names = store.sizes(commit).keys()
     if MANIFEST_NAME in names:
         return decode_existing(store.content(commit, MANIFEST_NAME), store.place)
     if foreign := sorted(names - _NEW):
