@@ -5,7 +5,7 @@ chat templates where it ships any. Files that hold the base's vocabulary in anot
 tokenizer has the same vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +26,12 @@ from workers.belongings import (
 )
 from workers.checkpoint import read_json
 from workers.code_files import code_of
-from workers.files import file_errors, sha256_of
+from workers.files import file_errors
+from workers.foreign import foreign_sha256
 from workers.tokenizers import same_tokens
+
+_NUM_NAMED = 4
+"""Of each kind, in a note."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,23 +44,34 @@ class Shipment:
     """References to code that is not there, with the file that is missing. Configurations are shipped without them."""
     from_adapter: frozenset[str]
     """Names of those that are the adapter's."""
+    of_base: Mapping[str, Path]
+    """What the release would have of the base, were there no adapter."""
+    left: tuple[str, ...]
+    """Vocabulary of the base in forms that the adapter's tokenizer does not have, and that does not ship."""
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know of them."""
-        notes = [
-            f"{reference} of auto_map is left out of the release: its code needs {show(missing)}, which the base does "
-            "not hold, and classes of transformers are loaded instead; put the file beside the base to have it shipped"
-            for reference, missing in self.broken.items()
-        ]
+        notes = []
+        if self.broken:
+            named = [f"{show(reference)} needs {show(missing)}" for reference, missing in self.broken.items()]
+            notes.append(
+                f"references to code are left out of auto_map, as files of theirs are missing ({_some(named)}): "
+                "classes of transformers are loaded instead; put the files beside the base to have them shipped"
+            )
         if code := sorted(name for name in self.from_adapter if name.endswith(".py")):
             notes.append(
-                f"the release carries code that came with the adapter ({', '.join(code)}), not run here; transformers "
-                "runs it where trust_remote_code is true"
+                f"the release carries code that came with the adapter ({_some(code)}), not run here; transformers runs "
+                "it where trust_remote_code is true"
+            )
+        if self.left:
+            notes.append(
+                f"the adapter's tokenizer replaces the base's, and {_some(self.left)} of the base stays behind: "
+                "another vocabulary, or one that cannot be compared; add the file to the adapter to have it shipped"
             )
         if pickles := sorted(name for name in self.files if is_pickled(name)):
             notes.append(
-                f"the release carries pickles of the base ({', '.join(pickles)}), not read here; save those modules as "
+                f"the release carries pickles of the base ({_some(pickles)}), not read here; save those modules as "
                 "safetensors to have a release that cannot run code when it is loaded"
             )
         return tuple(notes)
@@ -68,12 +83,13 @@ def plan_shipment(base: Path, adapter: Path) -> Shipment:
     Raises:
         BadInputError: a configuration cannot be read, or base and adapter have different code under one name.
     """
-    ours, theirs = shipped_alone(base), shipped_files(adapter)
-    files, from_adapter = dict(ours), dict[str, Path]()
+    ours, theirs = _shipped(base), shipped_files(adapter)
+    files, from_adapter, left = dict(ours), dict[str, Path](), list[str]()
     if any(name == TOKENIZER_CONFIG or is_vocabulary(name) for name in theirs):
         tokenizer = {name: path for name, path in theirs.items() if is_tokenizer(name)}
         stays = _staying(ours, tokenizer)
         files = {name: path for name, path in files.items() if not is_tokenizer(name) or name in stays}
+        left = [name for name in ours if is_vocabulary(name) and name not in {TOKENIZER_FILE, *stays, *tokenizer}]
         from_adapter |= tokenizer
     if processor := {name: path for name, path in theirs.items() if is_processor(name)}:
         files = {name: path for name, path in files.items() if not is_processor(name)}
@@ -81,22 +97,26 @@ def plan_shipment(base: Path, adapter: Path) -> Shipment:
     if _ships_template(theirs):
         files = {name: path for name, path in files.items() if not is_template(name)}
         from_adapter |= {name: path for name, path in theirs.items() if is_template(name)}
-    code, broken = _code(base, adapter, from_adapter)
-    from_adapter |= {name: path for name, path in code.items() if path.is_relative_to(adapter)}
+    code, broken = _code(base, adapter, ours, from_adapter)
+    from_adapter |= {name: path for name, path in code.items() if path == adapter / name}
     files = {name: path for name, path in (files | from_adapter).items() if not name.endswith(".py")} | code
-    return Shipment(files=files, broken=broken, from_adapter=frozenset(from_adapter))
+    return Shipment(files=files, broken=broken, from_adapter=frozenset(from_adapter), of_base=ours, left=tuple(left))
 
 
 def shipped_files(adapter: Path) -> Mapping[str, Path]:
     """Return the files of an adapter's directory that a merged model takes from it, and the code beside them."""
-    files = shipped_alone(adapter)
+    files = _shipped(adapter)
     described = [name for name in files if is_tokenizer(name) or is_processor(name) or is_template(name)]
     code = [name for name in files if name.endswith(".py")]
     return {name: files[name] for name in (*described, *code)}
 
 
-def shipped_alone(directory: Path) -> dict[str, Path]:
-    """Return the files of a directory that a release would take over, were there no other."""
+def _some(words: Sequence[str]) -> str:
+    more = f" and {len(words) - _NUM_NAMED} more" if len(words) > _NUM_NAMED else ""
+    return ", ".join(words[:_NUM_NAMED]) + more
+
+
+def _shipped(directory: Path) -> dict[str, Path]:
     return {name: directory / name for name in sorted(belongings(LocalFiles(directory))) if ships(name)}
 
 
@@ -111,7 +131,9 @@ def _staying(base: Mapping[str, Path], tokenizer: Mapping[str, Path]) -> frozens
     else:
         common = brought.keys() & vocabulary.keys()
         with file_errors("comparing the tokenizers of base and adapter"):
-            is_same = bool(common) and all(sha256_of(brought[name]) == sha256_of(vocabulary[name]) for name in common)
+            is_same = bool(common) and all(
+                foreign_sha256(brought[name]) == foreign_sha256(vocabulary[name]) for name in common
+            )
     # `tokenizer.json` is a whole tokenizer with its added tokens, and never one of two.
     return frozenset(vocabulary) - brought.keys() - {TOKENIZER_FILE} if is_same else frozenset()
 
@@ -138,7 +160,9 @@ class _Overlay:
         return (self.front if self.front.has(name) else self.back).read(name)
 
 
-def _code(base: Path, adapter: Path, from_adapter: Mapping[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
+def _code(
+    base: Path, adapter: Path, of_base: Mapping[str, Path], from_adapter: Mapping[str, Path]
+) -> tuple[dict[str, Path], dict[str, str]]:
     """Return the code that the release has, by name, and the references to code that is missing."""
     ours, theirs = LocalFiles(base), LocalFiles(adapter)
     named = code_of({name: text for name, text in documents(ours).items() if name not in from_adapter}, ours)
@@ -148,11 +172,14 @@ def _code(base: Path, adapter: Path, from_adapter: Mapping[str, Path]) -> tuple[
     found = [*named.values(), *named_by_adapter.values()]
     whole = {name for each in found if not each.missing for name in each.files}
     useless = {name for each in found if each.missing for name in each.files} - whole
-    code = {name: base / name for name in belongings(ours) if name.endswith(".py") and name not in useless}
+    code = {name: path for name, path in of_base.items() if name.endswith(".py") and name not in useless}
     for name in sorted({name for each in named_by_adapter.values() for name in each.files} - useless):
         path = (adapter if theirs.has(name) else base) / name
         with file_errors(f"reading {path}"):
-            if name in code and path != code[name] and sha256_of(path) != sha256_of(code[name]):
+            num_parts = name.count("/") + 1
+            if name in code and foreign_sha256(path, num_parts=num_parts) != foreign_sha256(
+                code[name], num_parts=num_parts
+            ):
                 raise BadInputError(
                     f"{path} and {code[name]} differ, and the release has one {name}; remove one of them"
                 )
