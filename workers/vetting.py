@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
+
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.request import MergeRequest
 from jobs.text import shown
@@ -67,6 +70,8 @@ def vet_base(base: Source, request: MergeRequest) -> None:
         return
     layout = read_checkpoint(base.directory)
     path = base.directory / "config.json"
+    if (base.directory / GENERATION_CONFIG_NAME).exists():
+        read_json(base.directory / GENERATION_CONFIG_NAME)
     suspects, bounds = _widest(read_json(path)), _bounds(layout)
     _try_out(path, _plan_base, base, request, key=key, doing="planning it", suspects=suspects, bounds=bounds)
 
@@ -131,6 +136,12 @@ def _try_out(
 def _plan_base(base: Source, request: MergeRequest) -> None:
     _check_buffers(base)
     plan_base(base, request)
+    if (base.directory / GENERATION_CONFIG_NAME).exists():
+        try:
+            GenerationConfig.from_pretrained(base.directory, local_files_only=True)
+        except Exception as error:
+            # It travels as it is, and no model loads beside one that cannot be read.
+            raise ValueError(f"{GENERATION_CONFIG_NAME}: {type(error).__name__}: {error}") from error
 
 
 def _plan_merge(base: Source, request: MergeRequest, adapter: Source) -> None:
