@@ -39,6 +39,10 @@ MEMORY_BYTES = 1 << 30
 """Beyond the libraries."""
 
 _TENSORS_PER_SECOND = 10_000
+_TOKENIZER_BYTES_PER_SECOND = 4 << 20
+_MEMORY_PER_TOKENIZER_BYTE = 32
+"""A byte-level BPE of 262,000 tokens, 13 MB, takes 450 MB and a second or two."""
+
 _MAX_REMEMBERED = 4_096
 _MAX_BUFFER_BYTES = 1 << 30
 """What a model may make of its configuration alone when it is loaded, beside its weights."""
@@ -106,7 +110,11 @@ def vet_prompts(request: MergeRequest, merged: Path) -> None:
     files = sorted(path for path in merged.iterdir() if path.suffix != ".safetensors" and path.is_file())
     digests = [f"{path.name}:{foreign_sha256(path)}" for path in files]
     key = _key("prompts", request.parity.model_dump_json(), *digests)
-    bounds = Bounds(cpu_seconds=CPU_SECONDS, memory_bytes=MEMORY_BYTES)
+    num_bytes = sum(path.stat().st_size for path in files)
+    bounds = Bounds(
+        cpu_seconds=CPU_SECONDS + num_bytes // _TOKENIZER_BYTES_PER_SECOND,
+        memory_bytes=MEMORY_BYTES + _MEMORY_PER_TOKENIZER_BYTE * num_bytes,
+    )
     doing, suspects = "tokenizing the prompts", "its normalizer, pre-tokenizer, decoder or chat template"
     _try_out(merged, _read_prompts, request, merged, key=key, doing=doing, suspects=suspects, bounds=bounds)
 
