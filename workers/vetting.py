@@ -19,7 +19,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.request import MergeRequest
 from jobs.text import shown
-from workers.checkpoint import MAX_TENSORS, CheckpointLayout, read_checkpoint, read_json, read_shard
+from workers.checkpoint import CheckpointLayout, read_checkpoint, read_json, read_shard
 from workers.foreign import foreign_sha256, read_foreign
 from workers.forks import Answer, Bounds, ForkServer
 from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_config
@@ -38,6 +38,8 @@ less than three, 45,000 experts of 61 blocks less than two."""
 MEMORY_BYTES = 1 << 30
 """Beyond the libraries."""
 
+_MODULES_PER_SECOND = 200
+_MOST_OF_MODULES = 2_000
 _TENSORS_PER_SECOND = 10_000
 _TOKENIZER_BYTES_PER_SECOND = 4 << 20
 _MEMORY_PER_TOKENIZER_BYTE = 32
@@ -190,7 +192,11 @@ def _check_buffers(base: Source) -> None:
 
 
 def _bounds(layout: CheckpointLayout, more_bytes: int = 0) -> Bounds:
-    seconds = CPU_SECONDS + min(len(layout.tensors), MAX_TENSORS) // _TENSORS_PER_SECOND
+    # Modules are what takes time, then what is read of experts; a machine that others share may take twice as long.
+    num_tensors = len(layout.tensors)
+    seconds = (
+        CPU_SECONDS + min(num_tensors, _MOST_OF_MODULES) // _MODULES_PER_SECOND + num_tensors // _TENSORS_PER_SECOND
+    )
     return Bounds(cpu_seconds=seconds, memory_bytes=MEMORY_BYTES + more_bytes)
 
 
