@@ -12,6 +12,8 @@ LogFormat = Literal["text", "json"]
 DEBUG_VARIABLE = "MERGEFLEET_DEBUG"
 """Environment variable; set to anything but 0, errors come with their traceback."""
 
+_MAX_TRACEBACK = 100_000
+
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -42,6 +44,10 @@ class TextFormatter(logging.Formatter):
         """Return the line, traceback apart."""
         extra = " ".join(f"{name}={value}" for name, value in _extra(record).items())
         return shown(" ".join(filter(None, (super().formatMessage(record), extra))), MAX_MESSAGE, lines=True)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - the name is logging's
+        """Return a traceback, whose last line may hold text from outside."""
+        return shown(super().formatException(ei), _MAX_TRACEBACK, lines=True)
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:

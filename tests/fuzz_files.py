@@ -8,6 +8,7 @@ touched anything outside its scratch, or when a release is not what transformers
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import json
 import logging
@@ -16,6 +17,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -344,6 +346,21 @@ def _build(sound: Path) -> None:
     model.save_pretrained(str(sound / "lokr"))
 
 
+def _judge_all(hands: list[Hand], seeds: range, verdicts: list[Verdict]) -> None:
+    """Have all rounds judged; a wrong one is printed as it is found."""
+    waiting, free = list(seeds)[::-1], list(hands)
+    while waiting or len(free) < len(hands):
+        while free and waiting:
+            free.pop().give(waiting.pop())
+        for hand in [hand for hand in hands if hand not in free]:
+            if (verdict := hand.take()) is not None:
+                free.append(hand)
+                verdicts.append(verdict)
+                if verdict.wrong:
+                    print(f"round {hand.seed}: {verdict.kind}: {verdict.wrong[:600]}", flush=True)
+        time.sleep(0.01)
+
+
 def main() -> int:
     """Fuzz, print the counts, and return 1 when a round was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -351,6 +368,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="of the first round; the others follow it")
     parser.add_argument("--workers", type=int, default=max(1, len(os.sched_getaffinity(0))))
     arguments = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     first = random.SystemRandom().randrange(10**9) if arguments.seed is None else arguments.seed
     print(f"rounds {first} to {first + arguments.rounds - 1}")
     verdicts: list[Verdict] = []
@@ -361,18 +380,8 @@ def main() -> int:
         _build(top / "sound")
         before = _snapshot(top / "outside", top / "sound")
         hands = [Hand(top / "sound", top / f"scratch-{number}") for number in range(arguments.workers)]
-        waiting = list(range(first, first + arguments.rounds))[::-1]
-        free = list(hands)
-        while waiting or len(free) < len(hands):
-            while free and waiting:
-                free.pop().give(waiting.pop())
-            for hand in [hand for hand in hands if hand not in free]:
-                if (verdict := hand.take()) is not None:
-                    free.append(hand)
-                    verdicts.append(verdict)
-                    if verdict.wrong:
-                        print(f"round {hand.seed}: {verdict.kind}: {verdict.wrong[:600]}", flush=True)
-            time.sleep(0.01)
+        with contextlib.suppress(KeyboardInterrupt):  # what was found by then is told
+            _judge_all(hands, range(first, first + arguments.rounds), verdicts)
         for hand in hands:
             hand.end()
         untouched = _snapshot(top / "outside", top / "sound") == before

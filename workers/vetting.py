@@ -13,10 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
+
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.request import MergeRequest
 from jobs.text import shown
-from workers.checkpoint import MAX_TENSORS, CheckpointLayout, read_checkpoint, read_json, read_shard
+from workers.checkpoint import CheckpointLayout, read_checkpoint, read_json, read_shard
 from workers.foreign import foreign_sha256, read_foreign
 from workers.forks import Answer, Bounds, ForkServer
 from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_config
@@ -35,7 +38,13 @@ less than three, 45,000 experts of 61 blocks less than two."""
 MEMORY_BYTES = 1 << 30
 """Beyond the libraries."""
 
+_MODULES_PER_SECOND = 200
+_MOST_OF_MODULES = 2_000
 _TENSORS_PER_SECOND = 10_000
+_TOKENIZER_BYTES_PER_SECOND = 4 << 20
+_MEMORY_PER_TOKENIZER_BYTE = 32
+"""A byte-level BPE of 262,000 tokens, 13 MB, takes 450 MB and a second or two."""
+
 _MAX_REMEMBERED = 4_096
 _MAX_BUFFER_BYTES = 1 << 30
 """What a model may make of its configuration alone when it is loaded, beside its weights."""
@@ -67,6 +76,8 @@ def vet_base(base: Source, request: MergeRequest) -> None:
         return
     layout = read_checkpoint(base.directory)
     path = base.directory / "config.json"
+    if (base.directory / GENERATION_CONFIG_NAME).exists():
+        read_json(base.directory / GENERATION_CONFIG_NAME)
     suspects, bounds = _widest(read_json(path)), _bounds(layout)
     _try_out(path, _plan_base, base, request, key=key, doing="planning it", suspects=suspects, bounds=bounds)
 
@@ -101,7 +112,11 @@ def vet_prompts(request: MergeRequest, merged: Path) -> None:
     files = sorted(path for path in merged.iterdir() if path.suffix != ".safetensors" and path.is_file())
     digests = [f"{path.name}:{foreign_sha256(path)}" for path in files]
     key = _key("prompts", request.parity.model_dump_json(), *digests)
-    bounds = Bounds(cpu_seconds=CPU_SECONDS, memory_bytes=MEMORY_BYTES)
+    num_bytes = sum(path.stat().st_size for path in files)
+    bounds = Bounds(
+        cpu_seconds=CPU_SECONDS + num_bytes // _TOKENIZER_BYTES_PER_SECOND,
+        memory_bytes=MEMORY_BYTES + _MEMORY_PER_TOKENIZER_BYTE * num_bytes,
+    )
     doing, suspects = "tokenizing the prompts", "its normalizer, pre-tokenizer, decoder or chat template"
     _try_out(merged, _read_prompts, request, merged, key=key, doing=doing, suspects=suspects, bounds=bounds)
 
@@ -131,6 +146,12 @@ def _try_out(
 def _plan_base(base: Source, request: MergeRequest) -> None:
     _check_buffers(base)
     plan_base(base, request)
+    if (base.directory / GENERATION_CONFIG_NAME).exists():
+        try:
+            GenerationConfig.from_pretrained(base.directory, local_files_only=True)
+        except Exception as error:
+            # It travels as it is, and no model loads beside one that cannot be read.
+            raise ValueError(f"{GENERATION_CONFIG_NAME}: {type(error).__name__}: {error}") from error
 
 
 def _plan_merge(base: Source, request: MergeRequest, adapter: Source) -> None:
@@ -171,7 +192,11 @@ def _check_buffers(base: Source) -> None:
 
 
 def _bounds(layout: CheckpointLayout, more_bytes: int = 0) -> Bounds:
-    seconds = CPU_SECONDS + min(len(layout.tensors), MAX_TENSORS) // _TENSORS_PER_SECOND
+    # Modules are what takes time, then what is read of experts; a machine that others share may take twice as long.
+    num_tensors = len(layout.tensors)
+    seconds = (
+        CPU_SECONDS + min(num_tensors, _MOST_OF_MODULES) // _MODULES_PER_SECOND + num_tensors // _TENSORS_PER_SECOND
+    )
     return Bounds(cpu_seconds=seconds, memory_bytes=MEMORY_BYTES + more_bytes)
 
 

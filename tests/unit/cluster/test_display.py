@@ -9,6 +9,7 @@ import pytest
 from cluster import run as run_command
 from cluster.display import event_line, job_table
 from cluster.events import JobSettled, WorkerReplaced
+from cluster.logs import TextFormatter
 from cluster.terminal import Terminal
 from jobs.errors import BadInputError, FailureClass
 from jobs.request import MergeRequest
@@ -72,3 +73,11 @@ def test_a_terminal_that_is_gone_ends_no_batch(monkeypatch, tmp_path, caplog):
         listener(settled("one"))
         listener(settled("two"))
     assert [record.message for record in caplog.records] == ["events cannot be shown any more; the batch goes on"]
+
+
+def test_a_log_shows_messages_values_and_tracebacks_as_data():
+    fault = ValueError, ValueError(HOSTILE), None
+    record = logging.makeLogRecord({"msg": "no %s", "args": (HOSTILE,), "exc_info": fault, "path": HOSTILE})
+    line = TextFormatter().format(record)
+    assert line.count(VISIBLE) == 3
+    line.encode()

@@ -142,3 +142,12 @@ def test_a_call_sees_none_of_our_variables_and_writes_no_file(server, monkeypatc
     assert ended_well(server.call(subprocess.check_call, empty, bounds=bounds))
     found = server.call(shutil.copyfile, __file__, str(tmp_path / "copy"), bounds=bounds)
     assert "File too large" in (found.error or "")
+
+
+@pytest.mark.parametrize("content", ["7", '{"dtype": false}', '{"use_cache": ' + "[" * 900 + "]" * 900 + "}"])
+def test_a_generation_config_that_no_model_loads_beside_is_not_published(made, tmp_path, content):
+    base, adapter = made
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text(content)
+    with pytest.raises(BadInputError, match=r"generation_config\.json: "):
+        vet(tmp_path / "base", adapter, tmp_path)
