@@ -105,13 +105,21 @@ class Pass:
         }
 
 
-def plan_pass(base: Path, adapters: Mapping[str, Path], directory: Path, **fields: Any) -> Pass:
+def plan_pass(
+    base: Path,
+    adapters: Mapping[str, Path],
+    directory: Path,
+    *,
+    inert_fields: frozenset[str] = frozenset(),
+    **fields: Any,
+) -> Pass:
     """Plan a pass from local directories, and quantize the base where it is wanted.
 
     Args:
         base: directory of the base.
         adapters: directories by job id.
         directory: where the outputs go, and the cache.
+        inert_fields: of the adapters' configurations, as an operator sets them.
         fields: of all requests; `base_quantization` is none unless it is given.
     """
     requests = [
@@ -124,20 +132,26 @@ def plan_pass(base: Path, adapters: Mapping[str, Path], directory: Path, **field
         )
         for job_id, adapter in adapters.items()
     ]
-    return plan_requests(requests, directory)
+    return plan_requests(requests, directory, inert_fields)
 
 
-def plan_requests(requests: Sequence[MergeRequest], directory: Path) -> Pass:
+def plan_requests(
+    requests: Sequence[MergeRequest], directory: Path, inert_fields: frozenset[str] = frozenset()
+) -> Pass:
     """Plan a pass of requests for one local base, and quantize the base where it is wanted.
 
     Args:
         requests: that share a pass.
         directory: where the outputs go, and the cache.
+        inert_fields: as in `plan_pass`.
     """
     base = Path(str(requests[0].base))
     cache = directory / "cache"
     planned = plan_base(fetch_base(LocalPath(base), cache), requests[0])
-    plans = tuple(plan_merge(planned, request, fetch_adapters(request, planned.source, cache)) for request in requests)
+    plans = tuple(
+        plan_merge(planned, request, fetch_adapters(request, planned.source, cache, inert_fields), inert_fields)
+        for request in requests
+    )
     quantized = None
     if planned.stored_in_4bit:
         quantized = QuantizedBase.stored(base, planned.layout, CPU, planned.transposed)

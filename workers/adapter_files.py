@@ -59,7 +59,7 @@ _FOREIGN = (
 
 _FOREIGN_TENSORS = (
     (
-        re.compile(r"lora_(unet|te\d?|transformer)_.*|.*\.(lora_down|lora_up)\.weight|.*\.alpha"),
+        re.compile(r"lora_(unet|te\d?|transformer)_.*|.*\.(lora_down|lora_up)\.weight"),
         "a LoRA as kohya's sd-scripts save it",
         "convert it to PEFT's format first; for an image model, merge it there (fuse_lora of diffusers)",
     ),
@@ -177,6 +177,8 @@ def gather(directory: Path, files: WeightFiles, target: Path) -> None:
 
 def origins(shard: ShardLayout) -> Mapping[str, str]:
     """Return the files that tensors of an adapter came from, where it is not the adapter's own, by tensor."""
+    if _ORIGINS.encode() not in shard.header:
+        return {}
     try:
         metadata = json.loads(shard.header[8:]).get("__metadata__") or {}
         found = json.loads(metadata.get(_ORIGINS, "{}"))

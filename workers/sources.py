@@ -186,9 +186,9 @@ def _check_kind(location: LocalPath) -> None:
     Raises:
         UnsupportedError: they tell.
     """
-    names = {path.name for path in location.path.glob("*.safetensors") if path.is_file()}
-    if len(names) == 1 and not any(name.startswith("adapter_model") for name in names):
-        path = location.path / names.pop()
+    if any(location.path.glob("adapter_model*")):
+        return
+    for path in sorted(path for path in location.path.glob("*.safetensors") if path.is_file())[:1]:
         if found := foreign_kind(spec.name for spec in read_shard(path).tensors):
             tensor, kind, advice = found
             raise UnsupportedError(f"{path}: tensor {tensor}: this is {kind}, not one of PEFT; {advice}")

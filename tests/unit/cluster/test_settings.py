@@ -58,6 +58,14 @@ def test_an_unknown_variable_is_refused_with_the_nearest_name(monkeypatch):
         load_settings()
 
 
+@pytest.mark.parametrize("written", ["use_magic, more", "use_magic,more,"])
+def test_inert_fields_are_names_with_commas_between(monkeypatch, written):
+    monkeypatch.setenv("MERGEFLEET_INERT_ADAPTER_FIELDS", written)
+    settings = load_settings()
+    assert settings.inert_adapter_fields == {"use_magic", "more"}
+    assert worker_settings(settings, device="cpu", num_threads=1).inert_adapter_fields == {"use_magic", "more"}
+
+
 def test_an_unknown_key_of_the_file_is_refused_with_the_nearest_name(tmp_path):
     (tmp_path / "mergefleet.toml").write_text("lease_second = 3\n")
     with pytest.raises(BadInputError, match=r"mergefleet\.toml: lease_second \(nearest: lease_seconds\)"):

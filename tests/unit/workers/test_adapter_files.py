@@ -11,11 +11,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 
-from jobs.errors import MergefleetError
+from jobs.errors import MergefleetError, UnsupportedError
 from jobs.locations import LocalPath
 from tests.merges import different, merge, merge_by_peft, plan_pass, read_tensors
 from tests.models import build_llama, make_adapter
-from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 from workers.sources import fetch_adapter
 
 PREFIX = "base_model.model."
@@ -322,6 +322,19 @@ def test_a_field_of_another_version_names_the_version(base, adapter, tmp_path, s
     message = refusal(base, adapter, tmp_path / "refused")
     assert said in message
     assert "or name it in MERGEFLEET_INERT_ADAPTER_FIELDS" in message
+
+
+def test_a_field_that_the_operator_calls_inert_is_passed_over_and_told(base, adapter, tmp_path):
+    change_config(adapter, use_magic=True, use_more=True)
+    opened = open_adapter(adapter, frozenset({"use_magic", "use_more"}))
+    assert [note.split(" is taken to change nothing")[0] for note in opened.notes] == [
+        "field use_magic of adapter_config.json",
+        "field use_more of adapter_config.json",
+    ]
+    planned = plan_pass(base, {"job": adapter}, tmp_path / "plan", inert_fields=opened.inert_fields)
+    assert planned.plans[0].notes[:2] == opened.notes
+    with pytest.raises(UnsupportedError, match=r"field use_more = True is unknown"):
+        open_adapter(adapter, frozenset({"use_magic"}))
 
 
 @pytest.mark.parametrize(
