@@ -443,7 +443,8 @@ def plan_merge(
         tensors=tensors,
         output=_output_layout(base, tensors, request.max_shard_size),
         shipment=shipment,
-        notes=opened.notes
+        notes=_notes_of_parts(adapter, inert_fields)
+        + opened.notes
         + find_notes(
             request,
             base.source,
@@ -454,6 +455,12 @@ def plan_merge(
             num_rows=rows[0] if rows else None,
         ),
     )
+
+
+def _notes_of_parts(adapter: Source, inert_fields: frozenset[str]) -> tuple[str, ...]:
+    """Return what a person should know of the adapters that one was combined of."""
+    notes = (note for part in adapter.parts for note in open_adapter(part.directory, inert_fields).notes)
+    return tuple(dict.fromkeys(notes))
 
 
 def _by_peft(
