@@ -105,4 +105,5 @@ def plan_quantization(
         quant_type=request.base_quantization.value,
         double_quant=options.bnb_4bit_use_double_quant,
         dtype=dtype,
+        unchanged=source.check_unchanged,
     )

@@ -146,6 +146,12 @@ class BasePlan:
             )
         return coverage
 
+    def read_as(self, source: Source) -> "BasePlan":
+        """Return the plan for the same base, as it was looked at just now."""
+        task = self.quantization
+        task = None if task is None else dataclasses.replace(task, unchanged=source.check_unchanged)
+        return dataclasses.replace(self, source=source, quantization=task)
+
     def skeleton(self) -> PreTrainedModel:
         """Build its model on the meta device, with the ties that its files have."""
         model = skeleton(self.source.directory)
@@ -370,6 +376,7 @@ class PlannedBases:
         key = (request.pass_key(), source.digest)
         if key not in self._plans:
             self._plans[key] = plan_base(source, request)
+        self._plans[key] = self._plans[key].read_as(source)
         self._plans.move_to_end(key)
         while len(self._plans) > _MAX_PLANNED_BASES:
             self._plans.popitem(last=False)

@@ -7,7 +7,7 @@ import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -52,6 +52,8 @@ class QuantizationTask:
     double_quant: bool
     dtype: torch.dtype | None
     """Weights are cast to this first, as `from_pretrained(dtype=...)` does; None keeps their own."""
+    unchanged: Callable[[], None] = field(default=lambda: None, compare=False)
+    """Raises TransientIOError where the base has changed since its digest was taken."""
 
     @property
     def groups(self) -> tuple[Group, ...]:

@@ -233,6 +233,7 @@ class QuantizedCache:
         staging = OwnedDirectory.make(self._root, "making-")
         try:
             self._fill(task, staging.path, num_threads, on_bytes)
+            task.unchanged()  # what is kept is kept for the digest
             if directory.exists():
                 shutil.rmtree(directory)
             # Not synced: what a crash leaves torn is found by its digests with the next `open`, and made anew.

@@ -11,17 +11,18 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import NotFoundError, TransientIOError, UnsupportedError
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
+from jobs.text import shown
 from workers.adapter_files import WeightFiles, foreign_kind, gather, weight_files
 from workers.belongings import CARD_NAME, Files, ListedFiles, LocalFiles, belongings, check_description
 from workers.checkpoint import read_shard
-from workers.files import file_errors
+from workers.files import FileState, file_errors
 from workers.foreign import copy_foreign, foreign_file, foreign_sha256
 from workers.scratch import keep_directory
 from workers.stored_forms import form_of_files
@@ -44,6 +45,26 @@ class Source:
     """64 hexadecimal digits that identify its bytes."""
     parts: "tuple[Source, ...]" = ()
     """The adapters that this one was combined of; empty where it was not."""
+    states: Mapping[Path, FileState] = field(default_factory=dict, compare=False, repr=False)
+    """Of its files, from before its digest was taken: what is read while they stay is what the digest stands for."""
+
+    def check_unchanged(self) -> None:
+        """Check that no file was written to, or put in the place of another, since the digest was taken.
+
+        Raises:
+            TransientIOError: one was; the next attempt reads all of it anew.
+        """
+        for source in (self, *self.parts):
+            for path, state in source.states.items():
+                try:
+                    same = FileState.of(path.stat()) == state
+                except OSError:
+                    same = False
+                if not same:
+                    raise TransientIOError(
+                        f"{shown(path)} was changed while it was read, so nothing that was made of it is used; "
+                        f"{source.location} is read anew"
+                    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +169,9 @@ def fetch_base(location: Location, cache: Path) -> Source:
         AuthError, TransientIOError, NoCapacityError, BadInputError: by kind of fault.
     """
     directory, pinned, identity = _bring(_BASE, location, cache)
-    return Source(location=pinned, directory=directory, digest=_digest(identity or _look_at_base(directory, pinned)))
+    states = _states(_BASE, directory)
+    digest = _digest(identity or _look_at_base(directory, pinned))
+    return Source(location=pinned, directory=directory, digest=digest, states=states)
 
 
 def fetch_adapter(location: Location, cache: Path) -> Source:
@@ -168,6 +191,7 @@ def fetch_adapter(location: Location, cache: Path) -> Source:
     if isinstance(location, LocalPath):
         _check_kind(location)
     directory, pinned, _ = _bring(_ADAPTER, location, cache)
+    states = _states(_ADAPTER, directory)
     with file_errors(f"reading adapter {pinned}"):
         contents = _contents(directory)
     digest = _digest(contents)
@@ -176,8 +200,8 @@ def fetch_adapter(location: Location, cache: Path) -> Source:
         gathered = cache / "sources" / digest
         with file_errors(f"gathering adapter {pinned} in {gathered}"):
             keep_directory(gathered, lambda path: _gather(directory, contents, files, path))
-        directory = gathered
-    return Source(location=pinned, directory=directory, digest=digest)
+        directory, states = gathered, _states(_ADAPTER, gathered)
+    return Source(location=pinned, directory=directory, digest=digest, states=states)
 
 
 def _check_kind(location: LocalPath) -> None:
@@ -303,6 +327,11 @@ def _look_at_weights(path: Path) -> tuple[str, str, str]:
 def _files(kind: _Kind, directory: Path) -> list[Path]:
     """Return the files of a local directory that belong to a kind, by name."""
     return sorted(directory / name for name in kind.select(LocalFiles(directory)))
+
+
+def _states(kind: _Kind, directory: Path) -> dict[Path, FileState]:
+    with file_errors(f"reading {shown(directory)}"):
+        return {path: FileState.of(path.stat()) for path in _files(kind, directory)}
 
 
 def _sizes(directory: Path) -> dict[str, int]:

@@ -276,6 +276,46 @@ def with_damage_after_the_merge(monkeypatch, damage):
     monkeypatch.setattr(workers.unit, "run_pass", run_pass)
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("what", ["base", "adapter"])
+@pytest.mark.parametrize("when", ["before the merge", "after it"])
+def test_what_is_rewritten_while_it_is_merged_is_read_anew(
+    worker, request_for, adapters, base, tmp_path, monkeypatch, what, when, quantization
+):
+    """The same size, and the time set back: what ships would stand under the digest of other bytes."""
+    places = {
+        "base": shutil.copytree(base, tmp_path / "base"),
+        "adapter": shutil.copytree(adapters["two"], tmp_path / "a"),
+    }
+    path = min(places[what].glob("*.safetensors"))
+    really = workers.unit.run_pass
+
+    def rewrite():
+        status = path.stat()
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def run_pass(*arguments, **options):
+        if when == "before the merge":
+            rewrite()
+        try:
+            return really(*arguments, **options)
+        finally:
+            if when == "after it":
+                rewrite()
+
+    monkeypatch.setattr(workers.unit, "run_pass", run_pass)
+    request = request_for("job", places["adapter"], base=str(places["base"]), base_quantization=quantization)
+    outcome = run(worker, request)["job"]
+    assert outcome.failure.failure_class is FailureClass.TRANSIENT_IO, outcome.failure
+    assert f"{path} was changed while it was read" in outcome.failure.message
+    assert left_over(tmp_path) == []
+    monkeypatch.setattr(workers.unit, "run_pass", really)
+    assert run(worker, request)["job"].failure is None
+
+
 def test_a_flipped_byte_is_not_published(worker, requests, base, adapters, tmp_path, monkeypatch):
     def flip(directories):
         path = min(directories["two"].glob("*.safetensors"))
