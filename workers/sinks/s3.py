@@ -51,7 +51,7 @@ _NUM_STREAMS = 8
 _NUM_TRIES = 5
 _PAUSE_SECONDS = 0.1
 """Before the second try; doubles with each one."""
-_GONE, _CONFLICT, _EXISTS = 404, 409, 412
+_GONE, _CONFLICT, _EXISTS, _STORE_FAILED = 404, 409, 412, 500
 
 
 class S3Sink:
@@ -277,7 +277,8 @@ class S3Staging:
                 try:
                     create_whole(self._store, MANIFEST_NAME, manifest.data, self._mark(manifest.sha256))
                 except ClientError as error:
-                    if error_status(error) not in (_CONFLICT, _EXISTS):
+                    if (status := error_status(error)) not in (_CONFLICT, _EXISTS):
+                        self._in_doubt = status >= _STORE_FAILED
                         raise
                 else:
                     return manifest.release(self._store.place, created=True)
@@ -285,6 +286,7 @@ class S3Staging:
                 self._in_doubt = False
                 return self._settle(found, manifest)
             self._sleep(_PAUSE_SECONDS * 2**number)
+        self._in_doubt = False
         raise TransientIOError(f"{self._store.place}/{MANIFEST_NAME} was written and deleted by others; try again")
 
     def _settle(self, found: ManifestFile, manifest: ManifestFile) -> Release:
