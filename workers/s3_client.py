@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Self
 
 import boto3.session
@@ -158,13 +159,16 @@ class S3Store:
     def delete(self, name: str, etag: str) -> None:
         """Delete an object, if it is the one that was looked at; none, or another one by now, is fine.
 
-        Stores that know no conditional deletes take the condition for nothing.
+        Stores that know no conditional deletes take the condition for nothing, or say so.
         """
         with self.errors():
             try:
                 self.client.delete_object(Bucket=self.place.bucket, Key=self.key(name), IfMatch=etag)
             except botocore_errors.ClientError as error:
-                if error_status(error) not in (404, 412):
+                status = error_status(error)
+                if status == HTTPStatus.NOT_IMPLEMENTED:
+                    self.client.delete_object(Bucket=self.place.bucket, Key=self.key(name))
+                elif status not in (HTTPStatus.NOT_FOUND, HTTPStatus.PRECONDITION_FAILED):
                     raise
 
     def read(self, entry: S3Object) -> Iterator[bytes]:

@@ -67,7 +67,12 @@ def answer_instead(staging: S3Staging, operation: str, name: str, status: int, t
         if not url.endswith(f"/{name}") or len(asked) == times:
             return None
         asked.append(url)
-        code = {409: "ConditionalRequestConflict", 412: "PreconditionFailed", 503: "ServiceUnavailable"}[status]
+        code = {
+            403: "AccessDenied",
+            409: "ConditionalRequestConflict",
+            412: "PreconditionFailed",
+            503: "ServiceUnavailable",
+        }[status]
         raw = AWSResponse(url, status, {}, None)
         raw._content = f"<Error><Code>{code}</Code><Message>told to</Message></Error>".encode()
         return raw
@@ -123,6 +128,17 @@ def test_manifest_that_may_come_late_keeps_its_files(place: S3Place) -> None:
     place.write(MANIFEST_NAME, encode_manifest(manifest).data)  # it comes
 
     verify_release(place.location, place.scratch)
+    assert place.leftovers() == []
+
+
+def test_manifest_that_was_denied_leaves_nothing(place: S3Place) -> None:
+    staging = S3Sink(place.location, place.scratch).open(KEY)
+    manifest = fill(staging, FILES)
+    answer_instead(staging, "PutObject", MANIFEST_NAME, 403, times=99)
+    with pytest.raises(AuthError, match="403"):
+        staging.publish(manifest)
+    staging.discard()
+    assert place.visible() == {}
     assert place.leftovers() == []
 
 

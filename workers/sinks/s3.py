@@ -9,32 +9,23 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
 from botocore.exceptions import ClientError
 
-from jobs.errors import AuthError, DestinationOccupiedError, TransientIOError
+from jobs.errors import DestinationOccupiedError, TransientIOError
 from jobs.locations import S3Prefix
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
 from workers.files import FileState, file_errors
-from workers.released import (
-    MAX_MANIFEST_BYTES,
-    ManifestFile,
-    check_all_put,
-    decode_existing,
-    encode_manifest,
-    holds_below,
-    is_release,
-    lies_inside,
-    occupied,
-)
+from workers.released import ManifestFile, check_all_put, encode_manifest, occupied
 from workers.s3_client import S3Store, error_status
 from workers.scratch import OwnedDirectory, sweep
 from workers.sinks import Receipt, Ticket
 from workers.sinks.s3_records import abort_recorded
+from workers.sinks.s3_surroundings import find_release, own_below, refuse_above
 from workers.sinks.s3_upload import (
     Mark,
     StoredObject,
@@ -51,7 +42,7 @@ _NUM_STREAMS = 8
 _NUM_TRIES = 5
 _PAUSE_SECONDS = 0.1
 """Before the second try; doubles with each one."""
-_GONE, _CONFLICT, _EXISTS = 404, 409, 412
+_GONE, _CONFLICT, _EXISTS, _STORE_FAILED = 404, 409, 412, 500
 
 
 class S3Sink:
@@ -63,9 +54,9 @@ class S3Sink:
 
     def existing(self) -> Manifest | None:
         """Return the manifest of the release that is there, or None when the prefix is free."""
-        if found := _find(self._store):
+        if found := find_release(self._store):
             return found.manifest
-        _own_below(self._store)
+        own_below(self._store)
         return None
 
     def open(self, merge_key: str) -> "S3Staging":
@@ -76,8 +67,8 @@ class S3Sink:
                 a release lies above or below.
         """
         store = self._store
-        _refuse_above(store)
-        leftovers = {} if _find(store) else _own_below(store)
+        refuse_above(store)
+        leftovers = {} if find_release(store) else own_below(store)
         others = [path for path, found in leftovers.items() if found.mark and found.mark.merge_key != merge_key]
         if others:
             raise occupied(store.place, others, "what a crash left of another release")
@@ -86,7 +77,7 @@ class S3Sink:
 
     def join(self, ticket: Ticket) -> "S3Staging":
         """Take part, in the same scratch directory where this process sees it, else in one of its own."""
-        leftovers = {} if _find(self._store) else _own_below(self._store)
+        leftovers = {} if find_release(self._store) else own_below(self._store)
         with file_errors(f"joining the staging directory of {self._store.place}"):
             owned = OwnedDirectory.join(ticket.directory)
         return S3Staging(
@@ -181,10 +172,10 @@ class S3Staging:
         """Complete the uploads, and create `manifest.json` when all are in their place."""
         check_all_put(manifest, {path: upload.artifact for path, upload in self._uploads.items()})
         encoded = encode_manifest(manifest)
-        if found := _find(self._store):
+        if found := self._look():
             release = self._settle(found, encoded)
         else:
-            _refuse_above(self._store)
+            refuse_above(self._store)
             self._place_all()
             self._clear_others()
             release = self._create_manifest(encoded)
@@ -265,7 +256,7 @@ class S3Staging:
 
     def _clear_others(self) -> None:
         """Delete what other attempts at this release left beyond its files; refuse what is not of this release."""
-        for path, found in _own_below(self._store, besides={*self._uploads, MANIFEST_NAME}).items():
+        for path, found in own_below(self._store, besides={*self._uploads, MANIFEST_NAME}).items():
             if not self._is_of_release(found):  # its publisher will be stopped at a file we share, and clear it away
                 raise TransientIOError(f"{self._store.place}/{path} is of another release on its way there; try again")
             self._store.delete(path, found.etag)
@@ -277,15 +268,27 @@ class S3Staging:
                 try:
                     create_whole(self._store, MANIFEST_NAME, manifest.data, self._mark(manifest.sha256))
                 except ClientError as error:
-                    if error_status(error) not in (_CONFLICT, _EXISTS):
+                    if (status := error_status(error)) not in (_CONFLICT, _EXISTS):
+                        self._in_doubt = status >= _STORE_FAILED
                         raise
                 else:
                     return manifest.release(self._store.place, created=True)
-            if found := _find(self._store):
-                self._in_doubt = False
+            if found := self._look():
                 return self._settle(found, manifest)
             self._sleep(_PAUSE_SECONDS * 2**number)
+        self._in_doubt = False
         raise TransientIOError(f"{self._store.place}/{MANIFEST_NAME} was written and deleted by others; try again")
+
+    def _look(self) -> ManifestFile | None:
+        """Return the manifest that is there. When there is one, ours will not come to be any more."""
+        try:
+            found = find_release(self._store)
+        except DestinationOccupiedError:
+            self._in_doubt = False
+            raise
+        if found is not None:
+            self._in_doubt = False
+        return found
 
     def _settle(self, found: ManifestFile, manifest: ManifestFile) -> Release:
         """Return the release that is there: created by this attempt whose answer was lost, or by another."""
@@ -303,7 +306,7 @@ class S3Staging:
 
     def _delete_own(self) -> None:
         try:
-            found = _find(self._store)
+            found = find_release(self._store)
         except DestinationOccupiedError:  # a manifest that is not ours names nothing of ours
             found = None
         named = {artifact.path for artifact in found.manifest.files} if found else set()
@@ -316,54 +319,3 @@ class S3Staging:
 def _abort_recorded(store: S3Store) -> None:
     if num_aborted := abort_recorded(store):
         _log.info("aborted unfinished uploads", extra={"place": str(store.place), "uploads": num_aborted})
-
-
-def _find(store: S3Store) -> ManifestFile | None:
-    data = store.content(MANIFEST_NAME, MAX_MANIFEST_BYTES)
-    return None if data is None else decode_existing(data, store.place)
-
-
-def _refuse_above(store: S3Store) -> None:
-    """Refuse a prefix inside of a release, as far as the credentials may look.
-
-    Raises:
-        DestinationOccupiedError: names the release.
-    """
-    for place in store.place.ancestors():
-        above = store.at(place)
-        try:
-            data = above.content(MANIFEST_NAME, MAX_MANIFEST_BYTES)
-        except AuthError:  # those for one prefix may not look above it, or not ask whether there is anything
-            _log.info("whether there is a release cannot be told", extra={"place": str(place)})
-            continue
-        if data is not None and is_release(data):
-            raise lies_inside(store.place, place)
-
-
-def _own_below(store: S3Store, besides: Collection[str] = ()) -> dict[str, StoredObject]:
-    """Return what attempts at this destination left, by name.
-
-    Args:
-        store: the destination.
-        besides: names that are known, and not looked at.
-
-    Raises:
-        DestinationOccupiedError: there is something else; a release is named first.
-    """
-    names = sorted(
-        store.objects().keys() - set(besides), key=lambda name: (not name.endswith(f"/{MANIFEST_NAME}"), name)
-    )
-    digest = destination_digest(store)
-    own = {}
-    for path in names:
-        found = look_at(store, path)
-        if found is None:
-            continue
-        if found.mark is None or found.mark.destination != digest:
-            if path.endswith(f"/{MANIFEST_NAME}"):
-                data = store.content(path, MAX_MANIFEST_BYTES)
-                if data is not None and is_release(data):
-                    raise holds_below(store.place, store.place.child(path.removesuffix(f"/{MANIFEST_NAME}")))
-            raise occupied(store.place, [path], f"files, but no {MANIFEST_NAME}")
-        own[path] = found
-    return own
