@@ -101,8 +101,8 @@ def _is_in_4bit(module: nn.Module) -> bool:
 def _rounding_forward(
     module: nn.Module, delta: Callable[[], torch.Tensor] | None, dtype: torch.dtype, *, everything: bool
 ) -> Iterator[None]:
-    # accelerate brings the weights of an offloaded module around this one.
-    name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+    # accelerate brings the weights of an offloaded module around this one; those in 4-bit are never offloaded.
+    name = "_old_forward" if hasattr(module, "_hf_hook") and not _is_in_4bit(module) else "forward"
     before = module.__dict__.get(name)
     original = getattr(module, name)
     if _is_in_4bit(module):
