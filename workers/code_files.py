@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from jobs.errors import BadInputError
 from jobs.release import is_plain_path
 
 _ELSEWHERE = "--"
@@ -18,6 +19,9 @@ _FROM = re.compile(r"[ \t]*from[ \t]+\.([\w.]*)[ \t]+import[ \t]+(.*)")
 _IMPORT = re.compile(r"[ \t]*import[ \t]+\.([\w.]+)[ \t]*")
 _MAX_FILES = 256
 """Of one model's code; none has as many."""
+_MAX_SOURCE_BYTES = 1 << 20
+_MAX_LINE = 1000
+"""Characters of a line that imports."""
 
 
 class CodePlace(Protocol):
@@ -64,7 +68,11 @@ def code_of(documents: Mapping[str, Any], place: CodePlace) -> dict[str, Found]:
 
 
 def find(reference: str, place: CodePlace) -> Found:
-    """Find the file of one reference, and what it imports."""
+    """Find the file of one reference, and what it imports.
+
+    Raises:
+        BadInputError: a file is far larger than code is.
+    """
     first = f"{reference.rpartition('.')[0].replace('.', '/')}.py"
     waiting, found = [first], set[str]()
     while waiting:
@@ -75,8 +83,13 @@ def find(reference: str, place: CodePlace) -> Found:
             return Found(frozenset(found), name)
         found.add(name)
         folder = name.rpartition("/")[0]
-        source = place.read(name).decode(errors="replace")
-        for module, is_needed in _imports(source):
+        source = place.read(name)
+        if len(source) > _MAX_SOURCE_BYTES:
+            raise BadInputError(
+                f"{name}, which auto_map names or its code imports: expected at most {_MAX_SOURCE_BYTES} bytes, found "
+                f"{len(source)}"
+            )
+        for module, is_needed in _imports(source.decode(errors="replace")):
             files = _module_files(folder, module)
             there = [file for file in files if is_plain_path(file) and place.has(file)]
             if there or is_needed:
@@ -140,6 +153,8 @@ def _imports(source: str) -> Iterator[tuple[str, bool]]:
     Line by line, which is how transformers looks for them: Python's parser can be made to crash by what it parses.
     """
     for line in source.splitlines():
+        if len(line) > _MAX_LINE:
+            continue
         if found := _FROM.fullmatch(line):
             module, names = found.groups()
             if module.strip("."):

@@ -5,8 +5,7 @@ they are and no place of this machine.
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 
 from jobs.problems import show
 from jobs.request import BaseQuantization, MergeRequest
@@ -33,7 +32,6 @@ def find_notes(
     stored_in_4bit: bool,
     card: BaseCard,
     shipment: Shipment,
-    base_shipment: Mapping[str, Path],
     num_rows: int | None,
 ) -> tuple[str, ...]:
     """Find what a person should know of a planned merge.
@@ -45,7 +43,6 @@ def find_notes(
         stored_in_4bit: whether the base is.
         card: of the base.
         shipment: the files that the release takes over.
-        base_shipment: those it would take over without an adapter.
         num_rows: of the embedding of the merged model; None where it has none for tokens.
 
     Raises:
@@ -63,7 +60,7 @@ def find_notes(
     if tokenizer is not None:
         config = read_json(base.directory / "config.json")
         if num_rows is not None:
-            notes += rows_note(tokenizer, read_tokenizer(base_shipment), config, num_rows)
+            notes += rows_note(tokenizer, read_tokenizer(shipment.of_base), config, num_rows)
         notes += stop_notes(tokenizer, shipment.files, config)
     return tuple(dict.fromkeys(notes))
 

@@ -34,7 +34,7 @@ from workers.model import answers_prompts, check_depth, skeleton, token_embeddin
 from workers.notes import find_notes
 from workers.quant import quantized_names, quantized_owner
 from workers.quantization import QuantizationTask
-from workers.shipment import Shipment, plan_shipment, shipped_alone
+from workers.shipment import Shipment, plan_shipment
 from workers.sources import Source
 from workers.stored_forms import declared_4bit
 from workers.ties import come_apart, stored_apart, tied_names
@@ -451,7 +451,6 @@ def plan_merge(
             stored_in_4bit=base.stored_in_4bit,
             card=base.card,
             shipment=shipment,
-            base_shipment=shipped_alone(base.source.directory),
             num_rows=rows[0] if rows else None,
         ),
     )

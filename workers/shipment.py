@@ -5,7 +5,7 @@ chat templates where it ships any. Files that hold the base's vocabulary in anot
 tokenizer has the same vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,9 @@ from workers.code_files import code_of
 from workers.files import file_errors, sha256_of
 from workers.tokenizers import same_tokens
 
+_NUM_NAMED = 4
+"""Of each kind, in a note."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shipment:
@@ -40,23 +43,27 @@ class Shipment:
     """References to code that is not there, with the file that is missing. Configurations are shipped without them."""
     from_adapter: frozenset[str]
     """Names of those that are the adapter's."""
+    of_base: Mapping[str, Path]
+    """What the release would have of the base, were there no adapter."""
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know of them."""
-        notes = [
-            f"{reference} of auto_map is left out of the release: its code needs {show(missing)}, which the base does "
-            "not hold, and classes of transformers are loaded instead; put the file beside the base to have it shipped"
-            for reference, missing in self.broken.items()
-        ]
+        notes = []
+        if self.broken:
+            named = [f"{show(reference)} needs {show(missing)}" for reference, missing in self.broken.items()]
+            notes.append(
+                f"references to code are left out of auto_map, as files of theirs are missing ({_some(named)}): "
+                "classes of transformers are loaded instead; put the files beside the base to have them shipped"
+            )
         if code := sorted(name for name in self.from_adapter if name.endswith(".py")):
             notes.append(
-                f"the release carries code that came with the adapter ({', '.join(code)}), not run here; transformers "
-                "runs it where trust_remote_code is true"
+                f"the release carries code that came with the adapter ({_some(code)}), not run here; transformers runs "
+                "it where trust_remote_code is true"
             )
         if pickles := sorted(name for name in self.files if is_pickled(name)):
             notes.append(
-                f"the release carries pickles of the base ({', '.join(pickles)}), not read here; save those modules as "
+                f"the release carries pickles of the base ({_some(pickles)}), not read here; save those modules as "
                 "safetensors to have a release that cannot run code when it is loaded"
             )
         return tuple(notes)
@@ -68,7 +75,7 @@ def plan_shipment(base: Path, adapter: Path) -> Shipment:
     Raises:
         BadInputError: a configuration cannot be read, or base and adapter have different code under one name.
     """
-    ours, theirs = shipped_alone(base), shipped_files(adapter)
+    ours, theirs = _shipped(base), shipped_files(adapter)
     files, from_adapter = dict(ours), dict[str, Path]()
     if any(name == TOKENIZER_CONFIG or is_vocabulary(name) for name in theirs):
         tokenizer = {name: path for name, path in theirs.items() if is_tokenizer(name)}
@@ -81,22 +88,26 @@ def plan_shipment(base: Path, adapter: Path) -> Shipment:
     if _ships_template(theirs):
         files = {name: path for name, path in files.items() if not is_template(name)}
         from_adapter |= {name: path for name, path in theirs.items() if is_template(name)}
-    code, broken = _code(base, adapter, from_adapter)
+    code, broken = _code(base, adapter, ours, from_adapter)
     from_adapter |= {name: path for name, path in code.items() if path.is_relative_to(adapter)}
     files = {name: path for name, path in (files | from_adapter).items() if not name.endswith(".py")} | code
-    return Shipment(files=files, broken=broken, from_adapter=frozenset(from_adapter))
+    return Shipment(files=files, broken=broken, from_adapter=frozenset(from_adapter), of_base=ours)
 
 
 def shipped_files(adapter: Path) -> Mapping[str, Path]:
     """Return the files of an adapter's directory that a merged model takes from it, and the code beside them."""
-    files = shipped_alone(adapter)
+    files = _shipped(adapter)
     described = [name for name in files if is_tokenizer(name) or is_processor(name) or is_template(name)]
     code = [name for name in files if name.endswith(".py")]
     return {name: files[name] for name in (*described, *code)}
 
 
-def shipped_alone(directory: Path) -> dict[str, Path]:
-    """Return the files of a directory that a release would take over, were there no other."""
+def _some(words: Sequence[str]) -> str:
+    more = f" and {len(words) - _NUM_NAMED} more" if len(words) > _NUM_NAMED else ""
+    return ", ".join(words[:_NUM_NAMED]) + more
+
+
+def _shipped(directory: Path) -> dict[str, Path]:
     return {name: directory / name for name in sorted(belongings(LocalFiles(directory))) if ships(name)}
 
 
@@ -138,7 +149,9 @@ class _Overlay:
         return (self.front if self.front.has(name) else self.back).read(name)
 
 
-def _code(base: Path, adapter: Path, from_adapter: Mapping[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
+def _code(
+    base: Path, adapter: Path, of_base: Mapping[str, Path], from_adapter: Mapping[str, Path]
+) -> tuple[dict[str, Path], dict[str, str]]:
     """Return the code that the release has, by name, and the references to code that is missing."""
     ours, theirs = LocalFiles(base), LocalFiles(adapter)
     named = code_of({name: text for name, text in documents(ours).items() if name not in from_adapter}, ours)
@@ -148,7 +161,7 @@ def _code(base: Path, adapter: Path, from_adapter: Mapping[str, Path]) -> tuple[
     found = [*named.values(), *named_by_adapter.values()]
     whole = {name for each in found if not each.missing for name in each.files}
     useless = {name for each in found if each.missing for name in each.files} - whole
-    code = {name: base / name for name in belongings(ours) if name.endswith(".py") and name not in useless}
+    code = {name: path for name, path in of_base.items() if name.endswith(".py") and name not in useless}
     for name in sorted({name for each in named_by_adapter.values() for name in each.files} - useless):
         path = (adapter if theirs.has(name) else base) / name
         with file_errors(f"reading {path}"):

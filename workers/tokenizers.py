@@ -19,7 +19,8 @@ from workers.files import FileState, file_errors
 MAX_TOKENIZER_BYTES = 64 << 20
 """Largest file of a tokenizer that is read here; those of the largest vocabularies have half of it."""
 
-_MAX_TEMPLATE_BYTES = 1 << 20
+_MAX_TEMPLATE_SIZE = 256 << 10
+"""In characters; the longest in use have a tenth of it."""
 _NUM_KEPT = 4
 """Vocabularies kept in memory: that of a base is asked for with every adapter."""
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -182,25 +183,29 @@ def _templates(files: Mapping[str, Path], config: Mapping[str, Any]) -> Iterator
     beside = {name: path for name, path in files.items() if is_template(name)}
     for name, path in beside.items():
         if name.endswith(".json"):
-            yield from _texts(read_object(path).get("chat_template"))
+            yield from _texts(read_object(path).get("chat_template"), path)
         else:
             with file_errors(f"reading {path}"):
-                if (num_bytes := path.stat().st_size) > _MAX_TEMPLATE_BYTES:
-                    raise BadInputError(f"{path}: expected at most {_MAX_TEMPLATE_BYTES} bytes, found {num_bytes}")
+                _check_template(path, path.stat().st_size)
                 yield path.read_text(encoding="utf-8", errors="replace")
     if not beside:  # a file wins over what the configuration holds
-        yield from _texts(config.get("chat_template"))
+        yield from _texts(config.get("chat_template"), files.get(TOKENIZER_CONFIG))
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: Any, path: object) -> Iterator[str]:
     """Yield the templates of a field: one, several by name, or a list of them with their names."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from (each for each in value.values() if isinstance(each, str))
+    if isinstance(value, dict):
+        found = list(value.values())
     else:
-        templates = [each.get("template") for each in _list(value) if isinstance(each, dict)]
-        yield from (each for each in templates if isinstance(each, str))
+        found = [each.get("template") if isinstance(each, dict) else each for each in (_list(value) or [value])]
+    texts = [each for each in found if isinstance(each, str)]
+    _check_template(path, sum(map(len, texts)))
+    yield from texts
+
+
+def _check_template(path: object, size: int) -> None:
+    if size > _MAX_TEMPLATE_SIZE:
+        raise BadInputError(f"{path}: expected chat templates of at most {_MAX_TEMPLATE_SIZE} characters, found {size}")
 
 
 def _content(token: Any) -> str | None:

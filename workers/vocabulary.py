@@ -4,8 +4,10 @@ A token beyond the rows of the embedding crashes the model, or reads memory of o
 its template; which ones end an answer is in the tokenizer, in the template, and in the generation configuration.
 """
 
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,10 @@ _ENDS_A_TURN = re.compile(
     r"|^<\|end\|>$",
     re.IGNORECASE,
 )
-_NUM_PLACES = 64
-"""Of one token in one template that are looked at."""
+_MAX_PLACES = 10_000
+"""Of tokens in one template that are looked at."""
+_MAX_MARK_LENGTH = 64
+"""Of a token that is looked for in a template; longer ones mark nothing there."""
 _PLACEHOLDER = re.compile(r"\w+_token_(id|index)")
 _NO_PLACEHOLDERS = frozenset(
     f"{role}_token_{kind}"
@@ -58,12 +62,13 @@ def rows_note(
     if not beyond:
         return
     marks = [token for token in beyond if token in tokenizer.added or token in tokenizer.special]
-    in_template = [token for token in marks if any(token in template for template in tokenizer.templates)]
+    written = (token for template in tokenizer.templates for token, _ in _places(template, marks))
+    in_template = next(written, None)
     needed = {role: token for role in _ALWAYS_MADE if (token := tokenizer.roles.get(role)) in beyond}
     new = [token for token in beyond if base is None or base.ids.get(token) != beyond[token]]
     special = [token for token in new if token in tokenizer.special]
-    if in_template:
-        why, token = "the chat template writes it", in_template[0]
+    if in_template is not None:
+        why, token = "the chat template writes it", in_template
     elif needed:
         role, token = next(iter(needed.items()))
         why = f"it is the {role}"
@@ -125,22 +130,29 @@ def stop_notes(tokenizer: TokenizerData, files: Mapping[str, Path], config: Mapp
             )
 
 
-def _turn_ends(tokenizer: TokenizerData) -> Iterator[str]:
-    """Yield the tokens that a chat template ends a turn with: after the content, or by a name that says so."""
-    for token in sorted(tokenizer.special | tokenizer.added):
-        if token not in tokenizer.ids or len(token) < 2:
-            continue
-        for template in tokenizer.templates:
-            at = template.find(token)
-            found = at >= 0 and bool(_ENDS_A_TURN.search(token))
-            for _ in range(_NUM_PLACES):
-                if at < 0 or found:
-                    break
-                found = bool(_AFTER_CONTENT.search(template[max(0, at - _LOOKED_BACK) : at]))
-                at = template.find(token, at + len(token))
-            if found:
-                yield token
-                break
+def _turn_ends(tokenizer: TokenizerData) -> list[str]:
+    """Return the tokens that a chat template ends a turn with: after the content, or by a name that says so."""
+    marks = [token for token in tokenizer.special | tokenizer.added if len(token) > 1 and token in tokenizer.ids]
+    ends = set[str]()
+    for template in tokenizer.templates:
+        for token, place in itertools.islice(_places(template, marks), _MAX_PLACES):
+            before = template[max(0, place - _LOOKED_BACK) : place]
+            if token not in ends and (_ENDS_A_TURN.search(token) or _AFTER_CONTENT.search(before)):
+                ends.add(token)
+    return sorted(ends)
+
+
+def _places(template: str, tokens: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Yield the tokens that a template holds, and where; it takes as long as the template, however many tokens."""
+    by_length = defaultdict[int, set[str]](set)
+    for token in tokens:
+        if 0 < len(token) <= _MAX_MARK_LENGTH:
+            by_length[len(token)].add(token)
+    firsts = {token[0] for group in by_length.values() for token in group}
+    for place in [place for place, character in enumerate(template) if character in firsts]:
+        for length, group in by_length.items():
+            if (token := template[place : place + length]) in group:
+                yield token, place
 
 
 def _named(ids: Sequence[int], tokenizer: TokenizerData) -> str:
