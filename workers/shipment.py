@@ -45,6 +45,8 @@ class Shipment:
     """Names of those that are the adapter's."""
     of_base: Mapping[str, Path]
     """What the release would have of the base, were there no adapter."""
+    left: tuple[str, ...]
+    """Vocabulary of the base in forms that the adapter's tokenizer does not have, and that does not ship."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -61,6 +63,11 @@ class Shipment:
                 f"the release carries code that came with the adapter ({_some(code)}), not run here; transformers runs "
                 "it where trust_remote_code is true"
             )
+        if self.left:
+            notes.append(
+                f"the adapter's tokenizer replaces the base's, and {_some(self.left)} of the base stays behind: "
+                "another vocabulary, or one that cannot be compared; add the file to the adapter to have it shipped"
+            )
         if pickles := sorted(name for name in self.files if is_pickled(name)):
             notes.append(
                 f"the release carries pickles of the base ({_some(pickles)}), not read here; save those modules as "
@@ -76,11 +83,12 @@ def plan_shipment(base: Path, adapter: Path) -> Shipment:
         BadInputError: a configuration cannot be read, or base and adapter have different code under one name.
     """
     ours, theirs = _shipped(base), shipped_files(adapter)
-    files, from_adapter = dict(ours), dict[str, Path]()
+    files, from_adapter, left = dict(ours), dict[str, Path](), list[str]()
     if any(name == TOKENIZER_CONFIG or is_vocabulary(name) for name in theirs):
         tokenizer = {name: path for name, path in theirs.items() if is_tokenizer(name)}
         stays = _staying(ours, tokenizer)
         files = {name: path for name, path in files.items() if not is_tokenizer(name) or name in stays}
+        left = [name for name in ours if is_vocabulary(name) and name not in {TOKENIZER_FILE, *stays, *tokenizer}]
         from_adapter |= tokenizer
     if processor := {name: path for name, path in theirs.items() if is_processor(name)}:
         files = {name: path for name, path in files.items() if not is_processor(name)}
@@ -89,9 +97,9 @@ def plan_shipment(base: Path, adapter: Path) -> Shipment:
         files = {name: path for name, path in files.items() if not is_template(name)}
         from_adapter |= {name: path for name, path in theirs.items() if is_template(name)}
     code, broken = _code(base, adapter, ours, from_adapter)
-    from_adapter |= {name: path for name, path in code.items() if path.is_relative_to(adapter)}
+    from_adapter |= {name: path for name, path in code.items() if path == adapter / name}
     files = {name: path for name, path in (files | from_adapter).items() if not name.endswith(".py")} | code
-    return Shipment(files=files, broken=broken, from_adapter=frozenset(from_adapter), of_base=ours)
+    return Shipment(files=files, broken=broken, from_adapter=frozenset(from_adapter), of_base=ours, left=tuple(left))
 
 
 def shipped_files(adapter: Path) -> Mapping[str, Path]:

@@ -88,10 +88,13 @@ class TestVocabulary:
     )
     def test_other_forms_stay_where_it_is_the_bases(self, tmp_path, brought, stay):
         base = {"tokenizer.json": tokenizer(), **dict.fromkeys(self.FORMS, b"base"), "special_tokens_map.json": b"{}"}
-        _, whose = ship(tmp_path, base, {"tokenizer.json": brought, "tokenizer_config.json": b"{}"})
+        shipment, whose = ship(tmp_path, base, {"tokenizer.json": brought, "tokenizer_config.json": b"{}"})
         assert (whose["tokenizer.json"], whose["tokenizer_config.json"]) == ("adapter", "adapter")
         assert [whose.get(name) for name in self.FORMS] == ["base" if stay else None] * 4
         assert "special_tokens_map.json" not in whose
+        assert ["merges.txt, source.spm, tokenizer.model, x.vocab of the base" in n for n in shipment.notes] == (
+            [] if stay else [True]
+        )
 
     def test_settings_alone_go_with_the_bases_vocabulary(self, tmp_path):
         base = {"tokenizer.json": tokenizer(), "tokenizer.model": b"base", "tokenizer_config.json": b"{}"}
