@@ -26,7 +26,8 @@ from workers.belongings import (
 )
 from workers.checkpoint import read_json
 from workers.code_files import code_of
-from workers.files import file_errors, sha256_of
+from workers.files import file_errors
+from workers.foreign import foreign_sha256
 from workers.tokenizers import same_tokens
 
 _NUM_NAMED = 4
@@ -130,7 +131,9 @@ def _staying(base: Mapping[str, Path], tokenizer: Mapping[str, Path]) -> frozens
     else:
         common = brought.keys() & vocabulary.keys()
         with file_errors("comparing the tokenizers of base and adapter"):
-            is_same = bool(common) and all(sha256_of(brought[name]) == sha256_of(vocabulary[name]) for name in common)
+            is_same = bool(common) and all(
+                foreign_sha256(brought[name]) == foreign_sha256(vocabulary[name]) for name in common
+            )
     # `tokenizer.json` is a whole tokenizer with its added tokens, and never one of two.
     return frozenset(vocabulary) - brought.keys() - {TOKENIZER_FILE} if is_same else frozenset()
 
@@ -173,7 +176,10 @@ def _code(
     for name in sorted({name for each in named_by_adapter.values() for name in each.files} - useless):
         path = (adapter if theirs.has(name) else base) / name
         with file_errors(f"reading {path}"):
-            if name in code and path != code[name] and sha256_of(path) != sha256_of(code[name]):
+            num_parts = name.count("/") + 1
+            if name in code and foreign_sha256(path, num_parts=num_parts) != foreign_sha256(
+                code[name], num_parts=num_parts
+            ):
                 raise BadInputError(
                     f"{path} and {code[name]} differ, and the release has one {name}; remove one of them"
                 )

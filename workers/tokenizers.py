@@ -15,9 +15,7 @@ from typing import Any
 from jobs.errors import BadInputError
 from workers.belongings import TOKENIZER_CONFIG, TOKENIZER_FILE, is_template
 from workers.files import FileState, file_errors
-
-MAX_TOKENIZER_BYTES = 64 << 20
-"""Largest file of a tokenizer that is read here; those of the largest vocabularies have half of it."""
+from workers.foreign import read_foreign
 
 _MAX_TEMPLATE_SIZE = 256 << 10
 """In characters; the longest in use have a tenth of it."""
@@ -147,13 +145,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Any:
-    with file_errors(f"reading {path}"):
-        num_bytes = path.stat().st_size
-        if num_bytes > MAX_TOKENIZER_BYTES:
-            raise BadInputError(f"{path}: expected at most {MAX_TOKENIZER_BYTES} bytes, found {num_bytes}")
-        data = path.read_bytes()
     try:
-        return json.loads(data)
+        return json.loads(read_foreign(path))
     except (ValueError, RecursionError) as error:
         raise BadInputError(f"{path}: expected readable JSON, found: {error}") from error
 
@@ -185,9 +178,9 @@ def _templates(files: Mapping[str, Path], config: Mapping[str, Any]) -> Iterator
         if name.endswith(".json"):
             yield from _texts(read_object(path).get("chat_template"), path)
         else:
-            with file_errors(f"reading {path}"):
-                _check_template(path, path.stat().st_size)
-                yield path.read_text(encoding="utf-8", errors="replace")
+            text = read_foreign(path, num_parts=name.count("/") + 1).decode(errors="replace")
+            _check_template(path, len(text))
+            yield text
     if not beside:  # a file wins over what the configuration holds
         yield from _texts(config.get("chat_template"), files.get(TOKENIZER_CONFIG))
 

@@ -144,7 +144,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path):
     (tmp_path / "tokenizer.json").touch()
     with (tmp_path / "tokenizer.json").open("ab") as file:
         file.truncate(1 << 40)  # a sparse TiB
-    with pytest.raises(BadInputError, match=r"tokenizer\.json: expected at most"):
+    with pytest.raises(BadInputError, match=r"tokenizer\.json: expected a file of at most"):
         read_tokenizer(files_of(tmp_path))
 
 
