@@ -258,8 +258,8 @@ def test_a_base_that_changes_after_the_plan_fails_all_its_jobs_and_says_so(
     before = open_descriptors()
     outcomes = run(worker, *(request_for(name, adapter, base=str(changing)) for name, adapter in adapters.items()))
     for job in outcomes.values():
-        assert job.failure.failure_class is FailureClass.BAD_INPUT, job.failure
-        assert "truncated meanwhile" in job.failure.message
+        assert job.failure.failure_class is FailureClass.TRANSIENT_IO, job.failure
+        assert "was changed while it was read" in job.failure.message
     assert left_over(tmp_path) == []
     assert open_descriptors() == before
 
