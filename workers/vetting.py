@@ -22,7 +22,7 @@ from jobs.text import shown
 from workers.checkpoint import CheckpointLayout, read_checkpoint, read_json, read_shard
 from workers.foreign import foreign_sha256, read_foreign
 from workers.forks import Answer, Bounds, ForkServer
-from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_config
+from workers.lanes.adapter import ADAPTER_CONFIG, read_config
 from workers.lanes.methods import WEIGHED
 from workers.model import skeleton
 from workers.plan import plan_base, plan_merge
@@ -41,6 +41,7 @@ MEMORY_BYTES = 1 << 30
 _MODULES_PER_SECOND = 200
 _MOST_OF_MODULES = 2_000
 _TENSORS_PER_SECOND = 10_000
+_WEIGHED_BYTES_PER_SECOND = 1 << 20
 _TOKENIZER_BYTES_PER_SECOND = 4 << 20
 _MEMORY_PER_TOKENIZER_BYTE = 32
 """A byte-level BPE of 262,000 tokens, 13 MB, takes 450 MB and a second or two."""
@@ -91,14 +92,18 @@ def vet_adapter(base: Source, request: MergeRequest, adapter: Source) -> None:
     path = adapter.directory / ADAPTER_CONFIG
     config = read_config(adapter.directory)
     _check_sizes(path, config)
-    header = read_shard(adapter.directory / ADAPTER_WEIGHTS).header
-    key = _key("adapter", request.pass_key(), base.digest, read_foreign(path), header)
+    headers = [read_shard(each).header for each in sorted(adapter.directory.glob("*.safetensors"))]
+    key = _key("adapter", request.pass_key(), base.digest, read_foreign(path), *headers)
     if key in _known:
         return
     layout = read_checkpoint(base.directory)
-    # Methods that compute with values see a base of zeros, whose pages are never there.
-    zeros = 2 * layout.total_size if config.get("peft_type") in WEIGHED else 0
-    suspects, bounds = _expressions(config), _bounds(layout, zeros)
+    suspects, bounds = _expressions(config), _bounds(layout)
+    if config.get("peft_type") in WEIGHED:
+        # These compute with values: of a base of zeros, whose pages are never there, but which they may decompose.
+        bounds = Bounds(
+            cpu_seconds=bounds.cpu_seconds + layout.total_size // _WEIGHED_BYTES_PER_SECOND,
+            memory_bytes=bounds.memory_bytes + 2 * layout.total_size,
+        )
     doing = "planning with it"
     _try_out(path, _plan_merge, base, request, adapter, key=key, doing=doing, suspects=suspects, bounds=bounds)
 
@@ -191,13 +196,13 @@ def _check_buffers(base: Source) -> None:
         raise MemoryError(f"{name}: {made[name]} bytes")
 
 
-def _bounds(layout: CheckpointLayout, more_bytes: int = 0) -> Bounds:
+def _bounds(layout: CheckpointLayout) -> Bounds:
     # Modules are what takes time, then what is read of experts; a machine that others share may take twice as long.
     num_tensors = len(layout.tensors)
     seconds = (
         CPU_SECONDS + min(num_tensors, _MOST_OF_MODULES) // _MODULES_PER_SECOND + num_tensors // _TENSORS_PER_SECOND
     )
-    return Bounds(cpu_seconds=seconds, memory_bytes=MEMORY_BYTES + more_bytes)
+    return Bounds(cpu_seconds=seconds, memory_bytes=MEMORY_BYTES)
 
 
 def _widest(config: Any) -> str:
