@@ -101,14 +101,18 @@ class _Kind:
         """
         there = frozenset(name for name in names if "/" not in name)
         has_weights = any(map(self._holds, there))
-        if self is _BASE and not (has_weights and self.config in there) and (form := form_of_files(there)):
-            raise UnsupportedError(f"{self.name} {location} is {form.words} (found {_some(there)}). {form.advice}")
+        form = form_of_files(there) if self is _BASE else None
         if not has_weights:
-            if pickled := sorted(name for name in there if _matches(name, self.pickled)):
+            # What its maker calls consolidated is pickled, too, and has other names of tensors besides.
+            pickled = sorted(name for name in there if _matches(name, self.pickled) and "consolidated" not in name)
+            if pickled:
                 raise UnsupportedError(
                     f"{self.name} {location} has its weights only in pickle files ({pickled[0]}), which can run code "
                     "when they are read; re-save it as safetensors"
                 )
+        if form is not None and not (has_weights and self.config in there):
+            raise UnsupportedError(f"{self.name} {location} is {form.words} (found {_some(there)}). {form.advice}")
+        if not has_weights:
             raise NotFoundError(f"{self.name} {location} has no {self.weights}; found {_some(there)}")
         if self.config not in there:
             raise NotFoundError(f"{self.name} {location} has no {self.config}; found {_some(there)}")

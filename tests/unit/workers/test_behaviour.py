@@ -385,6 +385,17 @@ def test_unexpected_tensor_fails(base, adapter, broken, scratch):
     assert "unexpected keys: model.layers.0.lora_A.weight" in str(found)
 
 
+def test_tensor_that_the_base_stores_beside_its_model_is_no_misfit(base, adapter, merged, tmp_path, scratch):
+    places = [shutil.copytree(place, tmp_path / name) for place, name in ((base, "own"), (merged, "made"))]
+    for place in places:
+        tensors = {"mtp.mask": torch.zeros(3, dtype=torch.uint32)}
+        for path in [*place.glob("*.safetensors")]:
+            tensors |= load_file(path)
+            path.unlink()
+        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    assert passes(check(places[0], scratch, subject(places[0], adapter, places[1]))["made"])
+
+
 def test_tensor_of_another_shape_fails(base, adapter, broken, scratch):
     wrong = broken(lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}))
     found = check(base, scratch, subject(base, adapter, wrong))[wrong.name]

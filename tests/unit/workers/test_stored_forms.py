@@ -6,6 +6,7 @@ What no model takes, on the other hand, is copied to the byte, whatever its dtyp
 import json
 import shutil
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,6 +161,8 @@ def test_4_bits_are_declared_where_transformers_writes_it(base, tmp_path):
         (["config.json", "model.onnx"], "ONNX"),
         (["adapter_config.json", "adapter_model.safetensors"], "a PEFT adapter"),
         (["model_index.json"], "diffusers"),
+        (["consolidated.00.pth", "params.json"], "maker's own files"),
+        (["config.json", "pytorch_model.bin", "tf_model.h5", "model.onnx"], "pickle files"),
     ],
 )
 def test_files_of_another_kind_are_called_by_it(tmp_path, files, words):
@@ -232,6 +235,38 @@ def test_integers_that_the_model_takes_as_such_go_on(tmp_path):
     base = build_qwen2(tmp_path / "qwen2", tokenizer=False)
     rewrite(base, lambda tensors: tensors.update({"model.rotary_emb.num_batches_tracked": torch.tensor(3)}))
     assert plan(base, tmp_path, dtype="float32").by_name["model.rotary_emb.num_batches_tracked"].copied
+
+
+def test_the_page_shows_how_plain_weights_are_made_of_codes(tmp_path, monkeypatch):
+    base = build_llama(tmp_path / "base", hidden_size=128, intermediate_size=256, tie_word_embeddings=True)
+    exact = {}
+
+    def quantize(tensors):
+        for name in [name for name in tensors if "_proj" in name]:
+            scale = tensors[name].double().abs().max() / 448
+            codes = (tensors[name].double() / scale).to(FP8)
+            num_blocks = [-(-size // 128) for size in codes.shape]
+            exact[name] = (codes.double() * scale.float().double()).to(torch.bfloat16)
+            tensors.update({name: codes, f"{name}_scale_inv": torch.full(num_blocks, float(scale))})
+
+    rewrite(base, quantize)
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }
+    (base / "config.json").write_text(json.dumps(config))
+    assert "docs/stored-forms.md" in refusal(base, tmp_path)
+    page = (Path(__file__).parents[3] / "docs" / "stored-forms.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    exec(page.split("```python\n")[1].split("```")[0], {})  # as people do
+    made = load_file(tmp_path / "base-16-bit" / "model.safetensors")
+    assert exact
+    assert all(torch.equal(made[name], expected) for name, expected in exact.items())
+    assert (tmp_path / "base-16-bit" / "tokenizer.json").exists()
+    assert plan(tmp_path / "base-16-bit", tmp_path).by_name.keys() == made.keys()
 
 
 def test_a_dtype_that_safetensors_does_not_know_is_named(copy):
