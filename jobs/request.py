@@ -30,7 +30,7 @@ _UNITS = {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB",
     unit: 1024**power for power, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), start=1)
 }
 
-MERGE_KEY_VERSION = 1
+MERGE_KEY_VERSION = 2
 """Raised whenever the engine would write other bytes for the same request."""
 
 DEFAULT_PROMPTS = (

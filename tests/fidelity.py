@@ -32,6 +32,7 @@ from tests import architectures
 from tests.merges import load_dequantized, merge_by_peft, plan_pass, read_tensors
 from tests.methods import METHODS, make_method_adapter
 from tests.models import build_llama, build_qwen2, load_plain
+from tests.tied_heads import COLUMNS, tied_cells
 from workers.inference import quiet_libraries
 from workers.lanes.adapter import ADAPTER_WEIGHTS
 from workers.lanes.methods import REMADE, SHAPED_BY_VALUES, UNSTABLE
@@ -290,6 +291,7 @@ def main() -> int:
     methods: dict[str, dict[str, Cell]] = {}
     rows: dict[str, dict[str, dict[str, Cell]]] = {}
     unbuilt: dict[str, dict[str, str]] = {}
+    tied: dict[str, dict[str, Cell]] = {}
     with _scratch() as scratch:
         for method, quantization, cell in () if only else method_cells(scratch):
             methods.setdefault(method, {})[quantization] = cell
@@ -309,10 +311,13 @@ def main() -> int:
                 for column, cell in architecture_cells(kind, model_type, base, VARIANTS):
                     rows[kind][model_type][column] = cell
                     _report(f"{kind} {model_type}, {column}", cell)
+                for column, (verdict, reason) in tied_cells(base, _scratch):
+                    tied.setdefault(f"{model_type} ({kind})", {})[column] = Cell(verdict, reason)
+                    _report(f"{kind} {model_type}, {column}", Cell(verdict, reason))
                 shutil.rmtree(base)
     if not only:
-        OUTPUT.write_text(_page(methods, rows, unbuilt))
-    cells = [cell for row in methods.values() for cell in row.values()]
+        OUTPUT.write_text(_page(methods, rows, unbuilt, tied))
+    cells = [cell for table in (methods, tied) for row in table.values() for cell in row.values()]
     cells += [cell for kind in rows.values() for row in kind.values() for cell in row.values()]
     counts = Counter(cell.verdict for cell in cells)
     sys.stdout.write(f"{len(cells)} cells in {time.monotonic() - started:.0f} s: {dict(counts)}\n")
@@ -328,6 +333,7 @@ def _page(
     methods: Mapping[str, Mapping[str, Cell]],
     rows: Mapping[str, Mapping[str, Mapping[str, Cell]]],
     unbuilt: Mapping[str, Mapping[str, str]],
+    tied: Mapping[str, Mapping[str, Cell]],
 ) -> str:
     notes: dict[str, int] = {}
     lines = [
@@ -350,6 +356,16 @@ def _page(
         if unbuilt[kind]:
             lines += ["", "Not tried, as transformers builds no tiny random model of them:", ""]
             lines += [f"- `{name}`: {reason}" for name, reason in sorted(unbuilt[kind].items())]
+    lines += [
+        "",
+        f"## What base + adapter computes, on {len(tied)} tied architectures",
+        "",
+        "LoRA on a head that is one parameter with the embedding, or on the embedding, held against the weights that",
+        "the unmerged layers answer with, in float64: `=` the same, rounded once, and so is PEFT's own merge; `+` the",
+        "same, and PEFT's merge is not.",
+        "",
+        *_table("model_type", list(COLUMNS), tied, notes),
+    ]
     lines += ["", "## Reasons", "", *(f"{number}. {reason}" for reason, number in notes.items()), ""]
     return "\n".join(lines)
 

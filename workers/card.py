@@ -1,14 +1,17 @@
 """The model card of a release: the base's licence and language, and what became of base and adapter."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from jobs.locations import HubRepo
+from jobs.release import Artifact
 from jobs.request import adapter_name
-from workers.belongings import MODULES_FILE
+from workers.belongings import CARD_NAME, MODULES_FILE
 from workers.plan import MergePlan
+from workers.sidecars import digest_file, write_text
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _OF_STORED_WEIGHTS = re.compile(
@@ -19,8 +22,22 @@ _OF_STORED_WEIGHTS = re.compile(
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def model_card(plan: MergePlan) -> str:
-    """Return the card of a release, valid for the Hub wherever the base is from."""
+def write_card(plan: MergePlan, directory: Path, *, num_changed: int) -> Artifact:
+    """Write the card of a release, valid for the Hub wherever the base is from.
+
+    Args:
+        plan: of the job.
+        directory: of the release.
+        num_changed: tensors whose values are others than those they were merged into.
+
+    Raises:
+        NoCapacityError: the disk is full.
+    """
+    write_text(directory / CARD_NAME, _text(plan, num_changed))
+    return digest_file(directory, CARD_NAME)
+
+
+def _text(plan: MergePlan, num_changed: int) -> str:
     request = plan.request
     base, adapters = plan.base.source.location, [adapter.location for adapter, _ in plan.weighted]
     several = len(adapters) > 1
@@ -32,7 +49,7 @@ def model_card(plan: MergePlan) -> str:
         f"- base: `{base}`",
         *_adapter_lines(plan),
         f"- merged into: {_merged_into(plan)}",
-        f"- tensors changed: {len(plan.changed)} of {len(plan.tensors)}",
+        f"- tensors changed: {num_changed} of {len(plan.tensors)}",
         f"- merge key: `{plan.merge_key}`",
         "",
         "`manifest.json` lists every file with its SHA-256; `parity.json` and `parity.html` are the evidence that this",

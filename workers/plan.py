@@ -37,7 +37,7 @@ from workers.quantization import QuantizationTask
 from workers.shipment import Shipment, plan_shipment
 from workers.sources import Source
 from workers.stored_forms import declared_4bit
-from workers.ties import come_apart, stored_apart, tied_names
+from workers.ties import COMPUTES_WITH_FLAG, come_apart, stored_apart, tied_names
 
 _MAX_PLANNED_BASES = 4
 _MAX_RECIPES = 16
@@ -102,6 +102,8 @@ class BasePlan:
     """Weights that 4-bit loading converts as their transpose."""
     tied: Mapping[str, tuple[str, ...]]
     """For each parameter of its model that shares its values: all names of these values, its own included."""
+    tied_by_flag: bool
+    """Whether `tie_word_embeddings` ties them, all or none, and does nothing else."""
     apart: frozenset[str]
     """Parameters that its configuration ties to others, while its files have values of their own for them."""
     answers_prompts: bool
@@ -357,6 +359,7 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
         conversions=conversions,
         transposed=transposed,
         tied=tied_names(model),
+        tied_by_flag=model.config.model_type not in COMPUTES_WITH_FLAG,
         apart=apart,
         answers_prompts=answers_prompts(model),
         embedding=conversions.stored_names.get(embedding) if embedding else None,
@@ -419,6 +422,9 @@ def plan_merge(
             "compare, or name the 16-bit base"
         )
     coverage = base.coverage(opened)
+    apart = bool(coverage.untied or base.apart)
+    if apart and base.tied_by_flag:
+        coverage = _all_apart(base, coverage)
     names = base.conversions.stored_names
     deltas = {names[delta.weight]: delta for delta in plan_lora(opened, coverage) if delta.weight in names}
     changed_by_peft = _by_peft(base, opened, coverage, frozenset(delta.weight for delta in deltas.values()))
@@ -446,7 +452,7 @@ def plan_merge(
         regrouped=frozenset(regrouped),
         tied=frozenset(coverage.tied.keys() - coverage.untied),
         left_alone=coverage.left_alone,
-        apart=bool(coverage.untied or base.apart),
+        apart=apart,
         tensors=tensors,
         output=_output_layout(base, tensors, request.max_shard_size),
         shipment=shipment,
@@ -468,6 +474,17 @@ def _notes_of_parts(adapter: Source, inert_fields: frozenset[str]) -> tuple[str,
     """Return what a person should know of the adapters that one was combined of."""
     notes = (note for part in adapter.parts for note in open_adapter(part.directory, inert_fields).notes)
     return tuple(dict.fromkeys(notes))
+
+
+def _all_apart(base: BasePlan, coverage: Coverage) -> Coverage:
+    """Return a coverage in which nothing is tied any more: one flag of the configuration ties all, or nothing."""
+    others = base.tied.keys() - coverage.untied
+    return dataclasses.replace(
+        coverage,
+        shapes={**coverage.shapes, **{name: base.conversions.shapes[name] for name in others}},
+        untied=coverage.untied | others,
+        left_alone=coverage.left_alone | {name for name in others if name not in coverage.shapes},
+    )
 
 
 def _by_peft(

@@ -96,6 +96,10 @@ def ask(name: str, layer: Any) -> Probe | None:
 def _in_float64(module: nn.Module) -> Any:
     exact = copy.deepcopy(module).double()
     for part in exact.modules():
+        for key, buffer in part.named_buffers(recurse=False):
+            # What a model makes of its configuration alone has no values here; it is the same before and after.
+            if buffer.device.type == "meta":
+                setattr(part, key, torch.ones_like(buffer, device="cpu"))
         # Some methods keep tensors that are neither parameters nor buffers, and the dtype they compute in.
         for key, value in vars(part).items():
             if isinstance(value, torch.dtype) and value.is_floating_point:

@@ -1,4 +1,4 @@
-"""Everything in a release that is no weight: what base and adapter bring, configuration, index and model card."""
+"""What makes merged weights a checkpoint: the files that base and adapter bring, configuration and index."""
 
 import json
 from collections import Counter
@@ -9,15 +9,12 @@ from typing import Any
 import torch
 
 from jobs.release import Artifact
-from workers.belongings import CARD_NAME
-from workers.card import model_card
 from workers.checkpoint import INDEX_FILE, read_json
 from workers.code_files import leave_out, references
 from workers.files import file_errors, sha256_of
 from workers.foreign import copy_foreign
 from workers.plan import MergePlan
 from workers.stored_forms import without_declarations
-from workers.ties import COMPUTES_WITH_FLAG
 
 
 def write_sidecars(plan: MergePlan, directory: Path) -> tuple[Artifact, ...]:
@@ -52,8 +49,7 @@ def write_sidecars(plan: MergePlan, directory: Path) -> tuple[Artifact, ...]:
             copy_foreign(source, directory / name, num_parts=name.count("/") + 1)
     for name, content in written.items():
         write_text(directory / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    write_text(directory / CARD_NAME, model_card(plan))
-    return tuple(digest_file(directory, name) for name in sorted({*names, CARD_NAME}))
+    return tuple(digest_file(directory, name) for name in sorted(names))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -88,7 +84,7 @@ def _merged_config(plan: MergePlan) -> dict[str, Any]:
         for part in (config, *config.values()):
             if isinstance(part, dict) and "vocab_size" in part:
                 part["vocab_size"] = plan.opened.num_tokens
-    if plan.apart and config.get("model_type") not in COMPUTES_WITH_FLAG:
+    if plan.apart and plan.base.tied_by_flag:
         config["tie_word_embeddings"] = False
         text = config.get("text_config")
         if isinstance(text, dict) and "tie_word_embeddings" in text:

@@ -24,6 +24,7 @@ from jobs.release import (
 from jobs.request import BaseQuantization
 from workers.adapters import fetch_adapters
 from workers.arithmetic import ArithmeticCheck
+from workers.card import write_card
 from workers.files import file_errors
 from workers.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
 from workers.job import Job, own_failure
@@ -389,7 +390,9 @@ class Unit:
         with self._reading():
             for job in self._running:
                 with own_failure(job):
-                    for artifact in write_sidecars(job.plan, job.staging.directory):
+                    num_changed = sum(check.changed for check in job.checks.values())
+                    card = write_card(job.plan, job.staging.directory, num_changed=num_changed)
+                    for artifact in (*write_sidecars(job.plan, job.staging.directory), card):
                         job.ship(uploads, artifact)
             self._verifier.conclude(self._base, self._running)
         with self.tracker.timed("upload"):

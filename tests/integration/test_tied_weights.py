@@ -1,5 +1,6 @@
 """One parameter under two names: the release has what base + adapter computes, apart where that needs it."""
 
+import contextlib
 import itertools
 import json
 
@@ -7,9 +8,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
+from tests import architectures
 from tests.computed import computed_ends, is_rounded
 from tests.merges import plan_pass, read_tensors
 from tests.models import build_qwen2, load_plain, make_adapter
+from tests.tied_heads import COLUMNS, tied_cells
 from workers.sidecars import write_sidecars
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -103,3 +106,21 @@ def test_the_release_has_what_base_and_adapter_compute(bases, tmp_path, stored, 
     tensors = read_tensors(planned.output("job"))
     assert loaded.config.tie_word_embeddings == tied
     assert (tensors.keys() >= {HEAD, EMBEDDING}) == (not tied or stored == "twice")
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_type"), [("encoder", "bert"), ("encoder-decoder", "t5"), ("decoder", "gemma3")]
+)
+def test_other_models_that_tie_more_or_otherwise(tmp_path, kind, model_type):
+    base = architectures.build(kind, model_type, tmp_path / model_type)
+    numbers = itertools.count()
+
+    @contextlib.contextmanager
+    def scratch():
+        directory = tmp_path / str(next(numbers))
+        directory.mkdir()
+        yield directory
+
+    cells = dict(tied_cells(base, scratch))
+    assert cells.keys() == COLUMNS.keys()
+    assert {column: why for column, (verdict, why) in cells.items() if verdict in ("wrong", "refused")} == {}

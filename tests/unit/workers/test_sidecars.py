@@ -25,6 +25,7 @@ from tests.models import (
     load_plain,
     make_adapter,
 )
+from workers.card import write_card
 from workers.model import quiet_transformers
 from workers.sidecars import digest_file, write_sidecars, write_text
 from workers.sources import Source
@@ -258,7 +259,6 @@ def test_what_is_of_no_use_to_a_checkpoint_stays_behind(base, adapter, tmp_path)
     assert {path.name for path in output.iterdir() if not path.name.endswith(".safetensors")} == {
         "LICENSE",
         "NOTICE.txt",
-        "README.md",
         "USE_POLICY.md",
         "chat_template.jinja",
         "config.json",
@@ -299,14 +299,14 @@ def test_the_card_says_what_it_is(bases, adapters, tmp_path, fields, phrase):
     planned = plan_pass(bases["llama"], {"job": adapters["llama"]}, tmp_path, **fields)
     planned.run()
     (plan,) = planned.plans
-    write_sidecars(plan, planned.output("job"))
+    write_card(plan, planned.output("job"), num_changed=3)
     card = ModelCard.load(planned.output("job") / "README.md")
     assert card.data.library_name == "transformers"
     assert card.data.get("base_model") is None
     assert phrase in card.text
     assert plan.merge_key in card.text
     assert str(adapters["llama"]) in card.text
-    assert f"tensors changed: {len(plan.deltas)} of {len(plan.base.tensors)}" in card.text
+    assert f"tensors changed: 3 of {len(plan.base.tensors)}" in card.text
 
 
 def test_the_card_of_a_base_from_the_hub_names_it(bases, adapters, tmp_path):
@@ -314,8 +314,9 @@ def test_the_card_of_a_base_from_the_hub_names_it(bases, adapters, tmp_path):
     planned.run()
     (plan,) = planned.plans
     source = Source(location=HubRepo("org/base", "main"), directory=bases["llama"], digest="0" * 64)
-    write_sidecars(dataclasses.replace(plan, base=dataclasses.replace(plan.base, source=source)), planned.output("job"))
-    card = ModelCard.load(planned.output("job") / "README.md")
+    output = planned.output("job")
+    write_card(dataclasses.replace(plan, base=dataclasses.replace(plan.base, source=source)), output, num_changed=1)
+    card = ModelCard.load(output / "README.md")
     assert (card.data.base_model, card.data.get("base_model_relation")) == ("org/base", "finetune")
 
 
@@ -333,7 +334,7 @@ def test_the_card_of_several_adapters_calls_it_a_merge(bases, adapters, tmp_path
     (plan,) = planned.plans
     source = Source(location=HubRepo("org/base", "main"), directory=bases["llama"], digest="0" * 64)
     output = planned.output(request.id)
-    write_sidecars(dataclasses.replace(plan, base=dataclasses.replace(plan.base, source=source)), output)
+    write_card(dataclasses.replace(plan, base=dataclasses.replace(plan.base, source=source)), output, num_changed=1)
     card = ModelCard.load(output / "README.md")
     assert (card.data.base_model, card.data.get("base_model_relation")) == ("org/base", "merge")
     assert f"- adapter: `{adapters['llama']}`, weight -0.5\n- combined by PEFT: cat\n" in card.text
