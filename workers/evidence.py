@@ -64,7 +64,7 @@ class Evidence:
         config: dict[str, Any] = json.loads(read_foreign(self._directory / "adapter_config.json"))
         for field in ("rank_pattern", "alpha_pattern"):  # their keys are names of modules, which bases have renamed
             config[field] = getattr(self._config, field, None)
-        if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out"):
+        if config.get("peft_type") != "LORA" or config.get("use_dora"):
             return {}
         of_module: dict[str, set[str]] = defaultdict(set)
         for name in self.tensors:

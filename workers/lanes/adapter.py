@@ -308,7 +308,8 @@ def _read_peft_config(directory: Path, inert_fields: frozenset[str]) -> tuple[Pe
     if "init_lora_weights" in known:
         _check_init(path, raw.get("init_lora_weights", True))
         raw["init_lora_weights"] = True  # the values come from the file
-        for name in _OF_INITS & raw.keys():
+        # PEFT writes such a field as an object; it is to refuse anything else.
+        for name in (name for name in _OF_INITS & raw.keys() if isinstance(raw[name], dict)):
             del raw[name]
     for name in _ALTERS_THE_MODEL:
         if name in known and raw.get(name):

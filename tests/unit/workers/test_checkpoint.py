@@ -134,7 +134,7 @@ BAD_HEADERS = {
     "three offsets": ({"a": entry(0, 4) | {"data_offsets": [0, 4, 8]}}, b"1234", "tensor a: expected dtype, shape"),
     "unknown dtype": ({"a": entry(0, 4, dtype="Q4")}, b"1234", "tensor a: dtype 'Q4' is unknown to safetensors"),
     "dtype is a list": ({"a": entry(0, 4, dtype=["F32"])}, b"1234", "tensor a: dtype"),
-    "dtype is null": ({"a": entry(0, 4, dtype=None)}, b"1234", "tensor a: dtype 'None'"),
+    "dtype is null": ({"a": entry(0, 4, dtype=None)}, b"1234", "tensor a: dtype None"),
     "negative shape": ({"a": entry(0, 4, shape=[-2, -2])}, b"1234", "tensor a: expected whole numbers"),
     "fractional shape": ({"a": entry(0, 4, shape=[4.0])}, b"1234", "tensor a: expected whole numbers"),
     "boolean shape": ({"a": entry(0, 1, shape=[True])}, b"1", "tensor a: expected whole numbers"),

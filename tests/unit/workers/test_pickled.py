@@ -155,12 +155,12 @@ class TestCache:
 
     def test_second_fetch_finds_the_converted_one(self, adapter, tmp_path, monkeypatch):
         first = fetch_adapter(LocalPath(adapter), tmp_path / "cache")
-        monkeypatch.setattr("workers.sources.convert", None)
+        monkeypatch.setattr("workers.adapter_files.convert", None)
         assert fetch_adapter(LocalPath(adapter), tmp_path / "cache") == first
 
     def test_many_at_once_convert_it_once(self, adapter, tmp_path, monkeypatch):
         started = []
-        monkeypatch.setattr("workers.sources.convert", lambda *args: (started.append(args), convert(*args)))
+        monkeypatch.setattr("workers.adapter_files.convert", lambda *args: (started.append(args), convert(*args)))
         with ThreadPoolExecutor(3) as pool:
             sources = set(pool.map(lambda _: fetch_adapter(LocalPath(adapter), tmp_path / "cache"), range(3)))
         assert len(sources) == len(started) == 1
@@ -170,7 +170,7 @@ class TestCache:
             convert(path, target)
             (adapter / "adapter_config.json").write_text("{}")
 
-        monkeypatch.setattr("workers.sources.convert", change_after)
+        monkeypatch.setattr("workers.adapter_files.convert", change_after)
         with pytest.raises(TransientIOError, match="was changed while it was read"):
             fetch_adapter(LocalPath(adapter), tmp_path / "cache")
         assert left_in(tmp_path / "cache") == []
