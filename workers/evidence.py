@@ -56,7 +56,8 @@ class Evidence:
         """Names in the file, by PEFT's."""
         with self._opened() as file:
             unnamed = set(file.keys()).difference(self._stored.values(), plan.opened.left_behind)
-        self.tensors = (*self._stored, *sorted(unnamed))
+        self.tensors = dict.fromkeys((*self._stored, *sorted(unnamed)))
+        """Names of its tensors: PEFT's, and those of the file that were given none."""
 
     @cached_property
     def pairs(self) -> Mapping[str, Pair]:
@@ -66,29 +67,32 @@ class Evidence:
             config[field] = getattr(self._config, field, None)
         if config.get("peft_type") != "LORA" or config.get("use_dora"):
             return {}
-        of_module: dict[str, set[str]] = defaultdict(set)
-        for name in self.tensors:
-            for half in ("lora_A.weight", "lora_B.weight"):
-                if name.startswith(_PREFIX) and name.endswith(f".{half}"):
-                    of_module[name.removeprefix(_PREFIX).removesuffix(f".{half}")].add(half)
         pairs = {}
-        for module, halves in of_module.items():
-            inside = [
-                name.removeprefix(f"{_PREFIX}{module}.")
-                for name in self.tensors
-                if name.startswith(f"{_PREFIX}{module}.")
-            ]
+        for module, inside in self._inside(("lora_A.weight", "lora_B.weight")).items():
             stored = self._base.conversions.stored_names.get(f"{module}.weight")
-            if (
-                len(halves) == 2
-                and halves.union(_BIASES).issuperset(inside)
-                and stored is not None
-                and self._is_linear(f"{module}.weight")
-            ):
+            is_plain = inside.issubset({"lora_A.weight", "lora_B.weight", *_BIASES})
+            if is_plain and stored is not None and self._is_linear(f"{module}.weight"):
                 names = {half: f"{_PREFIX}{module}.{half}.weight" for half in ("lora_A", "lora_B")}
-                scaling = _scaling(config, module)
-                pairs[stored] = Pair(a=names["lora_A"], b=names["lora_B"], scaling=scaling)
+                pairs[stored] = Pair(a=names["lora_A"], b=names["lora_B"], scaling=_scaling(config, module))
         return pairs
+
+    def _inside(self, endings: tuple[str, ...]) -> Mapping[str, set[str]]:
+        """Return what the adapter holds of each module that it has tensors of all these endings for."""
+        modules = [
+            {
+                name.removeprefix(_PREFIX).removesuffix(f".{ending}")
+                for name in self.tensors
+                if name.endswith(f".{ending}")
+            }
+            for ending in endings
+        ]
+        inside: dict[str, set[str]] = {module: set() for module in set.intersection(*modules)}
+        for name in self.tensors:
+            parts = name.removeprefix(_PREFIX).split(".")
+            for length in range(1, len(parts)):
+                if (module := ".".join(parts[:length])) in inside:
+                    inside[module].add(".".join(parts[length:]))
+        return inside
 
     def read(self, name: str) -> torch.Tensor:
         """Read a tensor of the adapter by PEFT's name of it: a copy, in float32 if it holds 16-bit numbers."""
