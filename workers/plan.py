@@ -43,6 +43,11 @@ _MAX_PLANNED_BASES = 4
 _MAX_RECIPES = 16
 """Of adapters, for each base: a fleet of many bases keeps plans for long."""
 
+_FLAG_STAYS = (
+    "head and embedding have values of their own by now, and config.json keeps tie_word_embeddings, as this model scales "
+    "by it: transformers sees that they are apart, a loader that goes by the flag alone does not"
+)
+
 _TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _NUMBERS = frozenset({torch.float64, *_TORCH_DTYPES.values()})
 
@@ -458,6 +463,7 @@ def plan_merge(
         shipment=shipment,
         notes=_notes_of_parts(adapter, inert_fields)
         + opened.notes
+        + ((_FLAG_STAYS,) if coverage.untied and not base.tied_by_flag else ())
         + find_notes(
             request,
             base.source,

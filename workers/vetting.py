@@ -41,6 +41,8 @@ MEMORY_BYTES = 1 << 30
 _MODULES_PER_SECOND = 200
 _MOST_OF_MODULES = 2_000
 _TENSORS_PER_SECOND = 10_000
+_COMPARED_BYTES_PER_SECOND = 250_000_000
+"""Of the largest tensor: embedding and head of a base that ties them and stores both are compared by value."""
 _WEIGHED_BYTES_PER_SECOND = 1 << 20
 _TOKENIZER_BYTES_PER_SECOND = 4 << 20
 _MEMORY_PER_TOKENIZER_BYTE = 32
@@ -199,8 +201,12 @@ def _check_buffers(base: Source) -> None:
 def _bounds(layout: CheckpointLayout) -> Bounds:
     # Modules are what takes time, then what is read of experts; a machine that others share may take twice as long.
     num_tensors = len(layout.tensors)
+    largest = max((spec.num_bytes for _, spec in layout.tensors.values()), default=0)
     seconds = (
-        CPU_SECONDS + min(num_tensors, _MOST_OF_MODULES) // _MODULES_PER_SECOND + num_tensors // _TENSORS_PER_SECOND
+        CPU_SECONDS
+        + min(num_tensors, _MOST_OF_MODULES) // _MODULES_PER_SECOND
+        + num_tensors // _TENSORS_PER_SECOND
+        + largest // _COMPARED_BYTES_PER_SECOND
     )
     return Bounds(cpu_seconds=seconds, memory_bytes=MEMORY_BYTES)
 
