@@ -44,8 +44,8 @@ _MAX_RECIPES = 16
 """Of adapters, for each base: a fleet of many bases keeps plans for long."""
 
 _FLAG_STAYS = (
-    "head and embedding have values of their own by now, and config.json keeps tie_word_embeddings, as this model scales "
-    "by it: transformers sees that they are apart, a loader that goes by the flag alone does not"
+    "head and embedding have values of their own by now, and config.json keeps tie_word_embeddings, as this model "
+    "scales by it: transformers sees that they are apart, a loader that goes by the flag alone does not"
 )
 
 _TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
