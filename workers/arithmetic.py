@@ -10,6 +10,7 @@ of B and its column of A, times the scaling.
 Shape suffixes: O output features, I input features, R rank.
 """
 
+import contextlib
 import math
 import sys
 import threading
@@ -165,12 +166,13 @@ class ArithmeticCheck:
                 self._evidence[plan.request.id] = Evidence(plan)
         return Tally(plan, name, self._evidence[plan.request.id])
 
-    def weight(self, tensor: OutputTensor, rows: slice) -> torch.Tensor:
+    def weight(self, tensor: OutputTensor, rows: slice, descriptor: int | None = None) -> torch.Tensor:
         """Read rows of W anew, or dequantize them; the next call of this thread may overwrite them.
 
         Args:
             tensor: of the base.
             rows: a tile of it, as `Tiling` cuts it: where W is in 4-bit, of whole blocks.
+            descriptor: of the file it is stored in, where that is open already.
 
         Returns:
             [rows, columns] on the CPU, in the dtype W is stored in.
@@ -187,8 +189,8 @@ class ArithmeticCheck:
         else:
             path, spec = self._base.source.directory / tensor.shard, tensor.stored
             weight_OI = self._buffers.get("stored", spec.dtype, shape, host=True)
-            with opened(path) as descriptor:
-                read_into(descriptor, path, weight_OI, spec.begin + rows.start * num_columns * spec.dtype.itemsize)
+            with opened(path) if descriptor is None else contextlib.nullcontext(descriptor) as source:
+                read_into(source, path, weight_OI, spec.begin + rows.start * num_columns * spec.dtype.itemsize)
         self._took(begin)
         return weight_OI
 

@@ -50,12 +50,15 @@ class Evidence:
         """
         self._base = plan.base
         self._directory = plan.adapter.directory
+        self._path = self._directory / "adapter_model.safetensors"
         self._outputs = plan.output.tensors.keys()
         self._config: Any = plan.opened.config
         self._stored = {name: spec.name for name, spec in plan.opened.tensors.items()}
         """Names in the file, by PEFT's."""
-        with self._opened() as file:
+        with self._errors():
+            file: Any = safe_open(self._path, framework="pt")
             unnamed = set(file.keys()).difference(self._stored.values(), plan.opened.left_behind)
+        self._file = file
         self.tensors = dict.fromkeys((*self._stored, *sorted(unnamed)))
         """Names of its tensors: PEFT's, and those of the file that were given none."""
 
@@ -96,9 +99,9 @@ class Evidence:
 
     def read(self, name: str) -> torch.Tensor:
         """Read a tensor of the adapter by PEFT's name of it: a copy, in float32 if it holds 16-bit numbers."""
-        with self._opened() as file:
-            tensor: torch.Tensor = file.get_tensor(self._stored.get(name, name))
-        return tensor.float() if tensor.is_floating_point() else tensor.clone()
+        with self._errors():
+            tensor: torch.Tensor = self._file.get_tensor(self._stored.get(name, name))
+        return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
     def replacement(self, name: str) -> str | None:
         """Return the adapter's tensor that takes the place of one of the base's, by the latter's name in the model."""
@@ -188,13 +191,11 @@ class Evidence:
         )
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[Any]:
-        path = self._directory / "adapter_model.safetensors"
+    def _errors(self) -> Iterator[None]:
         try:
-            with safe_open(path, framework="pt") as file:
-                yield file
+            yield
         except (OSError, SafetensorError) as error:
-            raise BadInputError(f"{path}: cannot be read any more: {error}") from error
+            raise BadInputError(f"{self._path}: cannot be read any more: {error}") from error
 
 
 def _scaling(config: Mapping[str, Any], module: str) -> float:

@@ -183,7 +183,8 @@ class Walk:
         # Once more from where it comes from: what the merge has read may be changed by the merge.
         known = None
         if self._check is not None and tile.num_bytes:
-            known = self._check.weight(tensor, tile.rows)
+            source = self._descriptor(tensor.shard) if tensor.stored is not None else None
+            known = self._check.weight(tensor, tile.rows, source)
         for name in takers:
             self._finish_for(name, tile, made_from, known)
         with weight.lock:
