@@ -199,7 +199,7 @@ def run_round(directory: Path, bases: Mapping[str, Path], rng: random.Random) ->
         base_quantization=rng.choice(["none", "nf4"]),
         parity={"level": "arithmetic"},
     )
-    right, plan = _run(request, directory / "right")
+    right, plan = merge_once(request, directory / "right")
     if right.failure is not None:
         return kind, f"fails where nothing is broken: {right.failure.message}"
     report = ParityReport.model_validate_json((right.report_path / REPORT_NAME).read_bytes())
@@ -207,7 +207,7 @@ def run_round(directory: Path, bases: Mapping[str, Path], rng: random.Random) ->
     streamed = bool(plan.deltas) and (not plan.by_peft.keys() & changed or rng.random() < 0.5)
     broken = break_streamed(plan, rng) if streamed else break_by_peft(plan, changed, rng)
     with broken.patch():
-        outcome, _ = _run(request, directory / "wrong")
+        outcome, _ = merge_once(request, directory / "wrong")
     what = f"{kind} on {base} in {request.base_quantization}: {broken.words} ({broken.names[0]})"
     if outcome.failure is None:
         return what, "passed"
@@ -220,7 +220,8 @@ def run_round(directory: Path, bases: Mapping[str, Path], rng: random.Random) ->
     return what, ""
 
 
-def _run(request: MergeRequest, directory: Path) -> tuple[JobOutcome, MergePlan]:
+def merge_once(request: MergeRequest, directory: Path) -> tuple[JobOutcome, MergePlan]:
+    """Merge a request in a worker of its own, below a new directory; return what came of it, and how it was planned."""
     directory.mkdir()
     settings = WorkerSettings(
         cache=directory.parent / "cache", scratch=directory, reports=directory / "reports", device="cpu", num_threads=1

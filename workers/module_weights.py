@@ -6,10 +6,13 @@ Whoever changes a mapped weight changes a copy of those pages, never a file. Nam
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,6 +21,7 @@ from jobs.errors import BadInputError
 from workers.checkpoint import ShardLayout, lay_out_shard
 from workers.conversions import Group
 from workers.files import file_errors
+from workers.lanes.names import owner_of
 from workers.plan import BasePlan, MergePlan, OutputTensor
 from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
@@ -181,7 +185,7 @@ def module_weights(
     Raises:
         NoCapacityError: the disk is full.
     """
-    names = {name for plan in plans for sources in plan.by_peft.values() for name in sources}
+    names = {name for plan in plans for name in _names(plan)}
     if not names:
         yield None
         return
@@ -190,6 +194,20 @@ def module_weights(
         yield ModuleWeights(base, quantized, names, directory.path, on_bytes)
     finally:
         directory.leave()
+
+
+def _names(plan: MergePlan) -> Iterator[str]:
+    """Yield what PEFT needs values of: what it makes, and the weights of all layers that other methods than LoRA wrap.
+
+    Those look at weights while they are put on, of layers, too, that a wrong plan has forgotten: PEFT is not to stumble
+    over what the proof is there to find and to name.
+    """
+    yield from itertools.chain.from_iterable(plan.by_peft.values())
+    if plan.by_peft and plan.opened.method != "LORA":
+        shapes = plan.base.conversions.shapes
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(plan.opened.method)]
+        owners = (owner_of(tensor, prefix) for tensor in plan.opened.tensors)
+        yield from (weight for owner in owners if (weight := f"{owner}.weight") in shapes)
 
 
 def _dequantized(weight: QuantizedWeight, dtype: torch.dtype) -> Iterator[torch.Tensor]:

@@ -583,7 +583,7 @@ def _config_dtype(source: Source) -> torch.dtype:
     # What `dequantize()` of transformers casts the weights of a 4-bit checkpoint to.
     config = read_json(source.directory / "config.json")
     name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    if name not in _TORCH_DTYPES:
+    if not isinstance(name, str) or name not in _TORCH_DTYPES:
         raise UnsupportedError(f"{source.directory / 'config.json'}: dtype {name!r}; expected {list(_TORCH_DTYPES)}")
     return _TORCH_DTYPES[name]
 

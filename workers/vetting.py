@@ -100,7 +100,8 @@ def vet_adapter(base: Source, request: MergeRequest, adapter: Source) -> None:
         return
     layout = read_checkpoint(base.directory)
     suspects, bounds = _expressions(config), _bounds(layout)
-    if config.get("peft_type") in WEIGHED:
+    method = config.get("peft_type")
+    if isinstance(method, str) and method in WEIGHED:
         # These compute with values: of a base of zeros, whose pages are never there, but which they may decompose.
         bounds = Bounds(
             cpu_seconds=bounds.cpu_seconds + layout.total_size // _WEIGHED_BYTES_PER_SECOND,

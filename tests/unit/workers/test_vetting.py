@@ -16,6 +16,7 @@ from jobs.request import MergeRequest, ParityPolicy
 from tests.models import build_llama, make_adapter
 from workers import vetting
 from workers.forks import Answer, Bounds, ForkServer
+from workers.lanes.adapter import open_adapter
 from workers.sources import fetch_adapter, fetch_base
 from workers.vetting import vet_adapter, vet_base, vet_prompts
 
@@ -73,6 +74,15 @@ def test_a_list_without_end_is_refused_unplanned(made, tmp_path, field):
     bad = changed(adapter, tmp_path / "bad", "adapter_config.json", lambda config: config | {field: many})
     with pytest.raises(BadInputError, match=f"field {field}: expected at most 10000 entries, found 10001"):
         vet(base, bad, tmp_path)
+
+
+@pytest.mark.parametrize("method", [[["LORA"]], {"LORA": 1}, 7, True])
+def test_a_method_that_is_no_name_is_refused_as_one(made, tmp_path, method):
+    base, adapter = made
+    adapter = changed(adapter, tmp_path / "adapter", "adapter_config.json", lambda it: it | {"peft_type": method})
+    vet(base, adapter, tmp_path)  # what it tries out is refused there: that is said when it is planned
+    with pytest.raises(UnsupportedError, match=r"adapter_config\.json: peft_type .* is unknown"):
+        open_adapter(adapter)
 
 
 def test_a_model_of_a_million_layers_is_refused_whatever_the_field_is_called(made, tmp_path):
