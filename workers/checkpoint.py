@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from jobs.errors import BadInputError, NotFoundError
 from jobs.text import shown
@@ -228,7 +229,20 @@ def read_shard(path: Path) -> ShardLayout:
             f"{path}: the header describes {expected_begin} bytes, the file has {num_file_bytes}; "
             "it is truncated or corrupt: fetch it again"
         )
+    _check_opens(path)
     return ShardLayout(name=path.name, header=prefix + raw, tensors=tuple(specs))
+
+
+def _check_opens(path: Path) -> None:
+    """Have safetensors open a file: a header that no tensor is wrong in may still be none to it, and is shipped."""
+    with foreign_file(path, any_size=True) as file:
+        try:
+            with safe_open(f"/proc/self/fd/{file.fileno()}", framework="np"):
+                pass
+        except SafetensorError as error:
+            raise BadInputError(
+                f"{shown(path)}: expected a header that safetensors opens, found: {shown(error, _MAX_SHOWN)}"
+            ) from error
 
 
 def _file_order(spec: TensorSpec) -> tuple[int, int]:

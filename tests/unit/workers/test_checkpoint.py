@@ -163,6 +163,8 @@ BAD_HEADERS = {
     "a name that turns the text": ({"a\u202eb": entry(0, 4)}, b"1234", r"tensor a\u202eb: expected a name of"),
     "a name of a page": ({"a" * 1001: entry(0, 4)}, b"1234", "expected a name of at most 1000 visible"),
     "half a character as name": (b'{"\\ud800":{}}', b"", r"expected names of valid Unicode, found \ud800"),
+    "metadata that is a number": ({"__metadata__": 1, "a": entry(0, 4)}, b"1234", "a header that safetensors opens"),
+    "metadata that is no text": ({"__metadata__": {"format": 1}, "a": entry(0, 4)}, b"1234", "that safetensors opens"),
     "a number of 4000 digits": ({"a": entry(0, 10**4000)}, b"1234", "a number of 4001 digits, expected at most 100"),
 }
 
@@ -231,6 +233,8 @@ def test_no_header_brings_down_more_than_its_own_job(tmp_path, header, data):
     except BadInputError:
         return
     assert shard.num_bytes == path.stat().st_size
+    with safe_open(path, framework="pt"):
+        pass
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -248,6 +252,8 @@ def test_a_flipped_bit_in_a_header_is_noticed_or_harmless(tmp_path, data):
         return
     # What is left describes the whole file: another name, dtype of the same size, or metadata.
     assert sum(spec.num_bytes for spec in shard.tensors) == len(content) - header_end
+    with safe_open(path, framework="pt") as file:
+        assert set(file.keys()) == {spec.name for spec in shard.tensors}
 
 
 BAD_SHARD_NAMES = [
