@@ -63,7 +63,7 @@ def preview_table(previews: "Sequence[Preview]") -> Table:
 
 def note_line(about: object, note: str) -> Text:
     """Return what a person should know before a release is used, in one line."""
-    return Text(f"{about}  note: {note}", "yellow")
+    return Text(shown(f"{about}  note: {note}", MAX_MESSAGE), "yellow")
 
 
 def _memory(estimate: "Estimate") -> str:

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from cluster import run as run_command
-from cluster.display import event_line, job_table
+from cluster.display import event_line, job_table, note_line
 from cluster.events import JobSettled, WorkerReplaced
 from cluster.logs import TextFormatter
 from cluster.terminal import Terminal
@@ -46,6 +46,14 @@ def test_an_event_is_shown_as_data(terminal):
     output.show(event_line(WorkerReplaced(worker="w", reason=HOSTILE, job_ids=())))
     output.show(f"reports {HOSTILE}")
     assert read().count(VISIBLE) == 3
+
+
+def test_a_note_of_a_release_is_shown_as_data(terminal):
+    output, read = terminal
+    published = JobSettled(job_id="a", state=JobState.PUBLISHED, location=HOSTILE, notes=(HOSTILE,))
+    output.show(event_line(published))
+    output.show(note_line(HOSTILE, HOSTILE))
+    assert read().count(VISIBLE) == 4
 
 
 def test_a_table_shows_names_and_messages_as_data(terminal, tmp_path):
