@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import os
 
 import pytest
 
@@ -70,17 +71,22 @@ def test_a_table_shows_names_and_messages_as_data(terminal, tmp_path):
     assert "\\u202ec" in read()
 
 
-def test_a_terminal_that_is_gone_ends_no_batch(monkeypatch, tmp_path, caplog):
-    output = Terminal(as_json=False)
-    monkeypatch.setattr(output, "show", lambda _: (_ for _ in ()).throw(BrokenPipeError()))
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_reader_that_is_gone_ends_no_batch(as_json, monkeypatch, tmp_path, caplog):
+    reading, writing = os.pipe()
+    os.close(reading)
+    stdout = os.fdopen(writing, "w", encoding="utf-8")
+    monkeypatch.setattr("sys.stdout", stdout)
+    output = Terminal(as_json=as_json)
     with (
         contextlib.closing(JobStore(f"sqlite:///{tmp_path}/jobs.db")) as store,
-        caplog.at_level(logging.ERROR),
         run_command._listening(output, store) as listener,
     ):
         listener(settled("one"))
         listener(settled("two"))
-    assert [record.message for record in caplog.records] == ["events cannot be shown any more; the batch goes on"]
+    stdout.close()  # what is left in it has somewhere to go
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the batch goes on" in caplog.text
 
 
 def test_a_log_shows_messages_values_and_tracebacks_as_data():
