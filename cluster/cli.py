@@ -262,6 +262,9 @@ def _select(
     Raises:
         BadInputError: a label is no K=V, or an id is no job.
     """
+    given = (*(ids or ()), *(labels or ()))
+    if broken := [text for text in given if any("\ud800" <= letter <= "\udfff" for letter in text)]:
+        raise BadInputError(f"expected ids and labels in UTF-8, found {broken[0]!r}")
     pairs = [label.partition("=") for label in labels or ()]
     if wrong := [name for name, equals, _ in pairs if not (name and equals)]:
         raise BadInputError(f"--label: expected K=V, found {wrong[0]!r}")

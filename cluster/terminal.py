@@ -119,8 +119,9 @@ def _keep_traceback(error: Exception) -> str:
 
     try:
         path = load_settings().home / "faults.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.touch(mode=0o600)  # arguments and messages are for those who run the fleet
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{datetime.now(UTC).isoformat()} {' '.join(sys.argv)}\n")
             traceback.print_exception(error, file=file)
     except (MergefleetError, OSError):

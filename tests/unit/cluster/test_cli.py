@@ -2,6 +2,7 @@
 
 import json
 import resource
+import stat
 import subprocess
 import sys
 
@@ -163,6 +164,8 @@ def test_jobs_are_cancelled_and_retried_by_choice_and_never_by_default(tmp_path)
     [
         (["status", "nobody"], "no such job: nobody"),
         (["retry", "--label", "team"], "--label: expected K=V, found 'team'"),
+        (["status", "a\udcff"], "expected ids and labels in UTF-8, found 'a\\udcff'"),
+        (["cancel", "--label", "a=\udcff"], "expected ids and labels in UTF-8, found 'a=\\udcff'"),
         (["verify", "ftp://x/y"], "found another URL, 'ftp://x/y'"),
         (["verify", "nothing-here"], "nothing-here"),
         (
@@ -183,6 +186,22 @@ def test_bad_arguments_end_with_one_clear_message(arguments, message):
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert message in json_of(call(*arguments, "--json"))["error"]["message"]
+
+
+def test_a_fault_of_mergefleet_is_one_message_and_a_traceback_for_its_owner(tmp_path, monkeypatch):
+    def fail(_):
+        raise RuntimeError("half a \ud800 pair")
+
+    monkeypatch.setattr(JobStore, "counts", fail)
+    monkeypatch.setattr("sys.argv", ["mergefleet", "status", "\udcff"])
+    log = tmp_path / "home" / "faults.log"
+    result = call("status")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: RuntimeError: half a \\ud800 pair; this is a fault of mergefleet")
+    assert "Traceback" not in result.stderr
+    assert "mergefleet status \\udcff" in log.read_text()
+    assert log.read_text().endswith("RuntimeError: half a \\ud800 pair\n")
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
 
 
 def test_an_unknown_option_is_bad_input():
