@@ -107,21 +107,22 @@ def run(
 def status(
     ids: Ids = None, *, state: State = None, label: Labels = None, as_json: AsJson = False, debug: Debug = False
 ) -> None:
-    """Show jobs: state, stage, how far, and what came of them."""
+    """Show jobs: state, stage, how far, and what came of them; of jobs named by ID, all their events."""
     with terminal(as_json=as_json, debug=debug) as output, _open_store() as store:
-        from cluster.display import job_table, state_counts
-        from cluster.documents import job_document
+        from cluster.display import event_table, job_table, state_counts
+        from cluster.documents import event_document, job_document
 
         counts = store.counts()
         records = _select(store, ids, state, label)
-        output.document(
-            {
-                "counts": {state.value: count for state, count in counts.items()},
-                "jobs": [job_document(record) for record in records],
-            }
-        )
+        documents = [job_document(record) for record in records]
+        events = [store.events(record.id) for record in records] if ids else []
+        for document, each in zip(documents, events, strict=False):
+            document["events"] = [event_document(event) for event in each]
+        output.document({"counts": {state.value: count for state, count in counts.items()}, "jobs": documents})
         if records:
             output.show(job_table(records))
+        if events:
+            output.show(event_table([event for each in events for event in each]))
         output.show(state_counts(counts))
 
 

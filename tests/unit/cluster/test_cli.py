@@ -151,6 +151,23 @@ def test_status_shows_counts_and_jobs(tmp_path, store):
     assert "1 QUEUED  1 FAILED" in text
 
 
+def test_the_status_of_a_job_by_id_has_its_events(tmp_path, store):
+    call("submit", requests_file(tmp_path, "one", "two"))
+    [lease] = store.claim("driver", 1, 60)
+    message = f"no such base: {'x' * 1000} \u202eend"
+    store.fail(lease.job_id, lease.token, FailureClass.NOT_FOUND, message, Decision(state=JobState.FAILED))
+    document = json_of(call("status", "one", "two", "--json"))
+    one, two = (job["events"] for job in document["jobs"])
+    assert [(event["sequence"], event["state"]) for event in one] == [(1, "QUEUED"), (2, "LEASED"), (3, "FAILED")]
+    assert one[1]["detail"] == {"attempt": 1, "owner": "driver", "token": lease.token}
+    assert [event["state"] for event in two] == ["QUEUED"]
+    assert "events" not in json_of(call("status", "--json"))["jobs"][0]
+    text = "".join(call("status", "one").stdout.split())
+    assert "attempt:1,owner:driver" in text
+    assert f"{'x' * 1000}\\u202eend" in text
+    assert "owner:driver" not in "".join(call("status", "--state", "failed").stdout.split())
+
+
 def test_jobs_are_cancelled_and_retried_by_choice_and_never_by_default(tmp_path):
     call("submit", requests_file(tmp_path, "one", "two"))
     assert call("cancel").exit_code == 2
