@@ -167,7 +167,12 @@ def merge(
     *,
     base: Annotated[str, typer.Option(metavar="LOC", help="Checkpoint to merge into.")],
     adapter: Annotated[list[str], typer.Option(metavar="LOC", help="Adapter; may be given several times.")],
-    to: Annotated[str, typer.Option(metavar="LOC", help="Destination; with several adapters, LOC/<adapter name>.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="LOC", help="Destination; with several adapters, LOC/<adapter name>, on the Hub LOC-<adapter name>."
+        ),
+    ],
     base_quantization: Annotated[
         BaseQuantization, typer.Option(help="What the delta is added to.")
     ] = BaseQuantization.NF4,

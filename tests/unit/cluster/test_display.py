@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import logging
 import os
 
@@ -12,6 +13,7 @@ from cluster.display import event_line, job_table, note_line
 from cluster.events import JobSettled, WorkerReplaced
 from cluster.logs import TextFormatter
 from cluster.terminal import Terminal
+from cluster.watching import watch_batch
 from jobs.errors import BadInputError, FailureClass
 from jobs.request import MergeRequest
 from jobs.states import Decision, JobState
@@ -69,6 +71,15 @@ def test_a_table_shows_names_and_messages_as_data(terminal, tmp_path):
     assert VISIBLE in read()
     assert "[bold]b :tada: (nf4)" in read()
     assert "\\u202ec" in read()
+
+
+def test_watching_writes_json_alone_to_a_terminal(monkeypatch, tmp_path):
+    stdout = io.StringIO()
+    monkeypatch.setattr(stdout, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdout", stdout)
+    with contextlib.closing(JobStore(f"sqlite:///{tmp_path}/jobs.db")) as store:
+        watch_batch(Terminal(as_json=True), store, poll_seconds=0)
+    assert [json.loads(line)["event"] for line in stdout.getvalue().splitlines()] == ["progress", "done"]
 
 
 @pytest.mark.parametrize("as_json", [False, True])
