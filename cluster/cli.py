@@ -107,21 +107,22 @@ def run(
 def status(
     ids: Ids = None, *, state: State = None, label: Labels = None, as_json: AsJson = False, debug: Debug = False
 ) -> None:
-    """Show jobs: state, stage, how far, and what came of them."""
+    """Show jobs: state, stage, how far, and what came of them; of jobs named by ID, all their events."""
     with terminal(as_json=as_json, debug=debug) as output, _open_store() as store:
-        from cluster.display import job_table, state_counts
-        from cluster.documents import job_document
+        from cluster.display import event_table, job_table, state_counts
+        from cluster.documents import event_document, job_document
 
         counts = store.counts()
         records = _select(store, ids, state, label)
-        output.document(
-            {
-                "counts": {state.value: count for state, count in counts.items()},
-                "jobs": [job_document(record) for record in records],
-            }
-        )
+        documents = [job_document(record) for record in records]
+        events = [store.events(record.id) for record in records] if ids else []
+        for document, each in zip(documents, events, strict=False):
+            document["events"] = [event_document(event) for event in each]
+        output.document({"counts": {state.value: count for state, count in counts.items()}, "jobs": documents})
         if records:
             output.show(job_table(records))
+        if events:
+            output.show(event_table([event for each in events for event in each]))
         output.show(state_counts(counts))
 
 
@@ -166,7 +167,12 @@ def merge(
     *,
     base: Annotated[str, typer.Option(metavar="LOC", help="Checkpoint to merge into.")],
     adapter: Annotated[list[str], typer.Option(metavar="LOC", help="Adapter; may be given several times.")],
-    to: Annotated[str, typer.Option(metavar="LOC", help="Destination; with several adapters, LOC/<adapter name>.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="LOC", help="Destination; with several adapters, LOC/<adapter name>, on the Hub LOC-<adapter name>."
+        ),
+    ],
     base_quantization: Annotated[
         BaseQuantization, typer.Option(help="What the delta is added to.")
     ] = BaseQuantization.NF4,
@@ -262,6 +268,9 @@ def _select(
     Raises:
         BadInputError: a label is no K=V, or an id is no job.
     """
+    given = (*(ids or ()), *(labels or ()))
+    if broken := [text for text in given if any("\ud800" <= letter <= "\udfff" for letter in text)]:
+        raise BadInputError(f"expected ids and labels in UTF-8, found {broken[0]!r}")
     pairs = [label.partition("=") for label in labels or ()]
     if wrong := [name for name, equals, _ in pairs if not (name and equals)]:
         raise BadInputError(f"--label: expected K=V, found {wrong[0]!r}")

@@ -1,6 +1,7 @@
 """Views for a person at a terminal. They take values and return Rich renderables; they decide and fetch nothing."""
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -14,7 +15,7 @@ from cluster.progress import BaseProgress, base_name
 from jobs.release import Manifest, Way
 from jobs.request import BaseQuantization
 from jobs.states import ACTIVE_STATES, JobState
-from jobs.store import JobRecord
+from jobs.store import Event, JobRecord
 from jobs.text import MAX_MESSAGE, shown
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def preview_table(previews: "Sequence[Preview]") -> Table:
 
 def note_line(about: object, note: str) -> Text:
     """Return what a person should know before a release is used, in one line."""
-    return Text(f"{about}  note: {note}", "yellow")
+    return Text(shown(f"{about}  note: {note}", MAX_MESSAGE), "yellow")
 
 
 def _memory(estimate: "Estimate") -> str:
@@ -93,6 +94,22 @@ def job_table(records: Sequence[JobRecord]) -> Table:
             _cell(record.stage or "" if record.state in ACTIVE_STATES else ""),
             _percent(record),
             _cell(_result(record)),
+        )
+    return table
+
+
+def event_table(events: Sequence[Event]) -> Table:
+    """Return one row for each step in the life of jobs: when, into what state, and what is known of it."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("job", "at (UTC)", "state", "detail"):
+        table.add_column(name, overflow="fold")
+    for event in events:
+        detail = ", ".join(f"{name}: {value}" for name, value in event.detail.items())
+        table.add_row(
+            _cell(event.job_id),
+            f"{datetime.fromtimestamp(event.at, UTC):%Y-%m-%d %H:%M:%S}",
+            Text(event.state.value, _STYLES.get(event.state, "cyan")),
+            Text(shown(detail, MAX_MESSAGE)),
         )
     return table
 

@@ -11,7 +11,7 @@ from jobs.errors import MergefleetError
 from jobs.problems import ManifestError
 from jobs.release import Manifest, Release
 from jobs.request import MergeRequest
-from jobs.store import JobRecord
+from jobs.store import Event, JobRecord
 from workers.outcomes import Failure
 
 if TYPE_CHECKING:
@@ -43,6 +43,11 @@ def job_document(record: JobRecord) -> dict[str, Any]:
         "created_at": record.created_at,
         "updated_at": record.updated_at,
     }
+
+
+def event_document(event: Event) -> dict[str, Any]:
+    """Return one step in the life of a job, within the job's own document."""
+    return {"sequence": event.sequence, "at": event.at, "state": event.state.value, "detail": event.detail}
 
 
 def adapter_document(request: MergeRequest) -> dict[str, Any]:

@@ -46,16 +46,22 @@ def plan_crews(
         One crew, or two: the one on GPUs, and the one on machines without.
 
     Raises:
-        NoCapacityError: more workers are asked for than there are GPUs, and no other machine may take them.
+        NoCapacityError: there is no GPU for workers that must have one, or more workers are asked for than there are
+            GPUs, and no other machine may take them.
     """
     if device == "cpu" or (device == "auto" and num_gpus == 0):
         return (_crew("cpu", num_workers or max(1, num_cpus // 2), num_cpus, num_threads),)
+    if num_gpus == 0:
+        raise NoCapacityError(
+            "device is cuda, and Ray found no GPU in the cluster: look whether nvidia-smi shows one there, or set "
+            "MERGEFLEET_DEVICE to auto or cpu"
+        )
     mixed = device == "auto" and num_cpus_without_gpus > 0
-    on_gpus = max(1, num_gpus) if num_workers is None else min(num_workers, num_gpus) if mixed else num_workers
+    on_gpus = num_gpus if num_workers is None else min(num_workers, num_gpus) if mixed else num_workers
     if on_gpus > num_gpus:
         raise NoCapacityError(
-            f"expected a GPU for each of {on_gpus} workers, found {num_gpus} in the cluster; lower workers, or set "
-            "device to cpu"
+            f"expected a GPU for each of {on_gpus} workers, found {num_gpus} in the cluster; ask for at most "
+            f"{num_gpus} workers, or set MERGEFLEET_DEVICE to cpu"
         )
     crews = [_crew("cuda", on_gpus, num_cpus - num_cpus_without_gpus if mixed else num_cpus, num_threads)]
     beside = 0

@@ -57,26 +57,27 @@ def build_requests(
     compare: bool,
     accept_unstable: bool,
 ) -> tuple[MergeRequest, ...]:
-    """Return a request for each adapter; several go to `<destination>/<adapter name>`.
+    """Return a request for each adapter; several go to `<destination>/<adapter name>`, on the Hub with a dash.
 
     Raises:
-        BadInputError: a location is none, two adapters have the same name, or a request is invalid.
+        BadInputError: a location is none (of a Hub repository, a name that it cannot have), two adapters have the same
+            name, or a request is invalid.
     """
     places = [_parse("--adapter", adapter) for adapter in adapters]
+    target = _parse("--to", destination)
     names = [place.name for place in places]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise BadInputError(
-            f"--adapter: several adapters are called {', '.join(twice)}, and each would go to {destination}/<name>; "
-            "merge them one by one"
+            f"--adapter: several adapters are called {', '.join(twice)}, and each would go to "
+            f"{target.child('<name>')}; merge them one by one"
         )
-    target = _parse("--to", destination)
     try:
         return tuple(
             MergeRequest(
                 base=_parse("--base", base),
                 adapter=place,
-                destination=target if len(places) == 1 else target.child(place.name),
+                destination=target if len(places) == 1 else _parse("--to", str(target.child(place.name))),
                 base_quantization=base_quantization,
                 dtype=dtype,
                 parity=ParityPolicy(level=parity),

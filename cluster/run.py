@@ -6,8 +6,10 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
+from rich.console import RenderableType
 from rich.live import Live
 
 from cluster.display import event_line, summary_line
@@ -25,8 +27,6 @@ from cluster.watching import LiveBoard
 from jobs.errors import FailureClass
 from jobs.store import JobStore
 from workers.outcomes import WorkerSettings
-
-logger = logging.getLogger(__name__)
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,7 @@ def drive(
         with stop_on_signals(driver):
             summary = driver.run(drain=drain)
         seconds = time.monotonic() - began
-    output.show(summary_line(summary, seconds))
-    output.document({"event": "summary", **plain(summary), "seconds": seconds})
+    _tell(output, [summary_line(summary, seconds)], {"event": "summary", **plain(summary), "seconds": seconds})
     return tuple(summary.failures)
 
 
@@ -102,11 +101,23 @@ def _open_pool(session: Session, settings: Settings) -> Iterator[WorkerPool]:
 def _introduce(output: Terminal, session: Session, settings: Settings) -> None:
     """Say where to look."""
     token = "" if session.token_path is None else f"  (token: {session.token_path})"
-    output.show(f"dashboard  {session.dashboard_url or 'off'}{token}")
-    for url in session.metrics_urls:
-        output.show(f"metrics    {url}")
-    output.show(f"reports    {settings.reports}")
-    output.document({"event": "started", **plain(session), "reports": str(settings.reports)})
+    lines = [
+        f"dashboard  {session.dashboard_url or 'off'}{token}",
+        *(f"metrics    {url}" for url in session.metrics_urls),
+        f"reports    {settings.reports}",
+    ]
+    _tell(output, lines, {"event": "started", **plain(session), "reports": str(settings.reports)})
+
+
+def _tell(output: Terminal, lines: Iterable[RenderableType], document: dict[str, Any]) -> None:
+    """Show lines to a person, or write a JSON document; a reader that is gone ends no batch."""
+    try:
+        for line in lines:
+            output.show(line)
+        output.document(document)
+    except OSError as error:
+        logger.warning("the output cannot be written to any more; the batch goes on", extra={"reason": str(error)})
+        output.leave()
 
 
 @contextlib.contextmanager
@@ -116,18 +127,8 @@ def _listening(output: Terminal, store: JobStore) -> Iterator[Callable[[DriverEv
     if output.out.is_terminal and not output.as_json:
         live = Live(LiveBoard(store), console=output.out, refresh_per_second=1, transient=True)
 
-    failed = False
-
     def listener(event: DriverEvent) -> None:
-        nonlocal failed
-        try:
-            output.show(event_line(event))
-            output.document({"event": event_name(event), **plain(event)})
-        except Exception:
-            # The display's edge: a terminal that is gone, or text it cannot show, ends no batch.
-            if not failed:
-                logger.exception("events cannot be shown any more; the batch goes on")
-            failed = True
+        _tell(output, [event_line(event)], {"event": event_name(event), **plain(event)})
 
     # A board that cannot be drawn, at its begin or at its end, is no reason to merge nothing or to tell of nothing.
     with _only_shown():

@@ -18,6 +18,7 @@ from pydantic_settings.sources import InitSettingsSource
 from cluster.logs import DEBUG_VARIABLE
 from jobs.allowance import Allowance, Pattern
 from jobs.errors import BadInputError, InvalidValueError
+from jobs.locations import normal_path
 from jobs.request import NumBytes
 from jobs.states import RetryPolicy
 from workers.outcomes import WorkerSettings
@@ -30,7 +31,7 @@ _VARIABLES_THAT_ARE_NO_SETTINGS = frozenset({CONFIG_VARIABLE, DEBUG_VARIABLE})
 
 
 def _absolute(value: Any) -> Any:
-    return Path(os.path.normpath(Path.cwd() / Path(value).expanduser())) if isinstance(value, str | Path) else value
+    return normal_path(Path(value).expanduser()) if isinstance(value, str | Path) else value
 
 
 def _names(value: Any) -> Any:

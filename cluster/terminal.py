@@ -1,6 +1,7 @@
 """Where the command line writes: text for a person, or JSON on stdout and nothing else there."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -23,6 +24,13 @@ _MAX_ERRORS = 1_000_000
 """Characters of an error: a request file may have thousands of mistakes, each on a line of its own."""
 
 
+class _Console(Console):
+    """A console that raises what writing raises; where the reader of a pipe is gone, Rich ends the process instead."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 class Terminal:
     """The output of one command."""
 
@@ -33,8 +41,8 @@ class Terminal:
             if isinstance(stream, io.TextIOWrapper):  # a terminal may know fewer characters than a name has
                 stream.reconfigure(errors="backslashreplace")
         # What is shown may hold text from outside: it is data, never markup, and `:name:` is no picture.
-        self.out = Console(file=self._stdout, highlight=False, markup=False, emoji=False)
-        self._errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
+        self.out = _Console(file=self._stdout, highlight=False, markup=False, emoji=False)
+        self._errors = _Console(stderr=True, highlight=False, markup=False, emoji=False)
 
     def show(self, view: RenderableType) -> None:
         """Show something to a person; says nothing with `--json`."""
@@ -52,6 +60,12 @@ class Terminal:
         if self.as_json:
             self._stdout.write(json.dumps(value) + "\n")
             self._stdout.flush()
+
+    def leave(self) -> None:
+        """Send all further output to nowhere, what could not be written included: its reader is gone."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stdout.fileno())
+        os.close(nowhere)
 
 
 @contextlib.contextmanager
@@ -105,8 +119,9 @@ def _keep_traceback(error: Exception) -> str:
 
     try:
         path = load_settings().home / "faults.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.touch(mode=0o600)  # arguments and messages are for those who run the fleet
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{datetime.now(UTC).isoformat()} {' '.join(sys.argv)}\n")
             traceback.print_exception(error, file=file)
     except (MergefleetError, OSError):

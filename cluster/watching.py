@@ -1,5 +1,6 @@
 """Following a batch, from any terminal that can reach the store."""
 
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -36,7 +37,8 @@ def watch_batch(output: Terminal, store: JobStore, poll_seconds: float) -> tuple
         KeyboardInterrupt: as it came.
     """
     batch, clock, last = Batch(store), ByteClock(), None
-    with Live(console=output.out, refresh_per_second=4, transient=True) as live:
+    live = Live(console=output.out, refresh_per_second=4, transient=True)
+    with contextlib.nullcontext() if output.as_json else live:  # a live display hides the cursor, whatever it shows
         while True:
             records = batch.refresh()
             progress = by_base(records)

@@ -169,7 +169,19 @@ def parse_location(text: str, relative_to: Path | None = None) -> Location:
         path = Path(text).expanduser()
     except RuntimeError:
         raise InvalidValueError("the home directory of a user of this machine after '~'", repr(text)) from None
-    return LocalPath(Path(os.path.normpath(Path.cwd() / (relative_to or "") / path)))
+    return LocalPath(normal_path(path, relative_to))
+
+
+def normal_path(path: Path, relative_to: Path | None = None) -> Path:
+    """Return the one path that stands for a place: absolute, normalized, not resolved through links.
+
+    POSIX leaves the meaning of two leading slashes to the system, so `normpath` keeps them; on Linux they are one.
+
+    Args:
+        path: absolute or relative.
+        relative_to: directory that a relative path is taken from; the working directory when None.
+    """
+    return Path("/", os.path.normpath(Path.cwd() / (relative_to or "") / path).lstrip("/"))
 
 
 def _validate(value: Any, info: ValidationInfo) -> Location:

@@ -13,7 +13,11 @@ MAX_SHOWN = 2_000
 MAX_MESSAGE = 8_000
 """Characters of a message that is kept with a job."""
 
-_BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
+_BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0") | frozenset(
+    chr(number)
+    for first, last in ((0x180B, 0x180F), (0xFE00, 0xFE0F), (0xE0100, 0xE01EF))  # variation selectors
+    for number in range(first, last + 1)
+)
 """Characters that count as letters or marks, and are drawn as nothing."""
 
 

@@ -1,13 +1,12 @@
 """Releases on their way to deployment: checked where they are, or brought here and checked on the way."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from jobs.errors import BadInputError, NotFoundError
-from jobs.locations import LocalPath, Location
+from jobs.locations import LocalPath, Location, normal_path
 from jobs.release import MANIFEST_NAME, REPORT_NAME, Artifact, Manifest
 from workers.contents import Contents, LocalContents, open_contents
 from workers.files import FileState, file_errors
@@ -69,7 +68,7 @@ def pull_release(location: Location, directory: Path) -> Manifest:
         NotFoundError: there is no release.
         AuthError, TransientIOError, NoCapacityError: by kind of fault.
     """
-    destination = LocalPath(Path(os.path.normpath(Path.cwd() / directory)))
+    destination = LocalPath(normal_path(directory))
     owned = _owned(destination.path.parent, f".{destination.name}.fetch-")
     try:
         contents = open_contents(location, owned.path)

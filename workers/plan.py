@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.release import CombinedAdapter
 from jobs.request import BaseQuantization, MergeRequest
+from jobs.text import MAX_MESSAGE, shown
 from workers.base_card import BaseCard, read_base_card
 from workers.checkpoint import CheckpointLayout, TensorSpec, lay_out, lay_out_shard, read_checkpoint, read_json
 from workers.codes import refuse_codes
@@ -446,6 +447,20 @@ def plan_merge(
             )
     shipment = plan_shipment(base.source.directory, adapter.directory)
     rows = [tensor.shape[0] + base.num_rows_beside for tensor in tensors if tensor.name == base.embedding]
+    notes = (
+        *_notes_of_parts(adapter, inert_fields),
+        *opened.notes,
+        *((_FLAG_STAYS,) if coverage.untied and not base.tied_by_flag else ()),
+        *find_notes(
+            request,
+            base.source,
+            adapter.parts or (adapter,),
+            stored_in_4bit=base.stored_in_4bit,
+            card=base.card,
+            shipment=shipment,
+            num_rows=rows[0] if rows else None,
+        ),
+    )
     return MergePlan(
         request=request,
         base=base,
@@ -461,18 +476,7 @@ def plan_merge(
         tensors=tensors,
         output=_output_layout(base, tensors, request.max_shard_size),
         shipment=shipment,
-        notes=_notes_of_parts(adapter, inert_fields)
-        + opened.notes
-        + ((_FLAG_STAYS,) if coverage.untied and not base.tied_by_flag else ())
-        + find_notes(
-            request,
-            base.source,
-            adapter.parts or (adapter,),
-            stored_in_4bit=base.stored_in_4bit,
-            card=base.card,
-            shipment=shipment,
-            num_rows=rows[0] if rows else None,
-        ),
+        notes=tuple(shown(note, MAX_MESSAGE) for note in notes),
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import stat
 import subprocess
 import sys
 
@@ -150,6 +151,23 @@ def test_status_shows_counts_and_jobs(tmp_path, store):
     assert "1 QUEUED  1 FAILED" in text
 
 
+def test_the_status_of_a_job_by_id_has_its_events(tmp_path, store):
+    call("submit", requests_file(tmp_path, "one", "two"))
+    [lease] = store.claim("driver", 1, 60)
+    message = f"no such base: {'x' * 1000} \u202eend"
+    store.fail(lease.job_id, lease.token, FailureClass.NOT_FOUND, message, Decision(state=JobState.FAILED))
+    document = json_of(call("status", "one", "two", "--json"))
+    one, two = (job["events"] for job in document["jobs"])
+    assert [(event["sequence"], event["state"]) for event in one] == [(1, "QUEUED"), (2, "LEASED"), (3, "FAILED")]
+    assert one[1]["detail"] == {"attempt": 1, "owner": "driver", "token": lease.token}
+    assert [event["state"] for event in two] == ["QUEUED"]
+    assert "events" not in json_of(call("status", "--json"))["jobs"][0]
+    text = "".join(call("status", "one").stdout.split())
+    assert "attempt:1,owner:driver" in text
+    assert f"{'x' * 1000}\\u202eend" in text
+    assert "owner:driver" not in "".join(call("status", "--state", "failed").stdout.split())
+
+
 def test_jobs_are_cancelled_and_retried_by_choice_and_never_by_default(tmp_path):
     call("submit", requests_file(tmp_path, "one", "two"))
     assert call("cancel").exit_code == 2
@@ -163,11 +181,17 @@ def test_jobs_are_cancelled_and_retried_by_choice_and_never_by_default(tmp_path)
     [
         (["status", "nobody"], "no such job: nobody"),
         (["retry", "--label", "team"], "--label: expected K=V, found 'team'"),
+        (["status", "a\udcff"], "expected ids and labels in UTF-8, found 'a\\udcff'"),
+        (["cancel", "--label", "a=\udcff"], "expected ids and labels in UTF-8, found 'a=\\udcff'"),
         (["verify", "ftp://x/y"], "found another URL, 'ftp://x/y'"),
         (["verify", "nothing-here"], "nothing-here"),
         (
             ["merge", "--base", "b", "--adapter", "x/a", "--adapter", "y/a", "--to", "o"],
             "several adapters are called a",
+        ),
+        (
+            ["merge", "--base", "b", "--adapter", "x/a", "--adapter", "y/my a", "--to", "hf://org/m"],
+            "--to: expected hf://owner/name or hf://owner/name@revision, found 'hf://org/m-my a@main'",
         ),
         (["merge", "--base", "ftp://b", "--adapter", "a", "--to", "o"], "--base: expected a path"),
         (
@@ -183,6 +207,22 @@ def test_bad_arguments_end_with_one_clear_message(arguments, message):
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert message in json_of(call(*arguments, "--json"))["error"]["message"]
+
+
+def test_a_fault_of_mergefleet_is_one_message_and_a_traceback_for_its_owner(tmp_path, monkeypatch):
+    def fail(_):
+        raise RuntimeError("half a \ud800 pair")
+
+    monkeypatch.setattr(JobStore, "counts", fail)
+    monkeypatch.setattr("sys.argv", ["mergefleet", "status", "\udcff"])
+    log = tmp_path / "home" / "faults.log"
+    result = call("status")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: RuntimeError: half a \\ud800 pair; this is a fault of mergefleet")
+    assert "Traceback" not in result.stderr
+    assert "mergefleet status \\udcff" in log.read_text()
+    assert log.read_text().endswith("RuntimeError: half a \\ud800 pair\n")
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
 
 
 def test_an_unknown_option_is_bad_input():

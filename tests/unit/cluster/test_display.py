@@ -2,15 +2,18 @@
 
 import contextlib
 import io
+import json
 import logging
+import os
 
 import pytest
 
 from cluster import run as run_command
-from cluster.display import event_line, job_table
+from cluster.display import event_line, job_table, note_line
 from cluster.events import JobSettled, WorkerReplaced
 from cluster.logs import TextFormatter
 from cluster.terminal import Terminal
+from cluster.watching import watch_batch
 from jobs.errors import BadInputError, FailureClass
 from jobs.request import MergeRequest
 from jobs.states import Decision, JobState
@@ -48,6 +51,14 @@ def test_an_event_is_shown_as_data(terminal):
     assert read().count(VISIBLE) == 3
 
 
+def test_a_note_of_a_release_is_shown_as_data(terminal):
+    output, read = terminal
+    published = JobSettled(job_id="a", state=JobState.PUBLISHED, location=HOSTILE, notes=(HOSTILE,))
+    output.show(event_line(published))
+    output.show(note_line(HOSTILE, HOSTILE))
+    assert read().count(VISIBLE) == 4
+
+
 def test_a_table_shows_names_and_messages_as_data(terminal, tmp_path):
     output, read = terminal
     with contextlib.closing(JobStore(f"sqlite:///{tmp_path}/jobs.db")) as store:
@@ -62,17 +73,31 @@ def test_a_table_shows_names_and_messages_as_data(terminal, tmp_path):
     assert "\\u202ec" in read()
 
 
-def test_a_terminal_that_is_gone_ends_no_batch(monkeypatch, tmp_path, caplog):
-    output = Terminal(as_json=False)
-    monkeypatch.setattr(output, "show", lambda _: (_ for _ in ()).throw(BrokenPipeError()))
+def test_watching_writes_json_alone_to_a_terminal(monkeypatch, tmp_path):
+    stdout = io.StringIO()
+    monkeypatch.setattr(stdout, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdout", stdout)
+    with contextlib.closing(JobStore(f"sqlite:///{tmp_path}/jobs.db")) as store:
+        watch_batch(Terminal(as_json=True), store, poll_seconds=0)
+    assert [json.loads(line)["event"] for line in stdout.getvalue().splitlines()] == ["progress", "done"]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_reader_that_is_gone_ends_no_batch(as_json, monkeypatch, tmp_path, caplog):
+    reading, writing = os.pipe()
+    os.close(reading)
+    stdout = os.fdopen(writing, "w", encoding="utf-8")
+    monkeypatch.setattr("sys.stdout", stdout)
+    output = Terminal(as_json=as_json)
     with (
         contextlib.closing(JobStore(f"sqlite:///{tmp_path}/jobs.db")) as store,
-        caplog.at_level(logging.ERROR),
         run_command._listening(output, store) as listener,
     ):
         listener(settled("one"))
         listener(settled("two"))
-    assert [record.message for record in caplog.records] == ["events cannot be shown any more; the batch goes on"]
+    stdout.close()  # what is left in it has somewhere to go
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the batch goes on" in caplog.text
 
 
 def test_a_log_shows_messages_values_and_tracebacks_as_data():

@@ -35,11 +35,18 @@ def test_workers_by_default(cluster, asked, expected):
 
 
 @pytest.mark.parametrize(
-    ("device", "num_gpus", "without", "num_workers"),
-    [("cuda", 0, 8, None), ("cuda", 0, 8, 3), ("cuda", 2, 8, 3), ("auto", 2, 0, 3)],
+    ("device", "num_gpus", "without", "num_workers", "message"),
+    [
+        ("cuda", 0, 8, None, r"no GPU in the cluster: .* set MERGEFLEET_DEVICE to auto or cpu"),
+        ("cuda", 0, 8, 3, r"no GPU in the cluster: .* set MERGEFLEET_DEVICE to auto or cpu"),
+        ("cuda", 2, 8, 3, r"expected a GPU for each of 3 workers, found 2 .*; ask for at most 2 workers"),
+        ("auto", 2, 0, 3, r"expected a GPU for each of 3 workers, found 2 .*; ask for at most 2 workers"),
+    ],
 )
-def test_more_workers_than_gpus_are_refused_where_nothing_else_may_take_them(device, num_gpus, without, num_workers):
-    with pytest.raises(NoCapacityError, match="expected a GPU for each"):
+def test_more_workers_than_gpus_are_refused_where_nothing_else_may_take_them(
+    device, num_gpus, without, num_workers, message
+):
+    with pytest.raises(NoCapacityError, match=message):
         plan_crews(
             num_cpus=8,
             num_gpus=num_gpus,

@@ -26,6 +26,8 @@ locations = st.one_of(
     [
         ("/models/llama", LocalPath(Path("/models/llama"))),
         ("/models/../bases/llama/", LocalPath(Path("/bases/llama"))),
+        ("//models/llama", LocalPath(Path("/models/llama"))),
+        ("//", LocalPath(Path("/"))),
         ("s3://bucket/a/b", S3Prefix("bucket", "a/b")),
         ("s3://bucket/a/b/", S3Prefix("bucket", "a/b")),
         ("hf://org/name", HubRepo("org/name", "main")),
@@ -102,6 +104,7 @@ def test_children_and_names():
     [
         ("/a/b", "/a", True),
         ("/a", "/a", True),
+        ("//a/b", "/a", True),
         ("/ab", "/a", False),
         ("/a", "/a/b", False),
         ("s3://bucket/a/b", "s3://bucket/a", True),

@@ -74,6 +74,14 @@ def test_only_changed_tensors_are_computed(base, adapter, tmp_path):
     )
 
 
+def test_a_note_names_a_directory_in_visible_characters(base, adapter, tmp_path):
+    there = shutil.copytree(adapter, tmp_path / "ad\u202eretpa\x9b31m")
+    config = json.loads((there / "adapter_config.json").read_text())
+    (there / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/b\u3164-gptq"}))
+    (note,) = planned(base, there, tmp_path).notes
+    assert "ad\\u202eretpa\\x9b31m was trained on 'org/b\\u3164-gptq'" in note
+
+
 def test_quantized_linears_are_computed_too(base, adapter, tmp_path):
     plan = planned(base, adapter, tmp_path, base_quantization="nf4")
     dequantized = {tensor.name for tensor in plan.base.tensors if tensor.stored is None}
