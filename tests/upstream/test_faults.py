@@ -138,6 +138,14 @@ def test_peft_rounds_what_it_concatenates_to_the_dtype_of_the_base(llama, places
     assert combined.lora_A["all"].weight.dtype is torch.bfloat16
 
 
+def test_transformers_zeroes_the_row_of_the_padding_token_that_it_loads(places):
+    base = architectures.build("decoder", "youtu", places / "youtu")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.embed_tokens.weight"][0] = 1
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    assert load_plain(base).get_input_embeddings().weight[0].count_nonzero() == 0
+
+
 def test_every_fault_is_in_the_table():
     page = (Path(__file__).parents[2] / "docs" / "upstream-faults.md").read_text()
     tests = re.findall(r"^def (test_\w+)", Path(__file__).read_text(), re.MULTILINE)
