@@ -9,7 +9,7 @@ import hashlib
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.request import MergeRequest
 from jobs.text import shown
+from workers.belongings import TOKENIZER_FILE
 from workers.checkpoint import CheckpointLayout, read_checkpoint, read_json, read_shard
 from workers.foreign import foreign_sha256, read_foreign
 from workers.forks import Answer, Bounds, ForkServer
@@ -27,6 +28,7 @@ from workers.lanes.methods import WEIGHED
 from workers.model import skeleton
 from workers.plan import plan_base, plan_merge
 from workers.prompts import read_prompts
+from workers.shipment import shipped_files
 from workers.sources import Source
 
 logger = logging.getLogger(__name__)
@@ -86,7 +88,9 @@ def vet_base(base: Source, request: MergeRequest) -> None:
 
 
 def vet_adapter(base: Source, request: MergeRequest, adapter: Source) -> None:
-    """Try out the planning of one adapter on a base that was vetted; adapters of one recipe are tried out once.
+    """Try out the planning of one adapter on a base that was vetted.
+
+    Adapters of one recipe, with the same tokenizer and templates, are tried out once.
 
     Raises:
         As `vet_base`.
@@ -95,11 +99,14 @@ def vet_adapter(base: Source, request: MergeRequest, adapter: Source) -> None:
     config = read_config(adapter.directory)
     _check_sizes(path, config)
     headers = [read_shard(each).header for each in sorted(adapter.directory.glob("*.safetensors"))]
-    key = _key("adapter", request.pass_key(), base.digest, read_foreign(path), *headers)
+    shipped = shipped_files(adapter.directory)
+    digests = [f"{name}:{foreign_sha256(each, num_parts=name.count('/') + 1)}" for name, each in shipped.items()]
+    key = _key("adapter", request.pass_key(), base.digest, read_foreign(path), *headers, *digests)
     if key in _known:
         return
     layout = read_checkpoint(base.directory)
-    suspects, bounds = _expressions(config), _bounds(layout)
+    suspects = ", ".join((_expressions(config), *(name for name in shipped if name == TOKENIZER_FILE)))
+    bounds = _bounds(layout, (*shipped.values(), *shipped_files(base.directory).values()))
     method = config.get("peft_type")
     if isinstance(method, str) and method in WEIGHED:
         # These compute with values: of a base of zeros, whose pages are never there, but which they may decompose.
@@ -199,7 +206,7 @@ def _check_buffers(base: Source) -> None:
         raise MemoryError(f"{name}: {made[name]} bytes")
 
 
-def _bounds(layout: CheckpointLayout) -> Bounds:
+def _bounds(layout: CheckpointLayout, tokenizers: Iterable[Path] = ()) -> Bounds:
     # Modules are what takes time, then what is read of experts; a machine that others share may take twice as long.
     num_tensors = len(layout.tensors)
     largest = max((spec.num_bytes for _, spec in layout.tensors.values()), default=0)
@@ -208,6 +215,7 @@ def _bounds(layout: CheckpointLayout) -> Bounds:
         + min(num_tensors, _MOST_OF_MODULES) // _MODULES_PER_SECOND
         + num_tensors // _TENSORS_PER_SECOND
         + largest // _COMPARED_BYTES_PER_SECOND
+        + sum(path.stat().st_size for path in tokenizers) // _TOKENIZER_BYTES_PER_SECOND
     )
     return Bounds(cpu_seconds=seconds, memory_bytes=MEMORY_BYTES)
 

@@ -115,6 +115,21 @@ def test_what_was_tried_out_is_not_tried_out_again(made, tmp_path, monkeypatch):
     vet(base, adapter, tmp_path)
 
 
+def test_an_adapter_with_other_files_of_a_tokenizer_is_tried_out_anew(made, tmp_path, monkeypatch):
+    base, adapter = made
+    vet(base, adapter, tmp_path)
+    asked: list[Bounds] = []
+    monkeypatch.setattr(vetting.server, "call", lambda *_, bounds: asked.append(bounds) or Answer())
+    own = shutil.copytree(adapter, tmp_path / "own")
+    for content in ("{}", '{"model": {}}', '{"model": {}}' + " " * (vetting.CPU_SECONDS << 22)):
+        shutil.copy(base / "tokenizer_config.json", own)
+        (own / "tokenizer.json").write_text(content)
+        vet(base, own, tmp_path)
+        vet(base, own, tmp_path)
+    seconds = [bounds.cpu_seconds for bounds in asked]
+    assert seconds == [vetting.CPU_SECONDS, vetting.CPU_SECONDS, 2 * vetting.CPU_SECONDS]
+
+
 def test_a_library_that_stumbles_is_no_fault_of_ours(made, monkeypatch):
     base, adapter = made
     monkeypatch.setattr(vetting.server, "call", lambda *_, **__: Answer(error="KeyError: 'vocab'", traceback="..."))
