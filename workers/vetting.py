@@ -23,7 +23,8 @@ from workers.belongings import TOKENIZER_FILE
 from workers.checkpoint import CheckpointLayout, read_checkpoint, read_json, read_shard
 from workers.foreign import foreign_sha256, read_foreign
 from workers.forks import Answer, Bounds, ForkServer
-from workers.lanes.adapter import ADAPTER_CONFIG, read_config
+from workers.lanes.adapter import ADAPTER_CONFIG, match, open_adapter, read_config
+from workers.lanes.fitting import fit
 from workers.lanes.methods import WEIGHED
 from workers.model import skeleton
 from workers.plan import plan_base, plan_merge
@@ -107,14 +108,15 @@ def vet_adapter(base: Source, request: MergeRequest, adapter: Source) -> None:
     layout = read_checkpoint(base.directory)
     suspects = ", ".join((_expressions(config), *(name for name in shipped if name == TOKENIZER_FILE)))
     bounds = _bounds(layout, (*shipped.values(), *shipped_files(base.directory).values()))
-    method = config.get("peft_type")
+    doing, method = "planning with it", config.get("peft_type")
     if isinstance(method, str) and method in WEIGHED:
+        matched = _key("match", key)
+        _try_out(path, _match, base, request, adapter, key=matched, doing=doing, suspects=suspects, bounds=bounds)
         # These compute with values: of a base of zeros, whose pages are never there, but which they may decompose.
         bounds = Bounds(
             cpu_seconds=bounds.cpu_seconds + layout.total_size // _WEIGHED_BYTES_PER_SECOND,
             memory_bytes=bounds.memory_bytes + 2 * layout.total_size,
         )
-    doing = "planning with it"
     _try_out(path, _plan_merge, base, request, adapter, key=key, doing=doing, suspects=suspects, bounds=bounds)
 
 
@@ -167,6 +169,11 @@ def _plan_base(base: Source, request: MergeRequest) -> None:
         except Exception as error:
             # It travels as it is, and no model loads beside one that cannot be read.
             raise ValueError(f"{GENERATION_CONFIG_NAME}: {type(error).__name__}: {error}") from error
+
+
+def _match(base: Source, request: MergeRequest, adapter: Source) -> None:
+    planned = plan_base(base, request)
+    match(fit(open_adapter(adapter.directory), planned.conversions.shapes, planned.skeleton), planned.skeleton())
 
 
 def _plan_merge(base: Source, request: MergeRequest, adapter: Source) -> None:

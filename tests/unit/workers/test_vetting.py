@@ -9,6 +9,7 @@ import signal
 import subprocess
 
 import pytest
+from peft import BOFTConfig
 
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.locations import LocalPath
@@ -16,7 +17,8 @@ from jobs.request import MergeRequest, ParityPolicy
 from tests.models import build_llama, make_adapter
 from workers import vetting
 from workers.forks import Answer, Bounds, ForkServer
-from workers.lanes.adapter import open_adapter
+from workers.lanes.adapter import Adapter, match, open_adapter
+from workers.model import skeleton
 from workers.sources import fetch_adapter, fetch_base
 from workers.vetting import vet_adapter, vet_base, vet_prompts
 
@@ -65,6 +67,29 @@ def test_a_regular_expression_that_never_ends_is_refused(made, tmp_path, field):
     with pytest.raises(BadInputError, match=rf"adapter_config\.json: planning with it takes .*look at .*{min(field)}"):
         vet(base, bad, tmp_path)
     vet(base, adapter, tmp_path)
+
+
+def test_patterns_have_no_more_time_where_a_method_computes_with_values(made, tmp_path, monkeypatch):
+    base, adapter = made
+    boft = {"peft_type": "BOFT", "boft_block_size": 4, "target_modules": BOMB}
+    bad = changed(adapter, tmp_path / "bad", "adapter_config.json", lambda _: boft)
+    call = vetting.server.call
+
+    def bounded(*arguments, bounds):
+        assert bounds.cpu_seconds == vetting.CPU_SECONDS
+        return call(*arguments, bounds=bounds)
+
+    monkeypatch.setattr(vetting, "_WEIGHED_BYTES_PER_SECOND", 1)
+    monkeypatch.setattr(vetting.server, "call", bounded)
+    with pytest.raises(BadInputError, match=r"takes more than 2 seconds of a processor.* look at target_modules"):
+        vet(base, bad, tmp_path)
+
+
+def test_patterns_are_held_against_modules_that_only_peft_names(made):
+    base, adapter = made
+    config = BOFTConfig(target_modules=None, layers_to_transform=[0], layers_pattern=["("])
+    with pytest.raises(BadInputError, match="unterminated subpattern"):
+        match(Adapter(adapter, "BOFT", config, {}), skeleton(base))
 
 
 @pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
