@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from jobs.errors import BadInputError, UnsupportedError
 from workers.adapter_files import foreign_kind, origins
 from workers.checkpoint import TensorSpec, read_json, read_shard
+from workers.device import raise_of_machine
 from workers.lanes import names as adapter_names
 from workers.lanes.causes import cause_of
 from workers.lanes.methods import MERGED, REFUSED, SHAPED_BY_VALUES, WEIGHED
@@ -455,6 +456,7 @@ def refusals(adapter: Adapter, words: str) -> Iterator[None]:
     except KeyError as error:
         raise BadInputError(f"{adapter.directory}/{words}: nothing is there under {error}") from error
     except REFUSALS as error:
+        raise_of_machine(error)
         raise BadInputError(f"{adapter.directory}/{words}: {error}") from error
 
 
