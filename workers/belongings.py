@@ -6,7 +6,6 @@ Files at the top of a checkpoint belong to it by their names; those in folders, 
 
 import fnmatch
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -19,6 +18,7 @@ from jobs.release import MANIFEST_NAME, REPORT_NAME, is_plain_path
 from workers.code_files import code_of, custom_modules
 from workers.files import file_errors
 from workers.foreign import read_foreign
+from workers.foreign_json import parse_json
 
 CARD_NAME = "README.md"
 MODULES_FILE = "modules.json"
@@ -318,10 +318,7 @@ def _modules(files: Files) -> list[dict[str, Any]]:
 
 
 def _json(files: Files, name: str) -> Any:
-    try:
-        return json.loads(files.read(name))
-    except (ValueError, RecursionError) as error:
-        raise BadInputError(f"{files.place}/{name}: expected readable JSON, found: {error}") from error
+    return parse_json(files.read(name), f"{files.place}/{name}")
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from jobs.combination import Combination, CombinationType
 from jobs.errors import BadInputError, UnsupportedError
+from workers.device import raise_of_machine
 from workers.lanes.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_NAME,
@@ -206,6 +207,7 @@ def _peft(adapters: Sequence[Adapter]) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except REFUSALS as error:
+        raise_of_machine(error)
         places = ", ".join(str(adapter.directory) for adapter in adapters)
         raise BadInputError(f"PEFT does not combine {places}: {error}") from error
 

@@ -1,15 +1,25 @@
-"""Whether a worker can use its device: tried when it starts, before anybody gives it work."""
+"""Whether a worker can use its device: tried when it starts, and told from what is raised at work."""
 
 import os
+import re
 import threading
 
 import torch
 
 from jobs.errors import DeviceLostError
+from jobs.text import shown
 
 CHECK_SECONDS = 60.0
 """A GPU that has not multiplied two small matrices by then hangs: its driver is at fault, or somebody else has it."""
 _SIZE = 64
+
+_NO_MEMORY = ("allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")
+"""In what torch raises as a plain RuntimeError: on the CPU, and of the libraries of CUDA."""
+_FAULT = re.compile(
+    r"(CUDA|CUDA driver|CUDA NVRTC|cuDNN|cuDNN Frontend|cusolver|cudss) error: "
+    r"(?!\S*_STATUS_(NOT_SUPPORTED|INVALID_VALUE|BAD_PARAM))"
+)
+"""How torch 2.13 begins (ATen/cuda/Exceptions.h); calls that a library itself refuses are the model's."""
 
 
 def device_fault(name: str, *, seconds: float = CHECK_SECONDS) -> str | None:
@@ -43,6 +53,28 @@ def device_fault(name: str, *, seconds: float = CHECK_SECONDS) -> str | None:
     reason = " ".join(faults[0].split())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
     return f"device 'cuda' cannot be used (CUDA_VISIBLE_DEVICES is {visible}): {reason}"
+
+
+def is_of_the_device(error: Exception) -> bool:
+    """Whether CUDA or one of its libraries failed: its context is of no use any more, nor is this process."""
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and _FAULT.match(str(error)) is not None
+    )
+
+
+def is_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of the device or of the machine."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    )
+
+
+def raise_of_machine(error: Exception) -> None:
+    """Raise an error again that is no fault of a file: memory ran out, or the device failed; return from any other."""
+    if is_of_memory(error):
+        raise MemoryError(shown(error, 500)) from error
+    if is_of_the_device(error):
+        raise error
 
 
 def _multiply(device: torch.device) -> None:

@@ -5,11 +5,11 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from jobs.errors import MergefleetError
 from jobs.text import shown
+from workers.device import raise_of_machine
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _MAX_REASON = 500
 
 @contextlib.contextmanager
 def model_of(path: Path, refused: type[MergefleetError]) -> Iterator[None]:
-    """Turn what the libraries raise on a model into an error about its files. Running out of memory stays what it is.
+    """Turn what the libraries raise on a model into an error about its files. Faults of the machine stay what they are.
 
     Args:
         path: of the model's files.
@@ -38,11 +38,10 @@ def model_of(path: Path, refused: type[MergefleetError]) -> Iterator[None]:
     """
     try:
         yield
-    except (MergefleetError, torch.OutOfMemoryError):
+    except MergefleetError:
         raise
     except _REFUSALS as error:
-        if "allocate memory" in str(error) or "not enough memory" in str(error):  # of torch on the CPU
-            raise MemoryError(shown(error, _MAX_REASON)) from error
+        raise_of_machine(error)
         logger.warning("a model that does not run", extra={"path": shown(path)}, exc_info=True)
         raise refused(
             f"{shown(path)}: transformers cannot run the model as its configuration says: {type(error).__name__}: "

@@ -7,11 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from jobs.errors import DeviceLostError, InternalError, MergefleetError, OutOfMemoryError
 from jobs.release import Artifact, Manifest, ParitySummary, Release, TensorCheck
 from jobs.request import MergeRequest
+from workers.device import is_of_memory, is_of_the_device
 from workers.files import FileState
 from workers.outcomes import Failure, JobOutcome, MergedShards
 from workers.plan import MergePlan
@@ -157,10 +156,11 @@ def _failures(fail: Callable[[MergefleetError], None]) -> Iterator[None]:
         yield
     except MergefleetError as error:
         fail(error)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        fail(OutOfMemoryError(f"memory ran out: {error}; use a worker with more, or parity level 'arithmetic'"))
     except Exception as error:
-        if _is_of_the_device(error):
+        if is_of_memory(error):
+            fail(OutOfMemoryError(f"memory ran out: {error}; use a worker with more, or parity level 'arithmetic'"))
+            return
+        if is_of_the_device(error):
             first_line = next(iter(str(error).splitlines()), "")
             fail(DeviceLostError(f"the GPU failed at work: {first_line}; another worker has to do it"))
             return
@@ -168,10 +168,3 @@ def _failures(fail: Callable[[MergefleetError], None]) -> Iterator[None]:
         fail(
             InternalError(f"{type(error).__name__}: {error}; a fault of mergefleet: the worker's log has the traceback")
         )
-
-
-def _is_of_the_device(error: Exception) -> bool:
-    """Whether CUDA or one of its libraries failed: its context is of no use any more, nor is this process."""
-    return isinstance(error, torch.AcceleratorError) or (
-        isinstance(error, RuntimeError) and str(error).startswith("CUDA error")
-    )

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from jobs.errors import BadInputError
+from workers.device import raise_of_machine
 from workers.kernels import four_bit
 from workers.kernels.elements import array
 
@@ -248,6 +249,7 @@ def restore(name: str, stored: Mapping[str, torch.Tensor], *, transposed: bool =
         _check_state(state, codes.numel())
         weight = of_state(codes, state)
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise_of_machine(error)
         raise BadInputError(
             f"{name}: expected the parts of a bitsandbytes 4-bit weight, found {type(error).__name__}: {error}; the "
             "checkpoint is corrupt"

@@ -14,6 +14,7 @@ from typing import Any
 
 from jobs.errors import BadInputError
 from workers.belongings import TOKENIZER_CONFIG, TOKENIZER_FILE, is_template
+from workers.checkpoint import read_json
 from workers.files import FileState, file_errors
 from workers.foreign import read_foreign
 
@@ -111,12 +112,12 @@ def _read(path: Path) -> _Vocabulary:
 
 @functools.lru_cache(maxsize=_NUM_KEPT)
 def _read_once(path: Path, _: FileState) -> _Vocabulary:
-    return _parse(_read_json(path))
+    document = read_object(path) if path.name == TOKENIZER_FILE else read_json(path)
+    # Some models keep an alphabet under the name of a vocabulary.
+    return _parse(document) if isinstance(document, dict) else _NOTHING
 
 
-def _parse(document: Any) -> _Vocabulary:
-    if not isinstance(document, dict):  # some models keep an alphabet under the name of a vocabulary
-        return _NOTHING
+def _parse(document: dict[str, Any]) -> _Vocabulary:
     model = document.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else document
     if isinstance(vocabulary, list):  # unigram: pieces with their scores, by id
@@ -138,17 +139,10 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         BadInputError: it is none, or too large.
     """
-    document = _read_json(path)
+    document = read_json(path)
     if not isinstance(document, dict):
         raise BadInputError(f"{path}: expected a JSON object, found {type(document).__name__}")
     return document
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(read_foreign(path))
-    except (ValueError, RecursionError) as error:
-        raise BadInputError(f"{path}: expected readable JSON, found: {error}") from error
 
 
 def _object(files: Mapping[str, Path], name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,17 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.request import MergeRequest
 from jobs.text import shown
+from workers.belongings import TOKENIZER_FILE
 from workers.checkpoint import CheckpointLayout, read_checkpoint, read_json, read_shard
 from workers.foreign import foreign_sha256, read_foreign
 from workers.forks import Answer, Bounds, ForkServer
-from workers.lanes.adapter import ADAPTER_CONFIG, read_config
+from workers.lanes.adapter import ADAPTER_CONFIG, match, open_adapter, read_config
+from workers.lanes.fitting import fit
 from workers.lanes.methods import WEIGHED
 from workers.model import skeleton
 from workers.plan import plan_base, plan_merge
 from workers.prompts import read_prompts
+from workers.shipment import shipped_files
 from workers.sources import Source
 
 logger = logging.getLogger(__name__)
@@ -86,7 +89,9 @@ def vet_base(base: Source, request: MergeRequest) -> None:
 
 
 def vet_adapter(base: Source, request: MergeRequest, adapter: Source) -> None:
-    """Try out the planning of one adapter on a base that was vetted; adapters of one recipe are tried out once.
+    """Try out the planning of one adapter on a base that was vetted.
+
+    Adapters of one recipe, with the same tokenizer and templates, are tried out once.
 
     Raises:
         As `vet_base`.
@@ -95,19 +100,23 @@ def vet_adapter(base: Source, request: MergeRequest, adapter: Source) -> None:
     config = read_config(adapter.directory)
     _check_sizes(path, config)
     headers = [read_shard(each).header for each in sorted(adapter.directory.glob("*.safetensors"))]
-    key = _key("adapter", request.pass_key(), base.digest, read_foreign(path), *headers)
+    shipped = shipped_files(adapter.directory)
+    digests = [f"{name}:{foreign_sha256(each, num_parts=name.count('/') + 1)}" for name, each in shipped.items()]
+    key = _key("adapter", request.pass_key(), base.digest, read_foreign(path), *headers, *digests)
     if key in _known:
         return
     layout = read_checkpoint(base.directory)
-    suspects, bounds = _expressions(config), _bounds(layout)
-    method = config.get("peft_type")
+    suspects = ", ".join((_expressions(config), *(name for name in shipped if name == TOKENIZER_FILE)))
+    bounds = _bounds(layout, (*shipped.values(), *shipped_files(base.directory).values()))
+    doing, method = "planning with it", config.get("peft_type")
     if isinstance(method, str) and method in WEIGHED:
+        matched = _key("match", key)
+        _try_out(path, _match, base, request, adapter, key=matched, doing=doing, suspects=suspects, bounds=bounds)
         # These compute with values: of a base of zeros, whose pages are never there, but which they may decompose.
         bounds = Bounds(
             cpu_seconds=bounds.cpu_seconds + layout.total_size // _WEIGHED_BYTES_PER_SECOND,
             memory_bytes=bounds.memory_bytes + 2 * layout.total_size,
         )
-    doing = "planning with it"
     _try_out(path, _plan_merge, base, request, adapter, key=key, doing=doing, suspects=suspects, bounds=bounds)
 
 
@@ -162,6 +171,11 @@ def _plan_base(base: Source, request: MergeRequest) -> None:
             raise ValueError(f"{GENERATION_CONFIG_NAME}: {type(error).__name__}: {error}") from error
 
 
+def _match(base: Source, request: MergeRequest, adapter: Source) -> None:
+    planned = plan_base(base, request)
+    match(fit(open_adapter(adapter.directory), planned.conversions.shapes, planned.skeleton), planned.skeleton())
+
+
 def _plan_merge(base: Source, request: MergeRequest, adapter: Source) -> None:
     plan_merge(plan_base(base, request), request, adapter)
 
@@ -199,7 +213,7 @@ def _check_buffers(base: Source) -> None:
         raise MemoryError(f"{name}: {made[name]} bytes")
 
 
-def _bounds(layout: CheckpointLayout) -> Bounds:
+def _bounds(layout: CheckpointLayout, tokenizers: Iterable[Path] = ()) -> Bounds:
     # Modules are what takes time, then what is read of experts; a machine that others share may take twice as long.
     num_tensors = len(layout.tensors)
     largest = max((spec.num_bytes for _, spec in layout.tensors.values()), default=0)
@@ -208,6 +222,7 @@ def _bounds(layout: CheckpointLayout) -> Bounds:
         + min(num_tensors, _MOST_OF_MODULES) // _MODULES_PER_SECOND
         + num_tensors // _TENSORS_PER_SECOND
         + largest // _COMPARED_BYTES_PER_SECOND
+        + sum(path.stat().st_size for path in tokenizers) // _TOKENIZER_BYTES_PER_SECOND
     )
     return Bounds(cpu_seconds=seconds, memory_bytes=MEMORY_BYTES)
 

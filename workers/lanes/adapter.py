@@ -16,7 +16,7 @@ import peft
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from jobs.errors import BadInputError, UnsupportedError
 from workers.adapter_files import foreign_kind, origins
 from workers.checkpoint import TensorSpec, read_json, read_shard
+from workers.device import raise_of_machine
 from workers.lanes import names as adapter_names
 from workers.lanes.causes import cause_of
 from workers.lanes.methods import MERGED, REFUSED, SHAPED_BY_VALUES, WEIGHED
@@ -186,6 +187,25 @@ def read_tensor(path: Path, spec: TensorSpec) -> torch.Tensor:
             "use an earlier checkpoint of the adapter"
         )
     return stored
+
+
+def match(adapter: Adapter, model: PreTrainedModel) -> None:
+    """Hold what an adapter targets against the name of each module, as PEFT does before it makes a layer.
+
+    Args:
+        adapter: as its base takes it.
+        model: skeleton of the base; not changed.
+
+    Raises:
+        UnsupportedError, BadInputError: a pattern cannot be read.
+    """
+    config: Any = copy.deepcopy(adapter.config)
+    names = [name for name, _ in model.named_modules() if name]
+    if config.target_modules is None:  # PEFT takes some by the kind of the model; these are all
+        config.target_modules = {name.rpartition(".")[2] for name in names}
+    with refusals(adapter, f"{ADAPTER_CONFIG}: does not fit this base, {type(model).__name__}"):
+        for name in names:
+            check_target_module_exists(config, name)
 
 
 def put_on(
@@ -436,6 +456,7 @@ def refusals(adapter: Adapter, words: str) -> Iterator[None]:
     except KeyError as error:
         raise BadInputError(f"{adapter.directory}/{words}: nothing is there under {error}") from error
     except REFUSALS as error:
+        raise_of_machine(error)
         raise BadInputError(f"{adapter.directory}/{words}: {error}") from error
 
 

@@ -1,17 +1,22 @@
 """A device is tried before a worker gets work: this machine has no GPU, which is one of the faults."""
 
+import contextlib
 import re
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 
-from jobs.errors import DeviceLostError, FailureClass
+from jobs.errors import BadInputError, DeviceLostError, FailureClass, OutOfMemoryError
 from jobs.request import MergeRequest
 from workers import device
 from workers.device import device_fault
+from workers.foreign_models import model_of
 from workers.job import Job, shared_failures
+from workers.lanes.adapter import Adapter, refusals
 from workers.outcomes import WorkerSettings
 from workers.worker import MergeWorker
 
@@ -42,13 +47,20 @@ def test_a_driver_that_hangs_is_a_fault(monkeypatch):
     assert fault.endswith("no answer within 0 s")
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered\nCompile with TORCH_USE_CUDA_DSA"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
-    ],
+DEVICE_FAULTS = (
+    torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered\nCompile with TORCH_USE_CUDA_DSA"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    RuntimeError("CUDA driver error: unspecified launch failure"),
 )
+MEMORY_FAULTS = (
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+)
+
+
+@pytest.mark.parametrize("error", DEVICE_FAULTS)
 def test_a_device_that_fails_at_work_is_told_as_the_loss_of_the_worker(error):
     job = Job(MergeRequest(id="one", base="/b", adapter="/a", destination="/d"))
     with shared_failures([job]):
@@ -56,6 +68,30 @@ def test_a_device_that_fails_at_work_is_told_as_the_loss_of_the_worker(error):
     assert isinstance(job.error, DeviceLostError)
     assert (job.error.failure_class, job.error.retryable) == (FailureClass.WORKER_LOST, True)
     assert str(job.error) == f"the GPU failed at work: {str(error).splitlines()[0]}; another worker has to do it"
+
+
+def by_peft():
+    adapter = Adapter(Path("/a"), "LORA", LoraConfig(), {})
+    return refusals(adapter, "adapter_model.safetensors: PEFT cannot load it")
+
+
+def by_transformers():
+    return model_of(Path("/b"), BadInputError)
+
+
+@pytest.mark.parametrize("by", [contextlib.nullcontext, by_peft, by_transformers])
+@pytest.mark.parametrize("error", [*DEVICE_FAULTS, *MEMORY_FAULTS])
+def test_the_machine_is_no_fault_of_the_files_that_are_worked_on(by, error):
+    job = Job(MergeRequest(id="one", base="/b", adapter="/a", destination="/d"))
+    with shared_failures([job]), by():
+        raise error
+    assert isinstance(job.error, DeviceLostError if error in DEVICE_FAULTS else OutOfMemoryError)
+
+
+@pytest.mark.parametrize("by", [by_peft, by_transformers])
+def test_what_a_library_of_cuda_refuses_is_the_fault_of_the_files(by):
+    with pytest.raises(BadInputError), by():
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED")
 
 
 def test_other_runtime_errors_stay_faults():

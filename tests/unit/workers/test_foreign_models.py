@@ -15,7 +15,7 @@ def test_what_the_libraries_raise_is_told_of_the_files():
         raise ValueError("relu\x1b")
     with pytest.raises(MemoryError), model_of(Path("/b"), BadInputError):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
-    with pytest.raises(torch.OutOfMemoryError), model_of(Path("/b"), BadInputError):
+    with pytest.raises(MemoryError), model_of(Path("/b"), BadInputError):
         raise torch.OutOfMemoryError("CUDA")
     with pytest.raises(InvalidValueError), model_of(Path("/b"), BadInputError):
         raise InvalidValueError("a", "b")

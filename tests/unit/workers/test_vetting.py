@@ -9,6 +9,7 @@ import signal
 import subprocess
 
 import pytest
+from peft import BOFTConfig
 
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.locations import LocalPath
@@ -16,7 +17,8 @@ from jobs.request import MergeRequest, ParityPolicy
 from tests.models import build_llama, make_adapter
 from workers import vetting
 from workers.forks import Answer, Bounds, ForkServer
-from workers.lanes.adapter import open_adapter
+from workers.lanes.adapter import Adapter, match, open_adapter
+from workers.model import skeleton
 from workers.sources import fetch_adapter, fetch_base
 from workers.vetting import vet_adapter, vet_base, vet_prompts
 
@@ -67,6 +69,29 @@ def test_a_regular_expression_that_never_ends_is_refused(made, tmp_path, field):
     vet(base, adapter, tmp_path)
 
 
+def test_patterns_have_no_more_time_where_a_method_computes_with_values(made, tmp_path, monkeypatch):
+    base, adapter = made
+    boft = {"peft_type": "BOFT", "boft_block_size": 4, "target_modules": BOMB}
+    bad = changed(adapter, tmp_path / "bad", "adapter_config.json", lambda _: boft)
+    call = vetting.server.call
+
+    def bounded(*arguments, bounds):
+        assert bounds.cpu_seconds == vetting.CPU_SECONDS
+        return call(*arguments, bounds=bounds)
+
+    monkeypatch.setattr(vetting, "_WEIGHED_BYTES_PER_SECOND", 1)
+    monkeypatch.setattr(vetting.server, "call", bounded)
+    with pytest.raises(BadInputError, match=r"takes more than 2 seconds of a processor.* look at target_modules"):
+        vet(base, bad, tmp_path)
+
+
+def test_patterns_are_held_against_modules_that_only_peft_names(made):
+    base, adapter = made
+    config = BOFTConfig(target_modules=None, layers_to_transform=[0], layers_pattern=["("])
+    with pytest.raises(BadInputError, match="unterminated subpattern"):
+        match(Adapter(adapter, "BOFT", config, {}), skeleton(base))
+
+
 @pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
 def test_a_list_without_end_is_refused_unplanned(made, tmp_path, field):
     base, adapter = made
@@ -113,6 +138,21 @@ def test_what_was_tried_out_is_not_tried_out_again(made, tmp_path, monkeypatch):
     vet(base, adapter, tmp_path)
     monkeypatch.setattr(vetting.server, "call", None)
     vet(base, adapter, tmp_path)
+
+
+def test_an_adapter_with_other_files_of_a_tokenizer_is_tried_out_anew(made, tmp_path, monkeypatch):
+    base, adapter = made
+    vet(base, adapter, tmp_path)
+    asked: list[Bounds] = []
+    monkeypatch.setattr(vetting.server, "call", lambda *_, bounds: asked.append(bounds) or Answer())
+    own = shutil.copytree(adapter, tmp_path / "own")
+    for content in ("{}", '{"model": {}}', '{"model": {}}' + " " * (vetting.CPU_SECONDS << 22)):
+        shutil.copy(base / "tokenizer_config.json", own)
+        (own / "tokenizer.json").write_text(content)
+        vet(base, own, tmp_path)
+        vet(base, own, tmp_path)
+    seconds = [bounds.cpu_seconds for bounds in asked]
+    assert seconds == [vetting.CPU_SECONDS, vetting.CPU_SECONDS, 2 * vetting.CPU_SECONDS]
 
 
 def test_a_library_that_stumbles_is_no_fault_of_ours(made, monkeypatch):

@@ -148,8 +148,19 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path):
         read_tokenizer(files_of(tmp_path))
 
 
-@pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"model": ' + "9" * 5000 + "}"], ids=lambda text: text[:8])
-def test_what_is_no_json_is_named(tmp_path, text):
+NO_TOKENIZERS = {
+    "cut": "{",
+    "deep": "[" * 100_000,
+    "digits": '{"model": ' + "9" * 5000 + "}",
+    "list": "[1]",
+    "nested": '{"model": ' * 61 + "1" + "}" * 61,
+    "half of a character": '{"model": {"vocab": {"\\ud800": 1}}}',
+    "values": '{"model": {"vocab": [' + "{}," * 4_000_000 + "{}]}}",  # 320 MB, were it parsed
+}
+
+
+@pytest.mark.parametrize("text", NO_TOKENIZERS.values(), ids=NO_TOKENIZERS)
+def test_what_is_no_tokenizer_is_named(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(BadInputError, match=r"tokenizer\.json: expected"):
+    with pytest.raises(BadInputError, match=r"tokenizer\.json: (field model: )?expected"):
         read_tokenizer(files_of(tmp_path))
