@@ -1,6 +1,6 @@
 """The driver: claims jobs, gives them to workers, and writes down what becomes of them. The only writer of job state.
 
-One `step` is: keep leases, claim, schedule, collect, settle. It never blocks longer than `poll_seconds`. All that
+One `step` is: keep leases, claim, schedule, collect, settle. It waits for workers for `poll_seconds` at most. All that
 this process knows can be lost: leases run out, and the next driver goes on.
 """
 
@@ -123,7 +123,7 @@ class Driver:
         return self._stopping
 
     def step(self) -> None:
-        """Do one round; blocks at most `poll_seconds`.
+        """Do one round; waits for workers for `poll_seconds` at most.
 
         Raises:
             TransientIOError, NoCapacityError: the store cannot be written to; no event is lost.

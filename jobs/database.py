@@ -35,8 +35,9 @@ _CLOCKS = {
 }
 """The databases that can hold a ledger, and seconds since 1970, now, on the clock of each."""
 
-_BUSY_SECONDS = 30.0
-"""How long one writer of SQLite waits for another."""
+_BUSY_SECONDS = 10.0
+"""How long one writer of SQLite waits for another: a third of a lease, so that a driver that was kept waiting has time
+to extend its leases before they run out."""
 
 _ADMISSION_LOCK = 7_236_441
 """Number of the Postgres advisory lock under which jobs are let in; means nothing, must only be nobody else's."""

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, and_, or_, select
 
 from jobs.database import Database, rows_where_in
 from jobs.errors import LeaseLostError, NotFoundError
-from jobs.journal import Move, Step, make_moves, take_steps
+from jobs.journal import Move, Step, make_moves
 from jobs.records import JobRow, Lease, lease_of
 from jobs.schema import jobs
 from jobs.states import ACTIVE_STATES, CLAIMABLE_STATES, JobState
@@ -22,8 +22,8 @@ NO_LEASE = {"owner": None, "lease_expires_at": None}
 def finish_lost_cancellations(connection: Connection, now: float) -> None:
     """Make the jobs CANCELLED whose drivers were lost before they could stop."""
     query = select(jobs).where(jobs.c.state == JobState.CANCELLING, jobs.c.lease_expires_at <= now)
-    for row in connection.execute(query.order_by(jobs.c.number).with_for_update(skip_locked=True)).all():
-        take_steps(connection, row, now, Step(JobState.CANCELLED, loss(row)), **NO_LEASE)
+    rows = connection.execute(query.order_by(jobs.c.number).with_for_update(skip_locked=True)).all()
+    make_moves(connection, [Move(row, [Step(JobState.CANCELLED, loss(row))], NO_LEASE) for row in rows], now)
 
 
 def lease_due_jobs(connection: Connection, now: float, owner: str, limit: int, expires_at: float) -> tuple[Lease, ...]:

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from cluster.settings import Settings
 from jobs.errors import BadInputError, TransientIOError
 from jobs.store import JobStore
 from tests.releases import settle
@@ -117,6 +118,12 @@ class TestDatabase:
         holder.execute("ROLLBACK")
         holder.close()
         assert store.submit([make_request("a")]).created == ("a",)
+
+    def test_a_driver_that_waits_for_a_writer_can_still_keep_its_leases(self, store):
+        with store._database.read() as connection:
+            wait_milliseconds = connection.exec_driver_sql("PRAGMA busy_timeout").scalar()
+        # Leases are extended every third of their length.
+        assert wait_milliseconds / 1000 <= Settings().lease_seconds / 3
 
     def test_readers_do_not_wait_for_a_writer(self, store, make_request, database):
         store.submit([make_request("a")])
