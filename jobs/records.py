@@ -10,7 +10,7 @@ from sqlalchemy import Row
 from jobs.errors import FailureClass
 from jobs.release import Release
 from jobs.request import MergeRequest
-from jobs.states import SUSPICIOUS_FAILURES, JobState
+from jobs.states import JobState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,7 @@ def lease_of(row: JobRow, token: int, attempts: int) -> Lease:
         token=token,
         attempts=attempts,
         worker_losses=row.worker_losses,
-        suspect=row.worker_losses > 0 or row.failure_class in SUSPICIOUS_FAILURES,
+        suspect=row.suspect,
     )
 
 

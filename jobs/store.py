@@ -227,6 +227,7 @@ class JobStore:
                     **NO_LEASE,
                     "merge_key": merge_key,
                     "report_path": each.report_path,
+                    "suspect": False,
                     "failure_class": None,
                     "failure_message": None,
                 }
@@ -289,6 +290,7 @@ class JobStore:
                 **NO_LEASE,
                 not_before=not_before,
                 worker_losses=row.worker_losses + worker_lost,
+                suspect=row.suspect or failure in SUSPICIOUS_FAILURES,
                 failure_class=failure.value,
                 failure_message=message,
                 report_path=report_path,
@@ -297,8 +299,8 @@ class JobStore:
     def isolate(self, job_id: str, token: int, failure: FailureClass, message: str) -> None:
         """Give a job back to the queue whose unit failed as a whole: any of the jobs in it may be at fault.
 
-        The attempt does not count, nor is a lost worker held against it. The next lease of the job says that it is a
-        suspect. A job that somebody asked to cancel becomes CANCELLED.
+        The attempt does not count, nor is a lost worker held against it. From then on the leases of the job say that it
+        is a suspect, until it is published or retried. A job that somebody asked to cancel becomes CANCELLED.
 
         Args:
             job_id: of the job.
@@ -330,6 +332,7 @@ class JobStore:
                 Step(state, detail),
                 **NO_LEASE,
                 attempts=row.attempts - 1,
+                suspect=True,
                 failure_class=failure.value,
                 failure_message=message,
             )
@@ -386,6 +389,7 @@ class JobStore:
             fresh = {
                 "attempts": 0,
                 "worker_losses": 0,
+                "suspect": False,
                 "not_before": None,
                 "failure_class": None,
                 "failure_message": None,

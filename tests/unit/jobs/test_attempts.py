@@ -125,6 +125,9 @@ class TestAttempt:
             assert (driver.record(name).worker_losses, driver.record(name).failure_message) == (0, "died \\udcff")
         lease = driver.claim("a")
         assert (lease.suspect, lease.attempts) == (True, 1)
+        store.fail("a", lease.token, FailureClass.TRANSIENT_IO, "no answer", RETRY_NOW)
+        lease = driver.claim("a")
+        assert (lease.suspect, lease.attempts) == (True, 2)
         settle(store, "a", lease.token, make_release("a"), None)
         assert driver.record("a").failure_class is None
         store.cancel(["b"])

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from cluster.settings import Settings
-from jobs.errors import BadInputError, TransientIOError
+from jobs.errors import BadInputError, FailureClass, TransientIOError
 from jobs.store import JobStore
 from tests.releases import settle
 
@@ -43,8 +43,27 @@ class TestOpening:
         with sqlite3.connect(database) as connection:
             connection.execute("UPDATE mergefleet_schema SET version = 99")
         connection.close()
-        with pytest.raises(BadInputError, match="expected schema 1, found 99"):
+        with pytest.raises(BadInputError, match="expected schema 2, found 99"):
             JobStore(f"sqlite:///{database}")
+
+    def test_an_older_schema_is_brought_up_to_this_one(self, store, driver, make_request, database):
+        store.submit([make_request(name) for name in ("died", "good")])
+        store.isolate("died", driver.claim("died").token, FailureClass.WORKER_LOST, "lost")
+        store.close()
+        with sqlite3.connect(database) as connection:  # as version 1 had it
+            connection.execute("ALTER TABLE jobs DROP COLUMN suspect")
+            connection.execute("UPDATE mergefleet_schema SET version = 1")
+        connection.close()
+        for _ in range(2):
+            again = JobStore(f"sqlite:///{database}")
+            assert [(job.id, job.failure_class) for job in again.jobs()] == [("died", "worker_lost"), ("good", None)]
+            again.close()
+        again = JobStore(f"sqlite:///{database}")
+        assert [(lease.job_id, lease.suspect) for lease in again.claim("driver", 2, 60)] == [
+            ("died", True),
+            ("good", False),
+        ]
+        again.close()
 
     def test_the_tables_of_another_program_are_left_alone(self, tmp_path):
         path = tmp_path / "other.db"
