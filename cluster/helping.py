@@ -54,6 +54,8 @@ class Helping:
     def _give_pieces(self, views: Sequence[WorkerView]) -> None:
         """Have idle workers of the leader's kind work on passes that are open: the bits of a GPU may be others."""
         devices = {view.name: view.device for view in views}
+        leading = {leader for leader, _, shared in self._holdings.shared_passes() if shared.todo}
+        able = [view for view in views if view.name in leading or view.name not in self._holdings.flights]
         open_passes = {
             shared.pass_id: OpenPass(
                 pass_id=shared.pass_id,
@@ -61,16 +63,14 @@ class Helping:
                 leader=leader,
                 piece_bytes=tuple(piece.num_bytes for piece in shared.todo),
                 at_work=shared.at_work,
-                barred=frozenset(shared.barred),
+                barred=_barred(shared, leader, able),
                 device=devices[leader],
             )
             for leader, flight, shared in self._holdings.shared_passes()
-            if shared.todo and leader in devices
+            if shared.todo and leader in devices and not (shared.num_losses and shared.at_work)
         }
         if not open_passes:
             return
-        leading = {each.leader for each in open_passes.values()}
-        able = [view for view in views if view.name in leading or view.name not in self._holdings.flights]
         for given in share_out(tuple(open_passes.values()), able):
             found = self._holdings.shared(given.pass_id)
             assert found is not None
@@ -115,3 +115,12 @@ class Helping:
             self._pool.cancel(worker, job_ids)
             for job_id in job_ids:
                 self._pool.discard(worker, job_id)
+
+
+def _barred(shared: SharedPass, leader: str, able: Sequence[WorkerView]) -> frozenset[str]:
+    """Return the workers that get no pieces of a pass: all but one when it has cost a worker, as it may cost the next."""
+    if not shared.num_losses:
+        return frozenset(shared.barred)
+    idle = sorted((view.name for view in able if view.idle), key=lambda name: (name != leader, name))
+    one = next((name for name in idle if name not in shared.barred), None)
+    return frozenset(view.name for view in able) - {one}

@@ -22,7 +22,7 @@ class Held:
     state: JobState = JobState.LEASED
     """As this driver last wrote it."""
     beside: bool = False
-    """Whether other jobs are in its unit, or were when it began."""
+    """Whether what ended its unit may not be its doing: other jobs were in it, or others died at the same pass."""
     cancel_sent: bool = False
     """Whether its worker was told to stop it."""
     outcome: JobOutcome | None = None

@@ -713,12 +713,14 @@ def test_what_a_dead_worker_was_at_is_done_by_others(fleet):
     it = shared(fleet, "one")
     it.pool.lose("merge-worker-1")
     it.step(2)
-    assert it.pool.given[-1] == ("merge-worker-1", ("shard-1",))  # its place is filled again
-    for worker in ("merge-worker-0", "merge-worker-1", "merge-worker-2"):
+    assert len(it.pool.given) == 3  # from now on one worker at a time
+    for worker in ("merge-worker-0", "merge-worker-2"):
         it.pool.merge(worker, "one")
     it.step(2)
-    it.pool.merge(it.pool.given[-1][0], "one")
-    it.step(2)
+    for left in ("shard-1", "shard-3"):
+        assert it.pool.given[-1] == ("merge-worker-0", (left,))
+        it.pool.merge("merge-worker-0", "one")
+        it.step(2)
     ((_, merged),) = it.pool.finishing
     assert sorted(merged["one"]) == [("shard-0",), ("shard-1",), ("shard-2",), ("shard-3",)]
     assert it.job("one").worker_losses == 0
@@ -735,24 +737,66 @@ def test_a_pass_outlives_the_worker_that_opened_it(fleet):
     it.step(2)
     assert [worker for worker, _ in it.pool.finishing] == ["merge-worker-0"]
     it.pool.lose("merge-worker-0")
-    it.step(2)
-    assert len(it.pool.finishing) == 2  # finishing is asked for again
-    it.pool.lose("merge-worker-0")
     it.step()
-    # ... but not for ever.
-    assert it.job("one").worker_losses == 1
+    assert it.job("one").worker_losses == 1  # the second loss is the end of it
     assert it.states() == {"one": JobState.RETRY_WAIT}
 
 
-def test_a_piece_that_kills_twice_ends_the_attempt(fleet):
+def test_finishing_a_pass_is_asked_for_again_once(fleet):
     it = shared(fleet, "one")
-    it.pool.lose("merge-worker-1")
+    for _ in range(2):
+        for worker in sorted(it.pool.busy):
+            it.pool.merge(worker, "one")
+        it.step(2)
+    assert len(it.pool.finishing) == 1
+    it.pool.lose("merge-worker-0")
     it.step(2)
+    assert len(it.pool.finishing) == 2
+    it.pool.lose("merge-worker-0")
+    it.step()
+    assert (it.job("one").worker_losses, it.states()) == (1, {"one": JobState.RETRY_WAIT})
+
+
+def test_a_pass_that_kills_the_next_who_has_it_alone_is_charged(fleet):
+    it = shared(fleet, "one", num_pieces=8)
     it.pool.lose("merge-worker-1")
+    for worker in ("merge-worker-0", "merge-worker-2"):
+        it.pool.merge(worker, "one")
     it.step(2)
-    assert it.job("one").worker_losses == 1
-    assert it.history("one")[-1] in (JobState.RETRY_WAIT, JobState.LEASED)
-    assert {("merge-worker-0", "one"), ("merge-worker-2", "one")} <= set(it.pool.discarded)
+    assert list(it.pool.busy) == ["merge-worker-0"]
+    it.pool.lose("merge-worker-0")  # at other pieces than the first
+    it.step()
+    assert (it.job("one").worker_losses, it.job("one").state) == (1, JobState.RETRY_WAIT)
+    it.step()
+    assert {("merge-worker-1", "one"), ("merge-worker-2", "one")} <= set(it.pool.discarded)
+
+
+def test_workers_that_die_together_end_a_pass_and_are_charged_to_no_job(fleet):
+    it = shared(fleet, "one")
+    for worker in ("merge-worker-1", "merge-worker-2"):  # a machine is gone
+        it.pool.lose(worker)
+    it.step()
+    assert (it.states(), it.job("one").worker_losses, it.job("one").attempts) == ({"one": JobState.QUEUED}, 0, 0)
+    it.step()
+    assert it.pool.units[-1][2] == ("one",)
+
+
+@pytest.mark.parametrize("num_workers", [4, 16])
+def test_a_job_that_kills_every_worker_costs_a_fleet_four_of_them_however_large_it_is(fleet, num_workers):
+    it = fleet(num_workers=num_workers)
+    it.submit(request("poison"))
+    it.step()
+    it.pool.begin("merge-worker-0", "poison", num_pieces=2 * num_workers)
+    it.step(2)
+    for worker in ("merge-worker-0", "merge-worker-1"):
+        it.pool.lose(worker)
+        it.step(2)
+    for _ in range(2):  # max_worker_losses
+        worker, _, jobs = it.pool.units[-1]
+        assert jobs == ("poison",)
+        it.pool.lose(worker)
+        it.step(2)
+    assert it.states() == {"poison": JobState.QUARANTINED}
 
 
 def test_a_worker_that_dies_while_it_opens_a_pass_ends_the_attempt(fleet):
@@ -801,7 +845,7 @@ def test_a_pass_whose_leader_is_not_replaced_is_finished_by_another(fleet):
     it.step(2)
     assert [event.reason for event in it.events if isinstance(event, WorkerBenched)] == ["ECC error"]
     it.pool.merge("merge-worker-2", "one")
-    it.step()
+    it.step(2)
     it.pool.merge(it.pool.given[-1][0], "one")
     it.step(2)
     [(worker, merged)] = it.pool.finishing
