@@ -293,7 +293,9 @@ class AnswerHandler:
             message=f"{event.worker} was lost with {len(lost)} job{'' if len(lost) == 1 else 's'}: {event.reason}",
         )
         for held in lost:
-            self._settlement.unit_failure(held, failure)
+            self._settlement.unit_failure(held, failure, device_failed=event.device_failed)
+            if event.device_failed:
+                self._holdings.shunned[held.job_id] = event.worker
 
 
 def _fault(message: str) -> Failure:

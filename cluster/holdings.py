@@ -65,6 +65,9 @@ class Holdings:
     num_claimed: int = 0
     leaving: list[tuple[str, str]] = field(default_factory=list)
     """Helpers, each with a job that has ended: they are still to be told to let go of it."""
+    shunned: dict[str, str] = field(default_factory=dict)
+    """By job, the worker whose GPU failed under it: its next attempt is to be elsewhere. Names of workers mean nothing to
+    other drivers, so it is not in the store."""
     _tokens: dict[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
@@ -79,6 +82,7 @@ class Holdings:
                 priority=lease.request.priority,
                 sequence=self.num_claimed,
                 alone=lease.suspect,
+                not_on=self.shunned.pop(lease.job_id, None),
             )
             self.waiting[lease.job_id] = Held(lease, waiting)
             self._tokens[lease.job_id] = lease.token

@@ -11,7 +11,7 @@ from cluster.holdings import Held, Holdings
 from cluster.metrics import FleetMetrics
 from jobs.errors import CancelledError, FailureClass, LeaseLostError, NoCapacityError, TransientIOError
 from jobs.release import Release
-from jobs.states import STAGES, SUSPICIOUS_FAILURES, Decision, JobState, RetryPolicy
+from jobs.states import MAX_EXCUSED_LOSSES, STAGES, SUSPICIOUS_FAILURES, Decision, JobState, RetryPolicy
 from jobs.store import JobStore, ProgressReport, Publication
 from workers.outcomes import Failure
 
@@ -135,14 +135,19 @@ class Settlement:
         with self._guarded(held):
             self._write_failure(held, failure, report_path)
 
-    def unit_failure(self, held: Held, failure: Failure, report_path: str | None = None) -> None:
+    def unit_failure(
+        self, held: Held, failure: Failure, report_path: str | None = None, *, device_failed: bool = False
+    ) -> None:
         """End an attempt by what its worker says, or by the loss of it.
 
-        What may be the doing of another job of the unit is not held against this one: it runs alone next.
+        What may be the doing of another job of the unit is not held against this one, nor is what a GPU did, up to
+        `MAX_EXCUSED_LOSSES`: it runs alone next.
         """
         with self._guarded(held):
             if held.beside and failure.failure_class in SUSPICIOUS_FAILURES:
-                self._isolate(held, failure)
+                self._isolate(held, failure, "its unit failed as a whole")
+            elif device_failed and held.lease.excused_losses < MAX_EXCUSED_LOSSES:
+                self._isolate(held, failure, "the GPU failed")
             else:
                 self._write_failure(held, failure, report_path)
 
@@ -203,9 +208,9 @@ class Settlement:
             ),
         )
 
-    def _isolate(self, held: Held, failure: Failure) -> None:
+    def _isolate(self, held: Held, failure: Failure, reason: str) -> None:
         cancelled = held.job_id in self._store.cancelling({held.job_id: held.lease.token})
-        self._store.isolate(held.job_id, held.lease.token, failure.failure_class, failure.message)
+        self._store.isolate(held.job_id, held.lease.token, failure.failure_class, failure.message, reason)
         self._end(
             held,
             JobSettled(

@@ -34,6 +34,8 @@ class Lease:
     """Attempts so far, this one included."""
     worker_losses: int
     """Workers the job has cost so far, each while it was the only job there."""
+    excused_losses: int
+    """Workers it was lost with and was not charged with, as others were likely at fault."""
     suspect: bool
     """Whether it, or a job beside it, may have been what ended an attempt: it must not take other jobs with it."""
 
@@ -116,6 +118,7 @@ def lease_of(row: JobRow, token: int, attempts: int) -> Lease:
         token=token,
         attempts=attempts,
         worker_losses=row.worker_losses,
+        excused_losses=row.excused_losses,
         suspect=row.suspect,
     )
 

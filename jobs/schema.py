@@ -23,6 +23,7 @@ SCHEMA_VERSION = 2
 UPGRADES = {
     1: (
         "ALTER TABLE jobs ADD COLUMN suspect BOOLEAN DEFAULT false NOT NULL",
+        "ALTER TABLE jobs ADD COLUMN excused_losses INTEGER DEFAULT 0 NOT NULL",
         "UPDATE jobs SET suspect = true WHERE worker_losses > 0 OR failure_class IN ('worker_lost', 'internal')",
     ),
 }
@@ -49,6 +50,8 @@ jobs = Table(
     Column("num_events", Integer, nullable=False),
     Column("attempts", Integer, nullable=False, default=0),
     Column("worker_losses", Integer, nullable=False, default=0),
+    # Losses that were charged to no job, until it is published or retried.
+    Column("excused_losses", Integer, nullable=False, default=0),
     # Whether it, or a job beside it, may have ended a unit: until it is published or retried.
     Column("suspect", Boolean, nullable=False, default=False),
     # The lease: set while the state is an active one. The token stays, and only grows.

@@ -227,6 +227,7 @@ class JobStore:
                     **NO_LEASE,
                     "merge_key": merge_key,
                     "report_path": each.report_path,
+                    "excused_losses": 0,
                     "suspect": False,
                     "failure_class": None,
                     "failure_message": None,
@@ -296,8 +297,8 @@ class JobStore:
                 report_path=report_path,
             )
 
-    def isolate(self, job_id: str, token: int, failure: FailureClass, message: str) -> None:
-        """Give a job back to the queue whose unit failed as a whole: any of the jobs in it may be at fault.
+    def isolate(self, job_id: str, token: int, failure: FailureClass, message: str, reason: str) -> None:
+        """Give a job back to the queue whose unit failed as a whole, likely by the fault of another job or of a GPU.
 
         The attempt does not count, nor is a lost worker held against it. From then on the leases of the job say that it
         is a suspect, until it is published or retried. A job that somebody asked to cancel becomes CANCELLED.
@@ -307,6 +308,7 @@ class JobStore:
             token: of the lease.
             failure: one of `SUSPICIOUS_FAILURES`.
             message: of the error, for people.
+            reason: why the job is not charged.
 
         Raises:
             LeaseLostError: the token is stale or the lease has expired.
@@ -319,7 +321,7 @@ class JobStore:
             row, now = lock_held(self._database, connection, job_id, token)
             state = JobState.CANCELLED if row.state == JobState.CANCELLING else JobState.QUEUED
             detail: dict[str, JsonValue] = {
-                "reason": "its unit failed as a whole: not charged, runs alone next",
+                "reason": f"{reason}: not charged, runs alone next",
                 "failure": failure.value,
                 "message": message,
                 "attempt": row.attempts,
@@ -332,6 +334,7 @@ class JobStore:
                 Step(state, detail),
                 **NO_LEASE,
                 attempts=row.attempts - 1,
+                excused_losses=row.excused_losses + 1,
                 suspect=True,
                 failure_class=failure.value,
                 failure_message=message,
@@ -389,6 +392,7 @@ class JobStore:
             fresh = {
                 "attempts": 0,
                 "worker_losses": 0,
+                "excused_losses": 0,
                 "suspect": False,
                 "not_before": None,
                 "failure_class": None,

@@ -176,8 +176,8 @@ class ScriptedPool:
         )
         self.events.append(PublishFinished(worker=worker, outcome=outcome))
 
-    def lose(self, worker):
-        self.events.append(WorkerLost(worker=worker, reason="killed by signal 9"))
+    def lose(self, worker, *, device_failed=False):
+        self.events.append(WorkerLost(worker=worker, reason="killed by signal 9", device_failed=device_failed))
 
 
 def staged(name):
@@ -408,6 +408,35 @@ def test_suspects_run_alone_beside_the_rest_and_the_one_that_kills_again_is_quar
         "was lost with 1 job: killed by signal 9; 2 workers were lost while it ran alone, so it is not tried again; "
         "its events have the reason of each"
     )
+
+
+def test_a_gpu_that_fails_is_not_charged_to_its_job_which_goes_to_another_worker(fleet):
+    it = fleet(num_workers=2)
+    it.submit(request("one"), request("two", base="/bases/b"))
+    it.step()
+    [(worker, _, _), (other, _, jobs)] = it.pool.units
+    it.pool.lose(worker, device_failed=True)
+    it.step(3)
+    assert it.states()["one"] is JobState.LEASED  # it waits: the worker that is idle is the one whose GPU failed
+    assert (it.job("one").attempts, it.job("one").worker_losses, len(it.pool.units)) == (1, 0, 2)
+    assert it.store.events("one")[-2].detail["reason"] == "the GPU failed: not charged, runs alone next"
+    it.pool.finish(other, *(staged(job) for job in jobs))
+    it.step(2)
+    it.pool.finish_publish(other, jobs[0])
+    it.step(2)
+    assert it.pool.units[-1][::2] == (other, ("one",))
+
+
+def test_a_job_under_which_gpus_fail_again_and_again_is_charged_in_the_end(fleet):
+    it = fleet()
+    it.submit(request("one"))
+    num_faults = 0
+    while it.states()["one"] is not JobState.QUARANTINED and num_faults < 20:
+        it.step(2)
+        it.pool.lose("merge-worker-0", device_failed=True)
+        it.step()
+        num_faults += 1
+    assert num_faults == 3 + 2  # those it is excused from, and max_worker_losses
 
 
 def test_a_suspect_stays_one_for_the_next_driver(fleet):

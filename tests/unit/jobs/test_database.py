@@ -48,10 +48,11 @@ class TestOpening:
 
     def test_an_older_schema_is_brought_up_to_this_one(self, store, driver, make_request, database):
         store.submit([make_request(name) for name in ("died", "good")])
-        store.isolate("died", driver.claim("died").token, FailureClass.WORKER_LOST, "lost")
+        store.isolate("died", driver.claim("died").token, FailureClass.WORKER_LOST, "lost", "why")
         store.close()
         with sqlite3.connect(database) as connection:  # as version 1 had it
-            connection.execute("ALTER TABLE jobs DROP COLUMN suspect")
+            for column in ("suspect", "excused_losses"):
+                connection.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
             connection.execute("UPDATE mergefleet_schema SET version = 1")
         connection.close()
         for _ in range(2):
