@@ -238,19 +238,24 @@ class Settlement:
         except LeaseLostError:
             self._drop(held)
         except CancelledError:
-            self._write_failure(held, CANCELLED)
+            self._end_guarded(held, CANCELLED)
         except Exception as error:
             logger.exception("job could not be settled", extra={"job_id": held.job_id})
             message = f"the driver could not go on with it: {type(error).__name__}: {error}"
-            failure = Failure(failure_class=FailureClass.INTERNAL, retryable=False, message=message)
-            try:
-                self._write_failure(held, failure)
-            except STORE_FAULTS:
-                raise
-            except Exception:
-                # Its lease runs out, and whoever claims the job next finds what is there.
-                logger.exception("failure could not be stored", extra={"job_id": held.job_id})
-                self._drop(held)
+            self._end_guarded(held, Failure(failure_class=FailureClass.INTERNAL, retryable=False, message=message))
+
+    def _end_guarded(self, held: Held, failure: Failure) -> None:
+        """End a job whose settling was cut short; where that fails too, drop it."""
+        try:
+            self._write_failure(held, failure)
+        except STORE_FAULTS:
+            raise
+        except LeaseLostError:
+            self._drop(held)
+        except Exception:
+            # Its lease runs out, and whoever claims the job next finds what is there.
+            logger.exception("failure could not be stored", extra={"job_id": held.job_id})
+            self._drop(held)
 
     def _drop(self, held: Held) -> None:
         logger.warning("lease lost", extra={"job_id": held.job_id})

@@ -25,7 +25,7 @@ from cluster.replies import (
 )
 from cluster.scheduler import WorkerView
 from cluster.settings import Settings
-from jobs.errors import FailureClass, TransientIOError
+from jobs.errors import FailureClass, LeaseLostError, TransientIOError
 from jobs.locations import parse_location
 from jobs.release import Artifact, Manifest, ParitySummary, Release
 from jobs.request import MergeRequest
@@ -549,6 +549,22 @@ def test_a_job_cancelled_after_its_last_tensor_is_not_published(fleet):
     assert it.job("one").state is JobState.CANCELLED
     assert it.pool.published == []
     assert it.pool.discarded == [("merge-worker-0", "one")]
+
+
+def test_a_lease_that_runs_out_while_a_cancellation_is_written_ends_no_driver(fleet, monkeypatch):
+    it = fleet()
+    it.submit(request("one"), request("two", base="/bases/b"))
+    it.step()
+    it.store.cancel(["one"])
+
+    def fail(*_args, **_kwargs):
+        raise LeaseLostError("job 'one': lease lost")
+
+    monkeypatch.setattr(it.store, "fail", fail)
+    it.pool.finish("merge-worker-0", staged("one"))
+    it.step(2)
+    assert it.pool.discarded == [("merge-worker-0", "one")]
+    assert it.pool.units[-1][2] == ("two",)
 
 
 def test_leases_are_extended_every_third_of_their_length(fleet):
