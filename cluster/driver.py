@@ -135,6 +135,8 @@ class Driver:
         if self._stopping:
             self._let_go()
         else:
+            for held in self._helping.stranded(views, self._clock()):
+                self._settlement.let_go(held, "no worker of the kind that began it is left")
             self._claim(views)
             self._start_units(views)
         self._helping.step(() if self._stopping else views)

@@ -5,12 +5,15 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from cluster.events import DriverEvent, ShardsStarted
-from cluster.holdings import Flight, Holdings
+from cluster.holdings import Flight, Held, Holdings
 from cluster.pool import WorkerPool
 from cluster.scheduler import OpenPass, WorkerView, share_out
 from cluster.sharing import SharedPass
 
 logger = logging.getLogger(__name__)
+
+_PATIENCE_SECONDS = 120.0
+"""How long a pass waits for a worker of its kind: longer than one takes to start."""
 
 
 class Helping:
@@ -50,6 +53,28 @@ class Helping:
         self._replace_leaders(views)
         self._finish_passes()
         self._release_helpers()
+
+    def stranded(self, views: Sequence[WorkerView], now: float) -> list[Held]:
+        """Return the jobs of passes for which no worker of their kind has been up for some time.
+
+        Another kind cannot go on with them, since its bits may be others; from the beginning it can.
+
+        Args:
+            views: all workers.
+            now: seconds that only go forward.
+        """
+        by_name = {view.name: view for view in views}
+        jobs: list[Held] = []
+        for leader, flight, shared in self._holdings.shared_passes():
+            view = by_name.get(leader)
+            kind = {each.name for each in views if view is not None and each.up and each.device == view.device}
+            if view is None or kind - shared.barred:
+                shared.stranded_since = None
+            elif shared.stranded_since is None:
+                shared.stranded_since = now
+            elif now - shared.stranded_since >= _PATIENCE_SECONDS:
+                jobs += flight.held.values()
+        return jobs
 
     def _give_pieces(self, views: Sequence[WorkerView]) -> None:
         """Have idle workers of the leader's kind work on passes that are open: the bits of a GPU may be others."""

@@ -151,6 +151,11 @@ class Settlement:
             else:
                 self._write_failure(held, failure, report_path)
 
+    def let_go(self, held: Held, reason: str) -> None:
+        """Give a job back to the queue, as if this attempt had not been."""
+        with self._guarded(held):
+            self._let_go(held, reason)
+
     def summary(self) -> Summary:
         """Return what became of the jobs so far."""
         ended = self._ended.values()
@@ -168,8 +173,7 @@ class Settlement:
     def _write_failure(self, held: Held, failure: Failure, report_path: str | None = None) -> None:
         cancelled = held.job_id in self._store.cancelling({held.job_id: held.lease.token})
         if failure.failure_class is FailureClass.CANCELLED and not cancelled:
-            self._store.let_go(held.job_id, held.lease.token, "the driver stopped")
-            self._end(held, JobSettled(job_id=held.job_id, state=JobState.QUEUED))
+            self._let_go(held, "the driver stopped")
             return
         worker_lost = failure.failure_class is FailureClass.WORKER_LOST
         decision = self._policy.decide(
@@ -207,6 +211,10 @@ class Settlement:
                 report_path=report_path,
             ),
         )
+
+    def _let_go(self, held: Held, reason: str) -> None:
+        self._store.let_go(held.job_id, held.lease.token, reason)
+        self._end(held, JobSettled(job_id=held.job_id, state=JobState.QUEUED))
 
     def _isolate(self, held: Held, failure: Failure, reason: str) -> None:
         cancelled = held.job_id in self._store.cancelling({held.job_id: held.lease.token})

@@ -21,6 +21,8 @@ class SharedPass:
     """Workers that may know of it: they are told when a job of it has ended."""
     barred: set[str] = field(default_factory=set)
     """Workers that cannot take part."""
+    stranded_since: float | None = None
+    """When the last worker went that could work on it; None while there is one."""
     bytes_total: int = 0
     _bytes_done: dict[str, int] = field(default_factory=dict)
     """By worker, as it last told."""

@@ -95,6 +95,7 @@ class ScriptedPool:
         self.cancelled = []
         self.on_poll = lambda: None
         self.down = set()
+        self.devices = {}
 
     def views(self):
         return tuple(
@@ -103,6 +104,7 @@ class ScriptedPool:
                 idle=name not in self.busy and name not in self.down,
                 residents=frozenset(),
                 up=name not in self.down,
+                device=self.devices.get(name, "cpu"),
             )
             for name in self.names
         )
@@ -902,6 +904,27 @@ def test_a_pass_whose_leader_is_not_replaced_is_finished_by_another(fleet):
     it.step(2)
     assert it.states() == {"one": JobState.PUBLISHED}
     assert (it.job("one").attempts, it.job("one").worker_losses) == (1, 0)
+
+
+def test_a_pass_whose_kind_of_worker_is_gone_begins_anew_on_another_kind(fleet):
+    it = fleet(num_workers=3)
+    it.pool.devices = dict.fromkeys(("merge-worker-0", "merge-worker-1"), "cuda")
+    it.submit(request("one"))
+    it.step()
+    it.pool.begin("merge-worker-0", "one", num_pieces=2)
+    it.step(2)
+    it.pool.merge("merge-worker-1", "one")
+    it.step(2)
+    for worker in ("merge-worker-0", "merge-worker-1"):  # the second one is idle
+        it.pool.down.add(worker)
+        it.pool.lose(worker)
+    it.step(3)
+    assert (it.states(), it.pool.units) == ({"one": JobState.LEASED}, [])  # they may come back
+    it.clock.now += 200
+    it.step(2)
+    assert it.pool.units[-1][::2] == ("merge-worker-2", ("one",))
+    assert (it.job("one").attempts, it.job("one").worker_losses) == (1, 0)
+    assert it.store.events("one")[-2].detail["reason"] == "no worker of the kind that began it is left"
 
 
 def test_a_pass_that_nobody_can_go_on_with_is_tried_again(fleet):
