@@ -26,6 +26,7 @@ from cluster.replies import PoolEvent
 from cluster.scheduler import Limits, WorkerView, schedule
 from cluster.settings import Settings
 from cluster.settlement import CANCELLED, STORE_FAULTS, Settlement
+from jobs.states import MAX_EXCUSED_LOSSES
 from jobs.store import JobStore
 
 logger = logging.getLogger(__name__)
@@ -215,6 +216,9 @@ class Driver:
                 if lease.job_id in self._holdings.tokens:  # its last lease ran out before it was extended
                     self._drop(lease.job_id)
             self._holdings.add(leases)
+            for lease in leases:
+                if lease.excused_losses > MAX_EXCUSED_LOSSES:
+                    self._settlement.quarantine(self._holdings.waiting[lease.job_id])
 
     def _start_units(self, pool_views: Sequence[WorkerView]) -> None:
         # Who leads a unit is not idle, whether it is at it just now or not.

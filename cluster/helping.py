@@ -143,7 +143,7 @@ class Helping:
 
 
 def _barred(shared: SharedPass, leader: str, able: Sequence[WorkerView]) -> frozenset[str]:
-    """Return the workers that get no pieces of a pass: all but one when it has cost a worker, as it may cost the next."""
+    """Return the workers that get no pieces of a pass: all but one when it has cost a worker."""
     if not shared.num_losses:
         return frozenset(shared.barred)
     idle = sorted((view.name for view in able if view.idle), key=lambda name: (name != leader, name))

@@ -66,8 +66,8 @@ class Holdings:
     leaving: list[tuple[str, str]] = field(default_factory=list)
     """Helpers, each with a job that has ended: they are still to be told to let go of it."""
     shunned: dict[str, str] = field(default_factory=dict)
-    """By job, the worker whose GPU failed under it: its next attempt is to be elsewhere. Names of workers mean nothing to
-    other drivers, so it is not in the store."""
+    """By job, the worker whose GPU failed under it: its next attempt is to be elsewhere. Not in the store: names of
+    workers mean nothing to other drivers."""
     _tokens: dict[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:

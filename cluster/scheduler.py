@@ -102,10 +102,10 @@ def schedule(
 ) -> Schedule:
     """Assign waiting jobs to idle workers.
 
-    No worker stays idle while a job waits that it may take, and no job is in two units; GPUs get theirs first. With fewer passes than
-    idle workers, the largest passes are split by jobs, which reads a base twice but keeps everybody at work; where that
-    is not enough, they are shared, and `share_out` splits them by shards. Neither is done between a GPU and a CPU: the
-    one would have to wait for the other.
+    No worker stays idle while a job waits that it may take, and no job is in two units; GPUs get theirs first. With
+    fewer passes than idle workers, the largest passes are split by jobs, which reads a base twice but keeps all workers
+    at work; where that is not enough, they are shared, and `share_out` splits them by shards. Neither is done between a
+    GPU and a CPU: the one would have to wait for the other.
 
     Args:
         waiting: the claimed jobs without a worker.
@@ -118,11 +118,11 @@ def schedule(
     """
     up = {worker.name for worker in workers if worker.up}
     left = sorted(waiting, key=lambda job: (-job.priority, job.sequence))
-    left = [job if up - {job.not_on} else dataclasses.replace(job, not_on=None) for job in left]
+    left = [job if job.not_on is None or up - {job.not_on} else dataclasses.replace(job, not_on=None) for job in left]
     idle = sorted((worker for worker in workers if worker.idle), key=lambda worker: worker.name)
     counts = {job.pass_key: passed_over.get(job.pass_key, 0) for job in left}
     units: list[UnitAssignment] = []
-    while able := [job for job in left if any(worker.name != job.not_on for worker in idle)]:
+    while idle and (able := [job for job in left if any(worker.name != job.not_on for worker in idle)]):
         worker, first = _next(able, idle, counts, limits)
         jobs = _fill(first, left, limits)
         units.append(UnitAssignment(worker=worker.name, pass_key=first.pass_key, job_ids=jobs))

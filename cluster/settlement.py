@@ -151,6 +151,20 @@ class Settlement:
             else:
                 self._write_failure(held, failure, report_path)
 
+    def quarantine(self, held: Held) -> None:
+        """End a job that was at work too often when workers and drivers were lost, before it is tried again."""
+        message = (
+            f"{held.lease.excused_losses} workers or drivers were lost with it at work, so it is not tried again; "
+            "its events have each"
+        )
+        with self._guarded(held):
+            decision = Decision(state=JobState.QUARANTINED)
+            self._store.fail(held.job_id, held.lease.token, FailureClass.WORKER_LOST, message, decision)
+            event = JobSettled(
+                job_id=held.job_id, state=decision.state, failure_class=FailureClass.WORKER_LOST, message=message
+            )
+            self._end(held, event)
+
     def let_go(self, held: Held, reason: str) -> None:
         """Give a job back to the queue, as if this attempt had not been."""
         with self._guarded(held):

@@ -29,6 +29,9 @@ def finish_lost_cancellations(connection: Connection, now: float) -> None:
 def lease_due_jobs(connection: Connection, now: float, owner: str, limit: int, expires_at: float) -> tuple[Lease, ...]:
     """Lease up to `limit` jobs that wait for nothing, or whose lease has expired: by priority, then by age.
 
+    An attempt whose driver was lost does not count. A job that was at work when that happened for the second time runs
+    alone from then on.
+
     Args:
         connection: in a transaction that may write.
         now: time of the claim, seconds.
@@ -47,14 +50,22 @@ def lease_due_jobs(connection: Connection, now: float, owner: str, limit: int, e
     due.sort(key=lambda row: (-row.priority, row.number))
     leases, moves = [], []
     for row in due[:limit]:
-        lease = lease_of(row, row.token + 1, row.attempts + 1)
-        steps = [Step(JobState.LEASED, {"owner": owner, "token": lease.token, "attempt": lease.attempts})]
+        steps = []
+        attempts, excused_losses, suspect = row.attempts + 1, row.excused_losses, row.suspect
         if row.owner is not None:
-            steps.insert(0, Step(JobState.QUEUED, loss(row)))
+            steps.append(Step(JobState.QUEUED, loss(row)))
+            attempts = row.attempts
+            if row.state != JobState.LEASED:  # it had begun, and may be what took the driver's machine down
+                excused_losses += 1
+                suspect = suspect or excused_losses > 1
+        lease = lease_of(row, row.token + 1, attempts, excused_losses=excused_losses, suspect=suspect)
+        steps.append(Step(JobState.LEASED, {"owner": owner, "token": lease.token, "attempt": attempts}))
         columns = {
             "owner": owner,
             "token": lease.token,
-            "attempts": lease.attempts,
+            "attempts": attempts,
+            "excused_losses": excused_losses,
+            "suspect": suspect,
             "lease_expires_at": expires_at,
             "not_before": None,
             "stage": None,

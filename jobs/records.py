@@ -35,7 +35,7 @@ class Lease:
     worker_losses: int
     """Workers the job has cost so far, each while it was the only job there."""
     excused_losses: int
-    """Workers it was lost with and was not charged with, as others were likely at fault."""
+    """Workers and drivers it was lost with and was not charged with, as others were likely at fault."""
     suspect: bool
     """Whether it, or a job beside it, may have been what ended an attempt: it must not take other jobs with it."""
 
@@ -110,7 +110,7 @@ JobRow: TypeAlias = Row[*tuple[Any, ...]]
 """One row of the table of jobs; records also need `release`, of the table of releases."""
 
 
-def lease_of(row: JobRow, token: int, attempts: int) -> Lease:
+def lease_of(row: JobRow, token: int, attempts: int, *, excused_losses: int, suspect: bool) -> Lease:
     """Return the lease that a claim of this row gives."""
     return Lease(
         job_id=row.id,
@@ -118,8 +118,8 @@ def lease_of(row: JobRow, token: int, attempts: int) -> Lease:
         token=token,
         attempts=attempts,
         worker_losses=row.worker_losses,
-        excused_losses=row.excused_losses,
-        suspect=row.suspect,
+        excused_losses=excused_losses,
+        suspect=suspect,
     )
 
 

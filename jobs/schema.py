@@ -18,7 +18,7 @@ from sqlalchemy import (
 from jobs.states import LIVE_STATES
 
 SCHEMA_VERSION = 2
-"""Raised with every change of the tables. A store of a newer version is refused, one of an older is brought up to it."""
+"""Raised with every change of the tables. A newer store is refused, an older one is brought up to it."""
 
 UPGRADES = {
     1: (

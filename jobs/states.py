@@ -57,8 +57,8 @@ SUSPICIOUS_FAILURES = frozenset({FailureClass.WORKER_LOST, FailureClass.INTERNAL
 each runs alone, and what goes wrong then is its own."""
 
 MAX_EXCUSED_LOSSES = 3
-"""How often a job is not charged with the end of an attempt that is more likely the fault of others: of a GPU, of jobs
-beside it. A job that goes on doing so is no victim."""
+"""How often a job is not charged with the end of an attempt that is more likely the fault of others: of a GPU, a
+driver, jobs beside it. A job that goes on doing so is no victim."""
 
 _ENDINGS = frozenset(
     {

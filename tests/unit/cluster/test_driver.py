@@ -441,6 +441,19 @@ def test_a_job_under_which_gpus_fail_again_and_again_is_charged_in_the_end(fleet
     assert num_faults == 3 + 2  # those it is excused from, and max_worker_losses
 
 
+def test_a_job_that_was_at_work_when_four_drivers_were_lost_is_not_tried_again(fleet):
+    it = fleet()
+    it.submit(request("one"))
+    for number in range(4):
+        [lease] = it.store.claim(f"driver-{number}", 1, 0.05)
+        assert it.store.advance({"one": lease.token}, JobState.PLANNING) == {}
+        time.sleep(0.06)
+    it.step()
+    assert (it.states(), it.pool.units) == ({"one": JobState.QUARANTINED}, [])
+    assert "4 workers or drivers were lost" in it.job("one").failure_message
+    assert it.driver.summary().failures == {FailureClass.WORKER_LOST: 1}
+
+
 def test_a_suspect_stays_one_for_the_next_driver(fleet):
     it = fleet()
     it.submit(request("one"), request("two"))

@@ -18,28 +18,6 @@ def worker(number, *residents, idle=True, device="cpu"):
     return WorkerView(name=f"merge-worker-{number}", idle=idle, residents=frozenset(residents), device=device)
 
 
-def test_a_worker_whose_gpu_failed_comes_last():
-    fleet = [
-        dataclasses.replace(worker(0, device="cuda"), has_failed=True),
-        worker(1, "other", device="cuda"),
-        worker(2),
-    ]
-    waiting = [job(number, key) for number, key in enumerate("abc")]
-    chosen = [schedule(waiting[:number], fleet, {}, limits()).units[-1].worker for number in (1, 2, 3)]
-    assert chosen == ["merge-worker-1", "merge-worker-2", "merge-worker-0"]
-
-
-def test_a_job_does_not_go_back_to_the_gpu_that_failed_under_it_where_there_is_another():
-    again = dataclasses.replace(job(0), not_on="merge-worker-0", alone=True)
-    busy = worker(1, idle=False)
-    other = job(1, "b")
-    assert assigned(schedule([again], [worker(0), busy], {}, limits())) == {}
-    assert assigned(schedule([again, other], [worker(0), busy], {}, limits())) == {"merge-worker-0": ("b", ("job-1",))}
-    assert assigned(schedule([again], [worker(0), worker(1)], {}, limits())) == {"merge-worker-1": ("a", ("job-0",))}
-    gone = dataclasses.replace(busy, up=False)
-    assert assigned(schedule([again], [worker(0), gone], {}, limits())) == {"merge-worker-0": ("a", ("job-0",))}
-
-
 def limits(per_pass=4, others=3):
     return Limits(max_jobs_per_pass=per_pass, max_units_of_other_bases=others)
 
@@ -62,6 +40,28 @@ fleets = st.lists(st.tuples(st.booleans(), st.sets(st.sampled_from(KEYS), max_si
 )
 bounds = st.builds(limits, st.integers(1, 5), st.integers(0, 4))
 histories = st.dictionaries(st.sampled_from(KEYS), st.integers(0, 6))
+
+
+def test_a_worker_whose_gpu_failed_comes_last():
+    fleet = [
+        dataclasses.replace(worker(0, device="cuda"), has_failed=True),
+        worker(1, "other", device="cuda"),
+        worker(2),
+    ]
+    waiting = [job(number, key) for number, key in enumerate("abc")]
+    chosen = [schedule(waiting[:number], fleet, {}, limits()).units[-1].worker for number in (1, 2, 3)]
+    assert chosen == ["merge-worker-1", "merge-worker-2", "merge-worker-0"]
+
+
+def test_a_job_does_not_go_back_to_the_gpu_that_failed_under_it_where_there_is_another():
+    again = dataclasses.replace(job(0), not_on="merge-worker-0", alone=True)
+    busy = worker(1, idle=False)
+    other = job(1, "b")
+    assert assigned(schedule([again], [worker(0), busy], {}, limits())) == {}
+    assert assigned(schedule([again, other], [worker(0), busy], {}, limits())) == {"merge-worker-0": ("b", ("job-1",))}
+    assert assigned(schedule([again], [worker(0), worker(1)], {}, limits())) == {"merge-worker-1": ("a", ("job-0",))}
+    gone = dataclasses.replace(busy, up=False)
+    assert assigned(schedule([again], [worker(0), gone], {}, limits())) == {"merge-worker-0": ("a", ("job-0",))}
 
 
 @given(batches(), fleets, histories, bounds)
