@@ -272,8 +272,13 @@ class AnswerHandler:
         for leader, flight, shared in list(self._holdings.shared_passes()):
             if event.worker == leader or event.worker in shared.at_work:
                 staged = any(held.outcome is not None for held in flight.held.values())
-                if not shared.is_open or staged or shared.lose(event.worker):
+                if not shared.is_open or staged:
                     lost += self._holdings.on_worker(leader)
+                elif shared.lose(event.worker):
+                    for held in flight.held.values():
+                        # A machine takes all its workers along: only what had one by itself is blamed.
+                        held.beside |= not shared.is_blamed
+                        lost.append(held)
                 elif event.worker == leader:
                     # Another takes its place under its name, and can go on with what there is.
                     shared.finishing = False
@@ -288,7 +293,9 @@ class AnswerHandler:
             message=f"{event.worker} was lost with {len(lost)} job{'' if len(lost) == 1 else 's'}: {event.reason}",
         )
         for held in lost:
-            self._settlement.unit_failure(held, failure)
+            self._settlement.unit_failure(held, failure, device_failed=event.device_failed)
+            if event.device_failed:
+                self._holdings.shunned[held.job_id] = event.worker
 
 
 def _fault(message: str) -> Failure:

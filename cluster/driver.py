@@ -1,6 +1,6 @@
 """The driver: claims jobs, gives them to workers, and writes down what becomes of them. The only writer of job state.
 
-One `step` is: keep leases, claim, schedule, collect, settle. It never blocks longer than `poll_seconds`. All that
+One `step` is: keep leases, claim, schedule, collect, settle. It waits for workers for `poll_seconds` at most. All that
 this process knows can be lost: leases run out, and the next driver goes on.
 """
 
@@ -26,6 +26,7 @@ from cluster.replies import PoolEvent
 from cluster.scheduler import Limits, WorkerView, schedule
 from cluster.settings import Settings
 from cluster.settlement import CANCELLED, STORE_FAULTS, Settlement
+from jobs.states import MAX_EXCUSED_LOSSES
 from jobs.store import JobStore
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class Driver:
         return self._stopping
 
     def step(self) -> None:
-        """Do one round; blocks at most `poll_seconds`.
+        """Do one round; waits for workers for `poll_seconds` at most.
 
         Raises:
             TransientIOError, NoCapacityError: the store cannot be written to; no event is lost.
@@ -135,6 +136,8 @@ class Driver:
         if self._stopping:
             self._let_go()
         else:
+            for held in self._helping.stranded(views, self._clock()):
+                self._settlement.let_go(held, "no worker of the kind that began it is left")
             self._claim(views)
             self._start_units(views)
         self._helping.step(() if self._stopping else views)
@@ -213,6 +216,9 @@ class Driver:
                 if lease.job_id in self._holdings.tokens:  # its last lease ran out before it was extended
                     self._drop(lease.job_id)
             self._holdings.add(leases)
+            for lease in leases:
+                if lease.excused_losses > MAX_EXCUSED_LOSSES:
+                    self._settlement.quarantine(self._holdings.waiting[lease.job_id])
 
     def _start_units(self, pool_views: Sequence[WorkerView]) -> None:
         # Who leads a unit is not idle, whether it is at it just now or not.

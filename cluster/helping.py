@@ -5,12 +5,15 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from cluster.events import DriverEvent, ShardsStarted
-from cluster.holdings import Flight, Holdings
+from cluster.holdings import Flight, Held, Holdings
 from cluster.pool import WorkerPool
 from cluster.scheduler import OpenPass, WorkerView, share_out
 from cluster.sharing import SharedPass
 
 logger = logging.getLogger(__name__)
+
+_PATIENCE_SECONDS = 120.0
+"""How long a pass waits for a worker of its kind: longer than one takes to start."""
 
 
 class Helping:
@@ -51,9 +54,33 @@ class Helping:
         self._finish_passes()
         self._release_helpers()
 
+    def stranded(self, views: Sequence[WorkerView], now: float) -> list[Held]:
+        """Return the jobs of passes for which no worker of their kind has been up for some time.
+
+        Another kind cannot go on with them, since its bits may be others; from the beginning it can.
+
+        Args:
+            views: all workers.
+            now: seconds that only go forward.
+        """
+        by_name = {view.name: view for view in views}
+        jobs: list[Held] = []
+        for leader, flight, shared in self._holdings.shared_passes():
+            view = by_name.get(leader)
+            kind = {each.name for each in views if view is not None and each.up and each.device == view.device}
+            if view is None or kind - shared.barred:
+                shared.stranded_since = None
+            elif shared.stranded_since is None:
+                shared.stranded_since = now
+            elif now - shared.stranded_since >= _PATIENCE_SECONDS:
+                jobs += flight.held.values()
+        return jobs
+
     def _give_pieces(self, views: Sequence[WorkerView]) -> None:
         """Have idle workers of the leader's kind work on passes that are open: the bits of a GPU may be others."""
         devices = {view.name: view.device for view in views}
+        leading = {leader for leader, _, shared in self._holdings.shared_passes() if shared.todo}
+        able = [view for view in views if view.name in leading or view.name not in self._holdings.flights]
         open_passes = {
             shared.pass_id: OpenPass(
                 pass_id=shared.pass_id,
@@ -61,16 +88,14 @@ class Helping:
                 leader=leader,
                 piece_bytes=tuple(piece.num_bytes for piece in shared.todo),
                 at_work=shared.at_work,
-                barred=frozenset(shared.barred),
+                barred=_barred(shared, leader, able),
                 device=devices[leader],
             )
             for leader, flight, shared in self._holdings.shared_passes()
-            if shared.todo and leader in devices
+            if shared.todo and leader in devices and not (shared.num_losses and shared.at_work)
         }
         if not open_passes:
             return
-        leading = {each.leader for each in open_passes.values()}
-        able = [view for view in views if view.name in leading or view.name not in self._holdings.flights]
         for given in share_out(tuple(open_passes.values()), able):
             found = self._holdings.shared(given.pass_id)
             assert found is not None
@@ -115,3 +140,12 @@ class Helping:
             self._pool.cancel(worker, job_ids)
             for job_id in job_ids:
                 self._pool.discard(worker, job_id)
+
+
+def _barred(shared: SharedPass, leader: str, able: Sequence[WorkerView]) -> frozenset[str]:
+    """Return the workers that get no pieces of a pass: all but one when it has cost a worker."""
+    if not shared.num_losses:
+        return frozenset(shared.barred)
+    idle = sorted((view.name for view in able if view.idle), key=lambda name: (name != leader, name))
+    one = next((name for name in idle if name not in shared.barred), None)
+    return frozenset(view.name for view in able) - {one}

@@ -22,7 +22,7 @@ class Held:
     state: JobState = JobState.LEASED
     """As this driver last wrote it."""
     beside: bool = False
-    """Whether other jobs are in its unit, or were when it began."""
+    """Whether what ended its unit may not be its doing: other jobs were in it, or others died at the same pass."""
     cancel_sent: bool = False
     """Whether its worker was told to stop it."""
     outcome: JobOutcome | None = None
@@ -65,6 +65,9 @@ class Holdings:
     num_claimed: int = 0
     leaving: list[tuple[str, str]] = field(default_factory=list)
     """Helpers, each with a job that has ended: they are still to be told to let go of it."""
+    shunned: dict[str, str] = field(default_factory=dict)
+    """By job, the worker whose GPU failed under it: its next attempt is to be elsewhere. Not in the store: names of
+    workers mean nothing to other drivers."""
     _tokens: dict[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
@@ -79,6 +82,7 @@ class Holdings:
                 priority=lease.request.priority,
                 sequence=self.num_claimed,
                 alone=lease.suspect,
+                not_on=self.shunned.pop(lease.job_id, None),
             )
             self.waiting[lease.job_id] = Held(lease, waiting)
             self._tokens[lease.job_id] = lease.token

@@ -163,6 +163,7 @@ class WorkerPool:
                 residents=member.residents,
                 device=member.crew.device,
                 up=member.ready,
+                has_failed=member.device_faults > 0,
             )
             for member in self._members.values()
         )
@@ -337,7 +338,7 @@ class WorkerPool:
         except self._ray.exceptions.RayError as error:
             cause = getattr(error, "cause", error)  # what the worker raised, without Ray's account of where
             if call.method == "ready" or isinstance(cause, DeviceLostError):
-                yield from self._lose(member, _one_line(cause))
+                yield from self._lose(member, _one_line(cause), device_failed=isinstance(cause, DeviceLostError))
                 return
             yield CallFailed(
                 worker=member.name,
@@ -351,7 +352,7 @@ class WorkerPool:
         if fault is not None:
             member.device_faults += 1
             self._rest(member)
-            yield from self._lose(member, fault)
+            yield from self._lose(member, fault, device_failed=True)
             return
         yield from self._answer(member, call, value)
 
@@ -388,7 +389,7 @@ class WorkerPool:
         member.ready = True
         member.failed_starts = 0
 
-    def _lose(self, member: _Member, reason: str) -> Iterable[PoolEvent]:
+    def _lose(self, member: _Member, reason: str, *, device_failed: bool = False) -> Iterable[PoolEvent]:
         """Empty the place of a worker that is dead or cannot work, and say so; of one that never could, once.
 
         Its calls are forgotten: an actor's name is free when nothing refers to it.
@@ -400,7 +401,7 @@ class WorkerPool:
         member.calls.clear()
         if was_ready:
             logger.warning("worker lost", extra={"worker": member.name, "reason": reason})
-            yield WorkerLost(worker=member.name, reason=reason)
+            yield WorkerLost(worker=member.name, reason=reason, device_failed=device_failed)
             return
         member.failed_starts += 1
         self._rest(member)

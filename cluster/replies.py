@@ -75,6 +75,8 @@ class WorkerLost:
 
     worker: str
     reason: str
+    device_failed: bool = False
+    """Whether its GPU failed at work, as the worker itself says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

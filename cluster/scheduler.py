@@ -23,6 +23,8 @@ class WaitingJob:
     """Lower is older; unique."""
     alone: bool = False
     """It may be what has cost workers, and must not take other jobs with it."""
+    not_on: str | None = None
+    """The worker whose GPU failed under it: it goes to another, as long as there is one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,8 @@ class WorkerView:
     """`cuda` or `cpu`. Their bits may differ, so that all of one merge is done on one kind."""
     up: bool = True
     """Whether it has started, and is neither lost nor benched."""
+    has_failed: bool = False
+    """Whether its GPU failed at work, and has done none since."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,10 +102,10 @@ def schedule(
 ) -> Schedule:
     """Assign waiting jobs to idle workers.
 
-    No worker stays idle while a job waits, and no job is in two units; GPUs get theirs first. With fewer passes than
-    idle workers, the largest passes are split by jobs, which reads a base twice but keeps everybody at work; where that
-    is not enough, they are shared, and `share_out` splits them by shards. Neither is done between a GPU and a CPU: the
-    one would have to wait for the other.
+    No worker stays idle while a job waits that it may take, and no job is in two units; GPUs get theirs first. With
+    fewer passes than idle workers, the largest passes are split by jobs, which reads a base twice but keeps all workers
+    at work; where that is not enough, they are shared, and `share_out` splits them by shards. Neither is done between a
+    GPU and a CPU: the one would have to wait for the other.
 
     Args:
         waiting: the claimed jobs without a worker.
@@ -112,12 +116,14 @@ def schedule(
     Returns:
         The units, at most one for each idle worker, and the new counts.
     """
+    up = {worker.name for worker in workers if worker.up}
     left = sorted(waiting, key=lambda job: (-job.priority, job.sequence))
+    left = [job if job.not_on is None or up - {job.not_on} else dataclasses.replace(job, not_on=None) for job in left]
     idle = sorted((worker for worker in workers if worker.idle), key=lambda worker: worker.name)
     counts = {job.pass_key: passed_over.get(job.pass_key, 0) for job in left}
     units: list[UnitAssignment] = []
-    while left and idle:
-        worker, first = _next(left, idle, counts, limits)
+    while idle and (able := [job for job in left if any(worker.name != job.not_on for worker in idle)]):
+        worker, first = _next(able, idle, counts, limits)
         jobs = _fill(first, left, limits)
         units.append(UnitAssignment(worker=worker.name, pass_key=first.pass_key, job_ids=jobs))
         left = [job for job in left if job.job_id not in jobs]
@@ -146,19 +152,23 @@ def _next(
     overdue = [job for job in left if counts[job.pass_key] >= limits.max_units_of_other_bases]
     if overdue:
         oldest = min(overdue, key=lambda job: (-counts[job.pass_key], job.sequence))
-        return _best_worker(oldest.pass_key, left, idle), oldest
+        return _best_worker(oldest.pass_key, left, [each for each in idle if each.name != oldest.not_on]), oldest
     urgent = [job for job in left if job.priority == left[0].priority]
     held = frozenset[str]().union(*(worker.residents for worker in idle))
     first = next((job for job in urgent if job.pass_key in held), urgent[0])
-    return _best_worker(first.pass_key, left, idle), first
+    return _best_worker(first.pass_key, left, [each for each in idle if each.name != first.not_on]), first
 
 
 def _best_worker(pass_key: str, left: Collection[WaitingJob], idle: Sequence[WorkerView]) -> WorkerView:
-    """Return the idle worker that holds this base, else the one whose own bases are least wanted; GPUs before all."""
+    """Return the idle worker that holds this base, else the one whose own bases are least wanted.
+
+    GPUs go before all, but those that have failed come last.
+    """
     wanted = {job.pass_key for job in left} - {pass_key}
     return min(
         idle,
         key=lambda worker: (
+            worker.has_failed,
             worker.device != "cuda",
             pass_key not in worker.residents,
             len(worker.residents & wanted),

@@ -11,7 +11,7 @@ from cluster.holdings import Held, Holdings
 from cluster.metrics import FleetMetrics
 from jobs.errors import CancelledError, FailureClass, LeaseLostError, NoCapacityError, TransientIOError
 from jobs.release import Release
-from jobs.states import STAGES, SUSPICIOUS_FAILURES, Decision, JobState, RetryPolicy
+from jobs.states import MAX_EXCUSED_LOSSES, STAGES, SUSPICIOUS_FAILURES, Decision, JobState, RetryPolicy
 from jobs.store import JobStore, ProgressReport, Publication
 from workers.outcomes import Failure
 
@@ -135,16 +135,40 @@ class Settlement:
         with self._guarded(held):
             self._write_failure(held, failure, report_path)
 
-    def unit_failure(self, held: Held, failure: Failure, report_path: str | None = None) -> None:
+    def unit_failure(
+        self, held: Held, failure: Failure, report_path: str | None = None, *, device_failed: bool = False
+    ) -> None:
         """End an attempt by what its worker says, or by the loss of it.
 
-        What may be the doing of another job of the unit is not held against this one: it runs alone next.
+        What may be the doing of another job of the unit is not held against this one, nor is what a GPU did, up to
+        `MAX_EXCUSED_LOSSES`: it runs alone next.
         """
         with self._guarded(held):
             if held.beside and failure.failure_class in SUSPICIOUS_FAILURES:
-                self._isolate(held, failure)
+                self._isolate(held, failure, "its unit failed as a whole")
+            elif device_failed and held.lease.excused_losses < MAX_EXCUSED_LOSSES:
+                self._isolate(held, failure, "the GPU failed")
             else:
                 self._write_failure(held, failure, report_path)
+
+    def quarantine(self, held: Held) -> None:
+        """End a job that was at work too often when workers and drivers were lost, before it is tried again."""
+        message = (
+            f"{held.lease.excused_losses} workers or drivers were lost with it at work, so it is not tried again; "
+            "its events have each"
+        )
+        with self._guarded(held):
+            decision = Decision(state=JobState.QUARANTINED)
+            self._store.fail(held.job_id, held.lease.token, FailureClass.WORKER_LOST, message, decision)
+            event = JobSettled(
+                job_id=held.job_id, state=decision.state, failure_class=FailureClass.WORKER_LOST, message=message
+            )
+            self._end(held, event)
+
+    def let_go(self, held: Held, reason: str) -> None:
+        """Give a job back to the queue, as if this attempt had not been."""
+        with self._guarded(held):
+            self._let_go(held, reason)
 
     def summary(self) -> Summary:
         """Return what became of the jobs so far."""
@@ -163,8 +187,7 @@ class Settlement:
     def _write_failure(self, held: Held, failure: Failure, report_path: str | None = None) -> None:
         cancelled = held.job_id in self._store.cancelling({held.job_id: held.lease.token})
         if failure.failure_class is FailureClass.CANCELLED and not cancelled:
-            self._store.let_go(held.job_id, held.lease.token, "the driver stopped")
-            self._end(held, JobSettled(job_id=held.job_id, state=JobState.QUEUED))
+            self._let_go(held, "the driver stopped")
             return
         worker_lost = failure.failure_class is FailureClass.WORKER_LOST
         decision = self._policy.decide(
@@ -203,9 +226,13 @@ class Settlement:
             ),
         )
 
-    def _isolate(self, held: Held, failure: Failure) -> None:
+    def _let_go(self, held: Held, reason: str) -> None:
+        self._store.let_go(held.job_id, held.lease.token, reason)
+        self._end(held, JobSettled(job_id=held.job_id, state=JobState.QUEUED))
+
+    def _isolate(self, held: Held, failure: Failure, reason: str) -> None:
         cancelled = held.job_id in self._store.cancelling({held.job_id: held.lease.token})
-        self._store.isolate(held.job_id, held.lease.token, failure.failure_class, failure.message)
+        self._store.isolate(held.job_id, held.lease.token, failure.failure_class, failure.message, reason)
         self._end(
             held,
             JobSettled(
@@ -233,19 +260,24 @@ class Settlement:
         except LeaseLostError:
             self._drop(held)
         except CancelledError:
-            self._write_failure(held, CANCELLED)
+            self._end_guarded(held, CANCELLED)
         except Exception as error:
             logger.exception("job could not be settled", extra={"job_id": held.job_id})
             message = f"the driver could not go on with it: {type(error).__name__}: {error}"
-            failure = Failure(failure_class=FailureClass.INTERNAL, retryable=False, message=message)
-            try:
-                self._write_failure(held, failure)
-            except STORE_FAULTS:
-                raise
-            except Exception:
-                # Its lease runs out, and whoever claims the job next finds what is there.
-                logger.exception("failure could not be stored", extra={"job_id": held.job_id})
-                self._drop(held)
+            self._end_guarded(held, Failure(failure_class=FailureClass.INTERNAL, retryable=False, message=message))
+
+    def _end_guarded(self, held: Held, failure: Failure) -> None:
+        """End a job whose settling was cut short; where that fails too, drop it."""
+        try:
+            self._write_failure(held, failure)
+        except STORE_FAULTS:
+            raise
+        except LeaseLostError:
+            self._drop(held)
+        except Exception:
+            # Its lease runs out, and whoever claims the job next finds what is there.
+            logger.exception("failure could not be stored", extra={"job_id": held.job_id})
+            self._drop(held)
 
     def _drop(self, held: Held) -> None:
         logger.warning("lease lost", extra={"job_id": held.job_id})

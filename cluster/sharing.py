@@ -1,6 +1,5 @@
 """A pass that several workers work on: which of its pieces are done, and who is at the others. State only."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,14 +21,20 @@ class SharedPass:
     """Workers that may know of it: they are told when a job of it has ended."""
     barred: set[str] = field(default_factory=set)
     """Workers that cannot take part."""
+    stranded_since: float | None = None
+    """When the last worker went that could work on it; None while there is one."""
     bytes_total: int = 0
     _bytes_done: dict[str, int] = field(default_factory=dict)
     """By worker, as it last told."""
     _todo: list[Piece] = field(default_factory=list)
     _at_work: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
     _merged: dict[str, list[MergedShards]] = field(default_factory=dict)
-    _losses: Counter[Piece] = field(default_factory=Counter)
-    _finishes_lost: int = 0
+    num_losses: int = 0
+    """Workers that were lost while they were at it. After the first it is given to one worker at a time."""
+    is_blamed: bool = False
+    """Whether the last one of them had it alone after another was lost."""
+    _alone: str | None = None
+    """The worker that got pieces after a loss, while no other was at any."""
 
     @property
     def is_open(self) -> bool:
@@ -77,6 +82,7 @@ class SharedPass:
         """Give the next pieces to a worker."""
         assert worker not in self._at_work
         pieces, self._todo = tuple(self._todo[:num_pieces]), self._todo[num_pieces:]
+        self._alone = worker if self.num_losses and not self._at_work else None
         self._at_work[worker] = pieces
         self.takers.add(worker)
         return pieces
@@ -96,13 +102,13 @@ class SharedPass:
         """Have others do what a dead worker was given.
 
         Returns:
-            Whether it has cost a worker before: then the pass itself may be what kills them.
+            Whether it has cost a worker before, at whichever pieces: then the pass itself may be what kills them.
         """
-        pieces = self._at_work.get(worker, ())
-        self._losses.update(pieces)
-        self._finishes_lost += self.finishing and not pieces
+        if self.finishing or worker in self._at_work:
+            self.is_blamed = self.num_losses > 0 and (self.finishing or worker == self._alone)
+            self.num_losses += 1
         self.take_back(worker)
-        return self._finishes_lost > 1 or any(self._losses[piece] > 1 for piece in pieces)
+        return self.num_losses > 1
 
     def note_progress(self, worker: str, bytes_done: int) -> None:
         """Note how much a worker says it has done of this pass."""

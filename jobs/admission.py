@@ -4,6 +4,7 @@ No destination lies inside of another live or published one: a release holds wha
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from sqlalchemy import Connection, insert, select
 
@@ -17,33 +18,50 @@ from jobs.schema import events, jobs, labels
 from jobs.states import LIVE_STATES, JobState
 
 
-def admit(connection: Connection, requests: Sequence[MergeRequest], now: float) -> SubmitResult:
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A request with the texts the ledger keeps of it: made before drivers have to wait for the lock."""
+
+    request: MergeRequest
+    text: str
+    """The request as JSON."""
+    destination: str
+
+
+def candidate_of(request: MergeRequest) -> Candidate:
+    """Return a request as it can be admitted."""
+    return Candidate(request, request.model_dump_json(by_alias=True), str(request.destination))
+
+
+def admit(connection: Connection, candidates: Sequence[Candidate], now: float) -> SubmitResult:
     """Insert the jobs that are new.
 
     Args:
         connection: in a transaction under the admission lock.
-        requests: to become jobs; one that is a job already changes nothing.
+        candidates: to become jobs; one that is a job already changes nothing.
         now: time of the submission, seconds.
 
     Raises:
         BadInputError: an id has other content, or a destination belongs to another job; lists all such conflicts.
     """
+    query = select(jobs.c.id, jobs.c.request)
     stored = {
-        row.id: request_of(row)
-        for row in rows_where_in(connection, select(jobs), jobs.c.id, (request.id for request in requests))
+        row.id: row for row in rows_where_in(connection, query, jobs.c.id, (each.request.id for each in candidates))
     }
-    new: dict[str, MergeRequest] = {}
+    new: dict[str, Candidate] = {}
     unchanged: dict[str, None] = {}
     conflicts = []
-    for request in requests:
-        known = stored.get(request.id) or new.get(request.id)
-        if known is None:
-            new[request.id] = request
-        elif known != request:
-            conflicts.append(_difference(known, request))
-        elif request.id in stored:
-            unchanged[request.id] = None
-    conflicts += destination_conflicts(connection, ((request.id, str(request.destination)) for request in new.values()))
+    for each in candidates:
+        job_id = each.request.id
+        if (row := stored.get(job_id)) is not None:
+            # Text is compared first: reading very many requests takes seconds.
+            if row.request == each.text or (known := request_of(row)) == each.request:
+                unchanged[job_id] = None
+            else:
+                conflicts.append(_difference(known, each.request))
+        elif (earlier := new.setdefault(job_id, each)).request != each.request:
+            conflicts.append(_difference(earlier.request, each.request))
+    conflicts += destination_conflicts(connection, ((job_id, each.destination) for job_id, each in new.items()))
     if conflicts:
         raise BadInputError("\n".join(conflicts))
     _insert(connection, list(new.values()), now)
@@ -61,45 +79,37 @@ def destination_conflicts(connection: Connection, claims: Iterable[tuple[str, st
         One sentence for each conflict.
     """
     claimed = list(claims)
-    live = select(jobs).where(jobs.c.state.in_(LIVE_STATES))
-    rows = rows_where_in(connection, live, jobs.c.destination, (destination for _, destination in claimed))
-    owners = {row.destination: row.id for row in rows}
-    taken = [
-        f"job '{job_id}': expected a destination of its own, found {destination}, which belongs to job '{owner}'"
-        for job_id, destination in claimed
-        if (owner := owners.setdefault(destination, job_id)) != job_id
-    ]
-    return taken + _nesting_conflicts(connection, claimed)
-
-
-def _nesting_conflicts(connection: Connection, claimed: Sequence[tuple[str, str]]) -> list[str]:
-    """Say which destinations lie inside of another job's, or around one: releases do not hold releases.
-
-    All live destinations are read: no index finds what begins alike in both databases.
-    """
-    claims = {destination: job_id for job_id, destination in claimed if not destination.startswith("hf://")}
-    if not claims:
+    if not claimed:
         return []
-    query = select(jobs.c.id, jobs.c.destination).where(
-        jobs.c.state.in_(LIVE_STATES), jobs.c.destination.not_like("hf://%")
-    )
+    # Read once and whole, whatever the number of claims: what begins alike no index finds in both databases, and for
+    # many destinations SQLite goes through all live jobs anyway, each time it is asked.
+    query = select(jobs.c.destination, jobs.c.id).where(jobs.c.state.in_(LIVE_STATES))
     live = {row.destination: row.id for row in connection.execute(query)}
-    owners = live | claims
+    owners = dict(live)
+    mine: dict[str, str] = {}
+    taken = []
+    for job_id, destination in claimed:
+        if (owner := owners.setdefault(destination, job_id)) != job_id:
+            taken.append(
+                f"job '{job_id}': expected a destination of its own, found {destination}, "
+                f"which belongs to job '{owner}'"
+            )
+        mine[destination] = job_id
     inside = [
         f"job '{job_id}': expected a destination beside those of others, found {destination}, "
         f"which lies inside of {outer} of job '{owners[outer]}'"
-        for destination, job_id in claims.items()
+        for destination, job_id in mine.items()
         for outer in enclosing(destination)
         if outer in owners
     ]
     around = [
-        f"job '{claims[outer]}': expected a destination beside those of others, found {outer}, "
+        f"job '{mine[outer]}': expected a destination beside those of others, found {outer}, "
         f"inside of which lies {destination} of job '{owner}'"
         for destination, owner in live.items()
         for outer in enclosing(destination)
-        if outer in claims
+        if outer in mine
     ]
-    return inside + around
+    return taken + inside + around
 
 
 def _difference(known: MergeRequest, request: MergeRequest) -> str:
@@ -110,32 +120,31 @@ def _difference(known: MergeRequest, request: MergeRequest) -> str:
     )
 
 
-def _insert(connection: Connection, requests: Sequence[MergeRequest], now: float) -> None:
-    if not requests:
+def _insert(connection: Connection, candidates: Sequence[Candidate], now: float) -> None:
+    if not candidates:
         return
     connection.execute(
         insert(jobs),
         [
             {
-                "id": request.id,
-                "request": request.model_dump_json(by_alias=True),
-                "destination": str(request.destination),
-                "priority": request.priority,
+                "id": each.request.id,
+                "request": each.text,
+                "destination": each.destination,
+                "priority": each.request.priority,
                 "state": JobState.QUEUED.value,
                 "num_events": 1,
                 "created_at": now,
                 "updated_at": now,
             }
-            for request in requests
+            for each in candidates
         ],
     )
-    connection.execute(
-        insert(events), [event_values(request.id, 1, now, Step(JobState.QUEUED)) for request in requests]
-    )
+    first = event_values("", 1, now, Step(JobState.QUEUED))
+    connection.execute(insert(events), [first | {"job_id": each.request.id} for each in candidates])
     rows = [
-        {"job_id": request.id, "name": name, "value": value}
-        for request in requests
-        for name, value in request.labels.items()
+        {"job_id": each.request.id, "name": name, "value": value}
+        for each in candidates
+        for name, value in each.request.labels.items()
     ]
     if rows:
         connection.execute(insert(labels), rows)

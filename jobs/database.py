@@ -23,11 +23,12 @@ from sqlalchemy import (
     make_url,
     select,
     text,
+    update,
 )
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
 
 from jobs.errors import BadInputError, NoCapacityError, TransientIOError
-from jobs.schema import SCHEMA_VERSION, metadata, versions
+from jobs.schema import SCHEMA_VERSION, UPGRADES, metadata, versions
 
 _CLOCKS = {
     "sqlite": "(julianday('now') - 2440587.5) * 86400.0",  # unixepoch('subsec') needs SQLite 3.42
@@ -35,8 +36,9 @@ _CLOCKS = {
 }
 """The databases that can hold a ledger, and seconds since 1970, now, on the clock of each."""
 
-_BUSY_SECONDS = 30.0
-"""How long one writer of SQLite waits for another."""
+_BUSY_SECONDS = 10.0
+"""How long one writer of SQLite waits for another: a third of a lease, so that a driver that was kept waiting has time
+to extend its leases before they run out."""
 
 _ADMISSION_LOCK = 7_236_441
 """Number of the Postgres advisory lock under which jobs are let in; means nothing, must only be nobody else's."""
@@ -58,7 +60,7 @@ class Database:
 
     Args:
         url: `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql://user@host/name`. A missing SQLite file
-            is made, with its directory; missing tables are made.
+            is made, with its directory; missing tables are made, and those of an older version brought up to this one.
 
     Raises:
         BadInputError: the URL is of no known kind, what it names is no ledger, or it is one of a newer version.
@@ -129,29 +131,36 @@ class Database:
             raise TransientIOError(f"store {self.name} does not answer; nothing was written: {cause}") from error
 
     def _prepare(self) -> None:
-        """Make the tables, unless they are there."""
+        """Make the tables, or what an older version lacks of them."""
         with self.read() as connection:
-            if self._is_prepared(connection):
+            if self._version(connection) == SCHEMA_VERSION:
                 return
         with self.write() as connection:
             self.lock_admission(connection)
-            if not self._is_prepared(connection):
+            found = self._version(connection)
+            if found is None:
                 metadata.create_all(connection)
                 connection.execute(insert(versions).values(version=SCHEMA_VERSION))
+                return
+            for version in range(found, SCHEMA_VERSION):
+                for statement in UPGRADES[version]:
+                    connection.exec_driver_sql(statement)
+            connection.execute(update(versions).values(version=SCHEMA_VERSION))
 
-    def _is_prepared(self, connection: Connection) -> bool:
+    def _version(self, connection: Connection) -> int | None:
+        """Return the version of the tables, or None where there are none."""
         tables = set(inspect(connection).get_table_names())
         if versions.name not in tables:
             if foreign := tables & metadata.tables.keys():
                 raise BadInputError(f"store {self.name} has tables of another program: {', '.join(sorted(foreign))}")
-            return False
-        version = connection.scalar(select(func.max(versions.c.version)))
-        if version != SCHEMA_VERSION:
+            return None
+        version: int | None = connection.scalar(select(func.max(versions.c.version)))
+        if version != SCHEMA_VERSION and version not in UPGRADES:
             raise BadInputError(
                 f"store {self.name}: expected schema {SCHEMA_VERSION}, found {version}; "
                 "open it with the mergefleet that wrote it, or a newer one"
             )
-        return True
+        return version
 
 
 def _parse(url: str) -> URL:

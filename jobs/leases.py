@@ -10,7 +10,7 @@ from sqlalchemy import Connection, and_, or_, select
 
 from jobs.database import Database, rows_where_in
 from jobs.errors import LeaseLostError, NotFoundError
-from jobs.journal import Move, Step, make_moves, take_steps
+from jobs.journal import Move, Step, make_moves
 from jobs.records import JobRow, Lease, lease_of
 from jobs.schema import jobs
 from jobs.states import ACTIVE_STATES, CLAIMABLE_STATES, JobState
@@ -22,12 +22,15 @@ NO_LEASE = {"owner": None, "lease_expires_at": None}
 def finish_lost_cancellations(connection: Connection, now: float) -> None:
     """Make the jobs CANCELLED whose drivers were lost before they could stop."""
     query = select(jobs).where(jobs.c.state == JobState.CANCELLING, jobs.c.lease_expires_at <= now)
-    for row in connection.execute(query.order_by(jobs.c.number).with_for_update(skip_locked=True)).all():
-        take_steps(connection, row, now, Step(JobState.CANCELLED, loss(row)), **NO_LEASE)
+    rows = connection.execute(query.order_by(jobs.c.number).with_for_update(skip_locked=True)).all()
+    make_moves(connection, [Move(row, [Step(JobState.CANCELLED, loss(row))], NO_LEASE) for row in rows], now)
 
 
 def lease_due_jobs(connection: Connection, now: float, owner: str, limit: int, expires_at: float) -> tuple[Lease, ...]:
     """Lease up to `limit` jobs that wait for nothing, or whose lease has expired: by priority, then by age.
+
+    An attempt whose driver was lost does not count. A job that was at work when that happened for the second time runs
+    alone from then on.
 
     Args:
         connection: in a transaction that may write.
@@ -47,14 +50,22 @@ def lease_due_jobs(connection: Connection, now: float, owner: str, limit: int, e
     due.sort(key=lambda row: (-row.priority, row.number))
     leases, moves = [], []
     for row in due[:limit]:
-        lease = lease_of(row, row.token + 1, row.attempts + 1)
-        steps = [Step(JobState.LEASED, {"owner": owner, "token": lease.token, "attempt": lease.attempts})]
+        steps = []
+        attempts, excused_losses, suspect = row.attempts + 1, row.excused_losses, row.suspect
         if row.owner is not None:
-            steps.insert(0, Step(JobState.QUEUED, loss(row)))
+            steps.append(Step(JobState.QUEUED, loss(row)))
+            attempts = row.attempts
+            if row.state != JobState.LEASED:  # it had begun, and may be what took the driver's machine down
+                excused_losses += 1
+                suspect = suspect or excused_losses > 1
+        lease = lease_of(row, row.token + 1, attempts, excused_losses=excused_losses, suspect=suspect)
+        steps.append(Step(JobState.LEASED, {"owner": owner, "token": lease.token, "attempt": attempts}))
         columns = {
             "owner": owner,
             "token": lease.token,
-            "attempts": lease.attempts,
+            "attempts": attempts,
+            "excused_losses": excused_losses,
+            "suspect": suspect,
             "lease_expires_at": expires_at,
             "not_before": None,
             "stage": None,

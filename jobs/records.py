@@ -10,7 +10,7 @@ from sqlalchemy import Row
 from jobs.errors import FailureClass
 from jobs.release import Release
 from jobs.request import MergeRequest
-from jobs.states import SUSPICIOUS_FAILURES, JobState
+from jobs.states import JobState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,8 @@ class Lease:
     """Attempts so far, this one included."""
     worker_losses: int
     """Workers the job has cost so far, each while it was the only job there."""
+    excused_losses: int
+    """Workers and drivers it was lost with and was not charged with, as others were likely at fault."""
     suspect: bool
     """Whether it, or a job beside it, may have been what ended an attempt: it must not take other jobs with it."""
 
@@ -108,7 +110,7 @@ JobRow: TypeAlias = Row[*tuple[Any, ...]]
 """One row of the table of jobs; records also need `release`, of the table of releases."""
 
 
-def lease_of(row: JobRow, token: int, attempts: int) -> Lease:
+def lease_of(row: JobRow, token: int, attempts: int, *, excused_losses: int, suspect: bool) -> Lease:
     """Return the lease that a claim of this row gives."""
     return Lease(
         job_id=row.id,
@@ -116,7 +118,8 @@ def lease_of(row: JobRow, token: int, attempts: int) -> Lease:
         token=token,
         attempts=attempts,
         worker_losses=row.worker_losses,
-        suspect=row.worker_losses > 0 or row.failure_class in SUSPICIOUS_FAILURES,
+        excused_losses=excused_losses,
+        suspect=suspect,
     )
 
 

@@ -2,6 +2,7 @@
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     Double,
@@ -16,8 +17,17 @@ from sqlalchemy import (
 
 from jobs.states import LIVE_STATES
 
-SCHEMA_VERSION = 1
-"""Raised with every change of the tables. A store of a newer version is refused."""
+SCHEMA_VERSION = 2
+"""Raised with every change of the tables. A newer store is refused, an older one is brought up to it."""
+
+UPGRADES = {
+    1: (
+        "ALTER TABLE jobs ADD COLUMN suspect BOOLEAN DEFAULT false NOT NULL",
+        "ALTER TABLE jobs ADD COLUMN excused_losses INTEGER DEFAULT 0 NOT NULL",
+        "UPDATE jobs SET suspect = true WHERE worker_losses > 0 OR failure_class IN ('worker_lost', 'internal')",
+    ),
+}
+"""By version, the statements that lead to the next: in words that SQLite and Postgres both know."""
 
 metadata = MetaData()
 
@@ -40,6 +50,10 @@ jobs = Table(
     Column("num_events", Integer, nullable=False),
     Column("attempts", Integer, nullable=False, default=0),
     Column("worker_losses", Integer, nullable=False, default=0),
+    # Losses that were charged to no job, until it is published or retried.
+    Column("excused_losses", Integer, nullable=False, default=0),
+    # Whether it, or a job beside it, may have ended a unit: until it is published or retried.
+    Column("suspect", Boolean, nullable=False, default=False),
     # The lease: set while the state is an active one. The token stays, and only grows.
     Column("owner", Text),
     Column("token", BigInteger, nullable=False, default=0),

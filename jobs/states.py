@@ -56,6 +56,10 @@ SUSPICIOUS_FAILURES = frozenset({FailureClass.WORKER_LOST, FailureClass.INTERNAL
 """Failures that end a whole unit, whichever of its jobs is at fault. Where there were several, none of them is charged;
 each runs alone, and what goes wrong then is its own."""
 
+MAX_EXCUSED_LOSSES = 3
+"""How often a job is not charged with the end of an attempt that is more likely the fault of others: of a GPU, a
+driver, jobs beside it. A job that goes on doing so is no victim."""
+
 _ENDINGS = frozenset(
     {
         JobState.QUEUED,

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pydantic import JsonValue
 from sqlalchemy import bindparam, case, func, insert, select, update
 
-from jobs.admission import admit, destination_conflicts
+from jobs.admission import admit, candidate_of, destination_conflicts
 from jobs.database import Database, batches, rows_where_in
 from jobs.errors import BadInputError, CancelledError, FailureClass, InternalError, MergefleetError
 from jobs.journal import Move, Step, make_moves, take_steps
@@ -72,9 +72,10 @@ class JobStore:
             BadInputError: an id has other content, or a destination belongs to another live or published job; lists
                 all such conflicts.
         """
+        candidates = [candidate_of(request) for request in requests]
         with self._database.write() as connection:
             self._database.lock_admission(connection)
-            return admit(connection, requests, self._database.now(connection))
+            return admit(connection, candidates, self._database.now(connection))
 
     def claim(self, owner: str, limit: int, lease_seconds: float) -> tuple[Lease, ...]:
         """Lease jobs that are due, those of lost drivers included: higher priority first, then older submission.
@@ -226,6 +227,8 @@ class JobStore:
                     **NO_LEASE,
                     "merge_key": merge_key,
                     "report_path": each.report_path,
+                    "excused_losses": 0,
+                    "suspect": False,
                     "failure_class": None,
                     "failure_message": None,
                 }
@@ -288,22 +291,24 @@ class JobStore:
                 **NO_LEASE,
                 not_before=not_before,
                 worker_losses=row.worker_losses + worker_lost,
+                suspect=row.suspect or failure in SUSPICIOUS_FAILURES,
                 failure_class=failure.value,
                 failure_message=message,
                 report_path=report_path,
             )
 
-    def isolate(self, job_id: str, token: int, failure: FailureClass, message: str) -> None:
-        """Give a job back to the queue whose unit failed as a whole: any of the jobs in it may be at fault.
+    def isolate(self, job_id: str, token: int, failure: FailureClass, message: str, reason: str) -> None:
+        """Give a job back to the queue whose unit failed as a whole, likely by the fault of another job or of a GPU.
 
-        The attempt does not count, nor is a lost worker held against it. The next lease of the job says that it is a
-        suspect. A job that somebody asked to cancel becomes CANCELLED.
+        The attempt does not count, nor is a lost worker held against it. From then on the leases of the job say that it
+        is a suspect, until it is published or retried. A job that somebody asked to cancel becomes CANCELLED.
 
         Args:
             job_id: of the job.
             token: of the lease.
             failure: one of `SUSPICIOUS_FAILURES`.
             message: of the error, for people.
+            reason: why the job is not charged.
 
         Raises:
             LeaseLostError: the token is stale or the lease has expired.
@@ -316,7 +321,7 @@ class JobStore:
             row, now = lock_held(self._database, connection, job_id, token)
             state = JobState.CANCELLED if row.state == JobState.CANCELLING else JobState.QUEUED
             detail: dict[str, JsonValue] = {
-                "reason": "its unit failed as a whole: not charged, runs alone next",
+                "reason": f"{reason}: not charged, runs alone next",
                 "failure": failure.value,
                 "message": message,
                 "attempt": row.attempts,
@@ -329,6 +334,8 @@ class JobStore:
                 Step(state, detail),
                 **NO_LEASE,
                 attempts=row.attempts - 1,
+                excused_losses=row.excused_losses + 1,
+                suspect=True,
                 failure_class=failure.value,
                 failure_message=message,
             )
@@ -356,17 +363,15 @@ class JobStore:
         """
         with self._database.write() as connection:
             rows, now = lock_jobs(self._database, connection, ids)
-            changed = []
+            moves = []
             for row in rows:
                 if row.state in CLAIMABLE_STATES:
-                    take_steps(connection, row, now, Step(JobState.CANCELLED), not_before=None)
+                    moves.append(Move(row, [Step(JobState.CANCELLED)], {"not_before": None}))
                 elif row.state in ACTIVE_STATES and row.state != JobState.CANCELLING:
-                    take_steps(connection, row, now, Step(JobState.CANCELLING))
-                else:
-                    continue
-                changed.append(row.id)
+                    moves.append(Move(row, [Step(JobState.CANCELLING)], {"not_before": None}))
+            make_moves(connection, moves, now)
             finish_lost_cancellations(connection, now)
-            return tuple(changed)
+            return tuple(move.row.id for move in moves)
 
     def retry(self, ids: Iterable[str]) -> tuple[str, ...]:
         """Queue jobs again that failed, were cancelled or quarantined, or wait for their time; attempts start anew.
@@ -384,10 +389,17 @@ class JobStore:
             rows = [row for row in rows if row.state in RETRYABLE_STATES]
             if conflicts := destination_conflicts(connection, ((row.id, row.destination) for row in rows)):
                 raise BadInputError("\n".join(conflicts))
-            fresh = {"attempts": 0, "worker_losses": 0, "not_before": None}
-            for row in rows:
-                step = Step(JobState.QUEUED, {"reason": "retried"})
-                take_steps(connection, row, now, step, **fresh, failure_class=None, failure_message=None)
+            fresh = {
+                "attempts": 0,
+                "worker_losses": 0,
+                "excused_losses": 0,
+                "suspect": False,
+                "not_before": None,
+                "failure_class": None,
+                "failure_message": None,
+            }
+            step = Step(JobState.QUEUED, {"reason": "retried"})
+            make_moves(connection, [Move(row, [step], fresh) for row in rows], now)
             return tuple(row.id for row in rows)
 
     def jobs(

@@ -25,7 +25,7 @@ from cluster.replies import (
 )
 from cluster.scheduler import WorkerView
 from cluster.settings import Settings
-from jobs.errors import FailureClass, TransientIOError
+from jobs.errors import FailureClass, LeaseLostError, TransientIOError
 from jobs.locations import parse_location
 from jobs.release import Artifact, Manifest, ParitySummary, Release
 from jobs.request import MergeRequest
@@ -95,6 +95,7 @@ class ScriptedPool:
         self.cancelled = []
         self.on_poll = lambda: None
         self.down = set()
+        self.devices = {}
 
     def views(self):
         return tuple(
@@ -103,6 +104,7 @@ class ScriptedPool:
                 idle=name not in self.busy and name not in self.down,
                 residents=frozenset(),
                 up=name not in self.down,
+                device=self.devices.get(name, "cpu"),
             )
             for name in self.names
         )
@@ -176,8 +178,8 @@ class ScriptedPool:
         )
         self.events.append(PublishFinished(worker=worker, outcome=outcome))
 
-    def lose(self, worker):
-        self.events.append(WorkerLost(worker=worker, reason="killed by signal 9"))
+    def lose(self, worker, *, device_failed=False):
+        self.events.append(WorkerLost(worker=worker, reason="killed by signal 9", device_failed=device_failed))
 
 
 def staged(name):
@@ -410,6 +412,48 @@ def test_suspects_run_alone_beside_the_rest_and_the_one_that_kills_again_is_quar
     )
 
 
+def test_a_gpu_that_fails_is_not_charged_to_its_job_which_goes_to_another_worker(fleet):
+    it = fleet(num_workers=2)
+    it.submit(request("one"), request("two", base="/bases/b"))
+    it.step()
+    [(worker, _, _), (other, _, jobs)] = it.pool.units
+    it.pool.lose(worker, device_failed=True)
+    it.step(3)
+    assert it.states()["one"] is JobState.LEASED  # it waits: the worker that is idle is the one whose GPU failed
+    assert (it.job("one").attempts, it.job("one").worker_losses, len(it.pool.units)) == (1, 0, 2)
+    assert it.store.events("one")[-2].detail["reason"] == "the GPU failed: not charged, runs alone next"
+    it.pool.finish(other, *(staged(job) for job in jobs))
+    it.step(2)
+    it.pool.finish_publish(other, jobs[0])
+    it.step(2)
+    assert it.pool.units[-1][::2] == (other, ("one",))
+
+
+def test_a_job_under_which_gpus_fail_again_and_again_is_charged_in_the_end(fleet):
+    it = fleet()
+    it.submit(request("one"))
+    num_faults = 0
+    while it.states()["one"] is not JobState.QUARANTINED and num_faults < 20:
+        it.step(2)
+        it.pool.lose("merge-worker-0", device_failed=True)
+        it.step()
+        num_faults += 1
+    assert num_faults == 3 + 2  # those it is excused from, and max_worker_losses
+
+
+def test_a_job_that_was_at_work_when_four_drivers_were_lost_is_not_tried_again(fleet):
+    it = fleet()
+    it.submit(request("one"))
+    for number in range(4):
+        [lease] = it.store.claim(f"driver-{number}", 1, 0.05)
+        assert it.store.advance({"one": lease.token}, JobState.PLANNING) == {}
+        time.sleep(0.06)
+    it.step()
+    assert (it.states(), it.pool.units) == ({"one": JobState.QUARANTINED}, [])
+    assert "4 workers or drivers were lost" in it.job("one").failure_message
+    assert it.driver.summary().failures == {FailureClass.WORKER_LOST: 1}
+
+
 def test_a_suspect_stays_one_for_the_next_driver(fleet):
     it = fleet()
     it.submit(request("one"), request("two"))
@@ -520,6 +564,22 @@ def test_a_job_cancelled_after_its_last_tensor_is_not_published(fleet):
     assert it.job("one").state is JobState.CANCELLED
     assert it.pool.published == []
     assert it.pool.discarded == [("merge-worker-0", "one")]
+
+
+def test_a_lease_that_runs_out_while_a_cancellation_is_written_ends_no_driver(fleet, monkeypatch):
+    it = fleet()
+    it.submit(request("one"), request("two", base="/bases/b"))
+    it.step()
+    it.store.cancel(["one"])
+
+    def fail(*_args, **_kwargs):
+        raise LeaseLostError("job 'one': lease lost")
+
+    monkeypatch.setattr(it.store, "fail", fail)
+    it.pool.finish("merge-worker-0", staged("one"))
+    it.step(2)
+    assert it.pool.discarded == [("merge-worker-0", "one")]
+    assert it.pool.units[-1][2] == ("two",)
 
 
 def test_leases_are_extended_every_third_of_their_length(fleet):
@@ -713,12 +773,14 @@ def test_what_a_dead_worker_was_at_is_done_by_others(fleet):
     it = shared(fleet, "one")
     it.pool.lose("merge-worker-1")
     it.step(2)
-    assert it.pool.given[-1] == ("merge-worker-1", ("shard-1",))  # its place is filled again
-    for worker in ("merge-worker-0", "merge-worker-1", "merge-worker-2"):
+    assert len(it.pool.given) == 3  # from now on one worker at a time
+    for worker in ("merge-worker-0", "merge-worker-2"):
         it.pool.merge(worker, "one")
     it.step(2)
-    it.pool.merge(it.pool.given[-1][0], "one")
-    it.step(2)
+    for left in ("shard-1", "shard-3"):
+        assert it.pool.given[-1] == ("merge-worker-0", (left,))
+        it.pool.merge("merge-worker-0", "one")
+        it.step(2)
     ((_, merged),) = it.pool.finishing
     assert sorted(merged["one"]) == [("shard-0",), ("shard-1",), ("shard-2",), ("shard-3",)]
     assert it.job("one").worker_losses == 0
@@ -735,24 +797,66 @@ def test_a_pass_outlives_the_worker_that_opened_it(fleet):
     it.step(2)
     assert [worker for worker, _ in it.pool.finishing] == ["merge-worker-0"]
     it.pool.lose("merge-worker-0")
-    it.step(2)
-    assert len(it.pool.finishing) == 2  # finishing is asked for again
-    it.pool.lose("merge-worker-0")
     it.step()
-    # ... but not for ever.
-    assert it.job("one").worker_losses == 1
+    assert it.job("one").worker_losses == 1  # the second loss is the end of it
     assert it.states() == {"one": JobState.RETRY_WAIT}
 
 
-def test_a_piece_that_kills_twice_ends_the_attempt(fleet):
+def test_finishing_a_pass_is_asked_for_again_once(fleet):
     it = shared(fleet, "one")
-    it.pool.lose("merge-worker-1")
+    for _ in range(2):
+        for worker in sorted(it.pool.busy):
+            it.pool.merge(worker, "one")
+        it.step(2)
+    assert len(it.pool.finishing) == 1
+    it.pool.lose("merge-worker-0")
     it.step(2)
+    assert len(it.pool.finishing) == 2
+    it.pool.lose("merge-worker-0")
+    it.step()
+    assert (it.job("one").worker_losses, it.states()) == (1, {"one": JobState.RETRY_WAIT})
+
+
+def test_a_pass_that_kills_the_next_who_has_it_alone_is_charged(fleet):
+    it = shared(fleet, "one", num_pieces=8)
     it.pool.lose("merge-worker-1")
+    for worker in ("merge-worker-0", "merge-worker-2"):
+        it.pool.merge(worker, "one")
     it.step(2)
-    assert it.job("one").worker_losses == 1
-    assert it.history("one")[-1] in (JobState.RETRY_WAIT, JobState.LEASED)
-    assert {("merge-worker-0", "one"), ("merge-worker-2", "one")} <= set(it.pool.discarded)
+    assert list(it.pool.busy) == ["merge-worker-0"]
+    it.pool.lose("merge-worker-0")  # at other pieces than the first
+    it.step()
+    assert (it.job("one").worker_losses, it.job("one").state) == (1, JobState.RETRY_WAIT)
+    it.step()
+    assert {("merge-worker-1", "one"), ("merge-worker-2", "one")} <= set(it.pool.discarded)
+
+
+def test_workers_that_die_together_end_a_pass_and_are_charged_to_no_job(fleet):
+    it = shared(fleet, "one")
+    for worker in ("merge-worker-1", "merge-worker-2"):  # a machine is gone
+        it.pool.lose(worker)
+    it.step()
+    assert (it.states(), it.job("one").worker_losses, it.job("one").attempts) == ({"one": JobState.QUEUED}, 0, 0)
+    it.step()
+    assert it.pool.units[-1][2] == ("one",)
+
+
+@pytest.mark.parametrize("num_workers", [4, 16])
+def test_a_job_that_kills_every_worker_costs_a_fleet_four_of_them_however_large_it_is(fleet, num_workers):
+    it = fleet(num_workers=num_workers)
+    it.submit(request("poison"))
+    it.step()
+    it.pool.begin("merge-worker-0", "poison", num_pieces=2 * num_workers)
+    it.step(2)
+    for worker in ("merge-worker-0", "merge-worker-1"):
+        it.pool.lose(worker)
+        it.step(2)
+    for _ in range(2):  # max_worker_losses
+        worker, _, jobs = it.pool.units[-1]
+        assert jobs == ("poison",)
+        it.pool.lose(worker)
+        it.step(2)
+    assert it.states() == {"poison": JobState.QUARANTINED}
 
 
 def test_a_worker_that_dies_while_it_opens_a_pass_ends_the_attempt(fleet):
@@ -801,7 +905,7 @@ def test_a_pass_whose_leader_is_not_replaced_is_finished_by_another(fleet):
     it.step(2)
     assert [event.reason for event in it.events if isinstance(event, WorkerBenched)] == ["ECC error"]
     it.pool.merge("merge-worker-2", "one")
-    it.step()
+    it.step(2)
     it.pool.merge(it.pool.given[-1][0], "one")
     it.step(2)
     [(worker, merged)] = it.pool.finishing
@@ -813,6 +917,27 @@ def test_a_pass_whose_leader_is_not_replaced_is_finished_by_another(fleet):
     it.step(2)
     assert it.states() == {"one": JobState.PUBLISHED}
     assert (it.job("one").attempts, it.job("one").worker_losses) == (1, 0)
+
+
+def test_a_pass_whose_kind_of_worker_is_gone_begins_anew_on_another_kind(fleet):
+    it = fleet(num_workers=3)
+    it.pool.devices = dict.fromkeys(("merge-worker-0", "merge-worker-1"), "cuda")
+    it.submit(request("one"))
+    it.step()
+    it.pool.begin("merge-worker-0", "one", num_pieces=2)
+    it.step(2)
+    it.pool.merge("merge-worker-1", "one")
+    it.step(2)
+    for worker in ("merge-worker-0", "merge-worker-1"):  # the second one is idle
+        it.pool.down.add(worker)
+        it.pool.lose(worker)
+    it.step(3)
+    assert (it.states(), it.pool.units) == ({"one": JobState.LEASED}, [])  # they may come back
+    it.clock.now += 200
+    it.step(2)
+    assert it.pool.units[-1][::2] == ("merge-worker-2", ("one",))
+    assert (it.job("one").attempts, it.job("one").worker_losses) == (1, 0)
+    assert it.store.events("one")[-2].detail["reason"] == "no worker of the kind that began it is left"
 
 
 def test_a_pass_that_nobody_can_go_on_with_is_tried_again(fleet):

@@ -42,6 +42,28 @@ bounds = st.builds(limits, st.integers(1, 5), st.integers(0, 4))
 histories = st.dictionaries(st.sampled_from(KEYS), st.integers(0, 6))
 
 
+def test_a_worker_whose_gpu_failed_comes_last():
+    fleet = [
+        dataclasses.replace(worker(0, device="cuda"), has_failed=True),
+        worker(1, "other", device="cuda"),
+        worker(2),
+    ]
+    waiting = [job(number, key) for number, key in enumerate("abc")]
+    chosen = [schedule(waiting[:number], fleet, {}, limits()).units[-1].worker for number in (1, 2, 3)]
+    assert chosen == ["merge-worker-1", "merge-worker-2", "merge-worker-0"]
+
+
+def test_a_job_does_not_go_back_to_the_gpu_that_failed_under_it_where_there_is_another():
+    again = dataclasses.replace(job(0), not_on="merge-worker-0", alone=True)
+    busy = worker(1, idle=False)
+    other = job(1, "b")
+    assert assigned(schedule([again], [worker(0), busy], {}, limits())) == {}
+    assert assigned(schedule([again, other], [worker(0), busy], {}, limits())) == {"merge-worker-0": ("b", ("job-1",))}
+    assert assigned(schedule([again], [worker(0), worker(1)], {}, limits())) == {"merge-worker-1": ("a", ("job-0",))}
+    gone = dataclasses.replace(busy, up=False)
+    assert assigned(schedule([again], [worker(0), gone], {}, limits())) == {"merge-worker-0": ("a", ("job-0",))}
+
+
 @given(batches(), fleets, histories, bounds)
 def test_every_schedule_keeps_the_rules(jobs, workers, passed_over, bound):
     result = schedule(jobs, workers, passed_over, bound)

@@ -120,21 +120,24 @@ class TestAttempt:
         store.submit([make_request("a"), make_request("b")])
         tokens = {name: driver.claim(name).token for name in ("a", "b")}
         for name in ("a", "b"):
-            store.isolate(name, tokens[name], FailureClass.WORKER_LOST, "died \udcff")
+            store.isolate(name, tokens[name], FailureClass.WORKER_LOST, "died \udcff", "why")
             assert (driver.record(name).state, driver.record(name).attempts) == (JobState.QUEUED, 0)
             assert (driver.record(name).worker_losses, driver.record(name).failure_message) == (0, "died \\udcff")
         lease = driver.claim("a")
-        assert (lease.suspect, lease.attempts) == (True, 1)
+        assert (lease.suspect, lease.attempts, lease.excused_losses) == (True, 1, 1)
+        store.fail("a", lease.token, FailureClass.TRANSIENT_IO, "no answer", RETRY_NOW)
+        lease = driver.claim("a")
+        assert (lease.suspect, lease.attempts) == (True, 2)
         settle(store, "a", lease.token, make_release("a"), None)
         assert driver.record("a").failure_class is None
         store.cancel(["b"])
         assert store.retry(["b"]) == ("b",)
         token = driver.claim("b")
-        assert not token.suspect
+        assert (token.suspect, token.excused_losses) == (False, 0)
         with pytest.raises(InternalError, match="found bad_input"):
-            store.isolate("b", token.token, FailureClass.BAD_INPUT, "no")
+            store.isolate("b", token.token, FailureClass.BAD_INPUT, "no", "why")
         with pytest.raises(LeaseLostError):
-            store.isolate("b", token.token - 1, FailureClass.WORKER_LOST, "no")
+            store.isolate("b", token.token - 1, FailureClass.WORKER_LOST, "no", "why")
 
     def test_messages_may_hold_any_bytes(self, store, driver, make_request):
         store.submit([make_request("a")])

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from jobs.errors import BadInputError, TransientIOError
+from cluster.settings import Settings
+from jobs.errors import BadInputError, FailureClass, TransientIOError
 from jobs.store import JobStore
 from tests.releases import settle
 
@@ -42,8 +43,28 @@ class TestOpening:
         with sqlite3.connect(database) as connection:
             connection.execute("UPDATE mergefleet_schema SET version = 99")
         connection.close()
-        with pytest.raises(BadInputError, match="expected schema 1, found 99"):
+        with pytest.raises(BadInputError, match="expected schema 2, found 99"):
             JobStore(f"sqlite:///{database}")
+
+    def test_an_older_schema_is_brought_up_to_this_one(self, store, driver, make_request, database):
+        store.submit([make_request(name) for name in ("died", "good")])
+        store.isolate("died", driver.claim("died").token, FailureClass.WORKER_LOST, "lost", "why")
+        store.close()
+        with sqlite3.connect(database) as connection:  # as version 1 had it
+            for column in ("suspect", "excused_losses"):
+                connection.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
+            connection.execute("UPDATE mergefleet_schema SET version = 1")
+        connection.close()
+        for _ in range(2):
+            again = JobStore(f"sqlite:///{database}")
+            assert [(job.id, job.failure_class) for job in again.jobs()] == [("died", "worker_lost"), ("good", None)]
+            again.close()
+        again = JobStore(f"sqlite:///{database}")
+        assert [(lease.job_id, lease.suspect) for lease in again.claim("driver", 2, 60)] == [
+            ("died", True),
+            ("good", False),
+        ]
+        again.close()
 
     def test_the_tables_of_another_program_are_left_alone(self, tmp_path):
         path = tmp_path / "other.db"
@@ -117,6 +138,12 @@ class TestDatabase:
         holder.execute("ROLLBACK")
         holder.close()
         assert store.submit([make_request("a")]).created == ("a",)
+
+    def test_a_driver_that_waits_for_a_writer_can_still_keep_its_leases(self, store):
+        with store._database.read() as connection:
+            wait_milliseconds = connection.exec_driver_sql("PRAGMA busy_timeout").scalar()
+        # Leases are extended every third of their length.
+        assert wait_milliseconds / 1000 <= Settings().lease_seconds / 3
 
     def test_readers_do_not_wait_for_a_writer(self, store, make_request, database):
         store.submit([make_request("a")])

@@ -36,10 +36,32 @@ class TestClaim:
         assert store.claim("other", 1, 60) == ()
         driver.expire("a")
         lease = driver.claim("a", "other")
-        assert (lease.token, lease.attempts) == (token + 1, 2)
+        assert (lease.token, lease.attempts) == (token + 1, 1)
         *_, lost, leased = store.events("a")
         assert (lost.state, leased.state) == (JobState.QUEUED, JobState.LEASED)
         assert lost.detail == {"reason": "lease expired", "owner": "driver", "token": token, "state": state}
+
+    def test_jobs_that_never_began_are_not_charged_with_their_drivers(self, store, driver, make_request):
+        store.submit([make_request("a")])
+        for _ in range(6):
+            driver.claim("a")
+            driver.expire("a")
+        lease = driver.claim("a")
+        assert (lease.attempts, lease.suspect, lease.excused_losses) == (1, False, 0)
+
+    def test_a_job_at_work_whenever_a_driver_is_lost_runs_alone(self, store, driver, make_request):
+        store.submit([make_request("a")])
+        leases = []
+        for _ in range(4):
+            leases.append(driver.claim("a"))
+            advance(store, "a", leases[-1].token, JobState.PLANNING)
+            driver.expire("a")
+        assert [(lease.attempts, lease.excused_losses, lease.suspect) for lease in leases] == [
+            (1, 0, False),
+            (1, 1, False),
+            (1, 2, True),
+            (1, 3, True),
+        ]
 
     def test_a_cancelled_job_of_a_lost_driver_is_not(self, store, driver, make_request):
         store.submit([make_request("a")])

@@ -208,7 +208,7 @@ class StoreMachine(RuleBasedStateMachine):
         for lease in leases:
             job = self.model[lease.job_id]
             assert lease.token == job.token + 1
-            assert lease.attempts == job.attempts + 1
+            assert lease.attempts == job.attempts + (not job.expired)
             job.state, job.token, job.attempts, job.expired = JobState.LEASED, lease.token, lease.attempts, False
             job.tokens.append(lease.token)
             job.owner = owner

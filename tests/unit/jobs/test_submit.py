@@ -1,6 +1,7 @@
 import time
 
 import pytest
+from sqlalchemy import event
 
 from jobs.errors import BadInputError
 from jobs.states import JobState
@@ -70,6 +71,27 @@ class TestSubmit:
         assert len(store.submit(requests).created) == 3000
         assert len(store.submit(requests).unchanged) == 3000
         assert [job.id for job in store.jobs()] == [request.id for request in requests]
+
+    def test_the_lock_is_held_for_as_few_statements_however_many_jobs_there_are(self, store, make_request):
+        def statements(call, argument):
+            seen = []
+            listen = (store._database._engine, "before_cursor_execute", lambda *given: seen.append(given[2]))
+            event.listen(*listen)
+            call(argument)
+            event.remove(*listen)
+            return seen
+
+        requests = [make_request(f"r{index}") for index in range(1200)]
+        ids = [request.id for request in requests]
+        submitted = statements(store.submit, requests)
+        # A batch of ids is looked up by its index; what needs all live jobs asks once.
+        assert sum("jobs.state" in each for each in submitted if each.startswith("SELECT")) == 1
+        for verb in (store.cancel, store.retry):
+            done = statements(verb, ids)
+            assert [each.split()[0] for each in done if not each.startswith(("SELECT", "BEGIN"))] == [
+                "UPDATE",
+                "INSERT",
+            ]
 
     @pytest.mark.parametrize("state", [JobState.QUEUED, JobState.PUBLISHED])
     @pytest.mark.parametrize("root", ["s3://bucket/n", "/releases"])
