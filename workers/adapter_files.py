@@ -18,8 +18,12 @@ from workers.tensor_io import opened, read_into_bytes, write_all
 
 ADAPTER_WEIGHTS = CONVERTED_WEIGHTS
 
-_ORIGINS = "mergefleet.files"
-"""Field of a gathered file's metadata: for each tensor that is not the adapter file's own, the file it came from."""
+ORIGINS_FILE = ".trained_beside.json"
+"""Of a gathered directory: for each tensor that is not the adapter's own, the file it came from. No file of an adapter
+is copied under such a name, and no other directory is asked for it."""
+
+_VALUE_HEAD = "v_head."
+"""What TRL puts before the names of a value head."""
 
 _SHARDS = re.compile(r"adapter_model-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 _INDEXES = ("adapter_model.safetensors.index.json", "adapter_model.bin.index.json", "model.safetensors.index.json")
@@ -125,8 +129,9 @@ def weight_files(names: Iterable[str], place: str) -> WeightFiles:
 def gather(directory: Path, files: WeightFiles, target: Path) -> None:
     """Write all tensors of an adapter to `adapter_model.safetensors` of another directory.
 
-    Pickled files are converted in a closed process first. Tensors keep their names and bytes; the file says where those
-    came from that were not in the adapter's own files.
+    Pickled files are converted in a closed process first. Tensors keep their bytes and their names, which in files
+    called `value_head.*` begin with `v_head.` in any case. `ORIGINS_FILE` says where those came from that were not in
+    the adapter's own files.
 
     Args:
         directory: of the adapter.
@@ -140,6 +145,7 @@ def gather(directory: Path, files: WeightFiles, target: Path) -> None:
     """
     if files.own == (PICKLED_WEIGHTS,) and not files.beside:
         convert(directory / PICKLED_WEIGHTS, target / ADAPTER_WEIGHTS)
+        _write_origins(target, {})
         return
     read: list[tuple[str, Path, ShardLayout]] = []
     converted = []
@@ -153,19 +159,18 @@ def gather(directory: Path, files: WeightFiles, target: Path) -> None:
     found: dict[str, tuple[str, Path, TensorSpec]] = {}
     for name, path, shard in read:
         for spec in shard.tensors:
-            if spec.name in found:
+            tensor = spec.name
+            if name.startswith("value_head.") and _VALUE_HEAD not in tensor:
+                tensor = f"{_VALUE_HEAD}{tensor}"
+            if tensor in found:
                 raise BadInputError(
-                    f"{directory}: {found[spec.name][0]} and {name} both hold tensor {spec.name}, and nothing says "
+                    f"{directory}: {found[tensor][0]} and {name} both hold tensor {tensor}, and nothing says "
                     "which counts; remove the file that is not the adapter's"
                 )
-            found[spec.name] = (name, path, spec)
+            found[tensor] = (name, path, spec)
     _check_index(directory, files, found)
-    origins = {tensor: name for tensor, (name, _, _) in found.items() if name in files.beside}
-    layout = lay_out_shard(
-        ADAPTER_WEIGHTS,
-        [(name, spec.dtype, spec.shape) for name, (_, _, spec) in found.items()],
-        {_ORIGINS: json.dumps(origins)} if origins else {},
-    )
+    _write_origins(target, {tensor: name for tensor, (name, _, _) in found.items() if name in files.beside})
+    layout = lay_out_shard(ADAPTER_WEIGHTS, [(name, spec.dtype, spec.shape) for name, (_, _, spec) in found.items()])
     with (target / ADAPTER_WEIGHTS).open("xb") as file:
         write_all(file.fileno(), target / ADAPTER_WEIGHTS, layout.header, 0)
         for spec in layout.tensors:
@@ -175,17 +180,14 @@ def gather(directory: Path, files: WeightFiles, target: Path) -> None:
         path.unlink()
 
 
-def origins(shard: ShardLayout) -> Mapping[str, str]:
-    """Return the files that tensors of an adapter came from, where it is not the adapter's own, by tensor."""
-    if _ORIGINS.encode() not in shard.header:
-        return {}
-    try:
-        metadata = json.loads(shard.header[8:]).get("__metadata__") or {}
-        found = json.loads(metadata.get(_ORIGINS, "{}"))
-    except (AttributeError, TypeError, ValueError, RecursionError):
-        return {}
-    names = {spec.name for spec in shard.tensors}
-    return {name: str(file) for name, file in found.items() if name in names} if isinstance(found, dict) else {}
+def read_origins(gathered: Path) -> dict[str, str]:
+    """Return the files that tensors of a gathered adapter came from, where it is not the adapter's own, by tensor.
+
+    Args:
+        gathered: a directory that `gather` has filled, and nothing else.
+    """
+    origins: dict[str, str] = json.loads((gathered / ORIGINS_FILE).read_bytes())
+    return origins
 
 
 def foreign_kind(names: Iterable[str]) -> tuple[str, str, str] | None:
@@ -199,6 +201,10 @@ def foreign_kind(names: Iterable[str]) -> tuple[str, str, str] | None:
             if pattern.fullmatch(name):
                 return name, kind, advice
     return None
+
+
+def _write_origins(target: Path, origins: Mapping[str, str]) -> None:
+    (target / ORIGINS_FILE).write_text(json.dumps(origins))
 
 
 def _own(there: list[str], place: str) -> tuple[str, ...]:

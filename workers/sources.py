@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.errors import NotFoundError, TransientIOError, UnsupportedError
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
 from jobs.text import shown
-from workers.adapter_files import WeightFiles, foreign_kind, gather, weight_files
+from workers.adapter_files import WeightFiles, foreign_kind, gather, read_origins, weight_files
 from workers.belongings import CARD_NAME, Files, ListedFiles, LocalFiles, belongings, check_description
 from workers.checkpoint import read_shard
 from workers.files import FileState, file_errors
@@ -45,6 +45,8 @@ class Source:
     """64 hexadecimal digits that identify its bytes."""
     parts: "tuple[Source, ...]" = ()
     """The adapters that this one was combined of; empty where it was not."""
+    beside: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Of a gathered adapter: for each tensor that is not the adapter's own, the file it came from."""
     states: Mapping[Path, FileState] = field(default_factory=dict, compare=False, repr=False)
     """Of its files, from before its digest was taken: what is read while they stay is what the digest stands for."""
 
@@ -200,12 +202,14 @@ def fetch_adapter(location: Location, cache: Path) -> Source:
         contents = _contents(directory)
     digest = _digest(contents)
     files = weight_files((name for name, _ in contents), f"adapter {pinned}")
-    if not files.plain:
-        gathered = cache / "sources" / digest
-        with file_errors(f"gathering adapter {pinned} in {gathered}"):
-            keep_directory(gathered, lambda path: _gather(directory, contents, files, path))
-        directory, states = gathered, _states(_ADAPTER, gathered)
-    return Source(location=pinned, directory=directory, digest=digest, states=states)
+    if files.plain:
+        return Source(location=pinned, directory=directory, digest=digest, states=states)
+    gathered = cache / "gathered" / digest
+    with file_errors(f"gathering adapter {pinned} in {gathered}"):
+        keep_directory(gathered, lambda path: _gather(directory, contents, files, path))
+        beside = read_origins(gathered)
+    states = _states(_ADAPTER, gathered)
+    return Source(location=pinned, directory=gathered, digest=digest, beside=beside, states=states)
 
 
 def _check_kind(location: LocalPath) -> None:

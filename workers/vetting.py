@@ -6,6 +6,7 @@ is the same computation on the same bytes. What was tried once is not tried agai
 """
 
 import hashlib
+import json
 import logging
 import math
 from collections import OrderedDict
@@ -95,7 +96,8 @@ def vet_adapter(base: Source, request: MergeRequest, adapter: Source) -> None:
     config = read_config(adapter.directory)
     _check_sizes(path, config)
     headers = [read_shard(each).header for each in sorted(adapter.directory.glob("*.safetensors"))]
-    key = _key("adapter", request.pass_key(), base.digest, read_foreign(path), *headers)
+    beside = json.dumps(dict(adapter.beside))
+    key = _key("adapter", request.pass_key(), base.digest, read_foreign(path), beside, *headers)
     if key in _known:
         return
     layout = read_checkpoint(base.directory)

@@ -1,5 +1,6 @@
 """Adapters as trainers and hubs leave them: merged as PEFT merges the same adapter, or refused with the cause."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from jobs.errors import MergefleetError, UnsupportedError
 from jobs.locations import LocalPath
 from tests.merges import different, merge, merge_by_peft, plan_pass, read_tensors
 from tests.models import build_llama, make_adapter
+from workers.evidence import Evidence
 from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 from workers.sources import fetch_adapter
 
@@ -242,20 +244,42 @@ def test_bystanders_pass(base, adapter, expected, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "name"),
+    ("file", "name", "told"),
     [
-        ("value_head.safetensors", "v_head.summary.weight"),
-        ("value_head.safetensors", "summary.weight"),
-        ("model.safetensors", "v_head.summary.weight"),
+        ("value_head.safetensors", "v_head.summary.weight", "v_head.summary.weight"),
+        ("value_head.safetensors", "summary.weight", "v_head.summary.weight"),
+        ("model.safetensors", "v_head.summary.weight", "v_head.summary.weight"),
+        ("model.safetensors", "module.v_head.summary.weight", "module.v_head.summary.weight"),
     ],
 )
-def test_a_value_head_is_left_behind_and_told(base, adapter, expected, tmp_path, file, name):
+def test_a_value_head_is_left_behind_and_told(base, adapter, expected, tmp_path, file, name, told):
     save_file({name: torch.ones(1, 64)}, adapter / file)
     planned = plan_pass(base, {"job": adapter}, tmp_path / "ours")
     assert not planned.run().errors
     assert different(read_tensors(planned.output("job")), expected) == []
-    said = f"a value head is left behind, which only the training needed: {name} and 0 more"
-    assert planned.plans[0].opened.notes == (said,)
+    assert planned.plans[0].opened.notes == (f"a value head is left behind, which only the training needed: {told}",)
+    assert Evidence(planned.plans[0]).unfounded(planned.check()["job"]) == ()
+
+
+def test_a_header_does_not_say_what_is_left_behind(base, adapter, tmp_path):
+    """A header of an adapter that names a file for half of its tensors, as gathered adapters once did."""
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    hidden = {name: "value_head.bin" for name in tensors if "v_proj" in name}
+    save_file(tensors, adapter / ADAPTER_WEIGHTS, metadata={"mergefleet.files": json.dumps(hidden)})
+    (adapter / ".trained_beside.json").write_text(json.dumps(hidden))
+    assert plan_pass(base, {"job": adapter}, tmp_path / "1").plans[0].changed >= {
+        f"model.layers.0.self_attn.{target}.weight" for target in TARGETS
+    }
+    change_config(adapter, target_modules=["q_proj"])
+    assert "tensors belong to nothing that its configuration declares" in refusal(base, adapter, tmp_path / "2")
+
+
+def test_the_proof_takes_no_word_for_what_is_left_behind(base, adapter, tmp_path):
+    plan = plan_pass(base, {"job": adapter}, tmp_path / "plan").plans[0]
+    hidden = f"{PREFIX}model.layers.0.self_attn.v_proj.lora_B.weight"
+    tensors = {name: spec for name, spec in plan.opened.tensors.items() if name != hidden}
+    opened = dataclasses.replace(plan.opened, tensors=tensors, left_behind=frozenset({hidden}))
+    assert hidden in Evidence(dataclasses.replace(plan, opened=opened)).tensors
 
 
 def make_mlx(directory):

@@ -204,7 +204,8 @@ class TestLocal:
 def check_gathered(place: Location, tmp_path: Path) -> None:
     """Fetch an adapter in several files: it is what the same files in a directory are."""
     source = fetch_adapter(place, tmp_path / "cache")
-    assert names(source) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert names(source) == {"adapter_config.json", "adapter_model.safetensors", ".trained_beside.json"}
+    assert source.beside == {"u": "vit.safetensors"}
     tensors = load_file(source.directory / "adapter_model.safetensors")
     found = {name: bytes(tensor.tolist()) for name, tensor in tensors.items()}
     assert found == {"w": b"first", "v": b"second", "u": b"third"}
@@ -215,8 +216,9 @@ def check_gathered(place: Location, tmp_path: Path) -> None:
 def check_converted(place: Location, tmp_path: Path) -> Source:
     """Fetch a pickled adapter: it is what the same files in a directory are."""
     source = fetch_adapter(place, tmp_path / "cache")
-    assert source.directory == tmp_path / "cache" / "sources" / source.digest
-    assert names(source) == pickled().keys() - {"adapter_model.bin"} | {"adapter_model.safetensors"}
+    assert source.directory == tmp_path / "cache" / "gathered" / source.digest
+    made = {"adapter_model.safetensors", ".trained_beside.json"}
+    assert names(source) == pickled().keys() - {"adapter_model.bin"} | made
     assert torch.equal(load_file(source.directory / "adapter_model.safetensors")["w"], torch.arange(5000))
     write_files(tmp_path / "local", pickled())
     assert fetch_adapter(LocalPath(tmp_path / "local"), tmp_path / "cache").directory == source.directory
