@@ -149,7 +149,39 @@ class TestLocal:
         (tmp_path / "base" / name).write_bytes(BASE[name] + b" ")
         assert fetch_base(LocalPath(tmp_path / "base"), tmp_path).digest != before
 
-    def test_digest_of_a_base_reads_no_weights(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("place", [0, 4_500_000, -1], ids=["begin", "middle", "end"])
+    def test_digest_of_a_base_follows_its_weights(self, tmp_path: Path, place: int) -> None:
+        """Two trainings of one architecture, unpacked with the times of one archive."""
+        digests = set()
+        for change in (b"\0", b"\1"):
+            weights = bytearray(9_000_000)
+            weights[place] = change[0]
+            write_files(tmp_path / "base", BASE | {"model-00001-of-00002.safetensors": safetensors(bytes(weights))})
+            for path in (tmp_path / "base").rglob("*"):
+                os.utime(path, (1, 1))
+            digests.add(fetch_base(LocalPath(tmp_path / "base"), tmp_path).digest)
+        assert len(digests) == 2
+
+    def test_digest_of_a_base_takes_few_samples_of_many_tensors(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        reads: list[int] = []
+        pread = os.pread
+        monkeypatch.setattr(os, "pread", lambda *args: (reads.append(args[1]), pread(*args))[1])
+        entries = {
+            f"w{place}": {"dtype": "U8", "shape": [9_000], "data_offsets": [place * 9_000, (place + 1) * 9_000]}
+            for place in range(5_000)
+        }
+        header = json.dumps(entries).encode()
+        write_files(tmp_path / "base", {"config.json": b"{}", "model.safetensors": b""})
+        with (tmp_path / "base" / "model.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            file.truncate(8 + len(header) + 5_000 * 9_000)
+        fetch_base(LocalPath(tmp_path / "base"), tmp_path)
+        assert 3_000 <= len(reads) <= 4_096
+        assert max(reads) == 4_096
+
+    def test_digest_of_a_base_reads_few_weights(self, tmp_path: Path) -> None:
         write_files(tmp_path / "base", BASE)
         with (tmp_path / "base" / "model-00001-of-00002.safetensors").open("ab") as file:
             file.truncate(1 << 40)  # a sparse TiB
