@@ -141,7 +141,7 @@ class _AdapterKind(_Kind):
     def select(self, files: Files) -> list[str]:
         """Do as any kind, with the weights that are there."""
         weights = weight_files(files.top(), self.name)
-        beside = (name for name in super().select(files) if not name.endswith(".safetensors"))
+        beside = (name for name in super().select(files) if "/" in name or not name.endswith(".safetensors"))
         return sorted({*beside, *weights.own, *weights.beside})
 
     def check(self, names: Iterable[str], location: Location) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs.errors import AuthError, NotFoundError, UnsupportedError
+from jobs.errors import AuthError, NotFoundError, TransientIOError, UnsupportedError
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
 from tests.releases import write_files
 from tests.servers.hub import Hub
@@ -199,6 +199,15 @@ class TestLocal:
         write_files(tmp_path / "c", ADAPTER | {"adapter_model.safetensors": safetensors(b"\x01" + bytes(4_999))})
         digests = [fetch_adapter(LocalPath(tmp_path / name), tmp_path).digest for name in "abc"]
         assert digests[0] == digests[1] != digests[2]
+
+    def test_modules_beside_an_adapter_belong_to_it(self, tmp_path: Path) -> None:
+        modules = {"modules.json": b'[{"path": "2_Dense"}]', "2_Dense/model.safetensors": safetensors(b"dense")}
+        write_files(tmp_path / "a", ADAPTER | modules)
+        source = fetch_adapter(LocalPath(tmp_path / "a"), tmp_path)
+        write_files(tmp_path / "a", {"2_Dense/model.safetensors": safetensors(b"other")})
+        assert fetch_adapter(LocalPath(tmp_path / "a"), tmp_path).digest != source.digest
+        with pytest.raises(TransientIOError, match=r"2_Dense/model\.safetensors was changed while it was read"):
+            source.check_unchanged()
 
     def test_missing_directory_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(NotFoundError, match=r"base .*/no is no directory; expected one with config\.json"):
