@@ -82,6 +82,9 @@ _FOREIGN_TENSORS = (
 
 _COPIED_BYTES = 16 << 20
 
+_Found = tuple[str, Path, TensorSpec]
+"""A tensor: the file of the adapter that it came from, the safetensors file that holds it, and where in that."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFiles:
@@ -140,7 +143,7 @@ def gather(directory: Path, files: WeightFiles, target: Path) -> None:
 
     Raises:
         NotFoundError: a file is missing.
-        BadInputError: a file is malformed, or two hold a tensor of one name.
+        BadInputError: a file is malformed, or two hold different tensors of one name.
         As `workers.pickled.convert` for a pickled one.
     """
     if files.own == (PICKLED_WEIGHTS,) and not files.beside:
@@ -156,18 +159,7 @@ def gather(directory: Path, files: WeightFiles, target: Path) -> None:
             convert(directory / name, path)
             converted.append(path)
         read.append((name, path, read_shard(path)))
-    found: dict[str, tuple[str, Path, TensorSpec]] = {}
-    for name, path, shard in read:
-        for spec in shard.tensors:
-            tensor = spec.name
-            if name.startswith("value_head.") and _VALUE_HEAD not in tensor:
-                tensor = f"{_VALUE_HEAD}{tensor}"
-            if tensor in found:
-                raise BadInputError(
-                    f"{directory}: {found[tensor][0]} and {name} both hold tensor {tensor}, and nothing says "
-                    "which counts; remove the file that is not the adapter's"
-                )
-            found[tensor] = (name, path, spec)
+    found = _by_name(directory, files, read)
     _check_index(directory, files, found)
     _write_origins(target, {tensor: name for tensor, (name, _, _) in found.items() if name in files.beside})
     layout = lay_out_shard(ADAPTER_WEIGHTS, [(name, spec.dtype, spec.shape) for name, (_, _, spec) in found.items()])
@@ -241,7 +233,26 @@ def _all_of(shards: list[str], place: str) -> tuple[str, ...]:
     return tuple(expected)
 
 
-def _check_index(directory: Path, files: WeightFiles, found: Mapping[str, tuple[str, Path, TensorSpec]]) -> None:
+def _by_name(directory: Path, files: WeightFiles, read: Iterable[tuple[str, Path, ShardLayout]]) -> dict[str, _Found]:
+    """Return the tensors of an adapter's files by their names, those of its own files first."""
+    found: dict[str, _Found] = {}
+    for name, path, shard in read:
+        for spec in shard.tensors:
+            tensor = spec.name
+            if name.startswith("value_head.") and _VALUE_HEAD not in tensor:
+                tensor = f"{_VALUE_HEAD}{tensor}"
+            if tensor not in found:
+                found[tensor] = (name, path, spec)
+            # accelerate saves the adapter once more under FSDP (pytorch_model_fsdp.bin).
+            elif name not in files.beside or not _same(found[tensor], (name, path, spec)):
+                raise BadInputError(
+                    f"{directory}: {found[tensor][0]} and {name} both hold tensor {tensor}, and nothing says "
+                    "which counts; remove the file that is not the adapter's"
+                )
+    return found
+
+
+def _check_index(directory: Path, files: WeightFiles, found: Mapping[str, _Found]) -> None:
     """Check that all tensors that an index names are there, each in its file."""
     if len(files.own) == 1:
         return
@@ -257,6 +268,16 @@ def _check_index(directory: Path, files: WeightFiles, found: Mapping[str, tuple[
                     f"{path}: tensor {name}: expected in {place}, found {where}; "
                     "files of two adapters are mixed, or one is incomplete: fetch them again"
                 )
+
+
+def _same(one: _Found, other: _Found) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes."""
+    (_, path, spec), (_, other_path, other_spec) = one, other
+    if (spec.code, spec.shape) != (other_spec.code, other_spec.shape):
+        return False
+    with opened(path) as reading, opened(other_path) as other_reading:
+        both = zip(_chunks(reading, path, spec), _chunks(other_reading, other_path, other_spec), strict=True)
+        return all(chunk == other_chunk for chunk, other_chunk in both)
 
 
 def _copy(path: Path, source: TensorSpec, descriptor: int, target: Path, begin: int) -> None:

@@ -177,6 +177,19 @@ def test_what_was_trained_beside_is_merged(base, adapter, expected, tmp_path, fi
     assert all(found[name].delta_norm > 0 for name in tensors)
 
 
+def test_the_adapter_once_more_under_its_own_names_passes(base, adapter, expected, tmp_path):
+    """accelerate saves the tensors of an adapter under FSDP in this file, too."""
+    torch.save(load_file(adapter / ADAPTER_WEIGHTS), adapter / "pytorch_model_fsdp.bin")
+    assert different(merge(base, adapter, tmp_path / "ours"), expected) == []
+    assert fetch_adapter(LocalPath(adapter), tmp_path / "cache").beside == {}
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    tensors[next(reversed(tensors))].view(-1)[-1] += 1
+    torch.save(tensors, adapter / "pytorch_model_fsdp.bin")
+    assert "adapter_model.safetensors and pytorch_model_fsdp.bin both hold tensor" in refusal(
+        base, adapter, tmp_path / "2"
+    )
+
+
 def test_files_beside_decide_the_digest(plain, adapter, base, tmp_path):
     def digest():
         return fetch_adapter(LocalPath(adapter), tmp_path / "cache").digest
