@@ -35,6 +35,8 @@ _NOT_READ = (".h5", ".msgpack", ".npy", ".npz", ".pickle", ".pkl")
 
 _BYSTANDERS = (
     "optimizer*",
+    "*_optim_states.pt",  # of DeepSpeed
+    "recipe_state*",  # of torchtune
     "scheduler*",
     "lr_scheduler*",
     "rng_state*",
@@ -156,7 +158,7 @@ def gather(directory: Path, files: WeightFiles, target: Path) -> None:
         path = directory / name
         if path.suffix != ".safetensors":
             path = target / f"{name}.part"
-            convert(directory / name, path)
+            convert(directory / name, path, beside=name in files.beside)
             converted.append(path)
         read.append((name, path, read_shard(path)))
     found = _by_name(directory, files, read)

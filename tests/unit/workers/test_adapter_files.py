@@ -146,6 +146,7 @@ def test_pickled_parts_are_one_adapter(base, adapter, expected, tmp_path):
 
 
 NORM = "model.norm.weight"
+MOVE = ".*nothing says what in it was trained; move it elsewhere if the adapter does not need it$"
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -232,6 +233,13 @@ def test_files_beside_decide_the_digest(plain, adapter, base, tmp_path):
             r"both hold tensor",
         ),
         ("trained.bin", {"step": 5}, r"trained\.bin: expected tensors by name, found int under 'step'"),
+        (
+            "last.ckpt",
+            {"state_dict": {}, "epoch": 1},
+            rf"last\.ckpt: .*found dict under 'state_dict'; it holds more {MOVE}",
+        ),
+        ("mp_rank_00_model_states.pt", {"module": {}}, rf"mp_rank_00_model_states\.pt: .*it holds more {MOVE}"),
+        ("embeddings.pt", torch.zeros(4), rf"embeddings\.pt: expected a dict of tensors .*, found Tensor, {MOVE}"),
     ],
 )
 def test_what_fits_nowhere_is_refused_by_name(base, adapter, tmp_path, file, tensors, said):
@@ -248,7 +256,16 @@ def test_files_that_are_not_read_are_refused_by_name(base, adapter, tmp_path, fi
 def test_bystanders_pass(base, adapter, expected, tmp_path):
     for file in (
         *("optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "random_states_0.pkl"),
-        *("training_args.bin", "trainer_state.json", "scaler.pt", "adapter_model.bin", "model.gguf", "log.txt"),
+        *(
+            "training_args.bin",
+            "trainer_state.json",
+            "scaler.pt",
+            "recipe_state.pt",
+            "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+            "adapter_model.bin",
+            "model.gguf",
+            "log.txt",
+        ),
     ):
         (adapter / file).write_bytes(b"not read")
     (adapter / "global_step5").mkdir()

@@ -317,15 +317,17 @@ class TestFile:
         assert different(load_file(tmp_path / "out"), tensors) == []
 
     def test_how_a_process_ended_is_told(self, file):
-        late = _failure(file, Ended(None, ""), 120.0)
+        late = _failure(file, Ended(None, ""), 120.0, "fetch it again")
         assert type(late) is BadInputError
         assert f"{file}: reading it took more than 120 seconds" in str(late)
-        full = _failure(file, Ended(1, 'warning\n["NoCapacityError", "writing x: No space left"]\n'), 1.0)
+        full = _failure(
+            file, Ended(1, 'warning\n["NoCapacityError", "writing x: No space left"]\n'), 1.0, "fetch it again"
+        )
         assert type(full) is NoCapacityError
         for said in ("Traceback\x1b[1m\nImportError: no torch", "", "7", '["OSError", "x"]', "[[], []]", "{}"):
-            broken = _failure(file, Ended(1, said), 1.0)
+            broken = _failure(file, Ended(1, said), 1.0, "fetch it again")
             assert type(broken) is InternalError
             assert str(broken).isprintable()
-        assert type(_failure(file, Ended(-signal.SIGTERM, ""), 1.0)) is TransientIOError
-        killed = _failure(file, Ended(-signal.SIGSEGV, ""), 1.0)
+        assert type(_failure(file, Ended(-signal.SIGTERM, ""), 1.0, "fetch it again")) is TransientIOError
+        killed = _failure(file, Ended(-signal.SIGSEGV, ""), 1.0, "fetch it again")
         assert "killed (SIGSEGV)" in str(killed)
