@@ -5,6 +5,7 @@ trained beside the adapter's layers into files of their own. None of them may be
 """
 
 import fnmatch
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -81,6 +82,9 @@ _FOREIGN_TENSORS = (
     ),
 )
 """By tensor name."""
+
+_TORCHTUNE = re.compile(r".+\.(lora_[ab]\.weight|magnitude(\.weight)?)")
+"""What torchtune itself calls the tensors of an adapter."""
 
 _COPIED_BYTES = 16 << 20
 
@@ -161,7 +165,7 @@ def gather(directory: Path, files: WeightFiles, target: Path) -> None:
             convert(directory / name, path, beside=name in files.beside)
             converted.append(path)
         read.append((name, path, read_shard(path)))
-    found = _by_name(directory, files, read)
+    found = _by_name(directory, files, _without_copies(directory, files, read))
     _check_index(directory, files, found)
     _write_origins(target, {tensor: name for tensor, (name, _, _) in found.items() if name in files.beside})
     layout = lay_out_shard(ADAPTER_WEIGHTS, [(name, spec.dtype, spec.shape) for name, (_, _, spec) in found.items()])
@@ -252,6 +256,38 @@ def _by_name(directory: Path, files: WeightFiles, read: Iterable[tuple[str, Path
                     "which counts; remove the file that is not the adapter's"
                 )
     return found
+
+
+def _without_copies(
+    directory: Path, files: WeightFiles, read: list[tuple[str, Path, ShardLayout]]
+) -> list[tuple[str, Path, ShardLayout]]:
+    """Leave out torchtune's own copy of the adapter (adapter_model.pt) after a look that it holds nothing else."""
+    copies = [each for each in read if each[0] in files.beside and _is_torchtunes(each[2])]
+    owners = [each for each in read if each[0] in files.own] if copies else []
+    own = {_fingerprint(path, spec) for _, path, shard in owners for spec in shard.tensors}
+    for name, path, shard in copies:
+        for spec in shard.tensors:
+            if _fingerprint(path, spec) not in own:
+                raise BadInputError(
+                    f"{directory}: {name} is an adapter as torchtune keeps it for itself, and {files.own[0]} has "
+                    f"nothing like its tensor {spec.name}; remove {name} if the other is the adapter to merge"
+                )
+    return [each for each in read if each not in copies]
+
+
+def _is_torchtunes(shard: ShardLayout) -> bool:
+    return bool(shard.tensors) and all(_TORCHTUNE.fullmatch(spec.name) for spec in shard.tensors)
+
+
+def _fingerprint(path: Path, spec: TensorSpec) -> tuple[str, tuple[int, ...], str]:
+    """Return dtype, shape, and a digest of the rows in any order.
+
+    torchtune orders rows of queries and keys in another way (`tune_to_peft_adapter_weights` of torchtune 0.6).
+    """
+    with opened(path) as reading:
+        data = read_into_bytes(reading, path, spec.num_bytes, spec.begin)
+    rows = sorted(data[begin : begin + spec.row_bytes] for begin in range(0, len(data), max(1, spec.row_bytes)))
+    return spec.code, spec.shape, hashlib.sha256(b"".join(rows)).hexdigest()
 
 
 def _check_index(directory: Path, files: WeightFiles, found: Mapping[str, _Found]) -> None:

@@ -191,6 +191,25 @@ def test_the_adapter_once_more_under_its_own_names_passes(base, adapter, expecte
     )
 
 
+def test_a_copy_as_torchtune_keeps_it_passes(base, adapter, expected, tmp_path):
+    """The other way round than `tune_to_peft_adapter_weights` of torchtune 0.6."""
+    config = json.loads((base / "config.json").read_text())
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    tensors = {}
+    for name, tensor in load_file(adapter / ADAPTER_WEIGHTS).items():
+        module, half, _ = name.removeprefix(f"{PREFIX}model.").replace("self_attn", "attn").rsplit(".", 2)
+        num_heads = heads.get(module.rpartition(".")[2]) if half == "lora_B" else None
+        turned = tensor if num_heads is None else tensor.unflatten(0, (num_heads, 2, -1)).transpose(1, 2)
+        tensors[f"{module}.{half.lower()}.weight"] = turned.reshape(tensor.shape).contiguous()
+    torch.save(tensors, adapter / "adapter_model.pt")
+    assert different(merge(base, adapter, tmp_path / "ours"), expected) == []
+    tensors[next(reversed(tensors))].view(-1)[-1] += 1
+    torch.save(tensors, adapter / "adapter_model.pt")
+    said = refusal(base, adapter, tmp_path / "2")
+    assert "adapter_model.pt is an adapter as torchtune keeps it for itself" in said
+    assert said.endswith("remove adapter_model.pt if the other is the adapter to merge")
+
+
 def test_files_beside_decide_the_digest(plain, adapter, base, tmp_path):
     def digest():
         return fetch_adapter(LocalPath(adapter), tmp_path / "cache").digest
