@@ -5,6 +5,7 @@ trained beside the adapter's layers into files of their own. None of them may be
 """
 
 import fnmatch
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,8 +19,12 @@ from workers.tensor_io import opened, read_into_bytes, write_all
 
 ADAPTER_WEIGHTS = CONVERTED_WEIGHTS
 
-_ORIGINS = "mergefleet.files"
-"""Field of a gathered file's metadata: for each tensor that is not the adapter file's own, the file it came from."""
+ORIGINS_FILE = ".trained_beside.json"
+"""Of a gathered directory: for each tensor that is not the adapter's own, the file it came from. No file of an adapter
+is copied under such a name, and no other directory is asked for it."""
+
+_VALUE_HEAD = "v_head."
+"""What TRL puts before the names of a value head."""
 
 _SHARDS = re.compile(r"adapter_model-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 _INDEXES = ("adapter_model.safetensors.index.json", "adapter_model.bin.index.json", "model.safetensors.index.json")
@@ -31,6 +36,8 @@ _NOT_READ = (".h5", ".msgpack", ".npy", ".npz", ".pickle", ".pkl")
 
 _BYSTANDERS = (
     "optimizer*",
+    "*_optim_states.pt",  # of DeepSpeed
+    "recipe_state*",  # of torchtune
     "scheduler*",
     "lr_scheduler*",
     "rng_state*",
@@ -76,7 +83,13 @@ _FOREIGN_TENSORS = (
 )
 """By tensor name."""
 
+_TORCHTUNE = re.compile(r".+\.(lora_[ab]\.weight|magnitude(\.weight)?)")
+"""What torchtune itself calls the tensors of an adapter."""
+
 _COPIED_BYTES = 16 << 20
+
+_Found = tuple[str, Path, TensorSpec]
+"""A tensor: the file of the adapter that it came from, the safetensors file that holds it, and where in that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,8 +138,9 @@ def weight_files(names: Iterable[str], place: str) -> WeightFiles:
 def gather(directory: Path, files: WeightFiles, target: Path) -> None:
     """Write all tensors of an adapter to `adapter_model.safetensors` of another directory.
 
-    Pickled files are converted in a closed process first. Tensors keep their names and bytes; the file says where those
-    came from that were not in the adapter's own files.
+    Pickled files are converted in a closed process first. Tensors keep their bytes and their names, which in files
+    called `value_head.*` begin with `v_head.` in any case. `ORIGINS_FILE` says where those came from that were not in
+    the adapter's own files.
 
     Args:
         directory: of the adapter.
@@ -135,11 +149,12 @@ def gather(directory: Path, files: WeightFiles, target: Path) -> None:
 
     Raises:
         NotFoundError: a file is missing.
-        BadInputError: a file is malformed, or two hold a tensor of one name.
+        BadInputError: a file is malformed, or two hold different tensors of one name.
         As `workers.pickled.convert` for a pickled one.
     """
     if files.own == (PICKLED_WEIGHTS,) and not files.beside:
         convert(directory / PICKLED_WEIGHTS, target / ADAPTER_WEIGHTS)
+        _write_origins(target, {})
         return
     read: list[tuple[str, Path, ShardLayout]] = []
     converted = []
@@ -147,25 +162,13 @@ def gather(directory: Path, files: WeightFiles, target: Path) -> None:
         path = directory / name
         if path.suffix != ".safetensors":
             path = target / f"{name}.part"
-            convert(directory / name, path)
+            convert(directory / name, path, beside=name in files.beside)
             converted.append(path)
         read.append((name, path, read_shard(path)))
-    found: dict[str, tuple[str, Path, TensorSpec]] = {}
-    for name, path, shard in read:
-        for spec in shard.tensors:
-            if spec.name in found:
-                raise BadInputError(
-                    f"{directory}: {found[spec.name][0]} and {name} both hold tensor {spec.name}, and nothing says "
-                    "which counts; remove the file that is not the adapter's"
-                )
-            found[spec.name] = (name, path, spec)
+    found = _by_name(directory, files, _without_copies(directory, files, read))
     _check_index(directory, files, found)
-    origins = {tensor: name for tensor, (name, _, _) in found.items() if name in files.beside}
-    layout = lay_out_shard(
-        ADAPTER_WEIGHTS,
-        [(name, spec.dtype, spec.shape) for name, (_, _, spec) in found.items()],
-        {_ORIGINS: json.dumps(origins)} if origins else {},
-    )
+    _write_origins(target, {tensor: name for tensor, (name, _, _) in found.items() if name in files.beside})
+    layout = lay_out_shard(ADAPTER_WEIGHTS, [(name, spec.dtype, spec.shape) for name, (_, _, spec) in found.items()])
     with (target / ADAPTER_WEIGHTS).open("xb") as file:
         write_all(file.fileno(), target / ADAPTER_WEIGHTS, layout.header, 0)
         for spec in layout.tensors:
@@ -175,17 +178,14 @@ def gather(directory: Path, files: WeightFiles, target: Path) -> None:
         path.unlink()
 
 
-def origins(shard: ShardLayout) -> Mapping[str, str]:
-    """Return the files that tensors of an adapter came from, where it is not the adapter's own, by tensor."""
-    if _ORIGINS.encode() not in shard.header:
-        return {}
-    try:
-        metadata = json.loads(shard.header[8:]).get("__metadata__") or {}
-        found = json.loads(metadata.get(_ORIGINS, "{}"))
-    except (AttributeError, TypeError, ValueError, RecursionError):
-        return {}
-    names = {spec.name for spec in shard.tensors}
-    return {name: str(file) for name, file in found.items() if name in names} if isinstance(found, dict) else {}
+def read_origins(gathered: Path) -> dict[str, str]:
+    """Return the files that tensors of a gathered adapter came from, where it is not the adapter's own, by tensor.
+
+    Args:
+        gathered: a directory that `gather` has filled, and nothing else.
+    """
+    origins: dict[str, str] = json.loads((gathered / ORIGINS_FILE).read_bytes())
+    return origins
 
 
 def foreign_kind(names: Iterable[str]) -> tuple[str, str, str] | None:
@@ -199,6 +199,10 @@ def foreign_kind(names: Iterable[str]) -> tuple[str, str, str] | None:
             if pattern.fullmatch(name):
                 return name, kind, advice
     return None
+
+
+def _write_origins(target: Path, origins: Mapping[str, str]) -> None:
+    (target / ORIGINS_FILE).write_text(json.dumps(origins))
 
 
 def _own(there: list[str], place: str) -> tuple[str, ...]:
@@ -235,7 +239,58 @@ def _all_of(shards: list[str], place: str) -> tuple[str, ...]:
     return tuple(expected)
 
 
-def _check_index(directory: Path, files: WeightFiles, found: Mapping[str, tuple[str, Path, TensorSpec]]) -> None:
+def _by_name(directory: Path, files: WeightFiles, read: Iterable[tuple[str, Path, ShardLayout]]) -> dict[str, _Found]:
+    """Return the tensors of an adapter's files by their names, those of its own files first."""
+    found: dict[str, _Found] = {}
+    for name, path, shard in read:
+        for spec in shard.tensors:
+            tensor = spec.name
+            if name.startswith("value_head.") and _VALUE_HEAD not in tensor:
+                tensor = f"{_VALUE_HEAD}{tensor}"
+            if tensor not in found:
+                found[tensor] = (name, path, spec)
+            # accelerate saves the adapter once more under FSDP (pytorch_model_fsdp.bin).
+            elif name not in files.beside or not _same(found[tensor], (name, path, spec)):
+                raise BadInputError(
+                    f"{directory}: {found[tensor][0]} and {name} both hold tensor {tensor}, and nothing says "
+                    "which counts; remove the file that is not the adapter's"
+                )
+    return found
+
+
+def _without_copies(
+    directory: Path, files: WeightFiles, read: list[tuple[str, Path, ShardLayout]]
+) -> list[tuple[str, Path, ShardLayout]]:
+    """Leave out torchtune's own copy of the adapter (adapter_model.pt) after a look that it holds nothing else."""
+    copies = [each for each in read if each[0] in files.beside and _is_torchtunes(each[2])]
+    owners = [each for each in read if each[0] in files.own] if copies else []
+    own = {_fingerprint(path, spec) for _, path, shard in owners for spec in shard.tensors}
+    for name, path, shard in copies:
+        for spec in shard.tensors:
+            if _fingerprint(path, spec) not in own:
+                raise BadInputError(
+                    f"{directory}: {name} is an adapter as torchtune keeps it for itself, and {files.own[0]} has "
+                    f"nothing like its tensor {spec.name}; remove {name} if the other is the adapter to merge"
+                )
+    return [each for each in read if each not in copies]
+
+
+def _is_torchtunes(shard: ShardLayout) -> bool:
+    return bool(shard.tensors) and all(_TORCHTUNE.fullmatch(spec.name) for spec in shard.tensors)
+
+
+def _fingerprint(path: Path, spec: TensorSpec) -> tuple[str, tuple[int, ...], str]:
+    """Return dtype, shape, and a digest of the rows in any order.
+
+    torchtune orders rows of queries and keys in another way (`tune_to_peft_adapter_weights` of torchtune 0.6).
+    """
+    with opened(path) as reading:
+        data = read_into_bytes(reading, path, spec.num_bytes, spec.begin)
+    rows = sorted(data[begin : begin + spec.row_bytes] for begin in range(0, len(data), max(1, spec.row_bytes)))
+    return spec.code, spec.shape, hashlib.sha256(b"".join(rows)).hexdigest()
+
+
+def _check_index(directory: Path, files: WeightFiles, found: Mapping[str, _Found]) -> None:
     """Check that all tensors that an index names are there, each in its file."""
     if len(files.own) == 1:
         return
@@ -251,6 +306,16 @@ def _check_index(directory: Path, files: WeightFiles, found: Mapping[str, tuple[
                     f"{path}: tensor {name}: expected in {place}, found {where}; "
                     "files of two adapters are mixed, or one is incomplete: fetch them again"
                 )
+
+
+def _same(one: _Found, other: _Found) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes."""
+    (_, path, spec), (_, other_path, other_spec) = one, other
+    if (spec.code, spec.shape) != (other_spec.code, other_spec.shape):
+        return False
+    with opened(path) as reading, opened(other_path) as other_reading:
+        both = zip(_chunks(reading, path, spec), _chunks(other_reading, other_path, other_spec), strict=True)
+        return all(chunk == other_chunk for chunk, other_chunk in both)
 
 
 def _copy(path: Path, source: TensorSpec, descriptor: int, target: Path, begin: int) -> None:

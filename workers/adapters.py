@@ -117,9 +117,8 @@ def _combine(
     assert request.combination is not None
     _common_files(parts)
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton(base.directory).state_dict().items()}
-    adapters = [
-        fit(open_adapter(part.directory, inert_fields), shapes, lambda: skeleton(base.directory)) for part in parts
-    ]
+    opened = [open_adapter(part.directory, inert_fields, part.beside) for part in parts]
+    adapters = [fit(adapter, shapes, lambda: skeleton(base.directory)) for adapter in opened]
     weights = [each.weight for each in request.weighted]
     return combine(adapters, weights, request.combination, base.directory, values=values)
 

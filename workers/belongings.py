@@ -15,13 +15,15 @@ from typing import Any, Protocol
 
 from jobs.errors import BadInputError
 from jobs.release import MANIFEST_NAME, REPORT_NAME, is_plain_path
-from workers.code_files import code_of, custom_modules
+from workers.code_files import CodePlace, code_of, custom_modules
 from workers.files import file_errors
 from workers.foreign import read_foreign
 from workers.foreign_json import parse_json
 
 CARD_NAME = "README.md"
 MODULES_FILE = "modules.json"
+MODULE_SETTINGS = frozenset({MODULES_FILE, "config_sentence_transformers.json", "sentence_bert_config.json"})
+"""At the top of a sentence-transformers model: which modules it has, and how they are used."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILES = frozenset({"chat_template.jinja", "chat_template.json"})
@@ -213,7 +215,9 @@ def belongings(files: Files) -> frozenset[str]:
     code = {name for found in code_of(documents(files), files).values() for name in found.files}
     folders = {name for folder in _folders(files) for name in _of_folder(files.below(folder))}
     templates = {name for name in files.below(TEMPLATE_FOLDER) if is_template(name)}
-    return frozenset(name for name in top | code | folders | templates | _modules_code(files) if is_plain_path(name))
+    return frozenset(
+        name for name in top | code | folders | templates | modules_code(files, files) if is_plain_path(name)
+    )
 
 
 def belongs(name: str) -> bool:
@@ -282,8 +286,17 @@ def check_description(name: object, num_bytes: int) -> None:
         raise BadInputError(f"{name}: expected at most {MAX_DESCRIPTION_BYTES} bytes, found {num_bytes}")
 
 
-def _folders(files: Files) -> Iterator[str]:
-    """Yield the folders that belong to a model."""
+def is_weights(name: str) -> bool:
+    """Whether a file, by its name, holds weights of a module."""
+    return name.endswith(".safetensors") or is_pickled(name)
+
+
+def module_folders(files: Files) -> Iterator[str]:
+    """Yield the folders of a sentence-transformers model's modules.
+
+    Raises:
+        BadInputError: the file that names them cannot be read, or names what lies outside.
+    """
     for module in _modules(files):
         folder = module.get("path", "")
         if not isinstance(folder, str) or (folder and not is_plain_path(folder.rstrip("/"))):
@@ -292,8 +305,19 @@ def _folders(files: Files) -> Iterator[str]:
             )
         if folder:
             yield folder.rstrip("/")
+
+
+def _folders(files: Files) -> Iterator[str]:
+    """Yield the folders that belong to a model."""
+    yield from module_folders(files)
     yield "custom_generate"  # where transformers looks for a model's own way to generate
     yield from (folder for folder in files.folders() if _LEGAL_FOLDER.fullmatch(folder))
+
+
+def modules_code(files: Files, place: CodePlace) -> frozenset[str]:
+    """Return the code at a place that a sentence-transformers model's modules name; raises as `module_folders`."""
+    types = [module.get("type") for module in _modules(files)]
+    return custom_modules((name for name in types if isinstance(name, str)), place)
 
 
 def _of_folder(names: Iterable[str]) -> Iterator[str]:
@@ -304,11 +328,6 @@ def _of_folder(names: Iterable[str]) -> Iterator[str]:
         if name.endswith(_OTHER_FORMATS) or (is_pickled(name) and name.rpartition("/")[0] in safe):
             continue
         yield name
-
-
-def _modules_code(files: Files) -> frozenset[str]:
-    types = [module.get("type") for module in _modules(files)]
-    return custom_modules((name for name in types if isinstance(name, str)), files)
 
 
 def _modules(files: Files) -> list[dict[str, Any]]:

@@ -383,7 +383,6 @@ def lay_out(
 def lay_out_shard(
     name: str,
     tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
-    metadata: Mapping[str, str] = MappingProxyType({}),
     stated: Mapping[str, Stated] = MappingProxyType({}),
 ) -> ShardLayout:
     """Lay out one file: widest dtype first, so that every tensor is aligned, then in the order given.
@@ -391,7 +390,6 @@ def lay_out_shard(
     Args:
         name: of the file.
         tensors: name, dtype and shape of each.
-        metadata: kept in the header beside the format.
         stated: what the header says of those that are kept as bytes, by name.
     """
 
@@ -399,7 +397,7 @@ def lay_out_shard(
         return -_BITS[stated[tensor[0]].code if tensor[0] in stated else DTYPE_CODES[tensor[1]]]
 
     tensors = sorted(tensors, key=widest_first)
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor, dtype, shape in tensors:
         end = offset + math.prod(shape) * dtype.itemsize

@@ -7,6 +7,7 @@ and scalings are those of PEFT 0.21 (`LoraModel._create_and_replace`, `LoraLayer
 import contextlib
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from workers.plan import MergePlan
 _PREFIX = "base_model.model."
 _BIASES = ("bias", "base_layer.bias")
 """What a layer may have besides two matrices that are added to its weight."""
+
+_VALUE_HEAD = re.compile(r"((base_model|model|module|_[a-z_]+)\.)*(v_head|value_head)\..+")
+"""Names, wrappers before them or not, of what a model does without after the training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +61,8 @@ class Evidence:
         """Names in the file, by PEFT's."""
         with self._errors():
             file: Any = safe_open(self._path, framework="pt")
-            unnamed = set(file.keys()).difference(self._stored.values(), plan.opened.left_behind)
+            unnamed = set(file.keys()).difference(self._stored.values())
+            unnamed -= {name for name in plan.opened.left_behind if _VALUE_HEAD.fullmatch(name)}
         self._file = file
         self.tensors = dict.fromkeys((*self._stored, *sorted(unnamed)))
         """Names of its tensors: PEFT's, and those of the file that were given none."""

@@ -178,7 +178,7 @@ def combination_bytes(plan: MergePlan) -> int:
     combination = plan.request.combination
     if combination is None:
         return 0
-    parts = [open_adapter(part.directory, plan.opened.inert_fields) for part in plan.adapter.parts]
+    parts = [open_adapter(part.directory, plan.opened.inert_fields, part.beside) for part in plan.adapter.parts]
     num_elements = sum(spec.num_elements for adapter in (*parts, plan.opened) for spec in adapter.tensors.values())
     largest = 0
     for num_rows, num_columns in decomposed(plan):

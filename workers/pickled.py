@@ -37,7 +37,8 @@ PICKLED_WEIGHTS = "adapter_model.bin"
 CONVERTED_WEIGHTS = "adapter_model.safetensors"
 
 _PROGRAM = "from workers.pickled import main; main()"
-_SAVE_AGAIN = f"load it with PEFT and save it again, which writes {CONVERTED_WEIGHTS}"
+_SAVE_AGAIN = f"if you trust its source, load it with PEFT and save it again, which writes {CONVERTED_WEIGHTS}"
+_MOVE_AWAY = "move it elsewhere if the adapter does not need it"
 _SLACK_BYTES = 1 << 30
 _MAX_SHOWN = 1000
 """Characters of an answer that a message repeats."""
@@ -47,11 +48,12 @@ _ANSWERS: dict[str, type[MergefleetError]] = {
 }
 
 
-def convert(path: Path, target: Path) -> None:
+def convert(path: Path, target: Path, *, beside: bool = False) -> None:
     """Write the tensors of a pickled state dict to a safetensors file, in a closed process.
 
     Args:
         path: what `torch.save` wrote.
+        beside: whether it is a file beside the adapter's own, for the advice in messages.
         target: must not exist. Left half-made when this fails: it belongs into a directory that is thrown away then.
 
     Raises:
@@ -62,6 +64,7 @@ def convert(path: Path, target: Path) -> None:
         NotFoundError, AuthError, TransientIOError, NoCapacityError: files cannot be read or written, by kind of fault.
         InternalError: the process failed by itself.
     """
+    advice = _MOVE_AWAY if beside else _SAVE_AGAIN
     with (
         file_errors(f"converting {path}"),
         foreign_file(path, any_size=True) as pickled,
@@ -70,14 +73,19 @@ def convert(path: Path, target: Path) -> None:
         num_bytes = os.fstat(pickled.fileno()).st_size
         seconds = 120 + num_bytes / (8 << 20)
         descriptor = converted.fileno()
-        ended = run_isolated(_PROGRAM, [str(descriptor)], stdin=pickled, descriptors=[descriptor], seconds=seconds)
+        arguments = [str(descriptor), advice]
+        ended = run_isolated(_PROGRAM, arguments, stdin=pickled, descriptors=[descriptor], seconds=seconds)
     if ended.code != 0:
-        raise _failure(path, ended, seconds)
+        raise _failure(path, ended, seconds, advice)
     read_shard(target)  # the process is not believed: its file has to be a sound one
 
 
 def main() -> None:
-    """Convert stdin to the descriptor that is the first argument. Says on stdout what went wrong, as JSON."""
+    """Convert stdin to the descriptor that is the first argument.
+
+    Says on stdout what went wrong, as JSON; the second argument is what to do then.
+    """
+    descriptor, advice = int(sys.argv[1]), sys.argv[2]
     try:
         with open(0, "rb", closefd=False) as pickled:
             _rehearse()
@@ -88,9 +96,9 @@ def main() -> None:
                 cpu_seconds=60 + num_bytes // (32 << 20),
             )
             close_in(limits)
-            tensors = _read(pickled)
-            _check(tensors, limits.file_bytes)
-            _write(tensors, int(sys.argv[1]))
+            tensors = _read(pickled, advice)
+            _check(tensors, limits.file_bytes, advice)
+            _write(tensors, descriptor, advice)
     except MergefleetError as error:
         print(json.dumps([type(error).__name__, str(error)]))  # noqa: T201 - the way it answers
         sys.exit(1)
@@ -102,66 +110,69 @@ def _rehearse() -> None:
     torch.save({"tensor": torch.zeros(2, 2).t()}, example)
     example.seek(0)
     with open(os.devnull, "wb") as target:  # noqa: PTH123 - as the real one
-        tensors = _read(example)
-        _check(tensors, _SLACK_BYTES)
-        _write(tensors, target.fileno())
+        tensors = _read(example, "")
+        _check(tensors, _SLACK_BYTES, "")
+        _write(tensors, target.fileno(), "")
 
 
-def _read(file: BinaryIO) -> Any:
+def _read(file: BinaryIO, advice: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise _refusal(str(error)) from error
+        raise _refusal(str(error), advice) from error
     except MemoryError as error:
-        raise _too_large() from error
+        raise _too_large(advice) from error
     except Exception as error:
         if "can't allocate memory" in str(error):
-            raise _too_large() from error
+            raise _too_large(advice) from error
         reason = str(error).partition(". ")[0] or type(error).__name__
         raise BadInputError(
             f"expected what torch.save writes, found a file that cannot be read ({reason}); it is truncated or "
-            f"damaged: fetch it again, or {_SAVE_AGAIN}"
+            f"damaged: fetch it again, or {advice}"
         ) from error
 
 
-def _refusal(text: str) -> MergefleetError:
+def _refusal(text: str, advice: str) -> MergefleetError:
     """Return our error for a refusal of weights_only, whose own text advises to do without it."""
     if name := re.search(r"GLOBAL (\S+)", text):
         return UnsupportedError(
             f"expected tensors only, found a pickle that asks for {name[1]}, which could run code and was not run; "
-            f"if you trust its source, {_SAVE_AGAIN}"
+            f"{advice}"
         )
     operand = re.search(r"Unsupported operand \d+", text)
     return BadInputError(
         f"expected what torch.save writes, found no pickle of tensors ({operand[0] if operand else 'refused'}); "
-        f"fetch it again, or {_SAVE_AGAIN}"
+        f"fetch it again, or {advice}"
     )
 
 
-def _too_large() -> MergefleetError:
-    return BadInputError(f"its contents take more memory than a file of its size may; {_SAVE_AGAIN}")
+def _too_large(advice: str) -> MergefleetError:
+    return BadInputError(f"its contents take more memory than a file of its size may; {advice}")
 
 
-def _check(tensors: Any, max_bytes: int) -> None:
+def _check(tensors: Any, max_bytes: int, advice: str) -> None:
     if not isinstance(tensors, dict):
-        raise BadInputError(f"expected a dict of tensors by name, found {type(tensors).__name__}; {_SAVE_AGAIN}")
+        raise BadInputError(
+            f"expected a dict of tensors by name, found {type(tensors).__name__}, so that nothing says what in it was "
+            f"trained; {advice}"
+        )
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise BadInputError(
-                f"expected tensors by name, found {type(tensor).__name__} under {name!r}; it is no adapter as PEFT "
-                f"saves it: {_SAVE_AGAIN}"
+                f"expected tensors by name, found {type(tensor).__name__} under {name!r}; it holds more than "
+                f"that, so that nothing says what in it was trained; {advice}"
             )
         if found := _special(tensor):
             raise UnsupportedError(
-                f"tensor {name}: expected a dense tensor that safetensors can hold, found {found}; make it a plain one "
-                f"and save the adapter again with PEFT, which writes {CONVERTED_WEIGHTS}"
+                f"tensor {name}: expected a dense tensor that safetensors can hold, found {found}; make it a plain "
+                f"one, or {advice}"
             )
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if num_bytes > max_bytes:
         raise BadInputError(
-            f"expected tensors of at most {max_bytes} bytes in a file of its size, found {num_bytes}; {_SAVE_AGAIN}"
+            f"expected tensors of at most {max_bytes} bytes in a file of its size, found {num_bytes}; {advice}"
         )
 
 
@@ -175,7 +186,7 @@ def _special(tensor: torch.Tensor) -> str | None:
     return None if tensor.dtype in DTYPE_CODES else f"dtype {tensor.dtype}"
 
 
-def _write(tensors: Mapping[str, torch.Tensor], descriptor: int) -> None:
+def _write(tensors: Mapping[str, torch.Tensor], descriptor: int, advice: str) -> None:
     layout = lay_out_shard(CONVERTED_WEIGHTS, [(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()])
     path = Path(CONVERTED_WEIGHTS)
     write_all(descriptor, path, layout.header, 0)
@@ -183,20 +194,20 @@ def _write(tensors: Mapping[str, torch.Tensor], descriptor: int) -> None:
         try:
             plain = tensors[spec.name].detach().resolve_neg().contiguous()
         except (MemoryError, RuntimeError) as error:
-            raise _too_large() from error
+            raise _too_large(advice) from error
         write_all(descriptor, path, tensor_bytes(plain), spec.begin)
 
 
-def _failure(path: Path, ended: Ended, seconds: float) -> MergefleetError:
+def _failure(path: Path, ended: Ended, seconds: float, advice: str) -> MergefleetError:
     if ended.code is None:
-        return BadInputError(f"{path}: reading it took more than {seconds:.0f} seconds and was given up; {_SAVE_AGAIN}")
+        return BadInputError(f"{path}: reading it took more than {seconds:.0f} seconds and was given up; {advice}")
     if ended.code == -signal.SIGTERM:  # no pickle does that: a machine that shuts down does
         return TransientIOError(f"{path}: the process that read it was told to stop")
     if ended.code < 0:
         name = signal.Signals(-ended.code).name
         return BadInputError(
             f"{path}: the process that read it was killed ({name}): it takes too much time or memory, or is made to do "
-            f"harm; {_SAVE_AGAIN}"
+            f"harm; {advice}"
         )
     try:
         kind, words = json.loads(ended.said.splitlines()[-1])

@@ -407,7 +407,7 @@ def plan_merge(
         NotFoundError, BadInputError, UnsupportedError: the adapter cannot be used, or does not fit the base.
     """
     opened = fit(
-        open_adapter(adapter.directory, inert_fields),
+        open_adapter(adapter.directory, inert_fields, adapter.beside),
         base.conversions.shapes,
         base.skeleton,
     )
@@ -482,7 +482,8 @@ def plan_merge(
 
 def _notes_of_parts(adapter: Source, inert_fields: frozenset[str]) -> tuple[str, ...]:
     """Return what a person should know of the adapters that one was combined of."""
-    notes = (note for part in adapter.parts for note in open_adapter(part.directory, inert_fields).notes)
+    opened = (open_adapter(part.directory, inert_fields, part.beside) for part in adapter.parts)
+    notes = (note for part in opened for note in part.notes)
     return tuple(dict.fromkeys(notes))
 
 

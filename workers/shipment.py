@@ -1,17 +1,19 @@
 """What a release takes over from its base and what from the adapter: decided from names and small files.
 
 The files are the base's. Where the adapter ships a tokenizer, it is the adapter's, whole; so are the processor and the
-chat templates where it ships any. Files that hold the base's vocabulary in another form stay where the adapter's
-tokenizer has the same vocabulary.
+chat templates where it ships any, and the modules of sentence-transformers where it brings other weights of one. Files
+that hold the base's vocabulary in another form stay where the adapter's tokenizer has the same vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.errors import BadInputError
+from jobs.errors import BadInputError, UnsupportedError
 from jobs.problems import show
 from workers.belongings import (
+    MODULE_SETTINGS,
+    MODULES_FILE,
     TOKENIZER_CONFIG,
     TOKENIZER_FILE,
     LocalFiles,
@@ -22,6 +24,9 @@ from workers.belongings import (
     is_template,
     is_tokenizer,
     is_vocabulary,
+    is_weights,
+    module_folders,
+    modules_code,
     ships,
 )
 from workers.checkpoint import read_json
@@ -46,6 +51,8 @@ class Shipment:
     """Names of those that are the adapter's."""
     of_base: Mapping[str, Path]
     """What the release would have of the base, were there no adapter."""
+    trained_modules: tuple[str, ...]
+    """Weights of modules that the adapter brings, and that are not the base's."""
     left: tuple[str, ...]
     """Vocabulary of the base in forms that the adapter's tokenizer does not have, and that does not ship."""
 
@@ -63,6 +70,11 @@ class Shipment:
             notes.append(
                 f"the release carries code that came with the adapter ({_some(code)}), not run here; transformers runs "
                 "it where trust_remote_code is true"
+            )
+        if self.trained_modules:
+            notes.append(
+                "the modules beside the transformer are the adapter's, which brings other weights than the base has "
+                f"({_some(self.trained_modules)}); they are copied, and no prompt asks them"
             )
         if self.left:
             notes.append(
@@ -82,6 +94,7 @@ def plan_shipment(base: Path, adapter: Path) -> Shipment:
 
     Raises:
         BadInputError: a configuration cannot be read, or base and adapter have different code under one name.
+        UnsupportedError: weights of a module that was trained with the adapter are pickled.
     """
     ours, theirs = _shipped(base), shipped_files(adapter)
     files, from_adapter, left = dict(ours), dict[str, Path](), list[str]()
@@ -97,18 +110,35 @@ def plan_shipment(base: Path, adapter: Path) -> Shipment:
     if _ships_template(theirs):
         files = {name: path for name, path in files.items() if not is_template(name)}
         from_adapter |= {name: path for name, path in theirs.items() if is_template(name)}
+    modules = _modules(adapter, theirs)
+    if trained := _trained(ours, modules):
+        brought = tuple(
+            folder for folder in _module_folders(adapter) if any(name.startswith(folder) for name in modules)
+        )
+        files = {name: path for name, path in files.items() if not name.startswith(brought)}
+        from_adapter |= modules
     code, broken = _code(base, adapter, ours, from_adapter)
     from_adapter |= {name: path for name, path in code.items() if path == adapter / name}
     files = {name: path for name, path in (files | from_adapter).items() if not name.endswith(".py")} | code
-    return Shipment(files=files, broken=broken, from_adapter=frozenset(from_adapter), of_base=ours, left=tuple(left))
+    return Shipment(
+        files=files,
+        broken=broken,
+        from_adapter=frozenset(from_adapter),
+        of_base=ours,
+        trained_modules=trained,
+        left=tuple(left),
+    )
 
 
 def shipped_files(adapter: Path) -> Mapping[str, Path]:
-    """Return the files of an adapter's directory that a merged model takes from it, and the code beside them."""
+    """Return the files of an adapter's directory that a merged model takes from it, and the code beside them.
+
+    Modules of sentence-transformers are among them where they have weights: those may be the base's, or trained.
+    """
     files = _shipped(adapter)
     described = [name for name in files if is_tokenizer(name) or is_processor(name) or is_template(name)]
     code = [name for name in files if name.endswith(".py")]
-    return {name: files[name] for name in (*described, *code)}
+    return {name: files[name] for name in (*described, *code)} | _modules(adapter, files)
 
 
 def _some(words: Sequence[str]) -> str:
@@ -118,6 +148,39 @@ def _some(words: Sequence[str]) -> str:
 
 def _shipped(directory: Path) -> dict[str, Path]:
     return {name: directory / name for name in sorted(belongings(LocalFiles(directory))) if ships(name)}
+
+
+def _modules(adapter: Path, files: Mapping[str, Path]) -> dict[str, Path]:
+    """Return what an adapter has of a sentence-transformers model's modules; nothing where none of them has weights."""
+    folders = tuple(_module_folders(adapter))
+    inside = {name: path for name, path in files.items() if name.startswith(folders)}
+    if not any(map(is_weights, inside)):
+        return {}
+    return inside | {name: path for name, path in files.items() if name in MODULE_SETTINGS}
+
+
+def _module_folders(adapter: Path) -> list[str]:
+    return [f"{folder}/" for folder in module_folders(LocalFiles(adapter))]
+
+
+def _trained(base: Mapping[str, Path], modules: Mapping[str, Path]) -> tuple[str, ...]:
+    """Return which weights of an adapter's modules are not the base's."""
+    trained = []
+    for name, path in modules.items():
+        num_parts = name.count("/") + 1
+        with file_errors(f"reading {path}"):
+            if is_weights(name) and not (
+                name in base
+                and foreign_sha256(path, num_parts=num_parts) == foreign_sha256(base[name], num_parts=num_parts)
+            ):
+                trained.append(name)
+        if name in trained and is_pickled(name):
+            raise UnsupportedError(
+                f"{path}: weights of a module that {MODULES_FILE} of the adapter names; they are not the base's, and a "
+                "pickle, which no release takes from an adapter: save the module as safetensors, or remove its folder "
+                "if the base's is to be used"
+            )
+    return tuple(trained)
 
 
 def _staying(base: Mapping[str, Path], tokenizer: Mapping[str, Path]) -> frozenset[str]:
@@ -169,11 +232,12 @@ def _code(
     # What a tokenizer was saved without it finds beside the base.
     brought = {name: text for name, text in documents(theirs).items() if name in from_adapter}
     named_by_adapter = code_of(brought, _Overlay(theirs, ours))
+    of_modules = modules_code(theirs, _Overlay(theirs, ours)) if MODULES_FILE in from_adapter else frozenset()
     found = [*named.values(), *named_by_adapter.values()]
     whole = {name for each in found if not each.missing for name in each.files}
     useless = {name for each in found if each.missing for name in each.files} - whole
     code = {name: path for name, path in of_base.items() if name.endswith(".py") and name not in useless}
-    for name in sorted({name for each in named_by_adapter.values() for name in each.files} - useless):
+    for name in sorted({name for each in named_by_adapter.values() for name in each.files} - useless | of_modules):
         path = (adapter if theirs.has(name) else base) / name
         with file_errors(f"reading {path}"):
             num_parts = name.count("/") + 1

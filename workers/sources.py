@@ -8,10 +8,14 @@ ones, is gathered into one safetensors file, once; pickled files are converted i
 import fnmatch
 import glob
 import hashlib
+import itertools
 import json
+import math
+import operator
 import os
+import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.errors import NotFoundError, TransientIOError, UnsupportedError
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
 from jobs.text import shown
-from workers.adapter_files import WeightFiles, foreign_kind, gather, weight_files
+from workers.adapter_files import WeightFiles, foreign_kind, gather, read_origins, weight_files
 from workers.belongings import CARD_NAME, Files, ListedFiles, LocalFiles, belongings, check_description
 from workers.checkpoint import read_shard
 from workers.files import FileState, file_errors
@@ -33,6 +37,12 @@ if TYPE_CHECKING:
 _MAX_HEADER_BYTES = 100 << 20
 """Largest header that safetensors itself reads."""
 
+_OFFSETS = re.compile(rb'"data_offsets"\s*:\s*\[\s*(\d{1,18})\s*,\s*(\d{1,18})\s*\]')
+
+_BLOCK_BYTES = 4096
+_MAX_BLOCKS = 4096
+"""Of the weights of a local base, read for its digest: 16 MiB, however many tensors it has."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
@@ -45,6 +55,8 @@ class Source:
     """64 hexadecimal digits that identify its bytes."""
     parts: "tuple[Source, ...]" = ()
     """The adapters that this one was combined of; empty where it was not."""
+    beside: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Of a gathered adapter: for each tensor that is not the adapter's own, the file it came from."""
     states: Mapping[Path, FileState] = field(default_factory=dict, compare=False, repr=False)
     """Of its files, from before its digest was taken: what is read while they stay is what the digest stands for."""
 
@@ -129,7 +141,7 @@ class _AdapterKind(_Kind):
     def select(self, files: Files) -> list[str]:
         """Do as any kind, with the weights that are there."""
         weights = weight_files(files.top(), self.name)
-        beside = (name for name in super().select(files) if not name.endswith(".safetensors"))
+        beside = (name for name in super().select(files) if "/" in name or not name.endswith(".safetensors"))
         return sorted({*beside, *weights.own, *weights.beside})
 
     def check(self, names: Iterable[str], location: Location) -> None:
@@ -160,8 +172,9 @@ _ADAPTER = _AdapterKind(
 def fetch_base(location: Location, cache: Path) -> Source:
     """Bring a base to a local directory.
 
-    The digest of a local base is taken from names, sizes, times and safetensors headers, and the contents of the other
-    files: no weights are read. That of a remote one is taken from what the store says of each file.
+    The digest of a local base is taken from names, sizes, times and headers of its safetensors, from samples of their
+    bytes in all tensors (in some, where there are thousands), and from the contents of the other files. That of a
+    remote one is taken from what the store says of each file.
 
     Args:
         location: a directory with `config.json` and safetensors, a prefix, or a repository.
@@ -200,12 +213,14 @@ def fetch_adapter(location: Location, cache: Path) -> Source:
         contents = _contents(directory)
     digest = _digest(contents)
     files = weight_files((name for name, _ in contents), f"adapter {pinned}")
-    if not files.plain:
-        gathered = cache / "sources" / digest
-        with file_errors(f"gathering adapter {pinned} in {gathered}"):
-            keep_directory(gathered, lambda path: _gather(directory, contents, files, path))
-        directory, states = gathered, _states(_ADAPTER, gathered)
-    return Source(location=pinned, directory=directory, digest=digest, states=states)
+    if files.plain:
+        return Source(location=pinned, directory=directory, digest=digest, states=states)
+    gathered = cache / "gathered" / digest
+    with file_errors(f"gathering adapter {pinned} in {gathered}"):
+        keep_directory(gathered, lambda path: _gather(directory, contents, files, path))
+        beside = read_origins(gathered)
+    states = _states(_ADAPTER, gathered)
+    return Source(location=pinned, directory=gathered, digest=digest, beside=beside, states=states)
 
 
 def _check_kind(location: LocalPath) -> None:
@@ -307,25 +322,51 @@ def _bring_from_hub(kind: _Kind, location: HubRepo) -> tuple[Path, Location, Any
 
 
 def _look_at_base(directory: Path, location: Location) -> list[tuple[str, ...]]:
-    """Return what identifies a local base: stat and header of each safetensors file, contents of the others."""
+    """Return what identifies a local base: stat, header and samples of the safetensors, contents of the other files."""
+    identity: list[tuple[str, ...]] = []
+    blocks: list[tuple[Path, int, int]] = []
     with file_errors(f"reading base {location}"):
-        return [
-            (name, *_look_at_weights(path))
-            if path.suffix == ".safetensors"
-            else (name, foreign_sha256(path, num_parts=name.count("/") + 1))
-            for path in _files(_BASE, directory)
-            for name in [path.relative_to(directory).as_posix()]
-        ]
+        for path in _files(_BASE, directory):
+            name = path.relative_to(directory).as_posix()
+            if path.suffix == ".safetensors":
+                status, header = _look_at_weights(path)
+                identity.append(
+                    (name, str(status.st_size), str(status.st_mtime_ns), hashlib.sha256(header).hexdigest())
+                )
+                blocks += ((path, start, size) for start, size in _blocks(header, status.st_size))
+            else:
+                identity.append((name, foreign_sha256(path, num_parts=name.count("/") + 1)))
+        step = max(1, math.ceil(len(blocks) / _MAX_BLOCKS))
+        return [*identity, ("samples", _sha256_of_blocks(blocks[::step]))]
 
 
-def _look_at_weights(path: Path) -> tuple[str, str, str]:
+def _look_at_weights(path: Path) -> tuple[os.stat_result, bytes]:
     with foreign_file(path) as file:
-        status = os.fstat(file.fileno())
         start = file.read(8)
         # A header that lies about its size is for the reader of checkpoints to refuse; here it is only hashed.
         num_bytes = min(struct.unpack("<Q", start)[0], _MAX_HEADER_BYTES) if len(start) == 8 else 0
-        header = hashlib.sha256(start + file.read(num_bytes)).hexdigest()
-    return str(status.st_size), str(status.st_mtime_ns), header
+        return os.fstat(file.fileno()), start + file.read(num_bytes)
+
+
+def _blocks(header: bytes, num_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield offset and size of blocks at the beginning, the middle and the end of each tensor, in the file's order.
+
+    Offsets are found by their field alone: headers of 92,000 tensors take ten seconds to read as JSON and check.
+    """
+    tensors = sorted((len(header) + int(begin), len(header) + int(end)) for begin, end in _OFFSETS.findall(header))
+    for begin, end in tensors:
+        size = min(_BLOCK_BYTES, end - begin)
+        if size > 0 and end <= num_bytes:
+            yield from ((start, size) for start in sorted({begin, (begin + end - size) // 2, end - size}))
+
+
+def _sha256_of_blocks(blocks: Iterable[tuple[Path, int, int]]) -> str:
+    digest = hashlib.sha256()
+    for path, of_path in itertools.groupby(blocks, key=operator.itemgetter(0)):
+        with foreign_file(path) as file:
+            for _, start, size in of_path:
+                digest.update(os.pread(file.fileno(), size, start))
+    return digest.hexdigest()
 
 
 def _files(kind: _Kind, directory: Path) -> list[Path]:

@@ -6,6 +6,7 @@ is the same computation on the same bytes. What was tried once is not tried agai
 """
 
 import hashlib
+import json
 import logging
 import math
 from collections import OrderedDict
@@ -102,7 +103,8 @@ def vet_adapter(base: Source, request: MergeRequest, adapter: Source) -> None:
     headers = [read_shard(each).header for each in sorted(adapter.directory.glob("*.safetensors"))]
     shipped = shipped_files(adapter.directory)
     digests = [f"{name}:{foreign_sha256(each, num_parts=name.count('/') + 1)}" for name, each in shipped.items()]
-    key = _key("adapter", request.pass_key(), base.digest, read_foreign(path), *headers, *digests)
+    beside = json.dumps(dict(adapter.beside))
+    key = _key("adapter", request.pass_key(), base.digest, read_foreign(path), beside, *headers, *digests)
     if key in _known:
         return
     layout = read_checkpoint(base.directory)
@@ -173,7 +175,10 @@ def _plan_base(base: Source, request: MergeRequest) -> None:
 
 def _match(base: Source, request: MergeRequest, adapter: Source) -> None:
     planned = plan_base(base, request)
-    match(fit(open_adapter(adapter.directory), planned.conversions.shapes, planned.skeleton), planned.skeleton())
+    match(
+        fit(open_adapter(adapter.directory, beside=adapter.beside), planned.conversions.shapes, planned.skeleton),
+        planned.skeleton(),
+    )
 
 
 def _plan_merge(base: Source, request: MergeRequest, adapter: Source) -> None:

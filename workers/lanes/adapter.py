@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import peft
@@ -22,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from jobs.errors import BadInputError, UnsupportedError
-from workers.adapter_files import foreign_kind, origins
+from workers.adapter_files import foreign_kind
 from workers.checkpoint import TensorSpec, read_json, read_shard
 from workers.device import raise_of_machine
 from workers.lanes import names as adapter_names
@@ -84,7 +85,7 @@ class Adapter:
     tensors: Mapping[str, TensorSpec]
     """By the names that PEFT gives them; a spec has the name that is stored."""
     beside: Mapping[str, str] = field(default_factory=dict)
-    """Files that tensors come from which were trained beside the adapter, by the names stored."""
+    """As in `open_adapter`."""
     num_tokens: int | None = None
     """Size of the vocabulary that it was trained with; None where it is the base's."""
     inert_fields: frozenset[str] = frozenset()
@@ -118,12 +119,15 @@ class Wrapped:
     """Names in the wrapped model of the tensors that took their values from the adapter's file."""
 
 
-def open_adapter(directory: Path, inert_fields: frozenset[str] = frozenset()) -> Adapter:
+def open_adapter(
+    directory: Path, inert_fields: frozenset[str] = frozenset(), beside: Mapping[str, str] = MappingProxyType({})
+) -> Adapter:
     """Read the configuration and the headers of an adapter.
 
     Args:
         directory: of the adapter.
         inert_fields: of the configuration, that PEFT may not know: the operator says that they change nothing.
+        beside: files that tensors come from which were trained beside the adapter, by the names stored.
 
     Raises:
         NotFoundError: a file is missing.
@@ -137,13 +141,11 @@ def open_adapter(directory: Path, inert_fields: frozenset[str] = frozenset()) ->
     if found := foreign_kind(spec.name for spec in shard.tensors):
         tensor, kind, advice = found
         raise UnsupportedError(f"{path}: tensor {tensor}: this is {kind}, not one of PEFT; {advice}")
-    beside = origins(shard)
     named = adapter_names.name_as_peft(str(path), method, shard.tensors, beside, functools.partial(_same, path))
     if named.left_behind:
-        num_more = len(named.left_behind) - 1
-        notes += (
-            f"a value head is left behind, which only the training needed: {named.left_behind[0]} and {num_more} more",
-        )
+        first, *others = named.left_behind
+        more = f" and {len(others)} more" if others else ""
+        notes += (f"a value head is left behind, which only the training needed: {first}{more}",)
     return Adapter(
         directory=directory,
         method=method,

@@ -72,7 +72,7 @@ def name_as_peft(
     adapters: dict[str, str] = {}
     for spec in specs:
         name, adapter = _as_peft(spec.name, prefix)
-        if _VALUE_HEAD.fullmatch(name) or origins.get(spec.name, "").startswith("value_head."):
+        if _VALUE_HEAD.fullmatch(name):
             left_behind.append(spec.name)
             continue
         if 0 in spec.shape:

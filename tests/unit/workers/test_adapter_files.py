@@ -1,5 +1,6 @@
 """Adapters as trainers and hubs leave them: merged as PEFT merges the same adapter, or refused with the cause."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from jobs.errors import MergefleetError, UnsupportedError
 from jobs.locations import LocalPath
 from tests.merges import different, merge, merge_by_peft, plan_pass, read_tensors
 from tests.models import build_llama, make_adapter
+from workers.evidence import Evidence
 from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 from workers.sources import fetch_adapter
 
@@ -144,6 +146,7 @@ def test_pickled_parts_are_one_adapter(base, adapter, expected, tmp_path):
 
 
 NORM = "model.norm.weight"
+MOVE = ".*nothing says what in it was trained; move it elsewhere if the adapter does not need it$"
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -173,6 +176,38 @@ def test_what_was_trained_beside_is_merged(base, adapter, expected, tmp_path, fi
     found = planned.check()["job"]
     assert max(check.rounding_excess for check in found.values()) <= 1
     assert all(found[name].delta_norm > 0 for name in tensors)
+
+
+def test_the_adapter_once_more_under_its_own_names_passes(base, adapter, expected, tmp_path):
+    """accelerate saves the tensors of an adapter under FSDP in this file, too."""
+    torch.save(load_file(adapter / ADAPTER_WEIGHTS), adapter / "pytorch_model_fsdp.bin")
+    assert different(merge(base, adapter, tmp_path / "ours"), expected) == []
+    assert fetch_adapter(LocalPath(adapter), tmp_path / "cache").beside == {}
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    tensors[next(reversed(tensors))].view(-1)[-1] += 1
+    torch.save(tensors, adapter / "pytorch_model_fsdp.bin")
+    assert "adapter_model.safetensors and pytorch_model_fsdp.bin both hold tensor" in refusal(
+        base, adapter, tmp_path / "2"
+    )
+
+
+def test_a_copy_as_torchtune_keeps_it_passes(base, adapter, expected, tmp_path):
+    """The other way round than `tune_to_peft_adapter_weights` of torchtune 0.6."""
+    config = json.loads((base / "config.json").read_text())
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    tensors = {}
+    for name, tensor in load_file(adapter / ADAPTER_WEIGHTS).items():
+        module, half, _ = name.removeprefix(f"{PREFIX}model.").replace("self_attn", "attn").rsplit(".", 2)
+        num_heads = heads.get(module.rpartition(".")[2]) if half == "lora_B" else None
+        turned = tensor if num_heads is None else tensor.unflatten(0, (num_heads, 2, -1)).transpose(1, 2)
+        tensors[f"{module}.{half.lower()}.weight"] = turned.reshape(tensor.shape).contiguous()
+    torch.save(tensors, adapter / "adapter_model.pt")
+    assert different(merge(base, adapter, tmp_path / "ours"), expected) == []
+    tensors[next(reversed(tensors))].view(-1)[-1] += 1
+    torch.save(tensors, adapter / "adapter_model.pt")
+    said = refusal(base, adapter, tmp_path / "2")
+    assert "adapter_model.pt is an adapter as torchtune keeps it for itself" in said
+    assert said.endswith("remove adapter_model.pt if the other is the adapter to merge")
 
 
 def test_files_beside_decide_the_digest(plain, adapter, base, tmp_path):
@@ -217,6 +252,13 @@ def test_files_beside_decide_the_digest(plain, adapter, base, tmp_path):
             r"both hold tensor",
         ),
         ("trained.bin", {"step": 5}, r"trained\.bin: expected tensors by name, found int under 'step'"),
+        (
+            "last.ckpt",
+            {"state_dict": {}, "epoch": 1},
+            rf"last\.ckpt: .*found dict under 'state_dict'; it holds more {MOVE}",
+        ),
+        ("mp_rank_00_model_states.pt", {"module": {}}, rf"mp_rank_00_model_states\.pt: .*it holds more {MOVE}"),
+        ("embeddings.pt", torch.zeros(4), rf"embeddings\.pt: expected a dict of tensors .*, found Tensor, {MOVE}"),
     ],
 )
 def test_what_fits_nowhere_is_refused_by_name(base, adapter, tmp_path, file, tensors, said):
@@ -233,7 +275,16 @@ def test_files_that_are_not_read_are_refused_by_name(base, adapter, tmp_path, fi
 def test_bystanders_pass(base, adapter, expected, tmp_path):
     for file in (
         *("optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "random_states_0.pkl"),
-        *("training_args.bin", "trainer_state.json", "scaler.pt", "adapter_model.bin", "model.gguf", "log.txt"),
+        *(
+            "training_args.bin",
+            "trainer_state.json",
+            "scaler.pt",
+            "recipe_state.pt",
+            "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+            "adapter_model.bin",
+            "model.gguf",
+            "log.txt",
+        ),
     ):
         (adapter / file).write_bytes(b"not read")
     (adapter / "global_step5").mkdir()
@@ -242,20 +293,42 @@ def test_bystanders_pass(base, adapter, expected, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "name"),
+    ("file", "name", "told"),
     [
-        ("value_head.safetensors", "v_head.summary.weight"),
-        ("value_head.safetensors", "summary.weight"),
-        ("model.safetensors", "v_head.summary.weight"),
+        ("value_head.safetensors", "v_head.summary.weight", "v_head.summary.weight"),
+        ("value_head.safetensors", "summary.weight", "v_head.summary.weight"),
+        ("model.safetensors", "v_head.summary.weight", "v_head.summary.weight"),
+        ("model.safetensors", "module.v_head.summary.weight", "module.v_head.summary.weight"),
     ],
 )
-def test_a_value_head_is_left_behind_and_told(base, adapter, expected, tmp_path, file, name):
+def test_a_value_head_is_left_behind_and_told(base, adapter, expected, tmp_path, file, name, told):
     save_file({name: torch.ones(1, 64)}, adapter / file)
     planned = plan_pass(base, {"job": adapter}, tmp_path / "ours")
     assert not planned.run().errors
     assert different(read_tensors(planned.output("job")), expected) == []
-    said = f"a value head is left behind, which only the training needed: {name} and 0 more"
-    assert planned.plans[0].opened.notes == (said,)
+    assert planned.plans[0].opened.notes == (f"a value head is left behind, which only the training needed: {told}",)
+    assert Evidence(planned.plans[0]).unfounded(planned.check()["job"]) == ()
+
+
+def test_a_header_does_not_say_what_is_left_behind(base, adapter, tmp_path):
+    """A header of an adapter that names a file for half of its tensors, as gathered adapters once did."""
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    hidden = {name: "value_head.bin" for name in tensors if "v_proj" in name}
+    save_file(tensors, adapter / ADAPTER_WEIGHTS, metadata={"mergefleet.files": json.dumps(hidden)})
+    (adapter / ".trained_beside.json").write_text(json.dumps(hidden))
+    assert plan_pass(base, {"job": adapter}, tmp_path / "1").plans[0].changed >= {
+        f"model.layers.0.self_attn.{target}.weight" for target in TARGETS
+    }
+    change_config(adapter, target_modules=["q_proj"])
+    assert "tensors belong to nothing that its configuration declares" in refusal(base, adapter, tmp_path / "2")
+
+
+def test_the_proof_takes_no_word_for_what_is_left_behind(base, adapter, tmp_path):
+    plan = plan_pass(base, {"job": adapter}, tmp_path / "plan").plans[0]
+    hidden = f"{PREFIX}model.layers.0.self_attn.v_proj.lora_B.weight"
+    tensors = {name: spec for name, spec in plan.opened.tensors.items() if name != hidden}
+    opened = dataclasses.replace(plan.opened, tensors=tensors, left_behind=frozenset({hidden}))
+    assert hidden in Evidence(dataclasses.replace(plan, opened=opened)).tensors
 
 
 def make_mlx(directory):

@@ -27,7 +27,7 @@ def notes(tmp_path, trained_on, *, stored=False, base="/bases/llama", card=None,
         (Source(location=LocalPath(directory), directory=directory, digest="0" * 64),),
         stored_in_4bit=stored,
         card=card or BaseCard(),
-        shipment=Shipment(files={}, broken={}, from_adapter=frozenset(), of_base={}, left=()),
+        shipment=Shipment(files={}, broken={}, from_adapter=frozenset(), of_base={}, trained_modules=(), left=()),
         num_rows=None,
     )
 

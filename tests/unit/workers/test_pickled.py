@@ -78,7 +78,9 @@ class Harmful:
 
 def left_in(cache):
     """What is in a cache, lock files that stay aside."""
-    return sorted(path.name for path in (cache / "sources").iterdir() if path.suffix != ".lock" or "part-" in path.name)
+    return sorted(
+        path.name for path in (cache / "gathered").iterdir() if path.suffix != ".lock" or "part-" in path.name
+    )
 
 
 def refused(adapter, kind, match):
@@ -136,10 +138,10 @@ class TestCache:
         (adapter / "optimizer.pt").write_bytes(b"pickle")
         source = fetch_adapter(LocalPath(adapter), tmp_path / "cache")
         assert source.location == LocalPath(adapter)
-        assert source.directory == tmp_path / "cache" / "sources" / source.digest
+        assert source.directory == tmp_path / "cache" / "gathered" / source.digest
         found = {p.relative_to(source.directory).as_posix() for p in source.directory.rglob("*") if p.is_file()}
         copied = {"adapter_config.json", "tokenizer.json", "additional_chat_templates/rag.jinja"}
-        assert found == copied | {"adapter_model.safetensors"}
+        assert found == copied | {"adapter_model.safetensors", ".trained_beside.json"}
         assert all((source.directory / name).read_bytes() == (adapter / name).read_bytes() for name in copied)
         with safe_open(source.directory / "adapter_model.safetensors", "pt") as weights:
             assert weights.metadata() == {"format": "pt"}
@@ -185,7 +187,7 @@ class TestCache:
             [sys.executable, "-c", code, adapter, cache], env=os.environ | {"PYTHONPATH": str(ROOT)}
         )
         deadline = time.monotonic() + 60
-        while not list(cache.glob("sources/*.part-*/adapter_model.safetensors")) and time.monotonic() < deadline:
+        while not list(cache.glob("gathered/*.part-*/adapter_model.safetensors")) and time.monotonic() < deadline:
             time.sleep(0.01)
         process.kill()
         process.wait()
@@ -315,15 +317,17 @@ class TestFile:
         assert different(load_file(tmp_path / "out"), tensors) == []
 
     def test_how_a_process_ended_is_told(self, file):
-        late = _failure(file, Ended(None, ""), 120.0)
+        late = _failure(file, Ended(None, ""), 120.0, "fetch it again")
         assert type(late) is BadInputError
         assert f"{file}: reading it took more than 120 seconds" in str(late)
-        full = _failure(file, Ended(1, 'warning\n["NoCapacityError", "writing x: No space left"]\n'), 1.0)
+        full = _failure(
+            file, Ended(1, 'warning\n["NoCapacityError", "writing x: No space left"]\n'), 1.0, "fetch it again"
+        )
         assert type(full) is NoCapacityError
         for said in ("Traceback\x1b[1m\nImportError: no torch", "", "7", '["OSError", "x"]', "[[], []]", "{}"):
-            broken = _failure(file, Ended(1, said), 1.0)
+            broken = _failure(file, Ended(1, said), 1.0, "fetch it again")
             assert type(broken) is InternalError
             assert str(broken).isprintable()
-        assert type(_failure(file, Ended(-signal.SIGTERM, ""), 1.0)) is TransientIOError
-        killed = _failure(file, Ended(-signal.SIGSEGV, ""), 1.0)
+        assert type(_failure(file, Ended(-signal.SIGTERM, ""), 1.0, "fetch it again")) is TransientIOError
+        killed = _failure(file, Ended(-signal.SIGSEGV, ""), 1.0, "fetch it again")
         assert "killed (SIGSEGV)" in str(killed)

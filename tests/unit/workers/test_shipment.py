@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-from jobs.errors import BadInputError
+from jobs.errors import BadInputError, UnsupportedError
 from tests.releases import write_files
 from workers.belongings import belongs, is_legal, is_vocabulary, ships
 from workers.code_files import leave_out
@@ -180,6 +181,44 @@ class TestFolders:
         shipment, whose = ship(tmp_path, files, {})
         assert whose.keys() == files.keys() - {"2_Dense/pytorch_model.bin", "other/config.json"}
         assert ["1_Dense/pytorch_model.bin" in note for note in shipment.notes] == [True]
+
+    MODULES = json.dumps(
+        [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense", "type": "custom_dense.Dense"}]
+    ).encode()
+    DENSE: ClassVar = {
+        "modules.json": MODULES,
+        "1_Pooling/config.json": b"{}",
+        "2_Dense/config.json": b"{}",
+        "2_Dense/model.safetensors": b"weights",
+        "custom_dense.py": b"",
+    }
+
+    def test_modules_with_the_weights_of_the_base_stay_its_own(self, tmp_path):
+        theirs = self.DENSE | {"modules.json": b" " + self.MODULES}
+        shipment, whose = ship(tmp_path, self.DENSE | {"LICENSE": b""}, theirs)
+        assert whose == dict.fromkeys([*self.DENSE, "LICENSE"], "base")
+        assert shipment.notes == ()
+
+    def test_modules_trained_with_an_adapter_take_the_place_of_the_bases_and_are_told(self, tmp_path):
+        theirs = self.DENSE | {"2_Dense/model.safetensors": b"trained", "config_sentence_transformers.json": b"{}"}
+        theirs |= {"stray/model.safetensors": b"none"}
+        shipment, whose = ship(
+            tmp_path, self.DENSE | {"2_Dense/extra.json": b"{}", "3_Normalize/config.json": b"{}"}, theirs
+        )
+        taken = (self.DENSE.keys() | {"config_sentence_transformers.json"}) - {"custom_dense.py"}
+        assert whose == dict.fromkeys(taken, "adapter") | {"custom_dense.py": "base"}
+        assert ["2_Dense/model.safetensors" in note for note in shipment.notes] == [True]
+
+    def test_modules_that_the_base_does_not_have_come_with_the_adapter(self, tmp_path):
+        _, whose = ship(tmp_path, {"config.json": b"{}"}, self.DENSE)
+        assert whose == dict.fromkeys(self.DENSE, "adapter")
+
+    def test_pickled_modules_of_an_adapter_are_refused_unless_they_are_the_bases(self, tmp_path):
+        pickled = {"modules.json": self.MODULES, "2_Dense/pytorch_model.bin": b"pickle"}
+        assert ship(tmp_path, pickled, pickled)[1] == dict.fromkeys(pickled, "base")
+        (tmp_path / "adapter" / "2_Dense" / "pytorch_model.bin").write_bytes(b"trained")
+        with pytest.raises(UnsupportedError, match=r"2_Dense/pytorch_model\.bin: .* save the module as safetensors"):
+            plan_shipment(tmp_path / "base", tmp_path / "adapter")
 
     @pytest.mark.parametrize("path", ["../adapter", "/etc", 5, "a/../b", "a\\b"])
     def test_folders_outside_are_refused(self, tmp_path, path):

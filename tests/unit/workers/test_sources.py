@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs.errors import AuthError, NotFoundError, UnsupportedError
+from jobs.errors import AuthError, NotFoundError, TransientIOError, UnsupportedError
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
 from tests.releases import write_files
 from tests.servers.hub import Hub
@@ -149,7 +149,39 @@ class TestLocal:
         (tmp_path / "base" / name).write_bytes(BASE[name] + b" ")
         assert fetch_base(LocalPath(tmp_path / "base"), tmp_path).digest != before
 
-    def test_digest_of_a_base_reads_no_weights(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("place", [0, 4_500_000, -1], ids=["begin", "middle", "end"])
+    def test_digest_of_a_base_follows_its_weights(self, tmp_path: Path, place: int) -> None:
+        """Two trainings of one architecture, unpacked with the times of one archive."""
+        digests = set()
+        for change in (b"\0", b"\1"):
+            weights = bytearray(9_000_000)
+            weights[place] = change[0]
+            write_files(tmp_path / "base", BASE | {"model-00001-of-00002.safetensors": safetensors(bytes(weights))})
+            for path in (tmp_path / "base").rglob("*"):
+                os.utime(path, (1, 1))
+            digests.add(fetch_base(LocalPath(tmp_path / "base"), tmp_path).digest)
+        assert len(digests) == 2
+
+    def test_digest_of_a_base_takes_few_samples_of_many_tensors(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        reads: list[int] = []
+        pread = os.pread
+        monkeypatch.setattr(os, "pread", lambda *args: (reads.append(args[1]), pread(*args))[1])
+        entries = {
+            f"w{place}": {"dtype": "U8", "shape": [9_000], "data_offsets": [place * 9_000, (place + 1) * 9_000]}
+            for place in range(5_000)
+        }
+        header = json.dumps(entries).encode()
+        write_files(tmp_path / "base", {"config.json": b"{}", "model.safetensors": b""})
+        with (tmp_path / "base" / "model.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            file.truncate(8 + len(header) + 5_000 * 9_000)
+        fetch_base(LocalPath(tmp_path / "base"), tmp_path)
+        assert 3_000 <= len(reads) <= 4_096
+        assert max(reads) == 4_096
+
+    def test_digest_of_a_base_reads_few_weights(self, tmp_path: Path) -> None:
         write_files(tmp_path / "base", BASE)
         with (tmp_path / "base" / "model-00001-of-00002.safetensors").open("ab") as file:
             file.truncate(1 << 40)  # a sparse TiB
@@ -167,6 +199,15 @@ class TestLocal:
         write_files(tmp_path / "c", ADAPTER | {"adapter_model.safetensors": safetensors(b"\x01" + bytes(4_999))})
         digests = [fetch_adapter(LocalPath(tmp_path / name), tmp_path).digest for name in "abc"]
         assert digests[0] == digests[1] != digests[2]
+
+    def test_modules_beside_an_adapter_belong_to_it(self, tmp_path: Path) -> None:
+        modules = {"modules.json": b'[{"path": "2_Dense"}]', "2_Dense/model.safetensors": safetensors(b"dense")}
+        write_files(tmp_path / "a", ADAPTER | modules)
+        source = fetch_adapter(LocalPath(tmp_path / "a"), tmp_path)
+        write_files(tmp_path / "a", {"2_Dense/model.safetensors": safetensors(b"other")})
+        assert fetch_adapter(LocalPath(tmp_path / "a"), tmp_path).digest != source.digest
+        with pytest.raises(TransientIOError, match=r"2_Dense/model\.safetensors was changed while it was read"):
+            source.check_unchanged()
 
     def test_missing_directory_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(NotFoundError, match=r"base .*/no is no directory; expected one with config\.json"):
@@ -204,7 +245,8 @@ class TestLocal:
 def check_gathered(place: Location, tmp_path: Path) -> None:
     """Fetch an adapter in several files: it is what the same files in a directory are."""
     source = fetch_adapter(place, tmp_path / "cache")
-    assert names(source) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert names(source) == {"adapter_config.json", "adapter_model.safetensors", ".trained_beside.json"}
+    assert source.beside == {"u": "vit.safetensors"}
     tensors = load_file(source.directory / "adapter_model.safetensors")
     found = {name: bytes(tensor.tolist()) for name, tensor in tensors.items()}
     assert found == {"w": b"first", "v": b"second", "u": b"third"}
@@ -215,8 +257,9 @@ def check_gathered(place: Location, tmp_path: Path) -> None:
 def check_converted(place: Location, tmp_path: Path) -> Source:
     """Fetch a pickled adapter: it is what the same files in a directory are."""
     source = fetch_adapter(place, tmp_path / "cache")
-    assert source.directory == tmp_path / "cache" / "sources" / source.digest
-    assert names(source) == pickled().keys() - {"adapter_model.bin"} | {"adapter_model.safetensors"}
+    assert source.directory == tmp_path / "cache" / "gathered" / source.digest
+    made = {"adapter_model.safetensors", ".trained_beside.json"}
+    assert names(source) == pickled().keys() - {"adapter_model.bin"} | made
     assert torch.equal(load_file(source.directory / "adapter_model.safetensors")["w"], torch.arange(5000))
     write_files(tmp_path / "local", pickled())
     assert fetch_adapter(LocalPath(tmp_path / "local"), tmp_path / "cache").directory == source.directory
