@@ -237,7 +237,8 @@ def _placements(room: Room, *, in_4bit: bool) -> list[tuple[torch.device, dict[i
 def _prepare(model: PreTrainedModel, info: dict[str, Any], *, device: torch.device) -> RunningModel:
     for parameter in model.parameters():
         # Of a checkpoint stored in 4-bit, transformers loads the other weights in their own dtype, whatever it is told.
-        if parameter.dtype in (torch.bfloat16, torch.float16):
+        # Codes may have a float dtype, too (`bnb_4bit_quant_storage`): those are bytes, not numbers.
+        if parameter.dtype in (torch.bfloat16, torch.float16) and getattr(parameter, "quant_state", None) is None:
             parameter.data = parameter.data.float()
     module: Any
     for module in model.modules():

@@ -321,10 +321,10 @@ def test_tied_embeddings(places, scratch):
     assert passes(check(base, scratch, subject(base, adapter, merged, base_quantization="nf4"))[merged.name])
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_base_stored_in_4bit_has_one_reference(places, base, scratch, double_quant):
-    name = f"stored-{double_quant}"
-    stored = build_bnb_4bit(base, places / name, double_quant=double_quant)
+@pytest.mark.parametrize(("double_quant", "storage"), [(False, "uint8"), (True, "float32"), (False, "bfloat16")])
+def test_base_stored_in_4bit_has_one_reference(places, base, scratch, double_quant, storage):
+    name = f"stored-{storage}"
+    stored = build_bnb_4bit(base, places / name, double_quant=double_quant, storage=storage)
     adapter = make_adapter(stored, places / f"{name}-adapter")
     merged = merge_with_peft(stored, adapter, places / f"{name}-merged")
     one = subject(stored, adapter, merged, base_quantization="nf4")
@@ -332,6 +332,9 @@ def test_base_stored_in_4bit_has_one_reference(places, base, scratch, double_qua
     assert len(checks) == 1
     assert passes(checks)
     assert checks[0].mean_kl < LIMITS.max_mean_kl / 10
+    # What was merged by PEFT is what a correct merge loses.
+    assert checks[0].rounding_kl == pytest.approx(checks[0].mean_kl, rel=1e-2)
+    assert checks[0].proves_adapter
     assert "as stored" in checks[0].reference
 
 
