@@ -24,11 +24,11 @@ from peft import PeftModel
 
 from jobs.errors import (
     BadInputError,
+    CancelledError,
     MergefleetError,
     NoCapacityError,
     NotFoundError,
     ParityFailedError,
-    UnsupportedError,
 )
 from jobs.release import BehaviourCheck
 from jobs.request import MergeRequest
@@ -83,6 +83,8 @@ class _Trial:
     merge_dtype: torch.dtype
     """That it was merged in, where PEFT did it: of the base."""
     answers: list[Answers] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    """On references that could not be asked, for the report."""
 
 
 def check_behaviour(
@@ -109,8 +111,8 @@ def check_behaviour(
 
     Returns:
         By request id: the gating check, then the informational one, which is missing where the base is stored in 4-bit
-        and so has no other weights, or where there is no room for them; or the error that this subject alone failed
-        with: ParityFailedError for a merged checkpoint that does not load as it should, BadInputError or
+        and so has no other weights, or where those have no room or do not run, which a remark tells; or the error that
+        this subject alone failed with: ParityFailedError for a merged checkpoint that does not load as it should, BadInputError or
         UnsupportedError for prompts or adapter, NoCapacityError where the gating reference has no room.
 
     Raises:
@@ -205,25 +207,28 @@ def _ask_reference(
     # What only adds to linear weights fits on 4-bit ones and comes off again: one loaded base serves all of those.
     for number, trial in enumerate(sorted(trials, key=lambda trial: not trial.subject.streamed)):
         cancelled()
+        directory = room.scratch / f"{'gating' if reference.gates else 'other'}-{number}"
+        directory.mkdir()
         try:
             if running is None or not trial.subject.streamed:
                 running = None
                 release_memory()
                 with model_of(base, BadInputError):
                     running = _load_reference(base, reference, room, dequantize=not trial.subject.streamed)
-        except NoCapacityError as error:
-            if reference.gates:
-                errors[trial.subject.request.id] = error
-            else:
-                logger.warning("no room for the comparison that is for information", extra={"base": str(base)})
-            continue
-        directory = room.scratch / f"{'gating' if reference.gates else 'other'}-{number}"
-        directory.mkdir()
-        try:
             with model_of(base, BadInputError):
                 trial.answers.append(_answer(running, reference, trial, directory, cancelled))
-        except (BadInputError, UnsupportedError) as error:
-            errors[trial.subject.request.id] = error
+        except CancelledError:
+            raise
+        except MergefleetError as error:
+            if not reference.gates:
+                logger.warning("no comparison for information", extra={"base": str(base), "error": str(error)})
+                why = "has no room here" if isinstance(error, NoCapacityError) else "does not run, and the log says why"
+                trial.remarks.append(f"There is no comparison for information: {reference.words} {why}.")
+            elif isinstance(error, NoCapacityError if running is None else BadInputError):
+                errors[trial.subject.request.id] = error
+            else:
+                raise
+            running = None  # the adapter may be half on it
     return errors
 
 
@@ -357,6 +362,7 @@ def _ask_merged(trial: _Trial, room: Room, cancelled: Callable[[], None]) -> tup
             answers,
             each,
             continuations,
+            remarks=(*trial.prompts.remarks, *trial.remarks),
             thresholds=trial.subject.request.parity.thresholds,
             dtype=trial.dtype,
         )

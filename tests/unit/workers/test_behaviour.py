@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig, MambaConfig, MambaForCausalLM
 
 from jobs.errors import BadInputError, CancelledError, NoCapacityError, ParityFailedError
 from jobs.release import BehaviourCheck
@@ -362,8 +362,24 @@ def test_offloaded_to_disk_gives_the_same_figures(base, adapter, merged, scratch
     in_memory = check(base, scratch, one)[merged.name]
     # Too little for embeddings and head: everything stays in the checkpoint's own files.
     offloaded = check(base, scratch, one, host_bytes=300_000)[merged.name]
-    assert offloaded == in_memory[:1]
-    assert [record.message for record in caplog.records] == ["no room for the comparison that is for information"]
+    told = "There is no comparison for information: the base in nf4 + adapter has no room here."
+    assert offloaded == (in_memory[0].model_copy(update={"remarks": (*in_memory[0].remarks, told)}),)
+    assert [record.message for record in caplog.records] == ["no comparison for information"]
+
+
+def test_a_base_that_does_not_run_in_4bit_is_compared_in_its_own_weights(tmp_path, scratch):
+    # transformers multiplies by a weight of a Mamba itself, which in 4 bits is codes.
+    config = MambaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, state_size=8)
+    torch.manual_seed(0)
+    MambaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", targets=["in_proj", "x_proj"])
+    merged = merge_with_peft(tmp_path / "base", adapter, tmp_path / "merged")
+    parity = {"min_positions": 1, "max_new_tokens": 1}
+    checks = check(tmp_path / "base", scratch, subject(tmp_path / "base", adapter, merged, parity=parity))[merged.name]
+    assert len(checks) == 1
+    assert passes(checks)
+    assert checks[0].proves_adapter
+    assert checks[0].remarks[-1].startswith("There is no comparison for information: the base in nf4 + adapter")
 
 
 def test_4bit_base_that_fits_nowhere_is_no_capacity(base, adapter, merged_nf4, scratch):
