@@ -152,7 +152,9 @@ def build_bnb_4bit(
         max_shard_size: as `save_pretrained` takes it.
     """
     with quiet_transformers():
-        _load_4bit(base, quant_type, double_quant, storage=storage).save_pretrained(directory, max_shard_size=max_shard_size)
+        _load_4bit(base, quant_type, double_quant, storage=storage).save_pretrained(
+            directory, max_shard_size=max_shard_size
+        )
     return _copy_tokenizer(base, directory)
 
 
