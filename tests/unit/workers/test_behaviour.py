@@ -14,7 +14,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BitsAndBytesConfig, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from jobs.errors import BadInputError, CancelledError, NoCapacityError, ParityFailedError
 from jobs.release import BehaviourCheck
@@ -291,6 +296,58 @@ def test_rounding_to_another_dtype_is_that_of_every_tensor(tmp_path, scratch, st
     gate = check(base, scratch, one)[merged.name][0]
     assert gate.rounding_kl == pytest.approx(gate.mean_kl, rel=1e-2)
     assert passes((gate,))
+
+
+def merged_in_32_bits(base: Path, adapter: Path, directory: Path) -> Path:
+    """The merge of PEFT in float32, each tensor rounded to the dtype that the base stores it in."""
+    model = PeftModel.from_pretrained(load_plain(base, torch.float32), str(adapter)).merge_and_unload()
+    merged, path = model.state_dict(), shutil.copytree(base, directory) / "model.safetensors"
+    rounded = {name: merged[name].to(tensor.dtype) for name, tensor in load_file(path).items()}
+    save_file(rounded, path, metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("wide", "targets"), [("embed_tokens|lm_head", ["q_proj", "v_proj", "down_proj"]), ("v_proj", ["v_proj"])]
+)
+def test_each_weight_is_rounded_to_the_dtype_that_it_is_stored_in(tmp_path, scratch, wide, targets):
+    path = build_llama(tmp_path / "base") / "model.safetensors"
+    tensors = {name: t.float() if re.search(wide, name) else t for name, t in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", targets=targets, std=0.0005)
+    merged = merged_in_32_bits(tmp_path / "base", adapter, tmp_path / "merged")
+    for streamed in (True, False):
+        one = dataclasses.replace(subject(tmp_path / "base", adapter, merged), streamed=streamed)
+        gate = check(tmp_path / "base", scratch, one)[merged.name][0]
+        assert passes((gate,))
+        assert gate.rounding_kl == pytest.approx(gate.mean_kl, rel=1e-2, abs=1e-9)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_what_an_adapter_brings_whole_is_an_effect_and_is_rounded(base, tmp_path, scratch, beside):
+    norms = {} if beside else {"modules_to_save": ["input_layernorm", "norm"]}
+    adapter = make_adapter(base, tmp_path / "adapter", targets=["q_proj"], std=0.001, **norms)
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    if beside:
+        tensors["base_model.model.model.norm.weight"] = torch.ones(64)
+    torch.manual_seed(4)
+    noisy = {
+        name: tensor.float() + torch.randn(tensor.shape) * 1e-3 for name, tensor in tensors.items() if "norm" in name
+    }
+    save_file(tensors | noisy, path, metadata={"format": "pt"})
+    whole = shutil.copytree(base, tmp_path / "base")
+    load_plain(base).save_pretrained(whole)  # in one file
+    for path in [*whole.glob("*-of-*"), *whole.glob("*.index.json")]:
+        path.unlink()
+    right = subject(whole, adapter, merged_in_32_bits(whole, adapter, tmp_path / "right"))
+    dropped = subject(whole, adapter, shutil.copytree(whole, tmp_path / "dropped"))
+    subjects = [dataclasses.replace(each, streamed=False) for each in (right, dropped)]
+    right, dropped = (checks[0] for checks in check(whole, scratch, *subjects).values())
+    assert passes((right,))
+    assert right.rounding_kl == pytest.approx(right.mean_kl, rel=1e-2)
+    assert right.adapter_kl > 1e-8
+    assert dropped.lost_share == pytest.approx(1, rel=1e-3)
 
 
 def test_what_peft_merges_is_rounded_by_peft(base, tmp_path, scratch):
