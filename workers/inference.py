@@ -104,7 +104,8 @@ class RunningModel:
     def logits_together(self, texts: Sequence[Sequence[int]], nums_positions: Sequence[int]) -> list[torch.Tensor]:
         """Return the logits after each of the last positions of several texts, which run together.
 
-        For models whose weights take long to come by. Padding is on the right, where causal models do not look.
+        For models whose weights take long to come by. Padding is on the right, where causal models do not look; it is
+        masked for the others.
 
         Args:
             texts: token ids.
@@ -115,18 +116,20 @@ class RunningModel:
         """
         longest = max(map(len, texts))
         ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=self.device)
+        mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=self.device)
         begins = [len(text) - num_positions for text, num_positions in zip(texts, nums_positions, strict=True)]
         first = min(begins)
-        logits_BTV = self._forward(ids, longest - first)
+        logits_BTV = self._forward(ids, longest - first, mask)
         return [
             logits_BTV[row, begin - first : len(text) - first].to(device="cpu", dtype=torch.float32)
             for row, (text, begin) in enumerate(zip(texts, begins, strict=True))
         ]
 
-    def _forward(self, ids: torch.Tensor, num_positions: int) -> torch.Tensor:
+    def _forward(self, ids: torch.Tensor, num_positions: int, mask: torch.Tensor | None = None) -> torch.Tensor:
         # Most models can leave out the head at positions nobody asks about; the others compute all of them.
-        keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        output = self.model(ids, use_cache=False, **({"logits_to_keep": num_positions} if keeps else {}))
+        options = {"logits_to_keep": num_positions, "attention_mask": mask}
+        taken = inspect.signature(self.model.forward).parameters
+        output = self.model(ids, use_cache=False, **{name: options[name] for name in options.keys() & taken.keys()})
         logits_BTV: torch.Tensor = output.logits[:, -num_positions:]
         return logits_BTV
 

@@ -16,6 +16,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
     BitsAndBytesConfig,
     MambaConfig,
     MambaForCausalLM,
@@ -348,6 +350,19 @@ def test_what_an_adapter_brings_whole_is_an_effect_and_is_rounded(base, tmp_path
     assert right.rounding_kl == pytest.approx(right.mean_kl, rel=1e-2)
     assert right.adapter_kl > 1e-8
     assert dropped.lost_share == pytest.approx(1, rel=1e-3)
+
+
+def test_a_model_that_looks_to_the_right_sees_no_padding(tmp_path, scratch):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = BertLMHeadModel(BertConfig(**shape, intermediate_size=64, initializer_range=0.2)).eval()
+    model.save_pretrained(tmp_path / "bert")
+    running = load_model(tmp_path / "bert", Room(device=CPU, scratch=scratch))
+    texts = [list(range(3, 9)), list(range(20, 50))]
+    with torch.inference_mode():
+        expected = [model(torch.tensor([text])).logits[0, 1:] for text in texts]
+    found = running.logits_together(texts, [len(text) - 1 for text in texts])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_peft_merges_is_rounded_by_peft(base, tmp_path, scratch):
