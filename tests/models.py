@@ -138,6 +138,7 @@ def build_bnb_4bit(
     *,
     quant_type: str = "nf4",
     double_quant: bool = False,
+    storage: str = "uint8",
     max_shard_size: str = "5GB",
 ) -> Path:
     """Save a base as a bitsandbytes 4-bit checkpoint, by transformers itself, with the base's tokenizer.
@@ -147,10 +148,13 @@ def build_bnb_4bit(
         directory: becomes the 4-bit base.
         quant_type: nf4 or fp4.
         double_quant: whether the scales are quantized too.
+        storage: dtype that the codes are packed in, as training by FSDP wants them.
         max_shard_size: as `save_pretrained` takes it.
     """
     with quiet_transformers():
-        _load_4bit(base, quant_type, double_quant).save_pretrained(directory, max_shard_size=max_shard_size)
+        _load_4bit(base, quant_type, double_quant, storage=storage).save_pretrained(
+            directory, max_shard_size=max_shard_size
+        )
     return _copy_tokenizer(base, directory)
 
 
@@ -274,12 +278,15 @@ def _copy_tokenizer(base: Path, directory: Path) -> Path:
     return directory
 
 
-def _load_4bit(base: Path, quant_type: str, double_quant: bool, device: str = "cpu") -> PreTrainedModel:
+def _load_4bit(
+    base: Path, quant_type: str, double_quant: bool, device: str = "cpu", storage: str = "uint8"
+) -> PreTrainedModel:
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant_type,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=storage,
     )
     model = AutoModelForCausalLM.from_pretrained(
         base, quantization_config=quantization, dtype="auto", device_map=device, local_files_only=True

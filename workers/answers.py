@@ -35,6 +35,7 @@ def summarize_answers(
     divergences: Sequence[Divergence],
     merged: Sequence[tuple[int, ...]],
     *,
+    remarks: tuple[str, ...],
     thresholds: Thresholds,
     dtype: torch.dtype,
 ) -> BehaviourCheck:
@@ -45,6 +46,7 @@ def summarize_answers(
         answers: of the reference.
         divergences: from it to the merged checkpoint, by text.
         merged: the merged checkpoint's own continuations, by prompt.
+        remarks: on how it was asked.
         thresholds: of the request: they decide what the check proves.
         dtype: of the merged checkpoint.
     """
@@ -99,8 +101,8 @@ def summarize_answers(
     if not answers.reference.gates:
         return check
     check = check.model_copy(update={"rounding_kl": total(answers.roundings).mean_kl})
-    remarks = (*effect_remarks(check, thresholds, str(dtype).removeprefix("torch.")), *prompts.remarks)
-    return check.model_copy(update={"proves_adapter": proves_adapter(check, thresholds), "remarks": remarks})
+    told = (*effect_remarks(check, thresholds, str(dtype).removeprefix("torch.")), *remarks)
+    return check.model_copy(update={"proves_adapter": proves_adapter(check, thresholds), "remarks": told})
 
 
 def _summarize_held_out(effects: Sequence[Divergence], divergences: Sequence[Divergence]) -> HeldOutCheck | None:

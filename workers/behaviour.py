@@ -15,7 +15,7 @@ import contextlib
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,11 +24,11 @@ from peft import PeftModel
 
 from jobs.errors import (
     BadInputError,
+    CancelledError,
     MergefleetError,
     NoCapacityError,
     NotFoundError,
     ParityFailedError,
-    UnsupportedError,
 )
 from jobs.release import BehaviourCheck
 from jobs.request import MergeRequest
@@ -43,7 +43,7 @@ from workers.model import load_config
 from workers.plan import MergePlan
 from workers.prompts import LONGEST_BUILT_IN, Prompts, read_prompts
 from workers.references import Reference, references
-from workers.rounded import merge_and_round, output_dtype, rounding_as_used
+from workers.rounded import merge_and_round, output_dtype, rounding_as_used, stored_dtypes
 from workers.texts import MAX_POSITIONS, Text, batches
 from workers.vetting import vet_prompts
 
@@ -79,10 +79,14 @@ class _Trial:
     subject: Subject
     prompts: Prompts
     dtype: torch.dtype
-    """Of the merged checkpoint."""
-    merge_dtype: torch.dtype
-    """That it was merged in, where PEFT did it: of the base."""
+    """Of most of the merged checkpoint."""
+    dtypes: Mapping[str, torch.dtype]
+    """Of each of its tensors, by their names in the model."""
+    merge_dtypes: Mapping[str, torch.dtype]
+    """That they were merged in, where PEFT did it: those of the base."""
     answers: list[Answers] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    """On references that could not be asked, for the report."""
 
 
 def check_behaviour(
@@ -109,9 +113,10 @@ def check_behaviour(
 
     Returns:
         By request id: the gating check, then the informational one, which is missing where the base is stored in 4-bit
-        and so has no other weights, or where there is no room for them; or the error that this subject alone failed
-        with: ParityFailedError for a merged checkpoint that does not load as it should, BadInputError or
-        UnsupportedError for prompts or adapter, NoCapacityError where the gating reference has no room.
+        and so has no other weights, or where those have no room or do not run, which a remark tells; or the error that
+        this subject alone failed with: ParityFailedError for a merged checkpoint that does not load as it should,
+        BadInputError or UnsupportedError for prompts or adapter, NoCapacityError where the gating reference has no
+        room.
 
     Raises:
         CancelledError: by `cancelled`.
@@ -126,9 +131,15 @@ def check_behaviour(
             try:
                 _check_config(subject.merged)
                 vet_prompts(subject.request, subject.merged)
-                prompts, dtype = read_prompts(subject.request, subject.merged), output_dtype(subject.merged)
-                merge_dtype = dtype if subject.request.dtype is None else output_dtype(base)
-                trials.append(_Trial(subject=subject, prompts=prompts, dtype=dtype, merge_dtype=merge_dtype))
+                dtypes = stored_dtypes(subject.merged)
+                trial = _Trial(
+                    subject=subject,
+                    prompts=read_prompts(subject.request, subject.merged),
+                    dtype=output_dtype(subject.merged),
+                    dtypes=dtypes,
+                    merge_dtypes=dtypes if subject.request.dtype is None else dtypes | stored_dtypes(base),
+                )
+                trials.append(trial)
             except (BadInputError, NotFoundError, ParityFailedError) as error:
                 outcomes[subject.request.id] = error
         for reference in beside or references(base, subjects[0].request):
@@ -180,11 +191,14 @@ def estimate_peak_bytes(plan: MergePlan) -> int:
     )
     vocab_size: int = load_config(plan.base.source.directory).get_text_config().vocab_size
     num_logit_bytes = 3 * 4 * vocab_size * min(longest + parity.max_new_tokens, MAX_POSITIONS)
+    adapter = plan.opened
+    num_replaced_bytes = sum(4 * math.prod(t.shape) for t in adapter.tensors.values() if t.name in adapter.beside)
     num_rounding_bytes = _BYTES_PER_ROUNDED * largest
     return (
         _LIBRARY_BYTES
         + num_weight_bytes
         + plan.num_adapter_bytes
+        + num_replaced_bytes
         + max(num_logit_bytes + working_bytes(vocab_size), num_rounding_bytes)
     )
 
@@ -205,25 +219,28 @@ def _ask_reference(
     # What only adds to linear weights fits on 4-bit ones and comes off again: one loaded base serves all of those.
     for number, trial in enumerate(sorted(trials, key=lambda trial: not trial.subject.streamed)):
         cancelled()
+        directory = room.scratch / f"{'gating' if reference.gates else 'other'}-{number}"
+        directory.mkdir()
         try:
             if running is None or not trial.subject.streamed:
                 running = None
                 release_memory()
                 with model_of(base, BadInputError):
                     running = _load_reference(base, reference, room, dequantize=not trial.subject.streamed)
-        except NoCapacityError as error:
-            if reference.gates:
-                errors[trial.subject.request.id] = error
-            else:
-                logger.warning("no room for the comparison that is for information", extra={"base": str(base)})
-            continue
-        directory = room.scratch / f"{'gating' if reference.gates else 'other'}-{number}"
-        directory.mkdir()
-        try:
             with model_of(base, BadInputError):
                 trial.answers.append(_answer(running, reference, trial, directory, cancelled))
-        except (BadInputError, UnsupportedError) as error:
-            errors[trial.subject.request.id] = error
+        except CancelledError:
+            raise
+        except MergefleetError as error:
+            if not reference.gates:
+                logger.warning("no comparison for information", extra={"base": str(base), "error": str(error)})
+                why = "has no room here" if isinstance(error, NoCapacityError) else "does not run, and the log says why"
+                trial.remarks.append(f"There is no comparison for information: {reference.words} {why}.")
+            elif isinstance(error, NoCapacityError if running is None else BadInputError):
+                errors[trial.subject.request.id] = error
+            else:
+                raise
+            running = None  # the adapter may be half on it
     return errors
 
 
@@ -250,7 +267,7 @@ def _answer(
     prompts = trial.prompts
     texts: list[Text] = []
     effects = []
-    with running.with_adapter(adapter) as peft_model:
+    with running.with_adapter(adapter) as worn:
         continuations = running.continue_greedily(prompts.token_ids, request.parity.max_new_tokens)
         read = [*zip(prompts.token_ids, continuations, strict=True), *prompts.held_out]
         for number, (prompt, continuation) in enumerate(read):
@@ -267,14 +284,14 @@ def _answer(
                 )
             text.write_logits(logits_TV)
             texts.append(text)
-        with peft_model.disable_adapter():
+        with worn.taken_off():
             for text in texts:
                 cancelled()
                 without_TV = running.logits(text.input_ids, text.num_positions)
                 effects.append(compare_logits(text.read_logits(), without_TV, text.target_T))
         roundings = []
         if reference.gates:
-            roundings = _ask_rounded(running, peft_model, trial, texts[: len(continuations)], cancelled)
+            roundings = _ask_rounded(running, worn.model, trial, texts[: len(continuations)], cancelled)
     return Answers(
         reference=reference,
         texts=tuple(texts),
@@ -296,14 +313,12 @@ def _ask_rounded(
     An adapter that is not streamed stays merged: no other is put on this base.
     """
     subject = trial.subject
-    everything = subject.request.dtype is not None
     with contextlib.ExitStack() as stack:
         if subject.streamed:
-            stack.enter_context(rounding_as_used(peft_model, trial.dtype, everything=everything))
+            everything = subject.request.dtype is not None
+            stack.enter_context(rounding_as_used(peft_model, trial.dtypes, everything=everything))
         else:
-            merge_and_round(
-                subject.adapter, peft_model, trial.dtype, merge_dtype=trial.merge_dtype, everything=everything
-            )
+            merge_and_round(subject.adapter, peft_model, trial.dtypes, merge_dtypes=trial.merge_dtypes)
         roundings = []
         # Weights are rounded again for each batch: the fewer, the better.
         for batch in batches(texts):
@@ -357,6 +372,7 @@ def _ask_merged(trial: _Trial, room: Room, cancelled: Callable[[], None]) -> tup
             answers,
             each,
             continuations,
+            remarks=(*trial.prompts.remarks, *trial.remarks),
             thresholds=trial.subject.request.parity.thresholds,
             dtype=trial.dtype,
         )

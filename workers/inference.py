@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from jobs.errors import NoCapacityError
-from workers.lanes.adapter import Adapter, put_on
+from workers.lanes.adapter import PREFIX, Adapter, put_on
+from workers.lanes.resizing import resize_vocabulary
 from workers.memory import available_host_bytes, hold_little
 from workers.model import load_config, model_class, quiet_transformers, stored_quantization
 from workers.quant import of_state
@@ -46,6 +48,28 @@ class Room:
     """A directory of the caller's, for weights that transformers has to write anew before it can offload them."""
     host_bytes: int | None = None
     """Main memory for weights; None means nine tenths of what is free when a model is loaded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worn:
+    """A model that wears an adapter, not merged."""
+
+    model: PeftModel
+    replaced: tuple[tuple[nn.Parameter, torch.Tensor], ...]
+    """Parameters of the base that took values of the adapter's, with the values before."""
+
+    @contextlib.contextmanager
+    def taken_off(self) -> Iterator[None]:
+        """Have the base compute alone: without what the adapter adds, and with its own values."""
+        trained = [parameter.data for parameter, _ in self.replaced]
+        for parameter, before in self.replaced:
+            parameter.data = before
+        try:
+            with quiet_libraries(), self.model.disable_adapter():
+                yield
+        finally:
+            for (parameter, _), values in zip(self.replaced, trained, strict=True):
+                parameter.data = values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +104,8 @@ class RunningModel:
     def logits_together(self, texts: Sequence[Sequence[int]], nums_positions: Sequence[int]) -> list[torch.Tensor]:
         """Return the logits after each of the last positions of several texts, which run together.
 
-        For models whose weights take long to come by. Padding is on the right, where causal models do not look.
+        For models whose weights take long to come by. Padding is on the right, where causal models do not look; it is
+        masked for the others.
 
         Args:
             texts: token ids.
@@ -91,18 +116,20 @@ class RunningModel:
         """
         longest = max(map(len, texts))
         ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=self.device)
+        mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=self.device)
         begins = [len(text) - num_positions for text, num_positions in zip(texts, nums_positions, strict=True)]
         first = min(begins)
-        logits_BTV = self._forward(ids, longest - first)
+        logits_BTV = self._forward(ids, longest - first, mask)
         return [
             logits_BTV[row, begin - first : len(text) - first].to(device="cpu", dtype=torch.float32)
             for row, (text, begin) in enumerate(zip(texts, begins, strict=True))
         ]
 
-    def _forward(self, ids: torch.Tensor, num_positions: int) -> torch.Tensor:
+    def _forward(self, ids: torch.Tensor, num_positions: int, mask: torch.Tensor | None = None) -> torch.Tensor:
         # Most models can leave out the head at positions nobody asks about; the others compute all of them.
-        keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        output = self.model(ids, use_cache=False, **({"logits_to_keep": num_positions} if keeps else {}))
+        options = {"logits_to_keep": num_positions, "attention_mask": mask}
+        taken = inspect.signature(self.model.forward).parameters
+        output = self.model(ids, use_cache=False, **{name: options[name] for name in options.keys() & taken.keys()})
         logits_BTV: torch.Tensor = output.logits[:, -num_positions:]
         return logits_BTV
 
@@ -136,25 +163,36 @@ class RunningModel:
         return any(parameter.device.type == "meta" for parameter in self.model.parameters())
 
     @contextlib.contextmanager
-    def with_adapter(self, adapter: Adapter) -> Iterator[PeftModel]:
+    def with_adapter(self, adapter: Adapter) -> Iterator[Worn]:
         """Put an adapter on, through PEFT, not merged; take it off again at the end.
 
         Args:
             adapter: of the model's base. What it replaces, rather than adds to, stays replaced at the end.
 
         Yields:
-            The wrapped model; this model computes with the adapter until the end of the context.
+            The adapter on the model; this model computes with it until the end of the context.
 
         Raises:
             UnsupportedError, BadInputError: adapter and base do not fit, or a tensor is missing or left over.
         """
+        resize_vocabulary(self.model, adapter.num_tokens)
+        names = {name.removeprefix(PREFIX).replace(".base_layer.", ".") for name in adapter.tensors}
+        own = [
+            (parameter, parameter.detach().clone())
+            for name, parameter in self.model.named_parameters()
+            if name in names
+        ]
         with quiet_libraries():
             offloaded_to = self.device if self.offloaded else None
-            peft_model = put_on(adapter, self.model, values=True, offloaded_to=offloaded_to).model
+            wrapped = put_on(adapter, self.model, values=True, offloaded_to=offloaded_to)
+        parameters = wrapped.model.named_parameters(remove_duplicate=False)
+        taken = {id(parameter) for name, parameter in parameters if name in wrapped.loaded}
+        replaced = tuple((parameter, before) for parameter, before in own if id(parameter) in taken)
+        del own  # copies that the adapter has for itself leave the base's values alone
         try:
-            yield peft_model
+            yield Worn(model=wrapped.model, replaced=replaced)
         finally:
-            peft_model.unload()
+            wrapped.model.unload()
 
 
 def load_model(
@@ -237,7 +275,8 @@ def _placements(room: Room, *, in_4bit: bool) -> list[tuple[torch.device, dict[i
 def _prepare(model: PreTrainedModel, info: dict[str, Any], *, device: torch.device) -> RunningModel:
     for parameter in model.parameters():
         # Of a checkpoint stored in 4-bit, transformers loads the other weights in their own dtype, whatever it is told.
-        if parameter.dtype in (torch.bfloat16, torch.float16):
+        # Codes may have a float dtype, too (`bnb_4bit_quant_storage`): those are bytes, not numbers.
+        if parameter.dtype in (torch.bfloat16, torch.float16) and getattr(parameter, "quant_state", None) is None:
             parameter.data = parameter.data.float()
     module: Any
     for module in model.modules():

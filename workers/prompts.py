@@ -48,39 +48,51 @@ class Prompts:
         return str(self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False))
 
 
-def read_prompts(request: MergeRequest, merged: Path) -> Prompts:
+def read_prompts(request: MergeRequest, merged: Path, source: str | None = None) -> Prompts:
     """Turn the prompts of a request into token ids: through the chat template where the checkpoint has one.
 
     Args:
         request: its prompts, how many positions to compare, and how long a continuation is.
         merged: merged checkpoint. Where it has no tokenizer, the prompts are random ids, drawn with a fixed seed.
+        source: what messages call the place that tokenizer and configuration are from; None for the checkpoint itself.
 
     Raises:
         BadInputError: the request has prompts or texts of its own and the checkpoint no tokenizer; the tokenizer cannot
-            be loaded or does not fit the model; a prompt or text is empty or too long for the model.
+            be loaded or does not fit the model; a prompt or text of the request is empty or too long for the model, or
+            the model has no room for any of the default ones.
     """
+    source = source or str(merged)
     config = load_config(merged).get_text_config()
     longest: int | None = getattr(config, "max_position_embeddings", None)
     if not any((merged / name).exists() for name in _TOKENIZER_FILES):
-        return _draw(request, merged, config.vocab_size, longest)
+        return _draw(request, source, config.vocab_size, longest)
     parity = request.parity
-    tokenizer = _load_tokenizer(merged)
-    reader = _Reader(merged, tokenizer, config.vocab_size, longest, parity.max_new_tokens)
-    renderings = [reader.render(prompt) for prompt in parity.prompts]
-    own = [
-        Asked(text=prompt, token_ids=reader.prompt(prompt, rendering))
-        for prompt, rendering in zip(parity.prompts, renderings, strict=True)
-    ]
+    tokenizer = _load_tokenizer(merged, source)
+    reader = _Reader(source, tokenizer, config.vocab_size, longest, parity.max_new_tokens)
+    renderings = {prompt: reader.render(prompt) for prompt in parity.prompts}
+    remarks: tuple[str, ...] = ()
+    if parity.prompts == DEFAULT_PROMPTS:
+        renderings = {prompt: each for prompt, each in renderings.items() if reader.has_room(each)}
+        if num_left := len(DEFAULT_PROMPTS) - len(renderings):
+            remarks = (
+                f"{num_left} of the default prompts are left out: they leave no room in the {longest} positions.",
+            )
+    own = [Asked(text=p, token_ids=reader.prompt(p, renderings[p])) for p in parity.prompts if p in renderings]
     held_out = tuple(reader.held_out(text) for text in parity.texts)
     selection = select(own, functools.partial(reader.built_in, iter(PASSAGES)), parity.min_positions)
-    return _prompts(selection, how_asked(tokenizer, renderings), held_out, tokenizer)
+    if not selection.asked:
+        raise BadInputError(
+            f"{source}: max_new_tokens {parity.max_new_tokens} leave no room for a prompt in the {longest} positions "
+            "of the model; lower parity.max_new_tokens, or give parity.prompts of your own"
+        )
+    return _prompts(selection, how_asked(tokenizer, [*renderings.values()]) + remarks, held_out, tokenizer)
 
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
     """A tokenizer, and what its model takes."""
 
-    merged: Path
+    source: str
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     longest: int | None
@@ -90,10 +102,14 @@ class _Reader:
     def render(self, prompt: str) -> Rendering:
         """Return a prompt as a chat, or as it is where the chat does not fit into the model's context."""
         rendering = render_chat(self.tokenizer, prompt)
-        if rendering.is_chat and not self._fits(self._tokenize(rendering)):
+        if rendering.is_chat and not self.has_room(rendering):
             refusal = f"it leaves no room in the {self.longest} positions of the model"
             return Rendering(text=prompt, is_chat=False, refusal=refusal)
         return rendering
+
+    def has_room(self, rendering: Rendering) -> bool:
+        """Whether a prompt and its continuation fit into the model's context."""
+        return self._fits(self._tokenize(rendering))
 
     def prompt(self, prompt: str, rendering: Rendering) -> tuple[int, ...]:
         """Return the token ids of a prompt."""
@@ -144,31 +160,32 @@ class _Reader:
             more = f"; with max_new_tokens {num_new} that is" if num_new else ","
             raise BadInputError(
                 f"parity.{field}: {text[:40]!r}… has {len(ids)} tokens{more} more than the {self.longest} positions of "
-                f"{self.merged.name}"
+                f"{self.source}"
             )
         if max(ids) >= self.vocab_size:
             raise BadInputError(
-                f"{self.merged}: the tokenizer gives token {max(ids)}, the model has {self.vocab_size}; base and "
+                f"{self.source}: the tokenizer gives token {max(ids)}, the model has {self.vocab_size}; base and "
                 "tokenizer do not belong together"
             )
         return ids
 
 
-def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def _load_tokenizer(directory: Path, source: str) -> PreTrainedTokenizerBase:
     try:
         with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        raise BadInputError(f"{directory}: transformers cannot load its tokenizer: {error}") from error
+        reason = str(error).replace(str(directory), source)
+        raise BadInputError(f"{source}: transformers cannot load its tokenizer: {reason}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 
 
-def _draw(request: MergeRequest, merged: Path, vocab_size: int, longest: int | None) -> Prompts:
+def _draw(request: MergeRequest, source: str, vocab_size: int, longest: int | None) -> Prompts:
     if request.parity.prompts != DEFAULT_PROMPTS or request.parity.texts:
         given = "texts" if request.parity.texts else "prompts"
         raise BadInputError(
-            f"parity.{given} are given, but {merged.name} has no tokenizer to read them with; leave them out, or add a "
+            f"parity.{given} are given, but {source} has no tokenizer to read them with; leave them out, or add a "
             "tokenizer to the base or the adapter"
         )
     generator = torch.Generator().manual_seed(_DRAWN_SEED)

@@ -243,7 +243,6 @@ def restore(name: str, stored: Mapping[str, torch.Tensor], *, transposed: bool =
     """
     parts = {suffix.removeprefix("."): tensor for suffix, tensor in stored.items() if suffix}
     try:
-        # A checkpoint made with `bnb_4bit_quant_storage` holds the same bytes as another dtype.
         codes = stored[""].reshape(-1).view(torch.uint8)
         state = bnb.QuantState.from_dict(parts, device=codes.device)
         _check_state(state, codes.numel())
@@ -258,13 +257,18 @@ def restore(name: str, stored: Mapping[str, torch.Tensor], *, transposed: bool =
 
 
 def of_state(codes: torch.Tensor, state: bnb.QuantState) -> QuantizedWeight:
-    """Return the weight that bitsandbytes holds as codes, uint8 of any shape, and their state."""
+    """Return the weight that bitsandbytes holds as codes and their state.
+
+    Args:
+        codes: of any shape; with `bnb_4bit_quant_storage`, the same bytes as another dtype.
+        state: of them.
+    """
     absmax = state.absmax
     if state.nested:
         absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
     num_rows, num_columns = state.shape
     return QuantizedWeight(
-        codes=codes.reshape(-1, 1),
+        codes=codes.reshape(-1).view(torch.uint8).reshape(-1, 1),
         absmax=absmax.float(),
         blocksize=int(state.blocksize),
         quant_type=state.quant_type,

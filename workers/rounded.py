@@ -8,7 +8,7 @@ alone moves the model is the measure for what a merged checkpoint may lose
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from workers.checkpoint import read_checkpoint
+from workers.conversions import Conversions
 from workers.lanes.adapter import ADAPTER_NAME, Adapter, take_off, wrapped_modules
+from workers.model import skeleton
 from workers.quant import of_state
+from workers.ties import tied_names
 
 
 def output_dtype(merged: Path) -> torch.dtype:
-    """Return the dtype that most of a merged checkpoint is stored in.
+    """Return the dtype that most of a merged checkpoint is stored in, for words about it.
 
     Raises:
         BadInputError, NotFoundError: it is no checkpoint.
@@ -36,14 +39,39 @@ def output_dtype(merged: Path) -> torch.dtype:
     return num_bytes.most_common(1)[0][0]
 
 
+def stored_dtypes(directory: Path) -> dict[str, torch.dtype]:
+    """Return what the numbers of a checkpoint are stored in, by their names in its model; tied ones by each name.
+
+    Of tensors that are put together of several, the dtype that holds all of them.
+
+    Raises:
+        BadInputError, NotFoundError, UnsupportedError: it is no checkpoint of its model.
+    """
+    model = skeleton(directory)
+    stored = {
+        name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        for name, (_, spec) in read_checkpoint(directory).tensors.items()
+        if spec.dtype.is_floating_point
+    }
+    conversions = Conversions(model, stored)
+    dtypes = {name: stored[own].dtype for name, own in conversions.stored_names.items()}
+    for group in conversions.groups:
+        whole = functools.reduce(torch.promote_types, (stored[name].dtype for name in group.stored))
+        dtypes |= dict.fromkeys(group.parameters, whole)
+    for names in tied_names(model).values():
+        found = [dtypes[name] for name in names if name in dtypes]
+        dtypes = dict.fromkeys(names, found[0]) | dtypes if found else dtypes
+    return dtypes
+
+
 @contextlib.contextmanager
-def rounding_as_used(peft_model: PeftModel, dtype: torch.dtype, *, everything: bool) -> Iterator[None]:
+def rounding_as_used(peft_model: PeftModel, dtypes: Mapping[str, torch.dtype], *, everything: bool) -> Iterator[None]:
     """Have a model compute with merged and rounded weights, each made when it is used: no copy of the model is held.
 
     Args:
         peft_model: wears an adapter that does no more than to add to linear weights; its base may be in 4-bit or
             offloaded. As it was at the end.
-        dtype: of the merged checkpoint.
+        dtypes: of the merged checkpoint, as `stored_dtypes` returns them.
         everything: whether weights without an adapter are rounded, too: where the base is stored in another dtype.
             Those in 4-bit always are, since a merged checkpoint holds them dequantized.
     """
@@ -51,7 +79,7 @@ def rounding_as_used(peft_model: PeftModel, dtype: torch.dtype, *, everything: b
     with contextlib.ExitStack() as patches:
         # Adapters are switched off: what they add is in the weights.
         patches.enter_context(peft_model.disable_adapter())
-        for module in peft_model.get_base_model().modules():
+        for name, module in peft_model.get_base_model().named_modules():
             if isinstance(module, BaseTunerLayer):
                 continue  # shows its base layer's weight as its own
             layer: Any = wrapped.get(id(module))
@@ -61,21 +89,25 @@ def rounding_as_used(peft_model: PeftModel, dtype: torch.dtype, *, everything: b
                 or (everything and any(True for _ in module.parameters(recurse=False)))
             ):
                 delta = functools.partial(layer.get_delta_weight, ADAPTER_NAME) if layer is not None else None
-                patches.enter_context(_rounding_forward(module, delta, dtype, everything=everything))
+                own = _dtypes_of(module, name.removesuffix(".base_layer"), dtypes)
+                patches.enter_context(_rounding_forward(module, delta, own, everything=everything))
         yield
 
 
 def merge_and_round(
-    adapter: Adapter, peft_model: PeftModel, dtype: torch.dtype, *, merge_dtype: torch.dtype, everything: bool
+    adapter: Adapter,
+    peft_model: PeftModel,
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    merge_dtypes: Mapping[str, torch.dtype],
 ) -> None:
-    """Merge an adapter into its base by PEFT, and round what comes out.
+    """Merge an adapter into its base by PEFT, and round every weight, those that the adapter brings whole, too.
 
     Args:
         adapter: that was put on.
         peft_model: wears it; the base's weights are in memory, none in 4-bit. Merged for good afterwards.
-        dtype: of the merged checkpoint.
-        merge_dtype: of the base: what PEFT computes a merge in.
-        everything: whether biases and norms are rounded, too.
+        dtypes: of the merged checkpoint, as `stored_dtypes` returns them.
+        merge_dtypes: of the base: what PEFT computes a merge in.
 
     Raises:
         UnsupportedError, BadInputError: PEFT refuses to merge it.
@@ -84,13 +116,25 @@ def merge_and_round(
     _untie(model)
     for name, module in wrapped_modules(peft_model):
         if isinstance(module, BaseTunerLayer):
-            module.get_base_layer().to(merge_dtype)
+            layer = module.get_base_layer()
+            for key, dtype in _dtypes_of(layer, name, merge_dtypes).items():
+                parameter = layer.get_parameter(key)
+                parameter.data = parameter.data.to(dtype)
         take_off(adapter, peft_model, name, merge=True)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                wide = parameter.dim() > 1 or everything
-                parameter.data = (parameter.to(dtype) if wide else parameter).float()
+        for key, dtype in _dtypes_of(model, "", dtypes).items():
+            parameter = model.get_parameter(key)
+            parameter.data = parameter.data.to(dtype).float()
+
+
+def _dtypes_of(module: nn.Module, name: str, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+    """Return the dtypes of a module's parameters. What no file holds, the model makes by itself: it is not rounded."""
+    prefix = f"{name}." if name else ""
+    return {
+        key: dtypes.get(f"{prefix}{key}", torch.float32)
+        for key, parameter in module.named_parameters()
+        if parameter.is_floating_point() or _is_in_4bit(module)
+    }
 
 
 def _is_in_4bit(module: nn.Module) -> bool:
@@ -99,16 +143,16 @@ def _is_in_4bit(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _rounding_forward(
-    module: nn.Module, delta: Callable[[], torch.Tensor] | None, dtype: torch.dtype, *, everything: bool
+    module: nn.Module, delta: Callable[[], torch.Tensor] | None, dtypes: Mapping[str, torch.dtype], *, everything: bool
 ) -> Iterator[None]:
     # accelerate brings the weights of an offloaded module around this one; those in 4-bit are never offloaded.
     name = "_old_forward" if hasattr(module, "_hf_hook") and not _is_in_4bit(module) else "forward"
     before = module.__dict__.get(name)
     original = getattr(module, name)
     if _is_in_4bit(module):
-        rounding = functools.partial(_forward_dequantized, module, delta, dtype)
+        rounding = functools.partial(_forward_dequantized, module, delta, dtypes["weight"])
     else:
-        rounding = functools.partial(_forward_rounded, module, original, delta, dtype, everything)
+        rounding = functools.partial(_forward_rounded, module, original, delta, dtypes, everything)
     setattr(module, name, rounding)
     try:
         yield
@@ -123,7 +167,7 @@ def _forward_rounded(
     module: nn.Module,
     original: Callable[..., Any],
     delta: Callable[[], torch.Tensor] | None,
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
     everything: bool,
     *args: Any,
     **kwargs: Any,
@@ -131,9 +175,9 @@ def _forward_rounded(
     parameters: dict[str, Any] = module._parameters  # noqa: SLF001 - for one call, tensors take the place of parameters
     own = dict(parameters)
     if everything:
-        parameters |= {name: _rounded(p, dtype) for name, p in own.items() if p is not None}
+        parameters |= {name: own[name].detach().to(dtype).float() for name, dtype in dtypes.items() if name in own}
     if delta is not None:
-        parameters["weight"] = _rounded(delta().add_(own["weight"]), dtype)
+        parameters["weight"] = delta().add_(own["weight"]).to(dtypes["weight"]).float()
     try:
         return original(*args, **kwargs)
     finally:
@@ -144,9 +188,9 @@ def _forward_dequantized(
     module: Any, delta: Callable[[], torch.Tensor] | None, dtype: torch.dtype, x: torch.Tensor
 ) -> torch.Tensor:
     quantized = of_state(module.weight.data, module.weight.quant_state)
-    weight_OI = _rounded(quantized.dequantize_rows(0, quantized.shape[0]).float(), dtype)
+    weight_OI = quantized.dequantize_rows(0, quantized.shape[0]).to(dtype).float()
     if delta is not None:
-        weight_OI = _rounded(delta().add_(weight_OI), dtype)
+        weight_OI = delta().add_(weight_OI).to(dtype).float()
     return nn.functional.linear(x, weight_OI, module.bias)
 
 
@@ -159,7 +203,3 @@ def _untie(model: nn.Module) -> None:
             for name, parameter in base_layer.named_parameters(recurse=False):
                 if uses[id(parameter)] > 1:
                     setattr(base_layer, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
-
-
-def _rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.detach().to(dtype).float() if tensor.is_floating_point() else tensor

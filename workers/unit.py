@@ -44,7 +44,7 @@ from workers.sidecars import digest_file, write_sidecars
 from workers.sinks import Ticket, open_sink
 from workers.sources import fetch_base
 from workers.verification import Verifier
-from workers.vetting import vet_base
+from workers.vetting import vet_base, vet_planned_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -264,6 +264,8 @@ class Unit:
         if existing is not None:
             job.release = encode_manifest(existing).settle(job.request.destination, job.plan.merge_key)
         else:
+            if job.request.parity.level == "full" or job.request.compare:
+                vet_planned_prompts(job.plan, self._settings.scratch)
             job.opened = sink.open(job.plan.merge_key)
 
     def _join_sink(self, job: Job, ticket: Ticket) -> None:

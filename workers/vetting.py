@@ -5,6 +5,7 @@ says. Each is run once in a bounded process (`workers/forks.py`), and only what 
 is the same computation on the same bytes. What was tried once is not tried again.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.request import MergeRequest
 from jobs.text import shown
-from workers.belongings import TOKENIZER_FILE
+from workers.belongings import TOKENIZER_FILE, is_template, is_tokenizer
 from workers.checkpoint import CheckpointLayout, read_checkpoint, read_json, read_shard
 from workers.foreign import foreign_sha256, read_foreign
 from workers.forks import Answer, Bounds, ForkServer
@@ -28,9 +29,11 @@ from workers.lanes.adapter import ADAPTER_CONFIG, match, open_adapter, read_conf
 from workers.lanes.fitting import fit
 from workers.lanes.methods import WEIGHED
 from workers.model import skeleton
-from workers.plan import plan_base, plan_merge
+from workers.plan import MergePlan, plan_base, plan_merge
 from workers.prompts import read_prompts
+from workers.scratch import OwnedDirectory
 from workers.shipment import shipped_files
+from workers.sidecars import write_sidecars
 from workers.sources import Source
 
 logger = logging.getLogger(__name__)
@@ -122,14 +125,46 @@ def vet_adapter(base: Source, request: MergeRequest, adapter: Source) -> None:
     _try_out(path, _plan_merge, base, request, adapter, key=key, doing=doing, suspects=suspects, bounds=bounds)
 
 
-def vet_prompts(request: MergeRequest, merged: Path) -> None:
-    """Try out the tokenizer and the templates of a merged checkpoint on the prompts of a request.
+def vet_planned_prompts(plan: MergePlan, scratch: Path) -> None:
+    """Try out the prompts of a job on the files that its merged checkpoint will have, before anything is merged.
+
+    Args:
+        plan: of the job.
+        scratch: for these files; emptied again.
 
     Raises:
-        As `vet_base`.
+        As `vet_base`, and BadInputError for prompts, tokenizer and model that do not go together: the message names
+        the base, or the adapter where the tokenizer is its own.
     """
-    files = sorted(path for path in merged.iterdir() if path.suffix != ".safetensors" and path.is_file())
-    digests = [f"{path.name}:{foreign_sha256(path)}" for path in files]
+    shipment = plan.shipment
+    files = {name: path for name, path in shipment.files.items() if is_tokenizer(name) or is_template(name)}
+    own = any(is_tokenizer(name) for name in shipment.from_adapter)
+    source = (plan.adapter if own else plan.base.source).directory
+    place = OwnedDirectory.make(scratch, "prompts-")
+    try:
+        small = dataclasses.replace(plan, shipment=dataclasses.replace(shipment, files=files))
+        write_sidecars(small, place.path)
+        vet_prompts(plan.request, place.path, source)
+        read_prompts(plan.request, place.path, str(source))
+    finally:
+        place.leave()
+
+
+def vet_prompts(request: MergeRequest, merged: Path, source: Path | None = None) -> None:
+    """Try out the tokenizer and the templates of a merged checkpoint on the prompts of a request.
+
+    Args:
+        request: its prompts.
+        merged: the checkpoint.
+        source: where tokenizer and configuration are from, for messages; None for the checkpoint itself.
+
+    Raises:
+        As `vet_planned_prompts`.
+    """
+    source = source or merged
+    names = {path: str(path.relative_to(merged)) for path in sorted(merged.rglob("*")) if path.is_file()}
+    files = [path for path, name in names.items() if name == "config.json" or is_tokenizer(name) or is_template(name)]
+    digests = [f"{names[path]}:{foreign_sha256(path, num_parts=names[path].count('/') + 1)}" for path in files]
     key = _key("prompts", request.parity.model_dump_json(), *digests)
     num_bytes = sum(path.stat().st_size for path in files)
     bounds = Bounds(
@@ -137,7 +172,8 @@ def vet_prompts(request: MergeRequest, merged: Path) -> None:
         memory_bytes=MEMORY_BYTES + _MEMORY_PER_TOKENIZER_BYTE * num_bytes,
     )
     doing, suspects = "tokenizing the prompts", "its normalizer, pre-tokenizer, decoder or chat template"
-    _try_out(merged, _read_prompts, request, merged, key=key, doing=doing, suspects=suspects, bounds=bounds)
+    arguments = (request, merged, str(source))
+    _try_out(source, _read_prompts, *arguments, key=key, doing=doing, suspects=suspects, bounds=bounds)
 
 
 def _try_out(
@@ -185,8 +221,8 @@ def _plan_merge(base: Source, request: MergeRequest, adapter: Source) -> None:
     plan_merge(plan_base(base, request), request, adapter)
 
 
-def _read_prompts(request: MergeRequest, merged: Path) -> None:
-    prompts = read_prompts(request, merged)
+def _read_prompts(request: MergeRequest, merged: Path, source: str) -> None:
+    prompts = read_prompts(request, merged, source)
     for token_ids in prompts.token_ids:
         prompts.show(token_ids)
 

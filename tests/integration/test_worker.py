@@ -128,6 +128,26 @@ def test_a_release_is_loaded_by_plain_transformers(worker, request_for, adapters
     assert not any("lora" in name for name, _ in model.named_modules())
 
 
+@pytest.mark.parametrize("owner", ["base", "adapter"])
+def test_a_tokenizer_that_does_not_load_is_named_before_anything_is_merged(
+    worker, request_for, base, adapters, tmp_path, monkeypatch, owner
+):
+    places = {
+        "base": shutil.copytree(base, tmp_path / "b"),
+        "adapter": shutil.copytree(adapters["two"], tmp_path / "a"),
+    }
+    if owner == "adapter":
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(base / name, places["adapter"])
+    (places[owner] / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Nope"}}')
+    monkeypatch.setattr(workers.unit, "run_pass", None)
+    asked = request_for("job", places["adapter"], base=str(places["base"]), parity=FULL)
+    failure = run(worker, asked)["job"].failure
+    assert failure.failure_class is FailureClass.BAD_INPUT
+    assert failure.message.startswith(f"{places[owner]}: transformers cannot load its tokenizer")
+    assert left_over(tmp_path) == []
+
+
 def test_full_parity_of_a_pass_through_4_bits(worker, request_for, adapters, tmp_path):
     requests = [request_for(name, adapter, base_quantization="nf4", parity=FULL) for name, adapter in adapters.items()]
     outcomes = run(worker, *requests)

@@ -1,7 +1,9 @@
 """What an adapter changes in a base, found by PEFT on the base's skeleton: names and shapes, no weights are read."""
 
 import hashlib
-from collections.abc import Mapping
+import inspect
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +47,8 @@ class Coverage:
     """Those of the tied tensors that come apart: base + adapter computes with different values for them."""
     left_alone: frozenset[str]
     """Those of the untied ones that keep the base's values."""
+    bypassed: frozenset[str]
+    """Modules that an adapter is on and that the model never calls: it computes with their weights by itself."""
 
 
 def cover(adapter: Adapter, model: PreTrainedModel) -> Coverage:
@@ -71,6 +75,7 @@ def cover(adapter: Adapter, model: PreTrainedModel) -> Coverage:
     }
     replaced = {name for name, parameter in own.items() if parameter in taken}
     changed = set(replaced)
+    bypassed = _bypassed(model, [name for name, layer in layers.items() if isinstance(layer, BaseTunerLayer)])
     for name in layers:
         plain = take_off(adapter, wrapped.model, name, merge=False)
         if any(isinstance(module, BaseTunerLayer) for module in plain.modules()):
@@ -88,7 +93,33 @@ def cover(adapter: Adapter, model: PreTrainedModel) -> Coverage:
         tied=tied,
         untied=frozenset(untied),
         left_alone=frozenset(name for name in untied - replaced if ways[name] is None),
+        bypassed=bypassed,
     )
+
+
+def _bypassed(model: nn.Module, names: Sequence[str]) -> frozenset[str]:
+    """Return the modules whose weight is read by the module that owns them, which never calls them or hands them on.
+
+    An adapter acts when its module is called: there, base + adapter computes what the base alone does. Only the source
+    of the owner's class in transformers tells.
+    """
+    places = {name: name.rpartition(".") for name in names}
+    owners = {name: type(model.get_submodule(owner)) for name, (owner, _, _) in places.items()}
+    sources = {owner: _source(owner) for owner in set(owners.values())}
+    kinds = {(owners[name], attribute) for name, (_, _, attribute) in places.items()}
+    found = {(owner, attribute) for owner, attribute in kinds if _reads_alone(sources[owner], attribute)}
+    return frozenset(name for name in names if (owners[name], places[name][2]) in found)
+
+
+def _source(owner: type[nn.Module]) -> str:
+    own = (each for each in owner.__mro__ if each.__module__.startswith("transformers.models."))
+    return "\n".join(map(inspect.getsource, own))
+
+
+def _reads_alone(source: str, attribute: str) -> bool:
+    module = rf"\bself\.{re.escape(attribute)}\b"
+    reads = re.search(rf"{module}\.weight\b(?!\.(?:device|dtype|shape))", source)
+    return bool(reads) and not re.search(rf"{module}(?!\.|\s*=[^=]|\s*:)", source)
 
 
 def _way(adapter: Adapter, name: str, layers: Mapping[str, Any]) -> object:

@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lora import Linear
 from torch import nn
 
-from jobs.errors import BadInputError
+from jobs.errors import BadInputError, UnsupportedError
 from workers.checkpoint import TensorSpec
 from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_NAME, PREFIX, Adapter, read_tensor
 from workers.lanes.coverage import Coverage
@@ -38,7 +38,7 @@ class LoraDelta:
 
 
 def plan_lora(adapter: Adapter, coverage: Coverage) -> tuple[LoraDelta, ...]:
-    """Find the weights whose merge can be streamed, from headers and configuration alone.
+    """Find the weights whose merge can be streamed, from headers and configuration.
 
     Args:
         adapter: of any method; of those other than LoRA, nothing is streamed.
@@ -49,7 +49,10 @@ def plan_lora(adapter: Adapter, coverage: Coverage) -> tuple[LoraDelta, ...]:
 
     Raises:
         BadInputError: a scaling is not finite.
+        UnsupportedError: a delta is on a module that the model does not call, so that it has no effect unmerged.
     """
+    for name in sorted(coverage.bypassed):
+        _refuse_delta(adapter, name)
     deltas = []
     for name, layer in coverage.layers.items():
         weight = f"{name}.weight"
@@ -73,6 +76,17 @@ def read_operand(adapter: Adapter, spec: TensorSpec) -> torch.Tensor:
         BadInputError: it holds NaN or infinity.
     """
     return read_tensor(adapter.weights_path, spec).float()
+
+
+def _refuse_delta(adapter: Adapter, name: str) -> None:
+    # What has no effect gets no gradient: an adapter that was trained on such a module is as it began, B all zeros.
+    b_OR = adapter.tensors.get(f"{PREFIX}{name}.lora_B.weight")
+    if b_OR is not None and read_tensor(adapter.weights_path, b_OR).count_nonzero():
+        raise UnsupportedError(
+            f"{adapter.directory}: the model of this base computes with the weight of {name} by itself, past the "
+            f"adapter, which so has no effect before it is merged and would have one afterwards; take {name} out of "
+            f"target_modules and of {adapter.weights_path.name}"
+        )
 
 
 def _is_plain(layer: Any) -> bool:

@@ -14,7 +14,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    BitsAndBytesConfig,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from jobs.errors import BadInputError, CancelledError, NoCapacityError, ParityFailedError
 from jobs.release import BehaviourCheck
@@ -293,6 +300,71 @@ def test_rounding_to_another_dtype_is_that_of_every_tensor(tmp_path, scratch, st
     assert passes((gate,))
 
 
+def merged_in_32_bits(base: Path, adapter: Path, directory: Path) -> Path:
+    """The merge of PEFT in float32, each tensor rounded to the dtype that the base stores it in."""
+    model = PeftModel.from_pretrained(load_plain(base, torch.float32), str(adapter)).merge_and_unload()
+    merged, path = model.state_dict(), shutil.copytree(base, directory) / "model.safetensors"
+    rounded = {name: merged[name].to(tensor.dtype) for name, tensor in load_file(path).items()}
+    save_file(rounded, path, metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("wide", "targets"), [("embed_tokens|lm_head", ["q_proj", "v_proj", "down_proj"]), ("v_proj", ["v_proj"])]
+)
+def test_each_weight_is_rounded_to_the_dtype_that_it_is_stored_in(tmp_path, scratch, wide, targets):
+    path = build_llama(tmp_path / "base") / "model.safetensors"
+    tensors = {name: t.float() if re.search(wide, name) else t for name, t in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", targets=targets, std=0.0005)
+    merged = merged_in_32_bits(tmp_path / "base", adapter, tmp_path / "merged")
+    for streamed in (True, False):
+        one = dataclasses.replace(subject(tmp_path / "base", adapter, merged), streamed=streamed)
+        gate = check(tmp_path / "base", scratch, one)[merged.name][0]
+        assert passes((gate,))
+        assert gate.rounding_kl == pytest.approx(gate.mean_kl, rel=1e-2, abs=1e-9)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_what_an_adapter_brings_whole_is_an_effect_and_is_rounded(base, tmp_path, scratch, beside):
+    norms = {} if beside else {"modules_to_save": ["input_layernorm", "norm"]}
+    adapter = make_adapter(base, tmp_path / "adapter", targets=["q_proj"], std=0.001, **norms)
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    if beside:
+        tensors["base_model.model.model.norm.weight"] = torch.ones(64)
+    torch.manual_seed(4)
+    noisy = {
+        name: tensor.float() + torch.randn(tensor.shape) * 1e-3 for name, tensor in tensors.items() if "norm" in name
+    }
+    save_file(tensors | noisy, path, metadata={"format": "pt"})
+    whole = shutil.copytree(base, tmp_path / "base")
+    load_plain(base).save_pretrained(whole)  # in one file
+    for path in [*whole.glob("*-of-*"), *whole.glob("*.index.json")]:
+        path.unlink()
+    right = subject(whole, adapter, merged_in_32_bits(whole, adapter, tmp_path / "right"))
+    dropped = subject(whole, adapter, shutil.copytree(whole, tmp_path / "dropped"))
+    subjects = [dataclasses.replace(each, streamed=False) for each in (right, dropped)]
+    right, dropped = (checks[0] for checks in check(whole, scratch, *subjects).values())
+    assert passes((right,))
+    assert right.rounding_kl == pytest.approx(right.mean_kl, rel=1e-2)
+    assert right.adapter_kl > 1e-8
+    assert dropped.lost_share == pytest.approx(1, rel=1e-3)
+
+
+def test_a_model_that_looks_to_the_right_sees_no_padding(tmp_path, scratch):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = BertLMHeadModel(BertConfig(**shape, intermediate_size=64, initializer_range=0.2)).eval()
+    model.save_pretrained(tmp_path / "bert")
+    running = load_model(tmp_path / "bert", Room(device=CPU, scratch=scratch))
+    texts = [list(range(3, 9)), list(range(20, 50))]
+    with torch.inference_mode():
+        expected = [model(torch.tensor([text])).logits[0, 1:] for text in texts]
+    found = running.logits_together(texts, [len(text) - 1 for text in texts])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_what_peft_merges_is_rounded_by_peft(base, tmp_path, scratch):
     adapter = scaled(make_adapter(base, tmp_path / "adapter", use_dora=True), tmp_path / "small", 0.1)
     merged = merge_with_peft(base, adapter, tmp_path / "merged")
@@ -321,10 +393,10 @@ def test_tied_embeddings(places, scratch):
     assert passes(check(base, scratch, subject(base, adapter, merged, base_quantization="nf4"))[merged.name])
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_base_stored_in_4bit_has_one_reference(places, base, scratch, double_quant):
-    name = f"stored-{double_quant}"
-    stored = build_bnb_4bit(base, places / name, double_quant=double_quant)
+@pytest.mark.parametrize(("double_quant", "storage"), [(False, "uint8"), (True, "float32"), (False, "bfloat16")])
+def test_base_stored_in_4bit_has_one_reference(places, base, scratch, double_quant, storage):
+    name = f"stored-{storage}"
+    stored = build_bnb_4bit(base, places / name, double_quant=double_quant, storage=storage)
     adapter = make_adapter(stored, places / f"{name}-adapter")
     merged = merge_with_peft(stored, adapter, places / f"{name}-merged")
     one = subject(stored, adapter, merged, base_quantization="nf4")
@@ -332,6 +404,9 @@ def test_base_stored_in_4bit_has_one_reference(places, base, scratch, double_qua
     assert len(checks) == 1
     assert passes(checks)
     assert checks[0].mean_kl < LIMITS.max_mean_kl / 10
+    # What was merged by PEFT is what a correct merge loses.
+    assert checks[0].rounding_kl == pytest.approx(checks[0].mean_kl, rel=1e-2)
+    assert checks[0].proves_adapter
     assert "as stored" in checks[0].reference
 
 
@@ -359,8 +434,24 @@ def test_offloaded_to_disk_gives_the_same_figures(base, adapter, merged, scratch
     in_memory = check(base, scratch, one)[merged.name]
     # Too little for embeddings and head: everything stays in the checkpoint's own files.
     offloaded = check(base, scratch, one, host_bytes=300_000)[merged.name]
-    assert offloaded == in_memory[:1]
-    assert [record.message for record in caplog.records] == ["no room for the comparison that is for information"]
+    told = "There is no comparison for information: the base in nf4 + adapter has no room here."
+    assert offloaded == (in_memory[0].model_copy(update={"remarks": (*in_memory[0].remarks, told)}),)
+    assert [record.message for record in caplog.records] == ["no comparison for information"]
+
+
+def test_a_base_that_does_not_run_in_4bit_is_compared_in_its_own_weights(tmp_path, scratch):
+    # transformers multiplies by a weight of a Mamba itself, which in 4 bits is codes.
+    config = MambaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, state_size=8)
+    torch.manual_seed(0)
+    MambaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", targets=["in_proj", "x_proj"])
+    merged = merge_with_peft(tmp_path / "base", adapter, tmp_path / "merged")
+    parity = {"min_positions": 1, "max_new_tokens": 1}
+    checks = check(tmp_path / "base", scratch, subject(tmp_path / "base", adapter, merged, parity=parity))[merged.name]
+    assert len(checks) == 1
+    assert passes(checks)
+    assert checks[0].proves_adapter
+    assert checks[0].remarks[-1].startswith("There is no comparison for information: the base in nf4 + adapter")
 
 
 def test_4bit_base_that_fits_nowhere_is_no_capacity(base, adapter, merged_nf4, scratch):

@@ -5,11 +5,13 @@ import shutil
 import warnings
 
 import pytest
+import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
+from transformers import MambaConfig, MambaForCausalLM
 
-from jobs.errors import BadInputError
+from jobs.errors import BadInputError, UnsupportedError
 from tests.models import build_llama, build_qwen2, load_plain, make_adapter
 from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 from workers.lanes.coverage import cover
@@ -54,6 +56,27 @@ def adapter(plain_adapter, tmp_path):
 def plan(base, adapter):
     opened = open_adapter(adapter)
     return plan_lora(opened, cover(opened, skeleton(base)))
+
+
+def test_a_delta_on_a_module_that_the_model_does_not_call_is_refused(tmp_path):
+    # A Mamba multiplies by the weight of dt_proj itself; unmerged, an adapter on it has no effect.
+    MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1)).save_pretrained(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", targets=["dt_proj", "x_proj"])
+    with torch.no_grad():
+        model = PeftModel.from_pretrained(load_plain(tmp_path / "base"), adapter).get_base_model()
+        mixer = model.backbone.layers[0].mixer
+        mixer.x_proj.lora_B.default.weight.zero_()
+        ids = torch.arange(9)[None]
+        with_adapter = model(ids).logits
+        mixer.dt_proj.lora_B.default.weight.zero_()
+        assert torch.equal(model(ids).logits, with_adapter)
+    with pytest.raises(UnsupportedError, match=r"weight of backbone\.layers\.0\.mixer\.dt_proj by itself"):
+        plan(tmp_path / "base", adapter)
+    # Training there leaves it as it began.
+    change_tensors(
+        adapter, lambda tensors: tensors["base_model.model.backbone.layers.0.mixer.dt_proj.lora_B.weight"].zero_()
+    )
+    assert {delta.weight.split(".")[-2] for delta in plan(tmp_path / "base", adapter)} == {"dt_proj", "x_proj"}
 
 
 def change_config(adapter, **fields):

@@ -150,6 +150,20 @@ def test_prompt_beyond_the_models_positions_is_refused(model):
         read_prompts(request(prompts=["xyz " * 40]), model)
 
 
+def test_default_prompts_that_leave_no_room_are_left_out_and_told(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 48}))
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    fit = [prompt for prompt in DEFAULT_PROMPTS if len(tokenizer(prompt)["input_ids"]) + 30 <= 48]
+    assert 0 < len(fit) < len(DEFAULT_PROMPTS)
+    prompts = read_prompts(request(max_new_tokens=30, min_positions=1), copy)
+    assert list(prompts.texts) == fit
+    told = f"{len(DEFAULT_PROMPTS) - len(fit)} of the default prompts are left out: they leave no room"
+    assert any(remark.startswith(told) for remark in prompts.remarks)
+    with pytest.raises(BadInputError, match="max_new_tokens 48 leave no room for a prompt in the 48 positions"):
+        read_prompts(request(max_new_tokens=48), copy)
+
+
 def test_prompt_without_tokens_is_refused(copy):
     content = json.loads((copy / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
