@@ -6,6 +6,7 @@ they are and no place of this machine.
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from jobs.problems import show
 from jobs.request import BaseQuantization, MergeRequest
@@ -58,6 +59,7 @@ def find_notes(
         notes += _base_notes(request, base, adapter, stored_in_4bit=stored_in_4bit)
     tokenizer = read_tokenizer(shipment.files)
     if tokenizer is not None:
+        tokenizer = replace(tokenizer, templates=(*tokenizer.templates, *shipment.templates.values()))
         config = read_json(base.directory / "config.json")
         if num_rows is not None:
             notes += rows_note(tokenizer, read_tokenizer(shipment.of_base), config, num_rows)

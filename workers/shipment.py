@@ -1,13 +1,14 @@
 """What a release takes over from its base and what from the adapter: decided from names and small files.
 
-The files are the base's. Where the adapter ships a tokenizer, it is the adapter's, whole; so are the processor and the
-chat templates where it ships any. Files that hold the base's vocabulary in another form stay where the adapter's
-tokenizer has the same vocabulary.
+The files are the base's. Where the adapter ships a tokenizer, it is the adapter's, whole; so are the chat templates
+where it ships any, and each part of the processor that it ships. Files that hold the base's vocabulary in another form
+stay where the adapter's tokenizer has the same vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from jobs.errors import BadInputError
 from jobs.problems import show
@@ -25,9 +26,10 @@ from workers.belongings import (
     ships,
 )
 from workers.checkpoint import read_json
-from workers.code_files import code_of
+from workers.code_files import code_of, leave_out
 from workers.files import file_errors
 from workers.foreign import foreign_sha256
+from workers.joined import join_processors, templates_within
 from workers.tokenizers import same_tokens
 
 _NUM_NAMED = 4
@@ -40,6 +42,10 @@ class Shipment:
 
     files: Mapping[str, Path]
     """By their names in the release; copied as they are, but for references that are left out."""
+    templates: Mapping[str, str] = field(default_factory=dict)
+    """Chat templates that the base has in a `tokenizer_config.json` that does not ship, by the files they become."""
+    documents: Mapping[str, Any] = field(default_factory=dict)
+    """JSON that is made of files of both, by name."""
     broken: Mapping[str, str]
     """References to code that is not there, with the file that is missing. Configurations are shipped without them."""
     from_adapter: frozenset[str]
@@ -67,7 +73,8 @@ class Shipment:
         if self.left:
             notes.append(
                 f"the adapter's tokenizer replaces the base's, and {_some(self.left)} of the base stays behind: "
-                "another vocabulary, or one that cannot be compared; add the file to the adapter to have it shipped"
+                "another vocabulary, one that cannot be compared, or a whole tokenizer of its own; add the file to the "
+                "adapter to have it shipped"
             )
         if pickles := sorted(name for name in self.files if is_pickled(name)):
             notes.append(
@@ -89,18 +96,31 @@ def plan_shipment(base: Path, adapter: Path) -> Shipment:
         tokenizer = {name: path for name, path in theirs.items() if is_tokenizer(name)}
         stays = _staying(ours, tokenizer)
         files = {name: path for name, path in files.items() if not is_tokenizer(name) or name in stays}
-        left = [name for name in ours if is_vocabulary(name) and name not in {TOKENIZER_FILE, *stays, *tokenizer}]
+        left = [name for name in ours if is_vocabulary(name) and name not in {*stays, *tokenizer}]
         from_adapter |= tokenizer
-    if processor := {name: path for name, path in theirs.items() if is_processor(name)}:
-        files = {name: path for name, path in files.items() if not is_processor(name)}
-        from_adapter |= processor
+    processors = join_processors(ours, theirs)
+    files = {name: path for name, path in files.items() if not is_processor(name)} | processors.files
+    from_adapter |= {name: path for name, path in processors.files.items() if theirs.get(name) == path}
+    templates = dict[str, str]()
     if _ships_template(theirs):
         files = {name: path for name, path in files.items() if not is_template(name)}
         from_adapter |= {name: path for name, path in theirs.items() if is_template(name)}
+    elif TOKENIZER_CONFIG in ours.keys() - files.keys() and not any(map(is_template, files)):
+        templates = templates_within(ours[TOKENIZER_CONFIG])
     code, broken = _code(base, adapter, ours, from_adapter)
     from_adapter |= {name: path for name, path in code.items() if path == adapter / name}
     files = {name: path for name, path in (files | from_adapter).items() if not name.endswith(".py")} | code
-    return Shipment(files=files, broken=broken, from_adapter=frozenset(from_adapter), of_base=ours, left=tuple(left))
+    for document in processors.made.values():
+        leave_out(document, broken.keys())
+    return Shipment(
+        files=files,
+        templates=templates,
+        documents=processors.made,
+        broken=broken,
+        from_adapter=frozenset(from_adapter),
+        of_base=ours,
+        left=tuple(left),
+    )
 
 
 def shipped_files(adapter: Path) -> Mapping[str, Path]:

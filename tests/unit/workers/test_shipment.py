@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from jobs.errors import BadInputError
@@ -108,8 +109,98 @@ class TestVocabulary:
 
     def test_a_slow_tokenizer_of_the_adapter_is_never_mixed_with_a_fast_one(self, tmp_path):
         base = {"tokenizer.json": tokenizer(), "vocab.json": b"{}", "merges.txt": b"a b", "x.tiktoken": b"base"}
-        _, whose = ship(tmp_path, base, {"vocab.json": b"{}", "merges.txt": b"a b"})
+        shipment, whose = ship(tmp_path, base, {"vocab.json": b"{}", "merges.txt": b"a b"})
         assert whose == {"vocab.json": "adapter", "merges.txt": "adapter", "x.tiktoken": "base"}
+        assert ["and tokenizer.json of the base stays behind" in note for note in shipment.notes] == [True]
+
+
+class TestTemplates:
+    """The template that a base holds in its tokenizer_config.json, as the Hub's models did before 2025."""
+
+    @pytest.mark.parametrize(
+        "adapter",
+        [{"tokenizer.json": tokenizer()}, {"tokenizer.json": tokenizer(), "tokenizer_config.json": b"{}"}],
+        ids=["tokenizer", "with settings"],
+    )
+    def test_it_stays_where_the_adapters_tokenizer_has_none(self, tmp_path, adapter):
+        base = {"tokenizer.json": tokenizer(), "tokenizer_config.json": b'{"chat_template": "{{ messages }}"}'}
+        shipment, _ = ship(tmp_path, base, adapter)
+        assert shipment.templates == {"chat_template.jinja": "{{ messages }}"}
+
+    def test_each_of_several_becomes_a_file(self, tmp_path):
+        several = [{"name": "default", "template": "a"}, {"name": "rag", "template": "b"}]
+        base = {"tokenizer_config.json": json.dumps({"chat_template": several}).encode()}
+        shipment, _ = ship(tmp_path, base, {"tokenizer_config.json": b"{}"})
+        assert shipment.templates == {"chat_template.jinja": "a", "additional_chat_templates/rag.jinja": "b"}
+
+    @pytest.mark.parametrize(
+        ("base", "adapter"),
+        [
+            ({}, {}),
+            ({}, {"tokenizer_config.json": b'{"chat_template": "mine"}'}),
+            ({}, {"tokenizer_config.json": b"{}", "chat_template.jinja": b"mine"}),
+            ({"chat_template.jinja": b"a file wins"}, {"tokenizer_config.json": b"{}"}),
+        ],
+        ids=["no tokenizer", "its own", "its own file", "file of the base"],
+    )
+    def test_it_is_not_written_where_there_is_another(self, tmp_path, base, adapter):
+        base = {"tokenizer_config.json": b'{"chat_template": "old"}', **base}
+        assert ship(tmp_path, base, adapter)[0].templates == {}
+
+    @pytest.mark.parametrize("name", ["../../up", "", 5, "a/b"])
+    def test_a_name_that_no_file_has_is_refused(self, tmp_path, name):
+        several = [{"name": name, "template": "a"}]
+        base = {"tokenizer_config.json": json.dumps({"chat_template": several}).encode()}
+        with pytest.raises(BadInputError, match="chat_template: expected names of files"):
+            ship(tmp_path, base, {"tokenizer_config.json": b"{}"})
+
+
+def image_processor(tmp_path, shipment):
+    """Write the processor files of a release; return what transformers takes for its image processor."""
+    for name, path in shipment.files.items():
+        (tmp_path / name).write_bytes(path.read_bytes())
+    for name, document in shipment.documents.items():
+        (tmp_path / name).write_text(json.dumps(document))
+    return ImageProcessingMixin.get_image_processor_dict(tmp_path)[0]
+
+
+class TestProcessors:
+    OWN = {  # noqa: RUF012
+        "processor_config.json": b'{"processor_class": "LlavaProcessor", "patch_size": 14}',
+        "preprocessor_config.json": b'{"image_processor_type": "A"}',
+        "video_preprocessor_config.json": b'{"video_processor_type": "V"}',
+    }
+    NESTED = (
+        b'{"patch_size": 14, "image_processor": {"image_processor_type": "A"}, '
+        b'"video_processor": {"video_processor_type": "V"}}'
+    )
+
+    def test_what_the_adapter_has_no_other_of_stays(self, tmp_path):
+        brought = {"preprocessor_config.json": b'{"image_processor_type": "B"}'}
+        shipment, whose = ship(tmp_path, self.OWN, brought)
+        assert whose == dict.fromkeys(self.OWN, "base") | {"preprocessor_config.json": "adapter"}
+        assert shipment.documents == {}
+
+    def test_a_part_that_the_adapter_nests_takes_the_place_of_its_file(self, tmp_path):
+        brought = {"processor_config.json": b'{"image_processor": {"image_processor_type": "B"}}'}
+        shipment, whose = ship(tmp_path, self.OWN, brought)
+        assert whose == {"processor_config.json": "adapter", "video_preprocessor_config.json": "base"}
+        assert image_processor(tmp_path, shipment) == {"image_processor_type": "B"}
+
+    def test_a_file_takes_the_place_of_the_part_that_the_base_nests(self, tmp_path):
+        brought = {"preprocessor_config.json": b'{"image_processor_type": "B"}'}
+        shipment, whose = ship(tmp_path, {"processor_config.json": self.NESTED}, brought)
+        assert whose == {"preprocessor_config.json": "adapter"}
+        assert shipment.documents == {
+            "processor_config.json": {"patch_size": 14, "video_processor": {"video_processor_type": "V"}}
+        }
+        assert image_processor(tmp_path, shipment) == {"image_processor_type": "B"}
+
+    def test_parts_that_the_adapter_does_not_nest_stay(self, tmp_path):
+        brought = {"processor_config.json": b'{"image_processor": {"image_processor_type": "B"}}'}
+        shipment, _ = ship(tmp_path, {"processor_config.json": self.NESTED}, brought)
+        parts = {"image_processor": {"image_processor_type": "B"}, "video_processor": {"video_processor_type": "V"}}
+        assert shipment.documents == {"processor_config.json": parts}
 
 
 class TestCode:

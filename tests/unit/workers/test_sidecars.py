@@ -217,7 +217,13 @@ def test_a_template_alone_goes_with_the_bases_tokenizer(base, adapter, tmp_path)
     assert (output / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
-def test_a_tokenizer_without_a_template_keeps_that_of_the_base(base, adapter, tmp_path):
+@pytest.mark.parametrize("within", [False, True], ids=["file", "within"])
+def test_a_tokenizer_without_a_template_keeps_that_of_the_base(base, adapter, tmp_path, within):
+    if within:
+        config = json.loads((base / "tokenizer_config.json").read_text())
+        template = (base / "chat_template.jinja").read_text()
+        (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+        (base / "chat_template.jinja").unlink()
     build_other_tokenizer(adapter)
     (adapter / "chat_template.jinja").unlink()
     output, _ = write(base, adapter, tmp_path)
@@ -237,13 +243,13 @@ def test_more_templates_come_along(base, adapter, tmp_path):
     assert "additional_chat_templates/tool.jinja" in {artifact.path for artifact in artifacts}
 
 
-def test_the_adapters_processor_wins(base, adapter, tmp_path):
+def test_the_adapters_processor_wins_file_by_file(base, adapter, tmp_path):
     (base / "preprocessor_config.json").write_text('{"of": "base"}')
     (base / "processor_config.json").write_text('{"of": "base"}')
     (adapter / "preprocessor_config.json").write_text('{"of": "adapter"}')
     output, _ = write(base, adapter, tmp_path)
     assert json.loads((output / "preprocessor_config.json").read_text()) == {"of": "adapter"}
-    assert not (output / "processor_config.json").exists()
+    assert json.loads((output / "processor_config.json").read_text()) == {"of": "base"}
 
 
 def test_what_is_of_no_use_to_a_checkpoint_stays_behind(base, adapter, tmp_path):
