@@ -135,14 +135,18 @@ class Files(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LocalFiles:
-    """The files of a directory. Links to files count, as the Hub's cache has them; links to directories do not."""
+    """The files of a directory: all that is no directory, and no link to one.
+
+    Links to files count, as the Hub's cache has them. What cannot be opened counts, too: a link to nothing, a FIFO. The
+    door (`workers/foreign.py`) refuses it by name, where a file that seems not to be there would be missed in silence.
+    """
 
     place: Path
 
     def top(self) -> Collection[str]:
         """Return the names of the files at the top."""
         with file_errors(f"reading {self.place}"):
-            return [path.name for path in self.place.iterdir() if path.is_file()]
+            return [path.name for path in self.place.iterdir() if not path.is_dir()]
 
     def folders(self) -> Collection[str]:
         """Return the names of the folders at the top."""
@@ -160,18 +164,16 @@ class LocalFiles:
             raise BadInputError(
                 f"{top}: expected at most {_MAX_FILES_OF_FOLDER} files in a folder of a model, found more"
             )
-        return [path.relative_to(self.place).as_posix() for path in paths if path.is_file()]
+        return [path.relative_to(self.place).as_posix() for path in paths if not path.is_dir()]
 
     def has(self, name: str) -> bool:
         """Whether there is a file, named from the top."""
-        return (self.place / name).is_file()
+        path = self.place / name
+        return os.path.lexists(path) and not path.is_dir()
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a small file."""
-        path = self.place / name
-        with file_errors(f"reading {path}"):
-            check_description(path, path.stat().st_size)
-        return read_foreign(path, num_parts=name.count("/") + 1)
+        return read_foreign(self.place / name, num_parts=name.count("/") + 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,21 @@
 """What a release takes over from its base and what from the adapter, from directories without weights."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-from jobs.errors import BadInputError
+from jobs.errors import BadInputError, NotFoundError
+from jobs.locations import LocalPath
 from tests.releases import write_files
-from workers.belongings import belongs, is_legal, is_vocabulary, ships
+from workers.belongings import LocalFiles, belongs, is_legal, is_vocabulary, ships
 from workers.code_files import leave_out
 from workers.shipment import plan_shipment, shipped_files
+from workers.sources import fetch_base
 
 
 def tokenizer(vocabulary=("a", "b"), **fields):
@@ -288,5 +292,32 @@ class TestFolders:
     def test_files_that_name_others_have_a_size(self, tmp_path):
         with (tmp_path / "modules.json").open("wb") as file:
             file.truncate(1 << 40)  # a sparse TiB
-        with pytest.raises(BadInputError, match=r"modules\.json: expected at most \d+ bytes, found 1099511627776"):
+        with pytest.raises(
+            BadInputError, match=r"modules\.json: expected a file of at most \d+ bytes, found 1099511627776"
+        ):
             shipped_files(Path(tmp_path))
+
+
+class TestWhatCannotBeOpened:
+    """A file that seems not to be there is missed in silence; one that is listed is refused by name."""
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "LICENSE", "model.safetensors", "1_Pooling/config.json"])
+    @pytest.mark.parametrize(
+        ("make", "error"),
+        [
+            (os.mkfifo, "expected a regular file, found a FIFO"),
+            (lambda path: path.symlink_to("gone"), "expected this file"),
+        ],
+        ids=["fifo", "link to nothing"],
+    )
+    def test_it_counts_and_is_refused(self, tmp_path, name, make, error):
+        write_files(tmp_path, {"modules.json": b'[{"path": "1_Pooling"}]', "1_Pooling/other.json": b"{}"})
+        make(tmp_path / name)
+        files = LocalFiles(tmp_path)
+        assert name in {*files.top(), *files.below("1_Pooling")}
+        assert files.has(name)
+        with pytest.raises((BadInputError, NotFoundError), match=rf"{re.escape(name)}: {error}"):
+            files.read(name)
+        write_files(tmp_path, {"config.json": b"{}", "other.safetensors": b""})
+        with pytest.raises((BadInputError, NotFoundError), match=re.escape(name)):
+            fetch_base(LocalPath(tmp_path), tmp_path / "cache")
