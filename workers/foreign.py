@@ -43,6 +43,10 @@ _MOST_BYTES = (
     (".tiktoken", 64 * _MIB),
     ("vocab.txt", 64 * _MIB),
     ("merges.txt", 64 * _MIB),
+    ("unigrams.txt", 64 * _MIB),
+    (".ttf", 64 * _MIB),
+    (".ttc", 64 * _MIB),
+    (".otf", 64 * _MIB),
     ("", 16 * _MIB),
 )
 """Largest files by the end of their names; the first that fits counts (docs/bounds.md)."""

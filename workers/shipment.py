@@ -24,6 +24,8 @@ from workers.belongings import (
     is_tokenizer,
     is_vocabulary,
     ships,
+    strays,
+    tokenizer_folders,
 )
 from workers.checkpoint import read_json
 from workers.code_files import code_of, leave_out
@@ -54,6 +56,8 @@ class Shipment:
     """What the release would have of the base, were there no adapter."""
     left: tuple[str, ...]
     """Vocabulary of the base in forms that the adapter's tokenizer does not have, and that does not ship."""
+    strays: tuple[str, ...] = ()
+    """Files and folders in the base's directory of which it is not known whether its model needs them."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -75,6 +79,11 @@ class Shipment:
                 f"the adapter's tokenizer replaces the base's, and {_some(self.left)} of the base stays behind: "
                 "another vocabulary, one that cannot be compared, or a whole tokenizer of its own; add the file to the "
                 "adapter to have it shipped"
+            )
+        if self.strays:
+            notes.append(
+                f"{_some(self.strays)} of the base stays behind, as it is not known to belong to a model; where the "
+                "model asks for it, the release is not whole: copy it to where the release is loaded from"
             )
         if pickles := sorted(name for name in self.files if is_pickled(name)):
             notes.append(
@@ -107,6 +116,9 @@ def plan_shipment(base: Path, adapter: Path) -> Shipment:
         from_adapter |= {name: path for name, path in theirs.items() if is_template(name)}
     elif TOKENIZER_CONFIG in ours.keys() - files.keys() and not any(map(is_template, files)):
         templates = templates_within(ours[TOKENIZER_CONFIG])
+    for folder in tokenizer_folders(LocalFiles(adapter)):
+        files = {name: path for name, path in files.items() if not name.startswith(f"{folder}/")}
+        from_adapter |= {name: path for name, path in theirs.items() if name.startswith(f"{folder}/")}
     code, broken = _code(base, adapter, ours, from_adapter)
     from_adapter |= {name: path for name, path in code.items() if path == adapter / name}
     files = {name: path for name, path in (files | from_adapter).items() if not name.endswith(".py")} | code
@@ -120,6 +132,7 @@ def plan_shipment(base: Path, adapter: Path) -> Shipment:
         from_adapter=frozenset(from_adapter),
         of_base=ours,
         left=tuple(left),
+        strays=strays(LocalFiles(base)),
     )
 
 
@@ -128,7 +141,8 @@ def shipped_files(adapter: Path) -> Mapping[str, Path]:
     files = _shipped(adapter)
     described = [name for name in files if is_tokenizer(name) or is_processor(name) or is_template(name)]
     code = [name for name in files if name.endswith(".py")]
-    return {name: files[name] for name in (*described, *code)}
+    folders = tuple(f"{folder}/" for folder in tokenizer_folders(LocalFiles(adapter)))
+    return {name: files[name] for name in (*described, *code, *(name for name in files if name.startswith(folders)))}
 
 
 def _some(words: Sequence[str]) -> str:

@@ -90,7 +90,7 @@ class _Kind:
         """
         top = frozenset(files.top())
         chosen = belongings(files) - self.unread | top & {self.config} | {name for name in top if self._holds(name)}
-        return sorted(name for name in chosen if not _matches(name, self.pickled))
+        return sorted(chosen)
 
     def check(self, names: Iterable[str], location: Location) -> None:
         """Check that config and weights are among the files of a location.

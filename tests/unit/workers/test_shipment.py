@@ -261,6 +261,57 @@ class TestCode:
         assert whose == {}
 
 
+class TestParts:
+    """Files that real models ask for beside their weights."""
+
+    def test_what_models_ask_for_by_name_ships(self, tmp_path):
+        files = dict.fromkeys(
+            ("spk_dict.pt", "Roboto-Regular.ttf", "adapter.fra.safetensors", "x.yaml", "vocab.pkl"), b""
+        )
+        shipment, whose = ship(tmp_path, files, {})
+        assert whose.keys() == files.keys()
+        assert ["(spk_dict.pt, vocab.pkl)" in note for note in shipment.notes] == [True]
+
+    @pytest.mark.parametrize(
+        ("told_by", "inner"),
+        [
+            ("alphabet.json", ("language_model/5gram.bin", "language_model/unigrams.txt")),
+            ("speaker_embeddings_path.json", ("speaker_embeddings/v2/a.npy",)),
+        ],
+    )
+    def test_folders_ship_beside_the_file_that_tells_of_them(self, tmp_path, told_by, inner):
+        for name, files in (("with", (told_by, *inner)), ("without", inner)):
+            (tmp_path / name).mkdir()
+            shipment, whose = ship(tmp_path / name, dict.fromkeys(files, b""), {})
+            assert whose.keys() == (set(files) if name == "with" else set())
+            assert [inner[0].partition("/")[0] + "/ of the base stays" in note for note in shipment.notes] == (
+                [] if name == "with" else [True]
+            )
+
+    def test_the_second_tokenizer_of_a_processor_ships_the_adapters_where_it_has_one(self, tmp_path):
+        second = {"q/tokenizer_config.json": b"{}", "q/vocab.txt": b"a"}
+        trained = {"checkpoint-5/tokenizer_config.json": b"{}", "checkpoint-5/model.safetensors": b""}
+        _, whose = ship(tmp_path, {**second, "q/special_tokens_map.json": b"{}", **trained}, second)
+        assert whose == dict.fromkeys(second, "adapter")
+        (tmp_path / "alone").mkdir()
+        _, whose = ship(tmp_path / "alone", second, {})
+        assert whose == dict.fromkeys(second, "base")
+
+    def test_what_is_not_known_is_told(self, tmp_path):
+        known = ("README_zh.md", "a.png", "run.py", "pytorch_model.bin", "onnx/x.onnx", ".git/config", "params.json")
+        files = dict.fromkeys(("voices.pt", "world.npz", "parts/a.bin", "config.json", *known), b"{}")
+        shipment, whose = ship(tmp_path, files, {})
+        assert whose == {}
+        assert shipment.strays == ("parts/", "voices.pt", "world.npz")
+        assert ["parts/, voices.pt, world.npz of the base stays behind" in note for note in shipment.notes] == [True]
+
+    def test_they_count_in_the_digest_of_the_base(self, tmp_path):
+        write_files(tmp_path / "base", {"config.json": b"{}", "model.safetensors": b"", "spk_dict.pt": b"a"})
+        before = fetch_base(LocalPath(tmp_path / "base"), tmp_path).digest
+        write_files(tmp_path / "base", {"spk_dict.pt": b"b"})
+        assert fetch_base(LocalPath(tmp_path / "base"), tmp_path).digest != before
+
+
 class TestFolders:
     def test_pickles_of_modules_go_along_and_are_told_unless_there_is_better(self, tmp_path):
         modules = json.dumps([{"path": "1_Dense"}, {"path": "2_Dense/"}, {"path": "3_Normalize"}]).encode()
@@ -274,7 +325,7 @@ class TestFolders:
         }
         shipment, whose = ship(tmp_path, files, {})
         assert whose.keys() == files.keys() - {"2_Dense/pytorch_model.bin", "other/config.json"}
-        assert ["1_Dense/pytorch_model.bin" in note for note in shipment.notes] == [True]
+        assert ["1_Dense/pytorch_model.bin" in note for note in shipment.notes if "pickles" in note] == [True]
 
     @pytest.mark.parametrize("path", ["../adapter", "/etc", 5, "a/../b", "a\\b"])
     def test_folders_outside_are_refused(self, tmp_path, path):
