@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard
 
+from jobs.text import shown
 from workers.belongings import CARD_NAME
 from workers.files import file_errors
 from workers.foreign import read_foreign
@@ -16,6 +16,10 @@ _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", 
 _MAX_METADATA_CHARACTERS = 64 << 10
 """Evaluation results left out: those of large benchmarks have megabytes, and are the base's own."""
 _MAX_CARD_BYTES = 16 << 20
+_MAX_DEPTH = 60
+_MAX_TEXTS = 1_000
+"""Of one field, such as tags."""
+_TEXT_TAG = "tag:yaml.org,2002:str"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,14 +51,20 @@ def read_base_card(directory: Path) -> BaseCard:
     block = _metadata_block(text)
     if block is None:
         return BaseCard()
+    return _read_block(block)
+
+
+def _read_block(block: str) -> BaseCard:
     if len(block) > _MAX_METADATA_CHARACTERS:
         return BaseCard(is_readable=False)
     try:
-        card: Any = ModelCard(f"---\n{block}\n---\n", ignore_metadata_errors=True)
-        found = {name: getattr(card.data, name, None) for name in _KEPT}
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+        root = yaml.compose(block, Loader=_Loader)
+    except yaml.YAMLError:
         return BaseCard(is_readable=False)
-    return BaseCard(metadata={name: value for name, value in found.items() if value and _is_text(value)})
+    if not isinstance(root, yaml.MappingNode):
+        return BaseCard(is_readable=root is None)
+    found = {key.value: _kept(value) for key, value in root.value if key.value in _KEPT}
+    return BaseCard(metadata={name: value for name, value in found.items() if value})
 
 
 def _metadata_block(text: str) -> str | None:
@@ -74,5 +84,26 @@ def _metadata_block(text: str) -> str | None:
     return None
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Composes nodes and makes no values of them: aliases are not followed, tags and numbers mean nothing."""
+
+    depth = 0
+
+    def descend_resolver(self, _node: yaml.Node | None, _index: Any) -> None:
+        """Refuse what lies too deep; its C code would exhaust the stack."""
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise yaml.YAMLError
+
+    def ascend_resolver(self) -> None:
+        """Come up again."""
+        self.depth -= 1
+
+
+def _kept(node: yaml.Node) -> str | list[str] | None:
+    """Return the text or the texts of a field; None where it has others, too many, or what acts on a terminal."""
+    texts = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if len(texts) > _MAX_TEXTS or not all(each.tag == _TEXT_TAG and shown(each.value) == each.value for each in texts):
+        return None
+    values = [each.value for each in texts]
+    return values if isinstance(node, yaml.SequenceNode) else values[0]
