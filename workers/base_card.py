@@ -1,6 +1,7 @@
-"""What a base's model card says in its metadata: licence, language and the like, which hold for what is made of it."""
+"""What a model card says in its metadata: licence, language and the like, which hold for what is made of the model."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ _MAX_CARD_BYTES = 16 << 20
 _MAX_DEPTH = 60
 _MAX_TEXTS = 1_000
 """Of one field, such as tags."""
+_NO_SLUG = re.compile(r"[^a-z0-9.]+")
+"""In a `license_name`, as the Hub takes it."""
 _TEXT_TAG = "tag:yaml.org,2002:str"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseCard:
-    """The metadata of a base's card that a release may keep."""
+    """The metadata of a base's card, or an adapter's, that a release may keep."""
 
     metadata: Mapping[str, str | list[str]] = field(default_factory=dict)
     """By field: a text, or a list of texts, as the card has it."""
@@ -35,9 +38,23 @@ class BaseCard:
         value = self.metadata.get(name, [])
         return [value] if isinstance(value, str) else list(value)
 
+    @property
+    def licence(self) -> str | None:
+        """The licence, by the name that a licence has which is none of the Hub's."""
+        words = self.texts("license_name") if self.texts("license") == ["other"] else self.texts("license")
+        return _NO_SLUG.sub("-", "-".join(words or self.texts("license")).lower()).strip("-") or None
+
+
+def differing_licences(base: BaseCard, adapters: Sequence[BaseCard]) -> tuple[str, ...]:
+    """Return the licences of a base and its adapters, the base's first, where one of an adapter is not the base's."""
+    told = [card.licence for card in adapters if card.licence]
+    if all(licence == base.licence for licence in told):
+        return ()
+    return tuple(dict.fromkeys((base.licence or "unknown", *told)))
+
 
 def read_base_card(directory: Path) -> BaseCard:
-    """Read the metadata of the card in a base's directory; it is empty where there is none.
+    """Read the metadata of the card in the directory of a base or an adapter; it is empty where there is none.
 
     One that is no YAML, or far too large, is not readable and says nothing.
     """

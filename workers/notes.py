@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from jobs.problems import show
 from jobs.request import BaseQuantization, MergeRequest
-from workers.base_card import BaseCard
+from workers.base_card import BaseCard, differing_licences
 from workers.checkpoint import read_json
 from workers.shipment import Shipment
 from workers.sources import Source
@@ -32,6 +32,7 @@ def find_notes(
     *,
     stored_in_4bit: bool,
     card: BaseCard,
+    adapter_cards: tuple[BaseCard, ...],
     shipment: Shipment,
     num_rows: int | None,
 ) -> tuple[str, ...]:
@@ -43,6 +44,7 @@ def find_notes(
         adapters: as they were brought.
         stored_in_4bit: whether the base is.
         card: of the base.
+        adapter_cards: of the adapters.
         shipment: the files that the release takes over.
         num_rows: of the embedding of the merged model; None where it has none for tokens.
 
@@ -54,6 +56,11 @@ def find_notes(
         notes.append(
             "the metadata of the base's README.md cannot be read, so the release's card says nothing of licence and "
             "language; expected YAML between two lines '---'"
+        )
+    if licences := differing_licences(card, adapter_cards):
+        notes.append(
+            f"base and adapter have other licences ({', '.join(licences)}), and each holds for the release: its card "
+            "says license: other and names them"
         )
     for adapter in adapters:
         notes += _base_notes(request, base, adapter, stored_in_4bit=stored_in_4bit)

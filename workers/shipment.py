@@ -18,6 +18,7 @@ from workers.belongings import (
     LocalFiles,
     belongings,
     documents,
+    is_legal,
     is_pickled,
     is_processor,
     is_template,
@@ -119,6 +120,9 @@ def plan_shipment(base: Path, adapter: Path) -> Shipment:
     for folder in tokenizer_folders(LocalFiles(adapter)):
         files = {name: path for name, path in files.items() if not name.startswith(f"{folder}/")}
         from_adapter |= {name: path for name, path in theirs.items() if name.startswith(f"{folder}/")}
+    for name, path in licences_of(adapter).items():
+        if name not in ours or foreign_sha256(path) != foreign_sha256(ours[name]):
+            from_adapter[f"{name}.adapter"] = path
     code, broken = _code(base, adapter, ours, from_adapter)
     from_adapter |= {name: path for name, path in code.items() if path == adapter / name}
     files = {name: path for name, path in (files | from_adapter).items() if not name.endswith(".py")} | code
@@ -143,6 +147,11 @@ def shipped_files(adapter: Path) -> Mapping[str, Path]:
     code = [name for name in files if name.endswith(".py")]
     folders = tuple(f"{folder}/" for folder in tokenizer_folders(LocalFiles(adapter)))
     return {name: files[name] for name in (*described, *code, *(name for name in files if name.startswith(folders)))}
+
+
+def licences_of(adapter: Path) -> Mapping[str, Path]:
+    """Return the licences and notices at the top of an adapter's directory, which a release has beside the base's."""
+    return {name: path for name, path in _shipped(adapter).items() if "/" not in name and is_legal(name)}
 
 
 def _some(words: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from jobs.errors import NotFoundError, TransientIOError, UnsupportedError
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
 from jobs.text import shown
 from workers.adapter_files import WeightFiles, foreign_kind, gather, weight_files
-from workers.belongings import CARD_NAME, Files, ListedFiles, LocalFiles, belongings, check_description
+from workers.belongings import Files, ListedFiles, LocalFiles, belongings, check_description
 from workers.checkpoint import read_shard
 from workers.files import FileState, file_errors
 from workers.foreign import copy_foreign, foreign_file, foreign_sha256
@@ -79,8 +79,6 @@ class _Kind:
     """Pattern of safetensors files that repeat the weights in a form that is not read here."""
     pickled: tuple[str, ...]
     """Patterns of the same weights in pickle files."""
-    unread: frozenset[str] = frozenset()
-    """Of what belongs to a model, names that say nothing here."""
 
     def select(self, files: Files) -> list[str]:
         """Return the names, in order, of the files that belong to it, out of all that are at a place.
@@ -89,7 +87,7 @@ class _Kind:
             BadInputError: a file that says what belongs together cannot be read.
         """
         top = frozenset(files.top())
-        chosen = belongings(files) - self.unread | top & {self.config} | {name for name in top if self._holds(name)}
+        chosen = belongings(files) | top & {self.config} | {name for name in top if self._holds(name)}
         return sorted(chosen)
 
     def check(self, names: Iterable[str], location: Location) -> None:
@@ -153,7 +151,6 @@ _ADAPTER = _AdapterKind(
     weights="adapter_model.safetensors",
     duplicates=None,
     pickled=(),
-    unread=frozenset({CARD_NAME}),
 )
 
 

@@ -312,6 +312,19 @@ class TestParts:
         assert fetch_base(LocalPath(tmp_path / "base"), tmp_path).digest != before
 
 
+def test_the_adapters_licence_ships_beside_the_bases(tmp_path):
+    base = {"LICENSE": b"base", "NOTICE": b"of both"}
+    adapter = {"LICENSE": b"adapter", "NOTICE": b"of both", "Terms of use.md": b"adapter"}
+    shipment, whose = ship(tmp_path, base, adapter)
+    assert shipment.files["LICENSE.adapter"] == tmp_path / "adapter" / "LICENSE"
+    assert whose == {
+        "LICENSE": "base",
+        "NOTICE": "base",
+        "LICENSE.adapter": "adapter",
+        "Terms of use.md.adapter": "adapter",
+    }
+
+
 class TestFolders:
     def test_pickles_of_modules_go_along_and_are_told_unless_there_is_better(self, tmp_path):
         modules = json.dumps([{"path": "1_Dense"}, {"path": "2_Dense/"}, {"path": "3_Normalize"}]).encode()

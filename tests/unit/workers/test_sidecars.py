@@ -315,6 +315,18 @@ def test_the_card_says_what_it_is(bases, adapters, tmp_path, fields, phrase):
     assert f"tensors changed: 3 of {len(plan.base.tensors)}" in card.text
 
 
+def test_the_card_names_the_licences_of_base_and_adapter(base, adapter, tmp_path):
+    (base / "README.md").write_text("---\nlicense: apache-2.0\nlicense_link: LICENSE\n---\n")
+    (adapter / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    planned = plan_pass(base, {"job": adapter}, tmp_path)
+    planned.run()
+    write_card(planned.plans[0], planned.output("job"), num_changed=1)
+    card = ModelCard.load(planned.output("job") / "README.md")
+    assert (card.data.license, card.data.license_name) == ("other", "apache-2.0-and-cc-by-nc-4.0")
+    assert card.data.license_link is None
+    assert "apache-2.0, cc-by-nc-4.0, the base's first" in card.text
+
+
 def test_the_card_of_a_base_from_the_hub_names_it(bases, adapters, tmp_path):
     planned = plan_pass(bases["llama"], {"job": adapters["llama"]}, tmp_path)
     planned.run()

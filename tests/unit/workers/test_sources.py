@@ -79,6 +79,7 @@ CLUTTER = {
 }
 ADAPTER = {
     "adapter_config.json": b'{"peft_type": "LORA"}',
+    "README.md": b"# Adapter",
     "adapter_model.safetensors": safetensors(bytes(5_000)),
     "tokenizer.json": b"{}",
 }
@@ -94,7 +95,6 @@ ADAPTER_CLUTTER = {
     "optimizer.pt": b"pickle",
     "model.gguf": b"base",
     "checkpoint-5/x.json": b"{}",
-    "README.md": b"# Adapter",
     "trainer_state.json": b"{}",
 }
 
