@@ -100,6 +100,12 @@ class _Kind:
         there = frozenset(name for name in names if "/" not in name)
         has_weights = any(map(self._holds, there))
         form = form_of_files(there) if self is _BASE else None
+        if self is _BASE and {self.config, _ADAPTER.config} <= there:
+            raise UnsupportedError(
+                f"base {location} holds an adapter of its own ({_ADAPTER.config} beside {self.config}): transformers "
+                "puts it on where PEFT is installed and leaves it off elsewhere, so that the base is two models; merge "
+                "that adapter into the base first, or name a copy of the base without it"
+            )
         if not has_weights:
             # What its maker calls consolidated is pickled, too, and has other names of tensors besides.
             pickled = sorted(name for name in there if _matches(name, self.pickled) and "consolidated" not in name)

@@ -253,7 +253,7 @@ def test_the_adapters_processor_wins_file_by_file(base, adapter, tmp_path):
 
 
 def test_what_is_of_no_use_to_a_checkpoint_stays_behind(base, adapter, tmp_path):
-    for name in ("pytorch_model.bin", "training_args.bin", ".gitattributes", "a\tb.txt", "adapter_config.json"):
+    for name in ("pytorch_model.bin", "training_args.bin", ".gitattributes", "a\tb.txt"):
         (base / name).write_text("{}")
     for name in ("trainer_state.json", "optimizer.pt", "all_results.json"):
         (adapter / name).write_text("{}")

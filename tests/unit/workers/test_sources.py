@@ -190,6 +190,13 @@ class TestLocal:
         with pytest.raises(NotFoundError, match=r"has no \*\.safetensors; found adapter_model\.bin"):
             fetch_base(LocalPath(tmp_path / "adapter_model.bin"), tmp_path)
 
+    @pytest.mark.parametrize("weights", [None, "adapter_model.safetensors", "adapter_model.bin"])
+    def test_a_base_with_an_adapter_of_its_own_is_refused(self, tmp_path: Path, weights: str | None) -> None:
+        own = {"adapter_config.json": b"{}"} | ({weights: b""} if weights else {})
+        write_files(tmp_path / "base", BASE | own)
+        with pytest.raises(UnsupportedError, match=r"holds an adapter of its own \(adapter_config\.json beside config"):
+            fetch_base(LocalPath(tmp_path / "base"), tmp_path)
+
     def test_part_of_an_adapter_that_is_missing_is_named(self, tmp_path: Path) -> None:
         write_files(tmp_path / "a", {"adapter_config.json": b"{}", "adapter_model-00001-of-00002.bin": b"pickle"})
         with pytest.raises(NotFoundError, match=r"has no adapter_model-00002-of-00002\.bin, a part of the adapter"):
