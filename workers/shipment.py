@@ -126,6 +126,13 @@ def plan_shipment(base: Path, adapter: Path) -> Shipment:
     code, broken = _code(base, adapter, ours, from_adapter)
     from_adapter |= {name: path for name, path in code.items() if path == adapter / name}
     files = {name: path for name, path in (files | from_adapter).items() if not name.endswith(".py")} | code
+    folded = dict[str, str]()
+    for name in files:
+        if (other := folded.setdefault(name.casefold(), name)) != name:
+            raise BadInputError(
+                f"{files[name]} and {files[other]} differ in upper and lower case alone, which many file systems take "
+                "for one file; remove one of them"
+            )
     for document in processors.made.values():
         leave_out(document, broken.keys())
     return Shipment(

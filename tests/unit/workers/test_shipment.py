@@ -325,6 +325,11 @@ def test_the_adapters_licence_ships_beside_the_bases(tmp_path):
     }
 
 
+def test_names_that_differ_by_case_alone_are_refused(tmp_path):
+    with pytest.raises(BadInputError, match=r"license and .*LICENSE differ in upper and lower case alone"):
+        ship(tmp_path, {"LICENSE": b"", "license": b""}, {})
+
+
 class TestFolders:
     def test_pickles_of_modules_go_along_and_are_told_unless_there_is_better(self, tmp_path):
         modules = json.dumps([{"path": "1_Dense"}, {"path": "2_Dense/"}, {"path": "3_Normalize"}]).encode()
