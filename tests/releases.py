@@ -1,12 +1,13 @@
 """Small releases: files of random bytes, and a manifest that is true to them."""
 
 import hashlib
+import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
 
 from jobs.locations import LocalPath
-from jobs.release import Artifact, Manifest, ParitySummary, Release
+from jobs.release import REPORT_NAME, Artifact, Manifest, ParitySummary, Release
 from jobs.request import BaseQuantization
 from jobs.states import JobState
 from jobs.store import JobStore, ProgressReport, Publication
@@ -17,17 +18,37 @@ SHARD_BYTES = (5 << 20) + 12_345
 """More than the smallest part that S3 knows."""
 
 
-def make_files(seed: int = 0) -> dict[str, bytes]:
+def make_files(seed: int = 0, merge_key: str = "a" * 64) -> dict[str, bytes]:
     """Return the files of a release, by name: two shards of which one is large, and sidecars."""
     rng = random.Random(seed)
     return {
         SHARD: rng.randbytes(SHARD_BYTES),
         "model-00002-of-00002.safetensors": rng.randbytes(70_000),
         "config.json": b'{"seed": %d}\n' % seed,
+        REPORT_NAME: make_report(merge_key),
         "tokenizer.json": b"{}\n" * 100,
         "templates/tool.jinja": b"{{ messages }}\n",
         "empty.txt": b"",
     }
+
+
+def make_report(merge_key: str) -> bytes:
+    """Return a parity report that agrees with the manifests made here."""
+    check = {"changed": True, "max_abs_error": 0.0, "rounding_excess": 0.5}
+    report = {
+        "schema": 1,
+        "request_id": "job-1",
+        "merge_key": merge_key,
+        "base": "/bases/b",
+        "adapter": "/adapters/a",
+        "base_quantization": "none",
+        "level": "arithmetic",
+        "thresholds": {},
+        "passed": True,
+        "failures": [],
+        "tensors": [{"tensor": "x", **check}, {"tensor": "y", **check, "changed": False, "rounding_excess": 0.0}],
+    }
+    return json.dumps(report).encode()
 
 
 def make_manifest(files: dict[str, bytes], *, merge_key: str = "a" * 64, request_id: str = "job-1") -> Manifest:

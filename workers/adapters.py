@@ -20,7 +20,7 @@ from workers.lanes.adapter import ADAPTER_WEIGHTS, open_adapter
 from workers.lanes.fitting import fit
 from workers.model import skeleton
 from workers.scratch import keep_directory
-from workers.shipment import shipped_files
+from workers.shipment import licences_of, shipped_files
 from workers.sources import Source, fetch_adapter
 from workers.vetting import vet_adapter
 
@@ -75,7 +75,7 @@ def outline_adapters(
         with (directory / ADAPTER_WEIGHTS).open("wb") as file:
             file.write(layout.header)
             file.truncate(layout.num_bytes)
-        _copy(_common_files(parts), directory)
+        _copy(_common_files(parts) | _licences(parts), directory)
     return _source(directory, parts)
 
 
@@ -102,7 +102,7 @@ def _make(
     combined = _combine(request, base, parts, inert_fields, values=True)
     combined.config.save_pretrained(str(directory))
     save_file(dict(combined.tensors), directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    _copy(_common_files(parts), directory)
+    _copy(_common_files(parts) | _licences(parts), directory)
 
 
 def _copy(files: Mapping[str, Path], directory: Path) -> None:
@@ -142,3 +142,12 @@ def _common_files(parts: Sequence[Source]) -> dict[str, Path]:
                     "that the merged model should not take it from"
                 )
     return files
+
+
+def _licences(parts: Sequence[Source]) -> dict[str, Path]:
+    """Return the licences of all adapters, under names that tell them apart."""
+    return {
+        f"{name}.{number}": path
+        for number, part in enumerate(parts, 1)
+        for name, path in licences_of(part.directory).items()
+    }

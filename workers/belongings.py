@@ -1,7 +1,8 @@
 """What belongs to a model: the one list of the files that are brought, that a digest covers, and that a release ships.
 
-Files at the top of a checkpoint belong to it by their names; those in folders, and code, by what its own files name:
-`modules.json` (sentence-transformers) names folders, `auto_map` code. Nothing here is run, and weights are not listed.
+Files at the top of a checkpoint belong to it by their names; those in folders, and code, by what its own files name or
+hold: `modules.json` (sentence-transformers) names folders, `auto_map` code, and a folder with a tokenizer is one of the
+processor's. Nothing here is run, and the model's weights are not listed.
 """
 
 import fnmatch
@@ -57,8 +58,22 @@ _VOCABULARY = (
     "word_shape.json",
 )
 _PROCESSOR = ("*processor_config.json", "feature_extractor_config.json", "audio_tokenizer_config.json")
-_DESCRIPTIONS = ("*.json", "*.txt", "*.jinja")
+_DESCRIPTIONS = ("*.json", "*.txt", "*.jinja", "*.yaml", "*.yml")
 """What else describes a model, under names that only its own libraries know."""
+_PARTS = (
+    "spk_dict.pt",  # voices of Qwen2.5-Omni
+    "adapter.*.safetensors",  # languages of Wav2Vec2
+    "vocab.pkl",
+    "*.ttf",  # what Ernie-4.5-VL writes times with
+    "*.ttc",
+    "*.otf",
+)
+"""What some models ask for by name, and no file of theirs names."""
+_PART_FOLDERS = {
+    "language_model": "alphabet.json",  # of Wav2Vec2ProcessorWithLM
+    "speaker_embeddings": "speaker_embeddings_path.json",  # of Bark
+}
+"""Folders of the same kind, and the file beside them that tells such a model."""
 _READ_ONLY = (
     "config.json",  # written anew, as is the next
     "*.safetensors.index.json",
@@ -88,6 +103,16 @@ _STRANGERS = (
     MANIFEST_NAME,  # a release that serves as a base
     REPORT_NAME,
 )
+_OF_NO_USE = (
+    *("pytorch_model*", "adapter_model*", "*.safetensors", "tf_model*", "rust_model*", "scheduler.pt", "scaler.pt"),
+    *("*.onnx*", "*.h5", "*.msgpack", "*.ot", "*.gguf", "*.mlmodel", "*.tflite", "*.xml", "latest"),
+    *("*.py", "*.ipynb", "*.sh", "*.md", "*.rst", "*.pdf", "*.html", "*.log", "*.patch"),
+    *("*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.mp4", "*.wav", "*.mp3", "*.flac"),
+    *("onnx*/", "openvino*/", "coreml*/", "gguf*/", "mlx*/", "original/", "metal/", "checkpoint-*/", "global_step*/"),
+    *("runs/", "logs/", "wandb/", "__pycache__/", "figures/", "assets/", "images/", "doc*/", "example*/", "scripts/"),
+    *("inference/", "eval*/"),
+)
+"""What is known to be of no use to a checkpoint: other forms of its weights, leftovers, code beside it, its pages."""
 _LEGAL = re.compile(
     r"licen[cs]e|copying|copyright|notice|patents|eula|agreement|disclaimer"
     r"|use[-_ ]?policy|usage[-_ ]?policy|terms[-_ ]of|third[-_ ]?party|attribution|许可|協議|协议"
@@ -137,14 +162,18 @@ class Files(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LocalFiles:
-    """The files of a directory. Links to files count, as the Hub's cache has them; links to directories do not."""
+    """The files of a directory: all that is no directory, and no link to one.
+
+    Links to files count, as the Hub's cache has them. What cannot be opened counts, too: a link to nothing, a FIFO. The
+    door (`workers/foreign.py`) refuses it by name, where a file that seems not to be there would be missed in silence.
+    """
 
     place: Path
 
     def top(self) -> Collection[str]:
         """Return the names of the files at the top."""
         with file_errors(f"reading {self.place}"):
-            return [path.name for path in self.place.iterdir() if path.is_file()]
+            return [path.name for path in self.place.iterdir() if not path.is_dir()]
 
     def folders(self) -> Collection[str]:
         """Return the names of the folders at the top."""
@@ -162,18 +191,16 @@ class LocalFiles:
             raise BadInputError(
                 f"{top}: expected at most {_MAX_FILES_OF_FOLDER} files in a folder of a model, found more"
             )
-        return [path.relative_to(self.place).as_posix() for path in paths if path.is_file()]
+        return [path.relative_to(self.place).as_posix() for path in paths if not path.is_dir()]
 
     def has(self, name: str) -> bool:
         """Whether there is a file, named from the top."""
-        return (self.place / name).is_file()
+        path = self.place / name
+        return os.path.lexists(path) and not path.is_dir()
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a small file."""
-        path = self.place / name
-        with file_errors(f"reading {path}"):
-            check_description(path, path.stat().st_size)
-        return read_foreign(path, num_parts=name.count("/") + 1)
+        return read_foreign(self.place / name, num_parts=name.count("/") + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,13 +247,28 @@ def belongings(files: Files) -> frozenset[str]:
     )
 
 
+def strays(files: Files) -> tuple[str, ...]:
+    """Return files and folders at the top that are known neither to belong to a model nor to be of no use to it.
+
+    Folders end in a slash.
+
+    Raises:
+        As `belongings`.
+    """
+    ours = {f"{name.partition('/')[0]}/" if "/" in name else name for name in belongings(files)}
+    there = {*files.top(), *(f"{folder}/" for folder in files.folders())}
+    return tuple(
+        sorted(name for name in there - ours if not (name[0] == "." or _matches(name, (*_STRANGERS, *_OF_NO_USE))))
+    )
+
+
 def belongs(name: str) -> bool:
     """Whether a file at the top of a checkpoint belongs to it by its name, weights aside."""
     if _matches(name, _READ_ONLY):
         return True
     if name.startswith(".") or _matches(name, _STRANGERS):
         return False
-    return is_tokenizer(name) or is_legal(name) or _matches(name, _DESCRIPTIONS)
+    return is_tokenizer(name) or is_legal(name) or _matches(name, (*_DESCRIPTIONS, *_PARTS))
 
 
 def ships(name: str) -> bool:
@@ -263,7 +305,17 @@ def is_legal(name: str) -> bool:
 
 def is_pickled(name: str) -> bool:
     """Whether a file, by its name, is a pickle, which can run code when it is read."""
-    return _matches(name, _PICKLED)
+    return _matches(name, _PICKLED) and not name.startswith("language_model/")  # kenlm has a format of its own
+
+
+def tokenizer_folders(files: Files) -> frozenset[str]:
+    """Return the folders that hold a tokenizer and no weights: a processor keeps its second one there."""
+    found = {folder for folder in files.folders() if files.has(f"{folder}/{TOKENIZER_CONFIG}")}
+    return frozenset(
+        folder
+        for folder in found
+        if not any(name.endswith((".safetensors", *_OTHER_FORMATS)) or is_pickled(name) for name in files.below(folder))
+    )
 
 
 def documents(files: Files) -> dict[str, Any]:
@@ -312,6 +364,8 @@ def _folders(files: Files) -> Iterator[str]:
     yield from module_folders(files)
     yield "custom_generate"  # where transformers looks for a model's own way to generate
     yield from (folder for folder in files.folders() if _LEGAL_FOLDER.fullmatch(folder))
+    yield from (folder for folder, told_by in _PART_FOLDERS.items() if files.has(told_by))
+    yield from tokenizer_folders(files)
 
 
 def modules_code(files: Files, place: CodePlace) -> frozenset[str]:

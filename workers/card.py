@@ -9,6 +9,7 @@ from huggingface_hub import ModelCardData
 from jobs.locations import HubRepo
 from jobs.release import Artifact
 from jobs.request import adapter_name
+from workers.base_card import differing_licences
 from workers.belongings import CARD_NAME, MODULES_FILE
 from workers.plan import MergePlan
 from workers.sidecars import digest_file, write_text
@@ -39,6 +40,7 @@ def write_card(plan: MergePlan, directory: Path, *, num_changed: int) -> Artifac
 
 def _text(plan: MergePlan, num_changed: int) -> str:
     request = plan.request
+    licences = differing_licences(plan.base.card, plan.adapter_cards)
     base, adapters = plan.base.source.location, [adapter.location for adapter, _ in plan.weighted]
     several = len(adapters) > 1
     body = [
@@ -48,6 +50,7 @@ def _text(plan: MergePlan, num_changed: int) -> str:
         "",
         f"- base: `{base}`",
         *_adapter_lines(plan),
+        *([f"- licences, of which each holds: {', '.join(licences)}, the base's first"] if licences else []),
         f"- merged into: {_merged_into(plan)}",
         f"- tensors changed: {num_changed} of {len(plan.tensors)}",
         f"- merge key: `{plan.merge_key}`",
@@ -65,6 +68,9 @@ def _data(plan: MergePlan) -> ModelCardData:
     named = [location.repo_id] if isinstance(location, HubRepo) else card.texts("base_model")
     lineage = [name for name in named if _REPOSITORY.fullmatch(name)]
     more: dict[str, Any] = {name: card.metadata[name] for name in _INHERITED if name in card.metadata}
+    if licences := differing_licences(card, plan.adapter_cards):
+        more.pop("license_link", None)
+        more |= {"license": "other", "license_name": "-and-".join(licences)}
     if lineage:
         more["base_model"] = lineage[0] if len(lineage) == 1 else lineage
         more["base_model_relation"] = "merge" if len(plan.weighted) > 1 else "finetune"

@@ -8,6 +8,7 @@ from pathlib import Path
 from jobs.errors import BadInputError, NotFoundError
 from jobs.locations import LocalPath, Location, normal_path
 from jobs.release import MANIFEST_NAME, REPORT_NAME, Artifact, Manifest
+from workers.checkpoint import INDEX_FILE
 from workers.contents import Contents, LocalContents, open_contents
 from workers.files import FileState, file_errors
 from workers.released import (
@@ -16,18 +17,23 @@ from workers.released import (
     ManifestFile,
     decode_manifest,
     disagreements,
+    missing_parts,
+    missing_shards,
     occupied,
 )
 from workers.scratch import OwnedDirectory, sweep
 from workers.sinks.directory import DirectorySink, DirectoryStaging
 
 _NUM_STREAMS = 4
+_READ = {REPORT_NAME: disagreements, INDEX_FILE: missing_shards}
+"""Files that are compared with the manifest."""
 
 
 def verify_release(location: Location, scratch: Path) -> Manifest:
     """Check a release where it is: every file of its manifest, by size and SHA-256, and that there is nothing else.
 
-    What its manifest says of its parity is compared with its parity report.
+    What its manifest says of its parity is compared with its parity report. Report, configuration, weights and every
+    shard of the index have to be there.
 
     Args:
         location: of the release.
@@ -127,6 +133,7 @@ def _check(contents: Contents, manifest: Manifest, location: Location, staging: 
     unnamed = {MANIFEST_NAME, *contents.beside}
     odd = {name for name in contents.oddities if name in named}
     wrong = [f"{name}: not in the manifest" for name in contents.sizes.keys() - named.keys() - unnamed]
+    wrong += missing_parts(manifest)
     wrong += [f"{name}: {what}" for name, what in contents.oddities.items()]
     whole = []
     for name, artifact in named.items():
@@ -136,18 +143,18 @@ def _check(contents: Contents, manifest: Manifest, location: Location, staging: 
             wrong.append(f"{name}: missing")
         elif contents.sizes[name] != artifact.num_bytes:
             wrong.append(f"{name}: {contents.sizes[name]} bytes, expected {artifact.num_bytes}")
-        elif name == REPORT_NAME and artifact.num_bytes > MAX_REPORT_BYTES:
-            wrong.append(f"{name}: {artifact.num_bytes} bytes, more than any parity report has")
+        elif name in _READ and artifact.num_bytes > MAX_REPORT_BYTES:
+            wrong.append(f"{name}: {artifact.num_bytes} bytes, more than any of this name has")
         else:
             whole.append(artifact)
 
     def difference(artifact: Artifact) -> list[str]:
-        kept: list[bytes] | None = [] if artifact.path == REPORT_NAME else None
+        kept: list[bytes] | None = [] if artifact.path in _READ else None
         chunks = _keeping(contents.read(artifact.path), kept)
         differs = _difference(artifact, chunks) if staging is None else _bring(artifact, chunks, staging)
         if differs is not None:
             return [differs]
-        return [] if kept is None else disagreements(manifest, b"".join(kept))
+        return [] if kept is None else _READ[artifact.path](manifest, b"".join(kept))
 
     with ThreadPoolExecutor(_NUM_STREAMS, thread_name_prefix="verify") as pool:
         wrong.extend(text for texts in pool.map(difference, whole) for text in texts)

@@ -43,9 +43,17 @@ _MOST_BYTES = (
     (".tiktoken", 64 * _MIB),
     ("vocab.txt", 64 * _MIB),
     ("merges.txt", 64 * _MIB),
+    ("unigrams.txt", 64 * _MIB),
+    (".ttf", 64 * _MIB),
+    (".ttc", 64 * _MIB),
+    (".otf", 64 * _MIB),
     ("", 16 * _MIB),
 )
 """Largest files by the end of their names; the first that fits counts (docs/bounds.md)."""
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_MAX_POINTER_BYTES = 1024
+"""What the specification of git-lfs allows."""
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -86,7 +94,8 @@ def open_foreign(path: Path, *, num_parts: int = 1, any_size: bool = False) -> F
 
     Raises:
         NotFoundError: it is not there.
-        BadInputError: it is no regular file, a link leads out of its directory, or it is larger than its kind may be.
+        BadInputError: it is no regular file, a link leads out of its directory, it is larger than its kind may be, or
+            it is what git-lfs leaves in the place of a file.
         AuthError, TransientIOError: it cannot be read, by kind of fault.
     """
     try:
@@ -100,6 +109,7 @@ def open_foreign(path: Path, *, num_parts: int = 1, any_size: bool = False) -> F
         _check_kind(path, status)
         if not any_size or path.name.startswith("adapter_model"):
             _check_size(path, status)
+        _check_content(path, descriptor, status)
     except BaseException:
         os.close(descriptor)
         raise
@@ -209,6 +219,13 @@ def _check_size(path: Path, status: os.stat_result) -> None:
     most = _most_bytes(path.name)
     if most is not None and status.st_size > most:
         raise _too_large(path, status.st_size, most)
+
+
+def _check_content(path: Path, descriptor: int, status: os.stat_result) -> None:
+    if status.st_size <= _MAX_POINTER_BYTES and os.pread(descriptor, len(_LFS_POINTER), 0) == _LFS_POINTER:
+        raise BadInputError(
+            f"{shown(path)}: expected this file, found a pointer of git-lfs to it; run git lfs pull in the clone"
+        )
 
 
 def _most_bytes(name: str) -> int | None:

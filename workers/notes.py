@@ -6,10 +6,11 @@ they are and no place of this machine.
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from jobs.problems import show
 from jobs.request import BaseQuantization, MergeRequest
-from workers.base_card import BaseCard
+from workers.base_card import BaseCard, differing_licences
 from workers.checkpoint import read_json
 from workers.shipment import Shipment
 from workers.sources import Source
@@ -31,6 +32,7 @@ def find_notes(
     *,
     stored_in_4bit: bool,
     card: BaseCard,
+    adapter_cards: tuple[BaseCard, ...],
     shipment: Shipment,
     num_rows: int | None,
 ) -> tuple[str, ...]:
@@ -42,6 +44,7 @@ def find_notes(
         adapters: as they were brought.
         stored_in_4bit: whether the base is.
         card: of the base.
+        adapter_cards: of the adapters.
         shipment: the files that the release takes over.
         num_rows: of the embedding of the merged model; None where it has none for tokens.
 
@@ -54,10 +57,16 @@ def find_notes(
             "the metadata of the base's README.md cannot be read, so the release's card says nothing of licence and "
             "language; expected YAML between two lines '---'"
         )
+    if licences := differing_licences(card, adapter_cards):
+        notes.append(
+            f"base and adapter have other licences ({', '.join(licences)}), and each holds for the release: its card "
+            "says license: other and names them"
+        )
     for adapter in adapters:
         notes += _base_notes(request, base, adapter, stored_in_4bit=stored_in_4bit)
     tokenizer = read_tokenizer(shipment.files)
     if tokenizer is not None:
+        tokenizer = replace(tokenizer, templates=(*tokenizer.templates, *shipment.templates.values()))
         config = read_json(base.directory / "config.json")
         if num_rows is not None:
             notes += rows_note(tokenizer, read_tokenizer(shipment.of_base), config, num_rows)

@@ -205,6 +205,8 @@ class MergePlan:
     tensors: tuple[OutputTensor, ...]
     """Of the output, in its order: the base's, changed where the adapter changes a shape, and what comes apart."""
     output: CheckpointLayout
+    adapter_cards: tuple[BaseCard, ...]
+    """What the model cards of its adapters say."""
     shipment: Shipment
     """The files that the release takes over."""
     notes: tuple[str, ...] = ()
@@ -446,6 +448,8 @@ def plan_merge(
                 "bfloat16 weights: request a dtype"
             )
     shipment = plan_shipment(base.source.directory, adapter.directory)
+    parts = adapter.parts or (adapter,)
+    adapter_cards = tuple(read_base_card(part.directory) for part in parts)
     rows = [tensor.shape[0] + base.num_rows_beside for tensor in tensors if tensor.name == base.embedding]
     notes = (
         *_notes_of_parts(adapter, inert_fields),
@@ -454,9 +458,10 @@ def plan_merge(
         *find_notes(
             request,
             base.source,
-            adapter.parts or (adapter,),
+            parts,
             stored_in_4bit=base.stored_in_4bit,
             card=base.card,
+            adapter_cards=adapter_cards,
             shipment=shipment,
             num_rows=rows[0] if rows else None,
         ),
@@ -475,6 +480,7 @@ def plan_merge(
         apart=apart,
         tensors=tensors,
         output=_output_layout(base, tensors, request.max_shard_size),
+        adapter_cards=adapter_cards,
         shipment=shipment,
         notes=tuple(shown(note, MAX_MESSAGE) for note in notes),
     )

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import stat
 from collections import Counter
@@ -14,6 +15,7 @@ from pydantic_core import from_json
 
 from jobs.errors import BadInputError, DestinationOccupiedError, InternalError
 from jobs.locations import Location
+from jobs.problems import show
 from jobs.release import (
     MANIFEST_NAME,
     REPORT_NAME,
@@ -24,6 +26,7 @@ from jobs.release import (
     ParitySummary,
     Release,
 )
+from workers.checkpoint import INDEX_FILE
 from workers.files import sha256_of
 
 MAX_MANIFEST_BYTES = 16 << 20
@@ -90,11 +93,13 @@ def decode_manifest(data: bytes, location: Location) -> ManifestFile:
     except ValidationError as error:
         wrong = _wrong(error, Manifest, f"{location}: {MANIFEST_NAME}", "no manifest of mergefleet")
         raise BadInputError(wrong) from error
-    times = Counter(artifact.path for artifact in manifest.files)
-    if twice := sorted(path for path, number in times.items() if number > 1):
+    if field := _repeated(data):
+        raise BadInputError(f"{location}: {MANIFEST_NAME} names the field {show(field)} twice; do not deploy it")
+    times = Counter(artifact.path.casefold() for artifact in manifest.files)
+    if twice := sorted(artifact.path for artifact in manifest.files if times[artifact.path.casefold()] > 1):
         raise BadInputError(
-            f"{location}: {MANIFEST_NAME} names {', '.join(twice[:3])} more than once, expected each file once; "
-            "do not deploy it"
+            f"{location}: {MANIFEST_NAME} names {', '.join(dict.fromkeys(twice[:3]))} more than once, expected each "
+            "file once, upper and lower case taken as one; do not deploy it"
         )
     if MANIFEST_NAME in times:
         raise BadInputError(f"{location}: {MANIFEST_NAME} names itself, which no manifest of mergefleet does")
@@ -115,6 +120,8 @@ def disagreements(manifest: Manifest, report: bytes) -> list[str]:
         found = ParityReport.model_validate_json(report)
     except ValidationError as error:
         return [_wrong(error, ParityReport, f"{REPORT_NAME}:", "no parity report of mergefleet")]
+    if field := _repeated(report):
+        return [f"{REPORT_NAME}: names the field {show(field)} twice"]
     told = {name: getattr(found, name) for name in _SAID_TWICE}
     named = {name: getattr(manifest, name) for name in _SAID_TWICE}
     figures = _figures(found)
@@ -128,6 +135,42 @@ def disagreements(manifest: Manifest, report: bytes) -> list[str]:
     if not found.passed:
         wrong.append(f"{REPORT_NAME}: says that parity did not pass")
     return wrong
+
+
+def missing_parts(manifest: Manifest) -> list[str]:
+    """Return a sentence for each file that every release has and a manifest does not name."""
+    names = {artifact.path for artifact in manifest.files}
+    lacks = [name for name in ("config.json", REPORT_NAME) if name not in names]
+    if not any(name.endswith(".safetensors") for name in names):
+        lacks.append("*.safetensors")
+    return [f"{name}: not in the manifest, and every release has it" for name in lacks]
+
+
+def missing_shards(manifest: Manifest, index: bytes) -> list[str]:
+    """Return a sentence for each shard that an index names and a manifest does not.
+
+    Args:
+        manifest: of a release.
+        index: the bytes of its `model.safetensors.index.json`.
+    """
+    try:
+        shards = {str(shard) for shard in from_json(index)["weight_map"].values()}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return [f"{INDEX_FILE}: is no index of safetensors files"]
+    names = {artifact.path for artifact in manifest.files}
+    return [f"{INDEX_FILE}: names {show(shard)}, {MANIFEST_NAME} does not" for shard in sorted(shards - names)]
+
+
+def _repeated(data: bytes) -> str | None:
+    """Return a field that stands twice in one object of a JSON text: readers differ in which of the two they take."""
+    repeated = list[str]()
+
+    def see(pairs: list[tuple[str, object]]) -> None:
+        times = Counter(name for name, _ in pairs)
+        repeated.extend(name for name, number in times.items() if number > 1)
+
+    json.loads(data, object_pairs_hook=see)
+    return repeated[0] if repeated else None
 
 
 def _figures(report: ParityReport) -> dict[str, object]:

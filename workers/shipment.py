@@ -1,13 +1,15 @@
 """What a release takes over from its base and what from the adapter: decided from names and small files.
 
-The files are the base's. Where the adapter ships a tokenizer, it is the adapter's, whole; so are the processor and the
-chat templates where it ships any, and the modules of sentence-transformers where it brings other weights of one. Files
-that hold the base's vocabulary in another form stay where the adapter's tokenizer has the same vocabulary.
+The files are the base's. Where the adapter ships a tokenizer, it is the adapter's, whole; so are the chat templates
+where it ships any, the modules of sentence-transformers where it brings other weights of one, and each part of the
+processor that it ships. Files that hold the base's vocabulary in another form stay where the adapter's tokenizer has
+the same vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.problems import show
@@ -19,6 +21,7 @@ from workers.belongings import (
     LocalFiles,
     belongings,
     documents,
+    is_legal,
     is_pickled,
     is_processor,
     is_template,
@@ -28,11 +31,14 @@ from workers.belongings import (
     module_folders,
     modules_code,
     ships,
+    strays,
+    tokenizer_folders,
 )
 from workers.checkpoint import read_json
-from workers.code_files import code_of
+from workers.code_files import code_of, leave_out
 from workers.files import file_errors
 from workers.foreign import foreign_sha256
+from workers.joined import join_processors, templates_within
 from workers.tokenizers import same_tokens
 
 _NUM_NAMED = 4
@@ -45,6 +51,10 @@ class Shipment:
 
     files: Mapping[str, Path]
     """By their names in the release; copied as they are, but for references that are left out."""
+    templates: Mapping[str, str] = field(default_factory=dict)
+    """Chat templates that the base has in a `tokenizer_config.json` that does not ship, by the files they become."""
+    documents: Mapping[str, Any] = field(default_factory=dict)
+    """JSON that is made of files of both, by name."""
     broken: Mapping[str, str]
     """References to code that is not there, with the file that is missing. Configurations are shipped without them."""
     from_adapter: frozenset[str]
@@ -55,6 +65,8 @@ class Shipment:
     """Weights of modules that the adapter brings, and that are not the base's."""
     left: tuple[str, ...]
     """Vocabulary of the base in forms that the adapter's tokenizer does not have, and that does not ship."""
+    strays: tuple[str, ...] = ()
+    """Files and folders in the base's directory of which it is not known whether its model needs them."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -79,7 +91,13 @@ class Shipment:
         if self.left:
             notes.append(
                 f"the adapter's tokenizer replaces the base's, and {_some(self.left)} of the base stays behind: "
-                "another vocabulary, or one that cannot be compared; add the file to the adapter to have it shipped"
+                "another vocabulary, one that cannot be compared, or a whole tokenizer of its own; add the file to the "
+                "adapter to have it shipped"
+            )
+        if self.strays:
+            notes.append(
+                f"{_some(self.strays)} of the base stays behind, as it is not known to belong to a model; where the "
+                "model asks for it, the release is not whole: copy it to where the release is loaded from"
             )
         if pickles := sorted(name for name in self.files if is_pickled(name)):
             notes.append(
@@ -102,14 +120,23 @@ def plan_shipment(base: Path, adapter: Path) -> Shipment:
         tokenizer = {name: path for name, path in theirs.items() if is_tokenizer(name)}
         stays = _staying(ours, tokenizer)
         files = {name: path for name, path in files.items() if not is_tokenizer(name) or name in stays}
-        left = [name for name in ours if is_vocabulary(name) and name not in {TOKENIZER_FILE, *stays, *tokenizer}]
+        left = [name for name in ours if is_vocabulary(name) and name not in {*stays, *tokenizer}]
         from_adapter |= tokenizer
-    if processor := {name: path for name, path in theirs.items() if is_processor(name)}:
-        files = {name: path for name, path in files.items() if not is_processor(name)}
-        from_adapter |= processor
+    processors = join_processors(ours, theirs)
+    files = {name: path for name, path in files.items() if not is_processor(name)} | processors.files
+    from_adapter |= {name: path for name, path in processors.files.items() if theirs.get(name) == path}
+    templates = dict[str, str]()
     if _ships_template(theirs):
         files = {name: path for name, path in files.items() if not is_template(name)}
         from_adapter |= {name: path for name, path in theirs.items() if is_template(name)}
+    elif TOKENIZER_CONFIG in ours.keys() - files.keys() and not any(map(is_template, files)):
+        templates = templates_within(ours[TOKENIZER_CONFIG])
+    for folder in tokenizer_folders(LocalFiles(adapter)):
+        files = {name: path for name, path in files.items() if not name.startswith(f"{folder}/")}
+        from_adapter |= {name: path for name, path in theirs.items() if name.startswith(f"{folder}/")}
+    for name, path in licences_of(adapter).items():
+        if name not in ours or foreign_sha256(path) != foreign_sha256(ours[name]):
+            from_adapter[f"{name}.adapter"] = path
     modules = _modules(adapter, theirs)
     if trained := _trained(ours, modules):
         brought = tuple(
@@ -120,14 +147,30 @@ def plan_shipment(base: Path, adapter: Path) -> Shipment:
     code, broken = _code(base, adapter, ours, from_adapter)
     from_adapter |= {name: path for name, path in code.items() if path == adapter / name}
     files = {name: path for name, path in (files | from_adapter).items() if not name.endswith(".py")} | code
+    _check_case(files)
+    for document in processors.made.values():
+        leave_out(document, broken.keys())
     return Shipment(
         files=files,
+        templates=templates,
+        documents=processors.made,
         broken=broken,
         from_adapter=frozenset(from_adapter),
         of_base=ours,
         trained_modules=trained,
         left=tuple(left),
+        strays=strays(LocalFiles(base)),
     )
+
+
+def _check_case(files: Mapping[str, Path]) -> None:
+    folded = dict[str, str]()
+    for name in files:
+        if (other := folded.setdefault(name.casefold(), name)) != name:
+            raise BadInputError(
+                f"{files[name]} and {files[other]} differ in upper and lower case alone, which many file systems take "
+                "for one file; remove one of them"
+            )
 
 
 def shipped_files(adapter: Path) -> Mapping[str, Path]:
@@ -138,7 +181,15 @@ def shipped_files(adapter: Path) -> Mapping[str, Path]:
     files = _shipped(adapter)
     described = [name for name in files if is_tokenizer(name) or is_processor(name) or is_template(name)]
     code = [name for name in files if name.endswith(".py")]
-    return {name: files[name] for name in (*described, *code)} | _modules(adapter, files)
+    folders = tuple(f"{folder}/" for folder in tokenizer_folders(LocalFiles(adapter)))
+    return {
+        name: files[name] for name in (*described, *code, *(name for name in files if name.startswith(folders)))
+    } | _modules(adapter, files)
+
+
+def licences_of(adapter: Path) -> Mapping[str, Path]:
+    """Return the licences and notices at the top of an adapter's directory, which a release has beside the base's."""
+    return {name: path for name, path in _shipped(adapter).items() if "/" not in name and is_legal(name)}
 
 
 def _some(words: Sequence[str]) -> str:

@@ -31,11 +31,11 @@ def write_sidecars(plan: MergePlan, directory: Path) -> tuple[Artifact, ...]:
         NoCapacityError: the disk is full.
         BadInputError: a configuration file of the base cannot be read.
     """
-    written: dict[str, Any] = {"config.json": _merged_config(plan)}
+    written: dict[str, Any] = {"config.json": _merged_config(plan), **plan.shipment.documents}
     index = plan.output.index()
     if index is not None:
         written[INDEX_FILE] = index
-    names = {*written}
+    names = {*written, *plan.shipment.templates}
     for name, source in plan.shipment.files.items():
         names.add(name)
         with file_errors(f"copying {source} to {directory}"):
@@ -49,6 +49,8 @@ def write_sidecars(plan: MergePlan, directory: Path) -> tuple[Artifact, ...]:
             copy_foreign(source, directory / name, num_parts=name.count("/") + 1)
     for name, content in written.items():
         write_text(directory / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    for name, template in plan.shipment.templates.items():
+        write_text(directory / name, template)
     return tuple(digest_file(directory, name) for name in sorted(names))
 
 
@@ -59,6 +61,7 @@ def write_text(path: Path, text: str) -> None:
         NoCapacityError: the disk is full.
     """
     with file_errors(f"writing {path}"):
+        path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
 

@@ -24,7 +24,7 @@ from jobs.errors import NotFoundError, TransientIOError, UnsupportedError
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
 from jobs.text import shown
 from workers.adapter_files import WeightFiles, foreign_kind, gather, read_origins, weight_files
-from workers.belongings import CARD_NAME, Files, ListedFiles, LocalFiles, belongings, check_description
+from workers.belongings import Files, ListedFiles, LocalFiles, belongings, check_description
 from workers.checkpoint import read_shard
 from workers.files import FileState, file_errors
 from workers.foreign import copy_foreign, foreign_file, foreign_sha256
@@ -91,8 +91,6 @@ class _Kind:
     """Pattern of safetensors files that repeat the weights in a form that is not read here."""
     pickled: tuple[str, ...]
     """Patterns of the same weights in pickle files."""
-    unread: frozenset[str] = frozenset()
-    """Of what belongs to a model, names that say nothing here."""
 
     def select(self, files: Files) -> list[str]:
         """Return the names, in order, of the files that belong to it, out of all that are at a place.
@@ -101,8 +99,8 @@ class _Kind:
             BadInputError: a file that says what belongs together cannot be read.
         """
         top = frozenset(files.top())
-        chosen = belongings(files) - self.unread | top & {self.config} | {name for name in top if self._holds(name)}
-        return sorted(name for name in chosen if not _matches(name, self.pickled))
+        chosen = belongings(files) | top & {self.config} | {name for name in top if self._holds(name)}
+        return sorted(chosen)
 
     def check(self, names: Iterable[str], location: Location) -> None:
         """Check that config and weights are among the files of a location.
@@ -114,6 +112,12 @@ class _Kind:
         there = frozenset(name for name in names if "/" not in name)
         has_weights = any(map(self._holds, there))
         form = form_of_files(there) if self is _BASE else None
+        if self is _BASE and {self.config, _ADAPTER.config} <= there:
+            raise UnsupportedError(
+                f"base {location} holds an adapter of its own ({_ADAPTER.config} beside {self.config}): transformers "
+                "puts it on where PEFT is installed and leaves it off elsewhere, so that the base is two models; merge "
+                "that adapter into the base first, or name a copy of the base without it"
+            )
         if not has_weights:
             # What its maker calls consolidated is pickled, too, and has other names of tensors besides.
             pickled = sorted(name for name in there if _matches(name, self.pickled) and "consolidated" not in name)
@@ -165,7 +169,6 @@ _ADAPTER = _AdapterKind(
     weights="adapter_model.safetensors",
     duplicates=None,
     pickled=(),
-    unread=frozenset({CARD_NAME}),
 )
 
 

@@ -21,7 +21,7 @@ from workers.delivery import pull_release, verify_release
 from workers.sinks import Staging
 
 KEY, OTHER_KEY = "a" * 64, "d" * 64
-FILES, OTHER_FILES = make_files(), make_files(seed=1)
+FILES, OTHER_FILES = make_files(), make_files(seed=1, merge_key=OTHER_KEY)
 
 
 def stage(place: Place, files: dict[str, bytes] = FILES, merge_key: str = KEY) -> tuple[Staging, Manifest]:

@@ -32,18 +32,49 @@ def test_what_holds_for_the_release_is_kept_as_it_stands(tmp_path):
     assert card.texts("license_name") == []
 
 
-@pytest.mark.parametrize("value", ["{a: b}", "[[a], b]", "5", "2024-01-01", "null"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("{a: b}", "[[a], b]", "5", "2024-01-01", "null", "!!python/object:os.system x", "9" * 5000),
+        *('"a\\0b"', '"a\\e[31m"', '"a\\u202eb"', "x" * 3000),
+        f"[{','.join(f't{number}' for number in range(9000))}]",
+    ],
+)
 def test_what_is_no_text_is_left_out(tmp_path, value):
     assert read(tmp_path, f"---\nlicense: {value}\n---\n") == BaseCard()
 
 
 @pytest.mark.parametrize(
     "block",
-    ["license: [", "- a\n- b", "license: !!python/object:os.system x", "[" * 5000, "a: " + "x" * 70_000],
-    ids=["cut", "list", "object", "deep", "long"],
+    ["license: [", "- a\n- b", "[" * 60_000, "a: " + "x" * 70_000, 'license: "\\ud800"'],
+    ids=["cut", "list", "deep", "long", "half a pair"],
 )
 def test_what_is_no_metadata_is_not_readable(tmp_path, block):
     assert read(tmp_path, f"---\n{block}\n---\n") == BaseCard(is_readable=False)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (
+            '"model-index":\n- name: x\n  results:\n  - task: {type: a}\n    dataset: {type: b, name: c}\n'
+            "    metrics: [{type: acc, value: 1}]\n    source: abc\n"
+        ),
+        "? model-index\n: abc\n",
+        "".join(
+            f"{letter}0: &{letter}0 [x, x]\n"
+            + "".join(f"{letter}{n}: &{letter}{n} [*{letter}{n - 1}, *{letter}{n - 1}]\n" for n in range(1, 40))
+            for letter in "ab"
+        )
+        + "tags: [*a39, *b39]\n",
+        f"eval_results: {'9' * 5000}\n",
+        "self: 1\nignore_metadata_errors: false\n",
+    ],
+    ids=["quoted", "complex key", "aliases", "digits", "arguments"],
+)
+@pytest.mark.timeout(20)
+def test_other_fields_do_not_matter(tmp_path, other):
+    assert read(tmp_path, f"---\nlicense: mit\n{other}---\n").metadata == {"license": "mit"}
 
 
 def test_a_huge_card_is_not_read(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,16 @@ import pytest
 
 from jobs.errors import BadInputError, DestinationOccupiedError, NotFoundError
 from jobs.locations import LocalPath
-from jobs.release import MANIFEST_NAME, REPORT_NAME, Manifest, ParityReport
+from jobs.release import MANIFEST_NAME, REPORT_NAME, Manifest
 from tests.releases import SHARD, make_files, make_manifest, write_files
 from workers.delivery import pull_release, verify_release
 from workers.released import encode_manifest
 from workers.sinks.directory import DirectorySink
 
 FILES = make_files()
+WHOLE = {"config.json": b"{}", REPORT_NAME: FILES[REPORT_NAME], "model.safetensors": b"weights"}
+"""The least that a release has."""
+REPORT = json.loads(FILES[REPORT_NAME])
 
 
 @pytest.fixture
@@ -57,7 +61,7 @@ def test_every_difference_is_listed_at_once(release: Path, tmp_path: Path) -> No
 
 def test_files_are_never_whole_in_memory(tmp_path: Path) -> None:
     large = tmp_path / "large"
-    files = {"model.safetensors": bytes(200 << 20)}
+    files = WHOLE | {"model.safetensors": bytes(200 << 20)}
     write_release(large, files)
     del files
     tracemalloc.start()
@@ -173,38 +177,27 @@ def test_manifest_that_is_no_file(tmp_path: Path) -> None:
     [
         ({"schema": 2, "news": 1}, "has schema 2, and this mergefleet reads up to 1; use the version that wrote it"),
         ({"files": "twice"}, r"names config\.json more than once, expected each file once"),
+        (
+            {"files": "other case"},
+            r"names Config\.json, config\.json more than once, .* upper and lower case taken as one",
+        ),
         ({"files": "itself"}, "names itself, which no manifest of mergefleet does"),
     ],
-    ids=["newer", "twice", "itself"],
+    ids=["newer", "twice", "other case", "itself"],
 )
 def test_manifest_that_cannot_be_true(release: Path, tmp_path: Path, change: dict[str, Any], expected: str) -> None:
     found = json.loads((release / MANIFEST_NAME).read_text())
     first = found["files"][0]
     if change.get("files"):
-        change = {"files": [*found["files"], first if change["files"] == "twice" else first | {"path": MANIFEST_NAME}]}
+        more = {
+            "twice": first,
+            "other case": first | {"path": "Config.json"},
+            "itself": first | {"path": MANIFEST_NAME},
+        }
+        change = {"files": [*found["files"], more[change["files"]]]}
     (release / MANIFEST_NAME).write_text(json.dumps(found | change))
     with pytest.raises(BadInputError, match=expected):
         verify_release(LocalPath(release), tmp_path / "scratch")
-
-
-def _report() -> dict[str, Any]:
-    """What a parity report says that agrees with the manifests of `tests.releases`."""
-    check = {"changed": True, "max_abs_error": 0.0, "rounding_excess": 0.5}
-    report = ParityReport.model_validate(
-        {
-            "request_id": "job-1",
-            "merge_key": "a" * 64,
-            "base": "/bases/b",
-            "adapter": "/adapters/a",
-            "base_quantization": "none",
-            "level": "arithmetic",
-            "thresholds": {},
-            "passed": True,
-            "failures": (),
-            "tensors": ({"tensor": "x", **check}, {"tensor": "y", **check, "changed": False, "rounding_excess": 0.0}),
-        }
-    )
-    return report.model_dump(mode="json", by_alias=True)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +214,7 @@ def _report() -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_report_that_says_something_else(tmp_path: Path, change: dict[str, Any], expected: str | None) -> None:
-    files = {"config.json": b"{}", REPORT_NAME: json.dumps(_report() | change).encode()}
+    files = WHOLE | {REPORT_NAME: json.dumps(REPORT | change).encode()}
     location = LocalPath(write_release(tmp_path / "release", files))
     for check in (verify_release, pull_release):
         if expected is None:
@@ -268,7 +261,59 @@ def test_pull_into_the_working_directory(release: Path, tmp_path: Path, monkeypa
 
 
 def test_pull_into_a_release(release: Path, tmp_path: Path) -> None:
-    outer = write_release(tmp_path / "outer", {"config.json": b"{}"})
+    outer = write_release(tmp_path / "outer", WHOLE)
     with pytest.raises(DestinationOccupiedError, match=f"lies inside the release at {outer}"):
         pull_release(LocalPath(release), outer / "inner")
     verify_release(LocalPath(outer), tmp_path / "scratch")
+
+
+@pytest.mark.parametrize(
+    ("gone", "expected"),
+    [
+        ({"config.json"}, ["config.json"]),
+        ({REPORT_NAME}, [REPORT_NAME]),
+        ({"model.safetensors"}, ["*.safetensors"]),
+        (set(WHOLE), ["*.safetensors", "config.json", REPORT_NAME]),
+    ],
+)
+def test_a_manifest_without_what_every_release_has(tmp_path: Path, gone: set[str], expected: list[str]) -> None:
+    files = {name: data for name, data in WHOLE.items() if name not in gone}
+    location = LocalPath(write_release(tmp_path / "release", files))
+    for check in (verify_release, pull_release):
+        with pytest.raises(BadInputError) as caught:
+            check(location, tmp_path / "elsewhere")
+        assert str(caught.value).splitlines()[1:] == [
+            f"  {name}: not in the manifest, and every release has it" for name in expected
+        ]
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        (b'{"weight_map": {"a": "model.safetensors"}}', None),
+        (
+            b'{"weight_map": {"a": "model.safetensors", "b": "gone.safetensors"}}',
+            "names 'gone.safetensors', manifest.json",
+        ),
+        (b"[]", "is no index of safetensors files"),
+    ],
+)
+def test_an_index_with_a_shard_that_no_manifest_names(tmp_path: Path, index: bytes, expected: str | None) -> None:
+    location = LocalPath(write_release(tmp_path / "release", WHOLE | {"model.safetensors.index.json": index}))
+    if expected is None:
+        verify_release(location, tmp_path / "scratch")
+        return
+    with pytest.raises(BadInputError, match=re.escape(f"model.safetensors.index.json: {expected}")):
+        verify_release(location, tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("name", [MANIFEST_NAME, REPORT_NAME])
+def test_a_field_that_stands_twice(tmp_path: Path, name: str) -> None:
+    twice = b'{"merge_key": "' + b"0" * 64 + b'",'
+    report = FILES[REPORT_NAME].replace(b"{", twice, 1) if name == REPORT_NAME else FILES[REPORT_NAME]
+    release = write_release(tmp_path / "release", WHOLE | {REPORT_NAME: report})
+    if name == MANIFEST_NAME:
+        data = (release / name).read_bytes()
+        (release / name).write_bytes(data.replace(b"{", twice, 1))
+    with pytest.raises(BadInputError, match=rf"{name}:? names the field 'merge_key' twice"):
+        verify_release(LocalPath(release), tmp_path / "scratch")

@@ -81,6 +81,17 @@ def test_a_file_that_is_larger_than_its_kind_is_refused_unread(base):
             read_foreign(base / name)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "LICENSE", "model.safetensors", "adapter_model.bin"])
+def test_a_pointer_of_git_lfs_is_not_taken_for_the_file(base, tmp_path, name):
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4241003\n"
+    (base / name).write_text(pointer)
+    for take in (read_foreign, foreign_sha256, lambda path: copy_foreign(path, tmp_path / "copy")):
+        with pytest.raises(BadInputError, match=rf"{name}: expected this file, found a pointer .* run git lfs pull"):
+            take(base / name)
+    (base / name).write_text(pointer + "x" * 1000)  # text about pointers is none
+    assert read_foreign(base / name).endswith(b"x")
+
+
 def test_a_file_that_was_written_to_meanwhile_says_so(base):
     file = open_foreign(base / "config.json")
     assert not file.changed()

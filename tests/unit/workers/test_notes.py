@@ -16,7 +16,7 @@ UNSLOTH = "unsloth/llama-3-8b-Instruct-bnb-4bit"
 DOUBLE = {"bnb_4bit_use_double_quant": True}
 
 
-def notes(tmp_path, trained_on, *, stored=False, base="/bases/llama", card=None, **fields):
+def notes(tmp_path, trained_on, *, stored=False, base="/bases/llama", card=None, adapter_cards=(), **fields):
     directory = tmp_path / "adapter"
     directory.mkdir()
     (directory / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": trained_on}))
@@ -27,6 +27,7 @@ def notes(tmp_path, trained_on, *, stored=False, base="/bases/llama", card=None,
         (Source(location=LocalPath(directory), directory=directory, digest="0" * 64),),
         stored_in_4bit=stored,
         card=card or BaseCard(),
+        adapter_cards=adapter_cards,
         shipment=Shipment(files={}, broken={}, from_adapter=frozenset(), of_base={}, trained_modules=(), left=()),
         num_rows=None,
     )
@@ -68,3 +69,19 @@ def test_one_that_agrees_says_nothing(tmp_path, trained_on, fields):
 def test_a_card_that_cannot_be_read_is_told(tmp_path):
     [note] = notes(tmp_path, None, card=BaseCard(is_readable=False))
     assert "README.md" in note
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter", "told"),
+    [
+        ({"license": "apache-2.0"}, {"license": "cc-by-nc-4.0"}, "(apache-2.0, cc-by-nc-4.0)"),
+        ({}, {"license": "mit"}, "(unknown, mit)"),
+        ({"license": "other", "license_name": "Qwen Research"}, {"license": "MIT"}, "(qwen-research, mit)"),
+        ({"license": "mit"}, {"license": "MIT"}, None),
+        ({"license": "mit"}, {}, None),
+        ({"license": "other", "license_name": "x"}, {"license": "other", "license_name": "x"}, None),
+    ],
+)
+def test_licences_that_differ_are_told(tmp_path, base, adapter, told):
+    found = notes(tmp_path, None, card=BaseCard(metadata=base), adapter_cards=(BaseCard(metadata=adapter),))
+    assert [told in note for note in found] == ([True] if told else [])

@@ -1,17 +1,22 @@
 """What a release takes over from its base and what from the adapter, from directories without weights."""
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-from jobs.errors import BadInputError, UnsupportedError
+from jobs.errors import BadInputError, NotFoundError, UnsupportedError
+from jobs.locations import LocalPath
 from tests.releases import write_files
-from workers.belongings import belongs, is_legal, is_vocabulary, ships
+from workers.belongings import LocalFiles, belongs, is_legal, is_vocabulary, ships
 from workers.code_files import leave_out
 from workers.shipment import plan_shipment, shipped_files
+from workers.sources import fetch_base
 
 
 def tokenizer(vocabulary=("a", "b"), **fields):
@@ -109,8 +114,98 @@ class TestVocabulary:
 
     def test_a_slow_tokenizer_of_the_adapter_is_never_mixed_with_a_fast_one(self, tmp_path):
         base = {"tokenizer.json": tokenizer(), "vocab.json": b"{}", "merges.txt": b"a b", "x.tiktoken": b"base"}
-        _, whose = ship(tmp_path, base, {"vocab.json": b"{}", "merges.txt": b"a b"})
+        shipment, whose = ship(tmp_path, base, {"vocab.json": b"{}", "merges.txt": b"a b"})
         assert whose == {"vocab.json": "adapter", "merges.txt": "adapter", "x.tiktoken": "base"}
+        assert ["and tokenizer.json of the base stays behind" in note for note in shipment.notes] == [True]
+
+
+class TestTemplates:
+    """The template that a base holds in its tokenizer_config.json, as the Hub's models did before 2025."""
+
+    @pytest.mark.parametrize(
+        "adapter",
+        [{"tokenizer.json": tokenizer()}, {"tokenizer.json": tokenizer(), "tokenizer_config.json": b"{}"}],
+        ids=["tokenizer", "with settings"],
+    )
+    def test_it_stays_where_the_adapters_tokenizer_has_none(self, tmp_path, adapter):
+        base = {"tokenizer.json": tokenizer(), "tokenizer_config.json": b'{"chat_template": "{{ messages }}"}'}
+        shipment, _ = ship(tmp_path, base, adapter)
+        assert shipment.templates == {"chat_template.jinja": "{{ messages }}"}
+
+    def test_each_of_several_becomes_a_file(self, tmp_path):
+        several = [{"name": "default", "template": "a"}, {"name": "rag", "template": "b"}]
+        base = {"tokenizer_config.json": json.dumps({"chat_template": several}).encode()}
+        shipment, _ = ship(tmp_path, base, {"tokenizer_config.json": b"{}"})
+        assert shipment.templates == {"chat_template.jinja": "a", "additional_chat_templates/rag.jinja": "b"}
+
+    @pytest.mark.parametrize(
+        ("base", "adapter"),
+        [
+            ({}, {}),
+            ({}, {"tokenizer_config.json": b'{"chat_template": "mine"}'}),
+            ({}, {"tokenizer_config.json": b"{}", "chat_template.jinja": b"mine"}),
+            ({"chat_template.jinja": b"a file wins"}, {"tokenizer_config.json": b"{}"}),
+        ],
+        ids=["no tokenizer", "its own", "its own file", "file of the base"],
+    )
+    def test_it_is_not_written_where_there_is_another(self, tmp_path, base, adapter):
+        base = {"tokenizer_config.json": b'{"chat_template": "old"}', **base}
+        assert ship(tmp_path, base, adapter)[0].templates == {}
+
+    @pytest.mark.parametrize("name", ["../../up", "", 5, "a/b"])
+    def test_a_name_that_no_file_has_is_refused(self, tmp_path, name):
+        several = [{"name": name, "template": "a"}]
+        base = {"tokenizer_config.json": json.dumps({"chat_template": several}).encode()}
+        with pytest.raises(BadInputError, match="chat_template: expected names of files"):
+            ship(tmp_path, base, {"tokenizer_config.json": b"{}"})
+
+
+def image_processor(tmp_path, shipment):
+    """Write the processor files of a release; return what transformers takes for its image processor."""
+    for name, path in shipment.files.items():
+        (tmp_path / name).write_bytes(path.read_bytes())
+    for name, document in shipment.documents.items():
+        (tmp_path / name).write_text(json.dumps(document))
+    return ImageProcessingMixin.get_image_processor_dict(tmp_path)[0]
+
+
+class TestProcessors:
+    OWN = {  # noqa: RUF012
+        "processor_config.json": b'{"processor_class": "LlavaProcessor", "patch_size": 14}',
+        "preprocessor_config.json": b'{"image_processor_type": "A"}',
+        "video_preprocessor_config.json": b'{"video_processor_type": "V"}',
+    }
+    NESTED = (
+        b'{"patch_size": 14, "image_processor": {"image_processor_type": "A"}, '
+        b'"video_processor": {"video_processor_type": "V"}}'
+    )
+
+    def test_what_the_adapter_has_no_other_of_stays(self, tmp_path):
+        brought = {"preprocessor_config.json": b'{"image_processor_type": "B"}'}
+        shipment, whose = ship(tmp_path, self.OWN, brought)
+        assert whose == dict.fromkeys(self.OWN, "base") | {"preprocessor_config.json": "adapter"}
+        assert shipment.documents == {}
+
+    def test_a_part_that_the_adapter_nests_takes_the_place_of_its_file(self, tmp_path):
+        brought = {"processor_config.json": b'{"image_processor": {"image_processor_type": "B"}}'}
+        shipment, whose = ship(tmp_path, self.OWN, brought)
+        assert whose == {"processor_config.json": "adapter", "video_preprocessor_config.json": "base"}
+        assert image_processor(tmp_path, shipment) == {"image_processor_type": "B"}
+
+    def test_a_file_takes_the_place_of_the_part_that_the_base_nests(self, tmp_path):
+        brought = {"preprocessor_config.json": b'{"image_processor_type": "B"}'}
+        shipment, whose = ship(tmp_path, {"processor_config.json": self.NESTED}, brought)
+        assert whose == {"preprocessor_config.json": "adapter"}
+        assert shipment.documents == {
+            "processor_config.json": {"patch_size": 14, "video_processor": {"video_processor_type": "V"}}
+        }
+        assert image_processor(tmp_path, shipment) == {"image_processor_type": "B"}
+
+    def test_parts_that_the_adapter_does_not_nest_stay(self, tmp_path):
+        brought = {"processor_config.json": b'{"image_processor": {"image_processor_type": "B"}}'}
+        shipment, _ = ship(tmp_path, {"processor_config.json": self.NESTED}, brought)
+        parts = {"image_processor": {"image_processor_type": "B"}, "video_processor": {"video_processor_type": "V"}}
+        assert shipment.documents == {"processor_config.json": parts}
 
 
 class TestCode:
@@ -167,6 +262,75 @@ class TestCode:
         assert whose == {}
 
 
+class TestParts:
+    """Files that real models ask for beside their weights."""
+
+    def test_what_models_ask_for_by_name_ships(self, tmp_path):
+        files = dict.fromkeys(
+            ("spk_dict.pt", "Roboto-Regular.ttf", "adapter.fra.safetensors", "x.yaml", "vocab.pkl"), b""
+        )
+        shipment, whose = ship(tmp_path, files, {})
+        assert whose.keys() == files.keys()
+        assert ["(spk_dict.pt, vocab.pkl)" in note for note in shipment.notes] == [True]
+
+    @pytest.mark.parametrize(
+        ("told_by", "inner"),
+        [
+            ("alphabet.json", ("language_model/5gram.bin", "language_model/unigrams.txt")),
+            ("speaker_embeddings_path.json", ("speaker_embeddings/v2/a.npy",)),
+        ],
+    )
+    def test_folders_ship_beside_the_file_that_tells_of_them(self, tmp_path, told_by, inner):
+        for name, files in (("with", (told_by, *inner)), ("without", inner)):
+            (tmp_path / name).mkdir()
+            shipment, whose = ship(tmp_path / name, dict.fromkeys(files, b""), {})
+            assert whose.keys() == (set(files) if name == "with" else set())
+            assert [inner[0].partition("/")[0] + "/ of the base stays" in note for note in shipment.notes] == (
+                [] if name == "with" else [True]
+            )
+
+    def test_the_second_tokenizer_of_a_processor_ships_the_adapters_where_it_has_one(self, tmp_path):
+        second = {"q/tokenizer_config.json": b"{}", "q/vocab.txt": b"a"}
+        trained = {"checkpoint-5/tokenizer_config.json": b"{}", "checkpoint-5/model.safetensors": b""}
+        _, whose = ship(tmp_path, {**second, "q/special_tokens_map.json": b"{}", **trained}, second)
+        assert whose == dict.fromkeys(second, "adapter")
+        (tmp_path / "alone").mkdir()
+        _, whose = ship(tmp_path / "alone", second, {})
+        assert whose == dict.fromkeys(second, "base")
+
+    def test_what_is_not_known_is_told(self, tmp_path):
+        known = ("README_zh.md", "a.png", "run.py", "pytorch_model.bin", "onnx/x.onnx", ".git/config", "params.json")
+        files = dict.fromkeys(("voices.pt", "world.npz", "parts/a.bin", "config.json", *known), b"{}")
+        shipment, whose = ship(tmp_path, files, {})
+        assert whose == {}
+        assert shipment.strays == ("parts/", "voices.pt", "world.npz")
+        assert ["parts/, voices.pt, world.npz of the base stays behind" in note for note in shipment.notes] == [True]
+
+    def test_they_count_in_the_digest_of_the_base(self, tmp_path):
+        write_files(tmp_path / "base", {"config.json": b"{}", "model.safetensors": b"", "spk_dict.pt": b"a"})
+        before = fetch_base(LocalPath(tmp_path / "base"), tmp_path).digest
+        write_files(tmp_path / "base", {"spk_dict.pt": b"b"})
+        assert fetch_base(LocalPath(tmp_path / "base"), tmp_path).digest != before
+
+
+def test_the_adapters_licence_ships_beside_the_bases(tmp_path):
+    base = {"LICENSE": b"base", "NOTICE": b"of both"}
+    adapter = {"LICENSE": b"adapter", "NOTICE": b"of both", "Terms of use.md": b"adapter"}
+    shipment, whose = ship(tmp_path, base, adapter)
+    assert shipment.files["LICENSE.adapter"] == tmp_path / "adapter" / "LICENSE"
+    assert whose == {
+        "LICENSE": "base",
+        "NOTICE": "base",
+        "LICENSE.adapter": "adapter",
+        "Terms of use.md.adapter": "adapter",
+    }
+
+
+def test_names_that_differ_by_case_alone_are_refused(tmp_path):
+    with pytest.raises(BadInputError, match=r"license and .*LICENSE differ in upper and lower case alone"):
+        ship(tmp_path, {"LICENSE": b"", "license": b""}, {})
+
+
 class TestFolders:
     def test_pickles_of_modules_go_along_and_are_told_unless_there_is_better(self, tmp_path):
         modules = json.dumps([{"path": "1_Dense"}, {"path": "2_Dense/"}, {"path": "3_Normalize"}]).encode()
@@ -180,7 +344,7 @@ class TestFolders:
         }
         shipment, whose = ship(tmp_path, files, {})
         assert whose.keys() == files.keys() - {"2_Dense/pytorch_model.bin", "other/config.json"}
-        assert ["1_Dense/pytorch_model.bin" in note for note in shipment.notes] == [True]
+        assert ["1_Dense/pytorch_model.bin" in note for note in shipment.notes if "pickles" in note] == [True]
 
     MODULES = json.dumps(
         [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense", "type": "custom_dense.Dense"}]
@@ -207,7 +371,8 @@ class TestFolders:
         )
         taken = (self.DENSE.keys() | {"config_sentence_transformers.json"}) - {"custom_dense.py"}
         assert whose == dict.fromkeys(taken, "adapter") | {"custom_dense.py": "base"}
-        assert ["2_Dense/model.safetensors" in note for note in shipment.notes] == [True]
+        assert ["2_Dense/model.safetensors" in note for note in shipment.notes] == [True, False]
+        assert shipment.strays == ("3_Normalize/",)
 
     def test_modules_that_the_base_does_not_have_come_with_the_adapter(self, tmp_path):
         _, whose = ship(tmp_path, {"config.json": b"{}"}, self.DENSE)
@@ -236,5 +401,32 @@ class TestFolders:
     def test_files_that_name_others_have_a_size(self, tmp_path):
         with (tmp_path / "modules.json").open("wb") as file:
             file.truncate(1 << 40)  # a sparse TiB
-        with pytest.raises(BadInputError, match=r"modules\.json: expected at most \d+ bytes, found 1099511627776"):
+        with pytest.raises(
+            BadInputError, match=r"modules\.json: expected a file of at most \d+ bytes, found 1099511627776"
+        ):
             shipped_files(Path(tmp_path))
+
+
+class TestWhatCannotBeOpened:
+    """A file that seems not to be there is missed in silence; one that is listed is refused by name."""
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "LICENSE", "model.safetensors", "1_Pooling/config.json"])
+    @pytest.mark.parametrize(
+        ("make", "error"),
+        [
+            (os.mkfifo, "expected a regular file, found a FIFO"),
+            (lambda path: path.symlink_to("gone"), "expected this file"),
+        ],
+        ids=["fifo", "link to nothing"],
+    )
+    def test_it_counts_and_is_refused(self, tmp_path, name, make, error):
+        write_files(tmp_path, {"modules.json": b'[{"path": "1_Pooling"}]', "1_Pooling/other.json": b"{}"})
+        make(tmp_path / name)
+        files = LocalFiles(tmp_path)
+        assert name in {*files.top(), *files.below("1_Pooling")}
+        assert files.has(name)
+        with pytest.raises((BadInputError, NotFoundError), match=rf"{re.escape(name)}: {error}"):
+            files.read(name)
+        write_files(tmp_path, {"config.json": b"{}", "other.safetensors": b""})
+        with pytest.raises((BadInputError, NotFoundError), match=re.escape(name)):
+            fetch_base(LocalPath(tmp_path), tmp_path / "cache")

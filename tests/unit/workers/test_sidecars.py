@@ -217,7 +217,13 @@ def test_a_template_alone_goes_with_the_bases_tokenizer(base, adapter, tmp_path)
     assert (output / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
-def test_a_tokenizer_without_a_template_keeps_that_of_the_base(base, adapter, tmp_path):
+@pytest.mark.parametrize("within", [False, True], ids=["file", "within"])
+def test_a_tokenizer_without_a_template_keeps_that_of_the_base(base, adapter, tmp_path, within):
+    if within:
+        config = json.loads((base / "tokenizer_config.json").read_text())
+        template = (base / "chat_template.jinja").read_text()
+        (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+        (base / "chat_template.jinja").unlink()
     build_other_tokenizer(adapter)
     (adapter / "chat_template.jinja").unlink()
     output, _ = write(base, adapter, tmp_path)
@@ -237,17 +243,17 @@ def test_more_templates_come_along(base, adapter, tmp_path):
     assert "additional_chat_templates/tool.jinja" in {artifact.path for artifact in artifacts}
 
 
-def test_the_adapters_processor_wins(base, adapter, tmp_path):
+def test_the_adapters_processor_wins_file_by_file(base, adapter, tmp_path):
     (base / "preprocessor_config.json").write_text('{"of": "base"}')
     (base / "processor_config.json").write_text('{"of": "base"}')
     (adapter / "preprocessor_config.json").write_text('{"of": "adapter"}')
     output, _ = write(base, adapter, tmp_path)
     assert json.loads((output / "preprocessor_config.json").read_text()) == {"of": "adapter"}
-    assert not (output / "processor_config.json").exists()
+    assert json.loads((output / "processor_config.json").read_text()) == {"of": "base"}
 
 
 def test_what_is_of_no_use_to_a_checkpoint_stays_behind(base, adapter, tmp_path):
-    for name in ("pytorch_model.bin", "training_args.bin", ".gitattributes", "a\tb.txt", "adapter_config.json"):
+    for name in ("pytorch_model.bin", "training_args.bin", ".gitattributes", "a\tb.txt"):
         (base / name).write_text("{}")
     for name in ("trainer_state.json", "optimizer.pt", "all_results.json"):
         (adapter / name).write_text("{}")
@@ -307,6 +313,18 @@ def test_the_card_says_what_it_is(bases, adapters, tmp_path, fields, phrase):
     assert plan.merge_key in card.text
     assert str(adapters["llama"]) in card.text
     assert f"tensors changed: 3 of {len(plan.base.tensors)}" in card.text
+
+
+def test_the_card_names_the_licences_of_base_and_adapter(base, adapter, tmp_path):
+    (base / "README.md").write_text("---\nlicense: apache-2.0\nlicense_link: LICENSE\n---\n")
+    (adapter / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    planned = plan_pass(base, {"job": adapter}, tmp_path)
+    planned.run()
+    write_card(planned.plans[0], planned.output("job"), num_changed=1)
+    card = ModelCard.load(planned.output("job") / "README.md")
+    assert (card.data.license, card.data.license_name) == ("other", "apache-2.0-and-cc-by-nc-4.0")
+    assert card.data.license_link is None
+    assert "apache-2.0, cc-by-nc-4.0, the base's first" in card.text
 
 
 def test_the_card_of_a_base_from_the_hub_names_it(bases, adapters, tmp_path):

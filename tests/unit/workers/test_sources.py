@@ -79,6 +79,7 @@ CLUTTER = {
 }
 ADAPTER = {
     "adapter_config.json": b'{"peft_type": "LORA"}',
+    "README.md": b"# Adapter",
     "adapter_model.safetensors": safetensors(bytes(5_000)),
     "tokenizer.json": b"{}",
 }
@@ -94,7 +95,6 @@ ADAPTER_CLUTTER = {
     "optimizer.pt": b"pickle",
     "model.gguf": b"base",
     "checkpoint-5/x.json": b"{}",
-    "README.md": b"# Adapter",
     "trainer_state.json": b"{}",
 }
 
@@ -230,6 +230,13 @@ class TestLocal:
             fetch_base(LocalPath(tmp_path / "model.pt"), tmp_path)
         with pytest.raises(NotFoundError, match=r"has no \*\.safetensors; found adapter_model\.bin"):
             fetch_base(LocalPath(tmp_path / "adapter_model.bin"), tmp_path)
+
+    @pytest.mark.parametrize("weights", [None, "adapter_model.safetensors", "adapter_model.bin"])
+    def test_a_base_with_an_adapter_of_its_own_is_refused(self, tmp_path: Path, weights: str | None) -> None:
+        own = {"adapter_config.json": b"{}"} | ({weights: b""} if weights else {})
+        write_files(tmp_path / "base", BASE | own)
+        with pytest.raises(UnsupportedError, match=r"holds an adapter of its own \(adapter_config\.json beside config"):
+            fetch_base(LocalPath(tmp_path / "base"), tmp_path)
 
     def test_part_of_an_adapter_that_is_missing_is_named(self, tmp_path: Path) -> None:
         write_files(tmp_path / "a", {"adapter_config.json": b"{}", "adapter_model-00001-of-00002.bin": b"pickle"})
