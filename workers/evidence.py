@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
@@ -72,9 +73,8 @@ class Evidence:
             return {}
         pairs = {}
         for module, inside in self._inside(("lora_A.weight", "lora_B.weight")).items():
-            stored = self._base.conversions.stored_names.get(f"{module}.weight")
-            is_plain = inside.issubset({"lora_A.weight", "lora_B.weight", *_BIASES})
-            if is_plain and stored is not None and self._is_linear(f"{module}.weight"):
+            stored = self._linear(f"{module}.weight")
+            if stored is not None and inside.issubset({"lora_A.weight", "lora_B.weight", *_BIASES}):
                 names = {half: f"{_PREFIX}{module}.{half}.weight" for half in ("lora_A", "lora_B")}
                 pairs[stored] = Pair(a=names["lora_A"], b=names["lora_B"], scaling=_scaling(config, module))
         return pairs
@@ -113,17 +113,25 @@ class Evidence:
         return None
 
     def misread(self, held: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
-        """Return the tensors of the adapter that a model holds other values for.
+        """Return the tensors of the adapter that a model holds other values for, or none.
+
+        Pairs are left out where it holds none: what is added to a linear weight is compared with the file itself.
 
         Args:
             held: what PEFT has put on a model, by the names that it would save it under.
         """
+        left_out = {half for pair in self.pairs.values() for half in (pair.a, pair.b)} - held.keys()
         return tuple(
             name
             for name in self.tensors
-            if name in held
-            and held[name].device.type != "meta"  # of the base, and not left to PEFT
-            and not torch.equal(held[name], self.read(name).to(held[name].dtype))
+            if name not in left_out
+            and (
+                name not in held
+                or (
+                    held[name].device.type != "meta"  # of the base, and not left to PEFT
+                    and not torch.equal(held[name], self.read(name).to(held[name].dtype))
+                )
+            )
         )
 
     def shipped(self, name: str) -> tuple[str, ...]:
@@ -164,31 +172,43 @@ class Evidence:
     def _places(self, tensor: str) -> Collection[str]:
         """Return the tensors of a release in which an adapter's tensor may be found.
 
-        That is the one whose name it has, else those of the module it names, else all: some are shared by all layers.
+        That is the one whose name it has, else those of the module it belongs to; all, if it is one of those that all
+        layers share, which are of no module.
         """
+        if not tensor.startswith(_PREFIX):
+            return self._outputs
         parts = [part for part in tensor.removeprefix(_PREFIX).split(".") if part != "base_layer"]
-        for length in range(len(parts), 0, -1):
-            if places := self._by_module.get(".".join(parts[:length])):
-                return places
-        return self._outputs
+        owner_ends = next((place for place, part in enumerate(parts) if part.startswith(self._tuner)), len(parts))
+        return self._by_module.get(".".join(parts[:owner_ends]), ())
+
+    @cached_property
+    def _tuner(self) -> tuple[str, ...]:
+        """How names begin that PEFT gives to what it puts into a module."""
+        return (PEFT_TYPE_TO_PREFIX_MAPPING[self._config.peft_type], "token_adapter", "trainable_tokens_")
 
     @cached_property
     def _by_module(self) -> Mapping[str, Collection[str]]:
-        """Names in the release of the tensors below each module of the model, and of each tensor."""
+        """Names in the release of the tensors below each module, of the model or of the files, and of each tensor."""
         places: dict[str, set[str]] = defaultdict(set)
         for name in self._base.conversions.shapes:
             parts = name.split(".")
             for length in range(1, len(parts) + 1):
                 places[".".join(parts[:length])].update(self.shipped(name))
+        for stored in self._base.conversions.group_behind:
+            places[stored].add(stored)
+            places[stored.rpartition(".")[0]].add(stored)
         return places
 
-    def _is_linear(self, weight: str) -> bool:
+    def _linear(self, weight: str) -> str | None:
+        """Return the name in the release of the linear weight that an adapter calls so; None where it is none.
+
+        Weights that the model has in one parameter by now are called in the files as in training.
+        """
         conversions = self._base.conversions
-        return (
-            len(conversions.shapes[weight]) == 2
-            and weight not in self._base.tied
-            and conversions.stored_names[weight] not in self._base.transposed
-        )
+        stored = weight if weight in conversions.group_behind else conversions.stored_names.get(weight)
+        if stored is None or stored in self._base.transposed or weight in self._base.tied:
+            return None
+        return stored if len(self._base.by_name[stored].shape) == 2 else None
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from jobs.errors import NoCapacityError
 from workers.lanes.adapter import Adapter, put_on
+from workers.lanes.stored import put_on_files
 from workers.memory import available_host_bytes, hold_little
 from workers.model import load_config, model_class, quiet_transformers, stored_quantization
 from workers.quant import of_state
@@ -151,6 +152,7 @@ class RunningModel:
         with quiet_libraries():
             offloaded_to = self.device if self.offloaded else None
             peft_model = put_on(adapter, self.model, values=True, offloaded_to=offloaded_to).model
+            put_on_files(adapter, self.model)
         try:
             yield peft_model
         finally:
