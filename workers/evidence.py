@@ -5,6 +5,7 @@ and scalings are those of PEFT 0.21 (`LoraModel._create_and_replace`, `LoraLayer
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 from collections import defaultdict
@@ -18,9 +19,12 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
+from jobs.combination import CombinationType
 from jobs.errors import BadInputError
 from jobs.release import TensorCheck
 from workers.foreign import read_foreign
+from workers.lanes.adapter import open_adapter
+from workers.lanes.fitting import fit
 from workers.plan import MergePlan
 
 _PREFIX = "base_model.model."
@@ -50,7 +54,7 @@ class Evidence:
             BadInputError: the adapter's files cannot be read any more.
         """
         self._base = plan.base
-        self._directory = plan.adapter.directory
+        self._directory = plan.opened.directory
         self._path = self._directory / "adapter_model.safetensors"
         self._outputs = plan.output.tensors.keys()
         self._config: Any = plan.opened.config
@@ -62,6 +66,10 @@ class Evidence:
         self._file = file
         self.tensors = dict.fromkeys((*self._stored, *sorted(unnamed)))
         """Names of its tensors: PEFT's, and those of the file that were given none."""
+        self._parts = tuple((Evidence(part), weight) for part, weight in _parts(plan))
+        """What each adapter says that this one was combined of, and its weight."""
+        combination = plan.request.combination
+        self._is_sum = combination is not None and combination.type is CombinationType.CAT
 
     @cached_property
     def pairs(self) -> Mapping[str, Pair]:
@@ -102,6 +110,20 @@ class Evidence:
         with self._errors():
             tensor: torch.Tensor = self._file.get_tensor(self._stored.get(name, name))
         return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+    def factors(self, weight: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """Return what is added to a weight of the release: lora_A [R, I], lora_B [O, R], float32, and their scaling.
+
+        None if nothing is. Where adapters were concatenated, it is the sum of what they add: read from their own files.
+        """
+        if self._is_sum and weight in self.pairs:
+            there = [(found, share) for part, share in self._parts if (found := part.factors(weight)) is not None]
+            if not there:
+                return None
+            b_OR = [(b_OR.double() * (share * scaling)).float() for (_, b_OR, scaling), share in there]
+            return torch.cat([a_RI for (a_RI, _, _), _ in there]), torch.cat(b_OR, dim=1), 1.0
+        pair = self.pairs.get(weight)
+        return None if pair is None else (self.read(pair.a), self.read(pair.b), pair.scaling)
 
     def replacement(self, name: str) -> str | None:
         """Return the adapter's tensor that takes the place of one of the base's, by the latter's name in the model."""
@@ -158,15 +180,17 @@ class Evidence:
         return names
 
     def unfounded(self, checks: Mapping[str, TensorCheck]) -> tuple[str, ...]:
-        """Return the adapter's tensors that nothing in the release was compared with.
+        """Return the adapter's tensors that nothing in the release was compared with, or that it was not combined of.
 
         Args:
             checks: of all tensors of the release, by name.
         """
+        lost = (name for part, _ in self._parts for name in part.tensors if name not in self.tensors)
         return tuple(
             name
-            for name in self.tensors
-            if not any(output in checks and checks[output].targeted for output in self._places(name))
+            for name in dict.fromkeys((*self.tensors, *lost))
+            if name not in self.tensors
+            or not any(output in checks and checks[output].targeted for output in self._places(name))
         )
 
     def _places(self, tensor: str) -> Collection[str]:
@@ -216,6 +240,16 @@ class Evidence:
             yield
         except (OSError, SafetensorError) as error:
             raise BadInputError(f"{self._path}: cannot be read any more: {error}") from error
+
+
+def _parts(plan: MergePlan) -> Iterator[tuple[MergePlan, float]]:
+    """Yield the plan as it would be of each adapter that a plan's was combined of, as far as it is evidence."""
+    if plan.request.combination is not None:
+        request = plan.request.model_copy(update={"combination": None})
+        for source, weight in plan.weighted:
+            opened = open_adapter(source.directory, plan.opened.inert_fields)
+            opened = fit(opened, plan.base.conversions.shapes, plan.base.skeleton)
+            yield dataclasses.replace(plan, request=request, opened=opened), weight
 
 
 def _scaling(config: Mapping[str, Any], module: str) -> float:
