@@ -3,15 +3,19 @@
 The table is held against the installed PEFT by `tests/unit/workers/test_methods.py`.
 """
 
+import json
+import math
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig
 
-from tests.merges import load_dequantized
+from tests.merges import load_dequantized, read_tensors
 from tests.models import load_plain
 from workers.inference import quiet_libraries
 
@@ -90,3 +94,50 @@ def make_method_adapter(
                 parameter.data.add_(torch.randn(parameter.shape), alpha=std)
         peft_model.save_pretrained(directory)
     return directory
+
+
+def save_old_adapter(
+    base: Path,
+    directory: Path,
+    *,
+    target_modules: Sequence[str],
+    left_out: Collection[str] = (),
+    std: float = 0.2,
+    seed: int = 1,
+    **config: Any,
+) -> dict[str, torch.Tensor]:
+    """Save LoRA as training under transformers 4 saves it, where all linears, those of experts too, have stored names.
+
+    Args:
+        base: the base it is for.
+        directory: becomes the adapter.
+        target_modules: last parts of the names of linears.
+        left_out: weights without an adapter.
+        std: standard deviation of lora_A and lora_B.
+        seed: of these.
+        config: of `LoraConfig`; the keys of patterns are ends of names.
+
+    Returns:
+        W + scaling * B @ A in float64 of each trained weight, by its name in the base's files.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = {"r": 4, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}} | config
+    expected, tensors = {}, {}
+    for name, weight in read_tensors(base).items():
+        module, _, kind = name.rpartition(".")
+        if kind != "weight" or module.rpartition(".")[2] not in target_modules or name in left_out:
+            continue
+        rank, alpha = (
+            next((value for end, value in config[pattern].items() if module.endswith(end)), config[default])
+            for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+        )
+        a_RI = torch.randn(rank, weight.shape[1], generator=generator) * std
+        b_OR = torch.randn(weight.shape[0], rank, generator=generator) * std
+        scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+        expected[name] = weight.double() + scaling * (b_OR.double() @ a_RI.double())
+        tensors |= {f"base_model.model.{module}.lora_A.weight": a_RI, f"base_model.model.{module}.lora_B.weight": b_OR}
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": list(target_modules)} | config
+    (directory / "adapter_config.json").write_text(json.dumps(fields))
+    return expected

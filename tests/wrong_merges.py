@@ -30,7 +30,8 @@ import workers.walk
 from jobs.errors import FailureClass
 from jobs.release import REPORT_NAME, ParityReport
 from jobs.request import MergeRequest
-from tests.methods import make_method_adapter
+from tests import architectures
+from tests.methods import make_method_adapter, save_old_adapter
 from tests.models import build_llama, build_qwen2, make_adapter
 from workers.outcomes import JobOutcome, WorkerSettings
 from workers.plan import MergePlan
@@ -48,6 +49,12 @@ BY_PEFT: Mapping[str, Mapping[str, Any]] = {
     "an embedding": {"targets": ["embed_tokens", "q_proj"]},
     "a trained head": {"targets": ["q_proj"], "modules_to_save": ["lm_head"], "trained": True},
 }
+WITH_EXPERTS = "a mixtral"
+EXPERTS: Mapping[str, Mapping[str, Any]] = {
+    "single experts": {"target_modules": ["q_proj", "w1", "w2", "w3"]},
+    "experts together": {"targets": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
+}
+"""Of a base that has them, and as two versions of transformers train them."""
 METHODS = ("LOHA", "LOKR", "IA3", "VERA", "OFT", "BOFT", "HRA", "ADALORA", "MISS", "FOURIERFT")
 
 
@@ -109,7 +116,9 @@ def break_by_peft(plan: MergePlan, changed: Collection[str], rng: random.Random)
     shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
     same = [other for other in plan.by_peft if other != output and shapes[other] == shapes[output]]
     tensors = [spec for name, spec in plan.opened.tensors.items() if f".{module}." in f".{name}."]
-    kinds = ["forget", "drop", "halve"] + ["swap"] * bool(same) + ["misread"] * bool(tensors)
+    kinds = ["drop", "halve"] + ["misread"] * bool(tensors)
+    if plan.by_peft[output][0] not in plan.base.conversions.group_of:  # groups are written whole, whatever is planned
+        kinds += ["forget"] + ["swap"] * bool(same)
     match rng.choice(kinds):
         case "forget" if plan.base.by_name.get(output):
             left = {other: sources for other, sources in plan.by_peft.items() if other != output}
@@ -183,13 +192,16 @@ def _making(plan: MergePlan, output: str, kept: float) -> Iterator[None]:
 
 def run_round(directory: Path, bases: Mapping[str, Path], rng: random.Random) -> tuple[str, str]:
     """Return what was broken, and what is wrong with the answer: nothing where the proof has found it."""
-    kind = rng.choice([*STREAMED, *BY_PEFT, *METHODS])
-    base = rng.choice(sorted(bases))
+    kind = rng.choice([*STREAMED, *BY_PEFT, *EXPERTS, *METHODS])
+    base = rng.choice(sorted(bases.keys() - {WITH_EXPERTS})) if kind not in EXPERTS else WITH_EXPERTS
     seed = rng.randrange(1 << 30)
-    if kind in METHODS:
+    if kind == "single experts":
+        adapter = directory / "adapter"
+        save_old_adapter(bases[base], adapter, seed=seed, std=rng.choice([0.01, 0.1]), **EXPERTS[kind])
+    elif kind in METHODS:
         adapter = make_method_adapter(bases[base], directory / "adapter", kind, std=rng.choice([0.02, 0.1]), seed=seed)
     else:
-        fields = (STREAMED | BY_PEFT)[kind]
+        fields = (STREAMED | BY_PEFT | EXPERTS)[kind]
         adapter = make_adapter(bases[base], directory / "adapter", seed=seed, std=rng.choice([0.01, 0.1]), **fields)
     request = MergeRequest(
         id="job",
@@ -247,6 +259,7 @@ def main() -> int:
         bases = {
             "a llama": build_llama(Path(place, "llama"), **shape),
             "a tied qwen2": build_qwen2(Path(place, "qwen2"), **shape),
+            WITH_EXPERTS: architectures.build("decoder", "mixtral", Path(place, "mixtral")),
         }
         for number in range(options.rounds):
             with tempfile.TemporaryDirectory(dir=place) as directory:

@@ -80,7 +80,7 @@ class Tally:
         self.shard = shard.name
         self.spec = spec
         self._evidence = evidence
-        self._pair = evidence.pairs.get(name)
+        self._targeted = name in evidence.pairs
         self._sums: dict[int, _Sums] = {}
         """By the row they begin at."""
         self._lock = threading.Lock()
@@ -90,11 +90,10 @@ class Tally:
     @property
     def operands(self) -> Operands | None:
         """The delta of the tensor; None if it is to be what it was."""
-        if self._pair is not None and self._operands is None:
+        if self._targeted and self._operands is None:
             with self._reading:
-                if self._operands is None:
-                    a_RI, b_OR = self._evidence.read(self._pair.a), self._evidence.read(self._pair.b)
-                    self._operands = Operands(a_RI, b_OR, self._pair.scaling, precision_for(self.spec.dtype))
+                if self._operands is None and (factors := self._evidence.factors(self.name)) is not None:
+                    self._operands = Operands(*factors, precision_for(self.spec.dtype))
         return self._operands
 
     @property
@@ -116,7 +115,7 @@ class Tally:
         return TensorCheck(
             tensor=self.name,
             changed=sums.changed,
-            targeted=self._pair is not None,
+            targeted=self._targeted,
             max_abs_error=sums.max_abs_error,
             rounding_excess=sums.rounding_excess,
             num_bad_elements=sums.num_bad_elements,

@@ -157,6 +157,9 @@ def _merge(
             merged[plan.request.id] = error
         else:
             merged[plan.request.id] = Subject(
-                request=plan.request, merged=job.directory, adapter=plan.opened, streamed=not plan.by_peft
+                request=plan.request,
+                merged=job.directory,
+                adapter=plan.opened,
+                streamed=not (plan.by_peft or plan.opened.deltas),
             )
     return merged

@@ -76,6 +76,8 @@ class Conversions:
             meta_state_dict=expected,
         )
         self._rename = rename
+        self.stored_shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+        """Of the checkpoint's tensors, by their names there."""
         names: dict[str, str] = {}
         self._converters: dict[str, WeightConverter] = {}
         self._patterns: dict[str, str] = {}

@@ -5,6 +5,7 @@ and scalings are those of PEFT 0.21 (`LoraModel._create_and_replace`, `LoraLayer
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import re
@@ -15,12 +16,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
+from jobs.combination import CombinationType
 from jobs.errors import BadInputError
 from jobs.release import TensorCheck
 from workers.foreign import read_foreign
+from workers.lanes.adapter import open_adapter
+from workers.lanes.fitting import fit
 from workers.plan import MergePlan
 
 _PREFIX = "base_model.model."
@@ -53,7 +58,7 @@ class Evidence:
             BadInputError: the adapter's files cannot be read any more.
         """
         self._base = plan.base
-        self._directory = plan.adapter.directory
+        self._directory = plan.opened.directory
         self._path = self._directory / "adapter_model.safetensors"
         self._outputs = plan.output.tensors.keys()
         self._config: Any = plan.opened.config
@@ -66,6 +71,10 @@ class Evidence:
         self._file = file
         self.tensors = dict.fromkeys((*self._stored, *sorted(unnamed)))
         """Names of its tensors: PEFT's, and those of the file that were given none."""
+        self._parts = tuple((Evidence(part), weight) for part, weight in _parts(plan))
+        """What each adapter says that this one was combined of, and its weight."""
+        combination = plan.request.combination
+        self._is_sum = combination is not None and combination.type is CombinationType.CAT
 
     @cached_property
     def pairs(self) -> Mapping[str, Pair]:
@@ -77,9 +86,8 @@ class Evidence:
             return {}
         pairs = {}
         for module, inside in self._inside(("lora_A.weight", "lora_B.weight")).items():
-            stored = self._base.conversions.stored_names.get(f"{module}.weight")
-            is_plain = inside.issubset({"lora_A.weight", "lora_B.weight", *_BIASES})
-            if is_plain and stored is not None and self._is_linear(f"{module}.weight"):
+            stored = self._linear(f"{module}.weight")
+            if stored is not None and inside.issubset({"lora_A.weight", "lora_B.weight", *_BIASES}):
                 names = {half: f"{_PREFIX}{module}.{half}.weight" for half in ("lora_A", "lora_B")}
                 pairs[stored] = Pair(a=names["lora_A"], b=names["lora_B"], scaling=_scaling(config, module))
         return pairs
@@ -108,6 +116,20 @@ class Evidence:
             tensor: torch.Tensor = self._file.get_tensor(self._stored.get(name, name))
         return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
+    def factors(self, weight: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """Return what is added to a weight of the release: lora_A [R, I], lora_B [O, R], float32, and their scaling.
+
+        None if nothing is. Where adapters were concatenated, it is the sum of what they add: read from their own files.
+        """
+        if self._is_sum and weight in self.pairs:
+            there = [(found, share) for part, share in self._parts if (found := part.factors(weight)) is not None]
+            if not there:
+                return None
+            b_OR = [(b_OR.double() * (share * scaling)).float() for (_, b_OR, scaling), share in there]
+            return torch.cat([a_RI for (a_RI, _, _), _ in there]), torch.cat(b_OR, dim=1), 1.0
+        pair = self.pairs.get(weight)
+        return None if pair is None else (self.read(pair.a), self.read(pair.b), pair.scaling)
+
     def replacement(self, name: str) -> str | None:
         """Return the adapter's tensor that takes the place of one of the base's, by the latter's name in the model."""
         for same in (name, *self._base.tied.get(name, ())):
@@ -118,17 +140,25 @@ class Evidence:
         return None
 
     def misread(self, held: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
-        """Return the tensors of the adapter that a model holds other values for.
+        """Return the tensors of the adapter that a model holds other values for, or none.
+
+        Pairs are left out where it holds none: what is added to a linear weight is compared with the file itself.
 
         Args:
             held: what PEFT has put on a model, by the names that it would save it under.
         """
+        left_out = {half for pair in self.pairs.values() for half in (pair.a, pair.b)} - held.keys()
         return tuple(
             name
             for name in self.tensors
-            if name in held
-            and held[name].device.type != "meta"  # of the base, and not left to PEFT
-            and not torch.equal(held[name], self.read(name).to(held[name].dtype))
+            if name not in left_out
+            and (
+                name not in held
+                or (
+                    held[name].device.type != "meta"  # of the base, and not left to PEFT
+                    and not torch.equal(held[name], self.read(name).to(held[name].dtype))
+                )
+            )
         )
 
     def shipped(self, name: str) -> tuple[str, ...]:
@@ -155,45 +185,59 @@ class Evidence:
         return names
 
     def unfounded(self, checks: Mapping[str, TensorCheck]) -> tuple[str, ...]:
-        """Return the adapter's tensors that nothing in the release was compared with.
+        """Return the adapter's tensors that nothing in the release was compared with, or that it was not combined of.
 
         Args:
             checks: of all tensors of the release, by name.
         """
+        lost = (name for part, _ in self._parts for name in part.tensors if name not in self.tensors)
         return tuple(
             name
-            for name in self.tensors
-            if not any(output in checks and checks[output].targeted for output in self._places(name))
+            for name in dict.fromkeys((*self.tensors, *lost))
+            if name not in self.tensors
+            or not any(output in checks and checks[output].targeted for output in self._places(name))
         )
 
     def _places(self, tensor: str) -> Collection[str]:
         """Return the tensors of a release in which an adapter's tensor may be found.
 
-        That is the one whose name it has, else those of the module it names, else all: some are shared by all layers.
+        That is the one whose name it has, else those of the module it belongs to; all, if it is one of those that all
+        layers share, which are of no module.
         """
+        if not tensor.startswith(_PREFIX):
+            return self._outputs
         parts = [part for part in tensor.removeprefix(_PREFIX).split(".") if part != "base_layer"]
-        for length in range(len(parts), 0, -1):
-            if places := self._by_module.get(".".join(parts[:length])):
-                return places
-        return self._outputs
+        owner_ends = next((place for place, part in enumerate(parts) if part.startswith(self._tuner)), len(parts))
+        return self._by_module.get(".".join(parts[:owner_ends]), ())
+
+    @cached_property
+    def _tuner(self) -> tuple[str, ...]:
+        """How names begin that PEFT gives to what it puts into a module."""
+        return (PEFT_TYPE_TO_PREFIX_MAPPING[self._config.peft_type], "token_adapter", "trainable_tokens_")
 
     @cached_property
     def _by_module(self) -> Mapping[str, Collection[str]]:
-        """Names in the release of the tensors below each module of the model, and of each tensor."""
+        """Names in the release of the tensors below each module, of the model or of the files, and of each tensor."""
         places: dict[str, set[str]] = defaultdict(set)
         for name in self._base.conversions.shapes:
             parts = name.split(".")
             for length in range(1, len(parts) + 1):
                 places[".".join(parts[:length])].update(self.shipped(name))
+        for stored in self._base.conversions.group_behind:
+            places[stored].add(stored)
+            places[stored.rpartition(".")[0]].add(stored)
         return places
 
-    def _is_linear(self, weight: str) -> bool:
+    def _linear(self, weight: str) -> str | None:
+        """Return the name in the release of the linear weight that an adapter calls so; None where it is none.
+
+        Weights that the model has in one parameter by now are called in the files as in training.
+        """
         conversions = self._base.conversions
-        return (
-            len(conversions.shapes[weight]) == 2
-            and weight not in self._base.tied
-            and conversions.stored_names[weight] not in self._base.transposed
-        )
+        stored = weight if weight in conversions.group_behind else conversions.stored_names.get(weight)
+        if stored is None or stored in self._base.transposed or weight in self._base.tied:
+            return None
+        return stored if len(self._base.by_name[stored].shape) == 2 else None
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -201,6 +245,16 @@ class Evidence:
             yield
         except (OSError, SafetensorError) as error:
             raise BadInputError(f"{self._path}: cannot be read any more: {error}") from error
+
+
+def _parts(plan: MergePlan) -> Iterator[tuple[MergePlan, float]]:
+    """Yield the plan as it would be of each adapter that a plan's was combined of, as far as it is evidence."""
+    if plan.request.combination is not None:
+        request = plan.request.model_copy(update={"combination": None})
+        for source, weight in plan.weighted:
+            opened = open_adapter(source.directory, plan.opened.inert_fields, source.beside)
+            opened = fit(opened, plan.base.conversions.shapes, plan.base.skeleton)
+            yield dataclasses.replace(plan, request=request, opened=opened), weight
 
 
 def _scaling(config: Mapping[str, Any], module: str) -> float:

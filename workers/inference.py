@@ -25,6 +25,7 @@ from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from jobs.errors import NoCapacityError
 from workers.lanes.adapter import PREFIX, Adapter, put_on
 from workers.lanes.resizing import resize_vocabulary
+from workers.lanes.stored import put_on_files
 from workers.memory import available_host_bytes, hold_little
 from workers.model import load_config, model_class, quiet_transformers, stored_quantization
 from workers.quant import of_state
@@ -185,6 +186,7 @@ class RunningModel:
         with quiet_libraries():
             offloaded_to = self.device if self.offloaded else None
             wrapped = put_on(adapter, self.model, values=True, offloaded_to=offloaded_to)
+            put_on_files(adapter, self.model)
         parameters = wrapped.model.named_parameters(remove_duplicate=False)
         taken = {id(parameter) for name, parameter in parameters if name in wrapped.loaded}
         replaced = tuple((parameter, before) for parameter, before in own if id(parameter) in taken)

@@ -25,12 +25,13 @@ from workers.checkpoint import CheckpointLayout, TensorSpec, lay_out, lay_out_sh
 from workers.codes import refuse_codes
 from workers.conversions import Conversions, relate
 from workers.four_bit import plan_quantization, stored_as_asked
-from workers.lanes.adapter import Adapter, open_adapter
+from workers.lanes.adapter import Adapter, LoraDelta, open_adapter
 from workers.lanes.coverage import Coverage, cover, ties_by_values
 from workers.lanes.fitting import fit
-from workers.lanes.lora import LoraDelta, plan_lora
+from workers.lanes.lora import plan_lora
 from workers.lanes.methods import UNSTABLE, WEIGHED
 from workers.lanes.resizing import check_apart, resize_vocabulary
+from workers.lanes.stored import add_to_files
 from workers.model import answers_prompts, check_depth, skeleton, token_embedding
 from workers.notes import find_notes
 from workers.quant import quantized_names, quantized_owner
@@ -178,6 +179,18 @@ class BasePlan:
     def by_name(self) -> Mapping[str, OutputTensor]:
         """Output tensors by name."""
         return {tensor.name: tensor for tensor in self.tensors}
+
+    @cached_property
+    def linear(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the matrices in its files that are read one by one, [O, I], by name: nothing is tied to them."""
+        together = () if self.quantization is None else self.quantization.groups
+        other = {name for group in together for name in group.stored} | self.transposed
+        names = self.conversions.parameter_names
+        return {
+            tensor.name: tensor.shape
+            for tensor in self.tensors
+            if len(tensor.shape) == 2 and tensor.name not in other and names.get(tensor.name) not in self.tied
+        }
 
 
 @dataclass(frozen=True)
@@ -413,6 +426,7 @@ def plan_merge(
         base.conversions.shapes,
         base.skeleton,
     )
+    opened = add_to_files(opened, base.conversions, base.linear)
     if opened.method in UNSTABLE and not request.accept_unstable:
         raise UnsupportedError(
             f"{adapter.directory}: peft_type {opened.method!r}: {UNSTABLE[opened.method]}; it computes "
@@ -435,6 +449,7 @@ def plan_merge(
         coverage = _all_apart(base, coverage)
     names = base.conversions.stored_names
     deltas = {names[delta.weight]: delta for delta in plan_lora(opened, coverage) if delta.weight in names}
+    deltas |= opened.deltas
     changed_by_peft = _by_peft(base, opened, coverage, frozenset(delta.weight for delta in deltas.values()))
     groups = () if base.quantization is None else base.quantization.groups
     # What is converted after it was put together has to be taken apart again, whether an adapter changes it or not.

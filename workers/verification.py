@@ -130,7 +130,7 @@ class Verifier:
                 request=job.request,
                 merged=job.staging.directory,
                 adapter=job.plan.opened,
-                streamed=not job.plan.by_peft,
+                streamed=not (job.plan.by_peft or job.plan.opened.deltas),
             )
             for job in jobs
         ]

@@ -7,9 +7,10 @@ import pytest
 
 from jobs.errors import FailureClass
 from jobs.request import MergeRequest
+from tests import architectures
 from tests.methods import make_method_adapter
 from tests.models import build_llama, build_qwen2
-from tests.wrong_merges import in_the_plan, merge_once, run_round
+from tests.wrong_merges import WITH_EXPERTS, in_the_plan, merge_once, run_round
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +19,7 @@ def bases(tmp_path_factory):
     return {
         "a llama": build_llama(directory / "llama", tokenizer=False),
         "a tied qwen2": build_qwen2(directory / "qwen2", tokenizer=False),
+        WITH_EXPERTS: architectures.build("decoder", "mixtral", directory / "mixtral"),
     }
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from tests import architectures
 from tests.combinations import combine_by_peft
 from tests.merges import dequantize_without_kernel, load_dequantized
-from tests.methods import make_method_adapter
+from tests.methods import make_method_adapter, save_old_adapter
 from tests.models import build_bnb_4bit, build_llama, load_plain, make_adapter
 from workers.inference import quiet_libraries
 
@@ -107,6 +107,16 @@ def test_peft_drops_tensors_of_its_own_adapter(places, tmp_path, model_type):
     assert found.unexpected_keys
     # Without a word: this is what everybody calls.
     PeftModel.from_pretrained(load_plain(base), adapter)
+
+
+def test_peft_scales_single_experts_of_rslora_by_sqrt_2_too_much(places, tmp_path):
+    base = places / "mixtral"
+    if not base.exists():
+        architectures.build("decoder", "mixtral", base)
+    save_old_adapter(base, tmp_path / "adapter", target_modules=["w1", "w2", "w3"], r=4, lora_alpha=8, use_rslora=True)
+    model = PeftModel.from_pretrained(load_plain(base), tmp_path / "adapter")
+    parts = [part for part in model.modules() if getattr(part, "parameter_name", None) == "gate_up_proj"]
+    assert [part.scaling["default"] for part in parts] == pytest.approx([math.sqrt(2) * 8 / math.sqrt(4)] * 2)
 
 
 def test_peft_takes_tensors_of_another_shape_for_adamss(llama, places):

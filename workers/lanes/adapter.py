@@ -25,9 +25,10 @@ from transformers import PreTrainedModel
 from jobs.errors import BadInputError, UnsupportedError
 from workers.adapter_files import foreign_kind
 from workers.checkpoint import TensorSpec, read_json, read_shard
+from workers.conversions import Conversions
 from workers.device import raise_of_machine
 from workers.lanes import names as adapter_names
-from workers.lanes.causes import cause_of
+from workers.lanes.causes import cause_of, cause_of_experts
 from workers.lanes.methods import MERGED, REFUSED, SHAPED_BY_VALUES, WEIGHED
 from workers.lanes.resizing import resize_vocabulary
 from workers.tensor_io import read_rows
@@ -73,6 +74,22 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """What the tensors of an adapter are stored in; integers are codes that mean nothing without their scales."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraDelta:
+    """What is added to one base weight: scaling * B @ A."""
+
+    weight: str
+    """Name of the base tensor, [O, I]."""
+    a_RI: TensorSpec
+    b_OR: TensorSpec
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """Rank of the delta."""
+        return self.a_RI.shape[0]
+
+
 @dataclass(frozen=True)
 class Adapter:
     """One adapter, configuration and headers read."""
@@ -92,8 +109,17 @@ class Adapter:
     """Fields of a configuration that the operator knows to change nothing."""
     left_behind: frozenset[str] = frozenset()
     """Tensors of its file that no release takes, by the names stored; a note tells them."""
+    deltas: Mapping[str, LoraDelta] = field(default_factory=dict)
+    """What is added to the base's files without PEFT, by the names of weights there (`lanes/stored.py`)."""
+    conversions: Conversions | None = None
+    """Between these files and the base's model, where there are such deltas."""
     notes: tuple[str, ...] = ()
     """What a person should know of it who did not write its files."""
+
+    def for_peft(self) -> "Adapter":
+        """Return what of it PEFT puts on a model."""
+        own = {spec.name for delta in self.deltas.values() for spec in (delta.a_RI, delta.b_OR)}
+        return dataclasses.replace(self, tensors={n: spec for n, spec in self.tensors.items() if spec.name not in own})
 
     def origin(self, stored: str) -> str:
         """Return the file that a tensor comes from, for messages; by the name it is stored under."""
@@ -231,6 +257,9 @@ def put_on(
         UnsupportedError, BadInputError: adapter and base do not fit, or a tensor is missing or left over; the message
             names it.
     """
+    adapter = adapter.for_peft()
+    if expert := cause_of_experts(adapter.tensors, adapter.method, adapter.config, model):
+        raise UnsupportedError(f"{adapter.weights_path}: tensor {expert[0]}: {expert[1]}")
     config = copy.deepcopy(adapter.config)
     if hasattr(config, "progressbar"):
         config.progressbar = False

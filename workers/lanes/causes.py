@@ -1,6 +1,7 @@
 """Why a tensor of an adapter belongs to nothing in a base: what it is, and what to do."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from peft import PeftType
@@ -16,6 +17,9 @@ _HEADS = {
     "qa_outputs": "ForQuestionAnswering",
 }
 """Heads of models that do not continue text, and the classes of transformers that have them."""
+
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\..+")
+"""Modules of models that hold each expert by itself, as those of transformers 4 did."""
 
 _TASKS = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"})
 
@@ -63,3 +67,37 @@ def cause_of(name: str, method: str, config: Any, model: nn.Module) -> str:
             "training changed it below the adapter"
         )
     return f"{kind} has no parameter {owner}; leaving them out would change the model, so the merge is refused"
+
+
+def cause_of_experts(names: Iterable[str], method: str, config: Any, model: nn.Module) -> tuple[str, str] | None:
+    """Find a tensor of a single expert, for a model that has all experts of a layer in one parameter.
+
+    Args:
+        names: of tensors of an adapter, as PEFT has them.
+        method: PEFT's name of the adapter's.
+        config: of the adapter.
+        model: of the base.
+
+    Returns:
+        The tensor, and the end of a sentence that says why it cannot be merged; None where there is none.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    for name in names:
+        owner = owner_of(name, PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(method)]) or ""
+        if owner not in modules and _EXPERT.fullmatch(owner):
+            break
+    else:
+        return None
+    if method != "LORA":
+        other = f"this is {method}"
+    elif config.use_dora:
+        other = "this one has use_dora"
+    elif getattr(config, "lora_bias", False):
+        other = "this one has lora_bias"
+    else:
+        other = "this adapter is one of several, or the base's files hold the experts together"
+    return name, (
+        f"it is of a single expert, and transformers makes all experts of a layer one parameter of "
+        f"{type(model).__name__}; single experts are merged by plain LoRA, one adapter at a time, into a base whose "
+        f"files hold them one by one, as its maker published it; {other}"
+    )

@@ -8,7 +8,6 @@ in PEFT 0.21. Shape suffixes: O output features, I input features, R rank.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,24 +16,8 @@ from torch import nn
 
 from jobs.errors import BadInputError, UnsupportedError
 from workers.checkpoint import TensorSpec
-from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_NAME, PREFIX, Adapter, read_tensor
+from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_NAME, PREFIX, Adapter, LoraDelta, read_tensor
 from workers.lanes.coverage import Coverage
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraDelta:
-    """What is added to one base weight: scaling * B @ A."""
-
-    weight: str
-    """Name of the base tensor, [O, I]."""
-    a_RI: TensorSpec
-    b_OR: TensorSpec
-    scaling: float
-
-    @property
-    def rank(self) -> int:
-        """Rank of the delta."""
-        return self.a_RI.shape[0]
 
 
 def plan_lora(adapter: Adapter, coverage: Coverage) -> tuple[LoraDelta, ...]:

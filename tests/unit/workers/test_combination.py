@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import workers.adapters
+import workers.combination
 from jobs.combination import CombinationType
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.locations import LocalPath
@@ -20,6 +21,7 @@ from tests.methods import make_method_adapter
 from tests.models import build_llama, load_plain, make_adapter
 from workers.adapters import fetch_adapters, outline_adapters
 from workers.estimate import combination_seconds
+from workers.evidence import Evidence
 from workers.footprint import combination_bytes
 from workers.inference import quiet_libraries
 from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
@@ -257,6 +259,32 @@ def test_what_was_combined_is_kept_and_named_after_all_that_decides_it(base, ada
     assert len({source.directory for source in [one, *others]}) == 5
     monkeypatch.setattr(workers.adapters, "_combine", None)  # nothing is combined again
     assert combine(base, adapters[:2], (1, 0.5), type="ties", density=0.5, majority_sign_method="total") == one
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_the_proof_of_a_sum_begins_at_each_adapter(base, adapters, tmp_path, request_for, monkeypatch, factor):
+    """What is lost while adapters are concatenated is found; what PEFT makes of them is their sum."""
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    really = workers.combination.read_tensor
+
+    def read(path, spec):
+        return really(path, spec) * (factor if spec.name == name and path.parent == adapters[1] else 1.0)
+
+    monkeypatch.setattr(workers.combination, "read_tensor", read)
+    planned = plan_requests([request_for(base, adapters[:2], (0.7, -0.4), type="cat")], tmp_path / "merge")
+    assert not planned.run().errors
+    checks = planned.check()["job"]
+    wrong = {check.tensor for check in checks.values() if check.num_bad_elements}
+    assert wrong == (set() if factor == 1 else {"model.layers.0.self_attn.q_proj.weight"})
+    assert Evidence(planned.plans[0]).unfounded(checks) == ()
+
+
+def test_a_tensor_that_a_combination_has_lost_is_named(base, adapters, tmp_path, request_for):
+    planned = plan_requests([request_for(base, adapters[:2], (1, 1), type="linear")], tmp_path / "merge")
+    evidence = Evidence(planned.plans[0])
+    lost = next(name for name in evidence.tensors if "layers.1." in name)
+    del evidence.tensors[lost]
+    assert evidence.unfounded({}) == (*evidence.tensors, lost)
 
 
 def shapes_of(plan):
