@@ -7,6 +7,7 @@ and scalings are those of PEFT 0.21 (`LoraModel._create_and_replace`, `LoraLayer
 import contextlib
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from workers.plan import MergePlan
 _PREFIX = "base_model.model."
 _BIASES = ("bias", "base_layer.bias")
 """What a layer may have besides two matrices that are added to its weight."""
+_COPY = re.compile(r"\.modules_to_save\.(default\.)?")
+_ORIGINAL = ".original_module."
+"""What PEFT puts into the name of a weight that was trained whole, and into that of the base's weight beside it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +62,8 @@ class Evidence:
         with self._errors():
             file: Any = safe_open(self._path, framework="pt")
             unnamed = set(file.keys()).difference(self._stored.values(), plan.opened.left_behind)
+        copies = {_COPY.sub(".", stored) for stored in self._stored.values()}
+        unnamed -= {name for name in unnamed if _ORIGINAL in name and name.replace(_ORIGINAL, ".") in copies}
         self._file = file
         self.tensors = dict.fromkeys((*self._stored, *sorted(unnamed)))
         """Names of its tensors: PEFT's, and those of the file that were given none."""

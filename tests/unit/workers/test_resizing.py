@@ -65,7 +65,13 @@ def merge_by_peft(base, adapter, num_tokens):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("num_tokens", [516, 500])
 @pytest.mark.parametrize(
-    ("whole", "fields"), [(False, {"modules_to_save": BOTH}), (True, {})], ids=["trained", "saved"]
+    ("whole", "fields"),
+    [
+        (False, {"modules_to_save": BOTH}),
+        (True, {}),
+        (True, {"modules_to_save": BOTH}),
+    ],
+    ids=["trained", "saved", "trained-and-saved"],
 )
 def test_the_vocabulary_of_the_adapter_is_that_of_the_release(bases, tmp_path, tied, num_tokens, whole, fields):
     adapter = make(bases[tied], tmp_path / "adapter", num_tokens, whole=whole, **fields)
