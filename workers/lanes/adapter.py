@@ -16,6 +16,7 @@ import peft
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -218,8 +219,11 @@ def put_on(
         peft_model = PeftModel(model, config, low_cpu_mem_usage=on_meta or offloaded_to is not None)
     if not values and adapter.method in SHAPED_BY_VALUES:
         return Wrapped(peft_model, frozenset())
+    copies = _copies_of_tokens(adapter, peft_model)
     tensors = {}
     for name, spec in adapter.tensors.items():
+        if name in copies:
+            continue
         if not values:
             tensors[name] = torch.zeros(spec.shape, dtype=spec.dtype, device="meta" if on_meta else "cpu")
         elif offloaded_to is not None:
@@ -391,6 +395,24 @@ def _account_for(adapter: Adapter, peft_model: PeftModel, missing: Sequence[str]
     ]
     if left:
         _raise_missing(adapter, [name.replace(f".{ADAPTER_NAME}", "") for name in left])
+
+
+def _copies_of_tokens(adapter: Adapter, peft_model: PeftModel) -> frozenset[str]:
+    """Return the tensors that PEFT saves once more for a layer with tied tokens, and does not take when it loads."""
+    names = {id(module): name for name, module in peft_model.named_modules()}
+    found = set()
+    for module in peft_model.modules():
+        if isinstance(module, TrainableTokensLayer) and module.tied_adapter is not None:
+            double, own = (f"{names[id(layer)]}.trainable_tokens_delta" for layer in (module, module.tied_adapter))
+            if not {double, own} <= adapter.tensors.keys():
+                continue
+            if not _same(adapter.weights_path, adapter.tensors[double], adapter.tensors[own]):
+                raise BadInputError(
+                    f"{adapter.weights_path}: tensors {adapter.tensors[double].name} and {adapter.tensors[own].name} "
+                    "differ, and the configuration ties their layers; save the adapter again with one of them"
+                )
+            found.add(double)
+    return frozenset(found)
 
 
 def _check_tensors(adapter: Adapter, peft_model: PeftModel) -> None:
