@@ -31,6 +31,9 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _OUTERMOST = "module"
 """What DistributedDataParallel puts before all names."""
 
+_LAYER = "base_layer"
+"""What PEFT calls a layer inside of what it has put in its place."""
+
 _TOKENS = "trainable_tokens_"
 _VALUE_HEAD = re.compile(r"(base_model\.model\.)?(v_head|value_head)\..+")
 _TEXT_MODELS = frozenset({"model", "transformer", "language_model", "text_model"})
@@ -151,12 +154,7 @@ def fit_names(
     renamed = {}
     for name, spec in tensors.items():
         owner = owners[name]
-        if owner in moved:
-            # Between the module and what is of the adapter, PEFT may have put layers of its own.
-            rest = name[len(PREFIX) :].replace(".base_layer", "", 1)[len(owner) :]
-            renamed[f"{PREFIX}{moved[owner]}{rest}"] = spec
-        else:
-            renamed[name] = spec
+        renamed[_renamed(name, owner, moved[owner]) if owner in moved else name] = spec
     if not moved:
         return Fitted(config=config, tensors=tensors, moved={}, tower=None)
     config = copy.deepcopy(config)
@@ -234,11 +232,22 @@ def owner_of(name: str, prefix: str) -> str | None:
     """
     if not name.startswith(PREFIX):
         return None
-    parts = [part for part in name[len(PREFIX) :].split(".") if part != "base_layer"]
+    parts = [part for part in name[len(PREFIX) :].split(".") if part != _LAYER]
     for place, part in enumerate(parts):
         if part.startswith((prefix, _TOKENS)) or part == "token_adapter":
             return ".".join(parts[:place])
     return ".".join(parts)
+
+
+def _renamed(name: str, owner: str, new: str) -> str:
+    """Give a tensor's owner its new name; the layers that PEFT has put between stay as far from the end."""
+    parts = name[len(PREFIX) :].split(".")
+    inner = [part for part in parts if part != _LAYER][len(owner.split(".")) :]
+    renamed = [*new.split("."), *inner]
+    for place, part in enumerate(reversed(parts)):
+        if part == _LAYER:
+            renamed.insert(len(renamed) - place, part)
+    return f"{PREFIX}{'.'.join(renamed)}"
 
 
 def _modules(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:

@@ -81,8 +81,10 @@ def merged(base, adapter, directory):
             {"target_modules": r"model\.layers\.\d+\.self_attn\.(q|v)_proj"},
         ),
         (["q_proj"], {"modules_to_save": ["embed_tokens"]}, {}),
+        ([*EVERYWHERE, "embed_tokens", "lm_head"], {}, {}),
+        (EVERYWHERE, {"use_dora": True, "bias": "all"}, {}),
     ],
-    ids=["plain", "alpha", "rank", "pattern", "embedding"],
+    ids=["plain", "alpha", "rank", "pattern", "embedding", "base-weights", "base-biases"],
 )
 def test_names_before_a_renaming_are_found_by_the_rules_of_transformers(qwen, tmp_path, targets, fields, old):
     today = make(qwen, tmp_path / "today", targets, **fields)
