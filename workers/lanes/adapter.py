@@ -418,7 +418,8 @@ def _copies_of_tokens(adapter: Adapter, peft_model: PeftModel) -> frozenset[str]
 def _check_tensors(adapter: Adapter, peft_model: PeftModel) -> None:
     """Hold the file against what PEFT would save of this model.
 
-    Names may differ where PEFT converts what older versions saved; those are accounted for when they are loaded.
+    Names of its method's own tensors may differ where PEFT converts what older versions saved; those are accounted for
+    when they are loaded.
     """
     with refusals(adapter, f"{ADAPTER_CONFIG}: cannot be saved again"):
         expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
@@ -434,8 +435,12 @@ def _check_tensors(adapter: Adapter, peft_model: PeftModel) -> None:
             raise UnsupportedError(
                 f"{adapter.weights_path}: tensor {name}: dtype {spec.dtype} is not one of {', '.join(map(str, FLOATS))}"
             )
-    if adapter.tensors.keys() < expected.keys():
-        _raise_missing(adapter, sorted(expected.keys() - adapter.tensors.keys()))
+    missing = expected.keys() - adapter.tensors.keys()
+    if not adapter.tensors.keys() < expected.keys():
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(adapter.method)]
+        missing = {name for name in missing if prefix not in name}
+    if missing:
+        _raise_missing(adapter, sorted(missing))
 
 
 def _raise_missing(adapter: Adapter, names: Sequence[str]) -> None:
