@@ -440,10 +440,11 @@ def failures(checks: Sequence[TensorCheck], max_rounding_excess: float) -> Mappi
     """Return one sentence for each tensor that is not what it should be, by tensor, the worst first."""
     bad = [c for c in checks if c.rounding_excess > max_rounding_excess or (c.num_bad_elements and not c.targeted)]
     bad.sort(key=lambda c: (c.rounding_excess, c.max_abs_error), reverse=True)
-    return {
-        check.tensor: (
-            f"tensor {check.tensor}: {check.num_bad_elements} elements are not base + delta: off by up to "
-            f"{check.max_abs_error:.3g}, {check.rounding_excess:.3g} times what one rounding allows"
-        )
-        for check in bad
-    }
+    return {check.tensor: f"tensor {check.tensor}: {_fault(check)}" for check in bad}
+
+
+def _fault(check: TensorCheck) -> str:
+    excess = f"{check.rounding_excess:.3g} times what one rounding allows"
+    if not check.num_bad_elements and not check.max_abs_error:  # the bits are those of a second merge
+        return f"PEFT merged it, and its module does not answer as base + adapter does: off by {excess}"
+    return f"{check.num_bad_elements} elements are not base + delta: off by up to {check.max_abs_error:.3g}, {excess}"

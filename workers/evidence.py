@@ -31,6 +31,9 @@ from workers.plan import MergePlan
 _PREFIX = "base_model.model."
 _BIASES = ("bias", "base_layer.bias")
 """What a layer may have besides two matrices that are added to its weight."""
+_COPY = re.compile(r"\.modules_to_save\.(default\.)?")
+_ORIGINAL = ".original_module."
+"""What PEFT puts into the name of a weight that was trained whole, and into that of the base's weight beside it."""
 
 _VALUE_HEAD = re.compile(r"((base_model|model|module|_[a-z_]+)\.)*(v_head|value_head)\..+")
 """Names, wrappers before them or not, of what a model does without after the training."""
@@ -68,6 +71,8 @@ class Evidence:
             file: Any = safe_open(self._path, framework="pt")
             unnamed = set(file.keys()).difference(self._stored.values())
             unnamed -= {name for name in plan.opened.left_behind if _VALUE_HEAD.fullmatch(name)}
+        copies = {_COPY.sub(".", stored) for stored in self._stored.values()}
+        unnamed -= {name for name in unnamed if _ORIGINAL in name and name.replace(_ORIGINAL, ".") in copies}
         self._file = file
         self.tensors = dict.fromkeys((*self._stored, *sorted(unnamed)))
         """Names of its tensors: PEFT's, and those of the file that were given none."""

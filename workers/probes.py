@@ -140,7 +140,8 @@ def _answer(module: nn.Module, state: State, inputs: torch.Tensor) -> torch.Tens
 def _deviation(module: nn.Module, shipped: State, size_NO: torch.Tensor) -> torch.Tensor:
     """Return the standard deviation of an answer when each weight behind it is rounded once, uniformly.
 
-    Besides, the merge computes in float32: its error grows with the norm of the weights behind an answer.
+    Besides, the merge computes in float32: its error grows with the norm of the weights behind an answer, and for one
+    weight of an embedding with that of its row, as the terms of its delta may cancel out.
 
     Args:
         module: of the answers.
@@ -150,8 +151,8 @@ def _deviation(module: nn.Module, shipped: State, size_NO: torch.Tensor) -> torc
     weight = shipped["weight"]
     if isinstance(module, nn.Embedding):
         # An answer is one weight, times a scale that some models give their embeddings.
-        relative = torch.finfo(weight.dtype).eps / math.sqrt(12) + 4 * torch.finfo(torch.float32).eps
-        return size_NO * relative + torch.finfo(weight.dtype).tiny
+        rounding_NO = size_NO * (torch.finfo(weight.dtype).eps / math.sqrt(12)) + torch.finfo(weight.dtype).tiny
+        return rounding_NO + 4 * torch.finfo(torch.float32).eps * size_NO.square().mean(-1, keepdim=True).sqrt()
     others = 0 if isinstance(module, Conv1D) else tuple(range(1, weight.dim()))
     variance_O = (2 * half_ulp(weight).double()).square().sum(others) / 12
     if "bias" in shipped:

@@ -17,6 +17,7 @@ import peft
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -269,8 +270,11 @@ def put_on(
         peft_model = PeftModel(model, config, low_cpu_mem_usage=on_meta or offloaded_to is not None)
     if not values and adapter.method in SHAPED_BY_VALUES:
         return Wrapped(peft_model, frozenset())
+    copies = _copies_of_tokens(adapter, peft_model)
     tensors = {}
     for name, spec in adapter.tensors.items():
+        if name in copies:
+            continue
         if not values:
             tensors[name] = torch.zeros(spec.shape, dtype=spec.dtype, device="meta" if on_meta else "cpu")
         elif offloaded_to is not None:
@@ -444,10 +448,29 @@ def _account_for(adapter: Adapter, peft_model: PeftModel, missing: Sequence[str]
         _raise_missing(adapter, [name.replace(f".{ADAPTER_NAME}", "") for name in left])
 
 
+def _copies_of_tokens(adapter: Adapter, peft_model: PeftModel) -> frozenset[str]:
+    """Return the tensors that PEFT saves once more for a layer with tied tokens, and does not take when it loads."""
+    names = {id(module): name for name, module in peft_model.named_modules()}
+    found = set()
+    for module in peft_model.modules():
+        if isinstance(module, TrainableTokensLayer) and module.tied_adapter is not None:
+            double, own = (f"{names[id(layer)]}.trainable_tokens_delta" for layer in (module, module.tied_adapter))
+            if not {double, own} <= adapter.tensors.keys():
+                continue
+            if not _same(adapter.weights_path, adapter.tensors[double], adapter.tensors[own]):
+                raise BadInputError(
+                    f"{adapter.weights_path}: tensors {adapter.tensors[double].name} and {adapter.tensors[own].name} "
+                    "differ, and the configuration ties their layers; save the adapter again with one of them"
+                )
+            found.add(double)
+    return frozenset(found)
+
+
 def _check_tensors(adapter: Adapter, peft_model: PeftModel) -> None:
     """Hold the file against what PEFT would save of this model.
 
-    Names may differ where PEFT converts what older versions saved; those are accounted for when they are loaded.
+    Names of its method's own tensors may differ where PEFT converts what older versions saved; those are accounted for
+    when they are loaded.
     """
     with refusals(adapter, f"{ADAPTER_CONFIG}: cannot be saved again"):
         expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
@@ -463,8 +486,12 @@ def _check_tensors(adapter: Adapter, peft_model: PeftModel) -> None:
             raise UnsupportedError(
                 f"{adapter.weights_path}: tensor {name}: dtype {spec.dtype} is not one of {', '.join(map(str, FLOATS))}"
             )
-    if adapter.tensors.keys() < expected.keys():
-        _raise_missing(adapter, sorted(expected.keys() - adapter.tensors.keys()))
+    missing = expected.keys() - adapter.tensors.keys()
+    if not adapter.tensors.keys() < expected.keys():
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(adapter.method)]
+        missing = {name for name in missing if prefix not in name}
+    if missing:
+        _raise_missing(adapter, sorted(missing))
 
 
 def _raise_missing(adapter: Adapter, names: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ next. Both are undone here, for names alone: no tensor changes.
 
 import copy
 import functools
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 
 _OUTERMOST = "module"
 """What DistributedDataParallel puts before all names."""
+
+_LAYER = "base_layer"
+"""What PEFT calls a layer inside of what it has put in its place."""
 
 _TOKENS = "trainable_tokens_"
 _VALUE_HEAD = re.compile(r"(base_model\.model\.)?(v_head|value_head)\..+")
@@ -151,16 +155,12 @@ def fit_names(
     renamed = {}
     for name, spec in tensors.items():
         owner = owners[name]
-        if owner in moved:
-            # Between the module and what is of the adapter, PEFT may have put layers of its own.
-            rest = name[len(PREFIX) :].replace(".base_layer", "", 1)[len(owner) :]
-            renamed[f"{PREFIX}{moved[owner]}{rest}"] = spec
-        else:
-            renamed[name] = spec
+        renamed[_renamed(name, owner, moved[owner]) if owner in moved else name] = spec
     if not moved:
         return Fitted(config=config, tensors=tensors, moved={}, tower=None)
     config = copy.deepcopy(config)
     _move_patterns(config, {old: new for old, new in moved.items() if new in modules})
+    _move_ends(config, moved, modules)
     tower = _narrow(config, find, {owner_of(name, prefix) for name in renamed} - {None}, moved)
     return Fitted(config=config, tensors=renamed, moved=moved, tower=tower)
 
@@ -234,11 +234,22 @@ def owner_of(name: str, prefix: str) -> str | None:
     """
     if not name.startswith(PREFIX):
         return None
-    parts = [part for part in name[len(PREFIX) :].split(".") if part != "base_layer"]
+    parts = [part for part in name[len(PREFIX) :].split(".") if part != _LAYER]
     for place, part in enumerate(parts):
         if part.startswith((prefix, _TOKENS)) or part == "token_adapter":
             return ".".join(parts[:place])
     return ".".join(parts)
+
+
+def _renamed(name: str, owner: str, new: str) -> str:
+    """Give a tensor's owner its new name; the layers that PEFT has put between stay as far from the end."""
+    parts = name[len(PREFIX) :].split(".")
+    inner = [part for part in parts if part != _LAYER][len(owner.split(".")) :]
+    renamed = [*new.split("."), *inner]
+    for place, part in enumerate(reversed(parts)):
+        if part == _LAYER:
+            renamed.insert(len(renamed) - place, part)
+    return f"{PREFIX}{'.'.join(renamed)}"
 
 
 def _modules(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
@@ -275,6 +286,38 @@ def _move_patterns(config: Any, moved: Mapping[str, str]) -> None:
         config.target_modules = "|".join([f"(?:{targets})", *map(re.escape, left)])
     elif left:
         config.target_modules = {*targets, *left}
+
+
+def _move_ends(config: Any, moved: Mapping[str, str], modules: frozenset[str]) -> None:
+    """Let what the configuration names by the ends of old names be found: whole modules, tokens and parameters."""
+    places: dict[str, str] = {}
+    for old, new in moved.items():
+        was, now = old.split("."), new.split(".")
+        ends = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(was), reversed(now), strict=False))
+        for length in range(len(list(ends)) + 1):
+            place = ".".join(now[: len(now) - length])
+            if place in modules:
+                places[".".join(was[: len(was) - length])] = place
+
+    def find(end: str, start: str = "") -> list[str]:
+        def has(name: str) -> bool:
+            return f"{start}{name}".endswith(f"{start}{end}")
+
+        found = [new for old, new in places.items() if has(old) and not has(new)]
+        return [end, *found] if not found or any(map(has, modules)) else found
+
+    whole = getattr(config, "modules_to_save", None)
+    if whole:
+        config.modules_to_save = [name for end in whole for name in find(end)]
+    tokens = getattr(config, "trainable_token_indices", None)
+    if isinstance(tokens, dict):
+        config.trainable_token_indices = {name: indices for end, indices in tokens.items() for name in find(end)}
+    parameters = getattr(config, "target_parameters", None)
+    if parameters:
+        split = [parameter.rpartition(".") for parameter in parameters]
+        config.target_parameters = [
+            f"{name}{dot}{key}" for module, dot, key in split for name in (find(module, ".") if module else [""])
+        ]
 
 
 def _narrow(config: Any, find: _Finder, owners: set[str | None], moved: Mapping[str, str]) -> str | None:

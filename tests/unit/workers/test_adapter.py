@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from jobs.errors import BadInputError, MergefleetError, NotFoundError, UnsupportedError
 from tests.methods import make_method_adapter
-from tests.models import build_llama, make_adapter
+from tests.models import build_llama, build_qwen2, make_adapter
 from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 from workers.lanes.coverage import cover
 from workers.model import skeleton
@@ -165,6 +165,25 @@ def test_what_changes_no_weight_of_the_base_is_refused_by_name(base, adapter, fi
 def test_what_the_configuration_promises_has_to_be_there(base, adapter, field, value, named):
     change_config(adapter, **{field: value})
     with pytest.raises(BadInputError, match=named):
+        plan(base, adapter)
+
+
+@pytest.mark.parametrize(
+    ("fields", "lost"),
+    [
+        ({"bias": "lora_only"}, "model.layers.0.self_attn.q_proj.base_layer.bias"),
+        ({"bias": "all"}, "model.layers.0.self_attn.k_proj.bias"),
+        ({"modules_to_save": ["norm"]}, "model.norm.weight"),
+    ],
+    ids=["bias", "bias-of-another-layer", "module"],
+)
+def test_what_was_trained_beside_it_has_to_be_there_whatever_else_is(tmp_path, fields, lost):
+    """PEFT saves the weight below an adapter of a head, which nothing asks for."""
+    base = build_qwen2(tmp_path / "base", tokenizer=False, num_hidden_layers=1)
+    adapter = make_adapter(base, tmp_path / "adapter", targets=["q_proj", "lm_head"], **fields)
+    change_tensors(adapter, lambda tensors: tensors.pop(f"base_model.model.{lost}"))
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(adapter / ADAPTER_WEIGHTS)
+    with pytest.raises(BadInputError, match=f"expected tensor base_model.model.{lost} .* found none"):
         plan(base, adapter)
 
 

@@ -5,15 +5,18 @@ import re
 import shutil
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from jobs.errors import MergefleetError
 from tests.architectures import build
+from tests.computed import computed_ends, is_rounded
 from tests.merges import different, merge_by_peft, plan_pass, read_tensors
 from tests.models import load_plain
 from workers.inference import quiet_libraries
 from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from workers.sidecars import write_sidecars
 
 TEXT = r".*language_model.*\.(q_proj|v_proj)"
 EVERYWHERE = ["q_proj", "v_proj", "down_proj"]
@@ -29,11 +32,15 @@ def gemma(tmp_path_factory):
     return build("vision-language", "gemma3", tmp_path_factory.mktemp("base") / "gemma3")
 
 
-def make(base, directory, targets, **fields):
-    """Save a trained adapter under the names that the model has today."""
+def make(base, directory, targets, *, trained=False, **fields):
+    """Save an adapter under the names that the model has today; `trained` moves what begins as the base's, too."""
     with quiet_libraries():
         config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **fields)
-        get_peft_model(load_plain(base), config).save_pretrained(directory)
+        peft_model = get_peft_model(load_plain(base), config)
+        for parameter in peft_model.parameters() if trained else ():
+            if parameter.requires_grad:
+                parameter.data += 0.05 * torch.randn(parameter.shape)
+        peft_model.save_pretrained(directory)
     return directory
 
 
@@ -49,6 +56,11 @@ def rewrite(adapter, directory, change, **config):
 
 def before_4_52(name):
     return name.replace("model.model.language_model.", "model.model.").replace("model.model.visual.", "model.visual.")
+
+
+def gemma_before_4_52(name):
+    name = name.replace("model.model.language_model.", "model.language_model.model.")
+    return name.replace("base_model.model.lm_head", "base_model.model.language_model.lm_head")
 
 
 def text_alone(name):
@@ -81,8 +93,10 @@ def merged(base, adapter, directory):
             {"target_modules": r"model\.layers\.\d+\.self_attn\.(q|v)_proj"},
         ),
         (["q_proj"], {"modules_to_save": ["embed_tokens"]}, {}),
+        ([*EVERYWHERE, "embed_tokens", "lm_head"], {}, {}),
+        (EVERYWHERE, {"use_dora": True, "bias": "all"}, {}),
     ],
-    ids=["plain", "alpha", "rank", "pattern", "embedding"],
+    ids=["plain", "alpha", "rank", "pattern", "embedding", "base-weights", "base-biases"],
 )
 def test_names_before_a_renaming_are_found_by_the_rules_of_transformers(qwen, tmp_path, targets, fields, old):
     today = make(qwen, tmp_path / "today", targets, **fields)
@@ -90,6 +104,41 @@ def test_names_before_a_renaming_are_found_by_the_rules_of_transformers(qwen, tm
     tensors, notes = merged(qwen, adapter, tmp_path / "ours")
     assert different(tensors, merge_by_peft(qwen, today, tmp_path / "peft")) == []
     assert any("modules of the adapter have another name in this base" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "old"),
+    [
+        ({"modules_to_save": ["embed_tokens"]}, {"modules_to_save": ["language_model.model.embed_tokens"]}),
+        ({"modules_to_save": ["lm_head"]}, {"modules_to_save": ["language_model.lm_head"]}),
+        (
+            {"trainable_token_indices": {"embed_tokens": [5, 6]}},
+            {"trainable_token_indices": {"language_model.model.embed_tokens": [5, 6]}},
+        ),
+    ],
+    ids=["embedding", "head", "tokens"],
+)
+def test_tied_weights_under_old_names_are_what_base_and_adapter_compute(gemma, tmp_path, fields, old):
+    today = make(gemma, tmp_path / "today", ["q_proj"], trained=True, **fields)
+    adapter = rewrite(today, tmp_path / "old", gemma_before_4_52, **old)
+    planned = plan_pass(gemma, {"job": adapter}, tmp_path / "ours")
+    assert not planned.run().errors
+    write_sidecars(planned.plans[0], planned.output("job"))
+    loaded, before = load_plain(planned.output("job")), load_plain(gemma)
+    for name, exact in computed_ends(gemma, today).items():
+        assert is_rounded(loaded.get_parameter(name), exact, before.get_parameter(name))
+
+
+def test_parameters_that_are_targeted_by_old_names_are_found(tmp_path):
+    base = build("vision-language", "qwen3_vl_moe", tmp_path / "base")
+    parameters = ["layers.0.mlp.experts.gate_up_proj", "layers.0.mlp.experts.down_proj"]
+    today = make(
+        base, tmp_path / "today", [], target_parameters=[f"model.language_model.{name}" for name in parameters]
+    )
+    old = [f"model.{name}" for name in parameters]
+    adapter = rewrite(today, tmp_path / "old", text_alone, target_parameters=old)
+    tensors, _ = merged(base, adapter, tmp_path / "ours")
+    assert different(tensors, merge_by_peft(base, today, tmp_path / "peft")) == []
 
 
 def test_an_adapter_of_a_text_model_fits_it_in_a_larger_one(gemma, tmp_path):

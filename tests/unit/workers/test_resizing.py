@@ -5,13 +5,15 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from jobs.errors import UnsupportedError
+from jobs.errors import BadInputError, UnsupportedError
 from tests.merges import different, plan_pass, read_tensors
 from tests.models import build_llama
 from workers.checkpoint import read_json
 from workers.inference import quiet_libraries
+from workers.lanes.adapter import ADAPTER_WEIGHTS
 from workers.sidecars import write_sidecars
 
 BOTH = ["embed_tokens", "lm_head"]
@@ -65,7 +67,14 @@ def merge_by_peft(base, adapter, num_tokens):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("num_tokens", [516, 500])
 @pytest.mark.parametrize(
-    ("whole", "fields"), [(False, {"modules_to_save": BOTH}), (True, {})], ids=["trained", "saved"]
+    ("whole", "fields"),
+    [
+        (False, {"modules_to_save": BOTH}),
+        (True, {}),
+        (True, {"modules_to_save": BOTH}),
+        (True, {"trainable_token_indices": [3, 499]}),
+    ],
+    ids=["trained", "saved", "trained-and-saved", "tokens"],
 )
 def test_the_vocabulary_of_the_adapter_is_that_of_the_release(bases, tmp_path, tied, num_tokens, whole, fields):
     adapter = make(bases[tied], tmp_path / "adapter", num_tokens, whole=whole, **fields)
@@ -110,3 +119,12 @@ def test_what_brings_a_part_of_it_is_refused_with_both_sizes(bases, tmp_path, ti
     with pytest.raises(UnsupportedError) as error:
         plan_pass(bases[tied], {"job": adapter}, tmp_path / "ours")
     assert re.search(said, str(error.value))
+
+
+def test_tokens_of_tied_layers_that_differ_are_refused(bases, tmp_path):
+    adapter = make(bases[True], tmp_path / "adapter", 516, whole=True, trainable_token_indices=[3, 513])
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    tensors["base_model.model.lm_head.token_adapter.trainable_tokens_delta"] += 1
+    save_file(tensors, adapter / ADAPTER_WEIGHTS)
+    with pytest.raises(BadInputError, match=r"lm_head\..* and .*embed_tokens\..*trainable_tokens_delta differ.* ties"):
+        plan_pass(bases[True], {"job": adapter}, tmp_path / "ours")
