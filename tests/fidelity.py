@@ -15,7 +15,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,15 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 
 _MAMBA_LINEARS = r".*\.(in_proj|x_proj|dt_proj|up_proj|down_proj|q_proj|k_proj|v_proj|o_proj)"
 """PEFT refuses to adapt the other linears of state-space models."""
+
+_BYPASSED: Mapping[str, list[str]] = {
+    "mamba": ["dt_proj"],
+    "mobilebert": ["predictions.decoder", "predictions.dense"],
+}
+"""Linear layers that the model never calls, as it computes with their weights: LoRA on them is refused."""
+
+_REFUSED_HERE = "is a buffer of the base's model"
+"""What mergefleet refuses and PEFT merges: a trained copy of a module with tensors beside its parameters (I-BERT)."""
 
 _MARKS = {"equal": "=", "better": "+", "refused": "x"}
 
@@ -90,7 +99,9 @@ def merge_both(base: Path, adapter: Path, directory: Path, quantization: str = "
         for error in planned.run().errors.values():
             raise error
     except MergefleetError as error:
-        fault = _fault_of_peft(base, adapter, directory / "peft", config)
+        fault = f"by mergefleet: a trained tensor {_REFUSED_HERE}; a merge changes parameters alone"
+        if _REFUSED_HERE not in str(error):
+            fault = _fault_of_peft(base, adapter, directory / "peft", config)
         return Cell("refused", fault) if fault else Cell("wrong", f"refused, but PEFT merges it: {error}")
     bad = [c.tensor for c in planned.check()["job"].values() if c.rounding_excess > 1 or c.num_bad_elements]
     if bad:
@@ -227,13 +238,19 @@ def architecture_cells(
     """Yield column and cell of one architecture: every variant on 16 bits, plain LoRA on NF4, doubly, too."""
     state_space = "mamba" in model_type or model_type == "nemotron_h"
     targets = {"r": 4, "lora_alpha": 8, "target_modules": _MAMBA_LINEARS if state_space else "all-linear"}
+    left_out = _BYPASSED.get(model_type, [])
+    targets |= {"exclude_modules": left_out} if left_out else {}
+
+    def without(cell: Cell) -> Cell:
+        return replace(cell, reason=cell.reason or f"without {', '.join(left_out)}") if left_out else cell
+
     for name, fields in variants.items():
         with _scratch() as scratch:
-            yield name, _cell(base, scratch, "none", "LORA", targets | fields)
+            yield name, without(_cell(base, scratch, "none", "LORA", targets | fields))
     if kind in ("decoder", "vision-language"):
         for name, double in (("LoRA, NF4", False), ("LoRA, NF4 doubly", True)):
             with _scratch() as scratch:
-                yield name, _cell(base, scratch, "nf4", "LORA", targets, double=double)
+                yield name, without(_cell(base, scratch, "nf4", "LORA", targets, double=double))
 
 
 def _cell(
@@ -341,8 +358,8 @@ def _page(
         "",
         f"Written by `make fidelity`, with PEFT {peft.__version__} and transformers {transformers.__version__}. A cell",
         "is one adapter, merged here and by PEFT over the whole loaded model, and compared bit by bit in every tensor",
-        "of the files: `=` equal; `x` refused, as PEFT itself cannot make, load or merge it; `+` better, as the",
-        "reference is known to be wrong. Numbers point to the reasons at the end.",
+        "of the files: `=` equal; `x` refused, as PEFT itself cannot make, load or merge it, or as the reason says;",
+        "`+` better, as the reference is known to be wrong. Numbers point to the reasons at the end.",
         "",
         "## Methods",
         "",
