@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench scale gpu bases fidelity stability wrong-merges chaos fuzz fuzz-files
+.PHONY: help setup demo test lint bench scale gpu bases fidelity stability wrong-merges slow chaos fuzz fuzz-files
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,8 +36,11 @@ lint: setup  ## style, types and import rules
 	$(BIN)/lint-imports
 
 # Two at a time: whole files, in order, since the tests of a file share their models; each on threads of its own.
-test: lint  ## lint, then every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: lint  ## lint, then every test but the slowest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+slow: setup  ## the slowest tests: kills of drivers and workers, all methods, measured memory
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # Only here, as it is no library of ours and brings many.
 $(VENV)/.mergekit: $(INSTALLED)

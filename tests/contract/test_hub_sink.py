@@ -145,19 +145,19 @@ def test_card_edited_meanwhile_is_no_obstacle(place: HubPlace) -> None:
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_card_of_a_person_stays(place: HubPlace, when: str) -> None:
-    ours = {"config.json": b"{}", "README.md": b"# Ours"}
+    files = make_files()
     if when == "before":
         place.write("README.md", b"# Mine\n")
     staging = HubSink(place.location, place.scratch).open(KEY)
-    manifest = fill(staging, ours)
+    manifest = fill(staging, files | {"README.md": b"# Ours"})
     if when == "meanwhile":
         place.write("README.md", b"# Mine\n")
 
     release = staging.publish(manifest)
     staging.discard()
 
-    assert content(place) == {"config.json": b"{}", "README.md": b"# Mine\n"}
-    assert [artifact.path for artifact in release.manifest.files] == ["config.json"]
+    assert content(place) == files | {"README.md": b"# Mine\n"}
+    assert {artifact.path for artifact in release.manifest.files} == files.keys()
     assert verify_release(place.location, place.scratch) == release.manifest
     assert pull_release(place.location, place.scratch / "pulled") == release.manifest
 

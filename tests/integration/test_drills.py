@@ -29,6 +29,7 @@ def run_drill(drill, sources, destination, home, environment=()):
     return done, json.loads(done.stdout)["merges"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drill", ["flip-byte", "halve-scaling"])
 def test_nothing_appears_in_a_directory(drill, sources, tmp_path):
     destination = tmp_path / "releases" / "merged"

@@ -166,6 +166,7 @@ def check_releases(fleet, num_jobs):
     assert not scratch.exists() or list(scratch.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_batch_survives_the_death_of_a_worker(fleet, models):
     fleet.submit(models, 6)
     run = fleet.start("--drain", "--workers", "2")
@@ -183,6 +184,7 @@ def test_a_batch_survives_the_death_of_a_worker(fleet, models):
     assert told == {(1 + charged, charged)}
 
 
+@pytest.mark.slow
 def test_one_merge_is_shared_by_two_workers_and_survives_the_death_of_one(fleet, models):
     run = fleet.start("--workers", "2")
     fleet.until(lambda: fleet.events(run, "started"), "the start")
@@ -207,6 +209,7 @@ def test_one_merge_is_shared_by_two_workers_and_survives_the_death_of_one(fleet,
     assert (record.attempts, record.worker_losses) == (1, 0)
 
 
+@pytest.mark.slow
 def test_a_batch_survives_the_death_of_its_driver(fleet, models):
     fleet.submit(models, 6)
     run = fleet.start("--drain", "--workers", "2")

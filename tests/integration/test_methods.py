@@ -48,6 +48,7 @@ def outcomes_of(worker, base, adapters, tmp_path, **fields):
     return {outcome.job_id: outcome for outcome in worker.run_unit("unit", tuple(requests)).jobs}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("quantization", "methods"),
     [("none", METHODS), ("nf4", ["BOFT", "IA3", "LOHA", "LORA", "VERA"])],

@@ -84,6 +84,7 @@ def edit_tensors(tensors, name, kind):
     return [name, name.replace("layers.0", "layers.7").replace("lm_head", "head")]
 
 
+@pytest.mark.slow
 @LOOSE
 @given(
     adapter=st.sampled_from(sorted(KINDS)),
@@ -114,6 +115,7 @@ def other_values(value):
     return [["v_proj"], 0, "v_proj"] if value is None else []
 
 
+@pytest.mark.slow
 @LOOSE
 @given(adapter=st.sampled_from(sorted(KINDS)), choice=st.integers(0, 10_000), value=st.integers(0, 3))
 def test_no_field_is_left_out_in_silence(base, adapters, adapter, choice, value):

@@ -134,6 +134,7 @@ def test_small_deltas_of_low_rank_pass_though_float32_rounds_first(tmp_path, ran
     assert max(each.rounding_excess for each in checks.values()) <= 1
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     rank=st.integers(1, 70),

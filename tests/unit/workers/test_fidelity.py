@@ -8,12 +8,12 @@ from tests.fidelity import VARIANTS, architecture_cells
 SAMPLE = [
     ("decoder", "gemma3"),
     ("decoder", "gpt2"),
-    ("decoder", "hrm_text"),
+    pytest.param("decoder", "hrm_text", marks=pytest.mark.slow),
     ("decoder", "mamba"),
     ("decoder", "mixtral"),
     ("decoder", "deepseek_v3"),
     ("decoder", "phi3"),
-    ("vision-language", "qwen2_5_vl"),
+    pytest.param("vision-language", "qwen2_5_vl", marks=pytest.mark.slow),
     ("encoder-decoder", "t5"),
     ("encoder", "bert"),
 ]

@@ -140,7 +140,7 @@ class TestCache:
         assert source.location == LocalPath(adapter)
         assert source.directory == tmp_path / "cache" / "gathered" / source.digest
         found = {p.relative_to(source.directory).as_posix() for p in source.directory.rglob("*") if p.is_file()}
-        copied = {"adapter_config.json", "tokenizer.json", "additional_chat_templates/rag.jinja"}
+        copied = {"adapter_config.json", "tokenizer.json", "additional_chat_templates/rag.jinja", "README.md"}
         assert found == copied | {"adapter_model.safetensors", ".trained_beside.json"}
         assert all((source.directory / name).read_bytes() == (adapter / name).read_bytes() for name in copied)
         with safe_open(source.directory / "adapter_model.safetensors", "pt") as weights:

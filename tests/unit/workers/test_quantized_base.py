@@ -236,6 +236,7 @@ def test_a_base_whose_weights_were_written_again_has_another_key(tmp_path):
     assert make_task(base, tmp_path).key(CPU) != before
 
 
+@pytest.mark.slow
 def test_two_processes_make_it_once_and_a_killed_one_leaves_nothing_half_made(task, tmp_path):
     (tmp_path / "task").write_bytes(pickle.dumps(task))
     root = tmp_path / "cache"

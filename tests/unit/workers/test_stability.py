@@ -1,5 +1,7 @@
 """Methods that decompose the base anew whenever they are loaded: what moves with the machine is refused by name."""
 
+import pytest
+
 from tests.merges import one_torch_thread
 from tests.stability import MOVES, SETTINGS, STAYS, build, merge_all, merge_here, moved
 from workers.lanes.methods import MERGED, REMADE, UNSTABLE
@@ -11,6 +13,7 @@ def test_a_method_is_of_one_kind():
 
 
 # A process that imports torch and PEFT: the number of threads of one that computed before is another matter.
+@pytest.mark.slow
 def test_methods_move_with_the_number_of_threads_as_they_are_said_to(tmp_path):
     methods = [*UNSTABLE, "PSOFT", "LORA"]
     directory = build(tmp_path / "made", methods)

@@ -87,7 +87,8 @@ def test_what_is_asked_computes_with_single_experts(base, tmp_path):
     before, after = logits(load_plain(base)), logits(load_plain(by_hand))
     assert float((after - before).abs().max()) > 0.1
     running = load_model(base, Room(device=torch.device("cpu"), scratch=tmp_path))
-    with running.with_adapter(opened) as peft_model:
+    with running.with_adapter(opened) as worn:
+        peft_model = worn.model
         assert torch.allclose(logits(peft_model), after, atol=1e-4)
         with peft_model.disable_adapter():
             assert torch.equal(logits(peft_model), before)
