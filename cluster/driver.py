@@ -95,7 +95,7 @@ class Driver:
         """Step until stopped, or, when draining, until nothing is left that could still become claimable.
 
         Draining waits for jobs that other drivers hold and for jobs that wait to be tried again. A store that does not
-        answer is asked again, for as long as nobody stops the driver.
+        answer is asked again, until the driver is stopped.
 
         Raises:
             WorkerLostError: the workers do not start.
@@ -120,7 +120,7 @@ class Driver:
 
     @property
     def stopping(self) -> bool:
-        """Whether somebody asked it to stop."""
+        """Whether a signal or a caller asked it to stop."""
         return self._stopping
 
     def step(self) -> None:
@@ -144,7 +144,7 @@ class Driver:
         events = self._pool.poll(self._settings.poll_seconds)
         self._events.extend(events)
         self._handle_events()
-        # Nobody waits for what is written down of a release: while much goes on, many are written at once.
+        # No job waits for the record of a release: while much goes on, many are written at once.
         if not events or self._clock() - self._releases_written_at >= self._settings.poll_seconds:
             self._settlement.write_releases()
             self._releases_written_at = self._clock()
@@ -192,7 +192,7 @@ class Driver:
             return
         shared = self._holdings.flights[worker].shared
         if shared is not None and shared.is_open and not shared.at_work and not shared.finishing:
-            for held in jobs:  # nobody is at it who could say that it stopped
+            for held in jobs:  # no worker is left that could say that it stopped
                 self._settlement.failure(held, CANCELLED)
             return
         for held in jobs:

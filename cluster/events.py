@@ -1,4 +1,4 @@
-"""What a driver tells whoever watches it: the terminal, or a program that reads JSON lines."""
+"""Events of a driver, for the terminal or for a program that reads JSON lines."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

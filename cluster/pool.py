@@ -87,7 +87,7 @@ class _Member:
     residents: frozenset[str] = frozenset()
     created_at: float = 0.0
     awaited: bool = False
-    """Whether somebody was told that it takes long to start."""
+    """Whether an event has told that it takes long to start."""
     failed_starts: int = 0
     """In a row."""
     device_faults: int = 0
@@ -257,7 +257,7 @@ class WorkerPool:
                 }
                 member.handle = self._actor_class.options(**options).remote(*self._arguments(member.crew))
             except self._ray.exceptions.ActorAlreadyExistsError:
-                continue  # the name is free once Ray has noticed that nobody holds the dead actor's handle
+                continue  # the name is free once Ray has noticed that no process holds the dead actor's handle
             member.ready = False
             member.residents = frozenset()
             member.awaited = False

@@ -93,7 +93,7 @@ class ByteClock:
 
 
 class Batch:
-    """The jobs that somebody looks at: all that were not final when first seen, and what became of them."""
+    """The jobs on display: all that were not final when first seen, and what became of them."""
 
     def __init__(self, store: JobStore) -> None:
         self._store = store

@@ -71,7 +71,7 @@ class ProgressSeen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLost:
-    """A worker died or stopped answering, and whatever it ran is lost. It is being replaced."""
+    """A worker died or stopped answering, and the unit it ran is lost. It is being replaced."""
 
     worker: str
     reason: str

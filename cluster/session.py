@@ -32,7 +32,7 @@ token authentication it is read when Ray is imported: nothing imports Ray before
 _CONNECT_SECONDS = 5.0
 _MAX_SOCKET_PATH = 107
 _PRIVATE = "own/ray"
-"""Below the directory: Ray gives its own one to everybody (0777), so that it lies in one that is closed (0700)."""
+"""Below the directory: Ray opens its own one to all users (0777), so that it lies in one that is closed (0700)."""
 _SOCKETS_BELOW_DIRECTORY = f"/{_PRIVATE}/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 _LOCAL_ONLY = ("dashboard", "dashboard_host", "dashboard_port", "metrics_port", "ray_directory")
 
@@ -64,7 +64,7 @@ def open_session(settings: Settings, *, namespace: str, address: str | None, log
         log_format: how the workers write their logs.
 
     Raises:
-        BadInputError: a setting would be ignored, a path is too long, or the dashboard would be open to everybody.
+        BadInputError: a setting would be ignored, a path is too long, or the dashboard would be open to all users.
         NotFoundError: no cluster answers at `address`.
         AuthError: the cluster wants another token.
     """
@@ -250,5 +250,5 @@ def _private_directory(directory: Path) -> Path:
             raise BadInputError(f"ray_directory: {path} belongs to another user; set MERGEFLEET_RAY_DIRECTORY")
     if not stat.S_ISDIR(own.lstat().st_mode):
         raise BadInputError(f"ray_directory: {own} is no directory, or a link; set MERGEFLEET_RAY_DIRECTORY")
-    own.chmod(0o700)  # whatever it was made with
+    own.chmod(0o700)  # its mode before does not count
     return directory / _PRIVATE

@@ -65,7 +65,7 @@ class Settlement:
         """Walk jobs to `target`, through the states between that no poll has seen.
 
         Returns:
-            Ids of those that got there. The others have ended: the lease is lost, or somebody cancelled them.
+            Ids of those that got there. The others have ended: the lease is lost, or a user cancelled them.
         """
         wanted = list(jobs)
         # PUBLISHING is asked for again of jobs that are there: only a lease that holds now lets a release out.
@@ -78,7 +78,7 @@ class Settlement:
                 errors = self._store.advance(leases, target, merge_keys)
             except STORE_FAULTS:
                 raise
-            except Exception as error:  # noqa: BLE001 - whatever it is, it ends these jobs and no others
+            except Exception as error:  # noqa: BLE001 - any fault ends these jobs and no others
                 errors = dict.fromkeys(leases, error)
         passed = set()
         for held in asked:
@@ -131,7 +131,7 @@ class Settlement:
                 self._end(held, event)
 
     def failure(self, held: Held, failure: Failure, report_path: str | None = None) -> None:
-        """End an attempt that failed. One that was stopped though nobody cancelled it does not count."""
+        """End an attempt that failed. One that was stopped without a cancellation does not count."""
         with self._guarded(held):
             self._write_failure(held, failure, report_path)
 
@@ -275,7 +275,7 @@ class Settlement:
         except LeaseLostError:
             self._drop(held)
         except Exception:
-            # Its lease runs out, and whoever claims the job next finds what is there.
+            # Its lease runs out, and the next driver to claim the job finds the release.
             logger.exception("failure could not be stored", extra={"job_id": held.job_id})
             self._drop(held)
 

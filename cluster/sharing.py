@@ -53,7 +53,7 @@ class SharedPass:
 
     @property
     def todo(self) -> tuple[Piece, ...]:
-        """The pieces that nobody is at."""
+        """The pieces without a worker."""
         return tuple(self._todo)
 
     @property

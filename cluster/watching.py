@@ -31,14 +31,14 @@ def watch_batch(output: Terminal, store: JobStore, poll_seconds: float) -> tuple
         poll_seconds: how often it is asked.
 
     Returns:
-        The failures of jobs that failed while somebody watched.
+        The failures of jobs that failed while they were watched.
 
     Raises:
         KeyboardInterrupt: as it came.
     """
     batch, clock, last = Batch(store), ByteClock(), None
     live = Live(console=output.out, refresh_per_second=4, transient=True)
-    with contextlib.nullcontext() if output.as_json else live:  # a live display hides the cursor, whatever it shows
+    with contextlib.nullcontext() if output.as_json else live:  # a live display hides the cursor, even an empty one
         while True:
             records = batch.refresh()
             progress = by_base(records)
@@ -65,7 +65,7 @@ def _unsuccessful(records: Collection[JobRecord]) -> list[JobRecord]:
 
 
 class LiveBoard:
-    """The board of a batch, asked for anew each time it is drawn, in whatever thread draws it."""
+    """The board of a batch, asked for anew each time it is drawn, in any thread."""
 
     def __init__(self, store: JobStore) -> None:
         self._batch = Batch(store)

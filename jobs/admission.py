@@ -81,8 +81,8 @@ def destination_conflicts(connection: Connection, claims: Iterable[tuple[str, st
     claimed = list(claims)
     if not claimed:
         return []
-    # Read once and whole, whatever the number of claims: what begins alike no index finds in both databases, and for
-    # many destinations SQLite goes through all live jobs anyway, each time it is asked.
+    # Read once and whole: no index of both databases finds paths that begin alike, and for many destinations SQLite
+    # goes through all live jobs at each query anyway.
     query = select(jobs.c.destination, jobs.c.id).where(jobs.c.state.in_(LIVE_STATES))
     live = {row.destination: row.id for row in connection.execute(query)}
     owners = dict(live)

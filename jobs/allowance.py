@@ -1,6 +1,6 @@
 """Where a fleet may read from and write to: an operator's lists of places, held against what requests name.
 
-Whoever may submit makes workers read and write with the workers' credentials. On a fleet that several share these lists
+Every submitter makes workers read and write with the workers' credentials. On a fleet that several share these lists
 say how far that goes. A request is compared by its text when it is submitted, and on the worker again: there with the
 links of local paths followed.
 """

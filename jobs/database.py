@@ -41,7 +41,7 @@ _BUSY_SECONDS = 10.0
 to extend its leases before they run out."""
 
 _ADMISSION_LOCK = 7_236_441
-"""Number of the Postgres advisory lock under which jobs are let in; means nothing, must only be nobody else's."""
+"""Number of the Postgres advisory lock under which jobs are let in: any number that no other program locks."""
 
 _FULL = frozenset({"SQLITE_FULL", "53100"})
 """How SQLite and Postgres say that the disk is full."""
@@ -85,7 +85,7 @@ class Database:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
-        """Open a transaction that only reads; in SQLite it sees one moment and waits for nobody.
+        """Open a transaction that only reads; in SQLite it sees one moment and does not wait.
 
         Raises:
             TransientIOError: the database does not answer.
@@ -199,7 +199,7 @@ def _set_up_sqlite(connection: sqlite3.Connection, _record: object) -> None:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
         except sqlite3.OperationalError as error:
-            # SQLite does not wait for other openers of a new file here, whatever the timeout of the connection.
+            # SQLite does not wait for other openers of a new file here: the timeout of the connection does not count.
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)

@@ -112,7 +112,7 @@ class DeviceLostError(WorkerLostError):
 
 
 class CancelledError(MergefleetError):
-    """Somebody asked for this job to stop."""
+    """A user asked for this job to stop."""
 
     failure_class = FailureClass.CANCELLED
 

@@ -1,6 +1,6 @@
 """Leases: who may work on a job, until when, and the fencing token that tells a driver it came too late.
 
-All times are the database's. A lease is lost the moment it expires, even when nobody else has claimed the job yet.
+All times are the database's. A lease is lost the moment it expires, even when no other driver has claimed the job yet.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from jobs.schema import jobs
 from jobs.states import ACTIVE_STATES, CLAIMABLE_STATES, JobState
 
 NO_LEASE = {"owner": None, "lease_expires_at": None}
-"""Columns of a job that nobody holds."""
+"""Columns of a job without a lease."""
 
 
 def finish_lost_cancellations(connection: Connection, now: float) -> None:

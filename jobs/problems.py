@@ -94,7 +94,7 @@ def show(value: Any) -> str:
 
 
 def closest(name: str, known: Collection[str]) -> str | None:
-    """Return the known name that somebody who wrote `name` probably meant."""
+    """Return the known name that the writer of `name` probably meant."""
     return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 

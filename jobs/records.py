@@ -19,7 +19,7 @@ class SubmitResult:
 
     created: tuple[str, ...]
     unchanged: tuple[str, ...]
-    """Jobs that were there already with the same content, whatever became of them."""
+    """Jobs that were there already with the same content, in any state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,7 +75,7 @@ jobs = Table(
 Index("jobs_by_turn", jobs.c.state, jobs.c.priority.desc(), jobs.c.number)
 Index("jobs_by_lease", jobs.c.lease_expires_at)
 _is_live = jobs.c.state.in_(sorted(LIVE_STATES))
-# The database itself keeps two jobs from writing to one place, whatever the code above it does.
+# The database itself keeps two jobs from writing to one place, even where the code above it errs.
 Index(
     "jobs_one_per_destination",
     jobs.c.destination,

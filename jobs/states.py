@@ -27,13 +27,13 @@ class JobState(StrEnum):
     RETRY_WAIT = "RETRY_WAIT"
     """Failed in a way worth trying again, and waits for its time."""
     CANCELLING = "CANCELLING"
-    """Somebody asked to stop it while a driver holds it."""
+    """A user asked to stop it while a driver holds it."""
     CANCELLED = "CANCELLED"
     """Stopped on request. Final."""
     FAILED = "FAILED"
-    """Failed for good. Final, until somebody retries it."""
+    """Failed for good. Final, until a user retries it."""
     QUARANTINED = "QUARANTINED"
-    """Alone on them, it has cost workers again and again. Final, until somebody retries it."""
+    """Alone on them, it has cost workers again and again. Final, until a user retries it."""
 
 
 ACTIVE_STATES = frozenset(

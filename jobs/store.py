@@ -1,7 +1,7 @@
 """The ledger: a durable queue of jobs with leases and fencing tokens, and the log of everything that happened to them.
 
-Every method is one transaction, so whatever dies, the ledger holds all of a step or nothing of it. SQLite has one
-writer at a time; Postgres locks rows, and drivers that claim at the same moment skip each other's.
+Every method is one transaction, so the ledger holds all of a step or nothing of it, whichever process dies. SQLite has
+one writer at a time; Postgres locks rows, and drivers that claim at the same moment skip each other's.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -66,7 +66,7 @@ class JobStore:
     def submit(self, requests: Sequence[MergeRequest]) -> SubmitResult:
         """Make jobs of requests: all or none. Returns when they are on the disk.
 
-        A request that is a job already changes nothing, whatever became of that job.
+        A request that is a job already changes nothing, in any state of that job.
 
         Raises:
             BadInputError: an id has other content, or a destination belongs to another live or published job; lists
@@ -122,7 +122,7 @@ class JobStore:
         return frozenset(leases) - held
 
     def cancelling(self, leases: Mapping[str, int]) -> frozenset[str]:
-        """Return the ids among these leases that somebody asked to cancel."""
+        """Return the ids among these leases that a user asked to cancel."""
         with self._database.read() as connection:
             # Few jobs are ever cancelling at a time, and a driver may hold thousands.
             query = select(jobs.c.id, jobs.c.token).where(jobs.c.state == JobState.CANCELLING)
@@ -140,7 +140,7 @@ class JobStore:
 
         Returns:
             Why jobs were not moved, by id: LeaseLostError when the token is stale or the lease has expired, so that the
-            driver must not write for this job; CancelledError when somebody asked to cancel it: stop, then `fail` or
+            driver must not write for this job; CancelledError when a user asked to cancel it: stop, then `fail` or
             `let_go`.
 
         Raises:
@@ -195,14 +195,14 @@ class JobStore:
             return frozenset(by_id) - held.keys()
 
     def settle(self, publications: Sequence[Publication]) -> dict[str, MergefleetError]:
-        """Record releases: their jobs are PUBLISHED from then on, also those that somebody asked to cancel.
+        """Record releases: their jobs are PUBLISHED from then on, also those that a user asked to cancel.
 
         Args:
             publications: at most one for each job.
 
         Returns:
             Why releases were not recorded, by job: LeaseLostError when the token is stale or the lease has expired;
-            whoever claims the job next finds the release.
+            the next driver to claim the job finds the release.
 
         Raises:
             NotFoundError: some ids are no jobs; lists them. Nothing was changed.
@@ -258,8 +258,8 @@ class JobStore:
             token: of the lease.
             failure: the class of the error.
             message: of the error, for people.
-            decision: what follows: RETRY_WAIT, FAILED, QUARANTINED or CANCELLED. A job that somebody asked to cancel
-                becomes CANCELLED whatever was decided.
+            decision: what follows: RETRY_WAIT, FAILED, QUARANTINED or CANCELLED. A job that a user asked to cancel
+                becomes CANCELLED, against the decision.
             report_path: parity report of the attempt, if it came that far.
             worker_lost: whether the attempt cost a worker.
 
@@ -301,7 +301,7 @@ class JobStore:
         """Give a job back to the queue whose unit failed as a whole, likely by the fault of another job or of a GPU.
 
         The attempt does not count, nor is a lost worker held against it. From then on the leases of the job say that it
-        is a suspect, until it is published or retried. A job that somebody asked to cancel becomes CANCELLED.
+        is a suspect, until it is published or retried. A job that a user asked to cancel becomes CANCELLED.
 
         Args:
             job_id: of the job.
@@ -341,7 +341,7 @@ class JobStore:
             )
 
     def let_go(self, job_id: str, token: int, reason: str) -> None:
-        """Give a job back to the queue, as if this attempt had not been; CANCELLED when somebody asked for that.
+        """Give a job back to the queue, as if this attempt had not been; CANCELLED when a user asked for that.
 
         Raises:
             LeaseLostError: the token is stale or the lease has expired.

@@ -1,4 +1,4 @@
-"""Processes that read what nobody vouches for: started with nothing of ours, then closed in.
+"""Processes that read untrusted files: started with nothing of ours, then closed in.
 
 The kernel's seccomp filter does it: once closed in, a process computes, reads and writes the files that it was given
 open, and ends. It opens no file, has no network, starts no program, process or thread, and reaches no other process.
