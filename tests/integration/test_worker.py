@@ -115,7 +115,7 @@ def test_a_unit_becomes_releases(worker, requests, base, adapters, tmp_path):
         assert outcome.release.manifest.merge_key == outcomes[name].merge_key
         assert_published(outcome.release, base, adapter, tmp_path)
     assert left_over(tmp_path) == []
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 def test_a_release_is_loaded_by_plain_transformers(worker, request_for, adapters):
@@ -231,7 +231,7 @@ def test_each_bad_job_fails_alone_with_its_class(worker, requests, request_for, 
         assert_published(worker.publish(name).release, base, adapter, tmp_path)
     assert [path.name for path in left_over(tmp_path)] == ["occupied"]
     assert (occupied / "precious.txt").read_text() == "mine"
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_a_base_that_changes_after_the_plan_fails_all_its_jobs_and_says_so(
         assert job.failure.failure_class is FailureClass.TRANSIENT_IO, job.failure
         assert "was changed while it was read" in job.failure.message
     assert left_over(tmp_path) == []
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 def with_damage_after_the_merge(monkeypatch, damage):
@@ -546,7 +546,7 @@ def test_a_unit_cancelled_in_the_middle_stops_early(worker, requests, tmp_path):
     outcomes = run_beside(worker, requests, cancel, until=True)
     assert {job.failure.failure_class for job in outcomes.values()} == {FailureClass.CANCELLED}
     assert left_over(tmp_path) == []
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
     progress = worker.progress()
     assert progress.stages == dict.fromkeys(("one", "two", "three"), "failed")
     assert progress.bytes_done < progress.bytes_total / 2

@@ -364,7 +364,7 @@ def test_a_check_of_files_can_be_stopped(merged):
     check = ArithmeticCheck(merged.base, None, torch.device("cpu"))
     with pytest.raises(CancelledError):
         check.files(merged.plans[0], merged.output("job"), num_threads=2, stop=stop)
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 @pytest.fixture

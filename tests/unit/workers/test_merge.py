@@ -578,7 +578,7 @@ def test_a_base_that_changes_meanwhile_fails_the_pass_and_leaves_nothing_open(
     before = open_descriptors()
     with pytest.raises(BadInputError if damage == "truncate" else NotFoundError, match=f"base/{shard.name}"):
         planned.run(num_threads=num_threads)
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 def test_a_base_cut_short_where_it_is_only_copied_fails_the_pass(llama, adapters, tmp_path):
@@ -639,7 +639,7 @@ def test_no_descriptor_is_left_and_few_are_open_meanwhile(llama, adapters, tmp_p
     planned = plan_pass(llama, adapters, tmp_path, max_shard_size="10KB")
     before, open_meanwhile = open_descriptors(), []
     planned.run(on_file=lambda *_: open_meanwhile.append(len(open_descriptors())), num_threads=1)
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
     num_files = sum(1 for job in adapters for _ in planned.output(job).iterdir())
     assert num_files > 60
     # Hashing may lag behind on a busy machine; what it has finished is closed all the same, long before the end.

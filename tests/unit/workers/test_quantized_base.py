@@ -173,7 +173,7 @@ def test_weights_are_views_of_mapped_files(task, tmp_path):
     assert any(begin <= address < end for begin, end in ranges)
     assert made.num_device_bytes == 0
     del weight
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "grow"])
@@ -328,7 +328,7 @@ def test_a_cancelled_one_leaves_nothing(task, tmp_path):
     with pytest.raises(CancelledError):
         cache.open(task, stop)
     assert kept(tmp_path) == []
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
     assert cache.open(task, lambda _: None).names == frozenset(task.weights)
 
 

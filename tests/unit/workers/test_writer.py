@@ -230,7 +230,7 @@ def test_a_finished_file_holds_no_descriptor(tmp_path):
     for shard in layout.shards:
         written.write(shard.tensors[0].name, bytes(10))
         assert finished.acquire(timeout=10)
-        assert open_descriptors() == before
+        assert open_descriptors() <= before
     assert len(written.finish()) == 30
 
 
@@ -244,7 +244,7 @@ def test_an_unfinished_checkpoint_is_closed_as_it_is(tmp_path, num_spare):
     written.writer.fail(CancelledError("stop"))
     assert written.finish() == ()
     written.writer.close()
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 def test_an_error_of_the_listener_fails_the_job(small):
@@ -317,7 +317,7 @@ def test_a_full_disk_is_found_out_before_anything_is_written(small, monkeypatch,
     # Every thread that wants the file meets the same fault: not a file that is in its way.
     with ThreadPoolExecutor(num_threads) as pool:
         list(pool.map(locate, range(8)))
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
     assert list(small.directory.iterdir()) == []
 
 
@@ -331,7 +331,7 @@ def test_a_limit_of_the_system_is_named(tmp_path):
             written.writer.locate("t")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 def test_a_digest_that_cannot_begin_leaves_no_file(small, monkeypatch):
@@ -342,7 +342,7 @@ def test_a_digest_that_cannot_begin_leaves_no_file(small, monkeypatch):
     monkeypatch.setattr(workers.hashing.sha256, "new", refuse)
     with pytest.raises(InternalError, match="other digests"):
         small.writer.locate("t")
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
     assert list(small.directory.iterdir()) == []
 
 
