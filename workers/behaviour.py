@@ -45,7 +45,6 @@ from workers.prompts import LONGEST_BUILT_IN, Prompts, read_prompts
 from workers.references import Reference, references
 from workers.rounded import merge_and_round, output_dtype, rounding_as_used, stored_dtypes
 from workers.texts import MAX_POSITIONS, Text, batches
-from workers.vetting import vet_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +129,6 @@ def check_behaviour(
         for subject in subjects:
             try:
                 _check_config(subject.merged)
-                vet_prompts(subject.request, subject.merged)
                 dtypes = stored_dtypes(subject.merged)
                 trial = _Trial(
                     subject=subject,

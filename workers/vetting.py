@@ -150,18 +150,17 @@ def vet_planned_prompts(plan: MergePlan, scratch: Path) -> None:
         place.leave()
 
 
-def vet_prompts(request: MergeRequest, merged: Path, source: Path | None = None) -> None:
+def vet_prompts(request: MergeRequest, merged: Path, source: Path) -> None:
     """Try out the tokenizer and the templates of a merged checkpoint on the prompts of a request.
 
     Args:
         request: its prompts.
         merged: the checkpoint.
-        source: where tokenizer and configuration are from, for messages; None for the checkpoint itself.
+        source: where tokenizer and configuration are from, for messages.
 
     Raises:
         As `vet_planned_prompts`.
     """
-    source = source or merged
     names = {path: str(path.relative_to(merged)) for path in sorted(merged.rglob("*")) if path.is_file()}
     files = [path for path, name in names.items() if name == "config.json" or is_tokenizer(name) or is_template(name)]
     digests = [f"{names[path]}:{foreign_sha256(path, num_parts=names[path].count('/') + 1)}" for path in files]

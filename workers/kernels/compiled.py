@@ -1,16 +1,16 @@
 """How loops are compiled, and where their machine code is kept."""
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numba
 from numba.extending import intrinsic
-
-from workers.scratch import exclusive
 
 _SOURCES = sorted(Path(__file__).parent.glob("*.py"))
 _SOURCE = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES) + numba.__version__.encode()).hexdigest()
@@ -52,10 +52,19 @@ class Kernel:
         if kinds in self._seen:
             return self._loop(*arguments)
         try:
-            with exclusive(_KEPT_IN / "lock"):
+            with _one_at_a_time():
                 result = self._loop(*arguments)
         except OSError:  # the directory is full, or is gone
             self._loop = jit(self._function)
             result = self._loop(*arguments)
         self._seen.add(kinds)
         return result
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Hold the lock of the directory with the machine code; raises OSError where there can be none."""
+    _KEPT_IN.mkdir(parents=True, exist_ok=True)
+    with (_KEPT_IN / "lock").open("w", encoding="ascii") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -129,8 +129,8 @@ def test_a_tokenizer_that_grows_text_without_end_is_refused(made, tmp_path):
     growth = {"type": "Sequence", "normalizers": [grows] * 5}
     bad = changed(base, tmp_path / "bad", "tokenizer.json", lambda tokenizer: tokenizer | {"normalizer": growth})
     with pytest.raises(BadInputError, match=r"tokenizing the prompts takes .* look at its normalizer"):
-        vet_prompts(request(bad, adapter), bad)
-    vet_prompts(request(base, adapter), base)
+        vet_prompts(request(bad, adapter), bad, bad)
+    vet_prompts(request(base, adapter), base, base)
 
 
 def test_what_was_tried_out_is_not_tried_out_again(made, tmp_path, monkeypatch):
@@ -160,7 +160,7 @@ def test_a_library_that_stumbles_is_no_fault_of_ours(made, monkeypatch):
     monkeypatch.setattr(vetting.server, "call", lambda *_, **__: Answer(error="KeyError: 'vocab'", traceback="..."))
     asked = request(base, adapter)
     with pytest.raises(UnsupportedError, match="fails in the libraries: KeyError: 'vocab'"):
-        vet_prompts(asked.model_copy(update={"parity": ParityPolicy(max_new_tokens=3)}), base)
+        vet_prompts(asked.model_copy(update={"parity": ParityPolicy(max_new_tokens=3)}), base, base)
 
 
 @pytest.fixture
