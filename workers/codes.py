@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from jobs.errors import UnsupportedError
 from workers.checkpoint import CheckpointLayout, TensorSpec
 from workers.conversions import Conversions
-from workers.stored_forms import DECLARING_FIELDS, DECLARING_FILES, FORMS, Form
+from workers.declarations import DECLARING_FIELDS, DECLARING_FILES
+from workers.forms import FORMS, Form
 
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 """Codes of numbers that are what they say."""

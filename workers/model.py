@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from jobs.errors import BadInputError, NotFoundError, UnsupportedError
 from jobs.request import BaseQuantization, QuantizationOptions
 from workers.checkpoint import read_json
-from workers.stored_forms import declared_4bit
+from workers.declarations import declared_4bit
 
 _REFUSALS = (
     ArithmeticError,

@@ -24,6 +24,7 @@ from workers.base_card import BaseCard, read_base_card
 from workers.checkpoint import CheckpointLayout, TensorSpec, lay_out, lay_out_shard, read_checkpoint, read_json
 from workers.codes import refuse_codes
 from workers.conversions import Conversions, relate
+from workers.declarations import declared_4bit
 from workers.four_bit import plan_quantization, stored_as_asked
 from workers.lanes.adapter import Adapter, LoraDelta, open_adapter
 from workers.lanes.coverage import Coverage, cover, ties_by_values
@@ -38,7 +39,6 @@ from workers.quant import quantized_names, quantized_owner
 from workers.quantization import QuantizationTask
 from workers.shipment import Shipment, plan_shipment
 from workers.sources import Source
-from workers.stored_forms import declared_4bit
 from workers.ties import COMPUTES_WITH_FLAG, come_apart, stored_apart, tied_names
 
 _MAX_PLANNED_BASES = 4

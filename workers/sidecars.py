@@ -11,10 +11,10 @@ import torch
 from jobs.release import Artifact
 from workers.checkpoint import INDEX_FILE, read_json
 from workers.code_files import leave_out, references
+from workers.declarations import without_declarations
 from workers.files import file_errors, sha256_of
 from workers.foreign import copy_foreign
 from workers.plan import MergePlan
-from workers.stored_forms import without_declarations
 
 
 def write_sidecars(plan: MergePlan, directory: Path) -> tuple[Artifact, ...]:

@@ -28,8 +28,8 @@ from workers.belongings import Files, ListedFiles, LocalFiles, belongings, check
 from workers.checkpoint import read_shard
 from workers.files import FileState, file_errors
 from workers.foreign import copy_foreign, foreign_file, foreign_sha256
+from workers.forms import form_of_files
 from workers.scratch import keep_directory
-from workers.stored_forms import form_of_files
 
 if TYPE_CHECKING:
     from workers.s3_client import S3Object, S3Store
