@@ -9,10 +9,10 @@ from pathlib import Path
 
 from jobs.errors import MergefleetError
 from jobs.request import MergeRequest
-from workers.adapters import outline_adapters
 from workers.estimate import Estimate, estimate
 from workers.outcomes import Failure
 from workers.plan import BasePlan, plan_base, plan_merge
+from workers.request_adapters import outline_adapters
 from workers.sources import fetch_base
 from workers.unit import resolve_device
 from workers.vetting import server, vet_base

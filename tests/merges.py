@@ -17,7 +17,6 @@ from jobs.locations import LocalPath
 from jobs.release import TensorCheck
 from jobs.request import MergeRequest
 from tests.models import load_plain
-from workers.adapters import fetch_adapters
 from workers.arithmetic import ArithmeticCheck
 from workers.evidence import Evidence
 from workers.inference import quiet_libraries
@@ -28,6 +27,7 @@ from workers.module_weights import ModuleWeights
 from workers.passes import PassJob
 from workers.plan import BasePlan, MergePlan, plan_base, plan_merge
 from workers.quantized_base import QuantizedBase, QuantizedCache
+from workers.request_adapters import fetch_adapters
 from workers.sources import fetch_base
 from workers.tiles import single_threads
 

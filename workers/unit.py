@@ -22,7 +22,6 @@ from jobs.release import (
     Manifest,
 )
 from jobs.request import BaseQuantization
-from workers.adapters import fetch_adapters
 from workers.arithmetic import ArithmeticCheck
 from workers.card import write_card
 from workers.files import file_errors
@@ -39,6 +38,7 @@ from workers.plan import BasePlan, MergePlan, PlannedBases, plan_merge
 from workers.progress import Tracker
 from workers.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
 from workers.released import encode_manifest
+from workers.request_adapters import fetch_adapters
 from workers.scratch import sweep
 from workers.sidecars import digest_file, write_sidecars
 from workers.sinks import Ticket, open_sink

@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-import workers.adapters
 import workers.combination
+import workers.request_adapters
 from jobs.combination import CombinationType
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.locations import LocalPath
@@ -19,13 +19,13 @@ from tests.combinations import EVERY_TYPE, combine_by_peft, merge_combined_by_pe
 from tests.merges import different, merge_by_peft, one_torch_thread, plan_requests, read_tensors
 from tests.methods import make_method_adapter
 from tests.models import build_llama, load_plain, make_adapter
-from workers.adapters import fetch_adapters, outline_adapters
 from workers.estimate import combination_seconds
 from workers.evidence import Evidence
 from workers.footprint import combination_bytes
 from workers.inference import quiet_libraries
 from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 from workers.plan import plan_base, plan_merge
+from workers.request_adapters import fetch_adapters, outline_adapters
 from workers.sources import fetch_base
 
 # PEFT writes a `cat` into parameters of the base's dtype; ours are in float32 whatever the base is in.
@@ -257,7 +257,7 @@ def test_what_was_combined_is_kept_and_named_after_all_that_decides_it(base, ada
         combine(base, adapters[:2], (1, 0.5), type="magnitude_prune", density=0.5),
     ]
     assert len({source.directory for source in [one, *others]}) == 5
-    monkeypatch.setattr(workers.adapters, "_combine", None)  # nothing is combined again
+    monkeypatch.setattr(workers.request_adapters, "_combine", None)  # nothing is combined again
     assert combine(base, adapters[:2], (1, 0.5), type="ties", density=0.5, majority_sign_method="total") == one
 
 
