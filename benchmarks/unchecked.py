@@ -7,8 +7,8 @@ import torch
 
 from workers import unit
 from workers.arithmetic import ArithmeticCheck, Tally
+from workers.numerics.products import Comparison
 from workers.plan import OutputTensor
-from workers.products import Comparison
 
 
 class _NoCheck(ArithmeticCheck):

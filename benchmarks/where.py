@@ -26,9 +26,9 @@ import torch
 from benchmarks.contenders import ADAPTER, Site
 from jobs.request import BaseQuantization, MergeRequest, ParityPolicy
 from workers import arithmetic, hashing, products, quant, unit, walk, writer
+from workers.numerics.tiles import TileBuffers, single_threads
 from workers.outcomes import WorkerSettings
 from workers.sinks import directory
-from workers.tiles import TileBuffers, single_threads
 from workers.worker import MergeWorker
 
 COLOURS = {

@@ -24,12 +24,12 @@ from workers.merge import PassResult, run_pass
 from workers.model import load_config, model_class
 from workers.module_checks import check_modules
 from workers.module_weights import ModuleWeights
+from workers.numerics.tiles import single_threads
 from workers.passes import PassJob
 from workers.plan import BasePlan, MergePlan, plan_base, plan_merge
 from workers.quantized_base import QuantizedBase, QuantizedCache
 from workers.request_adapters import fetch_adapters
 from workers.sources import fetch_base
-from workers.tiles import single_threads
 
 CPU = torch.device("cpu")
 

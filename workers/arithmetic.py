@@ -23,18 +23,26 @@ import torch
 
 from jobs.errors import InternalError
 from jobs.release import TensorCheck
-from workers import products
 from workers.evidence import Evidence
-from workers.kernels import merging
-from workers.kernels.elements import ARRAY_DTYPES, array
+from workers.numerics import products
+from workers.numerics.kernels import merging
+from workers.numerics.kernels.elements import ARRAY_DTYPES, array
+from workers.numerics.products import lifted
+from workers.numerics.rounding import BITS, EXPONENT_BITS, MANTISSA_BITS, half_ulp, precision_for
+from workers.numerics.tiles import (
+    TILE_ELEMENTS,
+    TileBuffers,
+    Tiling,
+    columns_of,
+    pieces_of,
+    rows_per_tile,
+    single_threads,
+)
 from workers.plan import BasePlan, MergePlan, OutputTensor
-from workers.products import lifted
 from workers.proof import SPARSE, Operands
 from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
-from workers.rounding import BITS, EXPONENT_BITS, MANTISSA_BITS, half_ulp, precision_for
 from workers.tensor_io import opened, read_into
-from workers.tiles import TILE_ELEMENTS, TileBuffers, Tiling, columns_of, pieces_of, rows_per_tile, single_threads
 
 _JUDGED_ELEMENTS = 1 << 16
 """Elements that are held against the exact sum at the same time."""

@@ -12,7 +12,7 @@ from typing import Self
 
 import torch
 
-from workers.tiles import TILE_ELEMENTS
+from workers.numerics.tiles import TILE_ELEMENTS
 
 PAGE_BYTES = mmap.PAGESIZE
 _ELEMENT_BYTES = 8

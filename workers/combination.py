@@ -22,7 +22,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from jobs.combination import Combination, CombinationType
 from jobs.errors import BadInputError, UnsupportedError
-from workers.device import raise_of_machine
 from workers.lanes.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_NAME,
@@ -36,6 +35,7 @@ from workers.lanes.adapter import (
     wrapped_modules,
 )
 from workers.model import skeleton
+from workers.numerics.device import raise_of_machine
 
 _COMBINED = {
     "LORA": re.compile(r".+\.lora_(A\.weight|B\.weight|embedding_A|embedding_B)"),

@@ -16,7 +16,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.lora.layer import ParamWrapper
 
 from workers.lanes.adapter import ADAPTER_NAME
-from workers.rounding import half_ulp
+from workers.numerics.rounding import half_ulp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from workers.behaviour import estimate_peak_bytes
 from workers.lanes.adapter import open_adapter
+from workers.numerics.tiles import TILE_ELEMENTS
 from workers.plan import BasePlan, MergePlan
 from workers.quant import BLOCK_SIZE
-from workers.tiles import TILE_ELEMENTS
 from workers.writer import num_buffers
 
 _LIBRARY_BYTES = {"cpu": 420_000_000, "cuda": 900_000_000}

@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from jobs.errors import MergefleetError
 from jobs.text import shown
-from workers.device import raise_of_machine
+from workers.numerics.device import raise_of_machine
 
 logger = logging.getLogger(__name__)
 

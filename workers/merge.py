@@ -10,10 +10,10 @@ from jobs.release import TensorCheck
 from workers.arithmetic import ArithmeticCheck
 from workers.lanes.peft import merge_modules
 from workers.module_weights import ModuleWeights
+from workers.numerics.tiles import single_threads
 from workers.passes import PassJob, PassState, check_range
 from workers.plan import BasePlan
 from workers.quantized_base import QuantizedBase
-from workers.tiles import single_threads
 from workers.walk import Walk
 from workers.writer import Conveyor, HashedFile
 

@@ -23,9 +23,9 @@ from workers.evidence import Evidence
 from workers.factors import Factors, Judgement, factors_of
 from workers.lanes.peft import MergedModule, merge_modules
 from workers.module_weights import ModuleWeights
+from workers.numerics.rounding import BITS, EXPONENT_BITS, half_ulp
 from workers.plan import MergePlan
 from workers.probes import Probe, Verdict, ask, base_of
-from workers.rounding import BITS, EXPONENT_BITS, half_ulp
 from workers.tensor_io import read_rows
 
 _MAX_RMS = 4.0

@@ -22,12 +22,12 @@ from workers.checkpoint import ShardLayout, lay_out_shard
 from workers.conversions import Group
 from workers.files import file_errors
 from workers.lanes.names import owner_of
+from workers.numerics.tiles import TILE_ELEMENTS, rows_per_tile
 from workers.plan import BasePlan, MergePlan, OutputTensor
 from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
 from workers.scratch import OwnedDirectory
 from workers.tensor_io import opened, read_rows, tensor_bytes, write_all
-from workers.tiles import TILE_ELEMENTS, rows_per_tile
 
 _FILE_NAME = "weights.safetensors"
 

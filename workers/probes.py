@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from workers.rounding import half_ulp
+from workers.numerics.rounding import half_ulp
 
 State = Mapping[str, torch.Tensor]
 """Tensors of a module, by the keys of its state."""

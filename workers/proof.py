@@ -9,9 +9,9 @@ import math
 import numpy as np
 import torch
 
-from workers.kernels import merging
-from workers.kernels.elements import array
-from workers.products import Comparison
+from workers.numerics.kernels import merging
+from workers.numerics.kernels.elements import array
+from workers.numerics.products import Comparison
 
 _EPSILON = torch.finfo(torch.float32).eps
 _SMALLEST = 2.0**-149

@@ -15,8 +15,9 @@ import transformers
 
 from workers.checkpoint import CheckpointLayout, lay_out_shard
 from workers.conversions import Conversions, Group
-from workers.kernels import merging
-from workers.kernels.elements import ARRAY_DTYPES, array
+from workers.numerics.kernels import merging
+from workers.numerics.kernels.elements import ARRAY_DTYPES, array
+from workers.numerics.tiles import TileBuffers, single_threads
 from workers.quant import (
     BITSANDBYTES_VERSION,
     BLOCK_SIZE,
@@ -28,7 +29,6 @@ from workers.quant import (
     stored_tensors,
 )
 from workers.tensor_io import opened, read_into, read_rows
-from workers.tiles import TileBuffers, single_threads
 
 _TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 24}
 

@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 
 from jobs.errors import InternalError
-from workers.kernels import sha256 as kernel
-from workers.kernels.sha256 import BLOCK_BYTES
+from workers.numerics.kernels import sha256 as kernel
+from workers.numerics.kernels.sha256 import BLOCK_BYTES
 
 
 class Digest(Protocol):

@@ -15,13 +15,13 @@ from workers.job import Job, own_failure, shared_failures
 from workers.merge import PassResult
 from workers.module_checks import ModuleChecks, check_modules
 from workers.module_weights import ModuleWeights
+from workers.numerics.tiles import single_threads
 from workers.outcomes import WorkerSettings
 from workers.parity import judge, summarize, unfounded, write_report, wrong_headers
 from workers.plan import BasePlan, MergePlan
 from workers.progress import Tracker
 from workers.quantized_base import QuantizedCache
 from workers.scratch import OwnedDirectory
-from workers.tiles import single_threads
 from workers.writer import HashedFile
 
 

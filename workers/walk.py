@@ -21,17 +21,17 @@ from dataclasses import dataclass
 import torch
 
 from jobs.errors import BadInputError
-from workers import products
 from workers.arithmetic import ArithmeticCheck, Tally
 from workers.foreign import open_foreign
 from workers.lanes.lora import read_operand
+from workers.numerics import products
+from workers.numerics.products import Comparison
+from workers.numerics.tiles import TILE_ELEMENTS, TileBuffers, Tiling, pieces_of
 from workers.passes import PassJob, PassState, check_range
 from workers.plan import BasePlan, OutputTensor
-from workers.products import Comparison
 from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
 from workers.tensor_io import read_into
-from workers.tiles import TILE_ELEMENTS, TileBuffers, Tiling, pieces_of
 
 _MAX_OPEN_SHARDS = 256
 """Shards of all jobs that are written at one time; each holds two descriptors, and 1024 is a common limit."""

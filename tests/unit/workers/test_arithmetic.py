@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import workers.arithmetic
-import workers.tiles
+import workers.numerics.tiles
 from jobs.errors import CancelledError, InternalError
 from jobs.release import TensorCheck
 from jobs.request import Thresholds
 from tests.merges import CPU, merge_by_peft, open_descriptors, plan_pass, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
-from workers import products
 from workers.arithmetic import ArithmeticCheck, failures
 from workers.checkpoint import DTYPES
-from workers.kernels import blas, merging
 from workers.lanes.adapter import ADAPTER_WEIGHTS
+from workers.numerics import products
+from workers.numerics.kernels import blas, merging
 from workers.parity import wrong_headers
 from workers.proof import Operands
 from workers.quantized_base import QuantizedCache
@@ -370,8 +370,8 @@ def test_a_check_of_files_can_be_stopped(merged):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles and pieces so small that many threads add to what is known of a tensor, in any order."""
-    monkeypatch.setitem(workers.tiles.TILE_ELEMENTS, "cpu", 1 << 9)
-    monkeypatch.setattr(workers.tiles, "_PIECE_ELEMENTS", 1 << 7)
+    monkeypatch.setitem(workers.numerics.tiles.TILE_ELEMENTS, "cpu", 1 << 9)
+    monkeypatch.setattr(workers.numerics.tiles, "_PIECE_ELEMENTS", 1 << 7)
     merge = products.merge
 
     def slow(*arguments, **options):

@@ -7,7 +7,7 @@ import torch
 
 from workers import buffers
 from workers.buffers import PAGE_BYTES, BufferPool, kept_pool
-from workers.tiles import TILE_ELEMENTS
+from workers.numerics.tiles import TILE_ELEMENTS
 
 
 @pytest.mark.parametrize("offset", [0, 8, 4095, 4096, 12_345 * 8])

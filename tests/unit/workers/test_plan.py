@@ -13,9 +13,9 @@ from jobs.request import BaseQuantization, MergeRequest
 from tests.merges import merge_by_peft, plan_pass
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
 from workers.footprint import pass_bytes
+from workers.numerics.tiles import TILE_ELEMENTS
 from workers.plan import plan_base
 from workers.sources import fetch_base
-from workers.tiles import TILE_ELEMENTS
 
 LINEARS = 14
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import workers.kernels.four_bit
+import workers.numerics.kernels.four_bit
 from jobs.errors import BadInputError
 from tests.merges import dequantize_without_kernel
 from tests.models import build_bnb_4bit, build_llama
@@ -79,10 +79,10 @@ def extreme_weight(dtype, quant_type, scales, seed):
 @pytest.fixture(params=[True, False], ids=["search", "count"])
 def searches(request):
     """Both ways to find a code."""
-    here = workers.kernels.four_bit._SEARCHES
-    workers.kernels.four_bit._SEARCHES = here and request.param
+    here = workers.numerics.kernels.four_bit._SEARCHES
+    workers.numerics.kernels.four_bit._SEARCHES = here and request.param
     yield
-    workers.kernels.four_bit._SEARCHES = here
+    workers.numerics.kernels.four_bit._SEARCHES = here
 
 
 @pytest.mark.usefixtures("searches")
@@ -167,7 +167,9 @@ def test_every_aligned_slice_is_that_of_the_whole(shape, dtype, quant_type, doub
 @pytest.mark.parametrize("num_more", [0, 2, 31])
 def test_codes_come_back_as_by_bitsandbytes(monkeypatch, looks_up, dtype, quant_type, blocksize, num_more):
     """At scales of every kind, and with a last block that is cut short."""
-    monkeypatch.setattr(workers.kernels.four_bit, "_LOOKS_UP", looks_up and workers.kernels.four_bit._LOOKS_UP)
+    monkeypatch.setattr(
+        workers.numerics.kernels.four_bit, "_LOOKS_UP", looks_up and workers.numerics.kernels.four_bit._LOOKS_UP
+    )
     scales = [0.0, 1e-45, 1e-38, 6e-8, 1e-3, 1.0, 6e4, 3e38, float("inf"), -float("inf"), float("nan"), -2.5]
     absmax = torch.tensor([*scales, *([1.7] if num_more else [])])
     num_elements = blocksize * len(scales) + num_more

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from workers.kernels.blas import multiply
-from workers.kernels.compiled import Kernel, jit
-from workers.kernels.elements import (
+from workers.numerics.kernels.blas import multiply
+from workers.numerics.kernels.compiled import Kernel, jit
+from workers.numerics.kernels.elements import (
     different_bits,
     lift,
     lower,

@@ -10,8 +10,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from workers.kernels.compiled import Kernel, primitive
-from workers.kernels.vectors import data_pointer
+from workers.numerics.kernels.compiled import Kernel, primitive
+from workers.numerics.kernels.vectors import data_pointer
 
 _LIBRARY = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
 _POINTER = ir.IntType(8).as_pointer()

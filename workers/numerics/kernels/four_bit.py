@@ -6,9 +6,9 @@ import numpy as np
 from llvmlite import ir
 from numba import literal_unroll, types
 
-from workers.kernels.compiled import Kernel, jit, primitive
-from workers.kernels.elements import lift, lifted, lower, magnitude_bits, of_bits, rounded_to
-from workers.kernels.vectors import INT64, call, data_pointer, has_instructions, load, shuffle, splat, store
+from workers.numerics.kernels.compiled import Kernel, jit, primitive
+from workers.numerics.kernels.elements import lift, lifted, lower, magnitude_bits, of_bits, rounded_to
+from workers.numerics.kernels.vectors import INT64, call, data_pointer, has_instructions, load, shuffle, splat, store
 
 _BYTES = ir.VectorType(ir.IntType(8), 16)
 _FLOATS = ir.VectorType(ir.FloatType(), 8)

@@ -12,8 +12,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from workers.kernels.compiled import Kernel, primitive
-from workers.kernels.vectors import INT64, call, data_pointer, has_instructions, load, shuffle, store
+from workers.numerics.kernels.compiled import Kernel, primitive
+from workers.numerics.kernels.vectors import INT64, call, data_pointer, has_instructions, load, shuffle, store
 
 BLOCK_BYTES = 64
 AVAILABLE = has_instructions("sha", "sse4.1")

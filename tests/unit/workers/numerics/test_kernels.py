@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.kernels import merging
-from workers.kernels.elements import ARRAY_DTYPES, array
-from workers.rounding import BITS, precision_for
+from workers.numerics.kernels import merging
+from workers.numerics.kernels.elements import ARRAY_DTYPES, array
+from workers.numerics.rounding import BITS, precision_for
 
 DTYPES = tuple(ARRAY_DTYPES)
 SIZES = (1, 7, 8, 63, 1023, 1024, 1025, 5000)
@@ -220,7 +220,7 @@ def test_kernels_work_where_no_compiled_code_can_be_kept():
         "import numba.core.caching as c\n"
         "c.CacheImpl._locator_classes = []\n"
         "import numpy as np\n"
-        "from workers.kernels import merging\n"
+        "from workers.numerics.kernels import merging\n"
         "print(merging.square_difference(np.full(3, 2, np.float32), np.zeros(3, np.float32)))\n"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)

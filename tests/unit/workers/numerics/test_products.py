@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from workers import products
-from workers.kernels import blas, merging
-from workers.tiles import TileBuffers
+from workers.numerics import products
+from workers.numerics.kernels import blas, merging
+from workers.numerics.tiles import TileBuffers
 
 SHAPES = [
     (1, 1, 1),

@@ -8,7 +8,7 @@ import torch
 from llvmlite import ir
 from numba import types
 
-from workers.kernels.compiled import primitive
+from workers.numerics.kernels.compiled import primitive
 
 ARRAY_DTYPES = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
 """Dtypes of weights that the kernels take, and what they are seen as."""

@@ -10,10 +10,10 @@ from typing import Self
 import numpy as np
 import torch
 
-from workers.kernels import merging
-from workers.kernels.blas import sgemm_address
-from workers.kernels.elements import ARRAY_DTYPES, array
-from workers.tiles import TileBuffers, pieces_of
+from workers.numerics.kernels import merging
+from workers.numerics.kernels.blas import sgemm_address
+from workers.numerics.kernels.elements import ARRAY_DTYPES, array
+from workers.numerics.tiles import TileBuffers, pieces_of
 
 _NUM_PLACES = 1 << 17
 """Elements of a tile whose places are kept; where more are in doubt, it is all of them."""

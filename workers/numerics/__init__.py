@@ -1,0 +1,1 @@
+"""Arithmetic on tiles: how weights are cut, multiplied, rounded and compared."""
