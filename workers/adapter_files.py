@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.errors import BadInputError, NotFoundError, UnsupportedError
-from workers.checkpoint import ShardLayout, TensorSpec, lay_out_shard, read_json, read_shard
+from workers.files.checkpoint import ShardLayout, TensorSpec, lay_out_shard, read_json, read_shard
+from workers.files.tensor_io import opened, read_into_bytes, write_all
 from workers.pickled import CONVERTED_WEIGHTS, PICKLED_WEIGHTS, convert
-from workers.tensor_io import opened, read_into_bytes, write_all
 
 ADAPTER_WEIGHTS = CONVERTED_WEIGHTS
 

@@ -24,6 +24,7 @@ import torch
 from jobs.errors import InternalError
 from jobs.release import TensorCheck
 from workers.evidence import Evidence
+from workers.files.tensor_io import opened, read_into
 from workers.numerics import products
 from workers.numerics.kernels import merging
 from workers.numerics.kernels.elements import ARRAY_DTYPES, array
@@ -42,7 +43,6 @@ from workers.plan import BasePlan, MergePlan, OutputTensor
 from workers.proof import SPARSE, Operands
 from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
-from workers.tensor_io import opened, read_into
 
 _JUDGED_ELEMENTS = 1 << 16
 """Elements that are held against the exact sum at the same time."""

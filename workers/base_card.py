@@ -10,8 +10,8 @@ import yaml
 
 from jobs.text import shown
 from workers.belongings import CARD_NAME
-from workers.files import file_errors
-from workers.foreign import read_foreign
+from workers.files.foreign import read_foreign
+from workers.files.local import file_errors
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags", "base_model")
 _MAX_METADATA_CHARACTERS = 64 << 10

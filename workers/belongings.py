@@ -17,9 +17,9 @@ from typing import Any, Protocol
 from jobs.errors import BadInputError
 from jobs.release import MANIFEST_NAME, REPORT_NAME, is_plain_path
 from workers.code_files import CodePlace, code_of, custom_modules
-from workers.files import file_errors
-from workers.foreign import read_foreign
-from workers.foreign_json import parse_json
+from workers.files.foreign import read_foreign
+from workers.files.foreign_json import parse_json
+from workers.files.local import file_errors
 
 CARD_NAME = "README.md"
 MODULES_FILE = "modules.json"
@@ -165,7 +165,7 @@ class LocalFiles:
     """The files of a directory: all that is no directory, and no link to one.
 
     Links to files count, as the Hub's cache has them. What cannot be opened counts, too: a link to nothing, a FIFO. The
-    door (`workers/foreign.py`) refuses it by name, where a file that seems not to be there would be missed in silence.
+    door (`workers/files/foreign.py`) refuses it by name, where a file that seems not to be there would be missed in silence.
     """
 
     place: Path

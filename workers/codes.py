@@ -11,9 +11,9 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from jobs.errors import UnsupportedError
-from workers.checkpoint import CheckpointLayout, TensorSpec
 from workers.conversions import Conversions
 from workers.declarations import DECLARING_FIELDS, DECLARING_FILES
+from workers.files.checkpoint import CheckpointLayout, TensorSpec
 from workers.forms import FORMS, Form
 
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16"})

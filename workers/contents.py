@@ -10,7 +10,7 @@ from typing import Protocol
 from jobs.errors import BadInputError, NotFoundError
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
 from workers.belongings import CARD_NAME
-from workers.files import CHUNK_BYTES, file_errors, read_chunks
+from workers.files.local import CHUNK_BYTES, file_errors, read_chunks
 
 
 class Contents(Protocol):

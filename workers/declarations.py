@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import BadInputError, UnsupportedError
-from workers.checkpoint import read_json
+from workers.files.checkpoint import read_json
 from workers.forms import FORMS, Form
 
 DECLARING_FIELDS = ("quantization_config", "compression_config")

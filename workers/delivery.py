@@ -8,9 +8,10 @@ from pathlib import Path
 from jobs.errors import BadInputError, NotFoundError
 from jobs.locations import LocalPath, Location, normal_path
 from jobs.release import MANIFEST_NAME, REPORT_NAME, Artifact, Manifest
-from workers.checkpoint import INDEX_FILE
 from workers.contents import Contents, LocalContents, open_contents
-from workers.files import FileState, file_errors
+from workers.files.checkpoint import INDEX_FILE
+from workers.files.local import FileState, file_errors
+from workers.files.scratch import OwnedDirectory, sweep
 from workers.released import (
     MAX_MANIFEST_BYTES,
     MAX_REPORT_BYTES,
@@ -21,7 +22,6 @@ from workers.released import (
     missing_shards,
     occupied,
 )
-from workers.scratch import OwnedDirectory, sweep
 from workers.sinks.directory import DirectorySink, DirectoryStaging
 
 _NUM_STREAMS = 4

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from jobs.combination import CombinationType
 from jobs.errors import BadInputError
 from jobs.release import TensorCheck
-from workers.foreign import read_foreign
+from workers.files.foreign import read_foreign
 from workers.lanes.adapter import open_adapter
 from workers.lanes.fitting import fit
 from workers.plan import MergePlan

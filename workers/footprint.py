@@ -7,11 +7,11 @@ import math
 from collections.abc import Sequence
 
 from workers.behaviour import estimate_peak_bytes
+from workers.files.writer import num_buffers
 from workers.lanes.adapter import open_adapter
 from workers.numerics.tiles import TILE_ELEMENTS
 from workers.plan import BasePlan, MergePlan
 from workers.quant import BLOCK_SIZE
-from workers.writer import num_buffers
 
 _LIBRARY_BYTES = {"cpu": 420_000_000, "cuda": 900_000_000}
 """Memory of a process that has torch, transformers, PEFT, bitsandbytes, Numba and compiled loops at hand, by the device

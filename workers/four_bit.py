@@ -5,8 +5,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.request import MergeRequest, QuantizationOptions
-from workers.checkpoint import CheckpointLayout
 from workers.conversions import Conversions
+from workers.files.checkpoint import CheckpointLayout
 from workers.model import quantized_weights, skeleton, stored_quantization
 from workers.quantization import QuantizationTask
 from workers.sources import Source

@@ -34,7 +34,7 @@ from jobs.errors import (
     TransientIOError,
 )
 from jobs.locations import HubRepo
-from workers.files import translate_os_error
+from workers.files.local import translate_os_error
 
 _QUERY = re.compile(r"\?[^\s'\")]+")
 """Signed URLs carry their signature there; no message may."""

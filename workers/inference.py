@@ -23,10 +23,10 @@ from torch import nn
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from jobs.errors import NoCapacityError
+from workers.files.memory import available_host_bytes, hold_little
 from workers.lanes.adapter import PREFIX, Adapter, put_on
 from workers.lanes.resizing import resize_vocabulary
 from workers.lanes.stored import put_on_files
-from workers.memory import available_host_bytes, hold_little
 from workers.model import load_config, model_class, quiet_transformers, stored_quantization
 from workers.quant import of_state
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from jobs.errors import DeviceLostError, InternalError, MergefleetError, OutOfMemoryError
 from jobs.release import Artifact, Manifest, ParitySummary, Release, TensorCheck
 from jobs.request import MergeRequest
-from workers.files import FileState
+from workers.files.local import FileState
+from workers.files.writer import HashedFile
 from workers.numerics.device import is_of_memory, is_of_the_device
 from workers.outcomes import Failure, JobOutcome, MergedShards
 from workers.plan import MergePlan
 from workers.sinks import Receipt, Staging
-from workers.writer import HashedFile
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from jobs.errors import BadInputError
 from jobs.problems import show
 from jobs.release import is_plain_path
 from workers.belongings import TEMPLATE_FOLDER, is_processor
-from workers.checkpoint import read_json
+from workers.files.checkpoint import read_json
 
 _PROCESSOR = "processor_config.json"
 _NESTED = {

@@ -21,12 +21,12 @@ from torch import nn
 from jobs.release import TensorCheck
 from workers.evidence import Evidence
 from workers.factors import Factors, Judgement, factors_of
+from workers.files.tensor_io import read_rows
 from workers.lanes.peft import MergedModule, merge_modules
 from workers.module_weights import ModuleWeights
 from workers.numerics.rounding import BITS, EXPONENT_BITS, half_ulp
 from workers.plan import MergePlan
 from workers.probes import Probe, Verdict, ask, base_of
-from workers.tensor_io import read_rows
 
 _MAX_RMS = 4.0
 """Roundings of each weight that PEFT may come to; the largest measured over its methods is 1.8."""

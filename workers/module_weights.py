@@ -18,16 +18,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from jobs.errors import BadInputError
-from workers.checkpoint import ShardLayout, lay_out_shard
 from workers.conversions import Group
-from workers.files import file_errors
+from workers.files.checkpoint import ShardLayout, lay_out_shard
+from workers.files.local import file_errors
+from workers.files.scratch import OwnedDirectory
+from workers.files.tensor_io import opened, read_rows, tensor_bytes, write_all
 from workers.lanes.names import owner_of
 from workers.numerics.tiles import TILE_ELEMENTS, rows_per_tile
 from workers.plan import BasePlan, MergePlan, OutputTensor
 from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
-from workers.scratch import OwnedDirectory
-from workers.tensor_io import opened, read_rows, tensor_bytes, write_all
 
 _FILE_NAME = "weights.safetensors"
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from jobs.problems import show
 from jobs.request import BaseQuantization, MergeRequest
 from workers.base_card import BaseCard, differing_licences
-from workers.checkpoint import read_json
+from workers.files.checkpoint import read_json
 from workers.shipment import Shipment
 from workers.sources import Source
 from workers.tokenizers import read_tokenizer

@@ -13,10 +13,10 @@ from jobs.release import (
     TensorCheck,
 )
 from workers.arithmetic import failures as arithmetic_failures
-from workers.checkpoint import read_shard
 from workers.effect import allowed_share, keeps_effect, rounding_share
 from workers.evidence import Evidence
-from workers.files import file_errors
+from workers.files.checkpoint import read_shard
+from workers.files.local import file_errors
 from workers.plan import MergePlan
 from workers.report import render_report
 from workers.sidecars import write_text

@@ -10,9 +10,9 @@ import torch
 
 from jobs.errors import BadInputError, MergefleetError
 from jobs.release import TensorCheck
-from workers.files import FileState, file_errors
+from workers.files.local import FileState, file_errors
+from workers.files.writer import CheckpointWriter, Conveyor, HashedFile, Origin
 from workers.plan import MergePlan, OutputTensor
-from workers.writer import CheckpointWriter, Conveyor, HashedFile, Origin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,11 +27,11 @@ from jobs.errors import (
     TransientIOError,
     UnsupportedError,
 )
-from workers.checkpoint import DTYPE_CODES, lay_out_shard, read_shard
 from workers.confinement import Ended, Limits, close_in, run_isolated
-from workers.files import file_errors
-from workers.foreign import foreign_file
-from workers.tensor_io import tensor_bytes, write_all
+from workers.files.checkpoint import DTYPE_CODES, lay_out_shard, read_shard
+from workers.files.foreign import foreign_file
+from workers.files.local import file_errors
+from workers.files.tensor_io import tensor_bytes, write_all
 
 PICKLED_WEIGHTS = "adapter_model.bin"
 CONVERTED_WEIGHTS = "adapter_model.safetensors"

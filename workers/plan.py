@@ -21,10 +21,10 @@ from jobs.release import CombinedAdapter
 from jobs.request import BaseQuantization, MergeRequest
 from jobs.text import MAX_MESSAGE, shown
 from workers.base_card import BaseCard, read_base_card
-from workers.checkpoint import CheckpointLayout, TensorSpec, lay_out, lay_out_shard, read_checkpoint, read_json
 from workers.codes import refuse_codes
 from workers.conversions import Conversions, relate
 from workers.declarations import declared_4bit
+from workers.files.checkpoint import CheckpointLayout, TensorSpec, lay_out, lay_out_shard, read_checkpoint, read_json
 from workers.four_bit import plan_quantization, stored_as_asked
 from workers.lanes.adapter import Adapter, LoraDelta, open_adapter
 from workers.lanes.coverage import Coverage, cover, ties_by_values

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 import transformers
 
-from workers.checkpoint import CheckpointLayout, lay_out_shard
 from workers.conversions import Conversions, Group
+from workers.files.checkpoint import CheckpointLayout, lay_out_shard
+from workers.files.tensor_io import opened, read_into, read_rows
 from workers.numerics.kernels import merging
 from workers.numerics.kernels.elements import ARRAY_DTYPES, array
 from workers.numerics.tiles import TileBuffers, single_threads
@@ -28,7 +29,6 @@ from workers.quant import (
     row_alignment,
     stored_tensors,
 )
-from workers.tensor_io import opened, read_into, read_rows
 
 _TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 24}
 

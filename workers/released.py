@@ -26,8 +26,8 @@ from jobs.release import (
     ParitySummary,
     Release,
 )
-from workers.checkpoint import INDEX_FILE
-from workers.files import sha256_of
+from workers.files.checkpoint import INDEX_FILE
+from workers.files.local import sha256_of
 
 MAX_MANIFEST_BYTES = 16 << 20
 """A larger `manifest.json` is not ours."""

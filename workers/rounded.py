@@ -17,8 +17,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from workers.checkpoint import read_checkpoint
 from workers.conversions import Conversions
+from workers.files.checkpoint import read_checkpoint
 from workers.lanes.adapter import ADAPTER_NAME, Adapter, take_off, wrapped_modules
 from workers.model import skeleton
 from workers.quant import of_state

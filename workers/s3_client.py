@@ -30,7 +30,7 @@ from jobs.errors import (
     UnsupportedError,
 )
 from jobs.locations import S3Prefix
-from workers.files import CHUNK_BYTES
+from workers.files.local import CHUNK_BYTES
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

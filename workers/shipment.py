@@ -34,10 +34,10 @@ from workers.belongings import (
     strays,
     tokenizer_folders,
 )
-from workers.checkpoint import read_json
 from workers.code_files import code_of, leave_out
-from workers.files import file_errors
-from workers.foreign import foreign_sha256
+from workers.files.checkpoint import read_json
+from workers.files.foreign import foreign_sha256
+from workers.files.local import file_errors
 from workers.joined import join_processors, templates_within
 from workers.tokenizers import same_tokens
 

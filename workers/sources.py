@@ -25,11 +25,11 @@ from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
 from jobs.text import shown
 from workers.adapter_files import WeightFiles, foreign_kind, gather, read_origins, weight_files
 from workers.belongings import Files, ListedFiles, LocalFiles, belongings, check_description
-from workers.checkpoint import read_shard
-from workers.files import FileState, file_errors
-from workers.foreign import copy_foreign, foreign_file, foreign_sha256
+from workers.files.checkpoint import read_shard
+from workers.files.foreign import copy_foreign, foreign_file, foreign_sha256
+from workers.files.local import FileState, file_errors
+from workers.files.scratch import keep_directory
 from workers.forms import form_of_files
-from workers.scratch import keep_directory
 
 if TYPE_CHECKING:
     from workers.s3_client import S3Object, S3Store

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from workers.files import file_errors
+from workers.files.local import file_errors
 
 MAX_POSITIONS = 512
 """Positions compared of one text, the last ones: at least the longest continuation, and a bound on memory. As many

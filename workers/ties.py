@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from workers.checkpoint import CheckpointLayout, TensorSpec
+from workers.files.checkpoint import CheckpointLayout, TensorSpec
+from workers.files.tensor_io import read_rows
 from workers.numerics.tiles import TILE_ELEMENTS, rows_per_tile
-from workers.tensor_io import read_rows
 
 COMPUTES_WITH_FLAG = frozenset({"longt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5"})
 """Types of models that scale what their head is given if `tie_word_embeddings` says so, whether it is tied or not."""

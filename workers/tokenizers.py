@@ -14,9 +14,9 @@ from typing import Any
 
 from jobs.errors import BadInputError
 from workers.belongings import TOKENIZER_CONFIG, TOKENIZER_FILE, is_template
-from workers.checkpoint import read_json
-from workers.files import FileState, file_errors
-from workers.foreign import read_foreign
+from workers.files.checkpoint import read_json
+from workers.files.foreign import read_foreign
+from workers.files.local import FileState, file_errors
 
 _MAX_TEMPLATE_SIZE = 256 << 10
 """In characters; the longest in use have a tenth of it."""

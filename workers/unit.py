@@ -24,11 +24,12 @@ from jobs.release import (
 from jobs.request import BaseQuantization
 from workers.arithmetic import ArithmeticCheck
 from workers.card import write_card
-from workers.files import file_errors
+from workers.files.local import file_errors
+from workers.files.memory import available_device_bytes, available_host_bytes, give_back, hold_little
+from workers.files.scratch import sweep
 from workers.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
 from workers.job import Job, own_failure
 from workers.made_with import made_with
-from workers.memory import available_device_bytes, available_host_bytes, give_back, hold_little
 from workers.merge import PassResult, run_pass
 from workers.module_weights import ModuleWeights, module_weights
 from workers.outcomes import MergedShards, Piece, Usage, WorkerSettings
@@ -39,7 +40,6 @@ from workers.progress import Tracker
 from workers.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
 from workers.released import encode_manifest
 from workers.request_adapters import fetch_adapters
-from workers.scratch import sweep
 from workers.sidecars import digest_file, write_sidecars
 from workers.sinks import Ticket, open_sink
 from workers.sources import fetch_base

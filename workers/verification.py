@@ -11,6 +11,8 @@ from workers.arithmetic import ArithmeticCheck
 from workers.behaviour import Subject, check_behaviour
 from workers.comparison import compare_ways
 from workers.evidence import Evidence
+from workers.files.scratch import OwnedDirectory
+from workers.files.writer import HashedFile
 from workers.job import Job, own_failure, shared_failures
 from workers.merge import PassResult
 from workers.module_checks import ModuleChecks, check_modules
@@ -21,8 +23,6 @@ from workers.parity import judge, summarize, unfounded, write_report, wrong_head
 from workers.plan import BasePlan, MergePlan
 from workers.progress import Tracker
 from workers.quantized_base import QuantizedCache
-from workers.scratch import OwnedDirectory
-from workers.writer import HashedFile
 
 
 class Verifier:

@@ -22,8 +22,9 @@ from jobs.errors import BadInputError, UnsupportedError
 from jobs.request import MergeRequest
 from jobs.text import shown
 from workers.belongings import TOKENIZER_FILE, is_template, is_tokenizer
-from workers.checkpoint import CheckpointLayout, read_checkpoint, read_json, read_shard
-from workers.foreign import foreign_sha256, read_foreign
+from workers.files.checkpoint import CheckpointLayout, read_checkpoint, read_json, read_shard
+from workers.files.foreign import foreign_sha256, read_foreign
+from workers.files.scratch import OwnedDirectory
 from workers.forks import Answer, Bounds, ForkServer
 from workers.lanes.adapter import ADAPTER_CONFIG, match, open_adapter, read_config
 from workers.lanes.fitting import fit
@@ -31,7 +32,6 @@ from workers.lanes.methods import WEIGHED
 from workers.model import skeleton
 from workers.plan import MergePlan, plan_base, plan_merge
 from workers.prompts import read_prompts
-from workers.scratch import OwnedDirectory
 from workers.shipment import shipped_files
 from workers.sidecars import write_sidecars
 from workers.sources import Source

@@ -22,7 +22,8 @@ import torch
 
 from jobs.errors import BadInputError
 from workers.arithmetic import ArithmeticCheck, Tally
-from workers.foreign import open_foreign
+from workers.files.foreign import open_foreign
+from workers.files.tensor_io import read_into
 from workers.lanes.lora import read_operand
 from workers.numerics import products
 from workers.numerics.products import Comparison
@@ -31,7 +32,6 @@ from workers.passes import PassJob, PassState, check_range
 from workers.plan import BasePlan, OutputTensor
 from workers.quant import QuantizedWeight
 from workers.quantized_base import QuantizedBase
-from workers.tensor_io import read_into
 
 _MAX_OPEN_SHARDS = 256
 """Shards of all jobs that are written at one time; each holds two descriptors, and 1024 is a common limit."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from jobs.errors import InternalError
 from jobs.request import MergeRequest
+from workers.files.memory import pass_over_modules
 from workers.job import Job, own_failure, shared_failures
-from workers.memory import pass_over_modules
 from workers.numerics.device import device_fault
 from workers.outcomes import (
     Failure,

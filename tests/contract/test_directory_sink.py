@@ -11,7 +11,7 @@ from jobs.errors import BadInputError, DestinationOccupiedError, InternalError
 from jobs.locations import LocalPath
 from jobs.release import Artifact, Manifest
 from tests.releases import fill, make_files
-from workers.files import FileState
+from workers.files.local import FileState
 from workers.sinks.directory import DirectorySink, DirectoryStaging
 
 KEY = "a" * 64

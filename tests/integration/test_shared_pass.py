@@ -12,8 +12,8 @@ from jobs.request import MergeRequest
 from tests.methods import make_method_adapter
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
 from workers.delivery import pull_release
+from workers.files.scratch import OwnedDirectory
 from workers.outcomes import PassWork, Unreachable
-from workers.scratch import OwnedDirectory
 from workers.sinks.directory import DirectoryStaging
 from workers.worker import MergeWorker
 

@@ -25,14 +25,14 @@ from transformers import PreTrainedModel
 
 from jobs.errors import BadInputError, UnsupportedError
 from workers.adapter_files import foreign_kind
-from workers.checkpoint import TensorSpec, read_json, read_shard
 from workers.conversions import Conversions
+from workers.files.checkpoint import TensorSpec, read_json, read_shard
+from workers.files.tensor_io import read_rows
 from workers.lanes import names as adapter_names
 from workers.lanes.causes import cause_of, cause_of_experts
 from workers.lanes.methods import MERGED, REFUSED, SHAPED_BY_VALUES, WEIGHED
 from workers.lanes.resizing import resize_vocabulary
 from workers.numerics.device import raise_of_machine
-from workers.tensor_io import read_rows
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

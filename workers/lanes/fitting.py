@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from jobs.errors import UnsupportedError
-from workers.checkpoint import TensorSpec
+from workers.files.checkpoint import TensorSpec
 from workers.lanes.adapter import ADAPTER_CONFIG, FLOATS, Adapter, refusals
 from workers.lanes.names import fit_names
 from workers.lanes.resizing import check_indices, num_tokens_of, plain_name, trained_indices

@@ -15,7 +15,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 from jobs.errors import BadInputError, UnsupportedError
-from workers.checkpoint import TensorSpec
+from workers.files.checkpoint import TensorSpec
 from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_NAME, PREFIX, Adapter, LoraDelta, read_tensor
 from workers.lanes.coverage import Coverage
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from jobs.errors import UnsupportedError
-from workers.checkpoint import TensorSpec
+from workers.files.checkpoint import TensorSpec
 from workers.lanes.names import PREFIX
 
 _ROWS = (("weight", 0), ("bias", 0), ("lora_B.weight", 0), ("lora_embedding_A", 1))

@@ -25,8 +25,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from jobs.errors import BadInputError
-from workers.checkpoint import TensorSpec
 from workers.conversions import Conversions, Group
+from workers.files.checkpoint import TensorSpec
 from workers.lanes.adapter import ADAPTER_CONFIG, PREFIX, Adapter, LoraDelta, read_tensor
 from workers.lanes.names import owner_of
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
 from jobs.release import Artifact, Manifest, Release
-from workers.files import FileState
+from workers.files.local import FileState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 from jobs.errors import BadInputError, DestinationOccupiedError, InternalError, TransientIOError
 from jobs.locations import LocalPath
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
-from workers.files import FileState, file_errors, sync, sync_tree
+from workers.files.local import FileState, file_errors, sync, sync_tree
+from workers.files.scratch import OwnedDirectory, sweep
 from workers.released import (
     ManifestFile,
     check_all_put,
@@ -22,7 +23,6 @@ from workers.released import (
     occupied,
     read_manifest,
 )
-from workers.scratch import OwnedDirectory, sweep
 from workers.sinks import Receipt, Ticket
 
 _log = logging.getLogger(__name__)

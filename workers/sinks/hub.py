@@ -12,7 +12,8 @@ from jobs.errors import BadInputError, NotFoundError, TransientIOError
 from jobs.locations import HubRepo
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
 from workers.belongings import CARD_NAME
-from workers.files import FileState, file_errors
+from workers.files.local import FileState, file_errors
+from workers.files.scratch import OwnedDirectory, sweep
 from workers.hub_client import HubStore
 from workers.released import (
     MAX_MANIFEST_BYTES,
@@ -23,7 +24,6 @@ from workers.released import (
     encode_manifest,
     occupied,
 )
-from workers.scratch import OwnedDirectory, sweep
 from workers.sinks import Receipt, Ticket
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")

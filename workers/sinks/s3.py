@@ -19,10 +19,10 @@ from botocore.exceptions import ClientError
 from jobs.errors import DestinationOccupiedError, TransientIOError
 from jobs.locations import S3Prefix
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
-from workers.files import FileState, file_errors
+from workers.files.local import FileState, file_errors
+from workers.files.scratch import OwnedDirectory, sweep
 from workers.released import ManifestFile, check_all_put, encode_manifest, occupied
 from workers.s3_client import S3Store, error_status
-from workers.scratch import OwnedDirectory, sweep
 from workers.sinks import Receipt, Ticket
 from workers.sinks.s3_records import abort_recorded
 from workers.sinks.s3_surroundings import find_release, own_below, refuse_above

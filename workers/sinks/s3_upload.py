@@ -17,7 +17,7 @@ from awscrt.checksums import crc64nvme
 
 from jobs.errors import NotFoundError, TransientIOError, UnsupportedError
 from jobs.release import Artifact
-from workers.files import file_errors
+from workers.files.local import file_errors
 from workers.released import changed
 from workers.s3_client import S3Store
 from workers.sinks.s3_records import abort_upload, begin_record, end_record

@@ -24,11 +24,11 @@ from jobs.locations import LocalPath
 from jobs.request import MergeRequest
 from tests.merges import CPU, different, load_dequantized, open_descriptors, read_tensors
 from tests.models import build_bnb_4bit, build_llama, load_plain
-from workers.checkpoint import INDEX_FILE, read_checkpoint
+from workers.files.checkpoint import INDEX_FILE, read_checkpoint
+from workers.files.scratch import exclusive
 from workers.footprint import passing_bytes, resident_bytes
 from workers.plan import plan_base
 from workers.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
-from workers.scratch import exclusive
 from workers.sources import fetch_base
 
 REPOSITORY = Path(__file__).parents[3]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from jobs.errors import BadInputError, UnsupportedError
 from tests.merges import different, plan_pass, read_tensors
 from tests.models import build_llama
-from workers.checkpoint import read_json
+from workers.files.checkpoint import read_json
 from workers.inference import quiet_libraries
 from workers.lanes.adapter import ADAPTER_WEIGHTS
 from workers.sidecars import write_sidecars

@@ -329,7 +329,9 @@ class TestS3:
         self, place: S3Prefix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with monkeypatch.context() as broken:
-            broken.setattr("workers.scratch.sync_tree", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+            broken.setattr(
+                "workers.files.scratch.sync_tree", lambda _: (_ for _ in ()).throw(OSError(28, "No space left"))
+            )
             with pytest.raises(Exception, match="No space left"):
                 fetch_base(place.child("base"), tmp_path / "cache")
         left = [path.suffix for path in (tmp_path / "cache" / "sources").iterdir()]

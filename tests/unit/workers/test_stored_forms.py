@@ -17,7 +17,7 @@ from jobs.locations import LocalPath
 from jobs.request import MergeRequest
 from tests.merges import plan_pass
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
-from workers.checkpoint import read_checkpoint
+from workers.files.checkpoint import read_checkpoint
 from workers.plan import plan_base
 from workers.sources import fetch_base
 

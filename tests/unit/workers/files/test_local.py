@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs.errors import AuthError, BadInputError, MergefleetError, NoCapacityError, NotFoundError, TransientIOError
-from workers.files import file_errors
+from workers.files.local import file_errors
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from jobs.errors import AuthError, BadInputError, NotFoundError
 from tests.merges import read_tensors
 from tests.models import build_llama
-from workers.checkpoint import (
+from workers.files.checkpoint import (
     DTYPES,
     INDEX_FILE,
     MAX_TENSORS,

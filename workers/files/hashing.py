@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from workers import sha256
-from workers.buffers import Buffer, BufferPool
-from workers.tensor_io import tensor_bytes
+from workers.files import sha256
+from workers.files.buffers import Buffer, BufferPool
+from workers.files.tensor_io import tensor_bytes
 
 _PIECE_BYTES = 4 << 20
 """What has to be read back is read in pieces of this size."""

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from workers import scratch
-from workers.scratch import OwnedDirectory, exclusive, sweep
+from workers.files import scratch
+from workers.files.scratch import OwnedDirectory, exclusive, sweep
 
 _OWNER = """
 import sys
 from pathlib import Path
-from workers import scratch
-from workers.scratch import OwnedDirectory
+from workers.files import scratch
+from workers.files.scratch import OwnedDirectory
 
 owned = OwnedDirectory.make(Path(sys.argv[1]), sys.argv[2])
 (owned.path / "nested").mkdir()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
-from workers.files import sync_tree
+from workers.files.local import sync_tree
 
 _log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from jobs.errors import BadInputError
-from workers.checkpoint import TensorSpec
-from workers.files import file_errors
-from workers.foreign import open_foreign
+from workers.files.checkpoint import TensorSpec
+from workers.files.foreign import open_foreign
+from workers.files.local import file_errors
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -23,7 +23,7 @@ def opened(path: Path) -> Iterator[int]:
     """Open a file for reading, whoever made it, and hand out its descriptor.
 
     Raises:
-        As `workers.foreign.open_foreign`.
+        As `workers.files.foreign.open_foreign`.
     """
     file = open_foreign(path, any_size=True)
     try:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from jobs.errors import BadInputError, NotFoundError
 from jobs.text import shown
-from workers.files import CHUNK_BYTES, FileState, file_errors
+from workers.files.local import CHUNK_BYTES, FileState, file_errors
 
 _MIB = 1 << 20
 

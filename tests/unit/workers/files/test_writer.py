@@ -21,15 +21,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import workers.hashing
-import workers.writer
+import workers.files.hashing
+import workers.files.writer
 from jobs.errors import BadInputError, CancelledError, InternalError, NoCapacityError, TransientIOError
 from jobs.release import Artifact
 from tests.merges import open_descriptors
-from workers.buffers import PAGE_BYTES, BufferPool
-from workers.checkpoint import CheckpointLayout, lay_out
-from workers.hashing import Hasher
-from workers.writer import CheckpointWriter, Conveyor, HashedFile
+from workers.files.buffers import PAGE_BYTES, BufferPool
+from workers.files.checkpoint import CheckpointLayout, lay_out
+from workers.files.hashing import Hasher
+from workers.files.writer import CheckpointWriter, Conveyor, HashedFile
 
 
 @dataclasses.dataclass
@@ -282,7 +282,7 @@ def test_nobody_waits_for_buffers_of_a_file_that_cannot_be_hashed(tmp_path, monk
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(workers.writer, "read_into", fail)
+    monkeypatch.setattr(workers.files.writer, "read_into", fail)
     num_pieces = 40
     layout = lay_out([("t", torch.uint8, (100 * num_pieces,))], None)
     written = Checkpoint(tmp_path, layout, num_spare=6)
@@ -339,7 +339,7 @@ def test_a_digest_that_cannot_begin_leaves_no_file(small, monkeypatch):
         raise InternalError("other digests")
 
     before = open_descriptors()
-    monkeypatch.setattr(workers.hashing.sha256, "new", refuse)
+    monkeypatch.setattr(workers.files.hashing.sha256, "new", refuse)
     with pytest.raises(InternalError, match="other digests"):
         small.writer.locate("t")
     assert open_descriptors() <= before

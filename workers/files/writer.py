@@ -23,12 +23,12 @@ import torch
 
 from jobs.errors import MergefleetError
 from jobs.release import Artifact
-from workers import sha256
-from workers.buffers import PAGE_BYTES, Buffer, BufferPool, kept_pool
-from workers.checkpoint import CheckpointLayout, ShardLayout, TensorSpec
-from workers.files import FileState, file_errors
-from workers.hashing import FileHash, Hasher
-from workers.tensor_io import read_into, tensor_bytes, write_all
+from workers.files import sha256
+from workers.files.buffers import PAGE_BYTES, Buffer, BufferPool, kept_pool
+from workers.files.checkpoint import CheckpointLayout, ShardLayout, TensorSpec
+from workers.files.hashing import FileHash, Hasher
+from workers.files.local import FileState, file_errors
+from workers.files.tensor_io import read_into, tensor_bytes, write_all
 
 _LARGE_BYTES = 4 << 20
 """From this size on a file's state says whether it was written since."""

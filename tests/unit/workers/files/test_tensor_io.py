@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from jobs.errors import BadInputError, NoCapacityError, NotFoundError
 from tests.merges import open_descriptors
-from workers.checkpoint import read_shard
-from workers.tensor_io import opened, read_into, read_rows, tensor_bytes, write_all
+from workers.files.checkpoint import read_shard
+from workers.files.tensor_io import opened, read_into, read_rows, tensor_bytes, write_all
 
 TENSORS = {
     "matrix": torch.randn(7, 5, dtype=torch.float32),

@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from workers import buffers
-from workers.buffers import PAGE_BYTES, BufferPool, kept_pool
+from workers.files import buffers
+from workers.files.buffers import PAGE_BYTES, BufferPool, kept_pool
 from workers.numerics.tiles import TILE_ELEMENTS
 
 

@@ -8,10 +8,10 @@ import threading
 import pytest
 import torch
 
-import workers.hashing
-import workers.sha256
-from workers.buffers import BufferPool
-from workers.hashing import FileHash, Hasher
+import workers.files.hashing
+import workers.files.sha256
+from workers.files.buffers import BufferPool
+from workers.files.hashing import FileHash, Hasher
 
 
 class Held:
@@ -136,7 +136,7 @@ def test_memory_that_is_not_there_is_told_and_others_go_on(monkeypatch):
         raise RuntimeError("not enough memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(workers.hashing.torch, "empty", fail)
+        patched.setattr(workers.files.hashing.torch, "empty", fail)
         files.hasher.add(files.files[1], 0, Held(files.contents[1][:500]))
     assert str(files.errors[1]) == "not enough memory"
     files.bring(0, 0, 1000)
@@ -144,7 +144,7 @@ def test_memory_that_is_not_there_is_told_and_others_go_on(monkeypatch):
 
 
 def test_without_instructions_no_file_waits_for_another(monkeypatch):
-    monkeypatch.setattr(workers.sha256, "pairs", lambda: False)
+    monkeypatch.setattr(workers.files.sha256, "pairs", lambda: False)
     files = Files([1000, 900])
     files.bring(0, 0, 600)
     assert files.num_held == 0
@@ -161,7 +161,7 @@ def test_a_fault_of_hashing_itself_is_told_and_others_go_on(monkeypatch):
         raise fault
 
     with monkeypatch.context() as patched:
-        patched.setattr(workers.hashing.sha256, "update_both", fail)
+        patched.setattr(workers.files.hashing.sha256, "update_both", fail)
         files.bring(0, 0, 500)
         files.bring(1, 0, 500)
     assert files.errors == {0: fault, 1: fault}

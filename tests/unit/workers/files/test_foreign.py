@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from jobs.errors import BadInputError, NotFoundError
-from workers.foreign import copy_foreign, foreign_sha256, open_foreign, read_foreign
+from workers.files.foreign import copy_foreign, foreign_sha256, open_foreign, read_foreign
 
 
 @pytest.fixture

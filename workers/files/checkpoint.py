@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 
 from jobs.errors import BadInputError, NotFoundError
 from jobs.text import shown
-from workers.files import file_errors
-from workers.foreign import foreign_file, read_foreign
-from workers.foreign_json import parse_json
+from workers.files.foreign import foreign_file, read_foreign
+from workers.files.foreign_json import parse_json
+from workers.files.local import file_errors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import workers.sha256
+import workers.files.sha256
 from jobs.errors import InternalError
-from workers import sha256
+from workers.files import sha256
 
 STREAM = st.lists(st.integers(0, 300).flatmap(lambda size: st.binary(min_size=size, max_size=size)), max_size=8)
 
@@ -65,27 +65,27 @@ def test_published_examples(message, digest):
 @pytest.fixture
 def fresh_trial():
     """Have the instructions tried anew."""
-    workers.sha256.pairs.cache_clear()
+    workers.files.sha256.pairs.cache_clear()
     yield
-    workers.sha256.pairs.cache_clear()
+    workers.files.sha256.pairs.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_trial")
 def test_without_instructions_hashlib_does_it(monkeypatch):
-    monkeypatch.setattr(workers.sha256.kernel, "AVAILABLE", False)
+    monkeypatch.setattr(workers.files.sha256.kernel, "AVAILABLE", False)
     one, other = sha256.new(), sha256.new()
     sha256.update_both(one, view(b"abc"), other, view(b"de"))
     assert isinstance(one, type(hashlib.sha256()))
     assert (one.hexdigest(), other.hexdigest()) == (true_digest([b"abc"]), true_digest([b"de"]))
 
 
-@pytest.mark.skipif(not workers.sha256.kernel.AVAILABLE, reason="needs the instructions")
+@pytest.mark.skipif(not workers.files.sha256.kernel.AVAILABLE, reason="needs the instructions")
 @pytest.mark.usefixtures("fresh_trial")
 @pytest.mark.parametrize("broken", ["compress", "compress_both"])
 def test_code_that_makes_other_digests_is_refused(monkeypatch, broken):
     def wrong(state, *_):
         state += 1
 
-    monkeypatch.setattr(workers.sha256.kernel, broken, wrong)
+    monkeypatch.setattr(workers.files.sha256.kernel, broken, wrong)
     with pytest.raises(InternalError, match="report this processor"):
         sha256.new()
