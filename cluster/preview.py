@@ -13,7 +13,7 @@ from workers.estimate import Estimate, estimate
 from workers.outcomes import Failure
 from workers.plan import BasePlan, plan_base, plan_merge
 from workers.request_adapters import outline_adapters
-from workers.sources import fetch_base
+from workers.sources.fetch import fetch_base
 from workers.unit import resolve_device
 from workers.vetting import server, vet_base
 

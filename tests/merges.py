@@ -29,7 +29,7 @@ from workers.passes import PassJob
 from workers.plan import BasePlan, MergePlan, plan_base, plan_merge
 from workers.quantized_base import QuantizedBase, QuantizedCache
 from workers.request_adapters import fetch_adapters
-from workers.sources import fetch_base
+from workers.sources.fetch import fetch_base
 
 CPU = torch.device("cpu")
 

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from jobs.text import shown
-from workers.belongings import CARD_NAME
 from workers.files.foreign import read_foreign
 from workers.files.local import file_errors
+from workers.sources.belongings import CARD_NAME
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags", "base_model")
 _MAX_METADATA_CHARACTERS = 64 << 10

@@ -10,9 +10,9 @@ from jobs.locations import HubRepo
 from jobs.release import Artifact
 from jobs.request import adapter_name
 from workers.base_card import differing_licences
-from workers.belongings import CARD_NAME, MODULES_FILE
 from workers.plan import MergePlan
 from workers.sidecars import digest_file, write_text
+from workers.sources.belongings import CARD_NAME, MODULES_FILE
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _OF_STORED_WEIGHTS = re.compile(

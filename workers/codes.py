@@ -14,7 +14,7 @@ from jobs.errors import UnsupportedError
 from workers.conversions import Conversions
 from workers.declarations import DECLARING_FIELDS, DECLARING_FILES
 from workers.files.checkpoint import CheckpointLayout, TensorSpec
-from workers.forms import FORMS, Form
+from workers.sources.forms import FORMS, Form
 
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 """Codes of numbers that are what they say."""

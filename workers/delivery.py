@@ -8,7 +8,6 @@ from pathlib import Path
 from jobs.errors import BadInputError, NotFoundError
 from jobs.locations import LocalPath, Location, normal_path
 from jobs.release import MANIFEST_NAME, REPORT_NAME, Artifact, Manifest
-from workers.contents import Contents, LocalContents, open_contents
 from workers.files.checkpoint import INDEX_FILE
 from workers.files.local import FileState, file_errors
 from workers.files.scratch import OwnedDirectory, sweep
@@ -23,6 +22,7 @@ from workers.released import (
     occupied,
 )
 from workers.sinks.directory import DirectorySink, DirectoryStaging
+from workers.sources.contents import Contents, LocalContents, open_contents
 
 _NUM_STREAMS = 4
 _READ = {REPORT_NAME: disagreements, INDEX_FILE: missing_shards}

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from jobs.errors import MergefleetError, TransientIOError
-from workers.confinement import Limits, bare_environment, bound, die_with_parent, isolated_command
+from workers.sources.confinement import Limits, bare_environment, bound, die_with_parent, isolated_command
 
 _LENGTH = struct.Struct("<Q")
 _MAX_ANSWER_BYTES = 32 << 10

@@ -9,7 +9,7 @@ from workers.conversions import Conversions
 from workers.files.checkpoint import CheckpointLayout
 from workers.model import quantized_weights, skeleton, stored_quantization
 from workers.quantization import QuantizationTask
-from workers.sources import Source
+from workers.sources.fetch import Source
 
 
 def stored_as_asked(source: Source, request: MergeRequest, types: frozenset[str]) -> bool:

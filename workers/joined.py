@@ -13,8 +13,8 @@ from typing import Any
 from jobs.errors import BadInputError
 from jobs.problems import show
 from jobs.release import is_plain_path
-from workers.belongings import TEMPLATE_FOLDER, is_processor
 from workers.files.checkpoint import read_json
+from workers.sources.belongings import TEMPLATE_FOLDER, is_processor
 
 _PROCESSOR = "processor_config.json"
 _NESTED = {

@@ -13,7 +13,7 @@ from jobs.request import BaseQuantization, MergeRequest
 from workers.base_card import BaseCard, differing_licences
 from workers.files.checkpoint import read_json
 from workers.shipment import Shipment
-from workers.sources import Source
+from workers.sources.fetch import Source
 from workers.tokenizers import read_tokenizer
 from workers.vocabulary import rows_note, stop_notes
 

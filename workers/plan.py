@@ -38,7 +38,7 @@ from workers.notes import find_notes
 from workers.quant import quantized_names, quantized_owner
 from workers.quantization import QuantizationTask
 from workers.shipment import Shipment, plan_shipment
-from workers.sources import Source
+from workers.sources.fetch import Source
 from workers.ties import COMPUTES_WITH_FLAG, come_apart, stored_apart, tied_names
 
 _MAX_PLANNED_BASES = 4

@@ -21,7 +21,7 @@ from workers.lanes.adapter import ADAPTER_WEIGHTS, open_adapter
 from workers.lanes.fitting import fit
 from workers.model import skeleton
 from workers.shipment import licences_of, shipped_files
-from workers.sources import Source, fetch_adapter
+from workers.sources.fetch import Source, fetch_adapter
 from workers.vetting import vet_adapter
 
 

@@ -13,7 +13,11 @@ from typing import Any
 
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.problems import show
-from workers.belongings import (
+from workers.files.checkpoint import read_json
+from workers.files.foreign import foreign_sha256
+from workers.files.local import file_errors
+from workers.joined import join_processors, templates_within
+from workers.sources.belongings import (
     MODULE_SETTINGS,
     MODULES_FILE,
     TOKENIZER_CONFIG,
@@ -34,11 +38,7 @@ from workers.belongings import (
     strays,
     tokenizer_folders,
 )
-from workers.code_files import code_of, leave_out
-from workers.files.checkpoint import read_json
-from workers.files.foreign import foreign_sha256
-from workers.files.local import file_errors
-from workers.joined import join_processors, templates_within
+from workers.sources.code_files import code_of, leave_out
 from workers.tokenizers import same_tokens
 
 _NUM_NAMED = 4

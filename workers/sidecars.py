@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from jobs.release import Artifact
-from workers.code_files import leave_out, references
 from workers.declarations import without_declarations
 from workers.files.checkpoint import INDEX_FILE, read_json
 from workers.files.foreign import copy_foreign
 from workers.files.local import file_errors, sha256_of
 from workers.plan import MergePlan
+from workers.sources.code_files import leave_out, references
 
 
 def write_sidecars(plan: MergePlan, directory: Path) -> tuple[Artifact, ...]:

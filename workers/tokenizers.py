@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import BadInputError
-from workers.belongings import TOKENIZER_CONFIG, TOKENIZER_FILE, is_template
 from workers.files.checkpoint import read_json
 from workers.files.foreign import read_foreign
 from workers.files.local import FileState, file_errors
+from workers.sources.belongings import TOKENIZER_CONFIG, TOKENIZER_FILE, is_template
 
 _MAX_TEMPLATE_SIZE = 256 << 10
 """In characters; the longest in use have a tenth of it."""

@@ -42,7 +42,7 @@ from workers.released import encode_manifest
 from workers.request_adapters import fetch_adapters
 from workers.sidecars import digest_file, write_sidecars
 from workers.sinks import Ticket, open_sink
-from workers.sources import fetch_base
+from workers.sources.fetch import fetch_base
 from workers.verification import Verifier
 from workers.vetting import vet_base, vet_planned_prompts
 

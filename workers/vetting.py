@@ -21,7 +21,6 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.request import MergeRequest
 from jobs.text import shown
-from workers.belongings import TOKENIZER_FILE, is_template, is_tokenizer
 from workers.files.checkpoint import CheckpointLayout, read_checkpoint, read_json, read_shard
 from workers.files.foreign import foreign_sha256, read_foreign
 from workers.files.scratch import OwnedDirectory
@@ -34,7 +33,8 @@ from workers.plan import MergePlan, plan_base, plan_merge
 from workers.prompts import read_prompts
 from workers.shipment import shipped_files
 from workers.sidecars import write_sidecars
-from workers.sources import Source
+from workers.sources.belongings import TOKENIZER_FILE, is_template, is_tokenizer
+from workers.sources.fetch import Source
 
 logger = logging.getLogger(__name__)
 

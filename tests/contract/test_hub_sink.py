@@ -13,8 +13,8 @@ from tests.contract.places import HubPlace, content
 from tests.releases import SHARD, fill, make_files
 from tests.servers.hub import Hub
 from workers.delivery import pull_release, verify_release
-from workers.hub_client import HubStore
 from workers.sinks.hub import HubSink, HubStaging
+from workers.sources.hub_client import HubStore
 
 KEY = "a" * 64
 FILES = make_files()

@@ -22,10 +22,10 @@ from tests.releases import SHARD, fill, make_files, make_manifest, write_files
 from tests.servers.s3 import S3Server
 from workers.delivery import verify_release
 from workers.released import encode_manifest
-from workers.s3_client import S3Store
 from workers.sinks.s3 import S3Sink, S3Staging
 from workers.sinks.s3_records import abort_recorded
 from workers.sinks.s3_upload import part_bytes
+from workers.sources.s3_client import S3Store
 
 pytestmark = pytest.mark.s3
 

@@ -29,7 +29,7 @@ from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from workers.model import quiet_transformers
 from workers.plan import plan_base, plan_merge
 from workers.sinks.directory import DirectoryStaging
-from workers.sources import fetch_adapter, fetch_base
+from workers.sources.fetch import fetch_adapter, fetch_base
 from workers.worker import MergeWorker
 
 ARITHMETIC = {"level": "arithmetic"}

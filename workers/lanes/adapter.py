@@ -24,7 +24,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from jobs.errors import BadInputError, UnsupportedError
-from workers.adapter_files import foreign_kind
 from workers.conversions import Conversions
 from workers.files.checkpoint import TensorSpec, read_json, read_shard
 from workers.files.tensor_io import read_rows
@@ -33,6 +32,7 @@ from workers.lanes.causes import cause_of, cause_of_experts
 from workers.lanes.methods import MERGED, REFUSED, SHAPED_BY_VALUES, WEIGHED
 from workers.lanes.resizing import resize_vocabulary
 from workers.numerics.device import raise_of_machine
+from workers.sources.adapter_files import foreign_kind
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -11,10 +11,8 @@ from huggingface_hub import CommitOperationAdd
 from jobs.errors import BadInputError, NotFoundError, TransientIOError
 from jobs.locations import HubRepo
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
-from workers.belongings import CARD_NAME
 from workers.files.local import FileState, file_errors
 from workers.files.scratch import OwnedDirectory, sweep
-from workers.hub_client import HubStore
 from workers.released import (
     MAX_MANIFEST_BYTES,
     ManifestFile,
@@ -25,6 +23,8 @@ from workers.released import (
     occupied,
 )
 from workers.sinks import Receipt, Ticket
+from workers.sources.belongings import CARD_NAME
+from workers.sources.hub_client import HubStore
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NEW = frozenset({".gitattributes", CARD_NAME})

@@ -22,7 +22,6 @@ from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
 from workers.files.local import FileState, file_errors
 from workers.files.scratch import OwnedDirectory, sweep
 from workers.released import ManifestFile, check_all_put, encode_manifest, occupied
-from workers.s3_client import S3Store, error_status
 from workers.sinks import Receipt, Ticket
 from workers.sinks.s3_records import abort_recorded
 from workers.sinks.s3_surroundings import find_release, own_below, refuse_above
@@ -35,6 +34,7 @@ from workers.sinks.s3_upload import (
     destination_digest,
     look_at,
 )
+from workers.sources.s3_client import S3Store, error_status
 
 _log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote
 
 from botocore.exceptions import ClientError
 
-from workers.s3_client import S3Store, error_code
+from workers.sources.s3_client import S3Store, error_code
 
 RECORDS = ".mergefleet-uploads"
 """No file of a release has such a name: those begin with a letter or a digit."""

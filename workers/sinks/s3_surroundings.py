@@ -14,8 +14,8 @@ from workers.released import (
     lies_inside,
     occupied,
 )
-from workers.s3_client import S3Store
 from workers.sinks.s3_upload import StoredObject, destination_digest, look_at
+from workers.sources.s3_client import S3Store
 
 _log = logging.getLogger(__name__)
 

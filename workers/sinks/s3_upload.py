@@ -19,8 +19,8 @@ from jobs.errors import NotFoundError, TransientIOError, UnsupportedError
 from jobs.release import Artifact
 from workers.files.local import file_errors
 from workers.released import changed
-from workers.s3_client import S3Store
 from workers.sinks.s3_records import abort_upload, begin_record, end_record
+from workers.sources.s3_client import S3Store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef

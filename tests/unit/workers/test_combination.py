@@ -26,7 +26,7 @@ from workers.inference import quiet_libraries
 from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 from workers.plan import plan_base, plan_merge
 from workers.request_adapters import fetch_adapters, outline_adapters
-from workers.sources import fetch_base
+from workers.sources.fetch import fetch_base
 
 # PEFT writes a `cat` into parameters of the base's dtype; ours are in float32 whatever the base is in.
 ROUNDED_BY_PEFT = {"cat"}

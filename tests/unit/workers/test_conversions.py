@@ -16,7 +16,7 @@ from tests.models import load_plain
 from workers.conversions import Conversions
 from workers.model import skeleton
 from workers.plan import plan_base
-from workers.sources import fetch_base
+from workers.sources.fetch import fetch_base
 
 # Per-expert weights become one parameter, prefixes move, one tensor becomes three, q, k and v go into one.
 ARCHITECTURES = [

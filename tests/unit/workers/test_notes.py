@@ -10,7 +10,7 @@ from jobs.request import MergeRequest
 from workers.base_card import BaseCard
 from workers.notes import find_notes
 from workers.shipment import Shipment
-from workers.sources import Source
+from workers.sources.fetch import Source
 
 UNSLOTH = "unsloth/llama-3-8b-Instruct-bnb-4bit"
 DOUBLE = {"bnb_4bit_use_double_quant": True}

@@ -15,7 +15,7 @@ from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
 from workers.footprint import pass_bytes
 from workers.numerics.tiles import TILE_ELEMENTS
 from workers.plan import plan_base
-from workers.sources import fetch_base
+from workers.sources.fetch import fetch_base
 
 LINEARS = 14
 

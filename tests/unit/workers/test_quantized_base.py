@@ -29,7 +29,7 @@ from workers.files.scratch import exclusive
 from workers.footprint import passing_bytes, resident_bytes
 from workers.plan import plan_base
 from workers.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
-from workers.sources import fetch_base
+from workers.sources.fetch import fetch_base
 
 REPOSITORY = Path(__file__).parents[3]
 

@@ -28,7 +28,7 @@ from tests.models import (
 from workers.card import write_card
 from workers.model import quiet_transformers
 from workers.sidecars import digest_file, write_sidecars, write_text
-from workers.sources import Source
+from workers.sources.fetch import Source
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from tests.merges import plan_pass
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
 from workers.files.checkpoint import read_checkpoint
 from workers.plan import plan_base
-from workers.sources import fetch_base
+from workers.sources.fetch import fetch_base
 
 LINEAR = "model.layers.0.mlp.down_proj"
 FP8 = torch.float8_e4m3fn

@@ -19,7 +19,7 @@ from workers import vetting
 from workers.forks import Answer, Bounds, ForkServer
 from workers.lanes.adapter import Adapter, match, open_adapter
 from workers.model import skeleton
-from workers.sources import fetch_adapter, fetch_base
+from workers.sources.fetch import fetch_adapter, fetch_base
 from workers.vetting import vet_adapter, vet_base, vet_prompts
 
 BOMB = "(([a-z_.0-9])+)+$!"

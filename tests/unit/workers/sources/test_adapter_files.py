@@ -18,7 +18,7 @@ from tests.merges import different, merge, merge_by_peft, plan_pass, read_tensor
 from tests.models import build_llama, make_adapter
 from workers.evidence import Evidence
 from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
-from workers.sources import fetch_adapter
+from workers.sources.fetch import fetch_adapter
 
 PREFIX = "base_model.model."
 TARGETS = ("q_proj", "v_proj")

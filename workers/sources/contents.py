@@ -9,8 +9,8 @@ from typing import Protocol
 
 from jobs.errors import BadInputError, NotFoundError
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
-from workers.belongings import CARD_NAME
 from workers.files.local import CHUNK_BYTES, file_errors, read_chunks
+from workers.sources.belongings import CARD_NAME
 
 
 class Contents(Protocol):
@@ -79,7 +79,7 @@ class S3Contents:
     beside: frozenset[str] = frozenset()
 
     def __init__(self, location: S3Prefix) -> None:
-        from workers.s3_client import S3Store  # noqa: PLC0415 - loads boto3 only where there is S3
+        from workers.sources.s3_client import S3Store  # noqa: PLC0415 - loads boto3 only where there is S3
 
         self._store = S3Store(location)
         self._objects = self._store.objects()
@@ -97,7 +97,7 @@ class HubContents:
     beside: frozenset[str] = frozenset({CARD_NAME})
 
     def __init__(self, location: HubRepo, scratch: Path) -> None:
-        from workers.hub_client import HubStore  # noqa: PLC0415 - loads huggingface_hub only where there is a Hub
+        from workers.sources.hub_client import HubStore  # noqa: PLC0415 - loads huggingface_hub only where there is a Hub
 
         self._store = HubStore(location)
         self._scratch = scratch

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 from jobs.errors import BadInputError
 from jobs.release import MANIFEST_NAME, REPORT_NAME, is_plain_path
-from workers.code_files import CodePlace, code_of, custom_modules
 from workers.files.foreign import read_foreign
 from workers.files.foreign_json import parse_json
 from workers.files.local import file_errors
+from workers.sources.code_files import CodePlace, code_of, custom_modules
 
 CARD_NAME = "README.md"
 MODULES_FILE = "modules.json"

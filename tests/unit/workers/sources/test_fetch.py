@@ -18,7 +18,7 @@ from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
 from tests.releases import write_files
 from tests.servers.hub import Hub
 from tests.servers.s3 import S3Server
-from workers.sources import Source, fetch_adapter, fetch_base
+from workers.sources.fetch import Source, fetch_adapter, fetch_base
 
 ROOT = Path(__file__).parents[3]
 
@@ -307,11 +307,11 @@ class TestS3:
         assert {path: path.stat().st_ino for path in first.directory.rglob("*")} == identity
 
     def test_many_at_once_bring_it_once(self, place: S3Prefix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        import workers.sources
+        import workers.sources.fetch
 
         brought = []
-        download = workers.sources._download
-        monkeypatch.setattr(workers.sources, "_download", lambda *args: (brought.append(args), download(*args)))
+        download = workers.sources.fetch._download
+        monkeypatch.setattr(workers.sources.fetch, "_download", lambda *args: (brought.append(args), download(*args)))
         with ThreadPoolExecutor(4) as pool:
             sources = list(pool.map(lambda _: fetch_base(place.child("base"), tmp_path / "cache"), range(4)))
         assert len(set(sources)) == len(brought) == 1
@@ -384,7 +384,7 @@ class TestHub:
         source = fetch_base(place, tmp_path)
         code = (
             "import sys; from pathlib import Path; from jobs.locations import parse_location; "
-            "from workers.sources import fetch_base; "
+            "from workers.sources.fetch import fetch_base; "
             "print(fetch_base(parse_location(sys.argv[1]), Path(sys.argv[2])))"
         )
         environment = os.environ | {"PYTHONPATH": str(ROOT)}

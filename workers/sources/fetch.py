@@ -1,6 +1,6 @@
 """Base and adapter bytes: wherever they are, pinned, digested, and brought to a local directory.
 
-Only what a checkpoint needs is brought: safetensors, and what `workers.belongings` lists. Other formats of the same
+Only what a checkpoint needs is brought: safetensors, and what `workers.sources.belongings` lists. Other formats of the same
 weights are left where they are. A base without safetensors is refused. An adapter in several files, or with pickled
 ones, is gathered into one safetensors file, once; pickled files are converted in a closed process.
 """
@@ -23,16 +23,16 @@ from typing import TYPE_CHECKING, Any
 from jobs.errors import NotFoundError, TransientIOError, UnsupportedError
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
 from jobs.text import shown
-from workers.adapter_files import WeightFiles, foreign_kind, gather, read_origins, weight_files
-from workers.belongings import Files, ListedFiles, LocalFiles, belongings, check_description
 from workers.files.checkpoint import read_shard
 from workers.files.foreign import copy_foreign, foreign_file, foreign_sha256
 from workers.files.local import FileState, file_errors
 from workers.files.scratch import keep_directory
-from workers.forms import form_of_files
+from workers.sources.adapter_files import WeightFiles, foreign_kind, gather, read_origins, weight_files
+from workers.sources.belongings import Files, ListedFiles, LocalFiles, belongings, check_description
+from workers.sources.forms import form_of_files
 
 if TYPE_CHECKING:
-    from workers.s3_client import S3Object, S3Store
+    from workers.sources.s3_client import S3Object, S3Store
 
 _MAX_HEADER_BYTES = 100 << 20
 """Largest header that safetensors itself reads."""
@@ -206,7 +206,7 @@ def fetch_adapter(location: Location, cache: Path) -> Source:
             cache.
 
     Raises:
-        As `fetch_base`; as `workers.adapter_files.gather` for an adapter that is gathered.
+        As `fetch_base`; as `workers.sources.adapter_files.gather` for an adapter that is gathered.
     """
     if isinstance(location, LocalPath):
         _check_kind(location)
@@ -278,7 +278,7 @@ def _bring(kind: _Kind, location: Location, cache: Path) -> tuple[Path, Location
 
 
 def _bring_from_s3(kind: _Kind, location: S3Prefix, cache: Path) -> tuple[Path, Location, Any]:
-    from workers.s3_client import S3Store  # noqa: PLC0415 - loads boto3 only where there is S3
+    from workers.sources.s3_client import S3Store  # noqa: PLC0415 - loads boto3 only where there is S3
 
     store = S3Store(location)
     objects = store.objects()
@@ -305,7 +305,7 @@ def _download(store: "S3Store", wanted: list["S3Object"], directory: Path) -> No
 
 
 def _bring_from_hub(kind: _Kind, location: HubRepo) -> tuple[Path, Location, Any]:
-    from workers.hub_client import HubStore  # noqa: PLC0415 - loads huggingface_hub only where there is a Hub
+    from workers.sources.hub_client import HubStore  # noqa: PLC0415 - loads huggingface_hub only where there is a Hub
 
     # A look at the commit first, as some of its files say which others belong to them.
     directory = HubStore(location).snapshot([kind.config], [])

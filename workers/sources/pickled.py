@@ -1,7 +1,7 @@
 """Weights of adapters in pickled files, read in a closed process and written again as safetensors.
 
 PyTorch's `weights_only` unpickler makes tensors and nothing else. Should it be fooled one day, the process it runs in
-has no credentials, no network and no files but the pickle and the safetensors file (see `workers/confinement.py`).
+has no credentials, no network and no files but the pickle and the safetensors file (see `workers/sources/confinement.py`).
 """
 
 import io
@@ -27,16 +27,16 @@ from jobs.errors import (
     TransientIOError,
     UnsupportedError,
 )
-from workers.confinement import Ended, Limits, close_in, run_isolated
 from workers.files.checkpoint import DTYPE_CODES, lay_out_shard, read_shard
 from workers.files.foreign import foreign_file
 from workers.files.local import file_errors
 from workers.files.tensor_io import tensor_bytes, write_all
+from workers.sources.confinement import Ended, Limits, close_in, run_isolated
 
 PICKLED_WEIGHTS = "adapter_model.bin"
 CONVERTED_WEIGHTS = "adapter_model.safetensors"
 
-_PROGRAM = "from workers.pickled import main; main()"
+_PROGRAM = "from workers.sources.pickled import main; main()"
 _SAVE_AGAIN = f"if you trust its source, load it with PEFT and save it again, which writes {CONVERTED_WEIGHTS}"
 _MOVE_AWAY = "move it elsewhere if the adapter does not need it"
 _SLACK_BYTES = 1 << 30

@@ -15,7 +15,7 @@ from pathlib import Path
 from jobs.errors import BadInputError, NotFoundError, UnsupportedError
 from workers.files.checkpoint import ShardLayout, TensorSpec, lay_out_shard, read_json, read_shard
 from workers.files.tensor_io import opened, read_into_bytes, write_all
-from workers.pickled import CONVERTED_WEIGHTS, PICKLED_WEIGHTS, convert
+from workers.sources.pickled import CONVERTED_WEIGHTS, PICKLED_WEIGHTS, convert
 
 ADAPTER_WEIGHTS = CONVERTED_WEIGHTS
 
@@ -150,7 +150,7 @@ def gather(directory: Path, files: WeightFiles, target: Path) -> None:
     Raises:
         NotFoundError: a file is missing.
         BadInputError: a file is malformed, or two hold different tensors of one name.
-        As `workers.pickled.convert` for a pickled one.
+        As `workers.sources.pickled.convert` for a pickled one.
     """
     if files.own == (PICKLED_WEIGHTS,) and not files.beside:
         convert(directory / PICKLED_WEIGHTS, target / ADAPTER_WEIGHTS)

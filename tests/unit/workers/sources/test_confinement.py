@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from workers.confinement import _SECCOMP, ALLOWED, Limits, run_isolated
+from workers.sources.confinement import _SECCOMP, ALLOWED, Limits, run_isolated
 
 ROOT = Path(__file__).parents[3]
 HEADERS = (Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), Path("/usr/include/asm-generic/unistd.h"))
-CLOSE_IN = "from workers.confinement import Limits, close_in; close_in({limits!r})"
+CLOSE_IN = "from workers.sources.confinement import Limits, close_in; close_in({limits!r})"
 PLENTY = Limits(memory_bytes=1 << 30, file_bytes=1 << 20, cpu_seconds=60)
 
 ATTEMPTS = """
@@ -161,7 +161,7 @@ def test_it_does_not_outlive_a_killed_parent():
     read_end, write_end = os.pipe()
     program = f"import os; {CLOSE_IN.format(limits=PLENTY)}; os.write({write_end}, b'closed')\nwhile True: pass"
     parent_program = (
-        "from workers.confinement import run_isolated; "
+        "from workers.sources.confinement import run_isolated; "
         f"run_isolated({program!r}, [], stdin=open('/dev/null', 'rb'), descriptors=[{write_end}], seconds=60)"
     )
     parent = subprocess.Popen(

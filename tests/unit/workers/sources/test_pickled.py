@@ -25,10 +25,10 @@ from jobs.locations import LocalPath
 from tests.merges import different, merge, merge_by_peft, plan_pass
 from tests.methods import make_method_adapter
 from tests.models import build_llama, load_plain, make_adapter
-from workers.confinement import Ended
 from workers.inference import quiet_libraries
-from workers.pickled import _failure, convert
-from workers.sources import fetch_adapter
+from workers.sources.confinement import Ended
+from workers.sources.fetch import fetch_adapter
+from workers.sources.pickled import _failure, convert
 
 ROOT = Path(__file__).parents[3]
 
@@ -157,12 +157,14 @@ class TestCache:
 
     def test_second_fetch_finds_the_converted_one(self, adapter, tmp_path, monkeypatch):
         first = fetch_adapter(LocalPath(adapter), tmp_path / "cache")
-        monkeypatch.setattr("workers.adapter_files.convert", None)
+        monkeypatch.setattr("workers.sources.adapter_files.convert", None)
         assert fetch_adapter(LocalPath(adapter), tmp_path / "cache") == first
 
     def test_many_at_once_convert_it_once(self, adapter, tmp_path, monkeypatch):
         started = []
-        monkeypatch.setattr("workers.adapter_files.convert", lambda *args: (started.append(args), convert(*args)))
+        monkeypatch.setattr(
+            "workers.sources.adapter_files.convert", lambda *args: (started.append(args), convert(*args))
+        )
         with ThreadPoolExecutor(3) as pool:
             sources = set(pool.map(lambda _: fetch_adapter(LocalPath(adapter), tmp_path / "cache"), range(3)))
         assert len(sources) == len(started) == 1
@@ -172,7 +174,7 @@ class TestCache:
             convert(path, target)
             (adapter / "adapter_config.json").write_text("{}")
 
-        monkeypatch.setattr("workers.adapter_files.convert", change_after)
+        monkeypatch.setattr("workers.sources.adapter_files.convert", change_after)
         with pytest.raises(TransientIOError, match="was changed while it was read"):
             fetch_adapter(LocalPath(adapter), tmp_path / "cache")
         assert left_in(tmp_path / "cache") == []
@@ -181,7 +183,7 @@ class TestCache:
         cache = tmp_path / "cache"
         code = (
             "import sys; from pathlib import Path; from jobs.locations import LocalPath; "
-            "from workers.sources import fetch_adapter; fetch_adapter(LocalPath(Path(sys.argv[1])), Path(sys.argv[2]))"
+            "from workers.sources.fetch import fetch_adapter; fetch_adapter(LocalPath(Path(sys.argv[1])), Path(sys.argv[2]))"
         )
         process = subprocess.Popen(
             [sys.executable, "-c", code, adapter, cache], env=os.environ | {"PYTHONPATH": str(ROOT)}
@@ -277,7 +279,7 @@ class TestRefusals:
         def kill():
             for _ in range(6000):
                 for child in psutil.Process().children():
-                    if "workers.pickled" in " ".join(child.cmdline()):
+                    if "workers.sources.pickled" in " ".join(child.cmdline()):
                         child.kill()
                         return
                 time.sleep(0.01)
