@@ -45,7 +45,7 @@ def build_base(directory: Path) -> Path:
     import torch  # noqa: PLC0415 - nothing to load when the base is there
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415
 
-    from workers.model import quiet_transformers  # noqa: PLC0415
+    from workers.bases.model import quiet_transformers  # noqa: PLC0415
 
     source = gguf_path()
     partial = directory.with_name(directory.name + ".partial")

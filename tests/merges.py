@@ -18,16 +18,16 @@ from jobs.release import TensorCheck
 from jobs.request import MergeRequest
 from tests.models import load_plain
 from workers.arithmetic import ArithmeticCheck
+from workers.bases.model import load_config, model_class
+from workers.bases.quantized_base import QuantizedBase, QuantizedCache
 from workers.evidence import Evidence
 from workers.inference import quiet_libraries
 from workers.merge import PassResult, run_pass
-from workers.model import load_config, model_class
 from workers.module_checks import check_modules
 from workers.module_weights import ModuleWeights
 from workers.numerics.tiles import single_threads
 from workers.passes import PassJob
 from workers.plan import BasePlan, MergePlan, plan_base, plan_merge
-from workers.quantized_base import QuantizedBase, QuantizedCache
 from workers.request_adapters import fetch_adapters
 from workers.sources.fetch import fetch_base
 

@@ -23,8 +23,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from workers.bases.model import load_config, model_class, quiet_transformers
 from workers.inference import quiet_libraries
-from workers.model import load_config, model_class, quiet_transformers
 
 VOCAB_SIZE = 512
 LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

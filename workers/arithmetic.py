@@ -23,6 +23,8 @@ import torch
 
 from jobs.errors import InternalError
 from jobs.release import TensorCheck
+from workers.bases.four_bit import QuantizedWeight
+from workers.bases.quantized_base import QuantizedBase
 from workers.evidence import Evidence
 from workers.files.tensor_io import opened, read_into
 from workers.numerics import products
@@ -41,8 +43,6 @@ from workers.numerics.tiles import (
 )
 from workers.plan import BasePlan, MergePlan, OutputTensor
 from workers.proof import SPARSE, Operands
-from workers.quant import QuantizedWeight
-from workers.quantized_base import QuantizedBase
 
 _JUDGED_ELEMENTS = 1 << 16
 """Elements that are held against the exact sum at the same time."""

@@ -13,13 +13,13 @@ import torch
 from jobs.errors import BadInputError, MergefleetError, ParityFailedError
 from jobs.release import Alternative, BehaviourCheck
 from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
+from workers.bases.quantized_base import QuantizedCache
 from workers.behaviour import Subject, check_behaviour
 from workers.files.scratch import OwnedDirectory
 from workers.merge import run_pass
 from workers.module_weights import module_weights
 from workers.passes import PassJob
 from workers.plan import MergePlan, plan_base, plan_merge
-from workers.quantized_base import QuantizedCache
 from workers.references import references
 from workers.sidecars import write_sidecars
 

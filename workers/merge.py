@@ -8,13 +8,13 @@ import torch
 from jobs.errors import MergefleetError
 from jobs.release import TensorCheck
 from workers.arithmetic import ArithmeticCheck
+from workers.bases.quantized_base import QuantizedBase
 from workers.files.writer import Conveyor, HashedFile
 from workers.lanes.peft import merge_modules
 from workers.module_weights import ModuleWeights
 from workers.numerics.tiles import single_threads
 from workers.passes import PassJob, PassState, check_range
 from workers.plan import BasePlan
-from workers.quantized_base import QuantizedBase
 from workers.walk import Walk
 
 

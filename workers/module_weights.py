@@ -18,7 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from jobs.errors import BadInputError
-from workers.conversions import Group
+from workers.bases.conversions import Group
+from workers.bases.four_bit import QuantizedWeight
+from workers.bases.quantized_base import QuantizedBase
 from workers.files.checkpoint import ShardLayout, lay_out_shard
 from workers.files.local import file_errors
 from workers.files.scratch import OwnedDirectory
@@ -26,8 +28,6 @@ from workers.files.tensor_io import opened, read_rows, tensor_bytes, write_all
 from workers.lanes.names import owner_of
 from workers.numerics.tiles import TILE_ELEMENTS, rows_per_tile
 from workers.plan import BasePlan, MergePlan, OutputTensor
-from workers.quant import QuantizedWeight
-from workers.quantized_base import QuantizedBase
 
 _FILE_NAME = "weights.safetensors"
 

@@ -21,11 +21,15 @@ from jobs.release import CombinedAdapter
 from jobs.request import BaseQuantization, MergeRequest
 from jobs.text import MAX_MESSAGE, shown
 from workers.base_card import BaseCard, read_base_card
-from workers.codes import refuse_codes
-from workers.conversions import Conversions, relate
-from workers.declarations import declared_4bit
+from workers.bases.codes import refuse_codes
+from workers.bases.conversions import Conversions, relate
+from workers.bases.declarations import declared_4bit
+from workers.bases.four_bit import quantized_names, quantized_owner
+from workers.bases.model import answers_prompts, check_depth, skeleton, token_embedding
+from workers.bases.quantizing import QuantizationTask
+from workers.bases.stored_four_bit import plan_quantization, stored_as_asked
+from workers.bases.ties import COMPUTES_WITH_FLAG, come_apart, stored_apart, tied_names
 from workers.files.checkpoint import CheckpointLayout, TensorSpec, lay_out, lay_out_shard, read_checkpoint, read_json
-from workers.four_bit import plan_quantization, stored_as_asked
 from workers.lanes.adapter import Adapter, LoraDelta, open_adapter
 from workers.lanes.coverage import Coverage, cover, ties_by_values
 from workers.lanes.fitting import fit
@@ -33,13 +37,9 @@ from workers.lanes.lora import plan_lora
 from workers.lanes.methods import UNSTABLE, WEIGHED
 from workers.lanes.resizing import check_apart, resize_vocabulary
 from workers.lanes.stored import add_to_files
-from workers.model import answers_prompts, check_depth, skeleton, token_embedding
 from workers.notes import find_notes
-from workers.quant import quantized_names, quantized_owner
-from workers.quantization import QuantizationTask
 from workers.shipment import Shipment, plan_shipment
 from workers.sources.fetch import Source
-from workers.ties import COMPUTES_WITH_FLAG, come_apart, stored_apart, tied_names
 
 _MAX_PLANNED_BASES = 4
 _MAX_RECIPES = 16

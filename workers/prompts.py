@@ -10,9 +10,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jobs.errors import BadInputError
 from jobs.request import DEFAULT_PROMPTS, HeldOutText, MergeRequest
+from workers.bases.model import load_config
 from workers.chat import Rendering, how_asked, render_chat
 from workers.inference import quiet_libraries
-from workers.model import load_config
 from workers.passages import PASSAGES
 from workers.positions import Asked, Selection, num_shared, select
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import BitsAndBytesConfig
 
 from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
-from workers.model import bitsandbytes_config, stored_quantization
+from workers.bases.model import bitsandbytes_config, stored_quantization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

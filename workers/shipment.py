@@ -13,6 +13,7 @@ from typing import Any
 
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.problems import show
+from workers.bases.tokenizers import same_tokens
 from workers.files.checkpoint import read_json
 from workers.files.foreign import foreign_sha256
 from workers.files.local import file_errors
@@ -39,7 +40,6 @@ from workers.sources.belongings import (
     tokenizer_folders,
 )
 from workers.sources.code_files import code_of, leave_out
-from workers.tokenizers import same_tokens
 
 _NUM_NAMED = 4
 """Of each kind, in a note."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from jobs.release import Artifact
-from workers.declarations import without_declarations
+from workers.bases.declarations import without_declarations
 from workers.files.checkpoint import INDEX_FILE, read_json
 from workers.files.foreign import copy_foreign
 from workers.files.local import file_errors, sha256_of

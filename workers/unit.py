@@ -23,6 +23,7 @@ from jobs.release import (
 )
 from jobs.request import BaseQuantization
 from workers.arithmetic import ArithmeticCheck
+from workers.bases.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
 from workers.card import write_card
 from workers.files.local import file_errors
 from workers.files.memory import available_device_bytes, available_host_bytes, give_back, hold_little
@@ -37,7 +38,6 @@ from workers.passes import PassJob
 from workers.pieces import pieces_of
 from workers.plan import BasePlan, MergePlan, PlannedBases, plan_merge
 from workers.progress import Tracker
-from workers.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
 from workers.released import encode_manifest
 from workers.request_adapters import fetch_adapters
 from workers.sidecars import digest_file, write_sidecars

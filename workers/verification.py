@@ -8,6 +8,7 @@ import torch
 from jobs.errors import InternalError, MergefleetError, ParityFailedError
 from jobs.release import REPORT_NAME, BehaviourCheck, ParityReport, TensorCheck
 from workers.arithmetic import ArithmeticCheck
+from workers.bases.quantized_base import QuantizedCache
 from workers.behaviour import Subject, check_behaviour
 from workers.comparison import compare_ways
 from workers.evidence import Evidence
@@ -22,7 +23,6 @@ from workers.outcomes import WorkerSettings
 from workers.parity import judge, summarize, unfounded, write_report, wrong_headers
 from workers.plan import BasePlan, MergePlan
 from workers.progress import Tracker
-from workers.quantized_base import QuantizedCache
 
 
 class Verifier:

@@ -13,7 +13,7 @@ from typing import Any
 
 from jobs.errors import BadInputError
 from jobs.problems import show
-from workers.tokenizers import TokenizerData, read_object
+from workers.bases.tokenizers import TokenizerData, read_object
 
 GENERATION_CONFIG = "generation_config.json"
 

@@ -22,6 +22,8 @@ import torch
 
 from jobs.errors import BadInputError
 from workers.arithmetic import ArithmeticCheck, Tally
+from workers.bases.four_bit import QuantizedWeight
+from workers.bases.quantized_base import QuantizedBase
 from workers.files.foreign import open_foreign
 from workers.files.tensor_io import read_into
 from workers.lanes.lora import read_operand
@@ -30,8 +32,6 @@ from workers.numerics.products import Comparison
 from workers.numerics.tiles import TILE_ELEMENTS, TileBuffers, Tiling, pieces_of
 from workers.passes import PassJob, PassState, check_range
 from workers.plan import BasePlan, OutputTensor
-from workers.quant import QuantizedWeight
-from workers.quantized_base import QuantizedBase
 
 _MAX_OPEN_SHARDS = 256
 """Shards of all jobs that are written at one time; each holds two descriptors, and 1024 is a common limit."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from jobs.errors import InternalError
 from jobs.request import MergeRequest
+from workers.bases.quantized_base import ResidentBases
 from workers.files.memory import pass_over_modules
 from workers.job import Job, own_failure, shared_failures
 from workers.numerics.device import device_fault
@@ -27,7 +28,6 @@ from workers.outcomes import (
 )
 from workers.plan import PlannedBases
 from workers.progress import Tracker
-from workers.quantized_base import ResidentBases
 from workers.unit import Unit
 from workers.vetting import server
 

@@ -19,7 +19,7 @@ from jobs.errors import FailureClass
 from jobs.states import JobState
 from jobs.store import JobStore
 from tests.models import build_tokenizer, make_adapter
-from workers.model import quiet_transformers
+from workers.bases.model import quiet_transformers
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -16,8 +16,8 @@ from jobs.locations import HubRepo, LocalPath, S3Prefix
 from jobs.request import MergeRequest
 from tests.merges import different, merge_by_peft, read_tensors
 from tests.models import build_llama, load_plain, make_adapter
+from workers.bases.model import quiet_transformers
 from workers.delivery import pull_release, verify_release
-from workers.model import quiet_transformers
 
 _CARD = """---
 license: other

@@ -24,9 +24,9 @@ from jobs.release import Manifest, ParityReport
 from jobs.request import MergeRequest
 from tests.merges import different, merge_by_peft, open_descriptors, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
+from workers.bases.model import quiet_transformers
 from workers.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
 from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from workers.model import quiet_transformers
 from workers.plan import plan_base, plan_merge
 from workers.sinks.directory import DirectoryStaging
 from workers.sources.fetch import fetch_adapter, fetch_base
@@ -713,7 +713,7 @@ def test_a_base_in_4_bit_larger_than_the_gpu_is_merged_all_the_same(
     base_plan = plan_base(fetch_base(requests[0].base, settings.cache), requests[0])
     plans = [plan_merge(base_plan, request, fetch_adapter(request.adapter, settings.cache)) for request in requests]
     held = []
-    monkeypatch.setattr(workers.quantized_base.QuantizedBase, "hold", lambda _, whole: held.append(whole))
+    monkeypatch.setattr(workers.bases.quantized_base.QuantizedBase, "hold", lambda _, whole: held.append(whole))
     whole = resident_bytes(base_plan) + device_bytes(plans, settings.num_threads)
     # Of so small a base, tiles on their way take more than all of it: a larger one is told of.
     monkeypatch.setattr(workers.unit, "resident_bytes", lambda _: 10 * whole)

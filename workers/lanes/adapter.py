@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from jobs.errors import BadInputError, UnsupportedError
-from workers.conversions import Conversions
+from workers.bases.conversions import Conversions
 from workers.files.checkpoint import TensorSpec, read_json, read_shard
 from workers.files.tensor_io import read_rows
 from workers.lanes import names as adapter_names

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from jobs.errors import UnsupportedError
+from workers.bases.ties import tied_names
 from workers.lanes.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_NAME,
@@ -27,7 +28,6 @@ from workers.lanes.adapter import (
     wrapped_modules,
 )
 from workers.lanes.methods import WEIGHED
-from workers.ties import tied_names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

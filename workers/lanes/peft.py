@@ -15,10 +15,10 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from workers.bases.ties import tied_names
 from workers.lanes.adapter import put_on, take_off, wrapped_modules
 from workers.module_weights import ModuleWeights
 from workers.plan import MergePlan
-from workers.ties import tied_names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

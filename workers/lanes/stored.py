@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from jobs.errors import BadInputError
-from workers.conversions import Conversions, Group
+from workers.bases.conversions import Conversions, Group
 from workers.files.checkpoint import TensorSpec
 from workers.lanes.adapter import ADAPTER_CONFIG, PREFIX, Adapter, LoraDelta, read_tensor
 from workers.lanes.names import owner_of

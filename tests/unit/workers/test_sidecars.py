@@ -25,8 +25,8 @@ from tests.models import (
     load_plain,
     make_adapter,
 )
+from workers.bases.model import quiet_transformers
 from workers.card import write_card
-from workers.model import quiet_transformers
 from workers.sidecars import digest_file, write_sidecars, write_text
 from workers.sources.fetch import Source
 

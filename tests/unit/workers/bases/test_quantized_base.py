@@ -18,17 +18,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 
-import workers.quantization
+import workers.bases.quantizing
 from jobs.errors import BadInputError, CancelledError, InternalError, NoCapacityError, NotFoundError
 from jobs.locations import LocalPath
 from jobs.request import MergeRequest
 from tests.merges import CPU, different, load_dequantized, open_descriptors, read_tensors
 from tests.models import build_bnb_4bit, build_llama, load_plain
+from workers.bases.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
 from workers.files.checkpoint import INDEX_FILE, read_checkpoint
 from workers.files.scratch import exclusive
 from workers.footprint import passing_bytes, resident_bytes
 from workers.plan import plan_base
-from workers.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
 from workers.sources.fetch import fetch_base
 
 REPOSITORY = Path(__file__).parents[3]
@@ -37,7 +37,7 @@ MAKE = """
 import pickle, sys
 from pathlib import Path
 import torch
-from workers.quantized_base import QuantizedCache
+from workers.bases.quantized_base import QuantizedCache
 
 torch.set_num_threads(1)
 task = pickle.loads(Path(sys.argv[1]).read_bytes())
@@ -137,7 +137,7 @@ def test_errors_are_those_of_transformers_dequantized_weights(base, tmp_path, do
 
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_the_same_bytes_come_of_any_number_of_threads(base, tmp_path, monkeypatch, double_quant):
-    monkeypatch.setitem(workers.quantization._TILE_ELEMENTS, "cpu", 1 << 9)
+    monkeypatch.setitem(workers.bases.quantizing._TILE_ELEMENTS, "cpu", 1 << 9)
     task = make_task(base, tmp_path, quantization_options={"bnb_4bit_use_double_quant": double_quant})
     digests = set()
     for number, num_threads in enumerate((1, 4, 4)):

@@ -16,14 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from jobs.errors import BadInputError, InternalError, NoCapacityError, NotFoundError
+from workers.bases.four_bit import QuantizedWeight, quantized_names, quantized_owner, restore
+from workers.bases.quantizing import QuantizationTask, Quantized, quantize_streamed, quantize_whole, streamed_layout
 from workers.files.checkpoint import INDEX_FILE, CheckpointLayout, read_checkpoint, read_json
 from workers.files.local import file_errors, sha256_of
 from workers.files.scratch import OwnedDirectory, exclusive, sweep
 from workers.files.tensor_io import opened as opened_descriptor
 from workers.files.writer import CheckpointWriter, Conveyor
 from workers.numerics.tiles import results_of, single_threads
-from workers.quant import QuantizedWeight, quantized_names, quantized_owner, restore
-from workers.quantization import QuantizationTask, Quantized, quantize_streamed, quantize_whole, streamed_layout
 
 _GROUP_BYTES = 32 << 20
 """Size of a cache file of what cannot be streamed: bounds the memory that it takes beyond its largest weight."""

@@ -4,7 +4,7 @@ import ast
 import importlib.util
 from pathlib import Path
 
-from workers.ties import COMPUTES_WITH_FLAG
+from workers.bases.ties import COMPUTES_WITH_FLAG
 
 FLAGS = {"tie_word_embeddings", "scale_decoder_outputs"}
 

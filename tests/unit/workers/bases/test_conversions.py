@@ -13,8 +13,8 @@ from tests import architectures
 from tests.merges import plan_pass, read_tensors
 from tests.methods import make_method_adapter
 from tests.models import load_plain
-from workers.conversions import Conversions
-from workers.model import skeleton
+from workers.bases.conversions import Conversions
+from workers.bases.model import skeleton
 from workers.plan import plan_base
 from workers.sources.fetch import fetch_base
 

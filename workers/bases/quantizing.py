@@ -13,13 +13,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from workers.conversions import Conversions, Group
-from workers.files.checkpoint import CheckpointLayout, lay_out_shard
-from workers.files.tensor_io import opened, read_into, read_rows
-from workers.numerics.kernels import merging
-from workers.numerics.kernels.elements import ARRAY_DTYPES, array
-from workers.numerics.tiles import TileBuffers, single_threads
-from workers.quant import (
+from workers.bases.conversions import Conversions, Group
+from workers.bases.four_bit import (
     BITSANDBYTES_VERSION,
     BLOCK_SIZE,
     NESTED_BLOCK_SIZE,
@@ -29,6 +24,11 @@ from workers.quant import (
     row_alignment,
     stored_tensors,
 )
+from workers.files.checkpoint import CheckpointLayout, lay_out_shard
+from workers.files.tensor_io import opened, read_into, read_rows
+from workers.numerics.kernels import merging
+from workers.numerics.kernels.elements import ARRAY_DTYPES, array
+from workers.numerics.tiles import TileBuffers, single_threads
 
 _TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 24}
 

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from jobs.errors import BadInputError, NotFoundError, UnsupportedError
 from jobs.request import BaseQuantization, QuantizationOptions
-from workers.declarations import declared_4bit
+from workers.bases.declarations import declared_4bit
 from workers.files.checkpoint import read_json
 
 _REFUSALS = (

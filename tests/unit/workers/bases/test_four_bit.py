@@ -14,7 +14,7 @@ import workers.numerics.kernels.four_bit
 from jobs.errors import BadInputError
 from tests.merges import dequantize_without_kernel
 from tests.models import build_bnb_4bit, build_llama
-from workers.quant import (
+from workers.bases.four_bit import (
     QuantizedWeight,
     _tables,
     quantize_rows,

@@ -25,8 +25,8 @@ from transformers.core_model_loading import (
 )
 
 from jobs.errors import BadInputError, UnsupportedError
-from workers.model import ignores_missing
-from workers.ties import tied_names
+from workers.bases.model import ignores_missing
+from workers.bases.ties import tied_names
 
 _REFUSALS = (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What the conversions of transformers raise on tensors that they are not made for."""

@@ -5,10 +5,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.request import MergeRequest, QuantizationOptions
-from workers.conversions import Conversions
+from workers.bases.conversions import Conversions
+from workers.bases.model import quantized_weights, skeleton, stored_quantization
+from workers.bases.quantizing import QuantizationTask
 from workers.files.checkpoint import CheckpointLayout
-from workers.model import quantized_weights, skeleton, stored_quantization
-from workers.quantization import QuantizationTask
 from workers.sources.fetch import Source
 
 

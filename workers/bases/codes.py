@@ -11,8 +11,8 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from jobs.errors import UnsupportedError
-from workers.conversions import Conversions
-from workers.declarations import DECLARING_FIELDS, DECLARING_FILES
+from workers.bases.conversions import Conversions
+from workers.bases.declarations import DECLARING_FIELDS, DECLARING_FILES
 from workers.files.checkpoint import CheckpointLayout, TensorSpec
 from workers.sources.forms import FORMS, Form
 

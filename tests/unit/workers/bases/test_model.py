@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from jobs.errors import BadInputError, NotFoundError, UnsupportedError
 from jobs.request import BaseQuantization, QuantizationOptions
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, load_plain
-from workers.model import (
+from workers.bases.model import (
     StoredQuantization,
     answers_prompts,
     bitsandbytes_config,

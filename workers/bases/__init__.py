@@ -1,0 +1,1 @@
+"""What a base is: its modules, and the forms its weights are stored in."""
