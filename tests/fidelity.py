@@ -33,10 +33,10 @@ from tests.merges import load_dequantized, merge_by_peft, plan_pass, read_tensor
 from tests.methods import METHODS, make_method_adapter
 from tests.models import build_llama, build_qwen2, load_plain
 from tests.tied_heads import COLUMNS, tied_cells
+from workers.adapters.adapter import ADAPTER_WEIGHTS
+from workers.adapters.methods import REMADE, SHAPED_BY_VALUES, UNSTABLE
 from workers.bases.model import load_config, model_class
 from workers.inference import quiet_libraries
-from workers.lanes.adapter import ADAPTER_WEIGHTS
-from workers.lanes.methods import REMADE, SHAPED_BY_VALUES, UNSTABLE
 from workers.sidecars import write_sidecars
 
 OUTPUT = Path("docs/compatibility.md")

@@ -1,6 +1,6 @@
 """Adapters of every PEFT method, as after training: each parameter that would be trained is random.
 
-The table is held against the installed PEFT by `tests/unit/workers/test_methods.py`.
+The table is held against the installed PEFT by `tests/unit/workers/adapters/test_methods.py`.
 """
 
 import json

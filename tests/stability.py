@@ -2,7 +2,7 @@
 
 One adapter of every method is merged by PEFT alone, in a process of its own for each setting: threads, the code path of
 MKL, the vector instructions of torch, other random numbers before. What is measured is the distance of the merged
-weights over the length of the delta. Methods that `workers.lanes.methods` calls unstable must move by more than a
+weights over the length of the delta. Methods that `workers.adapters.methods` calls unstable must move by more than a
 hundredth of it, all others by less than a thousandth; the exit code says whether they do.
 """
 
@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.methods import make_method_adapter
 from tests.models import build_llama, build_qwen2, load_plain
+from workers.adapters.methods import MERGED, UNSTABLE
 from workers.inference import quiet_libraries
-from workers.lanes.methods import MERGED, UNSTABLE
 
 MOVES, STAYS = 1e-2, 1e-3
 

@@ -19,9 +19,9 @@ from tests.computed import computed_ends, is_rounded
 from tests.merges import plan_pass, read_tensors
 from tests.methods import make_method_adapter
 from tests.models import load_plain
+from workers.adapters.adapter import ADAPTER_WEIGHTS
 from workers.bases.model import load_config, model_class
 from workers.inference import quiet_libraries
-from workers.lanes.adapter import ADAPTER_WEIGHTS
 from workers.sidecars import write_sidecars
 
 COLUMNS: Mapping[str, tuple[str, tuple[str, ...], bool]] = {

@@ -32,6 +32,7 @@ from jobs.errors import (
 )
 from jobs.release import BehaviourCheck
 from jobs.request import MergeRequest
+from workers.adapters.adapter import Adapter
 from workers.answers import Answers, summarize_answers
 from workers.bases.model import load_config
 from workers.divergence import Divergence, compare_logits, working_bytes
@@ -39,7 +40,6 @@ from workers.files.checkpoint import read_json
 from workers.files.memory import release_memory
 from workers.foreign_models import model_of
 from workers.inference import Room, RunningModel, load_model
-from workers.lanes.adapter import Adapter
 from workers.plan import MergePlan
 from workers.prompts import LONGEST_BUILT_IN, Prompts, read_prompts
 from workers.references import Reference, references

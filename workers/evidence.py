@@ -23,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from jobs.combination import CombinationType
 from jobs.errors import BadInputError
 from jobs.release import TensorCheck
+from workers.adapters.adapter import open_adapter
+from workers.adapters.fitting import fit
 from workers.files.foreign import read_foreign
-from workers.lanes.adapter import open_adapter
-from workers.lanes.fitting import fit
 from workers.plan import MergePlan
 
 _PREFIX = "base_model.model."

@@ -6,10 +6,10 @@ What it says of a GPU is what torch takes there; what CUDA takes for itself is n
 import math
 from collections.abc import Sequence
 
+from workers.adapters.adapter import open_adapter
 from workers.bases.four_bit import BLOCK_SIZE
 from workers.behaviour import estimate_peak_bytes
 from workers.files.writer import num_buffers
-from workers.lanes.adapter import open_adapter
 from workers.numerics.tiles import TILE_ELEMENTS
 from workers.plan import BasePlan, MergePlan
 

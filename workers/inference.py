@@ -23,12 +23,12 @@ from torch import nn
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from jobs.errors import NoCapacityError
+from workers.adapters.adapter import PREFIX, Adapter, put_on
+from workers.adapters.resizing import resize_vocabulary
+from workers.adapters.stored import put_on_files
 from workers.bases.four_bit import of_state
 from workers.bases.model import load_config, model_class, quiet_transformers, stored_quantization
 from workers.files.memory import available_host_bytes, hold_little
-from workers.lanes.adapter import PREFIX, Adapter, put_on
-from workers.lanes.resizing import resize_vocabulary
-from workers.lanes.stored import put_on_files
 
 MAX_BATCH_TOKENS = 2048
 """Prompts that are continued together, counted with their padding and what is to come."""

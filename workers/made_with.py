@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from jobs.release import MadeWith
-from workers.lanes.methods import REMADE, UNSTABLE
+from workers.adapters.methods import REMADE, UNSTABLE
 
 _NUM_THREADS = 1
 """Of torch while PEFT merges, whatever a worker has: `workers.numerics.tiles.single_threads`."""

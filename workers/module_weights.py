@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from jobs.errors import BadInputError
+from workers.adapters.names import owner_of
 from workers.bases.conversions import Group
 from workers.bases.four_bit import QuantizedWeight
 from workers.bases.quantized_base import QuantizedBase
@@ -25,7 +26,6 @@ from workers.files.checkpoint import ShardLayout, lay_out_shard
 from workers.files.local import file_errors
 from workers.files.scratch import OwnedDirectory
 from workers.files.tensor_io import opened, read_rows, tensor_bytes, write_all
-from workers.lanes.names import owner_of
 from workers.numerics.tiles import TILE_ELEMENTS, rows_per_tile
 from workers.plan import BasePlan, MergePlan, OutputTensor
 

@@ -20,6 +20,13 @@ from jobs.errors import BadInputError, UnsupportedError
 from jobs.release import CombinedAdapter
 from jobs.request import BaseQuantization, MergeRequest
 from jobs.text import MAX_MESSAGE, shown
+from workers.adapters.adapter import Adapter, LoraDelta, open_adapter
+from workers.adapters.coverage import Coverage, cover, ties_by_values
+from workers.adapters.fitting import fit
+from workers.adapters.lora import plan_lora
+from workers.adapters.methods import UNSTABLE, WEIGHED
+from workers.adapters.resizing import check_apart, resize_vocabulary
+from workers.adapters.stored import add_to_files
 from workers.base_card import BaseCard, read_base_card
 from workers.bases.codes import refuse_codes
 from workers.bases.conversions import Conversions, relate
@@ -30,13 +37,6 @@ from workers.bases.quantizing import QuantizationTask
 from workers.bases.stored_four_bit import plan_quantization, stored_as_asked
 from workers.bases.ties import COMPUTES_WITH_FLAG, come_apart, stored_apart, tied_names
 from workers.files.checkpoint import CheckpointLayout, TensorSpec, lay_out, lay_out_shard, read_checkpoint, read_json
-from workers.lanes.adapter import Adapter, LoraDelta, open_adapter
-from workers.lanes.coverage import Coverage, cover, ties_by_values
-from workers.lanes.fitting import fit
-from workers.lanes.lora import plan_lora
-from workers.lanes.methods import UNSTABLE, WEIGHED
-from workers.lanes.resizing import check_apart, resize_vocabulary
-from workers.lanes.stored import add_to_files
 from workers.notes import find_notes
 from workers.shipment import Shipment, plan_shipment
 from workers.sources.fetch import Source

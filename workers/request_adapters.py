@@ -12,14 +12,14 @@ from safetensors.torch import save_file
 from jobs.errors import UnsupportedError
 from jobs.locations import LocalPath
 from jobs.request import MergeRequest
+from workers.adapters.adapter import ADAPTER_WEIGHTS, open_adapter
+from workers.adapters.combination import Combined, combine
+from workers.adapters.fitting import fit
 from workers.bases.model import skeleton
-from workers.combination import Combined, combine
 from workers.files.checkpoint import lay_out_shard
 from workers.files.foreign import copy_foreign, foreign_sha256
 from workers.files.local import file_errors
 from workers.files.scratch import keep_directory
-from workers.lanes.adapter import ADAPTER_WEIGHTS, open_adapter
-from workers.lanes.fitting import fit
 from workers.shipment import licences_of, shipped_files
 from workers.sources.fetch import Source, fetch_adapter
 from workers.vetting import vet_adapter

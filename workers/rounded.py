@@ -17,12 +17,12 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from workers.adapters.adapter import ADAPTER_NAME, Adapter, take_off, wrapped_modules
 from workers.bases.conversions import Conversions
 from workers.bases.four_bit import of_state
 from workers.bases.model import skeleton
 from workers.bases.ties import tied_names
 from workers.files.checkpoint import read_checkpoint
-from workers.lanes.adapter import ADAPTER_NAME, Adapter, take_off, wrapped_modules
 
 
 def output_dtype(merged: Path) -> torch.dtype:

@@ -21,14 +21,14 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.request import MergeRequest
 from jobs.text import shown
+from workers.adapters.adapter import ADAPTER_CONFIG, match, open_adapter, read_config
+from workers.adapters.fitting import fit
+from workers.adapters.methods import WEIGHED
 from workers.bases.model import skeleton
 from workers.files.checkpoint import CheckpointLayout, read_checkpoint, read_json, read_shard
 from workers.files.foreign import foreign_sha256, read_foreign
 from workers.files.scratch import OwnedDirectory
 from workers.forks import Answer, Bounds, ForkServer
-from workers.lanes.adapter import ADAPTER_CONFIG, match, open_adapter, read_config
-from workers.lanes.fitting import fit
-from workers.lanes.methods import WEIGHED
 from workers.plan import MergePlan, plan_base, plan_merge
 from workers.prompts import read_prompts
 from workers.shipment import shipped_files

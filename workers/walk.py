@@ -21,12 +21,12 @@ from dataclasses import dataclass
 import torch
 
 from jobs.errors import BadInputError
+from workers.adapters.lora import read_operand
 from workers.arithmetic import ArithmeticCheck, Tally
 from workers.bases.four_bit import QuantizedWeight
 from workers.bases.quantized_base import QuantizedBase
 from workers.files.foreign import open_foreign
 from workers.files.tensor_io import read_into
-from workers.lanes.lora import read_operand
 from workers.numerics import products
 from workers.numerics.products import Comparison
 from workers.numerics.tiles import TILE_ELEMENTS, TileBuffers, Tiling, pieces_of

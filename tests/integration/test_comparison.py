@@ -14,8 +14,8 @@ from jobs.request import BaseQuantization, MergeRequest
 from tests.merges import load_dequantized
 from tests.methods import make_method_adapter
 from tests.models import build_bnb_4bit, build_llama, load_plain, make_adapter, merge_with_peft
+from workers.adapters.adapter import open_adapter
 from workers.behaviour import Subject, check_behaviour
-from workers.lanes.adapter import open_adapter
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 PARITY = {

@@ -5,7 +5,7 @@ import pytest
 from jobs.request import MergeRequest
 from tests.methods import make_method_adapter
 from tests.models import build_llama
-from workers.lanes.methods import REMADE, UNSTABLE
+from workers.adapters.methods import REMADE, UNSTABLE
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,9 @@ from jobs.release import Manifest, ParityReport
 from jobs.request import MergeRequest
 from tests.merges import different, merge_by_peft, open_descriptors, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
+from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from workers.bases.model import quiet_transformers
 from workers.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
-from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from workers.plan import plan_base, plan_merge
 from workers.sinks.directory import DirectoryStaging
 from workers.sources.fetch import fetch_adapter, fetch_base

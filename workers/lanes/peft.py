@@ -15,8 +15,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from workers.adapters.adapter import put_on, take_off, wrapped_modules
 from workers.bases.ties import tied_names
-from workers.lanes.adapter import put_on, take_off, wrapped_modules
 from workers.module_weights import ModuleWeights
 from workers.plan import MergePlan
 

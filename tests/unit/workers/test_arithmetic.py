@@ -20,10 +20,10 @@ from jobs.release import TensorCheck
 from jobs.request import Thresholds
 from tests.merges import CPU, merge_by_peft, open_descriptors, plan_pass, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
+from workers.adapters.adapter import ADAPTER_WEIGHTS
 from workers.arithmetic import ArithmeticCheck, failures
 from workers.bases.quantized_base import QuantizedCache
 from workers.files.checkpoint import DTYPES
-from workers.lanes.adapter import ADAPTER_WEIGHTS
 from workers.numerics import products
 from workers.numerics.kernels import blas, merging
 from workers.parity import wrong_headers

@@ -28,10 +28,10 @@ from jobs.release import BehaviourCheck
 from jobs.request import DEFAULT_PROMPTS, BaseQuantization, MergeRequest, Thresholds
 from tests.merges import dequantize_without_kernel
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, load_plain, make_adapter, merge_with_peft
+from workers.adapters.adapter import open_adapter
 from workers.behaviour import Subject, check_behaviour
 from workers.effect import keeps_effect
 from workers.inference import Room, load_model
-from workers.lanes.adapter import open_adapter
 
 CPU = torch.device("cpu")
 LIMITS = Thresholds()

@@ -33,7 +33,7 @@ threading.Thread(target=sample, daemon=True).start()
 import torch
 from jobs.request import MergeRequest
 from workers.behaviour import Subject, check_behaviour
-from workers.lanes.adapter import open_adapter
+from workers.adapters.adapter import open_adapter
 
 request = MergeRequest.model_validate_json(sys.argv[1])
 subject = Subject(request=request, merged=Path(sys.argv[2]), adapter=open_adapter(request.adapter.path), streamed=True)

@@ -9,8 +9,8 @@ from jobs.errors import BadInputError, UnsupportedError
 from tests.merges import different, merge, merge_by_peft, plan_pass, read_tensors
 from tests.methods import make_method_adapter
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
-from workers.lanes.adapter import ADAPTER_WEIGHTS
-from workers.lanes.methods import MERGED, SHAPED_BY_VALUES
+from workers.adapters.adapter import ADAPTER_WEIGHTS
+from workers.adapters.methods import MERGED, SHAPED_BY_VALUES
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.merges import one_torch_thread
 from tests.stability import MOVES, SETTINGS, STAYS, build, merge_all, merge_here, moved
-from workers.lanes.methods import MERGED, REMADE, UNSTABLE
+from workers.adapters.methods import MERGED, REMADE, UNSTABLE
 
 
 def test_a_method_is_of_one_kind():

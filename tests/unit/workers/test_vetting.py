@@ -16,9 +16,9 @@ from jobs.locations import LocalPath
 from jobs.request import MergeRequest, ParityPolicy
 from tests.models import build_llama, make_adapter
 from workers import vetting
+from workers.adapters.adapter import Adapter, match, open_adapter
 from workers.bases.model import skeleton
 from workers.forks import Answer, Bounds, ForkServer
-from workers.lanes.adapter import Adapter, match, open_adapter
 from workers.sources.fetch import fetch_adapter, fetch_base
 from workers.vetting import vet_adapter, vet_base, vet_prompts
 

@@ -12,9 +12,9 @@ from peft import LoraConfig
 
 from jobs.errors import BadInputError, DeviceLostError, FailureClass, OutOfMemoryError
 from jobs.request import MergeRequest
+from workers.adapters.adapter import Adapter, refusals
 from workers.foreign_models import model_of
 from workers.job import Job, shared_failures
-from workers.lanes.adapter import Adapter, refusals
 from workers.numerics import device
 from workers.numerics.device import device_fault
 from workers.outcomes import WorkerSettings

@@ -8,10 +8,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from jobs.errors import UnsupportedError
+from workers.adapters.adapter import ADAPTER_CONFIG, FLOATS, Adapter, refusals
+from workers.adapters.names import fit_names
+from workers.adapters.resizing import check_indices, num_tokens_of, plain_name, trained_indices
 from workers.files.checkpoint import TensorSpec
-from workers.lanes.adapter import ADAPTER_CONFIG, FLOATS, Adapter, refusals
-from workers.lanes.names import fit_names
-from workers.lanes.resizing import check_indices, num_tokens_of, plain_name, trained_indices
 
 
 def fit(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], skeleton: Callable[[], PreTrainedModel]) -> Adapter:

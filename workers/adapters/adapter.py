@@ -24,13 +24,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from jobs.errors import BadInputError, UnsupportedError
+from workers.adapters import names as adapter_names
+from workers.adapters.causes import cause_of, cause_of_experts
+from workers.adapters.methods import MERGED, REFUSED, SHAPED_BY_VALUES, WEIGHED
+from workers.adapters.resizing import resize_vocabulary
 from workers.bases.conversions import Conversions
 from workers.files.checkpoint import TensorSpec, read_json, read_shard
 from workers.files.tensor_io import read_rows
-from workers.lanes import names as adapter_names
-from workers.lanes.causes import cause_of, cause_of_experts
-from workers.lanes.methods import MERGED, REFUSED, SHAPED_BY_VALUES, WEIGHED
-from workers.lanes.resizing import resize_vocabulary
 from workers.numerics.device import raise_of_machine
 from workers.sources.adapter_files import foreign_kind
 

@@ -22,8 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from jobs.combination import Combination, CombinationType
 from jobs.errors import BadInputError, UnsupportedError
-from workers.bases.model import skeleton
-from workers.lanes.adapter import (
+from workers.adapters.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_NAME,
     PREFIX,
@@ -35,6 +34,7 @@ from workers.lanes.adapter import (
     read_tensor,
     wrapped_modules,
 )
+from workers.bases.model import skeleton
 from workers.numerics.device import raise_of_machine
 
 _COMBINED = {

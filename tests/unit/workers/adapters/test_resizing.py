@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from jobs.errors import BadInputError, UnsupportedError
 from tests.merges import different, plan_pass, read_tensors
 from tests.models import build_llama
+from workers.adapters.adapter import ADAPTER_WEIGHTS
 from workers.files.checkpoint import read_json
 from workers.inference import quiet_libraries
-from workers.lanes.adapter import ADAPTER_WEIGHTS
 from workers.sidecars import write_sidecars
 
 BOTH = ["embed_tokens", "lm_head"]

@@ -7,7 +7,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 
 from tests.methods import METHODS
-from workers.lanes.methods import MERGED, REFUSED, SHAPED_BY_VALUES, WEIGHED
+from workers.adapters.methods import MERGED, REFUSED, SHAPED_BY_VALUES, WEIGHED
 
 OFFERED = {method.value for method in PEFT_TYPE_TO_TUNER_MAPPING}
 

@@ -13,10 +13,10 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from jobs.errors import BadInputError, UnsupportedError
 from tests.models import build_llama, build_qwen2, load_plain, make_adapter
+from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
+from workers.adapters.coverage import cover
+from workers.adapters.lora import plan_lora
 from workers.bases.model import quiet_transformers, skeleton
-from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
-from workers.lanes.coverage import cover
-from workers.lanes.lora import plan_lora
 
 # PEFT tells whoever trains the head that it keeps a copy of it.
 head_is_kept = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")

@@ -15,9 +15,9 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 from jobs.errors import BadInputError, UnsupportedError
+from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_NAME, PREFIX, Adapter, LoraDelta, read_tensor
+from workers.adapters.coverage import Coverage
 from workers.files.checkpoint import TensorSpec
-from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_NAME, PREFIX, Adapter, LoraDelta, read_tensor
-from workers.lanes.coverage import Coverage
 
 
 def plan_lora(adapter: Adapter, coverage: Coverage) -> tuple[LoraDelta, ...]:

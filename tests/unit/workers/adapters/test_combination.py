@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-import workers.combination
+import workers.adapters.combination
 import workers.request_adapters
 from jobs.combination import CombinationType
 from jobs.errors import BadInputError, UnsupportedError
@@ -19,11 +19,11 @@ from tests.combinations import EVERY_TYPE, combine_by_peft, merge_combined_by_pe
 from tests.merges import different, merge_by_peft, one_torch_thread, plan_requests, read_tensors
 from tests.methods import make_method_adapter
 from tests.models import build_llama, load_plain, make_adapter
+from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 from workers.estimate import combination_seconds
 from workers.evidence import Evidence
 from workers.footprint import combination_bytes
 from workers.inference import quiet_libraries
-from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 from workers.plan import plan_base, plan_merge
 from workers.request_adapters import fetch_adapters, outline_adapters
 from workers.sources.fetch import fetch_base
@@ -265,12 +265,12 @@ def test_what_was_combined_is_kept_and_named_after_all_that_decides_it(base, ada
 def test_the_proof_of_a_sum_begins_at_each_adapter(base, adapters, tmp_path, request_for, monkeypatch, factor):
     """What is lost while adapters are concatenated is found; what PEFT makes of them is their sum."""
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
-    really = workers.combination.read_tensor
+    really = workers.adapters.combination.read_tensor
 
     def read(path, spec):
         return really(path, spec) * (factor if spec.name == name and path.parent == adapters[1] else 1.0)
 
-    monkeypatch.setattr(workers.combination, "read_tensor", read)
+    monkeypatch.setattr(workers.adapters.combination, "read_tensor", read)
     planned = plan_requests([request_for(base, adapters[:2], (0.7, -0.4), type="cat")], tmp_path / "merge")
     assert not planned.run().errors
     checks = planned.check()["job"]

@@ -14,8 +14,8 @@ from tests.architectures import build
 from tests.computed import computed_ends, is_rounded
 from tests.merges import different, merge_by_peft, plan_pass, read_tensors
 from tests.models import load_plain
+from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from workers.inference import quiet_libraries
-from workers.lanes.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from workers.sidecars import write_sidecars
 
 TEXT = r".*language_model.*\.(q_proj|v_proj)"

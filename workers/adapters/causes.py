@@ -8,7 +8,7 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 
-from workers.lanes.names import owner_of
+from workers.adapters.names import owner_of
 
 _HEADS = {
     "score": "ForSequenceClassification",

@@ -16,8 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from jobs.errors import UnsupportedError
-from workers.bases.ties import tied_names
-from workers.lanes.adapter import (
+from workers.adapters.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_NAME,
     PREFIX,
@@ -27,7 +26,8 @@ from workers.lanes.adapter import (
     take_off,
     wrapped_modules,
 )
-from workers.lanes.methods import WEIGHED
+from workers.adapters.methods import WEIGHED
+from workers.bases.ties import tied_names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
