@@ -39,7 +39,7 @@ from workers.outcomes import (
     UnitOutcome,
     Usage,
 )
-from workers.sinks import Ticket
+from workers.releases.sinks import Ticket
 
 _GB = 1e9
 _SHARD_GIGABYTES = 5.0

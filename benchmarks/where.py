@@ -28,7 +28,7 @@ from jobs.request import BaseQuantization, MergeRequest, ParityPolicy
 from workers import arithmetic, hashing, products, quant, unit, walk, writer
 from workers.numerics.tiles import TileBuffers, single_threads
 from workers.outcomes import WorkerSettings
-from workers.sinks import directory
+from workers.releases.sinks import directory
 from workers.worker import MergeWorker
 
 COLOURS = {

@@ -212,7 +212,7 @@ def verify(location: Release, *, as_json: AsJson = False, debug: Debug = False) 
         from cluster.display import manifest_line
         from cluster.documents import manifest_document
         from cluster.settings import load_settings
-        from workers.delivery import verify_release
+        from workers.releases.delivery import verify_release
 
         place = _parse(location)
         manifest = verify_release(place, load_settings().scratch)
@@ -232,7 +232,7 @@ def pull(
     with terminal(as_json=as_json, debug=debug) as output:
         from cluster.display import manifest_line
         from cluster.documents import manifest_document
-        from workers.delivery import pull_release
+        from workers.releases.delivery import pull_release
 
         manifest = pull_release(_parse(location), directory)
         output.document({"location": str(directory.absolute()), **manifest_document(manifest)})

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from jobs.request import MergeRequest
 from workers.outcomes import MergedShards, PassOpened, PassWork, Piece, ShardsOutcome
-from workers.sinks import Ticket
+from workers.releases.sinks import Ticket
 
 
 @dataclass(slots=True)

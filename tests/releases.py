@@ -11,7 +11,7 @@ from jobs.release import REPORT_NAME, Artifact, Manifest, ParitySummary, Release
 from jobs.request import BaseQuantization
 from jobs.states import JobState
 from jobs.store import JobStore, ProgressReport, Publication
-from workers.sinks import Staging
+from workers.releases.sinks import Staging
 
 SHARD = "model-00001-of-00002.safetensors"
 SHARD_BYTES = (5 << 20) + 12_345

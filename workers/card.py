@@ -9,8 +9,8 @@ from huggingface_hub import ModelCardData
 from jobs.locations import HubRepo
 from jobs.release import Artifact
 from jobs.request import adapter_name
-from workers.base_card import differing_licences
 from workers.plan import MergePlan
+from workers.releases.base_card import differing_licences
 from workers.sidecars import digest_file, write_text
 from workers.sources.belongings import CARD_NAME, MODULES_FILE
 

@@ -15,7 +15,7 @@ from workers.files.writer import HashedFile
 from workers.numerics.device import is_of_memory, is_of_the_device
 from workers.outcomes import Failure, JobOutcome, MergedShards
 from workers.plan import MergePlan
-from workers.sinks import Receipt, Staging
+from workers.releases.sinks import Receipt, Staging
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from jobs.errors import FailureClass, MergefleetError
 from jobs.release import ParitySummary, Release, TensorCheck
 from jobs.request import MergeRequest
 from jobs.text import MAX_MESSAGE, shown
-from workers.sinks import Receipt, Ticket
+from workers.releases.sinks import Receipt, Ticket
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,6 @@ from workers.adapters.lora import plan_lora
 from workers.adapters.methods import UNSTABLE, WEIGHED
 from workers.adapters.resizing import check_apart, resize_vocabulary
 from workers.adapters.stored import add_to_files
-from workers.base_card import BaseCard, read_base_card
 from workers.bases.codes import refuse_codes
 from workers.bases.conversions import Conversions, relate
 from workers.bases.declarations import declared_4bit
@@ -37,8 +36,9 @@ from workers.bases.quantizing import QuantizationTask
 from workers.bases.stored_four_bit import plan_quantization, stored_as_asked
 from workers.bases.ties import COMPUTES_WITH_FLAG, come_apart, stored_apart, tied_names
 from workers.files.checkpoint import CheckpointLayout, TensorSpec, lay_out, lay_out_shard, read_checkpoint, read_json
-from workers.notes import find_notes
-from workers.shipment import Shipment, plan_shipment
+from workers.releases.base_card import BaseCard, read_base_card
+from workers.releases.notes import find_notes
+from workers.releases.shipment import Shipment, plan_shipment
 from workers.sources.fetch import Source
 
 _MAX_PLANNED_BASES = 4

@@ -20,7 +20,7 @@ from workers.files.checkpoint import lay_out_shard
 from workers.files.foreign import copy_foreign, foreign_sha256
 from workers.files.local import file_errors
 from workers.files.scratch import keep_directory
-from workers.shipment import licences_of, shipped_files
+from workers.releases.shipment import licences_of, shipped_files
 from workers.sources.fetch import Source, fetch_adapter
 from workers.vetting import vet_adapter
 

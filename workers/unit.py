@@ -38,10 +38,10 @@ from workers.passes import PassJob
 from workers.pieces import pieces_of
 from workers.plan import BasePlan, MergePlan, PlannedBases, plan_merge
 from workers.progress import Tracker
-from workers.released import encode_manifest
+from workers.releases.released import encode_manifest
+from workers.releases.sinks import Ticket, open_sink
 from workers.request_adapters import fetch_adapters
 from workers.sidecars import digest_file, write_sidecars
-from workers.sinks import Ticket, open_sink
 from workers.sources.fetch import fetch_base
 from workers.verification import Verifier
 from workers.vetting import vet_base, vet_planned_prompts

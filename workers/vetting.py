@@ -31,7 +31,7 @@ from workers.files.scratch import OwnedDirectory
 from workers.forks import Answer, Bounds, ForkServer
 from workers.plan import MergePlan, plan_base, plan_merge
 from workers.prompts import read_prompts
-from workers.shipment import shipped_files
+from workers.releases.shipment import shipped_files
 from workers.sidecars import write_sidecars
 from workers.sources.belongings import TOKENIZER_FILE, is_template, is_tokenizer
 from workers.sources.fetch import Source

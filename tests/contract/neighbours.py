@@ -3,7 +3,7 @@
 from jobs.locations import HubRepo, LocalPath
 from tests.contract.places import DirectoryPlace, HubPlace, Place, S3Place, sink_of
 from tests.releases import SHARD, fill, make_files
-from workers.delivery import verify_release
+from workers.releases.delivery import verify_release
 
 KEY = "a" * 64
 FILES = make_files()

@@ -14,7 +14,7 @@ from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
 from jobs.release import MANIFEST_NAME
 from tests.servers.hub import Hub
 from tests.servers.s3 import S3Server
-from workers.sinks import Sink, open_sink
+from workers.releases.sinks import Sink, open_sink
 
 
 class Place(Protocol):
@@ -165,7 +165,7 @@ import sys
 from pathlib import Path
 from jobs.locations import parse_location
 from jobs.release import Artifact
-from workers.sinks import open_sink
+from workers.releases.sinks import open_sink
 
 staging = open_sink(parse_location(sys.argv[1]), Path(sys.argv[2])).open("a" * 64)
 with (staging.directory / "model.safetensors").open("wb") as file:

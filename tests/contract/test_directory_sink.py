@@ -12,7 +12,7 @@ from jobs.locations import LocalPath
 from jobs.release import Artifact, Manifest
 from tests.releases import fill, make_files
 from workers.files.local import FileState
-from workers.sinks.directory import DirectorySink, DirectoryStaging
+from workers.releases.sinks.directory import DirectorySink, DirectoryStaging
 
 KEY = "a" * 64
 FILES = {name: data for name, data in make_files().items() if not name.endswith(".safetensors")}

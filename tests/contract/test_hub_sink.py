@@ -12,8 +12,8 @@ from jobs.release import Manifest
 from tests.contract.places import HubPlace, content
 from tests.releases import SHARD, fill, make_files
 from tests.servers.hub import Hub
-from workers.delivery import pull_release, verify_release
-from workers.sinks.hub import HubSink, HubStaging
+from workers.releases.delivery import pull_release, verify_release
+from workers.releases.sinks.hub import HubSink, HubStaging
 from workers.sources.hub_client import HubStore
 
 KEY = "a" * 64

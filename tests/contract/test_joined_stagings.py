@@ -14,8 +14,8 @@ from tests.contract.places import (
     sink_of,
 )
 from tests.releases import SHARD, make_files, make_manifest, write_files
-from workers.delivery import verify_release
-from workers.sinks import Receipt
+from workers.releases.delivery import verify_release
+from workers.releases.sinks import Receipt
 
 KEY = "a" * 64
 FILES = make_files()

@@ -9,7 +9,7 @@ from jobs.errors import DestinationOccupiedError, MergefleetError
 from tests.contract.neighbours import FILES, KEY, SMALL_FILES, Neighbours, below, publish
 from tests.contract.places import Place, S3Place, content, putting_process, sink_of, wait_until
 from tests.releases import fill
-from workers.delivery import verify_release
+from workers.releases.delivery import verify_release
 
 OTHER_KEY = "d" * 64
 nested = pytest.mark.parametrize("place", ["directory", pytest.param("s3", marks=pytest.mark.s3)], indirect=True)

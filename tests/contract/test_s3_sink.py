@@ -20,11 +20,11 @@ from jobs.release import MANIFEST_NAME
 from tests.contract.places import S3Place, content, sink_of
 from tests.releases import SHARD, fill, make_files, make_manifest, write_files
 from tests.servers.s3 import S3Server
-from workers.delivery import verify_release
-from workers.released import encode_manifest
-from workers.sinks.s3 import S3Sink, S3Staging
-from workers.sinks.s3_records import abort_recorded
-from workers.sinks.s3_upload import part_bytes
+from workers.releases.delivery import verify_release
+from workers.releases.released import encode_manifest
+from workers.releases.sinks.s3 import S3Sink, S3Staging
+from workers.releases.sinks.s3_records import abort_recorded
+from workers.releases.sinks.s3_upload import part_bytes
 from workers.sources.s3_client import S3Store
 
 pytestmark = pytest.mark.s3
@@ -37,7 +37,7 @@ _numbers = itertools.count()
 
 @pytest.fixture
 def place(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3Place:
-    monkeypatch.setattr("workers.sinks.s3_upload.MIN_PART_BYTES", 5 << 20)
+    monkeypatch.setattr("workers.releases.sinks.s3_upload.MIN_PART_BYTES", 5 << 20)
     return S3Place(tmp_path, s3, f"faults/r{next(_numbers)}/eu")
 
 
@@ -312,7 +312,7 @@ import os, signal, sys
 from pathlib import Path
 from jobs.locations import parse_location
 from tests.releases import fill, make_files
-from workers.sinks import open_sink, s3_upload
+from workers.releases.sinks import open_sink, s3_upload
 
 s3_upload.MIN_PART_BYTES = 5 << 20
 staging = open_sink(parse_location(sys.argv[1]), Path(sys.argv[2])).open("a" * 64)

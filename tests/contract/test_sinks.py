@@ -17,8 +17,8 @@ from tests.contract.places import (
     wait_until,
 )
 from tests.releases import SHARD, fill, make_files, make_manifest, write_files
-from workers.delivery import pull_release, verify_release
-from workers.sinks import Staging
+from workers.releases.delivery import pull_release, verify_release
+from workers.releases.sinks import Staging
 
 KEY, OTHER_KEY = "a" * 64, "d" * 64
 FILES, OTHER_FILES = make_files(), make_files(seed=1, merge_key=OTHER_KEY)

@@ -19,7 +19,7 @@ from jobs.request import MergeRequest
 from jobs.states import JobState
 from jobs.store import JobStore
 from tests.models import build_llama, make_adapter
-from workers.delivery import verify_release
+from workers.releases.delivery import verify_release
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -52,7 +52,7 @@ from workers.outcomes import (
     Unreachable,
     Usage,
 )
-from workers.sinks import Ticket
+from workers.releases.sinks import Ticket
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("session")]
 

@@ -11,10 +11,10 @@ from jobs.errors import FailureClass
 from jobs.request import MergeRequest
 from tests.methods import make_method_adapter
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
-from workers.delivery import pull_release
 from workers.files.scratch import OwnedDirectory
 from workers.outcomes import PassWork, Unreachable
-from workers.sinks.directory import DirectoryStaging
+from workers.releases.delivery import pull_release
+from workers.releases.sinks.directory import DirectoryStaging
 from workers.worker import MergeWorker
 
 FULL = {"prompts": ["The capital of France is"], "max_new_tokens": 2, "min_positions": 1}

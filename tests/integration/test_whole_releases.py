@@ -17,7 +17,7 @@ from jobs.request import MergeRequest
 from tests.merges import different, merge_by_peft, read_tensors
 from tests.models import build_llama, load_plain, make_adapter
 from workers.bases.model import quiet_transformers
-from workers.delivery import pull_release, verify_release
+from workers.releases.delivery import pull_release, verify_release
 
 _CARD = """---
 license: other

@@ -28,7 +28,7 @@ from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from workers.bases.model import quiet_transformers
 from workers.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
 from workers.plan import plan_base, plan_merge
-from workers.sinks.directory import DirectoryStaging
+from workers.releases.sinks.directory import DirectoryStaging
 from workers.sources.fetch import fetch_adapter, fetch_base
 from workers.worker import MergeWorker
 

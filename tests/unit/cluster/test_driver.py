@@ -44,7 +44,7 @@ from workers.outcomes import (
     UnitOutcome,
     Usage,
 )
-from workers.sinks import Ticket
+from workers.releases.sinks import Ticket
 
 NOTHING_USED = Usage(bytes_read=0, bytes_written=0, bytes_uploaded=0, seconds={})
 

@@ -16,9 +16,9 @@ from jobs.errors import BadInputError, DestinationOccupiedError, NotFoundError
 from jobs.locations import LocalPath
 from jobs.release import MANIFEST_NAME, REPORT_NAME, Manifest
 from tests.releases import SHARD, make_files, make_manifest, write_files
-from workers.delivery import pull_release, verify_release
-from workers.released import encode_manifest
-from workers.sinks.directory import DirectorySink
+from workers.releases.delivery import pull_release, verify_release
+from workers.releases.released import encode_manifest
+from workers.releases.sinks.directory import DirectorySink
 
 FILES = make_files()
 WHOLE = {"config.json": b"{}", REPORT_NAME: FILES[REPORT_NAME], "model.safetensors": b"weights"}
@@ -240,8 +240,8 @@ def test_pull_takes_each_digest_once(release: Path, tmp_path: Path, monkeypatch:
         def hexdigest(self) -> str:
             return self._digest.hexdigest()
 
-    monkeypatch.setattr("workers.delivery.hashlib", SimpleNamespace(sha256=Counting))
-    monkeypatch.setattr("workers.released.sha256_of", lambda path: pytest.fail(f"{path} is read again"))
+    monkeypatch.setattr("workers.releases.delivery.hashlib", SimpleNamespace(sha256=Counting))
+    monkeypatch.setattr("workers.releases.released.sha256_of", lambda path: pytest.fail(f"{path} is read again"))
     pull_release(LocalPath(release), tmp_path / "pulled")
     assert sum(hashed) == sum(len(data) for data in FILES.values())
 

@@ -7,9 +7,9 @@ import pytest
 
 from jobs.locations import LocalPath
 from jobs.request import MergeRequest
-from workers.base_card import BaseCard
-from workers.notes import find_notes
-from workers.shipment import Shipment
+from workers.releases.base_card import BaseCard
+from workers.releases.notes import find_notes
+from workers.releases.shipment import Shipment
 from workers.sources.fetch import Source
 
 UNSLOTH = "unsloth/llama-3-8b-Instruct-bnb-4bit"

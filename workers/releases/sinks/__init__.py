@@ -145,9 +145,9 @@ def open_sink(location: Location, scratch: Path) -> Sink:
         location: where the release goes.
         scratch: local directory for files on their way to a remote store.
     """
-    from workers.sinks.directory import DirectorySink  # noqa: PLC0415 - each kind loads its client only when used
-    from workers.sinks.hub import HubSink  # noqa: PLC0415
-    from workers.sinks.s3 import S3Sink  # noqa: PLC0415
+    from workers.releases.sinks.directory import DirectorySink  # noqa: PLC0415 - each kind loads its client only when used
+    from workers.releases.sinks.hub import HubSink  # noqa: PLC0415
+    from workers.releases.sinks.s3 import S3Sink  # noqa: PLC0415
 
     match location:
         case LocalPath():

@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 from jobs.errors import AuthError
 from jobs.release import MANIFEST_NAME
-from workers.released import (
+from workers.releases.released import (
     MAX_MANIFEST_BYTES,
     ManifestFile,
     decode_existing,
@@ -14,7 +14,7 @@ from workers.released import (
     lies_inside,
     occupied,
 )
-from workers.sinks.s3_upload import StoredObject, destination_digest, look_at
+from workers.releases.sinks.s3_upload import StoredObject, destination_digest, look_at
 from workers.sources.s3_client import S3Store
 
 _log = logging.getLogger(__name__)

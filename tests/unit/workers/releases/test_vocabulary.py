@@ -9,7 +9,7 @@ from jobs.errors import BadInputError
 from tests.models import build_tokenizer
 from tests.releases import write_files
 from workers.bases.tokenizers import read_tokenizer
-from workers.vocabulary import rows_note, stop_notes
+from workers.releases.vocabulary import rows_note, stop_notes
 
 CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
 

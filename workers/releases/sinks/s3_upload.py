@@ -18,8 +18,8 @@ from awscrt.checksums import crc64nvme
 from jobs.errors import NotFoundError, TransientIOError, UnsupportedError
 from jobs.release import Artifact
 from workers.files.local import file_errors
-from workers.released import changed
-from workers.sinks.s3_records import abort_upload, begin_record, end_record
+from workers.releases.released import changed
+from workers.releases.sinks.s3_records import abort_upload, begin_record, end_record
 from workers.sources.s3_client import S3Store
 
 if TYPE_CHECKING:

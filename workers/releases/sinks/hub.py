@@ -13,7 +13,7 @@ from jobs.locations import HubRepo
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
 from workers.files.local import FileState, file_errors
 from workers.files.scratch import OwnedDirectory, sweep
-from workers.released import (
+from workers.releases.released import (
     MAX_MANIFEST_BYTES,
     ManifestFile,
     changed,
@@ -22,7 +22,7 @@ from workers.released import (
     encode_manifest,
     occupied,
 )
-from workers.sinks import Receipt, Ticket
+from workers.releases.sinks import Receipt, Ticket
 from workers.sources.belongings import CARD_NAME
 from workers.sources.hub_client import HubStore
 

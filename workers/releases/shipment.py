@@ -17,7 +17,7 @@ from workers.bases.tokenizers import same_tokens
 from workers.files.checkpoint import read_json
 from workers.files.foreign import foreign_sha256
 from workers.files.local import file_errors
-from workers.joined import join_processors, templates_within
+from workers.releases.joined import join_processors, templates_within
 from workers.sources.belongings import (
     MODULE_SETTINGS,
     MODULES_FILE,

@@ -10,12 +10,12 @@ from dataclasses import replace
 
 from jobs.problems import show
 from jobs.request import BaseQuantization, MergeRequest
-from workers.base_card import BaseCard, differing_licences
 from workers.bases.tokenizers import read_tokenizer
 from workers.files.checkpoint import read_json
-from workers.shipment import Shipment
+from workers.releases.base_card import BaseCard, differing_licences
+from workers.releases.shipment import Shipment
+from workers.releases.vocabulary import rows_note, stop_notes
 from workers.sources.fetch import Source
-from workers.vocabulary import rows_note, stop_notes
 
 _BNB_4BIT = re.compile(r"bnb[-_.]?(nf4|fp4|4[-_]?bit)|(nf4|4[-_]?bit)[-_.]bnb", re.IGNORECASE)
 _OTHER_FORMATS = re.compile(

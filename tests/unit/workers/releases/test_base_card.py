@@ -2,7 +2,7 @@
 
 import pytest
 
-from workers.base_card import BaseCard, read_base_card
+from workers.releases.base_card import BaseCard, read_base_card
 
 
 def read(tmp_path, text):

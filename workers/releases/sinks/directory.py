@@ -11,7 +11,7 @@ from jobs.locations import LocalPath
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
 from workers.files.local import FileState, file_errors, sync, sync_tree
 from workers.files.scratch import OwnedDirectory, sweep
-from workers.released import (
+from workers.releases.released import (
     ManifestFile,
     check_all_put,
     check_artifact,
@@ -23,7 +23,7 @@ from workers.released import (
     occupied,
     read_manifest,
 )
-from workers.sinks import Receipt, Ticket
+from workers.releases.sinks import Receipt, Ticket
 
 _log = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ from jobs.locations import S3Prefix
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
 from workers.files.local import FileState, file_errors
 from workers.files.scratch import OwnedDirectory, sweep
-from workers.released import ManifestFile, check_all_put, encode_manifest, occupied
-from workers.sinks import Receipt, Ticket
-from workers.sinks.s3_records import abort_recorded
-from workers.sinks.s3_surroundings import find_release, own_below, refuse_above
-from workers.sinks.s3_upload import (
+from workers.releases.released import ManifestFile, check_all_put, encode_manifest, occupied
+from workers.releases.sinks import Receipt, Ticket
+from workers.releases.sinks.s3_records import abort_recorded
+from workers.releases.sinks.s3_surroundings import find_release, own_below, refuse_above
+from workers.releases.sinks.s3_upload import (
     Mark,
     StoredObject,
     StoredParts,

@@ -11,7 +11,7 @@ from jobs.release import MANIFEST_NAME, REPORT_NAME, Artifact, Manifest
 from workers.files.checkpoint import INDEX_FILE
 from workers.files.local import FileState, file_errors
 from workers.files.scratch import OwnedDirectory, sweep
-from workers.released import (
+from workers.releases.released import (
     MAX_MANIFEST_BYTES,
     MAX_REPORT_BYTES,
     ManifestFile,
@@ -21,7 +21,7 @@ from workers.released import (
     missing_shards,
     occupied,
 )
-from workers.sinks.directory import DirectorySink, DirectoryStaging
+from workers.releases.sinks.directory import DirectorySink, DirectoryStaging
 from workers.sources.contents import Contents, LocalContents, open_contents
 
 _NUM_STREAMS = 4

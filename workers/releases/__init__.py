@@ -1,0 +1,1 @@
+"""What leaves: the files of a release, its manifest, and the sinks that publish it."""
