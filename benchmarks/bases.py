@@ -17,7 +17,7 @@ from examples.real_model import build_base
 from examples.training import train_adapter
 from jobs.release import ParityReport, Way
 from jobs.request import BaseQuantization, HeldOutText, MergeRequest, ParityPolicy
-from workers.outcomes import WorkerSettings
+from workers.merging.outcomes import WorkerSettings
 from workers.worker import MergeWorker
 
 HELD_OUT = (

@@ -31,8 +31,8 @@ from benchmarks.unchecked import check_left_out
 from cluster.preview import preview
 from jobs.request import BaseQuantization, MergeRequest, ParityPolicy
 from workers.estimate import Estimate
+from workers.merging.outcomes import WorkerSettings
 from workers.numerics.rounding import half_ulp
-from workers.outcomes import WorkerSettings
 from workers.worker import MergeWorker
 
 _COPY_BYTES = 1 << 30

@@ -16,7 +16,7 @@ from typing import Any, Self
 from benchmarks.measurement import Measurement, PeakMemory, bytes_moved
 from benchmarks.unchecked import check_left_out
 from jobs.request import BaseQuantization, MergeRequest, ParityPolicy
-from workers.outcomes import WorkerSettings
+from workers.merging.outcomes import WorkerSettings
 from workers.worker import MergeWorker
 
 

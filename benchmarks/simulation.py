@@ -27,7 +27,7 @@ from cluster.replies import (
 from cluster.scheduler import WorkerView
 from jobs.release import Artifact, Manifest, ParitySummary, Release
 from jobs.request import MergeRequest, QuantizationOptions
-from workers.outcomes import (
+from workers.merging.outcomes import (
     JobOutcome,
     MergedShards,
     PassOpened,

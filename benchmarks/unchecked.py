@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import torch
 
 from workers import unit
-from workers.arithmetic import ArithmeticCheck, Tally
+from workers.merging.arithmetic import ArithmeticCheck, Tally
+from workers.merging.plan import OutputTensor
 from workers.numerics.products import Comparison
-from workers.plan import OutputTensor
 
 
 class _NoCheck(ArithmeticCheck):

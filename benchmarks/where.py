@@ -26,8 +26,8 @@ import torch
 from benchmarks.contenders import ADAPTER, Site
 from jobs.request import BaseQuantization, MergeRequest, ParityPolicy
 from workers import arithmetic, hashing, products, quant, unit, walk, writer
+from workers.merging.outcomes import WorkerSettings
 from workers.numerics.tiles import TileBuffers, single_threads
-from workers.outcomes import WorkerSettings
 from workers.releases.sinks import directory
 from workers.worker import MergeWorker
 

@@ -25,7 +25,7 @@ from cluster.settlement import Settlement
 from jobs.errors import FailureClass
 from jobs.states import STAGES, JobState
 from jobs.store import ProgressReport
-from workers.outcomes import Failure, JobOutcome, Progress, PublishOutcome
+from workers.merging.outcomes import Failure, JobOutcome, Progress, PublishOutcome
 
 logger = logging.getLogger(__name__)
 

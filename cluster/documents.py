@@ -12,7 +12,7 @@ from jobs.problems import ManifestError
 from jobs.release import Manifest, Release
 from jobs.request import MergeRequest
 from jobs.store import Event, JobRecord
-from workers.outcomes import Failure
+from workers.merging.outcomes import Failure
 
 if TYPE_CHECKING:
     from cluster.preview import Preview

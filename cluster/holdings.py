@@ -9,7 +9,7 @@ from jobs.release import Release
 from jobs.request import MergeRequest
 from jobs.states import JobState
 from jobs.store import Lease, Publication
-from workers.outcomes import JobOutcome
+from workers.merging.outcomes import JobOutcome
 
 
 @dataclass(slots=True)

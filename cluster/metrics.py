@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from jobs.errors import FailureClass
 from jobs.states import JobState
-from workers.outcomes import PublishOutcome, UnitOutcome, Usage
+from workers.merging.outcomes import PublishOutcome, UnitOutcome, Usage
 
 
 class FleetMetrics:

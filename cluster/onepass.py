@@ -19,8 +19,8 @@ from jobs.locations import Location, parse_location
 from jobs.problems import expectation, mistakes
 from jobs.release import REPORT_NAME, ParityReport, Release, Way
 from jobs.request import BaseQuantization, Dtype, MergeRequest, ParityPolicy
-from workers.outcomes import Failure, JobOutcome, Usage, WorkerSettings
-from workers.outcomes import Progress as UnitProgress
+from workers.merging.outcomes import Failure, JobOutcome, Usage, WorkerSettings
+from workers.merging.outcomes import Progress as UnitProgress
 
 if TYPE_CHECKING:
     from workers.worker import MergeWorker

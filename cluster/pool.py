@@ -27,7 +27,7 @@ from cluster.replies import (
 from cluster.scheduler import WorkerView
 from jobs.errors import DeviceLostError, FailureClass, WorkerLostError
 from jobs.request import MergeRequest
-from workers.outcomes import (
+from workers.merging.outcomes import (
     MergedShards,
     PassOpened,
     PassWork,

@@ -10,8 +10,8 @@ from pathlib import Path
 from jobs.errors import MergefleetError
 from jobs.request import MergeRequest
 from workers.estimate import Estimate, estimate
-from workers.outcomes import Failure
-from workers.plan import BasePlan, plan_base, plan_merge
+from workers.merging.outcomes import Failure
+from workers.merging.plan import BasePlan, plan_base, plan_merge
 from workers.request_adapters import outline_adapters
 from workers.sources.fetch import fetch_base
 from workers.unit import resolve_device

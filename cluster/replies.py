@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from workers.outcomes import PassOpened, Progress, PublishOutcome, ShardsOutcome, UnitOutcome
+from workers.merging.outcomes import PassOpened, Progress, PublishOutcome, ShardsOutcome, UnitOutcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

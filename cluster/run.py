@@ -26,7 +26,7 @@ from cluster.terminal import Terminal
 from cluster.watching import LiveBoard
 from jobs.errors import FailureClass
 from jobs.store import JobStore
-from workers.outcomes import WorkerSettings
+from workers.merging.outcomes import WorkerSettings
 
 logger = logging.getLogger(__name__)
 

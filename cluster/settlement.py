@@ -13,7 +13,7 @@ from jobs.errors import CancelledError, FailureClass, LeaseLostError, NoCapacity
 from jobs.release import Release
 from jobs.states import MAX_EXCUSED_LOSSES, STAGES, SUSPICIOUS_FAILURES, Decision, JobState, RetryPolicy
 from jobs.store import JobStore, ProgressReport, Publication
-from workers.outcomes import Failure
+from workers.merging.outcomes import Failure
 
 logger = logging.getLogger(__name__)
 

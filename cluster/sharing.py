@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jobs.request import MergeRequest
-from workers.outcomes import MergedShards, PassOpened, PassWork, Piece, ShardsOutcome
+from workers.merging.outcomes import MergedShards, PassOpened, PassWork, Piece, ShardsOutcome
 from workers.releases.sinks import Ticket
 
 

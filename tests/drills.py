@@ -13,7 +13,7 @@ import sys
 
 import workers.unit
 from cluster.cli import main
-from workers.merge import run_pass
+from workers.merging.merge import run_pass
 
 
 def flip_byte(base, quantized, weights, jobs, **options):

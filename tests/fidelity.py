@@ -37,7 +37,7 @@ from workers.adapters.adapter import ADAPTER_WEIGHTS
 from workers.adapters.methods import REMADE, SHAPED_BY_VALUES, UNSTABLE
 from workers.bases.model import load_config, model_class
 from workers.inference import quiet_libraries
-from workers.sidecars import write_sidecars
+from workers.merging.sidecars import write_sidecars
 
 OUTPUT = Path("docs/compatibility.md")
 

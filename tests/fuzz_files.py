@@ -121,7 +121,7 @@ class Judge:
 
     def __init__(self, sound: Path, scratch: Path) -> None:
         from workers import vetting
-        from workers.outcomes import WorkerSettings
+        from workers.merging.outcomes import WorkerSettings
         from workers.worker import MergeWorker
 
         os.environ["MERGEFLEET_HOME"] = str(scratch / "home")

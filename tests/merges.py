@@ -17,17 +17,17 @@ from jobs.locations import LocalPath
 from jobs.release import TensorCheck
 from jobs.request import MergeRequest
 from tests.models import load_plain
-from workers.arithmetic import ArithmeticCheck
 from workers.bases.model import load_config, model_class
 from workers.bases.quantized_base import QuantizedBase, QuantizedCache
-from workers.evidence import Evidence
 from workers.inference import quiet_libraries
-from workers.merge import PassResult, run_pass
-from workers.module_checks import check_modules
-from workers.module_weights import ModuleWeights
+from workers.merging.arithmetic import ArithmeticCheck
+from workers.merging.evidence import Evidence
+from workers.merging.merge import PassResult, run_pass
+from workers.merging.module_checks import check_modules
+from workers.merging.module_weights import ModuleWeights
+from workers.merging.passes import PassJob
+from workers.merging.plan import BasePlan, MergePlan, plan_base, plan_merge
 from workers.numerics.tiles import single_threads
-from workers.passes import PassJob
-from workers.plan import BasePlan, MergePlan, plan_base, plan_merge
 from workers.request_adapters import fetch_adapters
 from workers.sources.fetch import fetch_base
 

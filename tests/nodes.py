@@ -30,7 +30,7 @@ from cluster.replies import WorkerUnfit
 from cluster.session import Session, close_session, open_session
 from cluster.settings import Settings, load_settings, worker_settings
 from jobs.store import JobStore
-from workers.outcomes import WorkerSettings
+from workers.merging.outcomes import WorkerSettings
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from tests.models import load_plain
 from workers.adapters.adapter import ADAPTER_WEIGHTS
 from workers.bases.model import load_config, model_class
 from workers.inference import quiet_libraries
-from workers.sidecars import write_sidecars
+from workers.merging.sidecars import write_sidecars
 
 COLUMNS: Mapping[str, tuple[str, tuple[str, ...], bool]] = {
     "a: head": ("tied", ("head",), True),

@@ -23,18 +23,18 @@ from unittest import mock
 import torch
 
 import workers.adapters.adapter
-import workers.lanes.peft
-import workers.merge
+import workers.merging.merge
+import workers.merging.peft_lane
+import workers.merging.walk
 import workers.unit
-import workers.walk
 from jobs.errors import FailureClass
 from jobs.release import REPORT_NAME, ParityReport
 from jobs.request import MergeRequest
 from tests import architectures
 from tests.methods import make_method_adapter, save_old_adapter
 from tests.models import build_llama, build_qwen2, make_adapter
-from workers.outcomes import JobOutcome, WorkerSettings
-from workers.plan import MergePlan
+from workers.merging.outcomes import JobOutcome, WorkerSettings
+from workers.merging.plan import MergePlan
 from workers.worker import MergeWorker
 
 STREAMED: Mapping[str, Mapping[str, Any]] = {
@@ -104,7 +104,7 @@ def break_streamed(plan: MergePlan, rng: random.Random) -> Broken:
             spec = rng.choice([delta.a_RI, delta.b_OR])
             if words == "drop where it is added":
                 return Broken(words, (name,), lambda: _merging_nothing(name))
-            return Broken(words, (name,), lambda: _reading(workers.walk, "read_operand", spec.name, factor))
+            return Broken(words, (name,), lambda: _reading(workers.merging.walk, "read_operand", spec.name, factor))
     words = "drop, halve, swap or move in the plan"
     return Broken(words, (name,), lambda: in_the_plan(lambda made: dataclasses.replace(made, deltas=deltas)))
 
@@ -161,20 +161,20 @@ def _reading(module: Any, function: str, name: str, factor: float) -> Iterator[N
 
 @contextmanager
 def _merging_nothing(name: str) -> Iterator[None]:
-    really = workers.walk.Walk._operands
+    really = workers.merging.walk.Walk._operands
 
     def operands(self: Any, tile: Any, job: Any) -> tuple[torch.Tensor, torch.Tensor]:
         a_RI, b_OR = really(self, tile, job)
         return (a_RI, torch.zeros_like(b_OR)) if tile.weight.tensor.name == name else (a_RI, b_OR)
 
-    with mock.patch.object(workers.walk.Walk, "_operands", operands):
+    with mock.patch.object(workers.merging.walk.Walk, "_operands", operands):
         yield
 
 
 @contextmanager
 def _making(plan: MergePlan, output: str, kept: float) -> Iterator[None]:
     """Have the merge keep a part of what it changes; the second merge of the check is right."""
-    really = workers.merge.merge_modules
+    really = workers.merging.merge.merge_modules
 
     def modules(*what: Any, **how: Any) -> Iterator[Any]:
         weights = what[1]
@@ -186,7 +186,7 @@ def _making(plan: MergePlan, output: str, kept: float) -> Iterator[None]:
                 outputs[output] = before.float() + kept * (outputs[output].float() - before.float())
             yield dataclasses.replace(module, outputs=outputs)
 
-    with mock.patch.object(workers.merge, "merge_modules", modules):
+    with mock.patch.object(workers.merging.merge, "merge_modules", modules):
         yield
 
 

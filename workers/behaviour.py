@@ -40,7 +40,7 @@ from workers.files.checkpoint import read_json
 from workers.files.memory import release_memory
 from workers.foreign_models import model_of
 from workers.inference import Room, RunningModel, load_model
-from workers.plan import MergePlan
+from workers.merging.plan import MergePlan
 from workers.prompts import LONGEST_BUILT_IN, Prompts, read_prompts
 from workers.references import Reference, references
 from workers.rounded import merge_and_round, output_dtype, rounding_as_used, stored_dtypes

@@ -12,9 +12,9 @@ from jobs.release import Artifact, Manifest, ParitySummary, Release, TensorCheck
 from jobs.request import MergeRequest
 from workers.files.local import FileState
 from workers.files.writer import HashedFile
+from workers.merging.outcomes import Failure, JobOutcome, MergedShards
+from workers.merging.plan import MergePlan
 from workers.numerics.device import is_of_memory, is_of_the_device
-from workers.outcomes import Failure, JobOutcome, MergedShards
-from workers.plan import MergePlan
 from workers.releases.sinks import Receipt, Staging
 
 logger = logging.getLogger(__name__)

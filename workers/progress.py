@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from jobs.errors import CancelledError
-from workers.outcomes import Progress
+from workers.merging.outcomes import Progress
 
 
 class Tracker:

@@ -22,26 +22,26 @@ from jobs.release import (
     Manifest,
 )
 from jobs.request import BaseQuantization
-from workers.arithmetic import ArithmeticCheck
 from workers.bases.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
-from workers.card import write_card
 from workers.files.local import file_errors
 from workers.files.memory import available_device_bytes, available_host_bytes, give_back, hold_little
 from workers.files.scratch import sweep
 from workers.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
 from workers.job import Job, own_failure
-from workers.made_with import made_with
-from workers.merge import PassResult, run_pass
-from workers.module_weights import ModuleWeights, module_weights
-from workers.outcomes import MergedShards, Piece, Usage, WorkerSettings
-from workers.passes import PassJob
-from workers.pieces import pieces_of
-from workers.plan import BasePlan, MergePlan, PlannedBases, plan_merge
+from workers.merging.arithmetic import ArithmeticCheck
+from workers.merging.card import write_card
+from workers.merging.made_with import made_with
+from workers.merging.merge import PassResult, run_pass
+from workers.merging.module_weights import ModuleWeights, module_weights
+from workers.merging.outcomes import MergedShards, Piece, Usage, WorkerSettings
+from workers.merging.passes import PassJob
+from workers.merging.pieces import pieces_of
+from workers.merging.plan import BasePlan, MergePlan, PlannedBases, plan_merge
+from workers.merging.sidecars import digest_file, write_sidecars
 from workers.progress import Tracker
 from workers.releases.released import encode_manifest
 from workers.releases.sinks import Ticket, open_sink
 from workers.request_adapters import fetch_adapters
-from workers.sidecars import digest_file, write_sidecars
 from workers.sources.fetch import fetch_base
 from workers.verification import Verifier
 from workers.vetting import vet_base, vet_planned_prompts

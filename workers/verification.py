@@ -7,21 +7,21 @@ import torch
 
 from jobs.errors import InternalError, MergefleetError, ParityFailedError
 from jobs.release import REPORT_NAME, BehaviourCheck, ParityReport, TensorCheck
-from workers.arithmetic import ArithmeticCheck
 from workers.bases.quantized_base import QuantizedCache
 from workers.behaviour import Subject, check_behaviour
 from workers.comparison import compare_ways
-from workers.evidence import Evidence
 from workers.files.scratch import OwnedDirectory
 from workers.files.writer import HashedFile
 from workers.job import Job, own_failure, shared_failures
-from workers.merge import PassResult
-from workers.module_checks import ModuleChecks, check_modules
-from workers.module_weights import ModuleWeights
+from workers.merging.arithmetic import ArithmeticCheck
+from workers.merging.evidence import Evidence
+from workers.merging.merge import PassResult
+from workers.merging.module_checks import ModuleChecks, check_modules
+from workers.merging.module_weights import ModuleWeights
+from workers.merging.outcomes import WorkerSettings
+from workers.merging.plan import BasePlan, MergePlan
 from workers.numerics.tiles import single_threads
-from workers.outcomes import WorkerSettings
 from workers.parity import judge, summarize, unfounded, write_report, wrong_headers
-from workers.plan import BasePlan, MergePlan
 from workers.progress import Tracker
 
 

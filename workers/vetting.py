@@ -29,10 +29,10 @@ from workers.files.checkpoint import CheckpointLayout, read_checkpoint, read_jso
 from workers.files.foreign import foreign_sha256, read_foreign
 from workers.files.scratch import OwnedDirectory
 from workers.forks import Answer, Bounds, ForkServer
-from workers.plan import MergePlan, plan_base, plan_merge
+from workers.merging.plan import MergePlan, plan_base, plan_merge
+from workers.merging.sidecars import write_sidecars
 from workers.prompts import read_prompts
 from workers.releases.shipment import shipped_files
-from workers.sidecars import write_sidecars
 from workers.sources.belongings import TOKENIZER_FILE, is_template, is_tokenizer
 from workers.sources.fetch import Source
 

@@ -10,8 +10,7 @@ from jobs.request import MergeRequest
 from workers.bases.quantized_base import ResidentBases
 from workers.files.memory import pass_over_modules
 from workers.job import Job, own_failure, shared_failures
-from workers.numerics.device import device_fault
-from workers.outcomes import (
+from workers.merging.outcomes import (
     Failure,
     JobOutcome,
     MergedShards,
@@ -26,7 +25,8 @@ from workers.outcomes import (
     Unreachable,
     WorkerSettings,
 )
-from workers.plan import PlannedBases
+from workers.merging.plan import PlannedBases
+from workers.numerics.device import device_fault
 from workers.progress import Tracker
 from workers.unit import Unit
 from workers.vetting import server

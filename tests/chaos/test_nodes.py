@@ -14,7 +14,7 @@ from jobs.request import MergeRequest
 from jobs.states import JobState
 from jobs.store import JobStore
 from tests.models import build_llama, make_adapter
-from workers.outcomes import WorkerSettings
+from workers.merging.outcomes import WorkerSettings
 from workers.worker import MergeWorker
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow, pytest.mark.timeout(900)]

@@ -37,7 +37,7 @@ from cluster.settings import Settings
 from jobs.errors import FailureClass, WorkerLostError
 from jobs.request import MergeRequest
 from jobs.states import JobState
-from workers.outcomes import (
+from workers.merging.outcomes import (
     Failure,
     JobOutcome,
     MergedShards,

@@ -12,7 +12,7 @@ from jobs.request import MergeRequest
 from tests.methods import make_method_adapter
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
 from workers.files.scratch import OwnedDirectory
-from workers.outcomes import PassWork, Unreachable
+from workers.merging.outcomes import PassWork, Unreachable
 from workers.releases.delivery import pull_release
 from workers.releases.sinks.directory import DirectoryStaging
 from workers.worker import MergeWorker

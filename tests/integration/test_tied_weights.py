@@ -13,7 +13,7 @@ from tests.computed import computed_ends, is_rounded
 from tests.merges import plan_pass, read_tensors
 from tests.models import build_qwen2, load_plain, make_adapter
 from tests.tied_heads import COLUMNS, tied_cells
-from workers.sidecars import write_sidecars
+from workers.merging.sidecars import write_sidecars
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

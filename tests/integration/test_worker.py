@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-import workers.plan
+import workers.merging.plan
 import workers.unit
 import workers.verification
 from jobs.allowance import Allowance, Pattern
@@ -27,7 +27,7 @@ from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
 from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from workers.bases.model import quiet_transformers
 from workers.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
-from workers.plan import plan_base, plan_merge
+from workers.merging.plan import plan_base, plan_merge
 from workers.releases.sinks.directory import DirectoryStaging
 from workers.sources.fetch import fetch_adapter, fetch_base
 from workers.worker import MergeWorker
@@ -638,8 +638,8 @@ def test_a_base_whose_weights_change_is_quantized_anew(worker, request_for, adap
 
 
 def test_a_base_is_planned_once_as_long_as_it_stays(worker, request_for, adapters, base, tmp_path, monkeypatch):
-    planned, really = [], workers.plan.plan_base
-    monkeypatch.setattr(workers.plan, "plan_base", lambda *arguments: planned.append(1) or really(*arguments))
+    planned, really = [], workers.merging.plan.plan_base
+    monkeypatch.setattr(workers.merging.plan, "plan_base", lambda *arguments: planned.append(1) or really(*arguments))
     copied = Path(shutil.copytree(base, tmp_path / "copied"))
     for number, adapter in enumerate(adapters.values()):
         outcome = run(worker, request_for(f"job-{number}", adapter, base=str(copied)))[f"job-{number}"]

@@ -18,7 +18,7 @@ from jobs.errors import BadInputError, FailureClass
 from jobs.request import MergeRequest
 from jobs.states import Decision, JobState
 from jobs.store import JobStore
-from workers.outcomes import Failure
+from workers.merging.outcomes import Failure
 
 HOSTILE = "[red]a[/red] :smile: \x1b[2J\u202e\ud800 [link=http://x]y"
 VISIBLE = "[red]a[/red] :smile: \\x1b[2J\\u202e\\ud800 [link=http://x]y"

@@ -32,7 +32,7 @@ from jobs.request import MergeRequest
 from jobs.states import JobState
 from jobs.store import JobStore
 from tests.releases import settle
-from workers.outcomes import (
+from workers.merging.outcomes import (
     Failure,
     JobOutcome,
     MergedShards,

@@ -10,7 +10,7 @@ import pytest
 from jobs.request import MergeRequest
 from tests.models import build_llama, make_adapter, merge_with_peft
 from workers.behaviour import estimate_peak_bytes
-from workers.plan import plan_base, plan_merge
+from workers.merging.plan import plan_base, plan_merge
 from workers.sources.fetch import fetch_adapter, fetch_base
 
 # Samples its own memory every 20 ms: anonymous and shared pages, not those of mapped files.

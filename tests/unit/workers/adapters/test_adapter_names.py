@@ -16,7 +16,7 @@ from tests.merges import different, merge_by_peft, plan_pass, read_tensors
 from tests.models import load_plain
 from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from workers.inference import quiet_libraries
-from workers.sidecars import write_sidecars
+from workers.merging.sidecars import write_sidecars
 
 TEXT = r".*language_model.*\.(q_proj|v_proj)"
 EVERYWHERE = ["q_proj", "v_proj", "down_proj"]

@@ -14,7 +14,7 @@ from tests.models import build_llama
 from workers.adapters.adapter import ADAPTER_WEIGHTS
 from workers.files.checkpoint import read_json
 from workers.inference import quiet_libraries
-from workers.sidecars import write_sidecars
+from workers.merging.sidecars import write_sidecars
 
 BOTH = ["embed_tokens", "lm_head"]
 

@@ -28,7 +28,7 @@ from workers.bases.quantized_base import QuantizedBase, QuantizedCache, Resident
 from workers.files.checkpoint import INDEX_FILE, read_checkpoint
 from workers.files.scratch import exclusive
 from workers.footprint import passing_bytes, resident_bytes
-from workers.plan import plan_base
+from workers.merging.plan import plan_base
 from workers.sources.fetch import fetch_base
 
 REPOSITORY = Path(__file__).parents[3]

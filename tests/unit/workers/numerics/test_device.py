@@ -15,9 +15,9 @@ from jobs.request import MergeRequest
 from workers.adapters.adapter import Adapter, refusals
 from workers.foreign_models import model_of
 from workers.job import Job, shared_failures
+from workers.merging.outcomes import WorkerSettings
 from workers.numerics import device
 from workers.numerics.device import device_fault
-from workers.outcomes import WorkerSettings
 from workers.worker import MergeWorker
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU that works")

@@ -17,7 +17,7 @@ from jobs.locations import LocalPath
 from tests.merges import different, merge, merge_by_peft, plan_pass, read_tensors
 from tests.models import build_llama, make_adapter
 from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
-from workers.evidence import Evidence
+from workers.merging.evidence import Evidence
 from workers.sources.fetch import fetch_adapter
 
 PREFIX = "base_model.model."

@@ -26,7 +26,7 @@ from jobs.release import TensorCheck
 from workers.adapters.adapter import open_adapter
 from workers.adapters.fitting import fit
 from workers.files.foreign import read_foreign
-from workers.plan import MergePlan
+from workers.merging.plan import MergePlan
 
 _PREFIX = "base_model.model."
 _BIASES = ("bias", "base_layer.bias")

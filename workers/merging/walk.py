@@ -22,16 +22,16 @@ import torch
 
 from jobs.errors import BadInputError
 from workers.adapters.lora import read_operand
-from workers.arithmetic import ArithmeticCheck, Tally
 from workers.bases.four_bit import QuantizedWeight
 from workers.bases.quantized_base import QuantizedBase
 from workers.files.foreign import open_foreign
 from workers.files.tensor_io import read_into
+from workers.merging.arithmetic import ArithmeticCheck, Tally
+from workers.merging.passes import PassJob, PassState, check_range
+from workers.merging.plan import BasePlan, OutputTensor
 from workers.numerics import products
 from workers.numerics.products import Comparison
 from workers.numerics.tiles import TILE_ELEMENTS, TileBuffers, Tiling, pieces_of
-from workers.passes import PassJob, PassState, check_range
-from workers.plan import BasePlan, OutputTensor
 
 _MAX_OPEN_SHARDS = 256
 """Shards of all jobs that are written at one time; each holds two descriptors, and 1024 is a common limit."""

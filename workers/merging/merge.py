@@ -7,15 +7,15 @@ import torch
 
 from jobs.errors import MergefleetError
 from jobs.release import TensorCheck
-from workers.arithmetic import ArithmeticCheck
 from workers.bases.quantized_base import QuantizedBase
 from workers.files.writer import Conveyor, HashedFile
-from workers.lanes.peft import merge_modules
-from workers.module_weights import ModuleWeights
+from workers.merging.arithmetic import ArithmeticCheck
+from workers.merging.module_weights import ModuleWeights
+from workers.merging.passes import PassJob, PassState, check_range
+from workers.merging.peft_lane import merge_modules
+from workers.merging.plan import BasePlan
+from workers.merging.walk import Walk
 from workers.numerics.tiles import single_threads
-from workers.passes import PassJob, PassState, check_range
-from workers.plan import BasePlan
-from workers.walk import Walk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from jobs.errors import BadInputError, MergefleetError
 from jobs.release import TensorCheck
 from workers.files.local import FileState, file_errors
 from workers.files.writer import CheckpointWriter, Conveyor, HashedFile, Origin
-from workers.plan import MergePlan, OutputTensor
+from workers.merging.plan import MergePlan, OutputTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,8 +25,10 @@ from jobs.errors import InternalError
 from jobs.release import TensorCheck
 from workers.bases.four_bit import QuantizedWeight
 from workers.bases.quantized_base import QuantizedBase
-from workers.evidence import Evidence
 from workers.files.tensor_io import opened, read_into
+from workers.merging.evidence import Evidence
+from workers.merging.plan import BasePlan, MergePlan, OutputTensor
+from workers.merging.proof import SPARSE, Operands
 from workers.numerics import products
 from workers.numerics.kernels import merging
 from workers.numerics.kernels.elements import ARRAY_DTYPES, array
@@ -41,8 +43,6 @@ from workers.numerics.tiles import (
     rows_per_tile,
     single_threads,
 )
-from workers.plan import BasePlan, MergePlan, OutputTensor
-from workers.proof import SPARSE, Operands
 
 _JUDGED_ELEMENTS = 1 << 16
 """Elements that are held against the exact sum at the same time."""

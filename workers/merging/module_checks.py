@@ -1,6 +1,6 @@
 """Parity of what PEFT merged: bit by bit against a merge of each layer by itself, and by its answers.
 
-What is expected begins at the adapter's own files (`workers/evidence.py`): PEFT has to hold their values, every layer
+What is expected begins at the adapter's own files (`workers/merging/evidence.py`): PEFT has to hold their values, every layer
 it has put on the model is merged once more by itself, whatever the plan says of it, and what ships under the names of
 its module has to have these bits and to answer as the layer did before (docs/decisions/0006-peft-lane.md).
 """
@@ -19,14 +19,14 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from jobs.release import TensorCheck
-from workers.evidence import Evidence
-from workers.factors import Factors, Judgement, factors_of
 from workers.files.tensor_io import read_rows
-from workers.lanes.peft import MergedModule, merge_modules
-from workers.module_weights import ModuleWeights
+from workers.merging.evidence import Evidence
+from workers.merging.factors import Factors, Judgement, factors_of
+from workers.merging.module_weights import ModuleWeights
+from workers.merging.peft_lane import MergedModule, merge_modules
+from workers.merging.plan import MergePlan
+from workers.merging.probes import Probe, Verdict, ask, base_of
 from workers.numerics.rounding import BITS, EXPONENT_BITS, half_ulp
-from workers.plan import MergePlan
-from workers.probes import Probe, Verdict, ask, base_of
 
 _MAX_RMS = 4.0
 """Roundings of each weight that PEFT may come to; the largest measured over its methods is 1.8."""

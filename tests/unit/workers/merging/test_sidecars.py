@@ -26,8 +26,8 @@ from tests.models import (
     make_adapter,
 )
 from workers.bases.model import quiet_transformers
-from workers.card import write_card
-from workers.sidecars import digest_file, write_sidecars, write_text
+from workers.merging.card import write_card
+from workers.merging.sidecars import digest_file, write_sidecars, write_text
 from workers.sources.fetch import Source
 
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import workers.arithmetic
+import workers.merging.arithmetic
 import workers.numerics.tiles
 from jobs.errors import CancelledError, InternalError
 from jobs.release import TensorCheck
@@ -21,13 +21,13 @@ from jobs.request import Thresholds
 from tests.merges import CPU, merge_by_peft, open_descriptors, plan_pass, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
 from workers.adapters.adapter import ADAPTER_WEIGHTS
-from workers.arithmetic import ArithmeticCheck, failures
 from workers.bases.quantized_base import QuantizedCache
 from workers.files.checkpoint import DTYPES
+from workers.merging.arithmetic import ArithmeticCheck, failures
+from workers.merging.proof import Operands
 from workers.numerics import products
 from workers.numerics.kernels import blas, merging
 from workers.parity import wrong_headers
-from workers.proof import Operands
 
 LIMIT = Thresholds().max_rounding_excess
 TARGETS = ("q_proj", "down_proj")

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from workers.adapters.adapter import put_on, take_off, wrapped_modules
 from workers.bases.ties import tied_names
-from workers.module_weights import ModuleWeights
-from workers.plan import MergePlan
+from workers.merging.module_weights import ModuleWeights
+from workers.merging.plan import MergePlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

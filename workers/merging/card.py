@@ -9,9 +9,9 @@ from huggingface_hub import ModelCardData
 from jobs.locations import HubRepo
 from jobs.release import Artifact
 from jobs.request import adapter_name
-from workers.plan import MergePlan
+from workers.merging.plan import MergePlan
+from workers.merging.sidecars import digest_file, write_text
 from workers.releases.base_card import differing_licences
-from workers.sidecars import digest_file, write_text
 from workers.sources.belongings import CARD_NAME, MODULES_FILE
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")

@@ -3,8 +3,8 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from workers.outcomes import Piece
-from workers.plan import MergePlan
+from workers.merging.outcomes import Piece
+from workers.merging.plan import MergePlan
 
 
 def pieces_of(plans: Sequence[MergePlan]) -> tuple[Piece, ...]:

@@ -1,0 +1,1 @@
+"""Plan and pass: what a merge will do, what does it, and the proof of what it wrote."""
