@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from workers.inference import quiet_libraries
+from workers.parity.inference import quiet_libraries
 
 KINDS: Mapping[str, Mapping[str, Any]] = {
     "decoder": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

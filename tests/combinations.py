@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from tests.merges import one_torch_thread, read_tensors
 from tests.models import load_plain
-from workers.inference import quiet_libraries
+from workers.parity.inference import quiet_libraries
 
 PRUNED = {"density": 0.5}
 EVERY_TYPE = {

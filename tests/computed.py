@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig
 
 from tests.merges import load_dequantized
 from tests.models import load_plain
-from workers.inference import quiet_libraries
+from workers.parity.inference import quiet_libraries
 
 
 def computed_ends(base: Path, adapter: Path, quantization: BitsAndBytesConfig | None = None) -> dict[str, torch.Tensor]:

@@ -36,8 +36,8 @@ from tests.tied_heads import COLUMNS, tied_cells
 from workers.adapters.adapter import ADAPTER_WEIGHTS
 from workers.adapters.methods import REMADE, SHAPED_BY_VALUES, UNSTABLE
 from workers.bases.model import load_config, model_class
-from workers.inference import quiet_libraries
 from workers.merging.sidecars import write_sidecars
+from workers.parity.inference import quiet_libraries
 
 OUTPUT = Path("docs/compatibility.md")
 

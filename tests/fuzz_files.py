@@ -230,7 +230,7 @@ def _differs(base: Path, adapter: Path, release: Path) -> str | None:
     from safetensors.torch import load_file
 
     from tests.models import load_plain
-    from workers.inference import quiet_libraries
+    from workers.parity.inference import quiet_libraries
 
     found: dict[str, torch.Tensor] = {}
     for path in release.glob("*.safetensors"):

@@ -19,7 +19,6 @@ from jobs.request import MergeRequest
 from tests.models import load_plain
 from workers.bases.model import load_config, model_class
 from workers.bases.quantized_base import QuantizedBase, QuantizedCache
-from workers.inference import quiet_libraries
 from workers.merging.arithmetic import ArithmeticCheck
 from workers.merging.evidence import Evidence
 from workers.merging.merge import PassResult, run_pass
@@ -28,6 +27,7 @@ from workers.merging.module_weights import ModuleWeights
 from workers.merging.passes import PassJob
 from workers.merging.plan import BasePlan, MergePlan, plan_base, plan_merge
 from workers.numerics.tiles import single_threads
+from workers.parity.inference import quiet_libraries
 from workers.request_adapters import fetch_adapters
 from workers.sources.fetch import fetch_base
 

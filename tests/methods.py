@@ -17,7 +17,7 @@ from transformers import BitsAndBytesConfig
 
 from tests.merges import load_dequantized, read_tensors
 from tests.models import load_plain
-from workers.inference import quiet_libraries
+from workers.parity.inference import quiet_libraries
 
 _LINEARS = {"target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"]}
 

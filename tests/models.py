@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from workers.bases.model import load_config, model_class, quiet_transformers
-from workers.inference import quiet_libraries
+from workers.parity.inference import quiet_libraries
 
 VOCAB_SIZE = 512
 LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from tests.methods import make_method_adapter
 from tests.models import build_llama, build_qwen2, load_plain
 from workers.adapters.methods import MERGED, UNSTABLE
-from workers.inference import quiet_libraries
+from workers.parity.inference import quiet_libraries
 
 MOVES, STAYS = 1e-2, 1e-3
 

@@ -21,8 +21,8 @@ from tests.methods import make_method_adapter
 from tests.models import load_plain
 from workers.adapters.adapter import ADAPTER_WEIGHTS
 from workers.bases.model import load_config, model_class
-from workers.inference import quiet_libraries
 from workers.merging.sidecars import write_sidecars
+from workers.parity.inference import quiet_libraries
 
 COLUMNS: Mapping[str, tuple[str, tuple[str, ...], bool]] = {
     "a: head": ("tied", ("head",), True),

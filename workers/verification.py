@@ -8,8 +8,6 @@ import torch
 from jobs.errors import InternalError, MergefleetError, ParityFailedError
 from jobs.release import REPORT_NAME, BehaviourCheck, ParityReport, TensorCheck
 from workers.bases.quantized_base import QuantizedCache
-from workers.behaviour import Subject, check_behaviour
-from workers.comparison import compare_ways
 from workers.files.scratch import OwnedDirectory
 from workers.files.writer import HashedFile
 from workers.job import Job, own_failure, shared_failures
@@ -21,7 +19,9 @@ from workers.merging.module_weights import ModuleWeights
 from workers.merging.outcomes import WorkerSettings
 from workers.merging.plan import BasePlan, MergePlan
 from workers.numerics.tiles import single_threads
-from workers.parity import judge, summarize, unfounded, write_report, wrong_headers
+from workers.parity.behaviour import Subject, check_behaviour
+from workers.parity.comparison import compare_ways
+from workers.parity.verdict import judge, summarize, unfounded, write_report, wrong_headers
 from workers.progress import Tracker
 
 

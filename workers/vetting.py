@@ -31,7 +31,7 @@ from workers.files.scratch import OwnedDirectory
 from workers.forks import Answer, Bounds, ForkServer
 from workers.merging.plan import MergePlan, plan_base, plan_merge
 from workers.merging.sidecars import write_sidecars
-from workers.prompts import read_prompts
+from workers.parity.prompts import read_prompts
 from workers.releases.shipment import shipped_files
 from workers.sources.belongings import TOKENIZER_FILE, is_template, is_tokenizer
 from workers.sources.fetch import Source

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig
 
-import workers.comparison
+import workers.parity.comparison
 import workers.verification
 from jobs.errors import FailureClass, NoCapacityError, ParityFailedError
 from jobs.release import ParityReport
@@ -15,7 +15,7 @@ from tests.merges import load_dequantized
 from tests.methods import make_method_adapter
 from tests.models import build_bnb_4bit, build_llama, load_plain, make_adapter, merge_with_peft
 from workers.adapters.adapter import open_adapter
-from workers.behaviour import Subject, check_behaviour
+from workers.parity.behaviour import Subject, check_behaviour
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 PARITY = {
@@ -138,7 +138,7 @@ def test_an_alternative_that_does_not_run_is_no_parity_failure(worker, base, ada
     def not_finite(_base, subjects, *_arguments, **_options):
         return {subject.request.id: ParityFailedError("expected finite logits") for subject in subjects}
 
-    monkeypatch.setattr(workers.comparison, "check_behaviour", not_finite)
+    monkeypatch.setattr(workers.parity.comparison, "check_behaviour", not_finite)
     [outcome] = worker.run_unit("unit", (request(base, adapter, tmp_path),)).jobs
     assert outcome.failure.failure_class is FailureClass.BAD_INPUT
     assert "leave out compare" in outcome.failure.message

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from jobs.request import MergeRequest
 from tests.methods import make_method_adapter
 from tests.models import build_llama, build_qwen2, make_adapter
-from workers.inference import quiet_libraries
+from workers.parity.inference import quiet_libraries
 
 PARITY = {"prompts": ["The capital of France is"], "max_new_tokens": 3, "min_positions": 1}
 # Of each kind of method one: `make fidelity` compares all of them with PEFT, bit by bit.

@@ -41,7 +41,7 @@ def test_holds_every_file_of_the_rooms_and_nothing_else(wheel):
     }
     found = {path for path in wheel.namelist() if ".dist-info/" not in path}
     assert found == expected
-    assert "workers/report.html.j2" in found
+    assert "workers/parity/report.html.j2" in found
 
 
 def test_names_the_command_the_python_and_the_license(wheel):

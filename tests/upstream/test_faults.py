@@ -20,7 +20,7 @@ from tests.combinations import combine_by_peft
 from tests.merges import dequantize_without_kernel, load_dequantized
 from tests.methods import make_method_adapter, save_old_adapter
 from tests.models import build_bnb_4bit, build_llama, load_plain, make_adapter
-from workers.inference import quiet_libraries
+from workers.parity.inference import quiet_libraries
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 

@@ -15,8 +15,8 @@ from tests.computed import computed_ends, is_rounded
 from tests.merges import different, merge_by_peft, plan_pass, read_tensors
 from tests.models import load_plain
 from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from workers.inference import quiet_libraries
 from workers.merging.sidecars import write_sidecars
+from workers.parity.inference import quiet_libraries
 
 TEXT = r".*language_model.*\.(q_proj|v_proj)"
 EVERYWHERE = ["q_proj", "v_proj", "down_proj"]

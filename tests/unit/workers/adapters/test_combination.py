@@ -22,9 +22,9 @@ from tests.models import build_llama, load_plain, make_adapter
 from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 from workers.estimate import combination_seconds
 from workers.footprint import combination_bytes
-from workers.inference import quiet_libraries
 from workers.merging.evidence import Evidence
 from workers.merging.plan import plan_base, plan_merge
+from workers.parity.inference import quiet_libraries
 from workers.request_adapters import fetch_adapters, outline_adapters
 from workers.sources.fetch import fetch_base
 

@@ -13,8 +13,8 @@ from tests.merges import different, plan_pass, read_tensors
 from tests.models import build_llama
 from workers.adapters.adapter import ADAPTER_WEIGHTS
 from workers.files.checkpoint import read_json
-from workers.inference import quiet_libraries
 from workers.merging.sidecars import write_sidecars
+from workers.parity.inference import quiet_libraries
 
 BOTH = ["embed_tokens", "lm_head"]
 

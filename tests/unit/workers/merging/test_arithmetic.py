@@ -27,7 +27,7 @@ from workers.merging.arithmetic import ArithmeticCheck, failures
 from workers.merging.proof import Operands
 from workers.numerics import products
 from workers.numerics.kernels import blas, merging
-from workers.parity import wrong_headers
+from workers.parity.verdict import wrong_headers
 
 LIMIT = Thresholds().max_rounding_excess
 TARGETS = ("q_proj", "down_proj")

@@ -25,7 +25,7 @@ from jobs.locations import LocalPath
 from tests.merges import different, merge, merge_by_peft, plan_pass
 from tests.methods import make_method_adapter
 from tests.models import build_llama, load_plain, make_adapter
-from workers.inference import quiet_libraries
+from workers.parity.inference import quiet_libraries
 from workers.sources.confinement import Ended
 from workers.sources.fetch import fetch_adapter
 from workers.sources.pickled import _failure, convert

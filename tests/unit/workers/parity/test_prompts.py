@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from jobs.errors import BadInputError
 from jobs.request import DEFAULT_PROMPTS, MergeRequest
 from tests.models import build_llama
-from workers.prompts import read_prompts
+from workers.parity.prompts import read_prompts
 
 
 def request(**parity: Any) -> MergeRequest:

@@ -14,14 +14,14 @@ from jobs.errors import BadInputError, MergefleetError, ParityFailedError
 from jobs.release import Alternative, BehaviourCheck
 from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
 from workers.bases.quantized_base import QuantizedCache
-from workers.behaviour import Subject, check_behaviour
 from workers.files.scratch import OwnedDirectory
 from workers.merging.merge import run_pass
 from workers.merging.module_weights import module_weights
 from workers.merging.passes import PassJob
 from workers.merging.plan import MergePlan, plan_base, plan_merge
 from workers.merging.sidecars import write_sidecars
-from workers.references import references
+from workers.parity.behaviour import Subject, check_behaviour
+from workers.parity.references import references
 
 
 def other_way(request: MergeRequest) -> MergeRequest:

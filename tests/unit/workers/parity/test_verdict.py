@@ -15,8 +15,8 @@ from jobs.release import BehaviourCheck, ParityReport, ParitySummary, PromptChec
 from jobs.request import Thresholds
 from tests.merges import plan_pass
 from tests.models import build_llama, make_adapter
-from workers.effect import effect_remarks, keeps_effect, proves_adapter
-from workers.parity import judge, summarize, write_report, wrong_headers
+from workers.parity.effect import effect_remarks, keeps_effect, proves_adapter
+from workers.parity.verdict import judge, summarize, write_report, wrong_headers
 
 THRESHOLDS = {"max_rounding_excess": 1.0, "max_mean_kl": 2e-3, "min_top1_agreement": 0.97}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jobs.errors import BadInputError, InvalidValueError
-from workers.foreign_models import model_of
+from workers.parity.foreign_models import model_of
 
 
 def test_what_the_libraries_raise_is_told_of_the_files():

@@ -11,8 +11,8 @@ import pytest
 
 from jobs.release import BehaviourCheck, ParityReport, PromptCheck, TensorCheck
 from jobs.request import Thresholds
-from workers.charts import figure, kind_of, layer_chart, layer_of, row_chart
-from workers.report import render_report
+from workers.parity.charts import figure, kind_of, layer_chart, layer_of, row_chart
+from workers.parity.report import render_report
 
 VOID = {"meta", "br"}
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")

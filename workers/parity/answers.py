@@ -7,11 +7,11 @@ import torch
 
 from jobs.release import BehaviourCheck, HeldOutCheck, PromptCheck
 from jobs.request import Thresholds
-from workers.divergence import NEAR_TIE_MARGIN, Divergence, total
-from workers.effect import effect_remarks, proves_adapter
-from workers.prompts import Prompts
-from workers.references import Reference
-from workers.texts import Text
+from workers.parity.divergence import NEAR_TIE_MARGIN, Divergence, total
+from workers.parity.effect import effect_remarks, proves_adapter
+from workers.parity.prompts import Prompts
+from workers.parity.references import Reference
+from workers.parity.texts import Text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

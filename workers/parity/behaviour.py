@@ -33,18 +33,18 @@ from jobs.errors import (
 from jobs.release import BehaviourCheck
 from jobs.request import MergeRequest
 from workers.adapters.adapter import Adapter
-from workers.answers import Answers, summarize_answers
 from workers.bases.model import load_config
-from workers.divergence import Divergence, compare_logits, working_bytes
 from workers.files.checkpoint import read_json
 from workers.files.memory import release_memory
-from workers.foreign_models import model_of
-from workers.inference import Room, RunningModel, load_model
 from workers.merging.plan import MergePlan
-from workers.prompts import LONGEST_BUILT_IN, Prompts, read_prompts
-from workers.references import Reference, references
-from workers.rounded import merge_and_round, output_dtype, rounding_as_used, stored_dtypes
-from workers.texts import MAX_POSITIONS, Text, batches
+from workers.parity.answers import Answers, summarize_answers
+from workers.parity.divergence import Divergence, compare_logits, working_bytes
+from workers.parity.foreign_models import model_of
+from workers.parity.inference import Room, RunningModel, load_model
+from workers.parity.prompts import LONGEST_BUILT_IN, Prompts, read_prompts
+from workers.parity.references import Reference, references
+from workers.parity.rounded import merge_and_round, output_dtype, rounding_as_used, stored_dtypes
+from workers.parity.texts import MAX_POSITIONS, Text, batches
 
 logger = logging.getLogger(__name__)
 

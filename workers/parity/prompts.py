@@ -11,10 +11,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from jobs.errors import BadInputError
 from jobs.request import DEFAULT_PROMPTS, HeldOutText, MergeRequest
 from workers.bases.model import load_config
-from workers.chat import Rendering, how_asked, render_chat
-from workers.inference import quiet_libraries
-from workers.passages import PASSAGES
-from workers.positions import Asked, Selection, num_shared, select
+from workers.parity.chat import Rendering, how_asked, render_chat
+from workers.parity.inference import quiet_libraries
+from workers.parity.passages import PASSAGES
+from workers.parity.positions import Asked, Selection, num_shared, select
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 

@@ -12,14 +12,14 @@ from jobs.release import (
     ParitySummary,
     TensorCheck,
 )
-from workers.effect import allowed_share, keeps_effect, rounding_share
 from workers.files.checkpoint import read_shard
 from workers.files.local import file_errors
 from workers.merging.arithmetic import failures as arithmetic_failures
 from workers.merging.evidence import Evidence
 from workers.merging.plan import MergePlan
 from workers.merging.sidecars import write_text
-from workers.report import render_report
+from workers.parity.effect import allowed_share, keeps_effect, rounding_share
+from workers.parity.report import render_report
 
 _NUM_NAMED = 20
 """Failures told one by one; a merge that is wrong everywhere needs no list of everything."""

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from workers.divergence import NEAR_TIE_MARGIN, compare_logits, total
+from workers.parity.divergence import NEAR_TIE_MARGIN, compare_logits, total
 
 
 def logits(num_positions: int, seed: int) -> torch.Tensor:

@@ -13,8 +13,8 @@ from markupsafe import Markup, escape
 from jobs.release import BehaviourCheck, ParityReport, PromptCheck, TensorCheck
 from jobs.request import Thresholds
 from jobs.text import shown
-from workers.charts import NUM_COLOURS, WIDTH, LayerChart, RowChart, figure, kind_of, layer_chart, row_chart
-from workers.effect import allowed_share, keeps_effect
+from workers.parity.charts import NUM_COLOURS, WIDTH, LayerChart, RowChart, figure, kind_of, layer_chart, row_chart
+from workers.parity.effect import allowed_share, keeps_effect
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
