@@ -30,9 +30,9 @@ from benchmarks.make_base import SHAPES, make_adapter, make_base
 from benchmarks.unchecked import check_left_out
 from cluster.preview import preview
 from jobs.request import BaseQuantization, MergeRequest, ParityPolicy
-from workers.estimate import Estimate
 from workers.merging.outcomes import WorkerSettings
 from workers.numerics.rounding import half_ulp
+from workers.unit.estimate import Estimate
 from workers.worker import MergeWorker
 
 _COPY_BYTES = 1 << 30

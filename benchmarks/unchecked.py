@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import torch
 
-from workers import unit
 from workers.merging.arithmetic import ArithmeticCheck, Tally
 from workers.merging.plan import OutputTensor
 from workers.numerics.products import Comparison
+from workers.unit import unit
 
 
 class _NoCheck(ArithmeticCheck):

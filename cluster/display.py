@@ -20,7 +20,7 @@ from jobs.text import MAX_MESSAGE, shown
 
 if TYPE_CHECKING:
     from cluster.preview import Preview
-    from workers.estimate import Estimate
+    from workers.unit.estimate import Estimate
 
 _STYLES = {
     JobState.PUBLISHED: "green",

@@ -104,7 +104,7 @@ def merge_and_show(output: Terminal, requests: tuple[MergeRequest, ...]) -> tupl
     Returns:
         The classes of the failures.
     """
-    from workers.vetting import server  # noqa: PLC0415 - takes seconds to load, and wrong arguments are told before
+    from workers.unit.vetting import server  # noqa: PLC0415 - takes seconds to load, and wrong arguments are told before
 
     settings = load_settings()
     server.start()  # before the progress bar has its thread: then it is a fork of this process

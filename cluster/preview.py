@@ -9,13 +9,13 @@ from pathlib import Path
 
 from jobs.errors import MergefleetError
 from jobs.request import MergeRequest
-from workers.estimate import Estimate, estimate
 from workers.merging.outcomes import Failure
 from workers.merging.plan import BasePlan, plan_base, plan_merge
-from workers.request_adapters import outline_adapters
 from workers.sources.fetch import fetch_base
-from workers.unit import resolve_device
-from workers.vetting import server, vet_base
+from workers.unit.estimate import Estimate, estimate
+from workers.unit.request_adapters import outline_adapters
+from workers.unit.unit import resolve_device
+from workers.unit.vetting import server, vet_base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

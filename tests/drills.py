@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import sys
 
-import workers.unit
+import workers.unit.unit
 from cluster.cli import main
 from workers.merging.merge import run_pass
 
@@ -45,7 +45,7 @@ DRILLS = {
 
 
 def start(drill: str) -> None:
-    workers.unit.run_pass = functools.wraps(run_pass)(DRILLS[drill])
+    workers.unit.unit.run_pass = functools.wraps(run_pass)(DRILLS[drill])
 
 
 if __name__ == "__main__":

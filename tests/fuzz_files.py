@@ -120,8 +120,8 @@ class Judge:
     """Runs rounds in this process, one after the other, and says what is wrong with each."""
 
     def __init__(self, sound: Path, scratch: Path) -> None:
-        from workers import vetting
         from workers.merging.outcomes import WorkerSettings
+        from workers.unit import vetting
         from workers.worker import MergeWorker
 
         os.environ["MERGEFLEET_HOME"] = str(scratch / "home")

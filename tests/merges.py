@@ -28,8 +28,8 @@ from workers.merging.passes import PassJob
 from workers.merging.plan import BasePlan, MergePlan, plan_base, plan_merge
 from workers.numerics.tiles import single_threads
 from workers.parity.inference import quiet_libraries
-from workers.request_adapters import fetch_adapters
 from workers.sources.fetch import fetch_base
+from workers.unit.request_adapters import fetch_adapters
 
 CPU = torch.device("cpu")
 

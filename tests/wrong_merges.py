@@ -26,7 +26,7 @@ import workers.adapters.adapter
 import workers.merging.merge
 import workers.merging.peft_lane
 import workers.merging.walk
-import workers.unit
+import workers.unit.unit
 from jobs.errors import FailureClass
 from jobs.release import REPORT_NAME, ParityReport
 from jobs.request import MergeRequest
@@ -71,8 +71,8 @@ class Broken:
 
 def in_the_plan(change: Callable[[MergePlan], MergePlan]) -> Any:
     """Return a context in which plans are changed after they were made."""
-    really = workers.unit.plan_merge
-    return mock.patch.object(workers.unit, "plan_merge", lambda *what: change(really(*what)))
+    really = workers.unit.unit.plan_merge
+    return mock.patch.object(workers.unit.unit, "plan_merge", lambda *what: change(really(*what)))
 
 
 def break_streamed(plan: MergePlan, rng: random.Random) -> Broken:

@@ -9,7 +9,6 @@ from jobs.errors import InternalError
 from jobs.request import MergeRequest
 from workers.bases.quantized_base import ResidentBases
 from workers.files.memory import pass_over_modules
-from workers.job import Job, own_failure, shared_failures
 from workers.merging.outcomes import (
     Failure,
     JobOutcome,
@@ -27,9 +26,10 @@ from workers.merging.outcomes import (
 )
 from workers.merging.plan import PlannedBases
 from workers.numerics.device import device_fault
-from workers.progress import Tracker
-from workers.unit import Unit
-from workers.vetting import server
+from workers.unit.job import Job, own_failure, shared_failures
+from workers.unit.progress import Tracker
+from workers.unit.unit import Unit
+from workers.unit.vetting import server
 
 
 class MergeWorker:

@@ -8,9 +8,9 @@ import torch
 from jobs.request import MergeRequest
 from tests.merges import read_tensors
 from tests.models import build_llama, make_adapter, merge_with_peft
-from workers import unit
-from workers.footprint import resident_bytes
 from workers.merging.outcomes import WorkerSettings
+from workers.unit import unit
+from workers.unit.footprint import resident_bytes
 from workers.worker import MergeWorker
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

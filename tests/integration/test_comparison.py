@@ -7,7 +7,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 import workers.parity.comparison
-import workers.verification
+import workers.unit.verification
 from jobs.errors import FailureClass, NoCapacityError, ParityFailedError
 from jobs.release import ParityReport
 from jobs.request import BaseQuantization, MergeRequest
@@ -125,7 +125,7 @@ def test_what_goes_wrong_in_a_comparison_is_the_failure_of_those_that_compare(
     def full(*_arguments, **_options):
         raise NoCapacityError("the disk is full")
 
-    monkeypatch.setattr(workers.verification, "compare_ways", full)
+    monkeypatch.setattr(workers.unit.verification, "compare_ways", full)
     plain = request(base, adapter, tmp_path, id="plain", compare=False, destination=str(tmp_path / "releases" / "two"))
     compared, other = worker.run_unit("unit", (request(base, adapter, tmp_path), plain)).jobs
     assert compared.failure.failure_class is FailureClass.NO_CAPACITY

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import workers.merging.plan
-import workers.unit
-import workers.verification
+import workers.unit.unit
+import workers.unit.verification
 from jobs.allowance import Allowance, Pattern
 from jobs.errors import BadInputError, FailureClass
 from jobs.release import Manifest, ParityReport
@@ -26,10 +26,10 @@ from tests.merges import different, merge_by_peft, open_descriptors, read_tensor
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
 from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from workers.bases.model import quiet_transformers
-from workers.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
 from workers.merging.plan import plan_base, plan_merge
 from workers.releases.sinks.directory import DirectoryStaging
 from workers.sources.fetch import fetch_adapter, fetch_base
+from workers.unit.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
 from workers.worker import MergeWorker
 
 ARITHMETIC = {"level": "arithmetic"}
@@ -140,7 +140,7 @@ def test_a_tokenizer_that_does_not_load_is_named_before_anything_is_merged(
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(base / name, places["adapter"])
     (places[owner] / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Nope"}}')
-    monkeypatch.setattr(workers.unit, "run_pass", None)
+    monkeypatch.setattr(workers.unit.unit, "run_pass", None)
     asked = request_for("job", places["adapter"], base=str(places["base"]), parity=FULL)
     failure = run(worker, asked)["job"].failure
     assert failure.failure_class is FailureClass.BAD_INPUT
@@ -268,13 +268,13 @@ def test_a_base_that_changes_after_the_plan_fails_all_its_jobs_and_says_so(
     worker, request_for, base, adapters, tmp_path, monkeypatch
 ):
     changing = shutil.copytree(base, tmp_path / "changing")
-    really = workers.unit.run_pass
+    really = workers.unit.unit.run_pass
 
     def run_pass(*args, **kwargs):
         os.truncate(min(changing.glob("*.safetensors")), 70_000)
         return really(*args, **kwargs)
 
-    monkeypatch.setattr(workers.unit, "run_pass", run_pass)
+    monkeypatch.setattr(workers.unit.unit, "run_pass", run_pass)
     before = open_descriptors()
     outcomes = run(worker, *(request_for(name, adapter, base=str(changing)) for name, adapter in adapters.items()))
     for job in outcomes.values():
@@ -286,14 +286,14 @@ def test_a_base_that_changes_after_the_plan_fails_all_its_jobs_and_says_so(
 
 def with_damage_after_the_merge(monkeypatch, damage):
     """Damage the merged files of one job before they are verified."""
-    really = workers.unit.run_pass
+    really = workers.unit.unit.run_pass
 
     def run_pass(base, quantized, weights, jobs, **kwargs):
         result = really(base, quantized, weights, jobs, **kwargs)
         damage({job.plan.request.id: job.directory for job in jobs})
         return result
 
-    monkeypatch.setattr(workers.unit, "run_pass", run_pass)
+    monkeypatch.setattr(workers.unit.unit, "run_pass", run_pass)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -308,7 +308,7 @@ def test_what_is_rewritten_while_it_is_merged_is_read_anew(
         "adapter": shutil.copytree(adapters["two"], tmp_path / "a"),
     }
     path = min(places[what].glob("*.safetensors"))
-    really = workers.unit.run_pass
+    really = workers.unit.unit.run_pass
 
     def rewrite():
         status = path.stat()
@@ -326,13 +326,13 @@ def test_what_is_rewritten_while_it_is_merged_is_read_anew(
             if when == "after it":
                 rewrite()
 
-    monkeypatch.setattr(workers.unit, "run_pass", run_pass)
+    monkeypatch.setattr(workers.unit.unit, "run_pass", run_pass)
     request = request_for("job", places["adapter"], base=str(places["base"]), base_quantization=quantization)
     outcome = run(worker, request)["job"]
     assert outcome.failure.failure_class is FailureClass.TRANSIENT_IO, outcome.failure
     assert f"{path} was changed while it was read" in outcome.failure.message
     assert left_over(tmp_path) == []
-    monkeypatch.setattr(workers.unit, "run_pass", really)
+    monkeypatch.setattr(workers.unit.unit, "run_pass", really)
     assert run(worker, request)["job"].failure is None
 
 
@@ -362,7 +362,7 @@ def test_a_flipped_byte_is_not_published(worker, requests, base, adapters, tmp_p
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_half_a_scaling_is_not_published(worker, request_for, adapters, tmp_path, monkeypatch, quantization):
-    really = workers.unit.run_pass
+    really = workers.unit.unit.run_pass
 
     def run_pass(base, quantized, weights, jobs, **kwargs):
         halved = []
@@ -374,7 +374,7 @@ def test_half_a_scaling_is_not_published(worker, request_for, adapters, tmp_path
             halved.append(dataclasses.replace(job, plan=plan))
         return really(base, quantized, weights, halved, **kwargs)
 
-    monkeypatch.setattr(workers.unit, "run_pass", run_pass)
+    monkeypatch.setattr(workers.unit.unit, "run_pass", run_pass)
     requests = [
         request_for("wrong", adapters["two"], base_quantization=quantization, parity=FULL),
         request_for("right", adapters["two"], base_quantization=quantization, parity=FULL),
@@ -521,14 +521,14 @@ def test_a_job_cancelled_in_the_middle_stops_alone(worker, requests, base, adapt
 
 
 def test_a_job_cancelled_while_it_is_verified_is_not_staged(worker, requests, tmp_path, monkeypatch):
-    really = workers.unit.run_pass
+    really = workers.unit.unit.run_pass
 
     def run_pass(*arguments, **options):
         result = really(*arguments, **options)
         worker.cancel(frozenset({"two"}))
         return result
 
-    monkeypatch.setattr(workers.unit, "run_pass", run_pass)
+    monkeypatch.setattr(workers.unit.unit, "run_pass", run_pass)
     outcomes = run(worker, *requests)
     assert outcomes["two"].failure.failure_class is FailureClass.CANCELLED
     assert [outcomes[name].failure for name in ("one", "three")] == [None, None]
@@ -572,7 +572,7 @@ def test_progress_goes_on_and_ends_at_its_total(worker, request_for, adapters, p
 
 
 def test_nobody_waits_for_uploads_of_jobs_that_failed(worker, requests, tmp_path, monkeypatch):
-    put, run_pass, started = DirectoryStaging.put, workers.unit.run_pass, []
+    put, run_pass, started = DirectoryStaging.put, workers.unit.unit.run_pass, []
 
     def slow_put(staging, artifact):
         started.append(artifact.path)
@@ -584,7 +584,7 @@ def test_nobody_waits_for_uploads_of_jobs_that_failed(worker, requests, tmp_path
         raise BadInputError("the base is gone")
 
     monkeypatch.setattr(DirectoryStaging, "put", slow_put)
-    monkeypatch.setattr(workers.unit, "run_pass", failing_pass)
+    monkeypatch.setattr(workers.unit.unit, "run_pass", failing_pass)
     outcomes = run(worker, *requests)
     assert {job.failure.message for job in outcomes.values()} == {"the base is gone"}
     assert len(started) <= 4  # of twelve shards, those that were on their way
@@ -663,14 +663,14 @@ def test_what_a_unit_took_is_told(worker, requests, base, adapters):
 
 
 def test_a_fault_nobody_expected_is_that_of_its_job(worker, requests, base, adapters, tmp_path, monkeypatch):
-    really = workers.verification.judge
+    really = workers.unit.verification.judge
 
     def judge(plan, *arguments):
         if plan.request.id == "two":
             raise ZeroDivisionError("surprise")
         return really(plan, *arguments)
 
-    monkeypatch.setattr(workers.verification, "judge", judge)
+    monkeypatch.setattr(workers.unit.verification, "judge", judge)
     outcomes = run(worker, *requests)
     assert outcomes["two"].failure.failure_class is FailureClass.INTERNAL
     assert "ZeroDivisionError: surprise" in outcomes["two"].failure.message
@@ -683,7 +683,7 @@ def test_memory_that_runs_out_is_worth_another_try(worker, requests, monkeypatch
     def run_pass(*_, **__):
         raise MemoryError("cannot allocate")
 
-    monkeypatch.setattr(workers.unit, "run_pass", run_pass)
+    monkeypatch.setattr(workers.unit.unit, "run_pass", run_pass)
     for job in run(worker, *requests).values():
         assert (job.failure.failure_class, job.failure.retryable) == (FailureClass.OUT_OF_MEMORY, True)
     assert left_over(tmp_path) == []
@@ -693,7 +693,7 @@ def test_jobs_that_do_not_fit_into_the_memory_of_the_gpu_wait(worker, settings, 
     base_plan = plan_base(fetch_base(requests[0].base, settings.cache), requests[0])
     plans = [plan_merge(base_plan, request, fetch_adapter(request.adapter, settings.cache)) for request in requests]
     room = device_bytes(plans[:1], settings.num_threads)
-    monkeypatch.setattr(workers.unit.Unit, "_make_room_on_device", lambda _: room)
+    monkeypatch.setattr(workers.unit.unit.Unit, "_make_room_on_device", lambda _: room)
     outcomes = run(worker, *requests)
     assert outcomes["one"].failure is None
     for name in ("two", "three"):
@@ -716,9 +716,9 @@ def test_a_base_in_4_bit_larger_than_the_gpu_is_merged_all_the_same(
     monkeypatch.setattr(workers.bases.quantized_base.QuantizedBase, "hold", lambda _, whole: held.append(whole))
     whole = resident_bytes(base_plan) + device_bytes(plans, settings.num_threads)
     # Of so small a base, tiles on their way take more than all of it: a larger one is told of.
-    monkeypatch.setattr(workers.unit, "resident_bytes", lambda _: 10 * whole)
+    monkeypatch.setattr(workers.unit.unit, "resident_bytes", lambda _: 10 * whole)
     room = passing_bytes(base_plan, settings.num_threads) + device_bytes(plans, settings.num_threads)
-    monkeypatch.setattr(workers.unit.Unit, "_make_room_on_device", lambda _: room)
+    monkeypatch.setattr(workers.unit.unit.Unit, "_make_room_on_device", lambda _: room)
     outcomes = run(worker, *requests)
     assert {name: job.failure for name, job in outcomes.items()} == dict.fromkeys(adapters)
     assert held == [False]
@@ -739,7 +739,7 @@ def test_jobs_that_do_not_fit_into_memory_wait_and_the_others_do_not(
     plans = [plan_merge(base_plan, request, fetch_adapter(request.adapter, settings.cache)) for request in requests]
     room = pass_bytes(plans[:2], settings.num_threads, "cpu")
     assert room < pass_bytes(plans, settings.num_threads, "cpu")
-    monkeypatch.setattr(workers.unit, "available_host_bytes", lambda: room)
+    monkeypatch.setattr(workers.unit.unit, "available_host_bytes", lambda: room)
     outcomes = run(worker, *requests)
     failure = outcomes["three"].failure
     assert (failure.failure_class, failure.retryable) == (FailureClass.OUT_OF_MEMORY, True)

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import workers.adapters.combination
-import workers.request_adapters
+import workers.unit.request_adapters
 from jobs.combination import CombinationType
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.locations import LocalPath
@@ -20,13 +20,13 @@ from tests.merges import different, merge_by_peft, one_torch_thread, plan_reques
 from tests.methods import make_method_adapter
 from tests.models import build_llama, load_plain, make_adapter
 from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
-from workers.estimate import combination_seconds
-from workers.footprint import combination_bytes
 from workers.merging.evidence import Evidence
 from workers.merging.plan import plan_base, plan_merge
 from workers.parity.inference import quiet_libraries
-from workers.request_adapters import fetch_adapters, outline_adapters
 from workers.sources.fetch import fetch_base
+from workers.unit.estimate import combination_seconds
+from workers.unit.footprint import combination_bytes
+from workers.unit.request_adapters import fetch_adapters, outline_adapters
 
 # PEFT writes a `cat` into parameters of the base's dtype; ours are in float32 whatever the base is in.
 ROUNDED_BY_PEFT = {"cat"}
@@ -257,7 +257,7 @@ def test_what_was_combined_is_kept_and_named_after_all_that_decides_it(base, ada
         combine(base, adapters[:2], (1, 0.5), type="magnitude_prune", density=0.5),
     ]
     assert len({source.directory for source in [one, *others]}) == 5
-    monkeypatch.setattr(workers.request_adapters, "_combine", None)  # nothing is combined again
+    monkeypatch.setattr(workers.unit.request_adapters, "_combine", None)  # nothing is combined again
     assert combine(base, adapters[:2], (1, 0.5), type="ties", density=0.5, majority_sign_method="total") == one
 
 

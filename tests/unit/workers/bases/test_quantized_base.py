@@ -27,9 +27,9 @@ from tests.models import build_bnb_4bit, build_llama, load_plain
 from workers.bases.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
 from workers.files.checkpoint import INDEX_FILE, read_checkpoint
 from workers.files.scratch import exclusive
-from workers.footprint import passing_bytes, resident_bytes
 from workers.merging.plan import plan_base
 from workers.sources.fetch import fetch_base
+from workers.unit.footprint import passing_bytes, resident_bytes
 
 REPOSITORY = Path(__file__).parents[3]
 

@@ -12,10 +12,10 @@ from jobs.locations import LocalPath
 from jobs.request import BaseQuantization, MergeRequest
 from tests.merges import merge_by_peft, plan_pass
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
-from workers.footprint import pass_bytes
 from workers.merging.plan import plan_base
 from workers.numerics.tiles import TILE_ELEMENTS
 from workers.sources.fetch import fetch_base
+from workers.unit.footprint import pass_bytes
 
 LINEARS = 14
 

@@ -13,11 +13,11 @@ from peft import LoraConfig
 from jobs.errors import BadInputError, DeviceLostError, FailureClass, OutOfMemoryError
 from jobs.request import MergeRequest
 from workers.adapters.adapter import Adapter, refusals
-from workers.job import Job, shared_failures
 from workers.merging.outcomes import WorkerSettings
 from workers.numerics import device
 from workers.numerics.device import device_fault
 from workers.parity.foreign_models import model_of
+from workers.unit.job import Job, shared_failures
 from workers.worker import MergeWorker
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU that works")

@@ -10,7 +10,6 @@ from jobs.release import REPORT_NAME, BehaviourCheck, ParityReport, TensorCheck
 from workers.bases.quantized_base import QuantizedCache
 from workers.files.scratch import OwnedDirectory
 from workers.files.writer import HashedFile
-from workers.job import Job, own_failure, shared_failures
 from workers.merging.arithmetic import ArithmeticCheck
 from workers.merging.evidence import Evidence
 from workers.merging.merge import PassResult
@@ -22,7 +21,8 @@ from workers.numerics.tiles import single_threads
 from workers.parity.behaviour import Subject, check_behaviour
 from workers.parity.comparison import compare_ways
 from workers.parity.verdict import judge, summarize, unfounded, write_report, wrong_headers
-from workers.progress import Tracker
+from workers.unit.job import Job, own_failure, shared_failures
+from workers.unit.progress import Tracker
 
 
 class Verifier:

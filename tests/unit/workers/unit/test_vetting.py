@@ -15,12 +15,12 @@ from jobs.errors import BadInputError, UnsupportedError
 from jobs.locations import LocalPath
 from jobs.request import MergeRequest, ParityPolicy
 from tests.models import build_llama, make_adapter
-from workers import vetting
 from workers.adapters.adapter import Adapter, match, open_adapter
 from workers.bases.model import skeleton
-from workers.forks import Answer, Bounds, ForkServer
 from workers.sources.fetch import fetch_adapter, fetch_base
-from workers.vetting import vet_adapter, vet_base, vet_prompts
+from workers.unit import vetting
+from workers.unit.forks import Answer, Bounds, ForkServer
+from workers.unit.vetting import vet_adapter, vet_base, vet_prompts
 
 BOMB = "(([a-z_.0-9])+)+$!"
 """Backtracks for longer than the universe lasts on any module's name."""

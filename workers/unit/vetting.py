@@ -1,7 +1,7 @@
 """Files from outside are tried out where time and memory are bounded, before this process works with them.
 
 Planning and tokenizing run what files ask for: regular expressions, templates, normalizers, as many layers as a number
-says. Each is run once in a bounded process (`workers/forks.py`), and only what came to its end there is done here: it
+says. Each is run once in a bounded process (`workers/unit/forks.py`), and only what came to its end there is done here: it
 is the same computation on the same bytes. What was tried once is not tried again.
 """
 
@@ -28,13 +28,13 @@ from workers.bases.model import skeleton
 from workers.files.checkpoint import CheckpointLayout, read_checkpoint, read_json, read_shard
 from workers.files.foreign import foreign_sha256, read_foreign
 from workers.files.scratch import OwnedDirectory
-from workers.forks import Answer, Bounds, ForkServer
 from workers.merging.plan import MergePlan, plan_base, plan_merge
 from workers.merging.sidecars import write_sidecars
 from workers.parity.prompts import read_prompts
 from workers.releases.shipment import shipped_files
 from workers.sources.belongings import TOKENIZER_FILE, is_template, is_tokenizer
 from workers.sources.fetch import Source
+from workers.unit.forks import Answer, Bounds, ForkServer
 
 logger = logging.getLogger(__name__)
 

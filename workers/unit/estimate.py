@@ -6,8 +6,8 @@ anew); they are for a person who waits, nothing depends on them.
 
 from dataclasses import dataclass
 
-from workers.footprint import decomposed, device_bytes, peak_bytes, resident_bytes
 from workers.merging.plan import MergePlan
+from workers.unit.footprint import decomposed, device_bytes, peak_bytes, resident_bytes
 
 _MERGE_RATE = 0.45e9
 _ARITHMETIC_RATE = 0.8e9

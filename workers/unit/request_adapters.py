@@ -22,7 +22,7 @@ from workers.files.local import file_errors
 from workers.files.scratch import keep_directory
 from workers.releases.shipment import licences_of, shipped_files
 from workers.sources.fetch import Source, fetch_adapter
-from workers.vetting import vet_adapter
+from workers.unit.vetting import vet_adapter
 
 
 def fetch_adapters(

@@ -30,7 +30,7 @@ _LENGTH = struct.Struct("<Q")
 _MAX_ANSWER_BYTES = 32 << 10
 """Less than a pipe holds: a child never waits for its reader."""
 _MAX_SAID = 1_000
-_PROGRAM = "from workers.forks import main; main()"
+_PROGRAM = "from workers.unit.forks import main; main()"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

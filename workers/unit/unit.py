@@ -26,8 +26,6 @@ from workers.bases.quantized_base import QuantizedBase, QuantizedCache, Resident
 from workers.files.local import file_errors
 from workers.files.memory import available_device_bytes, available_host_bytes, give_back, hold_little
 from workers.files.scratch import sweep
-from workers.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
-from workers.job import Job, own_failure
 from workers.merging.arithmetic import ArithmeticCheck
 from workers.merging.card import write_card
 from workers.merging.made_with import made_with
@@ -38,13 +36,15 @@ from workers.merging.passes import PassJob
 from workers.merging.pieces import pieces_of
 from workers.merging.plan import BasePlan, MergePlan, PlannedBases, plan_merge
 from workers.merging.sidecars import digest_file, write_sidecars
-from workers.progress import Tracker
 from workers.releases.released import encode_manifest
 from workers.releases.sinks import Ticket, open_sink
-from workers.request_adapters import fetch_adapters
 from workers.sources.fetch import fetch_base
-from workers.verification import Verifier
-from workers.vetting import vet_base, vet_planned_prompts
+from workers.unit.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
+from workers.unit.job import Job, own_failure
+from workers.unit.progress import Tracker
+from workers.unit.request_adapters import fetch_adapters
+from workers.unit.verification import Verifier
+from workers.unit.vetting import vet_base, vet_planned_prompts
 
 logger = logging.getLogger(__name__)
 
