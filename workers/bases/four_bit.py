@@ -28,7 +28,7 @@ BLOCK_SIZE = 64
 """Weights per scale; the default of bitsandbytes and the only size transformers uses."""
 
 _FOLLOWED_VERSION = "0.50.2"
-"""The bitsandbytes that `workers.numerics.kernels.four_bit` follows bit for bit on the CPU; of any other, its own is taken."""
+"""The bitsandbytes that the kernels follow bit for bit on the CPU; of any other, its own is taken."""
 NESTED_BLOCK_SIZE = 256
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -165,7 +165,7 @@ class LocalFiles:
     """The files of a directory: all that is no directory, and no link to one.
 
     Links to files count, as the Hub's cache has them. What cannot be opened counts, too: a link to nothing, a FIFO. The
-    door (`workers/files/foreign.py`) refuses it by name, where a file that seems not to be there would be missed in silence.
+    door (`files/foreign.py`) refuses it by name, where a file that seems not to be there would be missed in silence.
     """
 
     place: Path

@@ -1,6 +1,6 @@
 """Base and adapter bytes: wherever they are, pinned, digested, and brought to a local directory.
 
-Only what a checkpoint needs is brought: safetensors, and what `workers.sources.belongings` lists. Other formats of the same
+Only what a checkpoint needs is brought: safetensors, and what `belongings.py` lists. Other formats of the same
 weights are left where they are. A base without safetensors is refused. An adapter in several files, or with pickled
 ones, is gathered into one safetensors file, once; pickled files are converted in a closed process.
 """

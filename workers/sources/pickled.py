@@ -1,7 +1,7 @@
 """Weights of adapters in pickled files, read in a closed process and written again as safetensors.
 
 PyTorch's `weights_only` unpickler makes tensors and nothing else. Should it be fooled one day, the process it runs in
-has no credentials, no network and no files but the pickle and the safetensors file (see `workers/sources/confinement.py`).
+has no credentials, no network and no files but the pickle and the safetensors file (see `confinement.py`).
 """
 
 import io

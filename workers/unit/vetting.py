@@ -1,7 +1,7 @@
 """Files from outside are tried out where time and memory are bounded, before this process works with them.
 
 Planning and tokenizing run what files ask for: regular expressions, templates, normalizers, as many layers as a number
-says. Each is run once in a bounded process (`workers/unit/forks.py`), and only what came to its end there is done here: it
+says. Each is run once in a bounded process (`forks.py`), and only what came to its end there is done here: it
 is the same computation on the same bytes. What was tried once is not tried again.
 """
 

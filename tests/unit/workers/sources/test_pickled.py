@@ -183,7 +183,8 @@ class TestCache:
         cache = tmp_path / "cache"
         code = (
             "import sys; from pathlib import Path; from jobs.locations import LocalPath; "
-            "from workers.sources.fetch import fetch_adapter; fetch_adapter(LocalPath(Path(sys.argv[1])), Path(sys.argv[2]))"
+            "from workers.sources.fetch import fetch_adapter; "
+            "fetch_adapter(LocalPath(Path(sys.argv[1])), Path(sys.argv[2]))"
         )
         process = subprocess.Popen(
             [sys.executable, "-c", code, adapter, cache], env=os.environ | {"PYTHONPATH": str(ROOT)}
