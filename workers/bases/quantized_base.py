@@ -21,8 +21,9 @@ from workers.bases.quantizing import QuantizationTask, Quantized, quantize_strea
 from workers.files.checkpoint import INDEX_FILE, CheckpointLayout, read_checkpoint, read_json
 from workers.files.local import file_errors, sha256_of
 from workers.files.scratch import OwnedDirectory, exclusive, sweep
+from workers.files.shard import Conveyor
 from workers.files.tensor_io import opened as opened_descriptor
-from workers.files.writer import CheckpointWriter, Conveyor
+from workers.files.writer import CheckpointWriter
 from workers.numerics.tiles import results_of, single_threads
 
 _GROUP_BYTES = 32 << 20

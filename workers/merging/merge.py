@@ -8,7 +8,7 @@ import torch
 from jobs.errors import MergefleetError
 from jobs.release import TensorCheck
 from workers.bases.quantized_base import QuantizedBase
-from workers.files.writer import Conveyor, HashedFile
+from workers.files.shard import Conveyor, HashedFile
 from workers.merging.arithmetic import ArithmeticCheck
 from workers.merging.module_weights import ModuleWeights
 from workers.merging.passes import PassJob, PassState, check_range

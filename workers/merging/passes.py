@@ -11,7 +11,8 @@ import torch
 from jobs.errors import BadInputError, MergefleetError
 from jobs.release import TensorCheck
 from workers.files.local import FileState, file_errors
-from workers.files.writer import CheckpointWriter, Conveyor, HashedFile, Origin
+from workers.files.shard import Conveyor, HashedFile, Origin
+from workers.files.writer import CheckpointWriter
 from workers.merging.plan import MergePlan, OutputTensor
 
 

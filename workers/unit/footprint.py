@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from workers.adapters.adapter import open_adapter
 from workers.bases.four_bit import BLOCK_SIZE
-from workers.files.writer import num_buffers
+from workers.files.shard import num_buffers
 from workers.merging.plan import BasePlan, MergePlan
 from workers.numerics.tiles import TILE_ELEMENTS
 from workers.parity.behaviour import estimate_peak_bytes

@@ -11,7 +11,7 @@ from jobs.errors import DeviceLostError, InternalError, MergefleetError, OutOfMe
 from jobs.release import Artifact, Manifest, ParitySummary, Release, TensorCheck
 from jobs.request import MergeRequest
 from workers.files.local import FileState
-from workers.files.writer import HashedFile
+from workers.files.shard import HashedFile
 from workers.merging.outcomes import Failure, JobOutcome, MergedShards
 from workers.merging.plan import MergePlan
 from workers.numerics.device import is_of_memory, is_of_the_device

@@ -9,7 +9,7 @@ from jobs.errors import InternalError, MergefleetError, ParityFailedError
 from jobs.release import REPORT_NAME, BehaviourCheck, ParityReport, TensorCheck
 from workers.bases.quantized_base import QuantizedCache
 from workers.files.scratch import OwnedDirectory
-from workers.files.writer import HashedFile
+from workers.files.shard import HashedFile
 from workers.merging.arithmetic import ArithmeticCheck
 from workers.merging.evidence import Evidence
 from workers.merging.merge import PassResult

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-import workers.files.writer
+import workers.files.shard
 from tests.merges import plan_pass
 from tests.models import build_llama, make_adapter
 from workers.files.local import sha256_of
-from workers.files.writer import ShardWriter
+from workers.files.shard import ShardWriter
 
 SIZE = 512 << 20
 
@@ -33,7 +33,7 @@ def make_xfs(place: Path) -> Path:
 
 def copy_instead(descriptor: int, request: int, source: int) -> int:
     """Do what a file system does that shares blocks, as far as it can be seen in the bytes."""
-    assert request == workers.files.writer._FICLONE
+    assert request == workers.files.shard._FICLONE
     size = os.fstat(source).st_size
     assert os.pwrite(descriptor, os.pread(source, size, 0), 0) == size
     return 0

@@ -1,4 +1,4 @@
-"""Files hashed two at a time: which one waits for which, and that nothing is waited for in vain."""
+"""Files hashed as they are written: in order, by whichever thread brings bytes, and with nothing kept in vain."""
 
 import hashlib
 import itertools
@@ -6,190 +6,129 @@ import random
 import threading
 
 import pytest
-import torch
 
 import workers.files.hashing
-import workers.files.sha256
 from workers.files.buffers import BufferPool
-from workers.files.hashing import FileHash, Hasher
+from workers.files.hashing import FileHash
 
 
-class Held:
-    """Bytes that are in nobody's pool."""
+class File:
+    """A file whose bytes are brought by hand."""
 
-    def __init__(self, data):
-        self.values = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    def __init__(self, buffers, size, *, num_spare=2, seed=0):
+        self.content = random.Random(seed).randbytes(size)
+        self.buffers = buffers
+        self.digest = None
+        self.hash = FileHash(size, buffers, num_spare=num_spare, read=self.read)
 
-    def release(self):
-        """Nothing to give back."""
+    def read(self, target, offset):
+        target.copy_(target.new_tensor(bytearray(self.content[offset : offset + len(target)])))
 
-
-class Files:
-    """Files whose bytes are brought by hand."""
-
-    def __init__(self, sizes, *, num_buffers=8, num_spare=2, num_threads=1):
-        self.contents = [random.Random(number).randbytes(size) for number, size in enumerate(sizes)]
-        self.buffers = BufferPool(num_buffers)
-        self.hasher = Hasher(self.buffers, num_spare=num_spare, num_threads=num_threads)
-        self.digests, self.errors = {}, {}
-        self.files = [self._file(number) for number in range(len(sizes))]
-        for file in self.files:
-            self.hasher.open(file)
-
-    def _file(self, number):
-        def read(target, offset):
-            target.copy_(target.new_tensor(bytearray(self.contents[number][offset : offset + len(target)])))
-
-        def done(digest):
-            self.digests[number] = digest
-            self.hasher.close(self.files[number])
-
-        def failed(error):
-            self.errors[number] = error
-            self.hasher.close(self.files[number])
-
-        return FileHash(len(self.contents[number]), read=read, on_hashed=done, on_error=failed)
-
-    def bring(self, number, begin, end):
-        data = self.contents[number][begin:end]
+    def bring(self, begin, end):
+        data = self.content[begin:end]
         with self.buffers.take(len(data), begin) as buffer:
             buffer.values.copy_(buffer.values.new_tensor(bytearray(data)))
             buffer.hold()
-            self.hasher.add(self.files[number], begin, buffer)
+            self.digest = self.hash.add(begin, buffer) or self.digest
 
     @property
-    def num_held(self):
-        return 8 - self.buffers.num_free
-
     def right(self):
-        true = {number: hashlib.sha256(data).hexdigest() for number, data in enumerate(self.contents)}
-        return self.digests == true and self.num_held == 0
+        return self.digest == hashlib.sha256(self.content).hexdigest()
 
 
-def test_a_file_alone_is_hashed_at_once():
-    files = Files([1000])
-    files.bring(0, 0, 600)
-    assert files.num_held == 0
-    files.bring(0, 600, 1000)
-    assert files.right()
+@pytest.fixture
+def buffers():
+    return BufferPool(8)
 
 
-def test_a_file_waits_for_another():
-    files = Files([1000, 900])
-    files.bring(0, 0, 600)
-    assert files.num_held == 1
-    files.bring(1, 0, 500)
-    assert files.num_held == 1  # the hundred bytes that are more
-    files.bring(0, 600, 1000)
-    files.bring(1, 500, 900)
-    assert files.right()
+def num_held(buffers):
+    return 8 - buffers.num_free
 
 
-def test_a_file_that_is_whole_waits_for_none():
-    files = Files([1000, 900])
-    files.bring(0, 0, 1000)
-    assert files.num_held == 0
-    files.bring(1, 0, 900)
-    assert files.right()
+def test_bytes_in_order_are_hashed_at_once(buffers):
+    file = File(buffers, 1000)
+    file.bring(0, 600)
+    assert num_held(buffers) == 0
+    assert file.digest is None
+    file.bring(600, 1000)
+    assert file.right
+    assert num_held(buffers) == 0
 
 
-def test_a_file_does_not_wait_for_one_that_never_comes():
-    files = Files([1000, 900])
-    for begin in range(0, 900, 100):
-        files.bring(0, begin, begin + 100)
-        assert files.num_held <= 2
-    files.bring(0, 900, 1000)
-    assert files.digests.keys() == {0}
+def test_bytes_that_come_too_early_are_kept(buffers):
+    file = File(buffers, 1000)
+    file.bring(500, 1000)
+    assert num_held(buffers) == 1
+    file.bring(0, 500)
+    assert file.right
+    assert num_held(buffers) == 0
 
 
-def test_nothing_waits_where_buffers_are_wanted():
-    files = Files([1000, 900], num_spare=9)
-    files.bring(0, 0, 600)
-    files.bring(1, 500, 900)  # too early, and read back
-    assert files.num_held == 0
-    files.bring(0, 600, 1000)
-    files.bring(1, 0, 500)
-    assert files.right()
+def test_nothing_is_kept_where_buffers_are_wanted(buffers):
+    file = File(buffers, 1000, num_spare=9)
+    file.bring(500, 1000)
+    assert num_held(buffers) == 0
+    file.bring(0, 500)  # the others are read back
+    assert file.right
 
 
-def test_a_file_that_cannot_be_read_back_fails_alone():
-    files = Files([1000, 900], num_spare=9)
+def test_large_pieces_are_read_back_in_small_ones(buffers, monkeypatch):
+    monkeypatch.setattr(workers.files.hashing, "_PIECE_BYTES", 7)
+    file = File(buffers, 1000, num_spare=9)
+    file.bring(500, 1000)
+    file.bring(0, 500)
+    assert file.right
+
+
+def test_bytes_that_cannot_be_read_back_fail_the_file_alone(buffers):
     fault = OSError("the disk")
 
     def fail(*_):
         raise fault
 
-    files.files[1].read = fail
-    files.bring(1, 500, 900)
-    files.bring(1, 0, 500)
-    files.bring(0, 0, 1000)
-    assert files.errors == {1: fault}
-    assert files.digests.keys() == {0}
-    assert files.num_held == 0
+    file, other = File(buffers, 1000, num_spare=9), File(buffers, 900)
+    file.hash._read = fail
+    file.bring(500, 1000)
+    with pytest.raises(OSError, match="the disk"):
+        file.bring(0, 500)
+    file.hash.close()
+    other.bring(0, 900)
+    assert other.right
+    assert file.digest is None
+    assert num_held(buffers) == 0
 
 
-def test_memory_that_is_not_there_is_told_and_others_go_on(monkeypatch):
-    files = Files([1000, 900], num_spare=9)
-    files.bring(1, 500, 900)
-
-    def fail(*_, **__):
-        raise RuntimeError("not enough memory")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(workers.files.hashing.torch, "empty", fail)
-        files.hasher.add(files.files[1], 0, Held(files.contents[1][:500]))
-    assert str(files.errors[1]) == "not enough memory"
-    files.bring(0, 0, 1000)
-    assert files.digests.keys() == {0}
+def test_bytes_of_a_closed_file_are_let_go_of(buffers):
+    file = File(buffers, 1000)
+    file.bring(500, 700)
+    assert num_held(buffers) == 1
+    file.hash.close()
+    assert num_held(buffers) == 0
+    file.bring(0, 500)
+    assert num_held(buffers) == 0
+    assert file.digest is None
 
 
-def test_without_instructions_no_file_waits_for_another(monkeypatch):
-    monkeypatch.setattr(workers.files.sha256, "pairs", lambda: False)
-    files = Files([1000, 900])
-    files.bring(0, 0, 600)
-    assert files.num_held == 0
-    files.bring(1, 0, 900)
-    files.bring(0, 600, 1000)
-    assert files.right()
+def test_a_file_that_is_closed_while_it_is_hashed_has_no_digest(buffers):
+    file = File(buffers, 1000, num_spare=9)
+
+    def close(target, _):
+        target.zero_()
+        file.hash.close()
+
+    file.hash._read = close
+    file.bring(500, 1000)
+    file.bring(0, 500)
+    assert file.digest is None
+    assert num_held(buffers) == 0
 
 
-def test_a_fault_of_hashing_itself_is_told_and_others_go_on(monkeypatch):
-    files = Files([1000, 900, 800])
-    fault = ZeroDivisionError("surprise")
-
-    def fail(*_):
-        raise fault
-
-    with monkeypatch.context() as patched:
-        patched.setattr(workers.files.hashing.sha256, "update_both", fail)
-        files.bring(0, 0, 500)
-        files.bring(1, 0, 500)
-    assert files.errors == {0: fault, 1: fault}
-    files.bring(2, 0, 800)
-    assert files.digests.keys() == {2}
-    assert files.num_held == 0
-
-
-def test_bytes_of_a_closed_file_are_let_go_of():
-    files = Files([1000, 900])
-    files.bring(0, 0, 500)
-    files.bring(1, 500, 900)
-    assert files.num_held == 2
-    for file in files.files:
-        files.hasher.close(file)
-    assert files.num_held == 0
-    files.bring(0, 500, 1000)
-    assert files.num_held == 0
-    assert files.digests == {}
-
-
-@pytest.mark.parametrize("num_threads", [1, 2, 3])
 @pytest.mark.parametrize("num_spare", [1, 3, 9])
 @pytest.mark.parametrize("seed", range(5))
-def test_many_files_by_many_threads(num_threads, num_spare, seed):
+def test_many_files_by_many_threads(buffers, num_spare, seed):
     generator = random.Random(seed)
     sizes = [generator.randint(1, 300_000) for _ in range(7)]
-    files = Files(sizes, num_spare=num_spare, num_threads=num_threads)
+    files = [File(buffers, size, num_spare=num_spare, seed=number) for number, size in enumerate(sizes)]
     work = []
     for number, size in enumerate(sizes):
         cuts = sorted({0, size, *(generator.randint(0, size) for _ in range(20))})
@@ -206,12 +145,13 @@ def test_many_files_by_many_threads(num_threads, num_spare, seed):
             with lock:
                 if not work:
                     return
-                piece = work.pop(0)
-            files.bring(*piece)
+                number, begin, end = work.pop(0)
+            files[number].bring(begin, end)
 
     threads = [threading.Thread(target=bring, daemon=True) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert files.right()
+    assert all(file.right for file in files)
+    assert num_held(buffers) == 0

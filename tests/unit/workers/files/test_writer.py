@@ -22,14 +22,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import workers.files.hashing
-import workers.files.writer
+import workers.files.shard
 from jobs.errors import BadInputError, CancelledError, InternalError, NoCapacityError, TransientIOError
 from jobs.release import Artifact
 from tests.merges import open_descriptors
 from workers.files.buffers import PAGE_BYTES, BufferPool
 from workers.files.checkpoint import CheckpointLayout, lay_out
-from workers.files.hashing import Hasher
-from workers.files.writer import CheckpointWriter, Conveyor, HashedFile
+from workers.files.shard import Conveyor, HashedFile
+from workers.files.writer import CheckpointWriter
 
 
 @dataclasses.dataclass
@@ -46,8 +46,7 @@ class Checkpoint:
     def __post_init__(self):
         self.threads = ThreadPoolExecutor(3)
         self.buffers = BufferPool(self.num_buffers)
-        hasher = Hasher(self.buffers, num_spare=self.num_spare, num_threads=2)
-        conveyor = Conveyor(self.buffers, hasher, self.threads)
+        conveyor = Conveyor(self.buffers, self.threads, self.num_spare)
         self.writer = CheckpointWriter(self.directory, self.layout, conveyor, direct=self.direct, on_file=self.on_file)
 
     def write(self, name, data, begin=0):
@@ -282,7 +281,7 @@ def test_nobody_waits_for_buffers_of_a_file_that_cannot_be_hashed(tmp_path, monk
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(workers.files.writer, "read_into", fail)
+    monkeypatch.setattr(workers.files.shard, "read_into", fail)
     num_pieces = 40
     layout = lay_out([("t", torch.uint8, (100 * num_pieces,))], None)
     written = Checkpoint(tmp_path, layout, num_spare=6)
@@ -339,7 +338,7 @@ def test_a_digest_that_cannot_begin_leaves_no_file(small, monkeypatch):
         raise InternalError("other digests")
 
     before = open_descriptors()
-    monkeypatch.setattr(workers.files.hashing.sha256, "new", refuse)
+    monkeypatch.setattr(workers.files.hashing.hashlib, "sha256", refuse)
     with pytest.raises(InternalError, match="other digests"):
         small.writer.locate("t")
     assert open_descriptors() <= before

@@ -21,7 +21,7 @@ from jobs.errors import BadInputError, CancelledError, NoCapacityError, NotFound
 from tests.merges import different, merge, merge_by_peft, open_descriptors, plan_pass, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
 from workers.adapters.adapter import ADAPTER_WEIGHTS
-from workers.files.writer import ShardWriter
+from workers.files.shard import ShardWriter
 from workers.numerics.tiles import rows_per_tile
 
 QV = ("q_proj", "v_proj")
