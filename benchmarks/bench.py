@@ -12,13 +12,13 @@ Prints a table for each place and the ratios, and writes .bench/SHAPE/results.js
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -40,12 +40,12 @@ from benchmarks.contenders import (
     Ours,
     Reference,
     Site,
-    plain_environment,
 )
 from benchmarks.equality import Comparison, ExactMerge, compare
 from benchmarks.make_base import ADAPTERS, SHAPES
 from benchmarks.measurement import Measurement
 from benchmarks.resident import Resident
+from benchmarks.where import draw
 
 _VERSIONS_OF = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "mergekit")
 _TMPFS = Path("/dev", "shm")
@@ -286,12 +286,13 @@ def main() -> None:
         eight = run_rounds(disk, contenders.of_eight, arguments.rounds, console)
         passes = (contenders.nf4_four, *contenders.nf4_single, contenders.command_four, *contenders.command_single)
         once = run_rounds(disk, passes, 1, console)
+        for ours, picture in ((contenders.none, "where-none.svg"), (contenders.nf4, "where-nf4.svg")):
+            merges = functools.partial(run_rounds, disk, [ours], arguments.rounds, console)
+            draw(resident.pid, merges, disk.root / picture)
         resident.forget(disk.home("kept"))
         with _in_tmpfs(disk, console) as tmpfs:
             in_tmpfs = run_rounds(tmpfs, contenders.in_tmpfs, arguments.rounds, console) if tmpfs else {}
     comparisons = compare_outputs(disk, contenders)
-    where = [sys.executable, "-m", "benchmarks.where", str(disk.root), str(disk.root)]
-    subprocess.run(where, env=plain_environment(), check=True)
     num_equal = num_equal_to_single(disk, contenders)
     found = ratios(contenders, on_disk | eight | once, in_tmpfs, disk)
     what = f"{arguments.shape}, adapter {ADAPTER} unless said, {os.cpu_count()} cores"
@@ -332,7 +333,7 @@ def main() -> None:
     }
     path = disk.root / "results.json"
     path.write_text(json.dumps(results, indent=2) + "\n")
-    console.print(f"Every run: {path}. Where the time goes: {disk.root / 'where.svg'}")
+    console.print(f"Every run: {path}. Where the time goes: {disk.root / 'where-none.svg'}, where-nf4.svg")
     shutil.rmtree(disk.root / "out")
     shutil.rmtree(disk.root / "home")
 

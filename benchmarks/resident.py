@@ -35,6 +35,11 @@ class Resident:
     def __exit__(self, *_: object) -> None:
         self._process.communicate()
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
     def merge(
         self,
         base: Path,

@@ -1,7 +1,9 @@
 """What the benchmark claims is only as good as its base, its measuring and its comparing."""
 
 import shutil
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from benchmarks.equality import ExactMerge, compare
 from benchmarks.make_base import ADAPTERS, make_adapter, make_base
 from benchmarks.measurement import measure
 from benchmarks.resident import Resident
+from benchmarks.where import draw
 
 MB = 10**6
 
@@ -122,3 +125,13 @@ def test_a_resident_process_merges_on_order(tiny, merged, tmp_path):
     assert not compare(
         tmp_path / "cold", tmp_path / "cached", ExactMerge(tiny / "base", tiny / "r16-all", nf4=True)
     ).differences
+
+
+def test_where_the_time_of_a_process_goes_is_drawn(tmp_path):
+    program = "import time\ndef busy():\n    while True: sum(range(1000))\nbusy()"
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
+        try:
+            draw(process.pid, lambda: time.sleep(1), tmp_path / "where.svg")
+        finally:
+            process.kill()
+    assert "busy" in (tmp_path / "where.svg").read_text()
