@@ -7,8 +7,7 @@ from pathlib import Path
 
 from cluster.events import DriverEvent, WorkerBenched, WorkerReplaced
 from cluster.holdings import Held, Holdings
-from cluster.metrics import FleetMetrics
-from cluster.pool import WorkerPool
+from cluster.ports import Metrics, Pool
 from cluster.replies import (
     CallFailed,
     PassBegun,
@@ -47,9 +46,9 @@ class AnswerHandler:
     def __init__(
         self,
         holdings: Holdings,
-        pool: WorkerPool,
+        pool: Pool,
         settlement: Settlement,
-        metrics: FleetMetrics,
+        metrics: Metrics,
         listener: Callable[[DriverEvent], None],
     ) -> None:
         """Take what it reads and calls.

@@ -19,8 +19,7 @@ from jobs.store import Event, JobRecord
 from jobs.text import MAX_MESSAGE, shown
 
 if TYPE_CHECKING:
-    from cluster.preview import Preview
-    from workers.unit.estimate import Estimate
+    from workers.unit.estimate import Estimate, Preview
 
 _STYLES = {
     JobState.PUBLISHED: "green",

@@ -15,7 +15,7 @@ from jobs.store import Event, JobRecord
 from workers.merging.outcomes import Failure
 
 if TYPE_CHECKING:
-    from cluster.preview import Preview
+    from workers.unit.estimate import Preview
 
 
 def job_document(record: JobRecord) -> dict[str, Any]:

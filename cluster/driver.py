@@ -20,8 +20,7 @@ from cluster.answers import AnswerHandler
 from cluster.events import DriverEvent, Summary, UnitStarted
 from cluster.helping import Helping
 from cluster.holdings import Held, Holdings
-from cluster.metrics import FleetMetrics
-from cluster.pool import WorkerPool
+from cluster.ports import Clock, Metrics, Pool
 from cluster.replies import PoolEvent
 from cluster.scheduler import Limits, WorkerView, schedule
 from cluster.settings import Settings
@@ -41,13 +40,13 @@ class Driver:
     def __init__(
         self,
         store: JobStore,
-        pool: WorkerPool,
+        pool: Pool,
         settings: Settings,
-        metrics: FleetMetrics,
+        metrics: Metrics,
         *,
         owner: str,
         listener: Callable[[DriverEvent], None],
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         rng: random.Random | None = None,
     ) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from cluster.events import DriverEvent, ShardsStarted
 from cluster.holdings import Flight, Held, Holdings
-from cluster.pool import WorkerPool
+from cluster.ports import Pool
 from cluster.scheduler import OpenPass, WorkerView, share_out
 from cluster.sharing import SharedPass
 
@@ -19,9 +19,7 @@ _PATIENCE_SECONDS = 120.0
 class Helping:
     """Moves the shared passes of a driver on; what workers answer is taken in elsewhere."""
 
-    def __init__(
-        self, holdings: Holdings, pool: WorkerPool, *, owner: str, listener: Callable[[DriverEvent], None]
-    ) -> None:
+    def __init__(self, holdings: Holdings, pool: Pool, *, owner: str, listener: Callable[[DriverEvent], None]) -> None:
         """Take what it reads and calls.
 
         Args:

@@ -4,7 +4,6 @@ import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.errors import MergefleetError
@@ -12,21 +11,10 @@ from jobs.request import MergeRequest
 from workers.merging.outcomes import Failure
 from workers.merging.plan import BasePlan, plan_base, plan_merge
 from workers.sources.fetch import fetch_base
-from workers.unit.estimate import Estimate, estimate
+from workers.unit.estimate import Preview, estimate
 from workers.unit.request_adapters import outline_adapters
 from workers.unit.unit import resolve_device
 from workers.unit.vetting import server, vet_base
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Preview:
-    """What one request would do, or why it cannot."""
-
-    request: MergeRequest
-    estimate: Estimate | None
-    failure: Failure | None
-    notes: tuple[str, ...] = ()
-    """Those of the plan."""
 
 
 def preview(

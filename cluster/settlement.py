@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from cluster.events import DriverEvent, JobSettled, Summary
 from cluster.holdings import Held, Holdings
-from cluster.metrics import FleetMetrics
+from cluster.ports import Metrics
 from jobs.errors import CancelledError, FailureClass, LeaseLostError, NoCapacityError, TransientIOError
 from jobs.release import Release
 from jobs.states import MAX_EXCUSED_LOSSES, STAGES, SUSPICIOUS_FAILURES, Decision, JobState, RetryPolicy
@@ -37,7 +37,7 @@ class Settlement:
         holdings: Holdings,
         *,
         policy: RetryPolicy,
-        metrics: FleetMetrics,
+        metrics: Metrics,
         listener: Callable[[DriverEvent], None],
         rng: random.Random,
     ) -> None:

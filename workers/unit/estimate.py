@@ -6,6 +6,8 @@ anew); they are for a person who waits, nothing depends on them.
 
 from dataclasses import dataclass
 
+from jobs.request import MergeRequest
+from workers.merging.outcomes import Failure
 from workers.merging.plan import MergePlan
 from workers.unit.footprint import decomposed, device_bytes, peak_bytes, resident_bytes
 
@@ -42,6 +44,17 @@ class Estimate:
     Parity level `full` and `compare` run whole models there afterwards, as far as they fit."""
     seconds: float
     merge_key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """What one request would do, or why it cannot."""
+
+    request: MergeRequest
+    estimate: Estimate | None
+    failure: Failure | None
+    notes: tuple[str, ...] = ()
+    """Those of the plan."""
 
 
 def merges_into(plan: MergePlan) -> str:
