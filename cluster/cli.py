@@ -47,7 +47,7 @@ def plan(file: RequestFile, *, as_json: AsJson = False, debug: Debug = False) ->
         from cluster.display import note_line, preview_table
         from cluster.documents import preview_document
         from cluster.settings import load_settings
-        from jobs.manifest import load_requests
+        from jobs.request_files.reading import load_requests
 
         settings = load_settings()
         requests = load_requests(file, settings.allowance)
@@ -76,7 +76,7 @@ def submit(file: RequestFile, *, as_json: AsJson = False, debug: Debug = False) 
     """Queue every request of FILE, or none when one is wrong. The same file twice changes nothing."""
     with terminal(as_json=as_json, debug=debug) as output:
         from cluster.settings import load_settings
-        from jobs.manifest import load_requests
+        from jobs.request_files.reading import load_requests
 
         requests = load_requests(file, load_settings().allowance)
         with _open_store() as store:

@@ -16,9 +16,9 @@ from cluster.settings import load_settings, worker_settings
 from cluster.terminal import Terminal
 from jobs.errors import BadInputError, FailureClass
 from jobs.locations import Location, parse_location
-from jobs.problems import expectation, mistakes
 from jobs.release import REPORT_NAME, ParityReport, Release, Way
 from jobs.request import BaseQuantization, Dtype, MergeRequest, ParityPolicy
+from jobs.request_files.problems import expectation, mistakes
 from workers.merging.outcomes import Failure, JobOutcome, Usage, WorkerSettings
 from workers.merging.outcomes import Progress as UnitProgress
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from examples.chats import HABITS, HELD_OUT_QUESTION, QUESTIONS
 from jobs.locations import LocalPath, S3Prefix
-from jobs.manifest import load_requests
 from jobs.request import BaseQuantization
+from jobs.request_files.reading import load_requests
 
 REQUESTS = Path(__file__).parents[2] / "examples" / "requests.yaml"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import BadInputError
-from jobs.problems import show
 from jobs.release import is_plain_path
+from jobs.request_files.problems import show
 from workers.files.checkpoint import read_json
 from workers.sources.belongings import TEMPLATE_FOLDER, is_processor
 

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from jobs.problems import show
 from jobs.request import BaseQuantization, MergeRequest
+from jobs.request_files.problems import show
 from workers.bases.tokenizers import read_tokenizer
 from workers.files.checkpoint import read_json
 from workers.releases.base_card import BaseCard, differing_licences

@@ -15,7 +15,6 @@ from pydantic_core import from_json
 
 from jobs.errors import BadInputError, DestinationOccupiedError, InternalError
 from jobs.locations import Location
-from jobs.problems import show
 from jobs.release import (
     MANIFEST_NAME,
     REPORT_NAME,
@@ -26,6 +25,7 @@ from jobs.release import (
     ParitySummary,
     Release,
 )
+from jobs.request_files.problems import show
 from workers.files.checkpoint import INDEX_FILE
 from workers.files.local import sha256_of
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import BadInputError, UnsupportedError
-from jobs.problems import show
+from jobs.request_files.problems import show
 from workers.bases.tokenizers import same_tokens
 from workers.files.checkpoint import read_json
 from workers.files.foreign import foreign_sha256

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import BadInputError
-from jobs.problems import show
+from jobs.request_files.problems import show
 from workers.bases.tokenizers import TokenizerData, read_object
 
 GENERATION_CONFIG = "generation_config.json"

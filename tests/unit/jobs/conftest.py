@@ -12,9 +12,9 @@ import pytest
 
 from jobs.errors import FailureClass
 from jobs.locations import LocalPath
-from jobs.manifest import ManifestError, load_requests
 from jobs.release import Artifact, Manifest, ParitySummary, Release
 from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
+from jobs.request_files.reading import ManifestError, load_requests
 from jobs.states import Decision, JobState
 from jobs.store import JobRecord, JobStore, Lease
 from tests.releases import advance

@@ -7,7 +7,7 @@ import pytest
 from jobs.allowance import Allowance, Pattern
 from jobs.errors import BadInputError, InvalidValueError
 from jobs.locations import parse_location
-from jobs.manifest import ManifestError, load_requests
+from jobs.request_files.reading import ManifestError, load_requests
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from pydantic import ValidationError
 
 from jobs.combination import Combination, CombinationType
 from jobs.locations import LocalPath
-from jobs.manifest import load_requests
 from jobs.request import MergeRequest
+from jobs.request_files.reading import load_requests
 
 TWO = [{"adapter": "/adapters/a", "weight": 0.5}, {"adapter": "/adapters/b"}]
 PLACES = {"base": "/models/base", "destination": "/releases/ab"}

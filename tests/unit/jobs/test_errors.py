@@ -4,7 +4,7 @@ import pytest
 
 from jobs import errors
 from jobs.errors import FailureClass, InvalidValueError, MergefleetError
-from jobs.problems import ManifestError, Problem
+from jobs.request_files.problems import ManifestError, Problem
 
 
 def all_errors(root=MergefleetError):

@@ -10,8 +10,17 @@ from typing import Any
 
 import yaml
 
-from jobs.documents import MAX_DEPTH, MAX_VALUES, DocumentTooLargeError, Limits, Node, Value, joined, whole_number
-from jobs.problems import ProblemList, show
+from jobs.request_files.documents import (
+    MAX_DEPTH,
+    MAX_VALUES,
+    DocumentTooLargeError,
+    Limits,
+    Node,
+    Value,
+    joined,
+    whole_number,
+)
+from jobs.request_files.problems import ProblemList, show
 
 _MAX_NODES = 2 * MAX_VALUES
 """Names count as well: a node takes half a kilobyte."""

@@ -8,13 +8,13 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from jobs.allowance import Allowance
-from jobs.documents import Node, joined
 from jobs.errors import InvalidValueError
 from jobs.frozen import inner_model
 from jobs.locations import Location, enclosing, parse_location
-from jobs.problems import ProblemList, closest, expectation, known_name, mistakes, show
 from jobs.request import BaseQuantization, MergeRequest, adapter_name
-from jobs.templates import PLACEHOLDERS, fill
+from jobs.request_files.documents import Node, joined
+from jobs.request_files.problems import ProblemList, closest, expectation, known_name, mistakes, show
+from jobs.request_files.templates import PLACEHOLDERS, fill
 
 _TEMPLATES = ("id", "destination")
 """The fields that may hold placeholders, in the order they are filled in: a destination may hold the id."""

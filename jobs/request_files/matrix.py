@@ -5,8 +5,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from jobs.documents import Node, joined
-from jobs.problems import ProblemList, known_name, show
+from jobs.request_files.documents import Node, joined
+from jobs.request_files.problems import ProblemList, known_name, show
 
 MAX_REQUESTS = 100_000
 

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs import documents, manifest, matrix
 from jobs.locations import LocalPath, S3Prefix
-from jobs.manifest import ManifestError, load_requests
 from jobs.request import BaseQuantization
+from jobs.request_files import documents, matrix
+from jobs.request_files import reading as manifest
+from jobs.request_files.reading import ManifestError, load_requests
 
 yaml_like = st.text(st.sampled_from("ab:{}[]&*!#-?|>'\",\n \t%~<.0123"), max_size=60)
 

@@ -13,13 +13,13 @@ from typing import get_args, get_origin
 from pydantic import BaseModel
 
 from jobs.allowance import Allowance
-from jobs.documents import DocumentTooLargeError, joined, read_csv, read_jsonl
-from jobs.drafts import DraftCheck
 from jobs.frozen import inner_model
-from jobs.matrix import MAX_REQUESTS, Expansion, expand
-from jobs.problems import ManifestError, Problem, ProblemList, show
 from jobs.request import MergeRequest
-from jobs.yaml_tree import read_yaml
+from jobs.request_files.documents import DocumentTooLargeError, joined, read_csv, read_jsonl
+from jobs.request_files.drafts import DraftCheck
+from jobs.request_files.matrix import MAX_REQUESTS, Expansion, expand
+from jobs.request_files.problems import ManifestError, Problem, ProblemList, show
+from jobs.request_files.yaml_tree import read_yaml
 
 __all__ = ["MAX_FILE_BYTES", "MAX_REQUESTS", "ManifestError", "Problem", "load_requests"]
 

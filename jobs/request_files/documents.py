@@ -1,6 +1,6 @@
 """Request files as trees of values that know the line they stand on; the readers of JSON lines and CSV.
 
-YAML becomes the same tree in `jobs/yaml_tree.py`.
+YAML becomes the same tree in `jobs/request_files/yaml_tree.py`.
 """
 
 import csv
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from jobs.problems import ProblemList, known_name
+from jobs.request_files.problems import ProblemList, known_name
 
 MAX_DEPTH = 50
 MAX_DIGITS = 100

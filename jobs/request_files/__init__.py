@@ -1,0 +1,1 @@
+"""Bulk request files become merge requests, or every mistake in them at once."""
