@@ -33,9 +33,9 @@ from cluster.events import DriverEvent, JobSettled, ShardsStarted, UnitStarted, 
 from cluster.pool import MAX_PINGS_PER_SECOND
 from cluster.scheduler import WorkerView
 from cluster.settings import Settings
+from jobs.ledger.store import JobStore
 from jobs.request import MergeRequest
 from jobs.states import JobState
-from jobs.store import JobStore
 
 _SIZES_GB = (1.1, 2.2, 6.4, 14.5, 16.1, 26.0, 54.0)
 """16-bit bases as people have them: 0.5 to 27 billion weights."""

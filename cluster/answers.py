@@ -22,8 +22,8 @@ from cluster.replies import (
 )
 from cluster.settlement import Settlement
 from jobs.errors import FailureClass
+from jobs.ledger.store import ProgressReport
 from jobs.states import STAGES, JobState
-from jobs.store import ProgressReport
 from workers.merging.outcomes import Failure, JobOutcome, Progress, PublishOutcome
 
 logger = logging.getLogger(__name__)

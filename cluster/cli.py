@@ -18,7 +18,7 @@ from jobs.request import BaseQuantization, Dtype
 from jobs.states import JobState
 
 if TYPE_CHECKING:
-    from jobs.store import JobRecord, JobStore
+    from jobs.ledger.store import JobRecord, JobStore
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -247,7 +247,7 @@ def main() -> None:
 @contextlib.contextmanager
 def _open_store() -> Iterator["JobStore"]:
     from cluster.settings import load_settings
-    from jobs.store import JobStore
+    from jobs.ledger.store import JobStore
 
     with contextlib.closing(JobStore(load_settings().store)) as store:
         yield store

@@ -12,10 +12,10 @@ from rich.text import Text
 
 from cluster.events import DriverEvent, JobSettled, ShardsStarted, Summary, UnitStarted, WorkerBenched
 from cluster.progress import BaseProgress, base_name
+from jobs.ledger.store import Event, JobRecord
 from jobs.release import Manifest, Way
 from jobs.request import BaseQuantization
 from jobs.states import ACTIVE_STATES, JobState
-from jobs.store import Event, JobRecord
 from jobs.text import MAX_MESSAGE, shown
 
 if TYPE_CHECKING:

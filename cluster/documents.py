@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.progress import BaseProgress
 from jobs.errors import MergefleetError
+from jobs.ledger.store import Event, JobRecord
 from jobs.release import Manifest, Release
 from jobs.request import MergeRequest
 from jobs.request_files.problems import ManifestError
-from jobs.store import Event, JobRecord
 from workers.merging.outcomes import Failure
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from cluster.replies import PoolEvent
 from cluster.scheduler import Limits, WorkerView, schedule
 from cluster.settings import Settings
 from cluster.settlement import CANCELLED, STORE_FAULTS, Settlement
+from jobs.ledger.store import JobStore
 from jobs.states import MAX_EXCUSED_LOSSES
-from jobs.store import JobStore
 
 logger = logging.getLogger(__name__)
 

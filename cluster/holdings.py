@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 from cluster.scheduler import UnitAssignment, WaitingJob
 from cluster.sharing import SharedPass
+from jobs.ledger.store import Lease, Publication
 from jobs.release import Release
 from jobs.request import MergeRequest
 from jobs.states import JobState
-from jobs.store import Lease, Publication
 from workers.merging.outcomes import JobOutcome
 
 

@@ -4,9 +4,9 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from jobs.ledger.store import JobRecord, JobStore
 from jobs.request import BaseQuantization, MergeRequest
 from jobs.states import FINAL_STATES, JobState
-from jobs.store import JobRecord, JobStore
 
 _WINDOW_SECONDS = 60.0
 _NOT_FINAL = frozenset(JobState) - FINAL_STATES

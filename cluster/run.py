@@ -25,7 +25,7 @@ from cluster.settings import Settings, load_settings, worker_settings
 from cluster.terminal import Terminal
 from cluster.watching import LiveBoard
 from jobs.errors import FailureClass
-from jobs.store import JobStore
+from jobs.ledger.store import JobStore
 from workers.merging.outcomes import WorkerSettings
 
 logger = logging.getLogger(__name__)

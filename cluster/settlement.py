@@ -10,9 +10,9 @@ from cluster.events import DriverEvent, JobSettled, Summary
 from cluster.holdings import Held, Holdings
 from cluster.ports import Metrics
 from jobs.errors import CancelledError, FailureClass, LeaseLostError, NoCapacityError, TransientIOError
+from jobs.ledger.store import JobStore, ProgressReport, Publication
 from jobs.release import Release
 from jobs.states import MAX_EXCUSED_LOSSES, STAGES, SUSPICIOUS_FAILURES, Decision, JobState, RetryPolicy
-from jobs.store import JobStore, ProgressReport, Publication
 from workers.merging.outcomes import Failure
 
 logger = logging.getLogger(__name__)

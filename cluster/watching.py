@@ -14,8 +14,8 @@ from cluster.documents import progress_document
 from cluster.progress import Batch, ByteClock, by_base
 from cluster.terminal import Terminal
 from jobs.errors import FailureClass, MergefleetError
+from jobs.ledger.store import JobRecord, JobStore
 from jobs.states import FINAL_STATES, JobState
-from jobs.store import JobRecord, JobStore
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from cluster.pool import WorkerPool
 from cluster.replies import WorkerUnfit
 from cluster.session import Session, close_session, open_session
 from cluster.settings import Settings, load_settings, worker_settings
-from jobs.store import JobStore
+from jobs.ledger.store import JobStore
 from workers.merging.outcomes import WorkerSettings
 
 

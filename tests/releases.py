@@ -6,11 +6,11 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
+from jobs.ledger.store import JobStore, ProgressReport, Publication
 from jobs.locations import LocalPath
 from jobs.release import REPORT_NAME, Artifact, Manifest, ParitySummary, Release
 from jobs.request import BaseQuantization
 from jobs.states import JobState
-from jobs.store import JobStore, ProgressReport, Publication
 from workers.releases.sinks import Staging
 
 SHARD = "model-00001-of-00002.safetensors"

@@ -16,8 +16,8 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from jobs.errors import FailureClass
+from jobs.ledger.store import JobStore
 from jobs.states import JobState
-from jobs.store import JobStore
 from tests.models import build_tokenizer, make_adapter
 from workers.bases.model import quiet_transformers
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from jobs.ledger.store import JobStore
 from jobs.request import MergeRequest
 from jobs.states import JobState
-from jobs.store import JobStore
 from tests.models import build_llama, make_adapter
 from workers.merging.outcomes import WorkerSettings
 from workers.worker import MergeWorker

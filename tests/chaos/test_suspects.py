@@ -24,9 +24,9 @@ from cluster.pool import WorkerPool
 from cluster.session import close_session, open_session
 from cluster.settings import Settings, worker_settings
 from jobs.errors import FailureClass
+from jobs.ledger.store import JobStore
 from jobs.request import MergeRequest
 from jobs.states import JobState
-from jobs.store import JobStore
 from tests.models import build_llama, make_adapter
 from workers.releases.delivery import verify_release
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from jobs.ledger.store import JobStore
 from jobs.request import MergeRequest
 from jobs.states import JobState
-from jobs.store import JobStore
 from tests.models import build_llama, make_adapter
 from workers.releases.delivery import verify_release
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from cluster.cli import app
 from cluster.settings import Settings
 from jobs.errors import FailureClass
+from jobs.ledger.store import JobStore
 from jobs.states import Decision, JobState
-from jobs.store import JobStore
 
 MAIN = "from cluster.cli import main; main()"
 

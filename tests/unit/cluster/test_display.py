@@ -15,9 +15,9 @@ from cluster.logs import TextFormatter
 from cluster.terminal import Terminal
 from cluster.watching import watch_batch
 from jobs.errors import BadInputError, FailureClass
+from jobs.ledger.store import JobStore
 from jobs.request import MergeRequest
 from jobs.states import Decision, JobState
-from jobs.store import JobStore
 from workers.merging.outcomes import Failure
 
 HOSTILE = "[red]a[/red] :smile: \x1b[2J\u202e\ud800 [link=http://x]y"

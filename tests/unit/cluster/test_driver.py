@@ -26,11 +26,11 @@ from cluster.replies import (
 from cluster.scheduler import WorkerView
 from cluster.settings import Settings
 from jobs.errors import FailureClass, LeaseLostError, TransientIOError
+from jobs.ledger.store import JobStore
 from jobs.locations import parse_location
 from jobs.release import Artifact, Manifest, ParitySummary, Release
 from jobs.request import MergeRequest
 from jobs.states import JobState
-from jobs.store import JobStore
 from tests.releases import settle
 from workers.merging.outcomes import (
     Failure,

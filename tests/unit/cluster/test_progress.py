@@ -6,9 +6,9 @@ import pytest
 
 from cluster.progress import Batch, ByteClock, by_base
 from jobs.errors import FailureClass
+from jobs.ledger.store import JobStore
 from jobs.request import MergeRequest
 from jobs.states import Decision, JobState
-from jobs.store import JobStore
 from tests.releases import progress_of
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from jobs.errors import FailureClass
+from jobs.ledger.store import JobRecord, JobStore, Lease
 from jobs.locations import LocalPath
 from jobs.release import Artifact, Manifest, ParitySummary, Release
 from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
 from jobs.request_files.reading import ManifestError, load_requests
 from jobs.states import Decision, JobState
-from jobs.store import JobRecord, JobStore, Lease
 from tests.releases import advance
 
 STAGES = (JobState.PLANNING, JobState.MERGING, JobState.VERIFYING, JobState.PUBLISHING)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from jobs.errors import BadInputError, CancelledError, FailureClass, LeaseLostError
+from jobs.ledger.store import JobStore
 from jobs.locations import LocalPath
 from jobs.release import Manifest, ParitySummary, Release
 from jobs.request import BaseQuantization, MergeRequest
@@ -27,7 +28,6 @@ from jobs.states import (
     Decision,
     JobState,
 )
-from jobs.store import JobStore
 from tests.releases import advance, progress_of, settle
 
 IDS = "abcd"

@@ -3,8 +3,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.errors import FailureClass
+from jobs.ledger.store import JobStore
 from jobs.states import Decision, JobState
-from jobs.store import JobStore
 from tests.releases import settle
 
 

@@ -9,10 +9,10 @@ import sys
 import time
 
 from jobs.errors import FailureClass, LeaseLostError
+from jobs.ledger.store import JobStore
 from jobs.release import Manifest, ParitySummary, Release
 from jobs.request import BaseQuantization, MergeRequest
 from jobs.states import Decision, JobState
-from jobs.store import JobStore
 from tests.releases import advance, progress_of, settle
 
 NUM_REQUESTS = 40

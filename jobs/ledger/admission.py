@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, insert, select
 
-from jobs.database import rows_where_in
 from jobs.errors import BadInputError
-from jobs.journal import Step, event_values
+from jobs.ledger.database import rows_where_in
+from jobs.ledger.journal import Step, event_values
+from jobs.ledger.records import SubmitResult, request_of
+from jobs.ledger.schema import events, jobs, labels
 from jobs.locations import enclosing
-from jobs.records import SubmitResult, request_of
 from jobs.request import MergeRequest
-from jobs.schema import events, jobs, labels
 from jobs.states import LIVE_STATES, JobState
 
 

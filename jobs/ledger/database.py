@@ -28,7 +28,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
 
 from jobs.errors import BadInputError, NoCapacityError, TransientIOError
-from jobs.schema import SCHEMA_VERSION, UPGRADES, metadata, versions
+from jobs.ledger.schema import SCHEMA_VERSION, UPGRADES, metadata, versions
 
 _CLOCKS = {
     "sqlite": "(julianday('now') - 2440587.5) * 86400.0",  # unixepoch('subsec') needs SQLite 3.42

@@ -9,8 +9,8 @@ from pydantic import JsonValue
 from sqlalchemy import Connection, bindparam, insert, update
 
 from jobs.errors import InternalError
-from jobs.records import JobRow
-from jobs.schema import events, jobs
+from jobs.ledger.records import JobRow
+from jobs.ledger.schema import events, jobs
 from jobs.states import TRANSITIONS, JobState
 
 

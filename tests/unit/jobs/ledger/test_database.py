@@ -8,7 +8,7 @@ import pytest
 
 from cluster.settings import Settings
 from jobs.errors import BadInputError, FailureClass, TransientIOError
-from jobs.store import JobStore
+from jobs.ledger.store import JobStore
 from tests.releases import settle
 
 

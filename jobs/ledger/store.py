@@ -9,11 +9,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pydantic import JsonValue
 from sqlalchemy import bindparam, case, func, insert, select, update
 
-from jobs.admission import admit, candidate_of, destination_conflicts
-from jobs.database import Database, batches, rows_where_in
 from jobs.errors import BadInputError, CancelledError, FailureClass, InternalError, MergefleetError
-from jobs.journal import Move, Step, make_moves, take_steps
-from jobs.leases import (
+from jobs.ledger.admission import admit, candidate_of, destination_conflicts
+from jobs.ledger.database import Database, batches, rows_where_in
+from jobs.ledger.journal import Move, Step, make_moves, take_steps
+from jobs.ledger.leases import (
     NO_LEASE,
     finish_lost_cancellations,
     held_jobs,
@@ -22,10 +22,20 @@ from jobs.leases import (
     lock_jobs,
     lost_lease,
 )
-from jobs.records import Event, JobRecord, JobRow, Lease, ProgressReport, Publication, SubmitResult, event_of, record_of
+from jobs.ledger.records import (
+    Event,
+    JobRecord,
+    JobRow,
+    Lease,
+    ProgressReport,
+    Publication,
+    SubmitResult,
+    event_of,
+    record_of,
+)
+from jobs.ledger.schema import events, jobs, releases
+from jobs.ledger.schema import labels as label_table
 from jobs.request import MergeRequest
-from jobs.schema import events, jobs, releases
-from jobs.schema import labels as label_table
 from jobs.states import (
     ACTIVE_STATES,
     CLAIMABLE_STATES,

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from pydantic import JsonValue
 from sqlalchemy import Connection, and_, or_, select
 
-from jobs.database import Database, rows_where_in
 from jobs.errors import LeaseLostError, NotFoundError
-from jobs.journal import Move, Step, make_moves
-from jobs.records import JobRow, Lease, lease_of
-from jobs.schema import jobs
+from jobs.ledger.database import Database, rows_where_in
+from jobs.ledger.journal import Move, Step, make_moves
+from jobs.ledger.records import JobRow, Lease, lease_of
+from jobs.ledger.schema import jobs
 from jobs.states import ACTIVE_STATES, CLAIMABLE_STATES, JobState
 
 NO_LEASE = {"owner": None, "lease_expires_at": None}
