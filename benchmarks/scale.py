@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.simulation import Clock, Costs, SimulatedMetrics, SimulatedPool
-from cluster.driver import Driver
-from cluster.events import DriverEvent, JobSettled, ShardsStarted, UnitStarted, WorkerReplaced
+from cluster.driving.driver import Driver
+from cluster.driving.events import DriverEvent, JobSettled, ShardsStarted, UnitStarted, WorkerReplaced
+from cluster.driving.scheduler import WorkerView
 from cluster.pool import MAX_PINGS_PER_SECOND
-from cluster.scheduler import WorkerView
 from cluster.settings import Settings
 from jobs.ledger.store import JobStore
 from jobs.request import MergeRequest

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
-from cluster.replies import (
+from cluster.driving.replies import (
     PassBegun,
     PoolEvent,
     ProgressSeen,
@@ -24,7 +24,7 @@ from cluster.replies import (
     UnitFinished,
     WorkerLost,
 )
-from cluster.scheduler import WorkerView
+from cluster.driving.scheduler import WorkerView
 from jobs.release import Artifact, Manifest, ParitySummary, Release
 from jobs.request import MergeRequest, QuantizationOptions
 from workers.merging.outcomes import (

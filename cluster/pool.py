@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.fleet import Crew
-from cluster.replies import (
+from cluster.driving.replies import (
     CallFailed,
     PassBegun,
     PoolEvent,
@@ -24,7 +23,8 @@ from cluster.replies import (
     WorkerLost,
     WorkerUnfit,
 )
-from cluster.scheduler import WorkerView
+from cluster.driving.scheduler import WorkerView
+from cluster.fleet import Crew
 from jobs.errors import DeviceLostError, FailureClass, WorkerLostError
 from jobs.request import MergeRequest
 from workers.merging.outcomes import (

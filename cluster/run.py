@@ -14,8 +14,8 @@ from rich.live import Live
 
 from cluster.display import event_line, summary_line
 from cluster.documents import plain
-from cluster.driver import Driver, stop_on_signals
-from cluster.events import DriverEvent, event_name
+from cluster.driving.driver import Driver, stop_on_signals
+from cluster.driving.events import DriverEvent, event_name
 from cluster.fleet import Crew, plan_crews
 from cluster.logs import LogFormat
 from cluster.metrics import FleetMetrics

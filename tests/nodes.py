@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster.documents import plain
-from cluster.driver import Driver
-from cluster.events import DriverEvent, ShardsStarted, WorkerBenched, event_name
+from cluster.driving.driver import Driver
+from cluster.driving.events import DriverEvent, ShardsStarted, WorkerBenched, event_name
+from cluster.driving.replies import WorkerUnfit
 from cluster.fleet import Crew, plan_crews
 from cluster.metrics import FleetMetrics
 from cluster.pool import WorkerPool
-from cluster.replies import WorkerUnfit
 from cluster.session import Session, close_session, open_session
 from cluster.settings import Settings, load_settings, worker_settings
 from jobs.ledger.store import JobStore

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.driver import Driver
-from cluster.events import JobSettled, UnitStarted, WorkerReplaced
+from cluster.driving.driver import Driver
+from cluster.driving.events import JobSettled, UnitStarted, WorkerReplaced
 from cluster.fleet import Crew
 from cluster.metrics import FleetMetrics
 from cluster.pool import WorkerPool

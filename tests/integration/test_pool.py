@@ -18,10 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.fleet import Crew
-from cluster.metrics import FleetMetrics
-from cluster.pool import WorkerPool
-from cluster.replies import (
+from cluster.driving.replies import (
     CallFailed,
     PassBegun,
     ProgressSeen,
@@ -32,6 +29,9 @@ from cluster.replies import (
     WorkerLost,
     WorkerUnfit,
 )
+from cluster.fleet import Crew
+from cluster.metrics import FleetMetrics
+from cluster.pool import WorkerPool
 from cluster.session import close_session, open_session
 from cluster.settings import Settings
 from jobs.errors import FailureClass, WorkerLostError

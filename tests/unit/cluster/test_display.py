@@ -10,7 +10,7 @@ import pytest
 
 from cluster import run as run_command
 from cluster.display import event_line, job_table, note_line
-from cluster.events import JobSettled, WorkerReplaced
+from cluster.driving.events import JobSettled, WorkerReplaced
 from cluster.logs import TextFormatter
 from cluster.terminal import Terminal
 from cluster.watching import watch_batch

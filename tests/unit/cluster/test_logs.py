@@ -19,14 +19,18 @@ def _root_untouched():
 
 
 def record(**extra):
-    made = logging.LogRecord("cluster.driver", logging.INFO, __file__, 1, "job %s", ("settled",), None)
+    made = logging.LogRecord("cluster.driving.driver", logging.INFO, __file__, 1, "job %s", ("settled",), None)
     vars(made).update(extra)
     return made
 
 
 def test_json_has_message_and_extra():
     document = json.loads(JsonFormatter().format(record(job_id="one", path=sys)))
-    assert (document["message"], document["logger"], document["job_id"]) == ("job settled", "cluster.driver", "one")
+    assert (document["message"], document["logger"], document["job_id"]) == (
+        "job settled",
+        "cluster.driving.driver",
+        "one",
+    )
 
 
 def test_json_keeps_a_traceback_on_one_line():
@@ -39,7 +43,7 @@ def test_json_keeps_a_traceback_on_one_line():
 
 
 def test_text_puts_extra_behind_the_message():
-    assert TextFormatter().format(record(job_id="one")).endswith("INFO cluster.driver: job settled job_id=one")
+    assert TextFormatter().format(record(job_id="one")).endswith("INFO cluster.driving.driver: job settled job_id=one")
 
 
 @pytest.mark.usefixtures("_root_untouched")

@@ -5,7 +5,7 @@ import dataclasses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.scheduler import Limits, OpenPass, WaitingJob, WorkerView, schedule, share_out
+from cluster.driving.scheduler import Limits, OpenPass, WaitingJob, WorkerView, schedule, share_out
 
 KEYS = ["a", "b", "c", "d"]
 

@@ -4,11 +4,11 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from cluster.events import DriverEvent, ShardsStarted
-from cluster.holdings import Flight, Held, Holdings
-from cluster.ports import Pool
-from cluster.scheduler import OpenPass, WorkerView, share_out
-from cluster.sharing import SharedPass
+from cluster.driving.events import DriverEvent, ShardsStarted
+from cluster.driving.holdings import Flight, Held, Holdings
+from cluster.driving.ports import Pool
+from cluster.driving.scheduler import OpenPass, WorkerView, share_out
+from cluster.driving.sharing import SharedPass
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from cluster.events import DriverEvent, JobSettled, Summary
-from cluster.holdings import Held, Holdings
-from cluster.ports import Metrics
+from cluster.driving.events import DriverEvent, JobSettled, Summary
+from cluster.driving.holdings import Held, Holdings
+from cluster.driving.ports import Metrics
 from jobs.errors import CancelledError, FailureClass, LeaseLostError, NoCapacityError, TransientIOError
 from jobs.ledger.store import JobStore, ProgressReport, Publication
 from jobs.release import Release

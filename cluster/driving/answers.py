@@ -5,10 +5,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from cluster.events import DriverEvent, WorkerBenched, WorkerReplaced
-from cluster.holdings import Held, Holdings
-from cluster.ports import Metrics, Pool
-from cluster.replies import (
+from cluster.driving.events import DriverEvent, WorkerBenched, WorkerReplaced
+from cluster.driving.holdings import Held, Holdings
+from cluster.driving.ports import Metrics, Pool
+from cluster.driving.replies import (
     CallFailed,
     PassBegun,
     PoolEvent,
@@ -20,7 +20,7 @@ from cluster.replies import (
     WorkerLost,
     WorkerUnfit,
 )
-from cluster.settlement import Settlement
+from cluster.driving.settlement import Settlement
 from jobs.errors import FailureClass
 from jobs.ledger.store import ProgressReport
 from jobs.states import STAGES, JobState

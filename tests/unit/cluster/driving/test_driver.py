@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from cluster.display import event_line
-from cluster.driver import Driver
-from cluster.events import JobSettled, WorkerBenched, WorkerReplaced
-from cluster.replies import (
+from cluster.driving.driver import Driver
+from cluster.driving.events import JobSettled, WorkerBenched, WorkerReplaced
+from cluster.driving.replies import (
     CallFailed,
     PassBegun,
     ProgressSeen,
@@ -23,7 +23,7 @@ from cluster.replies import (
     WorkerLost,
     WorkerUnfit,
 )
-from cluster.scheduler import WorkerView
+from cluster.driving.scheduler import WorkerView
 from cluster.settings import Settings
 from jobs.errors import FailureClass, LeaseLostError, TransientIOError
 from jobs.ledger.store import JobStore

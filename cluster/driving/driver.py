@@ -16,15 +16,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
-from cluster.answers import AnswerHandler
-from cluster.events import DriverEvent, Summary, UnitStarted
-from cluster.helping import Helping
-from cluster.holdings import Held, Holdings
-from cluster.ports import Clock, Metrics, Pool
-from cluster.replies import PoolEvent
-from cluster.scheduler import Limits, WorkerView, schedule
+from cluster.driving.answers import AnswerHandler
+from cluster.driving.events import DriverEvent, Summary, UnitStarted
+from cluster.driving.helping import Helping
+from cluster.driving.holdings import Held, Holdings
+from cluster.driving.ports import Clock, Metrics, Pool
+from cluster.driving.replies import PoolEvent
+from cluster.driving.scheduler import Limits, WorkerView, schedule
+from cluster.driving.settlement import CANCELLED, STORE_FAULTS, Settlement
 from cluster.settings import Settings
-from cluster.settlement import CANCELLED, STORE_FAULTS, Settlement
 from jobs.ledger.store import JobStore
 from jobs.states import MAX_EXCUSED_LOSSES
 

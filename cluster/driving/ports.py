@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
-from cluster.replies import PoolEvent
-from cluster.scheduler import WorkerView
+from cluster.driving.replies import PoolEvent
+from cluster.driving.scheduler import WorkerView
 from jobs.request import MergeRequest
 from jobs.states import JobState
 from workers.merging.outcomes import MergedShards, PassWork, PublishOutcome, UnitOutcome, Usage

@@ -3,8 +3,8 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from cluster.scheduler import UnitAssignment, WaitingJob
-from cluster.sharing import SharedPass
+from cluster.driving.scheduler import UnitAssignment, WaitingJob
+from cluster.driving.sharing import SharedPass
 from jobs.ledger.store import Lease, Publication
 from jobs.release import Release
 from jobs.request import MergeRequest
