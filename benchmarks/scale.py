@@ -31,7 +31,7 @@ from benchmarks.simulation import Clock, Costs, SimulatedMetrics, SimulatedPool
 from cluster.driving.driver import Driver
 from cluster.driving.events import DriverEvent, JobSettled, ShardsStarted, UnitStarted, WorkerReplaced
 from cluster.driving.scheduler import WorkerView
-from cluster.pool import MAX_PINGS_PER_SECOND
+from cluster.ray_fleet.pool import MAX_PINGS_PER_SECOND
 from cluster.settings import Settings
 from jobs.ledger.store import JobStore
 from jobs.request import MergeRequest

@@ -16,11 +16,11 @@ from cluster.display import event_line, summary_line
 from cluster.documents import plain
 from cluster.driving.driver import Driver, stop_on_signals
 from cluster.driving.events import DriverEvent, event_name
-from cluster.fleet import Crew, plan_crews
 from cluster.logs import LogFormat
-from cluster.metrics import FleetMetrics
-from cluster.pool import WorkerPool
-from cluster.session import Session, close_session, open_session
+from cluster.ray_fleet.crews import Crew, plan_crews
+from cluster.ray_fleet.metrics import FleetMetrics
+from cluster.ray_fleet.pool import WorkerPool
+from cluster.ray_fleet.session import Session, close_session, open_session
 from cluster.settings import Settings, load_settings, worker_settings
 from cluster.terminal import Terminal
 from cluster.watching import LiveBoard

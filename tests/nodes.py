@@ -24,10 +24,10 @@ from cluster.documents import plain
 from cluster.driving.driver import Driver
 from cluster.driving.events import DriverEvent, ShardsStarted, WorkerBenched, event_name
 from cluster.driving.replies import WorkerUnfit
-from cluster.fleet import Crew, plan_crews
-from cluster.metrics import FleetMetrics
-from cluster.pool import WorkerPool
-from cluster.session import Session, close_session, open_session
+from cluster.ray_fleet.crews import Crew, plan_crews
+from cluster.ray_fleet.metrics import FleetMetrics
+from cluster.ray_fleet.pool import WorkerPool
+from cluster.ray_fleet.session import Session, close_session, open_session
 from cluster.settings import Settings, load_settings, worker_settings
 from jobs.ledger.store import JobStore
 from workers.merging.outcomes import WorkerSettings
@@ -48,7 +48,7 @@ def main() -> None:
         "MERGEFLEET_HOME": str(arguments.home),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback only: see `cluster/session.py`
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback only: see `cluster/ray_fleet/session.py`
     }
     with tempfile.TemporaryDirectory(prefix="mf-", ignore_cleanup_errors=True) as short:
         os.environ["RAY_TMPDIR"] = short

@@ -18,10 +18,10 @@ import pytest
 
 from cluster.driving.driver import Driver
 from cluster.driving.events import JobSettled, UnitStarted, WorkerReplaced
-from cluster.fleet import Crew
-from cluster.metrics import FleetMetrics
-from cluster.pool import WorkerPool
-from cluster.session import close_session, open_session
+from cluster.ray_fleet.crews import Crew
+from cluster.ray_fleet.metrics import FleetMetrics
+from cluster.ray_fleet.pool import WorkerPool
+from cluster.ray_fleet.session import close_session, open_session
 from cluster.settings import Settings, worker_settings
 from jobs.errors import FailureClass
 from jobs.ledger.store import JobStore

@@ -271,7 +271,7 @@ def test_a_driver_joins_a_running_cluster(fleet, models):
     fleet.submit(models, 2)
     code = (
         "import sys\n"
-        "from cluster.session import open_session\n"
+        "from cluster.ray_fleet.session import open_session\n"
         "from cluster.settings import load_settings\n"
         "session = open_session(load_settings(), namespace='host', address=None, log_format='text')\n"
         "print(session.address, session.token_path, flush=True)\n"

@@ -29,10 +29,10 @@ from cluster.driving.replies import (
     WorkerLost,
     WorkerUnfit,
 )
-from cluster.fleet import Crew
-from cluster.metrics import FleetMetrics
-from cluster.pool import WorkerPool
-from cluster.session import close_session, open_session
+from cluster.ray_fleet.crews import Crew
+from cluster.ray_fleet.metrics import FleetMetrics
+from cluster.ray_fleet.pool import WorkerPool
+from cluster.ray_fleet.session import close_session, open_session
 from cluster.settings import Settings
 from jobs.errors import FailureClass, WorkerLostError
 from jobs.request import MergeRequest

@@ -14,7 +14,7 @@ class FleetMetrics:
     """What one driver tells about its fleet. Needs an open Ray session."""
 
     def __init__(self) -> None:
-        from ray.util.metrics import Counter, Gauge  # noqa: PLC0415 - after the session: see `cluster/session.py`
+        from ray.util.metrics import Counter, Gauge  # noqa: PLC0415 - after the session: see `cluster/ray_fleet/session.py`
 
         self._jobs = Gauge("mergefleet_jobs", "Jobs in the store, by state.", tag_keys=("state",))
         self._queue_depth = Gauge("mergefleet_queue_depth", "Jobs this driver holds that no worker has yet.")

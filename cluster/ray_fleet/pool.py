@@ -24,7 +24,7 @@ from cluster.driving.replies import (
     WorkerUnfit,
 )
 from cluster.driving.scheduler import WorkerView
-from cluster.fleet import Crew
+from cluster.ray_fleet.crews import Crew
 from jobs.errors import DeviceLostError, FailureClass, WorkerLostError
 from jobs.request import MergeRequest
 from workers.merging.outcomes import (
@@ -122,7 +122,7 @@ class WorkerPool:
             clock: seconds that only go forward.
             sleep: waits so many seconds.
         """
-        import ray.util.scheduling_strategies  # noqa: PLC0415 - read the environment on import: see `cluster/session.py`
+        import ray.util.scheduling_strategies  # noqa: PLC0415 - read the environment on import: see `cluster/ray_fleet/session.py`
 
         self._ray: Any = ray
         exceptions = ray.exceptions
