@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cluster import exit_codes
-from cluster.terminal import terminal
+from cluster.console.terminal import terminal
 from jobs.errors import BadInputError
 from jobs.locations import Location, parse_location
 from jobs.request import BaseQuantization, Dtype
@@ -44,8 +44,8 @@ Labels = Annotated[list[str] | None, typer.Option("--label", metavar="K=V", help
 def plan(file: RequestFile, *, as_json: AsJson = False, debug: Debug = False) -> None:
     """Show what each request of FILE would do, from headers alone: coverage, bytes, memory, time."""
     with terminal(as_json=as_json, debug=debug) as output:
-        from cluster.display import note_line, preview_table
-        from cluster.documents import preview_document
+        from cluster.console.display import note_line, preview_table
+        from cluster.console.documents import preview_document
         from cluster.settings import load_settings
         from jobs.request_files.reading import load_requests
 
@@ -109,8 +109,8 @@ def status(
 ) -> None:
     """Show jobs: state, stage, how far, and what came of them; of jobs named by ID, all their events."""
     with terminal(as_json=as_json, debug=debug) as output, _open_store() as store:
-        from cluster.display import event_table, job_table, state_counts
-        from cluster.documents import event_document, job_document
+        from cluster.console.display import event_table, job_table, state_counts
+        from cluster.console.documents import event_document, job_document
 
         counts = store.counts()
         records = _select(store, ids, state, label)
@@ -209,8 +209,8 @@ def merge(
 def verify(location: Release, *, as_json: AsJson = False, debug: Debug = False) -> None:
     """Check a release where it is: every file against its manifest. No GPU, no model."""
     with terminal(as_json=as_json, debug=debug) as output:
-        from cluster.display import manifest_line
-        from cluster.documents import manifest_document
+        from cluster.console.display import manifest_line
+        from cluster.console.documents import manifest_document
         from cluster.settings import load_settings
         from workers.releases.delivery import verify_release
 
@@ -230,8 +230,8 @@ def pull(
 ) -> None:
     """Bring a release to a directory, verified on the way; the directory appears whole or not at all."""
     with terminal(as_json=as_json, debug=debug) as output:
-        from cluster.display import manifest_line
-        from cluster.documents import manifest_document
+        from cluster.console.display import manifest_line
+        from cluster.console.documents import manifest_document
         from workers.releases.delivery import pull_release
 
         manifest = pull_release(_parse(location), directory)

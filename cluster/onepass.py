@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cluster.display import comparison_table, manifest_line, note_line
-from cluster.documents import adapter_document, failure_document, plain, release_document
+from cluster.console.display import comparison_table, manifest_line, note_line
+from cluster.console.documents import adapter_document, failure_document, plain, release_document
+from cluster.console.terminal import Terminal
 from cluster.settings import load_settings, worker_settings
-from cluster.terminal import Terminal
 from jobs.errors import BadInputError, FailureClass
 from jobs.locations import Location, parse_location
 from jobs.release import REPORT_NAME, ParityReport, Release, Way

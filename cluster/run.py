@@ -12,8 +12,9 @@ from typing import Any
 from rich.console import RenderableType
 from rich.live import Live
 
-from cluster.display import event_line, summary_line
-from cluster.documents import plain
+from cluster.console.display import event_line, summary_line
+from cluster.console.documents import plain
+from cluster.console.terminal import Terminal
 from cluster.driving.driver import Driver, stop_on_signals
 from cluster.driving.events import DriverEvent, event_name
 from cluster.logs import LogFormat
@@ -22,7 +23,6 @@ from cluster.ray_fleet.metrics import FleetMetrics
 from cluster.ray_fleet.pool import WorkerPool
 from cluster.ray_fleet.session import Session, close_session, open_session
 from cluster.settings import Settings, load_settings, worker_settings
-from cluster.terminal import Terminal
 from cluster.watching import LiveBoard
 from jobs.errors import FailureClass
 from jobs.ledger.store import JobStore

@@ -9,10 +9,10 @@ from collections.abc import Collection
 from rich.console import RenderableType
 from rich.live import Live
 
-from cluster.display import board, job_table, state_counts
-from cluster.documents import progress_document
-from cluster.progress import Batch, ByteClock, by_base
-from cluster.terminal import Terminal
+from cluster.console.display import board, job_table, state_counts
+from cluster.console.documents import progress_document
+from cluster.console.progress import Batch, ByteClock, by_base
+from cluster.console.terminal import Terminal
 from jobs.errors import FailureClass, MergefleetError
 from jobs.ledger.store import JobRecord, JobStore
 from jobs.states import FINAL_STATES, JobState

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.documents import plain
+from cluster.console.documents import plain
 from cluster.driving.driver import Driver
 from cluster.driving.events import DriverEvent, ShardsStarted, WorkerBenched, event_name
 from cluster.driving.replies import WorkerUnfit

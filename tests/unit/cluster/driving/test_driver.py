@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.display import event_line
+from cluster.console.display import event_line
 from cluster.driving.driver import Driver
 from cluster.driving.events import JobSettled, WorkerBenched, WorkerReplaced
 from cluster.driving.replies import (

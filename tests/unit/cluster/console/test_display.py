@@ -9,10 +9,10 @@ import os
 import pytest
 
 from cluster import run as run_command
-from cluster.display import event_line, job_table, note_line
+from cluster.console.display import event_line, job_table, note_line
+from cluster.console.terminal import Terminal
 from cluster.driving.events import JobSettled, WorkerReplaced
 from cluster.logs import TextFormatter
-from cluster.terminal import Terminal
 from cluster.watching import watch_batch
 from jobs.errors import BadInputError, FailureClass
 from jobs.ledger.store import JobStore

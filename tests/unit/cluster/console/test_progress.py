@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from cluster.progress import Batch, ByteClock, by_base
+from cluster.console.progress import Batch, ByteClock, by_base
 from jobs.errors import FailureClass
 from jobs.ledger.store import JobStore
 from jobs.request import MergeRequest

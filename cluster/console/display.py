@@ -10,8 +10,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from cluster.console.progress import BaseProgress, base_name
 from cluster.driving.events import DriverEvent, JobSettled, ShardsStarted, Summary, UnitStarted, WorkerBenched
-from cluster.progress import BaseProgress, base_name
 from jobs.ledger.store import Event, JobRecord
 from jobs.release import Manifest, Way
 from jobs.request import BaseQuantization

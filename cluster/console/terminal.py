@@ -105,7 +105,7 @@ def terminal(*, as_json: bool, debug: bool, log_format: LogFormat | None = None)
 
 
 def _report(output: Terminal, error: MergefleetError, *, debug: bool) -> None:
-    from cluster.documents import error_document  # noqa: PLC0415 - with the store's libraries, and --help needs none
+    from cluster.console.documents import error_document  # noqa: PLC0415 - with the store's libraries, and --help needs none
 
     if debug:
         traceback.print_exc(file=sys.stderr)

@@ -6,7 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.progress import BaseProgress
+from cluster.console.progress import BaseProgress
 from jobs.errors import MergefleetError
 from jobs.ledger.store import Event, JobRecord
 from jobs.release import Manifest, Release
