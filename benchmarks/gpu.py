@@ -28,7 +28,7 @@ from safetensors import safe_open
 from benchmarks.contenders import ADAPTER
 from benchmarks.make_base import SHAPES, make_adapter, make_base
 from benchmarks.unchecked import check_left_out
-from cluster.preview import preview
+from cluster.commands.plan import preview
 from jobs.request import BaseQuantization, MergeRequest, ParityPolicy
 from workers.merging.outcomes import WorkerSettings
 from workers.numerics.rounding import half_ulp

@@ -51,7 +51,7 @@ def plan(file: RequestFile, *, as_json: AsJson = False, debug: Debug = False) ->
 
         settings = load_settings()
         requests = load_requests(file, settings.allowance)
-        from cluster.preview import preview  # takes seconds to load, and a wrong file is told before
+        from cluster.commands.plan import preview  # takes seconds to load, and a wrong file is told before
 
         previews = preview(
             requests,
@@ -97,7 +97,7 @@ def run(
 ) -> None:
     """Drive the queue: claim jobs, merge, verify, publish. Ctrl-C stops in order, a second one at once."""
     with terminal(as_json=as_json, debug=debug, log_format=log_format) as output:
-        from cluster.run import drive
+        from cluster.commands.run import drive
 
         failures = drive(output, drain=drain, num_workers=workers, address=address, log_format=log_format or "text")
         raise typer.Exit(exit_codes.of_jobs(failures))
@@ -130,8 +130,8 @@ def status(
 def watch(*, as_json: AsJson = False, debug: Debug = False) -> None:
     """Follow the batch: a bar for each base, stages, time left. Ctrl-C detaches; the batch goes on."""
     with terminal(as_json=as_json, debug=debug) as output, _open_store() as store:
+        from cluster.commands.watch import watch_batch
         from cluster.settings import load_settings
-        from cluster.watching import watch_batch
 
         try:
             failures = watch_batch(output, store, load_settings().poll_seconds)
@@ -190,7 +190,7 @@ def merge(
 ) -> None:
     """Merge here and now, in one pass: no queue, no Ray."""
     with terminal(as_json=as_json, debug=debug, log_format=log_format) as output:
-        from cluster.onepass import build_requests, merge_and_show
+        from cluster.commands.merge import build_requests, merge_and_show
 
         requests = build_requests(
             base=base,

@@ -8,12 +8,12 @@ import os
 
 import pytest
 
-from cluster import run as run_command
+from cluster.commands import run as run_command
+from cluster.commands.watch import watch_batch
 from cluster.console.display import event_line, job_table, note_line
 from cluster.console.terminal import Terminal
 from cluster.driving.events import JobSettled, WorkerReplaced
 from cluster.logs import TextFormatter
-from cluster.watching import watch_batch
 from jobs.errors import BadInputError, FailureClass
 from jobs.ledger.store import JobStore
 from jobs.request import MergeRequest

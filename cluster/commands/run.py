@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.live import Live
 
+from cluster.commands.watch import LiveBoard
 from cluster.console.display import event_line, summary_line
 from cluster.console.documents import plain
 from cluster.console.terminal import Terminal
@@ -23,7 +24,6 @@ from cluster.ray_fleet.metrics import FleetMetrics
 from cluster.ray_fleet.pool import WorkerPool
 from cluster.ray_fleet.session import Session, close_session, open_session
 from cluster.settings import Settings, load_settings, worker_settings
-from cluster.watching import LiveBoard
 from jobs.errors import FailureClass
 from jobs.ledger.store import JobStore
 from workers.merging.outcomes import WorkerSettings
