@@ -1,4 +1,4 @@
-"""Logging, configured once by the command line. Workers get the same formats from Ray (see `cluster/ray_fleet/session.py`)."""
+"""Logging, configured once by the command line. Workers get the same formats from Ray (see `ray_fleet/session.py`)."""
 
 import json
 import logging
