@@ -18,7 +18,8 @@ from jobs.request import BaseQuantization, Dtype
 from jobs.states import JobState
 
 if TYPE_CHECKING:
-    from jobs.ledger.store import JobRecord, JobStore
+    from jobs.ledger.records import JobRecord
+    from jobs.ledger.store import JobStore
 
 app = typer.Typer(
     no_args_is_help=True,

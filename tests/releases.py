@@ -6,7 +6,8 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
-from jobs.ledger.store import JobStore, ProgressReport, Publication
+from jobs.ledger.records import ProgressReport, Publication
+from jobs.ledger.store import JobStore
 from jobs.locations import LocalPath
 from jobs.release import REPORT_NAME, Artifact, Manifest, ParitySummary, Release
 from jobs.request import BaseQuantization

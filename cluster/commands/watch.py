@@ -14,7 +14,8 @@ from cluster.console.documents import progress_document
 from cluster.console.progress import Batch, ByteClock, by_base
 from cluster.console.terminal import Terminal
 from jobs.errors import FailureClass, MergefleetError
-from jobs.ledger.store import JobRecord, JobStore
+from jobs.ledger.records import JobRecord
+from jobs.ledger.store import JobStore
 from jobs.states import FINAL_STATES, JobState
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from cluster.console.progress import BaseProgress, base_name
 from cluster.driving.events import DriverEvent, JobSettled, ShardsStarted, Summary, UnitStarted, WorkerBenched
-from jobs.ledger.store import Event, JobRecord
+from jobs.ledger.records import Event, JobRecord
 from jobs.release import Manifest, Way
 from jobs.request import BaseQuantization
 from jobs.states import ACTIVE_STATES, JobState

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.console.progress import BaseProgress
 from jobs.errors import MergefleetError
-from jobs.ledger.store import Event, JobRecord
+from jobs.ledger.records import Event, JobRecord
 from jobs.release import Manifest, Release
 from jobs.request import MergeRequest
 from jobs.request_files.problems import ManifestError

@@ -4,7 +4,8 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from jobs.ledger.store import JobRecord, JobStore
+from jobs.ledger.records import JobRecord
+from jobs.ledger.store import JobStore
 from jobs.request import BaseQuantization, MergeRequest
 from jobs.states import FINAL_STATES, JobState
 

@@ -22,7 +22,7 @@ from cluster.driving.replies import (
 )
 from cluster.driving.settlement import Settlement
 from jobs.errors import FailureClass
-from jobs.ledger.store import ProgressReport
+from jobs.ledger.records import ProgressReport
 from jobs.states import STAGES, JobState
 from workers.merging.outcomes import Failure, JobOutcome, Progress, PublishOutcome
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from cluster.driving.scheduler import UnitAssignment, WaitingJob
 from cluster.driving.sharing import SharedPass
-from jobs.ledger.store import Lease, Publication
+from jobs.ledger.records import Lease, Publication
 from jobs.release import Release
 from jobs.request import MergeRequest
 from jobs.states import JobState

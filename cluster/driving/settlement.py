@@ -10,7 +10,8 @@ from cluster.driving.events import DriverEvent, JobSettled, Summary
 from cluster.driving.holdings import Held, Holdings
 from cluster.driving.ports import Metrics
 from jobs.errors import CancelledError, FailureClass, LeaseLostError, NoCapacityError, TransientIOError
-from jobs.ledger.store import JobStore, ProgressReport, Publication
+from jobs.ledger.records import ProgressReport, Publication
+from jobs.ledger.store import JobStore
 from jobs.release import Release
 from jobs.states import MAX_EXCUSED_LOSSES, STAGES, SUSPICIOUS_FAILURES, Decision, JobState, RetryPolicy
 from workers.merging.outcomes import Failure

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from jobs.errors import FailureClass
-from jobs.ledger.store import JobRecord, JobStore, Lease
+from jobs.ledger.records import JobRecord, Lease
+from jobs.ledger.store import JobStore
 from jobs.locations import LocalPath
 from jobs.release import Artifact, Manifest, ParitySummary, Release
 from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_the_ledger_loads_nothing_heavy():
-    modules = sorted(f"jobs.{path.stem}" for path in (ROOT / "jobs").glob("*.py") if path.stem != "__init__")
+    paths = (path.relative_to(ROOT) for path in (ROOT / "jobs").rglob("*.py") if path.stem != "__init__")
+    modules = sorted(".".join(path.with_suffix("").parts) for path in paths)
     assert "jobs.ledger.store" in modules
     code = f"import sys, {', '.join(modules)}; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

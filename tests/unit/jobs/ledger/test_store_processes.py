@@ -13,7 +13,7 @@ import pytest
 
 from jobs.states import ACTIVE_STATES, TRANSITIONS, JobState
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 SCRIPT = Path(__file__).with_name("store_process.py")
 
 

@@ -31,7 +31,7 @@ from workers.merging.plan import plan_base
 from workers.sources.fetch import fetch_base
 from workers.unit.footprint import passing_bytes, resident_bytes
 
-REPOSITORY = Path(__file__).parents[3]
+REPOSITORY = Path(__file__).parents[4]
 
 MAKE = """
 import pickle, sys

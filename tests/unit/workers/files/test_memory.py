@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 PROGRAM = """
 import re, workers, torch
 tensor = torch.ones(64 << 20, dtype=torch.uint8)

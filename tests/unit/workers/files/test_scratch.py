@@ -29,7 +29,7 @@ sys.stdin.read()
 
 
 def start_owner(parent: Path, prefix: str) -> tuple[subprocess.Popen[str], Path]:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[4])}
     process = subprocess.Popen(
         [sys.executable, "-c", _OWNER, str(parent), prefix],
         stdin=subprocess.PIPE,

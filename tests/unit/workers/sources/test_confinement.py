@@ -14,7 +14,7 @@ import pytest
 
 from workers.sources.confinement import _SECCOMP, ALLOWED, Limits, run_isolated
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 HEADERS = (Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), Path("/usr/include/asm-generic/unistd.h"))
 CLOSE_IN = "from workers.sources.confinement import Limits, close_in; close_in({limits!r})"
 PLENTY = Limits(memory_bytes=1 << 30, file_bytes=1 << 20, cpu_seconds=60)

@@ -20,7 +20,7 @@ from tests.servers.hub import Hub
 from tests.servers.s3 import S3Server
 from workers.sources.fetch import Source, fetch_adapter, fetch_base
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def safetensors(data: bytes, name: str = "w") -> bytes:

@@ -30,7 +30,7 @@ from workers.sources.confinement import Ended
 from workers.sources.fetch import fetch_adapter
 from workers.sources.pickled import _failure, convert
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture(scope="module")

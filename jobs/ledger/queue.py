@@ -1,0 +1,148 @@
+"""The queue of the ledger: how jobs come in, are leased, cancelled and queued again."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from sqlalchemy import select, update
+
+from jobs.errors import BadInputError
+from jobs.ledger.admission import admit, candidate_of, destination_conflicts
+from jobs.ledger.database import Database, batches
+from jobs.ledger.journal import Move, Step, make_moves
+from jobs.ledger.leases import (
+    finish_lost_cancellations,
+    lease_due_jobs,
+    lock_jobs,
+)
+from jobs.ledger.records import (
+    Lease,
+    SubmitResult,
+)
+from jobs.ledger.schema import jobs
+from jobs.request import MergeRequest
+from jobs.states import (
+    ACTIVE_STATES,
+    CLAIMABLE_STATES,
+    RETRYABLE_STATES,
+    JobState,
+)
+
+
+class JobQueue:
+    """The side of the ledger that people submit to and drivers claim from."""
+
+    _database: Database
+
+    def submit(self, requests: Sequence[MergeRequest]) -> SubmitResult:
+        """Make jobs of requests: all or none. Returns when they are on the disk.
+
+        A request that is a job already changes nothing, in any state of that job.
+
+        Raises:
+            BadInputError: an id has other content, or a destination belongs to another live or published job; lists
+                all such conflicts.
+        """
+        candidates = [candidate_of(request) for request in requests]
+        with self._database.write() as connection:
+            self._database.lock_admission(connection)
+            return admit(connection, candidates, self._database.now(connection))
+
+    def claim(self, owner: str, limit: int, lease_seconds: float) -> tuple[Lease, ...]:
+        """Lease jobs that are due, those of lost drivers included: higher priority first, then older submission.
+
+        Cancelled jobs of lost drivers become CANCELLED on the way.
+
+        Args:
+            owner: names the driver, for people.
+            limit: most jobs to lease.
+            lease_seconds: time until the leases expire, unless they are extended.
+        """
+        if limit <= 0:
+            return ()
+        with self._database.write() as connection:
+            now = self._database.now(connection)
+            finish_lost_cancellations(connection, now)
+            return lease_due_jobs(connection, now, owner, limit, now + lease_seconds)
+
+    def extend(self, owner: str, leases: Mapping[str, int], lease_seconds: float) -> frozenset[str]:
+        """Let leases expire `lease_seconds` from now.
+
+        Args:
+            owner: that claimed them.
+            leases: the token of each job.
+            lease_seconds: time until they expire.
+
+        Returns:
+            Ids whose lease is lost: expired, taken over, or ended.
+        """
+        held = set()
+        with self._database.write() as connection:
+            now = self._database.now(connection)
+            # One statement for many, which locks and tells at once: a driver keeps thousands.
+            extended = (
+                update(jobs)
+                .where(jobs.c.owner == owner, jobs.c.lease_expires_at > now)
+                .values(lease_expires_at=now + lease_seconds)
+                .returning(jobs.c.id, jobs.c.token)
+            )
+            for ids in batches(leases):
+                for job_id, token in connection.execute(extended.where(jobs.c.id.in_(ids))):
+                    if token == leases[job_id]:
+                        held.add(job_id)
+        return frozenset(leases) - held
+
+    def cancelling(self, leases: Mapping[str, int]) -> frozenset[str]:
+        """Return the ids among these leases that a user asked to cancel."""
+        with self._database.read() as connection:
+            # Few jobs are ever cancelling at a time, and a driver may hold thousands.
+            query = select(jobs.c.id, jobs.c.token).where(jobs.c.state == JobState.CANCELLING)
+            return frozenset(row.id for row in connection.execute(query) if row.token == leases.get(row.id))
+
+    def cancel(self, ids: Iterable[str]) -> tuple[str, ...]:
+        """Cancel jobs: those that wait, or whose driver is lost, at once; those at work when their driver sees it.
+
+        Returns:
+            Ids of the jobs this call changed; not those that are cancelling already, or final.
+
+        Raises:
+            NotFoundError: some ids are no jobs; lists them. Nothing was changed.
+        """
+        with self._database.write() as connection:
+            rows, now = lock_jobs(self._database, connection, ids)
+            moves = []
+            for row in rows:
+                if row.state in CLAIMABLE_STATES:
+                    moves.append(Move(row, [Step(JobState.CANCELLED)], {"not_before": None}))
+                elif row.state in ACTIVE_STATES and row.state != JobState.CANCELLING:
+                    moves.append(Move(row, [Step(JobState.CANCELLING)], {"not_before": None}))
+            make_moves(connection, moves, now)
+            finish_lost_cancellations(connection, now)
+            return tuple(move.row.id for move in moves)
+
+    def retry(self, ids: Iterable[str]) -> tuple[str, ...]:
+        """Queue jobs again that failed, were cancelled or quarantined, or wait for their time; attempts start anew.
+
+        Returns:
+            Ids of the jobs this call changed.
+
+        Raises:
+            NotFoundError: some ids are no jobs; lists them. Nothing was changed.
+            BadInputError: destinations belong to other live or published jobs by now; lists all. Nothing was changed.
+        """
+        with self._database.write() as connection:
+            self._database.lock_admission(connection)
+            rows, now = lock_jobs(self._database, connection, ids)
+            rows = [row for row in rows if row.state in RETRYABLE_STATES]
+            if conflicts := destination_conflicts(connection, ((row.id, row.destination) for row in rows)):
+                raise BadInputError("\n".join(conflicts))
+            fresh = {
+                "attempts": 0,
+                "worker_losses": 0,
+                "excused_losses": 0,
+                "suspect": False,
+                "not_before": None,
+                "failure_class": None,
+                "failure_message": None,
+            }
+            step = Step(JobState.QUEUED, {"reason": "retried"})
+            make_moves(connection, [Move(row, [step], fresh) for row in rows], now)
+            return tuple(row.id for row in rows)
