@@ -18,7 +18,8 @@ from jobs.release import TensorCheck
 from jobs.request import MergeRequest
 from tests.models import load_plain
 from workers.bases.model import load_config, model_class
-from workers.bases.quantized_base import QuantizedBase, QuantizedCache
+from workers.bases.quantized_base import QuantizedBase
+from workers.bases.quantized_cache import QuantizedCache
 from workers.merging.arithmetic import ArithmeticCheck
 from workers.merging.evidence import Evidence
 from workers.merging.merge import PassResult, run_pass

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from jobs.errors import InternalError
 from jobs.request import MergeRequest
-from workers.bases.quantized_base import ResidentBases
+from workers.bases.resident_bases import ResidentBases
 from workers.files.memory import pass_over_modules
 from workers.merging.outcomes import (
     Failure,

@@ -6,9 +6,7 @@ death is an event the driver decides on. They are not detached: they end with th
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.driving.replies import (
@@ -25,7 +23,9 @@ from cluster.driving.replies import (
 )
 from cluster.driving.scheduler import WorkerView
 from cluster.ray_fleet.crews import Crew
-from jobs.errors import DeviceLostError, FailureClass, WorkerLostError
+from cluster.ray_fleet.members import Call, Member, device_fault, one_line, tell_slow_start
+from cluster.ray_fleet.placement import Placement
+from jobs.errors import DeviceLostError, WorkerLostError
 from jobs.request import MergeRequest
 from workers.merging.outcomes import (
     MergedShards,
@@ -41,9 +41,9 @@ from workers.merging.outcomes import (
 
 logger = logging.getLogger(__name__)
 
+
 _CONTROL = "control"
 """Concurrency group that answers while a unit runs."""
-_WORK = frozenset({"run_unit", "open_pass", "merge_shards", "finish_pass", "publish", "discard"})
 _POLLS = frozenset({"progress", "residents"})
 """Asked again and again; on the dashboard they would bury the tasks that a person looks for."""
 MAX_PINGS_PER_SECOND = 10.0
@@ -54,47 +54,6 @@ _FIRST_PAUSE_SECONDS = 1.0
 _MAX_PAUSE_SECONDS = 300.0
 """Between two attempts to fill a place whose workers do not start, or whose GPU fails; doubles with each of them."""
 _CLOSE_SECONDS = 10.0
-_SLOW_START_SECONDS = 60.0
-_MAX_REASON = 600
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Call:
-    """A call under way."""
-
-    worker: str
-    method: str
-    job_id: str | None
-    pass_id: str | None
-    started_at: float
-
-    @property
-    def is_work(self) -> bool:
-        """Whether the worker is not idle while it lasts."""
-        return self.method in _WORK
-
-
-@dataclass(slots=True)
-class _Member:
-    """One place in the fleet; the actor in it may change."""
-
-    name: str
-    crew: Crew
-    handle: Any = None
-    node: str | None = None
-    """Where it is to be; None where Ray decides."""
-    ready: bool = False
-    residents: frozenset[str] = frozenset()
-    created_at: float = 0.0
-    awaited: bool = False
-    """Whether an event has told that it takes long to start."""
-    failed_starts: int = 0
-    """In a row."""
-    device_faults: int = 0
-    """At work, in a row."""
-    rests_until: float = 0.0
-    """When its place is filled again."""
-    calls: dict[Any, _Call] = field(default_factory=dict)
 
 
 class WorkerPool:
@@ -122,7 +81,7 @@ class WorkerPool:
             clock: seconds that only go forward.
             sleep: waits so many seconds.
         """
-        import ray.util.scheduling_strategies  # noqa: PLC0415 - read the environment on import: see `cluster/ray_fleet/session.py`
+        import ray.util.scheduling_strategies  # noqa: PLC0415 - reads the environment: see `session.py`
 
         self._ray: Any = ray
         exceptions = ray.exceptions
@@ -149,9 +108,8 @@ class WorkerPool:
         self._clock = clock
         self._pinged_at = clock()
         self._sleep = sleep
-        self._members = {f"merge-worker-{n}": _Member(f"merge-worker-{n}", crew) for n, crew in enumerate(places)}
-        self._node_rests: dict[str, float] = {}
-        """Until when nodes get no worker because one did not start there; only of those that are chosen here."""
+        self._members = {f"merge-worker-{n}": Member(f"merge-worker-{n}", crew) for n, crew in enumerate(places)}
+        self._placement = Placement(ray, clock)
         self._fill_places()
 
     def views(self) -> tuple[WorkerView, ...]:
@@ -245,13 +203,13 @@ class WorkerPool:
             if member.handle is not None or self._clock() < member.rests_until:
                 continue
             try:
-                member.node = self._choose_node(member.crew)
+                member.node = self._placement.choose(member.crew, self._members.values())
                 if member.node is None and member.crew.without_gpus:
                     continue  # the machines it belongs on are gone, for now
                 options = {
                     "name": member.name,
                     "num_gpus": member.crew.num_gpus_each,
-                    "scheduling_strategy": self._near(member.node),
+                    "scheduling_strategy": self._placement.near(member.node),
                     # With num_cpus=0 Ray would force one OpenMP thread, which bitsandbytes computes with.
                     "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(member.crew.num_threads)}},
                 }
@@ -263,31 +221,6 @@ class WorkerPool:
             member.awaited = False
             member.created_at = self._clock()
             self._call(member.name, "ready", task_name="ready")
-
-    def _choose_node(self, crew: Crew) -> str | None:
-        """Return the node with the fewest workers for each of its cores; None where GPUs decide.
-
-        Ray itself puts actors that ask for no resource wherever it likes, and leaves machines empty. A node where a
-        worker did not start comes last for a while.
-        """
-        if crew.num_gpus_each > 0:
-            return None
-        nodes: list[dict[str, Any]] = [
-            node
-            for node in self._ray.nodes()
-            if node["Alive"] and not (crew.without_gpus and node["Resources"].get("GPU", 0.0))
-        ]
-        cores = {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in nodes}
-        counts = Counter(member.node for member in self._members.values() if member.handle is not None)
-        able = sorted(node for node, count in cores.items() if count > 0)
-        rests = {node for node, until in self._node_rests.items() if self._clock() < until}
-        return min(able, key=lambda node: (node in rests, (counts[node] + 1) / cores[node]), default=None)
-
-    def _near(self, node: str | None) -> Any:
-        """Return how Ray is told to place an actor: where a node is only wished for, it takes others as well."""
-        if node is None:
-            return "SPREAD"
-        return self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
 
     def _call(
         self,
@@ -306,7 +239,7 @@ class WorkerPool:
         if method in _POLLS:
             options["enable_task_events"] = False
         reference = getattr(member.handle, method).options(**options).remote(*arguments)
-        member.calls[reference] = _Call(
+        member.calls[reference] = Call(
             worker=worker, method=method, job_id=job_id, pass_id=pass_id, started_at=self._clock()
         )
 
@@ -333,22 +266,22 @@ class WorkerPool:
         try:
             value = self._ray.get(reference)
         except self._gone as error:
-            yield from self._lose(member, _one_line(error))
+            yield from self._lose(member, one_line(error))
             return
         except self._ray.exceptions.RayError as error:
             cause = getattr(error, "cause", error)  # what the worker raised, without Ray's account of where
             if call.method == "ready" or isinstance(cause, DeviceLostError):
-                yield from self._lose(member, _one_line(cause), device_failed=isinstance(cause, DeviceLostError))
+                yield from self._lose(member, one_line(cause), device_failed=isinstance(cause, DeviceLostError))
                 return
             yield CallFailed(
                 worker=member.name,
                 call=call.method,
                 job_id=call.job_id,
                 pass_id=call.pass_id,
-                message=_one_line(cause),
+                message=one_line(cause),
             )
             return
-        fault = _device_fault(value)
+        fault = device_fault(value)
         if fault is not None:
             member.device_faults += 1
             self._rest(member)
@@ -356,7 +289,7 @@ class WorkerPool:
             return
         yield from self._answer(member, call, value)
 
-    def _answer(self, member: _Member, call: _Call, value: Any) -> Iterable[PoolEvent]:
+    def _answer(self, member: Member, call: Call, value: Any) -> Iterable[PoolEvent]:
         if isinstance(value, UnitOutcome | ShardsOutcome):
             member.residents = frozenset(value.residents)
             member.device_faults = 0
@@ -381,7 +314,7 @@ class WorkerPool:
         if call.method == "residents":
             member.residents = frozenset(value)
 
-    def _welcome(self, member: _Member, said: Readiness) -> Iterable[PoolEvent]:
+    def _welcome(self, member: Member, said: Readiness) -> Iterable[PoolEvent]:
         """Count a worker that has started among those that can work, or do without it."""
         if said.fault is not None:
             yield from self._lose(member, f"{said.host}: {said.fault}")
@@ -389,7 +322,7 @@ class WorkerPool:
         member.ready = True
         member.failed_starts = 0
 
-    def _lose(self, member: _Member, reason: str, *, device_failed: bool = False) -> Iterable[PoolEvent]:
+    def _lose(self, member: Member, reason: str, *, device_failed: bool = False) -> Iterable[PoolEvent]:
         """Empty the place of a worker that is dead or cannot work, and say so; of one that never could, once.
 
         Its calls are forgotten: an actor's name is free when nothing refers to it.
@@ -406,7 +339,7 @@ class WorkerPool:
         member.failed_starts += 1
         self._rest(member)
         if member.node is not None:
-            self._node_rests[member.node] = member.rests_until
+            self._placement.leave_alone(member.node, member.rests_until)
         logger.warning("worker does not start", extra={"worker": member.name, "reason": reason})
         members = self._members.values()
         if all(not each.ready and each.failed_starts >= _MAX_FAILED_STARTS for each in members):
@@ -416,7 +349,7 @@ class WorkerPool:
         if member.failed_starts == 1:
             yield WorkerUnfit(worker=member.name, reason=reason)
 
-    def _rest(self, member: _Member) -> None:
+    def _rest(self, member: Member) -> None:
         """Leave a place empty for a while, the longer the more often its workers could not work."""
         num_faults = member.failed_starts + member.device_faults
         pause = min(_MAX_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2.0 ** min(num_faults - 1, 32))
@@ -426,35 +359,8 @@ class WorkerPool:
         now = self._clock()
         for member in self._members.values():
             if not member.ready:
-                _tell_slow_start(member, now)
+                tell_slow_start(member, now)
                 continue
             pings = [call.started_at for call in member.calls.values() if not call.is_work]
             if pings and now - min(pings) > self._unresponsive_seconds:
                 yield from self._lose(member, f"no answer for {self._unresponsive_seconds:.0f} s")
-
-
-def _tell_slow_start(member: _Member, now: float) -> None:
-    if now - member.created_at > _SLOW_START_SECONDS and not member.awaited:
-        member.awaited = True
-        logger.warning(
-            "worker does not start yet; the cluster may have no free resources for it", extra={"worker": member.name}
-        )
-
-
-def _device_fault(value: object) -> str | None:
-    """Return how a worker lost its device at work, of which its answer says nothing else; None when it did not."""
-    match value:
-        case UnitOutcome(jobs=jobs) | PassOpened(ended=jobs) | ShardsOutcome(ended=jobs):
-            failures = [job.failure for job in jobs]
-        case PublishOutcome(failure=failure):
-            failures = [failure]
-        case _:
-            return None
-    lost = [each for each in failures if each is not None and each.failure_class is FailureClass.WORKER_LOST]
-    return lost[0].message if lost else None
-
-
-def _one_line(error: BaseException) -> str:
-    """Return an error as one line; of a long one, how it begins and how it ends, which is where the cause is."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= _MAX_REASON else f"{text[: _MAX_REASON // 2]} … {text[-_MAX_REASON // 2 :]}"

@@ -12,7 +12,7 @@ _numbers = itertools.count()
 
 @pytest.fixture(params=["directory", pytest.param("s3", marks=pytest.mark.s3), "hub"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    monkeypatch.setattr("workers.releases.sinks.s3_upload.MIN_PART_BYTES", 5 << 20)
+    monkeypatch.setattr("workers.releases.sinks.s3_objects.MIN_PART_BYTES", 5 << 20)
     name = f"r{next(_numbers)}n"  # with a number after it, it is no other test's
     if request.param == "directory":
         return DirectoryPlace(tmp_path)

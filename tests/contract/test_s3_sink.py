@@ -22,9 +22,10 @@ from tests.releases import SHARD, fill, make_files, make_manifest, write_files
 from tests.servers.s3 import S3Server
 from workers.releases.delivery import verify_release
 from workers.releases.released import encode_manifest
-from workers.releases.sinks.s3 import S3Sink, S3Staging
+from workers.releases.sinks.s3 import S3Sink
+from workers.releases.sinks.s3_objects import part_bytes
 from workers.releases.sinks.s3_records import abort_recorded
-from workers.releases.sinks.s3_upload import part_bytes
+from workers.releases.sinks.s3_staging import S3Staging
 from workers.sources.s3_client import S3Store
 
 pytestmark = pytest.mark.s3
@@ -37,7 +38,7 @@ _numbers = itertools.count()
 
 @pytest.fixture
 def place(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3Place:
-    monkeypatch.setattr("workers.releases.sinks.s3_upload.MIN_PART_BYTES", 5 << 20)
+    monkeypatch.setattr("workers.releases.sinks.s3_objects.MIN_PART_BYTES", 5 << 20)
     return S3Place(tmp_path, s3, f"faults/r{next(_numbers)}/eu")
 
 

@@ -16,64 +16,24 @@ import os
 import threading
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from jobs.errors import BadInputError
 from workers.adapters.lora import read_operand
-from workers.bases.four_bit import QuantizedWeight
 from workers.bases.quantized_base import QuantizedBase
 from workers.files.foreign import open_foreign
 from workers.files.tensor_io import read_into
 from workers.merging.arithmetic import ArithmeticCheck, Tally
 from workers.merging.passes import PassJob, PassState, check_range
 from workers.merging.plan import BasePlan, OutputTensor
+from workers.merging.work import Tile, WeightInWork
 from workers.numerics import products
 from workers.numerics.products import Comparison
 from workers.numerics.tiles import TILE_ELEMENTS, TileBuffers, Tiling, pieces_of
 
 _MAX_OPEN_SHARDS = 256
 """Shards of all jobs that are written at one time; each holds two descriptors, and 1024 is a common limit."""
-
-
-class _Weight:
-    """What the tiles of one tensor share: loaded with the first, dropped with the last."""
-
-    def __init__(
-        self, tensor: OutputTensor, quantized: QuantizedWeight | None, num_columns: int, num_tiles: int
-    ) -> None:
-        self.tensor = tensor
-        self.quantized = quantized
-        self.num_columns = num_columns
-        self.dtype = tensor.dtype if tensor.stored is None else tensor.stored.dtype
-        """Of W as it is read."""
-        if quantized is not None:
-            self.dtype = quantized.dtype
-        self.num_tiles_left = num_tiles
-        self.lock = threading.Lock()
-        self.operands: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        """lora_A [R, I] and lora_B [O, R] of each job, float32, on the device."""
-        self.tallies: dict[str, Tally] = {}
-        """What the check of each job's tiles found."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    weight: _Weight
-    rows: slice
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.rows.stop - self.rows.start, self.weight.num_columns
-
-    @property
-    def num_elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_elements * self.weight.tensor.dtype.itemsize
 
 
 class Walk:
@@ -117,13 +77,13 @@ class Walk:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
 
-    def _next_tile(self) -> _Tile | None:
+    def _next_tile(self) -> Tile | None:
         with self._lock:
             if self._stopped or self._state.over:
                 return None
             return next(self._tiles, None)
 
-    def _all_tiles(self, num_abreast: int) -> Iterator[_Tile]:
+    def _all_tiles(self, num_abreast: int) -> Iterator[Tile]:
         """Yield all tiles: of a few shards in turns, as the kernel lets one thread at a time write to a file."""
         by_shard: dict[str, list[OutputTensor]] = defaultdict(list)
         for tensor in self._base.tensors:
@@ -142,7 +102,7 @@ class Walk:
                 in_turn.append(tiles)
                 yield tile
 
-    def _tiles_of(self, tensors: Sequence[OutputTensor]) -> Iterator[_Tile]:
+    def _tiles_of(self, tensors: Sequence[OutputTensor]) -> Iterator[Tile]:
         for tensor in tensors:
             quantized = None
             if tensor.stored is None:
@@ -155,9 +115,9 @@ class Walk:
                     )
             alignment = quantized.row_alignment if quantized else 1
             tiling = Tiling.of(tensor.shape, alignment, TILE_ELEMENTS[self._device.type])
-            weight = _Weight(tensor, quantized, tiling.num_columns, len(tiling.rows))
+            weight = WeightInWork(tensor, quantized, tiling.num_columns, len(tiling.rows))
             for rows in tiling.rows:
-                yield _Tile(weight, rows)
+                yield Tile(weight, rows)
 
     def _computed(self, tensor: OutputTensor) -> bool:
         if tensor.num_bytes == 0:
@@ -173,7 +133,7 @@ class Walk:
                 self._descriptors[shard] = open_foreign(self._base.source.directory / shard, any_size=True).descriptor
             return self._descriptors[shard]
 
-    def _finish(self, tile: _Tile) -> None:
+    def _finish(self, tile: Tile) -> None:
         """Make a tile for all jobs that take it, have it written, and check it."""
         weight, tensor = tile.weight, tile.weight.tensor
         takers = self._state.well(self._takers(tensor))
@@ -195,7 +155,7 @@ class Walk:
                     self._state.checked(name, tally.summary())
                 weight.tallies.clear()
 
-    def _finish_for(self, name: str, tile: _Tile, made_from: torch.Tensor | None, known: torch.Tensor | None) -> None:
+    def _finish_for(self, name: str, tile: Tile, made_from: torch.Tensor | None, known: torch.Tensor | None) -> None:
         job, tensor = self._state.jobs[name], tile.weight.tensor
         with self._state.job(name) as writer:
             if writer is None:
@@ -226,7 +186,7 @@ class Walk:
                     self._check.compare(tally, tile.rows, (shard.name, offset), buffer.values, known, found=comparison)
                     self._state.count(checked=tile.num_bytes)
 
-    def _in_place(self, tile: _Tile, num_takers: int) -> bool:
+    def _in_place(self, tile: Tile, num_takers: int) -> bool:
         """Whether a tile of W goes straight into the buffer it is written from, and becomes there what it is to be."""
         if num_takers > 1:
             return False
@@ -234,7 +194,7 @@ class Walk:
             return True
         return self._device.type == "cpu" and tile.weight.dtype == tile.weight.tensor.dtype
 
-    def _read(self, tile: _Tile) -> torch.Tensor:
+    def _read(self, tile: Tile) -> torch.Tensor:
         """Return a tile of W, on the device if something is made from it."""
         quantized = tile.weight.quantized
         if quantized is not None and self._device.type != "cpu":
@@ -243,7 +203,7 @@ class Walk:
         self._read_into(tile, weight_OI)
         return weight_OI.to(self._device, non_blocking=True) if self._computed(tile.weight.tensor) else weight_OI
 
-    def _read_into(self, tile: _Tile, target_OI: torch.Tensor) -> None:
+    def _read_into(self, tile: Tile, target_OI: torch.Tensor) -> None:
         """Read a tile of W into main memory, or dequantize it there."""
         tensor, quantized = tile.weight.tensor, tile.weight.quantized
         if quantized is not None:
@@ -260,7 +220,7 @@ class Walk:
     def _fill(
         self,
         target_OI: torch.Tensor,
-        tile: _Tile,
+        tile: Tile,
         job: PassJob,
         made_from: torch.Tensor | None,
         comparison: Comparison | None,
@@ -276,7 +236,7 @@ class Walk:
         if self._computed(tensor):
             check_range(tensor, target_OI)
 
-    def _operands(self, tile: _Tile, job: PassJob) -> tuple[torch.Tensor, torch.Tensor]:
+    def _operands(self, tile: Tile, job: PassJob) -> tuple[torch.Tensor, torch.Tensor]:
         delta = job.plan.deltas[tile.weight.tensor.name]
         name = job.plan.request.id
         with tile.weight.lock:
@@ -287,7 +247,7 @@ class Walk:
                 self._state.count(adapter=delta.a_RI.num_bytes + delta.b_OR.num_bytes)
             return tile.weight.operands[name]
 
-    def _tally(self, weight: _Weight, job: PassJob) -> Tally | None:
+    def _tally(self, weight: WeightInWork, job: PassJob) -> Tally | None:
         if self._check is None:
             return None
         name = job.plan.request.id
@@ -299,7 +259,7 @@ class Walk:
     def _add(
         self,
         weight_OI: torch.Tensor | None,
-        tile: _Tile,
+        tile: Tile,
         job: PassJob,
         target_OI: torch.Tensor,
         comparison: Comparison | None,

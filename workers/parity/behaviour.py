@@ -40,7 +40,8 @@ from workers.merging.plan import MergePlan
 from workers.parity.answers import Answers, summarize_answers
 from workers.parity.divergence import Divergence, compare_logits, working_bytes
 from workers.parity.foreign_models import model_of
-from workers.parity.inference import Room, RunningModel, load_model
+from workers.parity.inference import RunningModel
+from workers.parity.loading import Room, load_model
 from workers.parity.prompts import LONGEST_BUILT_IN, Prompts, read_prompts
 from workers.parity.references import Reference, references
 from workers.parity.rounded import merge_and_round, output_dtype, rounding_as_used, stored_dtypes

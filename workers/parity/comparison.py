@@ -13,7 +13,7 @@ import torch
 from jobs.errors import BadInputError, MergefleetError, ParityFailedError
 from jobs.release import Alternative, BehaviourCheck
 from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
-from workers.bases.quantized_base import QuantizedCache
+from workers.bases.quantized_cache import QuantizedCache
 from workers.files.scratch import OwnedDirectory
 from workers.merging.merge import run_pass
 from workers.merging.module_weights import module_weights

@@ -11,16 +11,9 @@ from jobs.release import MANIFEST_NAME, REPORT_NAME, Artifact, Manifest
 from workers.files.checkpoint import INDEX_FILE
 from workers.files.local import FileState, file_errors
 from workers.files.scratch import OwnedDirectory, sweep
-from workers.releases.released import (
-    MAX_MANIFEST_BYTES,
-    MAX_REPORT_BYTES,
-    ManifestFile,
-    decode_manifest,
-    disagreements,
-    missing_parts,
-    missing_shards,
-    occupied,
-)
+from workers.releases.agreement import disagreements, missing_parts, missing_shards
+from workers.releases.places import occupied
+from workers.releases.released import MAX_MANIFEST_BYTES, MAX_REPORT_BYTES, ManifestFile, decode_manifest
 from workers.releases.sinks.directory import DirectorySink, DirectoryStaging
 from workers.sources.contents import Contents, LocalContents, open_contents
 

@@ -6,7 +6,7 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,25 +17,18 @@ from jobs.errors import BadInputError, DestinationOccupiedError, InternalError
 from jobs.locations import Location
 from jobs.release import (
     MANIFEST_NAME,
-    REPORT_NAME,
     Artifact,
-    BehaviourCheck,
     Manifest,
     ParityReport,
-    ParitySummary,
     Release,
 )
 from jobs.request_files.problems import show
-from workers.files.checkpoint import INDEX_FILE
 from workers.files.local import sha256_of
 
 MAX_MANIFEST_BYTES = 16 << 20
 """A larger `manifest.json` is not ours."""
 MAX_REPORT_BYTES = 64 << 20
 """A larger `parity.json` is not ours."""
-
-_MAX_SHOWN = 80
-_SAID_TWICE = sorted((Manifest.model_fields.keys() & ParityReport.model_fields.keys()) - {"schema_version"})
 _NO_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
 """Nothing of this name, a link, or a socket."""
 
@@ -91,9 +84,9 @@ def decode_manifest(data: bytes, location: Location) -> ManifestFile:
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
-        wrong = _wrong(error, Manifest, f"{location}: {MANIFEST_NAME}", "no manifest of mergefleet")
+        wrong = what_is_wrong(error, Manifest, f"{location}: {MANIFEST_NAME}", "no manifest of mergefleet")
         raise BadInputError(wrong) from error
-    if field := _repeated(data):
+    if field := repeated_field(data):
         raise BadInputError(f"{location}: {MANIFEST_NAME} names the field {show(field)} twice; do not deploy it")
     times = Counter(artifact.path.casefold() for artifact in manifest.files)
     if twice := sorted(artifact.path for artifact in manifest.files if times[artifact.path.casefold()] > 1):
@@ -106,62 +99,7 @@ def decode_manifest(data: bytes, location: Location) -> ManifestFile:
     return ManifestFile(manifest=manifest, data=data)
 
 
-def disagreements(manifest: Manifest, report: bytes) -> list[str]:
-    """Compare a manifest with the parity report it names.
-
-    Args:
-        manifest: of a release.
-        report: the bytes of its `parity.json`.
-
-    Returns:
-        One sentence for each thing that the two say differently, or that the report says against the release.
-    """
-    try:
-        found = ParityReport.model_validate_json(report)
-    except ValidationError as error:
-        return [_wrong(error, ParityReport, f"{REPORT_NAME}:", "no parity report of mergefleet")]
-    if field := _repeated(report):
-        return [f"{REPORT_NAME}: names the field {show(field)} twice"]
-    told = {name: getattr(found, name) for name in _SAID_TWICE}
-    named = {name: getattr(manifest, name) for name in _SAID_TWICE}
-    figures = _figures(found)
-    told |= figures
-    named |= {name: getattr(manifest.parity, name) for name in figures}
-    wrong = [
-        f"{REPORT_NAME}: {name} is {_shown(value)}, {MANIFEST_NAME} says {_shown(named[name])}"
-        for name, value in told.items()
-        if value != named[name]
-    ]
-    if not found.passed:
-        wrong.append(f"{REPORT_NAME}: says that parity did not pass")
-    return wrong
-
-
-def missing_parts(manifest: Manifest) -> list[str]:
-    """Return a sentence for each file that every release has and a manifest does not name."""
-    names = {artifact.path for artifact in manifest.files}
-    lacks = [name for name in ("config.json", REPORT_NAME) if name not in names]
-    if not any(name.endswith(".safetensors") for name in names):
-        lacks.append("*.safetensors")
-    return [f"{name}: not in the manifest, and every release has it" for name in lacks]
-
-
-def missing_shards(manifest: Manifest, index: bytes) -> list[str]:
-    """Return a sentence for each shard that an index names and a manifest does not.
-
-    Args:
-        manifest: of a release.
-        index: the bytes of its `model.safetensors.index.json`.
-    """
-    try:
-        shards = {str(shard) for shard in from_json(index)["weight_map"].values()}
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return [f"{INDEX_FILE}: is no index of safetensors files"]
-    names = {artifact.path for artifact in manifest.files}
-    return [f"{INDEX_FILE}: names {show(shard)}, {MANIFEST_NAME} does not" for shard in sorted(shards - names)]
-
-
-def _repeated(data: bytes) -> str | None:
+def repeated_field(data: bytes) -> str | None:
     """Return a field that stands twice in one object of a JSON text: readers differ in which of the two they take."""
     repeated = list[str]()
 
@@ -173,27 +111,7 @@ def _repeated(data: bytes) -> str | None:
     return repeated[0] if repeated else None
 
 
-def _figures(report: ParityReport) -> dict[str, object]:
-    """Return what a report comes to, by the names that a manifest has for it."""
-    survivals = [check.survival for check in report.tensors if check.survival is not None]
-    gating = next((check for check in report.behaviour if check.gates), None)
-    shared = ParitySummary.model_fields.keys() & BehaviourCheck.model_fields.keys()
-    return {
-        "level": report.level,
-        "num_tensors": len(report.tensors),
-        "num_changed_tensors": sum(check.changed for check in report.tensors),
-        "rounding_excess": max((check.rounding_excess for check in report.tensors), default=0.0),
-        "min_survival": min(survivals, default=None),
-        **{name: getattr(gating, name) if gating else None for name in sorted(shared)},
-    }
-
-
-def _shown(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
-
-
-def _wrong(error: ValidationError, model: type[Manifest | ParityReport], what: str, kind: str) -> str:
+def what_is_wrong(error: ValidationError, model: type[Manifest | ParityReport], what: str, kind: str) -> str:
     """Say what is wrong about a file; that it is of a newer mergefleet, before the fields that this one brings."""
     found = {detail["loc"]: detail for detail in error.errors(include_url=False)}
     known = model.model_fields["schema_version"].default
@@ -243,18 +161,6 @@ def decode_existing(data: bytes, location: Location) -> ManifestFile:
         raise DestinationOccupiedError(f"{error}; choose another destination") from error
 
 
-def occupied(location: Location, names: Sequence[str], what: str) -> DestinationOccupiedError:
-    """Return the error for a destination that holds something else.
-
-    Args:
-        location: the destination.
-        names: what is there; the first three are named in the message.
-        what: what these are, in a few words.
-    """
-    shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return DestinationOccupiedError(f"{location} holds {what}: {shown}; choose another destination or empty it first")
-
-
 def is_release(data: bytes) -> bool:
     """Whether a `manifest.json` is that of a release, of whatever version: other programs use the name, too."""
     try:
@@ -262,21 +168,6 @@ def is_release(data: bytes) -> bool:
     except ValueError:
         return False
     return isinstance(found, dict) and found.keys() >= {"merge_key", "files"}
-
-
-def lies_inside(location: Location, outer: Location) -> DestinationOccupiedError:
-    """Return the error for a destination inside of a release."""
-    return DestinationOccupiedError(
-        f"{location} lies inside the release at {outer}, which would hold more than its manifest says; "
-        "choose a destination beside it"
-    )
-
-
-def holds_below(location: Location, inner: Location) -> DestinationOccupiedError:
-    """Return the error for a destination that another release lies below."""
-    return DestinationOccupiedError(
-        f"{location} has the release at {inner} below it, which is no part of this one; choose a destination beside it"
-    )
 
 
 def check_artifact(path: Path, artifact: Artifact) -> None:

@@ -22,7 +22,9 @@ from jobs.release import (
     Manifest,
 )
 from jobs.request import BaseQuantization
-from workers.bases.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
+from workers.bases.quantized_base import QuantizedBase
+from workers.bases.quantized_cache import QuantizedCache
+from workers.bases.resident_bases import ResidentBases
 from workers.files.local import file_errors
 from workers.files.memory import available_device_bytes, available_host_bytes, give_back, hold_little
 from workers.files.scratch import sweep

@@ -7,7 +7,7 @@ import torch
 
 from jobs.errors import InternalError, MergefleetError, ParityFailedError
 from jobs.release import REPORT_NAME, BehaviourCheck, ParityReport, TensorCheck
-from workers.bases.quantized_base import QuantizedCache
+from workers.bases.quantized_cache import QuantizedCache
 from workers.files.scratch import OwnedDirectory
 from workers.files.shard import HashedFile
 from workers.merging.arithmetic import ArithmeticCheck

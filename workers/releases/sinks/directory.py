@@ -11,16 +11,14 @@ from jobs.locations import LocalPath
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
 from workers.files.local import FileState, file_errors, sync, sync_tree
 from workers.files.scratch import OwnedDirectory, sweep
+from workers.releases.places import holds_below, lies_inside, occupied
 from workers.releases.released import (
     ManifestFile,
     check_all_put,
     check_artifact,
     decode_existing,
     encode_manifest,
-    holds_below,
     is_release,
-    lies_inside,
-    occupied,
     read_manifest,
 )
 from workers.releases.sinks import Receipt, Ticket

@@ -13,6 +13,7 @@ from jobs.locations import HubRepo
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
 from workers.files.local import FileState, file_errors
 from workers.files.scratch import OwnedDirectory, sweep
+from workers.releases.places import occupied
 from workers.releases.released import (
     MAX_MANIFEST_BYTES,
     ManifestFile,
@@ -20,7 +21,6 @@ from workers.releases.released import (
     check_all_put,
     decode_existing,
     encode_manifest,
-    occupied,
 )
 from workers.releases.sinks import Receipt, Ticket
 from workers.sources.belongings import CARD_NAME

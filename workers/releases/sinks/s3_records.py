@@ -10,11 +10,14 @@ one, on any machine, knows the upload for an attempt at this destination; upload
 decision 17.
 """
 
+import logging
 from urllib.parse import quote, unquote
 
 from botocore.exceptions import ClientError
 
 from workers.sources.s3_client import S3Store, error_code
+
+logger = logging.getLogger(__name__)
 
 RECORDS = ".mergefleet-uploads"
 """No file of a release has such a name: those begin with a letter or a digit."""
@@ -63,6 +66,8 @@ def abort_recorded(store: S3Store) -> int:
                 abort_upload(store, name, unquote(quoted))
                 num_aborted += 1
             _abort(store, key.removeprefix(store.key("")), record_id)
+    if num_aborted:
+        logger.info("aborted unfinished uploads", extra={"place": str(store.place), "uploads": num_aborted})
     return num_aborted
 
 

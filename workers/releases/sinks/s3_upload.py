@@ -4,18 +4,16 @@ Every byte is covered twice: the store compares the CRC-64/NVME of each part and
 SHA-256 of what was read is compared with what was computed when the file was written.
 """
 
-import base64
 import hashlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awscrt.checksums import crc64nvme
 
-from jobs.errors import NotFoundError, TransientIOError, UnsupportedError
+from jobs.errors import TransientIOError
 from jobs.release import Artifact
 from workers.files.local import file_errors
 from workers.releases.released import changed
@@ -24,121 +22,18 @@ from workers.sources.s3_client import S3Store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+from workers.releases.sinks.s3_objects import (
+    MIN_PART_BYTES,
+    Mark,
+    StoredObject,
+    StoredParts,
+    checksum_text,
+    compare_checksums,
+    create_whole,
+    part_bytes,
+)
 
-MIN_PART_BYTES = 16 << 20
-"""S3 allows parts of 5 MiB to 5 GiB. A file no larger than one part goes up in one request, when it is published."""
-
-_MAX_PARTS = 10_000
 _NUM_STREAMS = 4
-_MERGE_KEY = "mergefleet-merge-key"
-_SHA256 = "mergefleet-sha256"
-_ATTEMPT = "mergefleet-attempt"
-_DESTINATION = "mergefleet-destination"
-
-
-def part_bytes(num_bytes: int) -> int:
-    """Return the size of the parts of a file: whole MiB, and few enough parts for S3."""
-    fewest = -(-num_bytes // _MAX_PARTS)
-    return max(MIN_PART_BYTES, -(-fewest // (1 << 20)) * (1 << 20))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mark:
-    """What every object of ours carries as metadata, so that a later attempt knows its own."""
-
-    destination: str
-    """Digest of the place it was written for: an object copied elsewhere, or of a release below, is not its own."""
-    merge_key: str
-    sha256: str
-    attempt: str
-    """Random; tells two attempts at the same release apart."""
-
-    def metadata(self) -> dict[str, str]:
-        """Return it as S3 metadata."""
-        return {
-            _DESTINATION: self.destination,
-            _MERGE_KEY: self.merge_key,
-            _SHA256: self.sha256,
-            _ATTEMPT: self.attempt,
-        }
-
-    def is_same_release(self, other: "Mark | None") -> bool:
-        """Whether another mark is of the same release at the same destination."""
-        return other is not None and (other.destination, other.merge_key) == (self.destination, self.merge_key)
-
-
-def destination_digest(store: S3Store) -> str:
-    """Return the name of a destination in marks: metadata is ASCII, and prefixes need not be."""
-    return hashlib.sha256(str(store.place).encode()).hexdigest()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredObject:
-    """What a store says of one object."""
-
-    num_bytes: int
-    etag: str
-    crc: str | None
-    """The store's own CRC-64/NVME of the whole object, in base64."""
-    mark: Mark | None
-    """None when the object is not ours."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredParts:
-    """What is needed to complete an upload from elsewhere; empty for a file that goes up in one request."""
-
-    upload_id: str
-    record_id: str
-    parts: "tuple[CompletedPartTypeDef, ...]"
-    crc: str
-
-
-def look_at(store: S3Store, name: str) -> StoredObject | None:
-    """Return what the store says of an object, or None when there is none."""
-    try:
-        with store.errors():
-            answer = store.client.head_object(Bucket=store.place.bucket, Key=store.key(name), ChecksumMode="ENABLED")
-    except NotFoundError:
-        return None
-    found = answer["Metadata"]
-    mark = None
-    if found.keys() >= {_DESTINATION, _MERGE_KEY, _SHA256, _ATTEMPT}:
-        mark = Mark(
-            destination=found[_DESTINATION],
-            merge_key=found[_MERGE_KEY],
-            sha256=found[_SHA256],
-            attempt=found[_ATTEMPT],
-        )
-    return StoredObject(
-        num_bytes=answer["ContentLength"],
-        etag=answer["ETag"],
-        crc=answer.get("ChecksumCRC64NVME"),
-        mark=mark,
-    )
-
-
-def create_whole(store: S3Store, name: str, data: bytes, mark: Mark) -> str:
-    """Create an object in one request, where none is.
-
-    Returns:
-        The object's ETag.
-
-    Raises:
-        ClientError: as botocore raises it; 412 when an object is there.
-        TransientIOError, UnsupportedError: as `Upload.complete`.
-    """
-    crc = _text(crc64nvme(data))
-    answer = store.client.put_object(
-        Bucket=store.place.bucket,
-        Key=store.key(name),
-        Body=data,
-        ChecksumCRC64NVME=crc,
-        Metadata=mark.metadata(),
-        IfNoneMatch="*",
-    )
-    _compare(f"{store.place}/{name}", answer.get("ChecksumCRC64NVME"), crc)
-    return answer["ETag"]
 
 
 class Upload:
@@ -265,7 +160,7 @@ class Upload:
             IfNoneMatch="*",
         )
         self._is_complete = True
-        _compare(f"{self._store.place}/{self.artifact.path}", answer.get("ChecksumCRC64NVME"), self._crc)
+        compare_checksums(f"{self._store.place}/{self.artifact.path}", answer.get("ChecksumCRC64NVME"), self._crc)
         return answer["ETag"]
 
     def abort(self) -> None:
@@ -293,10 +188,10 @@ class Upload:
                     break
         if sha256.hexdigest() != self.artifact.sha256:
             raise changed(self._path, sha256.hexdigest(), self.artifact)
-        self._crc = _text(crc)
+        self._crc = checksum_text(crc)
 
     def _send_part(self, number: int, data: bytes) -> "CompletedPartTypeDef":
-        crc = _text(crc64nvme(data))
+        crc = checksum_text(crc64nvme(data))
         answer = self._store.client.upload_part(
             Bucket=self._store.place.bucket,
             Key=self._key,
@@ -305,19 +200,7 @@ class Upload:
             Body=data,
             ChecksumCRC64NVME=crc,
         )
-        _compare(f"part {number} of {self._store.place}/{self.artifact.path}", answer.get("ChecksumCRC64NVME"), crc)
-        return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumCRC64NVME": crc}
-
-
-def _text(crc: int) -> str:
-    """Return a checksum as S3 writes it: base64 of its bytes, highest first."""
-    return base64.b64encode(crc.to_bytes(8, "big")).decode()
-
-
-def _compare(what: str, answered: str | None, computed: str) -> None:
-    if answered is None:
-        raise UnsupportedError(
-            f"{what}: the store returned no CRC-64/NVME to compare with; use one that checks uploads"
+        compare_checksums(
+            f"part {number} of {self._store.place}/{self.artifact.path}", answer.get("ChecksumCRC64NVME"), crc
         )
-    if answered != computed:
-        raise TransientIOError(f"{what}: the store has CRC-64/NVME {answered}, {computed} was sent")
+        return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumCRC64NVME": crc}

@@ -14,7 +14,7 @@ from tests.methods import make_method_adapter, save_old_adapter
 from tests.models import load_plain
 from workers.adapters.adapter import take_off, wrapped_modules
 from workers.merging.evidence import Evidence
-from workers.parity.inference import Room, load_model
+from workers.parity.loading import Room, load_model
 
 LINEARS = {
     "mixtral": ["q_proj", "w1", "w2", "w3", "gate"],

@@ -24,7 +24,9 @@ from jobs.locations import LocalPath
 from jobs.request import MergeRequest
 from tests.merges import CPU, different, load_dequantized, open_descriptors, read_tensors
 from tests.models import build_bnb_4bit, build_llama, load_plain
-from workers.bases.quantized_base import QuantizedBase, QuantizedCache, ResidentBases
+from workers.bases.quantized_base import QuantizedBase
+from workers.bases.quantized_cache import QuantizedCache
+from workers.bases.resident_bases import ResidentBases
 from workers.files.checkpoint import INDEX_FILE, read_checkpoint
 from workers.files.scratch import exclusive
 from workers.merging.plan import plan_base
@@ -37,7 +39,7 @@ MAKE = """
 import pickle, sys
 from pathlib import Path
 import torch
-from workers.bases.quantized_base import QuantizedCache
+from workers.bases.quantized_cache import QuantizedCache
 
 torch.set_num_threads(1)
 task = pickle.loads(Path(sys.argv[1]).read_bytes())

@@ -21,7 +21,7 @@ from jobs.request import Thresholds
 from tests.merges import CPU, merge_by_peft, open_descriptors, plan_pass, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
 from workers.adapters.adapter import ADAPTER_WEIGHTS
-from workers.bases.quantized_base import QuantizedCache
+from workers.bases.quantized_cache import QuantizedCache
 from workers.files.checkpoint import DTYPES
 from workers.merging.arithmetic import ArithmeticCheck, failures
 from workers.merging.proof import Operands

@@ -31,7 +31,7 @@ from tests.models import build_bnb_4bit, build_llama, build_qwen2, load_plain, m
 from workers.adapters.adapter import open_adapter
 from workers.parity.behaviour import Subject, check_behaviour
 from workers.parity.effect import keeps_effect
-from workers.parity.inference import Room, load_model
+from workers.parity.loading import Room, load_model
 
 CPU = torch.device("cpu")
 LIMITS = Thresholds()

@@ -1,0 +1,87 @@
+"""The places of a fleet: which actor is in each, what it is at, and what its answers say about it."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.ray_fleet.crews import Crew
+from jobs.errors import FailureClass
+from workers.merging.outcomes import (
+    PassOpened,
+    PublishOutcome,
+    ShardsOutcome,
+    UnitOutcome,
+)
+
+WORK = frozenset({"run_unit", "open_pass", "merge_shards", "finish_pass", "publish", "discard"})
+logger = logging.getLogger(__name__)
+
+_SLOW_START_SECONDS = 60.0
+_MAX_REASON = 600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A call under way."""
+
+    worker: str
+    method: str
+    job_id: str | None
+    pass_id: str | None
+    started_at: float
+
+    @property
+    def is_work(self) -> bool:
+        """Whether the worker is not idle while it lasts."""
+        return self.method in WORK
+
+
+@dataclass(slots=True)
+class Member:
+    """One place in the fleet; the actor in it may change."""
+
+    name: str
+    crew: Crew
+    handle: Any = None
+    node: str | None = None
+    """Where it is to be; None where Ray decides."""
+    ready: bool = False
+    residents: frozenset[str] = frozenset()
+    created_at: float = 0.0
+    awaited: bool = False
+    """Whether an event has told that it takes long to start."""
+    failed_starts: int = 0
+    """In a row."""
+    device_faults: int = 0
+    """At work, in a row."""
+    rests_until: float = 0.0
+    """When its place is filled again."""
+    calls: dict[Any, Call] = field(default_factory=dict)
+
+
+def tell_slow_start(member: Member, now: float) -> None:
+    """Log once that a worker takes long to start."""
+    if now - member.created_at > _SLOW_START_SECONDS and not member.awaited:
+        member.awaited = True
+        logger.warning(
+            "worker does not start yet; the cluster may have no free resources for it", extra={"worker": member.name}
+        )
+
+
+def device_fault(value: object) -> str | None:
+    """Return how a worker lost its device at work, of which its answer says nothing else; None when it did not."""
+    match value:
+        case UnitOutcome(jobs=jobs) | PassOpened(ended=jobs) | ShardsOutcome(ended=jobs):
+            failures = [job.failure for job in jobs]
+        case PublishOutcome(failure=failure):
+            failures = [failure]
+        case _:
+            return None
+    lost = [each for each in failures if each is not None and each.failure_class is FailureClass.WORKER_LOST]
+    return lost[0].message if lost else None
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error as one line; of a long one, how it begins and how it ends, which is where the cause is."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _MAX_REASON else f"{text[: _MAX_REASON // 2]} … {text[-_MAX_REASON // 2 :]}"

@@ -1,0 +1,142 @@
+"""Checkpoints loaded to run: by plain transformers in float32, placed where they fit."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+
+from jobs.errors import NoCapacityError
+from workers.bases.four_bit import of_state
+from workers.bases.model import load_config, model_class, stored_quantization
+from workers.files.memory import available_host_bytes, hold_little
+from workers.parity.inference import RunningModel, quiet_libraries
+
+_USABLE = 0.9
+"""Share of free memory that weights may take; the rest is for activations, and for what others do meanwhile."""
+_NUM_NAMED = 5
+"""Tensors named in a message that could name thousands."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """Where models may run, and the memory their weights may take there."""
+
+    device: torch.device
+    scratch: Path
+    """A directory of the caller's, for weights that transformers has to write anew before it can offload them."""
+    host_bytes: int | None = None
+    """Main memory for weights; None means nine tenths of what is free when a model is loaded."""
+
+
+def load_model(
+    directory: Path, room: Room, quantization: BitsAndBytesConfig | None = None, *, dequantize: bool = False
+) -> RunningModel:
+    """Load a checkpoint to run in float32.
+
+    Args:
+        directory: a checkpoint in 16 or 32 bits, or one stored in bnb-4bit.
+        room: where it may go. Weights that do not fit the device go to main memory, then stay in their files, and are
+            fetched when they are needed; 4-bit weights go to the device all together, or to main memory.
+        quantization: how linear weights are converted to 4-bit while loading; None takes them as they are stored.
+        dequantize: whether weights in 4-bit are turned back, so that any adapter fits on them.
+
+    Raises:
+        NoCapacityError: 4-bit weights fit neither the device nor main memory.
+    """
+    hold_little()
+    in_4bit = quantization is not None or stored_quantization(directory) is not None
+    for device, max_memory in _placements(room, in_4bit=in_4bit):
+        try:
+            with quiet_libraries():
+                loaded: Any = model_class(load_config(directory)).from_pretrained(
+                    directory,
+                    dtype=torch.float32,
+                    # None would make transformers overlook the 4-bit format of a checkpoint that is stored in it.
+                    **({"quantization_config": quantization} if quantization is not None else {}),
+                    device_map="sequential",
+                    max_memory=max_memory,
+                    offload_folder=room.scratch,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                )
+        except ValueError as error:
+            if not in_4bit or "dispatched on the CPU or the disk" not in str(error):
+                raise
+        else:
+            model, info = loaded
+            if dequantize and in_4bit:
+                with quiet_libraries():
+                    model = model.dequantize()
+                # transformers 5.23 leaves it set, and some of PEFT's methods refuse such a model.
+                model.is_loaded_in_4bit = False
+            return _prepare(model, info, device=device)
+    raise NoCapacityError(
+        f"{directory}: in 4-bit it fits neither {room.device} nor main memory, and 4-bit weights cannot stay on disk; "
+        "use a larger worker, or parity level: arithmetic"
+    )
+
+
+def _placements(room: Room, *, in_4bit: bool) -> list[tuple[torch.device, dict[int | str, int]]]:
+    host: dict[int | str, int] = {
+        "cpu": room.host_bytes if room.host_bytes is not None else int(available_host_bytes() * _USABLE)
+    }
+    if room.device.type == "cpu":
+        return [(room.device, host)]
+    index = room.device.index or 0
+    on_device: dict[int | str, int] = {index: int(torch.cuda.mem_get_info(index)[0] * _USABLE)}
+    if in_4bit:
+        return [(room.device, on_device), (torch.device("cpu"), host)]
+    return [(room.device, on_device | host)]
+
+
+def _prepare(model: PreTrainedModel, info: dict[str, Any], *, device: torch.device) -> RunningModel:
+    for parameter in model.parameters():
+        # Of a checkpoint stored in 4-bit, transformers loads the other weights in their own dtype, whatever it is told.
+        # Codes may have a float dtype, too (`bnb_4bit_quant_storage`): those are bytes, not numbers.
+        if parameter.dtype in (torch.bfloat16, torch.float16) and getattr(parameter, "quant_state", None) is None:
+            parameter.data = parameter.data.float()
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # A bitsandbytes Linear4bit: its AVX512 kernel rounds inputs and scales to bfloat16, and a checkpoint may
+            # ask for a 16-bit compute dtype.
+            module.support_avx512bf16_for_cpu = False
+            module.compute_dtype = torch.float32
+            module.compute_type_is_set = True
+            state = module.weight.quant_state
+            if module.weight.device.type == "cpu" and state.shape[1] % state.blocksize:
+                # Its other AVX512 kernel takes the wrong scales where blocks go on from one row to the next.
+                module.forward = functools.partial(_forward_in_blocks, module)
+    # PEFT would place a model with this attribute anew, and write to its files; the hooks are where they belong.
+    model.__dict__.pop("hf_device_map", None)
+    stop = model.generation_config.eos_token_id if model.generation_config is not None else None
+    # Nothing but greedy search, whatever penalty or sampling the checkpoint's own generation_config.json asks for.
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=stop, pad_token_id=0)
+    return RunningModel(
+        model=model.eval(),
+        device=device,
+        misfits=tuple(
+            f"{kind.replace('_', ' ')}: {_some(info[kind])}"
+            for kind in ("missing_keys", "mismatched_keys", "error_msgs")
+            if info[kind]
+        ),
+        strangers=frozenset(map(str, info["unexpected_keys"])),
+        stop_ids=frozenset(stop if isinstance(stop, list) else () if stop is None else (stop,)),
+    )
+
+
+def _forward_in_blocks(module: Any, x: torch.Tensor) -> torch.Tensor:
+    weight = of_state(module.weight.data, module.weight.quant_state)
+    return torch.nn.functional.linear(x, weight.dequantize_rows(0, weight.shape[0]).to(x.dtype), module.bias)
+
+
+def _some(names: Sequence[object]) -> str:
+    listed = sorted(map(str, names))
+    more = f" and {len(listed) - _NUM_NAMED} more" if len(listed) > _NUM_NAMED else ""
+    return ", ".join(listed[:_NUM_NAMED]) + more if listed else "none"
