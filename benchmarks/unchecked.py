@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 import torch
 
-from workers.merging.arithmetic import ArithmeticCheck, Tally
+from workers.merging.arithmetic import ArithmeticCheck
 from workers.merging.plan import OutputTensor
+from workers.merging.tally import Tally
 from workers.numerics.products import Comparison
 from workers.unit import unit
 

@@ -8,7 +8,8 @@ import torch
 from jobs.request import MergeRequest, Thresholds
 from tests.models import build_llama, make_adapter, merge_with_peft
 from workers.adapters.adapter import open_adapter
-from workers.parity.behaviour import Subject, check_behaviour
+from workers.parity.asking import Subject
+from workers.parity.behaviour import check_behaviour
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -15,7 +15,8 @@ from tests.merges import load_dequantized
 from tests.methods import make_method_adapter
 from tests.models import build_bnb_4bit, build_llama, load_plain, make_adapter, merge_with_peft
 from workers.adapters.adapter import open_adapter
-from workers.parity.behaviour import Subject, check_behaviour
+from workers.parity.asking import Subject
+from workers.parity.behaviour import check_behaviour
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 PARITY = {

@@ -29,7 +29,8 @@ from workers.adapters.causes import cause_of, cause_of_experts
 from workers.adapters.methods import MERGED, REFUSED, SHAPED_BY_VALUES, WEIGHED
 from workers.adapters.resizing import resize_vocabulary
 from workers.bases.conversions import Conversions
-from workers.files.checkpoint import TensorSpec, read_json, read_shard
+from workers.files.checkpoint import read_json, read_shard
+from workers.files.layout import TensorSpec
 from workers.files.tensor_io import read_rows
 from workers.numerics.device import raise_of_machine
 from workers.sources.adapter_files import foreign_kind

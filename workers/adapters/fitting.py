@@ -11,7 +11,7 @@ from jobs.errors import UnsupportedError
 from workers.adapters.adapter import ADAPTER_CONFIG, FLOATS, Adapter, refusals
 from workers.adapters.names import fit_names
 from workers.adapters.resizing import check_indices, num_tokens_of, plain_name, trained_indices
-from workers.files.checkpoint import TensorSpec
+from workers.files.layout import TensorSpec
 
 
 def fit(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], skeleton: Callable[[], PreTrainedModel]) -> Adapter:

@@ -17,7 +17,7 @@ from torch import nn
 from jobs.errors import BadInputError, UnsupportedError
 from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_NAME, PREFIX, Adapter, LoraDelta, read_tensor
 from workers.adapters.coverage import Coverage
-from workers.files.checkpoint import TensorSpec
+from workers.files.layout import TensorSpec
 
 
 def plan_lora(adapter: Adapter, coverage: Coverage) -> tuple[LoraDelta, ...]:

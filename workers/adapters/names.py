@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from jobs.errors import BadInputError, UnsupportedError
-from workers.files.checkpoint import TensorSpec
+from workers.files.layout import TensorSpec
 
 PREFIX = "base_model.model."
 """What PEFT puts before the name of every module it saves tensors of."""

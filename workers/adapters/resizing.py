@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from jobs.errors import UnsupportedError
 from workers.adapters.names import PREFIX
-from workers.files.checkpoint import TensorSpec
+from workers.files.layout import TensorSpec
 
 _ROWS = (("weight", 0), ("bias", 0), ("lora_B.weight", 0), ("lora_embedding_A", 1))
 """Ends of names of what has an entry for every row of a weight, with the dimension of these entries."""

@@ -28,7 +28,7 @@ from jobs.errors import BadInputError
 from workers.adapters.adapter import ADAPTER_CONFIG, PREFIX, Adapter, LoraDelta, read_tensor
 from workers.adapters.names import owner_of
 from workers.bases.conversions import Conversions, Group
-from workers.files.checkpoint import TensorSpec
+from workers.files.layout import TensorSpec
 
 _LORA_A, _LORA_B = "lora_A.weight", "lora_B.weight"
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from jobs.errors import UnsupportedError
 from workers.bases.conversions import Conversions
 from workers.bases.declarations import DECLARING_FIELDS, DECLARING_FILES
-from workers.files.checkpoint import CheckpointLayout, TensorSpec
+from workers.files.layout import CheckpointLayout, TensorSpec
 from workers.sources.forms import FORMS, Form
 
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16"})

@@ -15,7 +15,7 @@ from workers.bases.conversions import Conversions, Group
 from workers.bases.four_bit import (
     BITSANDBYTES_VERSION,
 )
-from workers.files.checkpoint import CheckpointLayout
+from workers.files.layout import CheckpointLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

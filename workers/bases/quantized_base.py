@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from jobs.errors import BadInputError, InternalError
 from workers.bases.four_bit import QuantizedWeight, quantized_names, quantized_owner, restore
-from workers.files.checkpoint import CheckpointLayout
+from workers.files.layout import CheckpointLayout
 from workers.files.local import file_errors
 from workers.files.tensor_io import opened as opened_descriptor
 

@@ -16,7 +16,8 @@ from jobs.errors import BadInputError, NoCapacityError, NotFoundError
 from workers.bases.quantization_task import QuantizationTask
 from workers.bases.quantized_base import QuantizedBase
 from workers.bases.quantizing import Quantized, quantize_streamed, quantize_whole, streamed_layout
-from workers.files.checkpoint import INDEX_FILE, CheckpointLayout, read_checkpoint, read_json
+from workers.files.checkpoint import read_checkpoint, read_json
+from workers.files.layout import INDEX_FILE, CheckpointLayout
 from workers.files.local import file_errors, sha256_of
 from workers.files.scratch import OwnedDirectory, exclusive, sweep
 from workers.files.shard import Conveyor

@@ -16,7 +16,7 @@ from workers.bases.four_bit import (
     stored_tensors,
 )
 from workers.bases.quantization_task import QuantizationTask
-from workers.files.checkpoint import CheckpointLayout, lay_out_shard
+from workers.files.layout import CheckpointLayout, lay_out_shard
 from workers.files.tensor_io import opened, read_into, read_rows
 from workers.numerics.kernels import merging
 from workers.numerics.kernels.elements import ARRAY_DTYPES, array

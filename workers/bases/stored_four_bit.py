@@ -8,7 +8,7 @@ from jobs.request import MergeRequest, QuantizationOptions
 from workers.bases.conversions import Conversions
 from workers.bases.model import quantized_weights, skeleton, stored_quantization
 from workers.bases.quantization_task import QuantizationTask
-from workers.files.checkpoint import CheckpointLayout
+from workers.files.layout import CheckpointLayout
 from workers.sources.fetch import Source
 
 

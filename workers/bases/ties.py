@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from workers.files.checkpoint import CheckpointLayout, TensorSpec
+from workers.files.layout import CheckpointLayout, TensorSpec
 from workers.files.tensor_io import read_rows
 from workers.numerics.tiles import TILE_ELEMENTS, rows_per_tile
 

@@ -22,8 +22,8 @@ import torch
 from jobs.errors import MergefleetError
 from jobs.release import Artifact
 from workers.files.buffers import PAGE_BYTES, Buffer, BufferPool, kept_pool
-from workers.files.checkpoint import ShardLayout
 from workers.files.hashing import FileHash
+from workers.files.layout import ShardLayout
 from workers.files.local import FileState, file_errors
 from workers.files.tensor_io import read_into, tensor_bytes, write_all
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from jobs.errors import BadInputError
-from workers.files.checkpoint import TensorSpec
 from workers.files.foreign import open_foreign
+from workers.files.layout import TensorSpec
 from workers.files.local import file_errors
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from jobs.errors import MergefleetError
-from workers.files.checkpoint import CheckpointLayout, TensorSpec
+from workers.files.layout import CheckpointLayout, TensorSpec
 from workers.files.shard import Conveyor, HashedFile, Origin, ShardWriter
 
 

@@ -22,7 +22,7 @@ from workers.adapters.names import owner_of
 from workers.bases.conversions import Group
 from workers.bases.four_bit import QuantizedWeight
 from workers.bases.quantized_base import QuantizedBase
-from workers.files.checkpoint import ShardLayout, lay_out_shard
+from workers.files.layout import ShardLayout, lay_out_shard
 from workers.files.local import file_errors
 from workers.files.scratch import OwnedDirectory
 from workers.files.tensor_io import opened, read_rows, tensor_bytes, write_all

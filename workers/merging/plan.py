@@ -35,7 +35,8 @@ from workers.bases.model import answers_prompts, check_depth, skeleton, token_em
 from workers.bases.quantization_task import QuantizationTask
 from workers.bases.stored_four_bit import plan_quantization, stored_as_asked
 from workers.bases.ties import COMPUTES_WITH_FLAG, come_apart, stored_apart, tied_names
-from workers.files.checkpoint import CheckpointLayout, TensorSpec, lay_out, lay_out_shard, read_checkpoint, read_json
+from workers.files.checkpoint import read_checkpoint, read_json
+from workers.files.layout import CheckpointLayout, TensorSpec, lay_out, lay_out_shard
 from workers.releases.base_card import BaseCard, read_base_card
 from workers.releases.notes import find_notes
 from workers.releases.shipment import Shipment, plan_shipment

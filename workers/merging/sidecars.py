@@ -10,8 +10,9 @@ import torch
 
 from jobs.release import Artifact
 from workers.bases.declarations import without_declarations
-from workers.files.checkpoint import INDEX_FILE, read_json
+from workers.files.checkpoint import read_json
 from workers.files.foreign import copy_foreign
+from workers.files.layout import INDEX_FILE
 from workers.files.local import file_errors, sha256_of
 from workers.merging.plan import MergePlan
 from workers.sources.code_files import leave_out, references

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from workers.bases.four_bit import QuantizedWeight
-from workers.merging.arithmetic import Tally
 from workers.merging.plan import OutputTensor
+from workers.merging.tally import Tally
 
 
 class WeightInWork:

@@ -11,82 +11,29 @@ the adapter does, and that of its weights merged and rounded by PEFT and torch, 
 Shape suffixes: T positions, V vocabulary.
 """
 
-import contextlib
-import logging
-import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 
 from jobs.errors import (
     BadInputError,
-    CancelledError,
     MergefleetError,
-    NoCapacityError,
     NotFoundError,
     ParityFailedError,
 )
 from jobs.release import BehaviourCheck
-from jobs.request import MergeRequest
-from workers.adapters.adapter import Adapter
-from workers.bases.model import load_config
 from workers.files.checkpoint import read_json
 from workers.files.memory import release_memory
-from workers.merging.plan import MergePlan
-from workers.parity.answers import Answers, summarize_answers
-from workers.parity.divergence import Divergence, compare_logits, working_bytes
+from workers.parity.answers import summarize_answers
+from workers.parity.asking import Subject, Trial, ask_reference
+from workers.parity.divergence import Divergence, compare_logits
 from workers.parity.foreign_models import model_of
-from workers.parity.inference import RunningModel
 from workers.parity.loading import Room, load_model
-from workers.parity.prompts import LONGEST_BUILT_IN, Prompts, read_prompts
+from workers.parity.prompts import read_prompts
 from workers.parity.references import Reference, references
-from workers.parity.rounded import merge_and_round, output_dtype, rounding_as_used, stored_dtypes
-from workers.parity.texts import MAX_POSITIONS, Text, batches
-
-logger = logging.getLogger(__name__)
-
-_LIBRARY_BYTES = 360_000_000
-"""A process that has imported torch, transformers, PEFT and bitsandbytes (CPU builds), tokenizer included."""
-
-_BYTES_PER_TOKEN = 3
-"""Of a prompt: most texts have more, so the estimate errs on the safe side."""
-
-_BYTES_PER_ROUNDED = 14
-"""Of an element of a weight that is merged and rounded: its value out of 4-bit, its delta, and their sum in 16 bits and
-in 32."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
-    """One merged checkpoint of a pass."""
-
-    request: MergeRequest
-    merged: Path
-    """Its directory: shards, config and tokenizer, as they will ship."""
-    adapter: Adapter
-    streamed: bool
-    """Whether the adapter does no more than to add to linear weights."""
-
-
-@dataclass(slots=True, kw_only=True)
-class _Trial:
-    """A subject on its way through the references."""
-
-    subject: Subject
-    prompts: Prompts
-    dtype: torch.dtype
-    """Of most of the merged checkpoint."""
-    dtypes: Mapping[str, torch.dtype]
-    """Of each of its tensors, by their names in the model."""
-    merge_dtypes: Mapping[str, torch.dtype]
-    """That they were merged in, where PEFT did it: those of the base."""
-    answers: list[Answers] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
-    """On references that could not be asked, for the report."""
+from workers.parity.rounded import output_dtype, stored_dtypes
 
 
 def check_behaviour(
@@ -126,12 +73,12 @@ def check_behaviour(
     outcomes: dict[str, tuple[BehaviourCheck, ...] | MergefleetError] = {}
     with tempfile.TemporaryDirectory(prefix="behaviour-", dir=scratch) as directory:
         room = Room(device=device, scratch=Path(directory), host_bytes=host_bytes)
-        trials: list[_Trial] = []
+        trials: list[Trial] = []
         for subject in subjects:
             try:
                 _check_config(subject.merged)
                 dtypes = stored_dtypes(subject.merged)
-                trial = _Trial(
+                trial = Trial(
                     subject=subject,
                     prompts=read_prompts(subject.request, subject.merged),
                     dtype=output_dtype(subject.merged),
@@ -146,7 +93,7 @@ def check_behaviour(
             if not trials:
                 break
             cancelled()
-            outcomes |= _ask_reference(base, reference, trials, room, cancelled)
+            outcomes |= ask_reference(base, reference, trials, room, cancelled)
             release_memory()
         for trial in [trial for trial in trials if trial.subject.request.id not in outcomes]:
             cancelled()
@@ -159,49 +106,6 @@ def check_behaviour(
     return outcomes
 
 
-def estimate_peak_bytes(plan: MergePlan) -> int:
-    """Return the memory of the process at its peak, mapped file pages not counted, when models run on the CPU.
-
-    One model at a time, in float32; weights stored in float32 stay mapped. On a machine with less than that, weights
-    stay in their files; on a GPU, they take its memory instead.
-
-    Args:
-        plan: of the job; a pass of several needs no more, since adapters and merged checkpoints come one by one.
-    """
-    lifted = widest = largest = 0
-    changed = plan.changed
-    for tensor in plan.base.tensors:
-        num_elements = math.prod(tensor.shape)
-        mapped = tensor.stored is not None and tensor.stored.dtype == tensor.dtype == torch.float32
-        lifted += 0 if mapped else num_elements
-        widest += num_elements
-        if tensor.name in changed:
-            largest = max(largest, num_elements)
-    # A 4-bit weight takes half a byte and, for every 64, a float32 scale.
-    num_weight_bytes = max(4 * lifted, widest * 9 // 16)
-    parity = plan.request.parity
-    longest = (
-        max(
-            LONGEST_BUILT_IN,
-            *(len(prompt.encode()) for prompt in parity.prompts),
-            *(len((text.prompt + text.completion).encode()) for text in parity.texts),
-        )
-        // _BYTES_PER_TOKEN
-    )
-    vocab_size: int = load_config(plan.base.source.directory).get_text_config().vocab_size
-    num_logit_bytes = 3 * 4 * vocab_size * min(longest + parity.max_new_tokens, MAX_POSITIONS)
-    adapter = plan.opened
-    num_replaced_bytes = sum(4 * math.prod(t.shape) for t in adapter.tensors.values() if t.name in adapter.beside)
-    num_rounding_bytes = _BYTES_PER_ROUNDED * largest
-    return (
-        _LIBRARY_BYTES
-        + num_weight_bytes
-        + plan.num_adapter_bytes
-        + num_replaced_bytes
-        + max(num_logit_bytes + working_bytes(vocab_size), num_rounding_bytes)
-    )
-
-
 def _check_config(merged: Path) -> None:
     if "quantization_config" in read_json(merged / "config.json"):
         raise ParityFailedError(
@@ -209,128 +113,7 @@ def _check_config(merged: Path) -> None:
         )
 
 
-def _ask_reference(
-    base: Path, reference: Reference, trials: Sequence[_Trial], room: Room, cancelled: Callable[[], None]
-) -> dict[str, MergefleetError]:
-    """Add what one reference says to each trial; return the errors of those that failed alone."""
-    errors: dict[str, MergefleetError] = {}
-    running: RunningModel | None = None
-    # What only adds to linear weights fits on 4-bit ones and comes off again: one loaded base serves all of those.
-    for number, trial in enumerate(sorted(trials, key=lambda trial: not trial.subject.streamed)):
-        cancelled()
-        directory = room.scratch / f"{'gating' if reference.gates else 'other'}-{number}"
-        directory.mkdir()
-        try:
-            if running is None or not trial.subject.streamed:
-                running = None
-                release_memory()
-                with model_of(base, BadInputError):
-                    running = _load_reference(base, reference, room, dequantize=not trial.subject.streamed)
-            with model_of(base, BadInputError):
-                trial.answers.append(_answer(running, reference, trial, directory, cancelled))
-        except CancelledError:
-            raise
-        except MergefleetError as error:
-            if not reference.gates:
-                logger.warning("no comparison for information", extra={"base": str(base), "error": str(error)})
-                why = "has no room here" if isinstance(error, NoCapacityError) else "does not run, and the log says why"
-                trial.remarks.append(f"There is no comparison for information: {reference.words} {why}.")
-            elif isinstance(error, NoCapacityError if running is None else BadInputError):
-                errors[trial.subject.request.id] = error
-            else:
-                raise
-            running = None  # the adapter may be half on it
-    return errors
-
-
-def _load_reference(base: Path, reference: Reference, room: Room, *, dequantize: bool) -> RunningModel:
-    running = load_model(base, room, reference.quantization, dequantize=dequantize)
-    if running.misfits:
-        raise BadInputError(f"{base}: the base does not fit its own configuration: {'; '.join(running.misfits)}")
-    if dequantize and running.offloaded:
-        raise NoCapacityError(
-            f"{base}: the adapter looks at the weights it changes, and the base does not fit into memory; use a larger "
-            "worker, or parity level: arithmetic"
-        )
-    return running
-
-
-def _answer(
-    running: RunningModel,
-    reference: Reference,
-    trial: _Trial,
-    directory: Path,
-    cancelled: Callable[[], None],
-) -> Answers:
-    request, adapter = trial.subject.request, trial.subject.adapter
-    prompts = trial.prompts
-    texts: list[Text] = []
-    effects = []
-    with running.with_adapter(adapter) as worn:
-        continuations = running.continue_greedily(prompts.token_ids, request.parity.max_new_tokens)
-        read = [*zip(prompts.token_ids, continuations, strict=True), *prompts.held_out]
-        for number, (prompt, continuation) in enumerate(read):
-            cancelled()
-            path = directory / f"text-{number}.f32"
-            # Of what is given, nothing is compared.
-            skipped = prompts.nums_shared[number] if number < len(continuations) else len(prompt) - 1
-            text = Text(prompt_ids=prompt, continuation_ids=continuation, logits_path=path, num_skipped=skipped)
-            logits_TV = running.logits(text.input_ids, text.num_positions)
-            if not logits_TV.isfinite().all():
-                raise BadInputError(
-                    f"{adapter.directory}: {reference.words} gives logits that are not finite at "
-                    f"{(*prompts.texts, *(text.completion for text in request.parity.texts))[number]!r}"
-                )
-            text.write_logits(logits_TV)
-            texts.append(text)
-        with worn.taken_off():
-            for text in texts:
-                cancelled()
-                without_TV = running.logits(text.input_ids, text.num_positions)
-                effects.append(compare_logits(text.read_logits(), without_TV, text.target_T))
-        roundings = []
-        if reference.gates:
-            roundings = _ask_rounded(running, worn.model, trial, texts[: len(continuations)], cancelled)
-    return Answers(
-        reference=reference,
-        texts=tuple(texts),
-        effects=tuple(effects),
-        roundings=tuple(roundings),
-        strangers=running.strangers,
-    )
-
-
-def _ask_rounded(
-    running: RunningModel,
-    peft_model: PeftModel,
-    trial: _Trial,
-    texts: Sequence[Text],
-    cancelled: Callable[[], None],
-) -> list[Divergence]:
-    """Return how far one correct rounding takes the reference, by text.
-
-    An adapter that is not streamed stays merged: no other is put on this base.
-    """
-    subject = trial.subject
-    with contextlib.ExitStack() as stack:
-        if subject.streamed:
-            everything = subject.request.dtype is not None
-            stack.enter_context(rounding_as_used(peft_model, trial.dtypes, everything=everything))
-        else:
-            merge_and_round(subject.adapter, peft_model, trial.dtypes, merge_dtypes=trial.merge_dtypes)
-        roundings = []
-        # Weights are rounded again for each batch: the fewer, the better.
-        for batch in batches(texts):
-            cancelled()
-            logits = running.logits_together([t.input_ids for t in batch], [t.num_positions for t in batch])
-            roundings += [
-                compare_logits(text.read_logits(), rounded_TV, text.target_T)
-                for text, rounded_TV in zip(batch, logits, strict=True)
-            ]
-    return roundings
-
-
-def _ask_merged(trial: _Trial, room: Room, cancelled: Callable[[], None]) -> tuple[BehaviourCheck, ...]:
+def _ask_merged(trial: Trial, room: Room, cancelled: Callable[[], None]) -> tuple[BehaviourCheck, ...]:
     merged = trial.subject.merged
     running = load_model(merged, room)
     gating = trial.answers[0]

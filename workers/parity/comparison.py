@@ -20,7 +20,8 @@ from workers.merging.module_weights import module_weights
 from workers.merging.passes import PassJob
 from workers.merging.plan import MergePlan, plan_base, plan_merge
 from workers.merging.sidecars import write_sidecars
-from workers.parity.behaviour import Subject, check_behaviour
+from workers.parity.asking import Subject
+from workers.parity.behaviour import check_behaviour
 from workers.parity.references import references
 
 

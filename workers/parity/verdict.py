@@ -14,8 +14,8 @@ from jobs.release import (
 )
 from workers.files.checkpoint import read_shard
 from workers.files.local import file_errors
-from workers.merging.arithmetic import failures as arithmetic_failures
 from workers.merging.evidence import Evidence
+from workers.merging.judgement import failures as arithmetic_failures
 from workers.merging.plan import MergePlan
 from workers.merging.sidecars import write_text
 from workers.parity.effect import allowed_share, keeps_effect, rounding_share

@@ -12,7 +12,7 @@ from jobs.release import (
     ParitySummary,
 )
 from jobs.request_files.problems import show
-from workers.files.checkpoint import INDEX_FILE
+from workers.files.layout import INDEX_FILE
 from workers.releases.released import repeated_field, what_is_wrong
 
 _MAX_SHOWN = 80

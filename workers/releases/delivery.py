@@ -8,7 +8,7 @@ from pathlib import Path
 from jobs.errors import BadInputError, NotFoundError
 from jobs.locations import LocalPath, Location, normal_path
 from jobs.release import MANIFEST_NAME, REPORT_NAME, Artifact, Manifest
-from workers.files.checkpoint import INDEX_FILE
+from workers.files.layout import INDEX_FILE
 from workers.files.local import FileState, file_errors
 from workers.files.scratch import OwnedDirectory, sweep
 from workers.releases.agreement import disagreements, missing_parts, missing_shards

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.errors import BadInputError, NotFoundError, UnsupportedError
-from workers.files.checkpoint import ShardLayout, TensorSpec, lay_out_shard, read_json, read_shard
+from workers.files.checkpoint import read_json, read_shard
+from workers.files.layout import ShardLayout, TensorSpec, lay_out_shard
 from workers.files.tensor_io import opened, read_into_bytes, write_all
 from workers.sources.pickled import CONVERTED_WEIGHTS, PICKLED_WEIGHTS, convert
 

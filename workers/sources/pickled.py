@@ -27,8 +27,9 @@ from jobs.errors import (
     TransientIOError,
     UnsupportedError,
 )
-from workers.files.checkpoint import DTYPE_CODES, lay_out_shard, read_shard
+from workers.files.checkpoint import read_shard
 from workers.files.foreign import foreign_file
+from workers.files.layout import DTYPE_CODES, lay_out_shard
 from workers.files.local import file_errors
 from workers.files.tensor_io import tensor_bytes, write_all
 from workers.sources.confinement import Ended, Limits, close_in, run_isolated

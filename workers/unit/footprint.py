@@ -11,7 +11,7 @@ from workers.bases.four_bit import BLOCK_SIZE
 from workers.files.shard import num_buffers
 from workers.merging.plan import BasePlan, MergePlan
 from workers.numerics.tiles import TILE_ELEMENTS
-from workers.parity.behaviour import estimate_peak_bytes
+from workers.parity.peak import estimate_peak_bytes
 
 _LIBRARY_BYTES = {"cpu": 420_000_000, "cuda": 900_000_000}
 """Memory of a process that has torch, transformers, PEFT, bitsandbytes, Numba and compiled loops at hand, by the device

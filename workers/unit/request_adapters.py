@@ -16,8 +16,8 @@ from workers.adapters.adapter import ADAPTER_WEIGHTS, open_adapter
 from workers.adapters.combination import Combined, combine
 from workers.adapters.fitting import fit
 from workers.bases.model import skeleton
-from workers.files.checkpoint import lay_out_shard
 from workers.files.foreign import copy_foreign, foreign_sha256
+from workers.files.layout import lay_out_shard
 from workers.files.local import file_errors
 from workers.files.scratch import keep_directory
 from workers.releases.shipment import licences_of, shipped_files

@@ -18,7 +18,8 @@ from workers.merging.module_weights import ModuleWeights
 from workers.merging.outcomes import WorkerSettings
 from workers.merging.plan import BasePlan, MergePlan
 from workers.numerics.tiles import single_threads
-from workers.parity.behaviour import Subject, check_behaviour
+from workers.parity.asking import Subject
+from workers.parity.behaviour import check_behaviour
 from workers.parity.comparison import compare_ways
 from workers.parity.verdict import judge, summarize, unfounded, write_report, wrong_headers
 from workers.unit.job import Job, own_failure, shared_failures

@@ -25,8 +25,9 @@ from workers.adapters.adapter import ADAPTER_CONFIG, match, open_adapter, read_c
 from workers.adapters.fitting import fit
 from workers.adapters.methods import WEIGHED
 from workers.bases.model import skeleton
-from workers.files.checkpoint import CheckpointLayout, read_checkpoint, read_json, read_shard
+from workers.files.checkpoint import read_checkpoint, read_json, read_shard
 from workers.files.foreign import foreign_sha256, read_foreign
+from workers.files.layout import CheckpointLayout
 from workers.files.scratch import OwnedDirectory
 from workers.merging.plan import MergePlan, plan_base, plan_merge
 from workers.merging.sidecars import write_sidecars

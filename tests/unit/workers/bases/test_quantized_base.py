@@ -27,7 +27,8 @@ from tests.models import build_bnb_4bit, build_llama, load_plain
 from workers.bases.quantized_base import QuantizedBase
 from workers.bases.quantized_cache import QuantizedCache
 from workers.bases.resident_bases import ResidentBases
-from workers.files.checkpoint import INDEX_FILE, read_checkpoint
+from workers.files.checkpoint import read_checkpoint
+from workers.files.layout import INDEX_FILE
 from workers.files.scratch import exclusive
 from workers.merging.plan import plan_base
 from workers.sources.fetch import fetch_base

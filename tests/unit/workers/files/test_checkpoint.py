@@ -15,17 +15,8 @@ from safetensors.torch import load_file, save_file
 from jobs.errors import AuthError, BadInputError, NotFoundError
 from tests.merges import read_tensors
 from tests.models import build_llama
-from workers.files.checkpoint import (
-    DTYPES,
-    INDEX_FILE,
-    MAX_TENSORS,
-    SINGLE_FILE,
-    CheckpointLayout,
-    lay_out,
-    read_checkpoint,
-    read_json,
-    read_shard,
-)
+from workers.files.checkpoint import MAX_TENSORS, read_checkpoint, read_json, read_shard
+from workers.files.layout import DTYPES, INDEX_FILE, SINGLE_FILE, CheckpointLayout, lay_out
 
 SHARDED = "model-00001-of-00004.safetensors"
 

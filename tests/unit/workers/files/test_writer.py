@@ -27,7 +27,7 @@ from jobs.errors import BadInputError, CancelledError, InternalError, NoCapacity
 from jobs.release import Artifact
 from tests.merges import open_descriptors
 from workers.files.buffers import PAGE_BYTES, BufferPool
-from workers.files.checkpoint import CheckpointLayout, lay_out
+from workers.files.layout import CheckpointLayout, lay_out
 from workers.files.shard import Conveyor, HashedFile
 from workers.files.writer import CheckpointWriter
 

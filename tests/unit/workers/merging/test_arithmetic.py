@@ -22,8 +22,9 @@ from tests.merges import CPU, merge_by_peft, open_descriptors, plan_pass, read_t
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
 from workers.adapters.adapter import ADAPTER_WEIGHTS
 from workers.bases.quantized_cache import QuantizedCache
-from workers.files.checkpoint import DTYPES
-from workers.merging.arithmetic import ArithmeticCheck, failures
+from workers.files.layout import DTYPES
+from workers.merging.arithmetic import ArithmeticCheck
+from workers.merging.judgement import failures
 from workers.merging.proof import Operands
 from workers.numerics import products
 from workers.numerics.kernels import blas, merging

@@ -29,7 +29,8 @@ from jobs.request import DEFAULT_PROMPTS, BaseQuantization, MergeRequest, Thresh
 from tests.merges import dequantize_without_kernel
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, load_plain, make_adapter, merge_with_peft
 from workers.adapters.adapter import open_adapter
-from workers.parity.behaviour import Subject, check_behaviour
+from workers.parity.asking import Subject
+from workers.parity.behaviour import check_behaviour
 from workers.parity.effect import keeps_effect
 from workers.parity.loading import Room, load_model
 

@@ -10,7 +10,7 @@ import pytest
 from jobs.request import MergeRequest
 from tests.models import build_llama, make_adapter, merge_with_peft
 from workers.merging.plan import plan_base, plan_merge
-from workers.parity.behaviour import estimate_peak_bytes
+from workers.parity.peak import estimate_peak_bytes
 from workers.sources.fetch import fetch_adapter, fetch_base
 
 # Samples its own memory every 20 ms: anonymous and shared pages, not those of mapped files.
@@ -32,7 +32,8 @@ threading.Thread(target=sample, daemon=True).start()
 
 import torch
 from jobs.request import MergeRequest
-from workers.parity.behaviour import Subject, check_behaviour
+from workers.parity.asking import Subject
+from workers.parity.behaviour import check_behaviour
 from workers.adapters.adapter import open_adapter
 
 request = MergeRequest.model_validate_json(sys.argv[1])
