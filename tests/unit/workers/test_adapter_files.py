@@ -191,6 +191,22 @@ def test_the_adapter_once_more_under_its_own_names_passes(base, adapter, expecte
     )
 
 
+@pytest.mark.parametrize("prefix", [PREFIX, "", "module._orig_mod.base_model.model."])
+def test_whole_tensors_once_more_under_other_names_pass(base, tmp_path, prefix):
+    """As trainers save all that was trained a second time; the proof counts such a tensor once."""
+    adapter = make_adapter(base, tmp_path / "adapter", targets=["q_proj"], modules_to_save=["norm"], trained=True)
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    torch.save(
+        {name.replace(PREFIX, prefix): t for name, t in tensors.items() if "lora_" not in name},
+        adapter / "non_lora_trainables.bin",
+    )
+    planned = plan_pass(base, {"job": adapter}, tmp_path / "ours")
+    assert not planned.run(checked=True).errors
+    checks, evidence = planned.check()["job"], Evidence(planned.plans[0])
+    assert evidence.unfounded(checks) == ()
+    assert list(evidence.tensors) == [name for name in evidence.tensors if name.startswith(PREFIX)]
+
+
 def test_a_copy_as_torchtune_keeps_it_passes(base, adapter, expected, tmp_path):
     """The other way round than `tune_to_peft_adapter_weights` of torchtune 0.6."""
     config = json.loads((base / "config.json").read_text())
