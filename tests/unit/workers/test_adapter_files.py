@@ -74,6 +74,8 @@ def refusal(base, adapter, directory):
         lambda name: name.replace(".layers.0.", ".layers.0._orig_mod."),
         lambda name: name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."),
         lambda name: name.replace("lora_A.", "lora_A.mine.").replace("lora_B.", "lora_B.mine."),
+        lambda name: f"model.{name}",
+        lambda name: f"policy.module.{name}",
         lambda name: name.removeprefix(PREFIX),
         lambda name: name.removeprefix(f"{PREFIX}model."),
     ],
@@ -87,6 +89,8 @@ def refusal(base, adapter, directory):
         "compiled-inside",
         "default",
         "named",
+        "lightning",
+        "policy",
         "no-prefix",
         "body",
     ],
@@ -163,12 +167,15 @@ def trained(base, names):
         ("non_lora_trainables.bin", PREFIX),
         ("trainable_params.safetensors", "module."),
         ("vit.safetensors", ""),
+        ("extra.ckpt", f"model.{PREFIX}"),
+        ("non_lora_trainables.BIN", PREFIX),
+        ("new_embeddings.SafeTensors", ""),
     ],
 )
 def test_what_was_trained_beside_is_merged(base, adapter, expected, tmp_path, file, prefix):
     tensors = trained(base, [NORM, EMBEDDING])
     beside = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
-    save_file(beside, adapter / file) if file.endswith("safetensors") else torch.save(beside, adapter / file)
+    save_file(beside, adapter / file) if file.lower().endswith("safetensors") else torch.save(beside, adapter / file)
     planned = plan_pass(base, {"job": adapter}, tmp_path / "ours")
     assert not planned.run().errors
     assert different(read_tensors(planned.output("job")), expected | tensors) == []
@@ -282,7 +289,7 @@ def test_what_fits_nowhere_is_refused_by_name(base, adapter, tmp_path, file, ten
     assert re.search(said, refusal(base, adapter, tmp_path / "ours"))
 
 
-@pytest.mark.parametrize("file", ["model-00001-of-00002.safetensors", "trained.pkl", "weights.npz", "tf_model.h5"])
+@pytest.mark.parametrize("file", ["model-00001-of-00002.safetensors", "trained.pkl", "weights.NPZ", "tf_model.h5", "last.pth.tar"])
 def test_files_that_are_not_read_are_refused_by_name(base, adapter, tmp_path, file):
     (adapter / file).write_bytes(b"weights")
     assert f"{file} beside the adapter may hold weights" in refusal(base, adapter, tmp_path / "ours")
