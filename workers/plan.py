@@ -30,7 +30,7 @@ from workers.lanes.coverage import Coverage, cover, ties_by_values
 from workers.lanes.fitting import fit
 from workers.lanes.lora import plan_lora
 from workers.lanes.methods import UNSTABLE, WEIGHED
-from workers.lanes.resizing import check_apart, resize_vocabulary
+from workers.lanes.resizing import check_brought, resize_vocabulary
 from workers.lanes.stored import add_to_files
 from workers.model import answers_prompts, check_depth, skeleton, token_embedding
 from workers.notes import find_notes
@@ -143,15 +143,16 @@ class BasePlan:
     def _cover(self, adapter: Adapter) -> Coverage:
         model = self.skeleton()
         resize_vocabulary(model, adapter.num_tokens)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         coverage = cover(adapter, model)
         if adapter.num_tokens is not None:
-            check_apart(
+            check_brought(
                 str(adapter.weights_path),
                 adapter.tensors,
                 adapter.num_tokens,
                 tied=coverage.tied,
                 untied=coverage.untied,
-                replaced=coverage.replaced,
+                resized=[name for name, shape in shapes.items() if shape != self.conversions.shapes.get(name, shape)],
             )
         return coverage
 
