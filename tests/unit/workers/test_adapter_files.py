@@ -455,3 +455,28 @@ def test_a_reward_head_is_called_what_it_is(base, tmp_path):
     LlamaForSequenceClassification.from_pretrained(base, num_labels=1).save_pretrained(tmp_path / "classifier")
     ours = merge(tmp_path / "classifier", tmp_path / "adapter", tmp_path / "merged", parity={"level": "arithmetic"})
     assert different(ours, merge_by_peft(tmp_path / "classifier", tmp_path / "adapter", tmp_path / "peft")) == []
+
+
+@pytest.mark.parametrize(
+    ("task", "head"),
+    [("TOKEN_CLS", "AutoModelForTokenClassification"), ("QUESTION_ANS", "AutoModelForQuestionAnswering")],
+)
+def test_the_class_of_a_head_is_that_of_its_task(base, adapter, tmp_path, task, head):
+    change_config(adapter, task_type=task)
+    tensors = load_file(adapter / ADAPTER_WEIGHTS) | {f"{PREFIX}classifier.weight": torch.ones(3, 64)}
+    save_file(tensors, adapter / ADAPTER_WEIGHTS)
+    assert f"load the base as {head}, with" in refusal(base, adapter, tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lora_magnitude_vector.weight", "without lora_magnitude_vector.*: use_dora is False"),
+        ("lora_B.bias", "without lora_B.bias: lora_bias is False"),
+    ],
+)
+def test_a_tensor_that_a_switch_of_the_configuration_leaves_out_names_the_switch(base, adapter, tmp_path, name, said):
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    first = next(iter(tensors)).partition(".lora_")[0]
+    save_file(tensors | {f"{first}.{name}": torch.ones(64)}, adapter / ADAPTER_WEIGHTS)
+    assert re.search(said, refusal(base, adapter, tmp_path / "ours"))
