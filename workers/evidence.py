@@ -86,7 +86,7 @@ class Evidence:
         self._is_sum = combination is not None and combination.type is CombinationType.CAT
 
     def _is_there_twice(self, name: str) -> bool:
-        """Whether a tensor of the file has the values of one that was named, under a name that has more in it, or less."""
+        """Whether a tensor has the values of one that was named, under a name that is the same but for its wrappers."""
         plain = _without_wrappers(name)
         twins = (
             stored

@@ -482,7 +482,7 @@ def _check_orientation(adapter: Adapter, peft_model: PeftModel) -> None:
     layers = {
         name: module
         for name, module in peft_model.get_base_model().named_modules()
-        if isinstance(module, ParamWrapper) and module.get_param().ndim == 3  # noqa: PLR2004
+        if isinstance(module, ParamWrapper) and module.get_param().ndim == 3
     }
     if not layers:
         return
@@ -490,7 +490,7 @@ def _check_orientation(adapter: Adapter, peft_model: PeftModel) -> None:
     version = _version(saved_by) if isinstance(saved_by, str) else ()  # 0.17 does not write it
     for name, layer in layers.items():
         a_RI, b_OR = (adapter.tensors.get(f"{PREFIX}{name}.lora_{half}.weight") for half in "AB")
-        if a_RI is None or b_OR is None or len(a_RI.shape) != 2 or len(b_OR.shape) != 2:  # noqa: PLR2004
+        if a_RI is None or b_OR is None or len(a_RI.shape) != 2 or len(b_OR.shape) != 2:
             continue
         found, expected = (b_OR.shape[0], a_RI.shape[1]), (layer.out_features, layer.in_features)
         ambiguous = layer.out_features == layer.in_features

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from jobs.errors import UnsupportedError
 from workers.checkpoint import TensorSpec
 from workers.lanes.names import PREFIX
+from workers.model import input_embedding
 
 _ROWS = (("weight", 0), ("bias", 0), ("lora_B.weight", 0), ("lora_embedding_A", 1))
 """Ends of names of what has an entry for every row of a weight, with the dimension of these entries."""
@@ -94,7 +95,7 @@ def resize_vocabulary(model: PreTrainedModel, num_tokens: int | None) -> None:
 
 def _vocabulary_of(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Return the parameters with a row for every token, by name: those of embedding and head, under both where tied."""
-    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    ends = {id(input_embedding(model)), id(model.get_output_embeddings())}
     return {
         f"{name}.{key}": parameter
         for name, module in model.named_modules()

@@ -289,7 +289,9 @@ def test_what_fits_nowhere_is_refused_by_name(base, adapter, tmp_path, file, ten
     assert re.search(said, refusal(base, adapter, tmp_path / "ours"))
 
 
-@pytest.mark.parametrize("file", ["model-00001-of-00002.safetensors", "trained.pkl", "weights.NPZ", "tf_model.h5", "last.pth.tar"])
+@pytest.mark.parametrize(
+    "file", ["model-00001-of-00002.safetensors", "trained.pkl", "weights.NPZ", "tf_model.h5", "last.pth.tar"]
+)
 def test_files_that_are_not_read_are_refused_by_name(base, adapter, tmp_path, file):
     (adapter / file).write_bytes(b"weights")
     assert f"{file} beside the adapter may hold weights" in refusal(base, adapter, tmp_path / "ours")

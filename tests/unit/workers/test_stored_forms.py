@@ -98,7 +98,10 @@ UNDECLARED = {
     "codes beside a scale": (codes(torch.bfloat16, scale=SCALES), ["(BF16) has scale (F32) beside it"]),
     "ComfyUI": (codes(torch.bfloat16, scale_weight=SCALES), ["(BF16) has scale_weight (F32) beside it"]),
     "FP8 of ComfyUI": (codes(FP8, scale_weight=SCALES), ["stored as F8_E4M3, beside scale_weight (F32)"]),
-    "a quantizer's": (codes(torch.float16, **{"weight_quantizer._scale": SCALES}), ["(F16) has _scale (F32) beside it"]),
+    "a quantizer's": (
+        codes(torch.float16, **{"weight_quantizer._scale": SCALES}),
+        ["(F16) has _scale (F32) beside it"],
+    ),
     "below the weight": (codes(torch.bfloat16, **{"weight.qscale": SCALES}), ["(BF16) has qscale (F32) beside it"]),
     "torchao": (pieces(_weight_qdata=INTS, _weight_scale=SCALES), ["_weight_qdata (I32)", "torchao"]),
     "half a 4-bit weight": (codes(torch.uint8, **{"weight.absmax": SCALES}), ["stored as U8", "absmax (F32)"]),
@@ -239,7 +242,12 @@ def test_what_no_model_takes_is_copied_to_the_byte(copy, adapter, tmp_path, fiel
 
 def test_scales_of_what_goes_through_a_module_are_no_part_of_its_weight(copy, tmp_path):
     attention = "model.layers.0.self_attn"
-    names = [f"{LINEAR}.input_scale", f"{attention}.k_scale", f"{attention}.v_proj.v_scale", f"{LINEAR}.act_quant.scale"]
+    names = [
+        f"{LINEAR}.input_scale",
+        f"{attention}.k_scale",
+        f"{attention}.v_proj.v_scale",
+        f"{LINEAR}.act_quant.scale",
+    ]
     rewrite(copy, lambda tensors: tensors.update(dict.fromkeys(names, torch.ones(1))))
     planned = plan(copy, tmp_path, base_quantization="none")
     assert all(planned.by_name[name].copied for name in names)
