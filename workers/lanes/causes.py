@@ -19,7 +19,7 @@ _HEADS = {
 }
 """Heads of models that do not continue text, and the classes of transformers that have them."""
 
-_OF_TASKS = {
+OF_TASKS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
@@ -55,7 +55,7 @@ def cause_of(name: str, method: str, config: Any, model: nn.Module) -> str:
     modules = dict(model.named_modules())
     if top in _HEADS and top not in modules:
         task = f" (task_type {config.task_type})" if config.task_type else ""
-        head = _OF_TASKS.get(str(config.task_type), _HEADS[top])
+        head = OF_TASKS.get(str(config.task_type), _HEADS[top])
         if getattr(model, "main_input_name", "input_ids") == "pixel_values":
             head = "AutoModelForImageClassification"
         return (

@@ -482,3 +482,12 @@ def test_a_tensor_that_a_switch_of_the_configuration_leaves_out_names_the_switch
     first = next(iter(tensors)).partition(".lora_")[0]
     save_file(tensors | {f"{first}.{name}": torch.ones(64)}, adapter / ADAPTER_WEIGHTS)
     assert re.search(said, refusal(base, adapter, tmp_path / "ours"))
+
+
+def test_a_classifier_without_its_head_is_told(base, adapter, expected, tmp_path):
+    """What it adds to the layers below is all that its files hold, and is merged."""
+    change_config(adapter, task_type="SEQ_CLS")
+    planned = plan_pass(base, {"job": adapter}, tmp_path / "ours")
+    assert any("trained for task_type SEQ_CLS" in note for note in planned.plans[0].notes)
+    assert not planned.run().errors
+    assert different(read_tensors(planned.output("job")), expected) == []
