@@ -13,6 +13,7 @@ from typing import Any
 
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.problems import show
+from jobs.release import one_name
 from workers.belongings import (
     MODULE_SETTINGS,
     MODULES_FILE,
@@ -166,10 +167,10 @@ def plan_shipment(base: Path, adapter: Path) -> Shipment:
 def _check_case(files: Mapping[str, Path]) -> None:
     folded = dict[str, str]()
     for name in files:
-        if (other := folded.setdefault(name.casefold(), name)) != name:
+        if (other := folded.setdefault(one_name(name), name)) != name:
             raise BadInputError(
-                f"{files[name]} and {files[other]} differ in upper and lower case alone, which many file systems take "
-                "for one file; remove one of them"
+                f"{files[name]} and {files[other]} differ in upper and lower case alone, or in the form of a letter, "
+                "which many file systems take for one file; remove one of them"
             )
 
 

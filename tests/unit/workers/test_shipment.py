@@ -353,6 +353,11 @@ class TestFolders:
         "modules.json": MODULES,
         "1_Pooling/config.json": b"{}",
         "2_Dense/config.json": b"{}",
+def test_names_that_differ_by_the_form_of_a_letter_alone_are_refused(tmp_path):
+    with pytest.raises(BadInputError, match="alone, or in the form of a letter"):
+        ship(tmp_path, {"license \u00e9.txt": b"", "license e\u0301.txt": b""}, {})
+
+
         "2_Dense/model.safetensors": b"weights",
         "custom_dense.py": b"",
     }
