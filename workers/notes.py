@@ -61,6 +61,11 @@ def find_notes(
             "the metadata of the base's README.md cannot be read, so the release's card says nothing of licence and "
             "language; expected YAML between two lines '---'"
         )
+    if card.left:
+        notes.append(
+            f"the metadata of the base's README.md has values that the Hub takes in no card ({', '.join(card.left)}), "
+            "and the release's card leaves them out; correct them there"
+        )
     if licences := differing_licences(card, adapter_cards):
         notes.append(
             f"base and adapter have other licences ({', '.join(licences)}), and each holds for the release: its card "
