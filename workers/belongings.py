@@ -16,9 +16,10 @@ from typing import Any, Protocol
 
 from jobs.errors import BadInputError
 from jobs.release import MANIFEST_NAME, REPORT_NAME, is_plain_path
+from jobs.text import shown
 from workers.code_files import CodePlace, code_of, custom_modules
 from workers.files import file_errors
-from workers.foreign import read_foreign
+from workers.foreign import check_inside, read_foreign
 from workers.foreign_json import parse_json
 
 CARD_NAME = "README.md"
@@ -164,8 +165,9 @@ class Files(Protocol):
 class LocalFiles:
     """The files of a directory: all that is no directory, and no link to one.
 
-    Links to files count, as the Hub's cache has them. What cannot be opened counts, too: a link to nothing, a FIFO. The
-    door (`workers/foreign.py`) refuses it by name, where a file that seems not to be there would be missed in silence.
+    Links count, as the Hub's cache has them for files. What cannot be opened counts, too: a link to nothing, a FIFO.
+    The door (`workers/foreign.py`) refuses it by name, where a file that seems not to be there would be missed in
+    silence. A folder that a link puts elsewhere is refused as well.
     """
 
     place: Path
@@ -178,14 +180,13 @@ class LocalFiles:
     def folders(self) -> Collection[str]:
         """Return the names of the folders at the top."""
         with file_errors(f"reading {self.place}"):
-            return [path.name for path in self.place.iterdir() if path.is_dir() and not path.is_symlink()]
+            return [path.name for path in self.place.iterdir() if path.is_dir()]
 
     def below(self, folder: str) -> Collection[str]:
         """Return the files in a folder and below, named from the top."""
         top = self.place / folder
-        if top.is_symlink():
-            return []
-        found = (Path(parent, name) for parent, _, names in os.walk(top) for name in names)
+        check_inside(top, num_parts=folder.count("/") + 1)
+        found = (path for parent, inner, names in os.walk(top) for path in _entries(Path(parent), inner, names))
         paths = list(itertools.islice(found, _MAX_FILES_OF_FOLDER + 1))
         if len(paths) > _MAX_FILES_OF_FOLDER:
             raise BadInputError(
@@ -360,6 +361,16 @@ def module_folders(files: Files) -> Iterator[str]:
 
 
 def _folders(files: Files) -> Iterator[str]:
+def _entries(parent: Path, folders: Iterable[str], names: Iterable[str]) -> Iterator[Path]:
+    """Yield the files of a folder; a folder in it that is a link is refused, as no walk follows it."""
+    for name in folders:
+        if (parent / name).is_symlink():
+            raise BadInputError(
+                f"{shown(parent / name)}: expected a folder, found a link to one; put the folder itself there"
+            )
+    yield from (parent / name for name in names)
+
+
     """Yield the folders that belong to a model."""
     yield from module_folders(files)
     yield "custom_generate"  # where transformers looks for a model's own way to generate

@@ -395,13 +395,23 @@ def test_names_that_differ_by_the_form_of_a_letter_alone_are_refused(tmp_path):
         with pytest.raises(BadInputError, match=r"modules\.json: path: expected the name of a folder"):
             ship(tmp_path, {"modules.json": json.dumps([{"path": path}]).encode()}, {})
 
-    def test_a_folder_that_is_a_link_is_not_followed(self, tmp_path):
-        (tmp_path / "secret").mkdir()
-        (tmp_path / "secret" / "key.json").write_text("{}")
-        (tmp_path / "base").mkdir()
-        (tmp_path / "base" / "modules.json").write_text('[{"path": "1_Pooling"}]')
-        (tmp_path / "base" / "1_Pooling").symlink_to(tmp_path / "secret")
-        assert plan_shipment(tmp_path / "base", tmp_path / "secret").files.keys() == {"modules.json"}
+    @pytest.mark.parametrize("folder", ["1_Pooling", "additional_chat_templates", "custom_generate", "licenses", "tok"])
+    def test_a_folder_that_a_link_puts_elsewhere_is_refused(self, tmp_path, folder):
+        write_files(tmp_path / "secret", {"key.json": b"{}", "tokenizer_config.json": b"{}"})
+        write_files(tmp_path / "base", {"modules.json": b'[{"path": "1_Pooling"}]'})
+        (tmp_path / "base" / folder).symlink_to(tmp_path / "secret")
+        with pytest.raises(BadInputError, match=rf"{folder}: expected a folder of this directory, found a link to"):
+            plan_shipment(tmp_path / "base", tmp_path / "secret")
+
+    def test_a_folder_that_is_a_link_within_the_directory_ships(self, tmp_path):
+        write_files(tmp_path / "base", {"modules.json": b'[{"path": "1_Pooling"}]', "v2/config.json": b"{}"})
+        (tmp_path / "base" / "1_Pooling").symlink_to("v2")
+        write_files(tmp_path / "adapter", {"adapter_config.json": b"{}"})
+        files = plan_shipment(tmp_path / "base", tmp_path / "adapter").files
+        assert files.keys() == {"modules.json", "1_Pooling/config.json"}
+        (tmp_path / "base" / "v2" / "inner").symlink_to(tmp_path)
+        with pytest.raises(BadInputError, match="inner: expected a folder, found a link to one"):
+            plan_shipment(tmp_path / "base", tmp_path / "adapter")
 
     def test_files_that_name_others_have_a_size(self, tmp_path):
         with (tmp_path / "modules.json").open("wb") as file:
