@@ -28,7 +28,8 @@ MODULE_SETTINGS = frozenset({MODULES_FILE, "config_sentence_transformers.json", 
 """At the top of a sentence-transformers model: which modules it has, and how they are used."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILE = "tokenizer.json"
-TEMPLATE_FILES = frozenset({"chat_template.jinja", "chat_template.json"})
+OLD_TEMPLATE = "chat_template.json"
+TEMPLATE_FILES = frozenset({"chat_template.jinja", OLD_TEMPLATE})
 TEMPLATE_FOLDER = "additional_chat_templates"
 
 MAX_DESCRIPTION_BYTES = 16 << 20
@@ -360,7 +361,6 @@ def module_folders(files: Files) -> Iterator[str]:
             yield folder.rstrip("/")
 
 
-def _folders(files: Files) -> Iterator[str]:
 def _entries(parent: Path, folders: Iterable[str], names: Iterable[str]) -> Iterator[Path]:
     """Yield the files of a folder; a folder in it that is a link is refused, as no walk follows it."""
     for name in folders:
@@ -371,6 +371,7 @@ def _entries(parent: Path, folders: Iterable[str], names: Iterable[str]) -> Iter
     yield from (parent / name for name in names)
 
 
+def _folders(files: Files) -> Iterator[str]:
     """Yield the folders that belong to a model."""
     yield from module_folders(files)
     yield "custom_generate"  # where transformers looks for a model's own way to generate

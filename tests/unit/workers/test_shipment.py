@@ -159,6 +159,33 @@ class TestTemplates:
         with pytest.raises(BadInputError, match="chat_template: expected names of files"):
             ship(tmp_path, base, {"tokenizer_config.json": b"{}"})
 
+    def test_named_templates_that_the_adapter_does_not_bring_are_told(self, tmp_path):
+        several = [{"name": name, "template": "a"} for name in ("default", "rag", "tool_use")]
+        mine = {"chat_template.jinja": b"x", "additional_chat_templates/rag.jinja": b"x"}
+        for name, base in (
+            ("inside", {"tokenizer_config.json": json.dumps({"chat_template": several}).encode()}),
+            ("beside", {f"additional_chat_templates/{name}.jinja": b"a" for name in ("rag", "tool_use")}),
+        ):
+            (tmp_path / name).mkdir()
+            [note] = ship(tmp_path / name, base, mine)[0].notes
+            assert "additional_chat_templates/tool_use.jinja of the base stays behind" in note
+            assert "rag" not in note
+
+    @pytest.mark.parametrize(
+        ("base", "written"),
+        [
+            ({"chat_template.jinja": b"base"}, {"chat_template.jinja": "mine"}),
+            ({"tokenizer_config.json": b'{"chat_template": "base"}'}, {"chat_template.jinja": "mine"}),
+            ({"chat_template.json": b'{"chat_template": "base"}'}, {}),
+            ({"chat_template.json": b"{}", "chat_template.jinja": b"base"}, {"chat_template.jinja": "mine"}),
+        ],
+    )
+    def test_what_processors_alone_read_is_written_for_tokenizers(self, tmp_path, base, written):
+        shipment, _ = ship(tmp_path, base, {"chat_template.json": b'{"chat_template": "mine"}'})
+        assert shipment.templates == written
+        assert shipment.files["chat_template.json"] == tmp_path / "adapter" / "chat_template.json"
+        assert "chat_template.jinja" not in shipment.files
+
 
 def image_processor(tmp_path, shipment):
     """Write the processor files of a release; return what transformers takes for its image processor."""
@@ -326,6 +353,11 @@ def test_the_adapters_licence_ships_beside_the_bases(tmp_path):
     }
 
 
+def test_names_that_differ_by_the_form_of_a_letter_alone_are_refused(tmp_path):
+    with pytest.raises(BadInputError, match="alone, or in the form of a letter"):
+        ship(tmp_path, {"license \u00e9.txt": b"", "license e\u0301.txt": b""}, {})
+
+
 def test_names_that_differ_by_case_alone_are_refused(tmp_path):
     with pytest.raises(BadInputError, match=r"license and .*LICENSE differ in upper and lower case alone"):
         ship(tmp_path, {"LICENSE": b"", "license": b""}, {})
@@ -353,11 +385,6 @@ class TestFolders:
         "modules.json": MODULES,
         "1_Pooling/config.json": b"{}",
         "2_Dense/config.json": b"{}",
-def test_names_that_differ_by_the_form_of_a_letter_alone_are_refused(tmp_path):
-    with pytest.raises(BadInputError, match="alone, or in the form of a letter"):
-        ship(tmp_path, {"license \u00e9.txt": b"", "license e\u0301.txt": b""}, {})
-
-
         "2_Dense/model.safetensors": b"weights",
         "custom_dense.py": b"",
     }
