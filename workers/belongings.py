@@ -117,7 +117,8 @@ _OF_NO_USE = (
 """What is known to be of no use to a checkpoint: other forms of its weights, leftovers, code beside it, its pages."""
 _LEGAL = re.compile(
     r"licen[cs]e|copying|copyright|notice|patents|eula|agreement|disclaimer"
-    r"|use[-_ ]?policy|usage[-_ ]?policy|terms[-_ ]of|third[-_ ]?party|attribution|许可|協議|协议"
+    r"|use[-_ ]?policy|usage[-_ ]?policy|terms([-_ ]of|[-_ ]and|\.|$)|third[-_ ]?party|attribution|open[-_ ]?rail"
+    r"|许可|許可|協議|协议|ライセンス|利用規約|라이선스|лицензи"
 )
 _LEGAL_FOLDER = re.compile(r"licen[cs]es?|third[-_ ]?party[-_ ]?(licen[cs]es?|notices?)", re.IGNORECASE)
 _NO_TEXT = re.compile(

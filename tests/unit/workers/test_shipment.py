@@ -40,6 +40,7 @@ def ship(tmp_path, base, adapter):
         *("LICENSE", "license.md", "LICENCE.txt", "COPYING", "MODEL_LICENSE", "LICENSE-MODEL", "LICENSE-APACHE-2.0"),
         *("Notice.txt", "NOTICES", "USE_POLICY.md", "Acceptable Use Policy.pdf", "Llama License Agreement.pdf"),
         *("third_party_notices.txt", "ThirdPartyNotices.md", "TERMS_OF_USE.md", "模型许可协议.pdf", "EULA.html"),
+        *("TERMS", "terms.md", "Terms and Conditions.pdf", "OpenRAIL.md", "CreativeML_Open_RAIL-M.pdf", "利用規約.pdf"),
     ],
 )
 def test_licences_of_every_name_belong(name):
