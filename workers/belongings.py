@@ -36,6 +36,7 @@ MAX_DESCRIPTION_BYTES = 16 << 20
 """Largest file that is read to find what else belongs to a model."""
 
 _MAX_FILES_OF_FOLDER = 1000
+_MAX_MODULES = 1000
 
 _SETTINGS = frozenset({TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"})
 _VOCABULARY = (
@@ -400,7 +401,13 @@ def _of_folder(names: Iterable[str]) -> Iterator[str]:
 def _modules(files: Files) -> list[dict[str, Any]]:
     """Return the modules of a sentence-transformers model; none where there is no such file, or one of another kind."""
     modules = _json(files, MODULES_FILE) if files.has(MODULES_FILE) else []
-    return [module for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+    if not isinstance(modules, list):
+        return []
+    if len(modules) > _MAX_MODULES:
+        raise BadInputError(
+            f"{files.place}/{MODULES_FILE}: expected at most {_MAX_MODULES} modules, found {len(modules)}"
+        )
+    return [module for module in modules if isinstance(module, dict)]
 
 
 def _json(files: Files, name: str) -> Any:

@@ -12,7 +12,8 @@ from jobs.text import shown
 from workers.foreign import read_foreign
 
 _LISTS = (".tiktoken", "vocab.txt", "tiktoken.model")
-_MAX_PIECES = 4_000_000
+_MAX_PIECES = 1_000_000
+"""The largest in use have a quarter of it."""
 _PIECE = 0x0A
 """Protobuf's tag of a field 1 that has a length."""
 
@@ -30,11 +31,19 @@ def read_pieces(path: Path) -> Mapping[str, int]:
     """
     data = read_foreign(path)
     if path.name.endswith(_LISTS):
-        found = {line: place for place, line in enumerate(data.decode(errors="replace").splitlines()) if line}
+        most = data.count(b"\n")
+        pieces: Iterator[str] = (line.decode(errors="replace") for line in data.splitlines())
     else:
-        found = {piece: place for place, piece in enumerate(_sentencepieces(data))}
-    if len(found) > _MAX_PIECES:
-        raise BadInputError(f"{shown(path)}: expected at most {_MAX_PIECES} tokens, found {len(found)}")
+        most, pieces = 0, _sentencepieces(data)
+    found = dict[str, int]()
+    for place, piece in enumerate(pieces if most <= _MAX_PIECES else ()):
+        most = max(most, place)
+        if most > _MAX_PIECES:
+            break
+        if piece:
+            found[piece] = place
+    if most > _MAX_PIECES:
+        raise BadInputError(f"{shown(path)}: expected at most {_MAX_PIECES} tokens, found more")
     return found
 
 

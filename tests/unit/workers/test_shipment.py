@@ -441,6 +441,19 @@ class TestFolders:
         with pytest.raises(BadInputError, match="inner: expected a folder, found a link to one"):
             plan_shipment(tmp_path / "base", tmp_path / "adapter")
 
+    def test_more_references_to_code_than_any_model_has_are_refused(self, tmp_path):
+        auto_map = {f"Auto{number}": f"m{number}.X" for number in range(1001)}
+        write_files(tmp_path, {"config.json": json.dumps({"auto_map": auto_map}).encode()})
+        with pytest.raises(
+            BadInputError, match=r"config\.json: auto_map: expected at most 1000 references .* found 1001"
+        ):
+            shipped_files(tmp_path)
+
+    def test_a_list_of_more_modules_than_any_model_has_is_refused(self, tmp_path):
+        write_files(tmp_path, {"modules.json": json.dumps([{"path": "x"}] * 1001).encode()})
+        with pytest.raises(BadInputError, match=r"modules\.json: expected at most 1000 modules, found 1001"):
+            shipped_files(tmp_path)
+
     def test_files_that_name_others_have_a_size(self, tmp_path):
         with (tmp_path / "modules.json").open("wb") as file:
             file.truncate(1 << 40)  # a sparse TiB

@@ -93,6 +93,16 @@ def test_a_file_that_is_no_sentencepiece_tells_nothing(tmp_path, cut):
     assert read_tokenizer(files_of(tmp_path)).counted == {}
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("name", "piece"), [("vocab.txt", b"a\n"), ("x.tiktoken", b"a 1\n"), ("x.model", b"\n\x02\n\x00")]
+)
+def test_a_file_with_more_tokens_than_any_has_is_refused(tmp_path, name, piece):
+    write_files(tmp_path, {name: piece * 1_000_002})
+    with pytest.raises(BadInputError, match=rf"{name}: expected at most 1000000 tokens, found more"):
+        read_tokenizer(files_of(tmp_path))
+
+
 class TestRows:
     @pytest.fixture(scope="class")
     @staticmethod
