@@ -3,10 +3,11 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from jobs.release import (
     ParityReport,
     ParitySummary,
     Release,
+    one_name,
 )
 from workers.checkpoint import INDEX_FILE
 from workers.files import sha256_of
@@ -95,11 +97,11 @@ def decode_manifest(data: bytes, location: Location) -> ManifestFile:
         raise BadInputError(wrong) from error
     if field := _repeated(data):
         raise BadInputError(f"{location}: {MANIFEST_NAME} names the field {show(field)} twice; do not deploy it")
-    times = Counter(artifact.path.casefold() for artifact in manifest.files)
-    if twice := sorted(artifact.path for artifact in manifest.files if times[artifact.path.casefold()] > 1):
+    times = Counter(one_name(artifact.path) for artifact in manifest.files)
+    if twice := sorted(artifact.path for artifact in manifest.files if times[one_name(artifact.path)] > 1):
         raise BadInputError(
             f"{location}: {MANIFEST_NAME} names {', '.join(dict.fromkeys(twice[:3]))} more than once, expected each "
-            "file once, upper and lower case taken as one; do not deploy it"
+            "file once, upper and lower case and forms of one letter taken as one; do not deploy it"
         )
     if MANIFEST_NAME in times:
         raise BadInputError(f"{location}: {MANIFEST_NAME} names itself, which no manifest of mergefleet does")
@@ -134,7 +136,18 @@ def disagreements(manifest: Manifest, report: bytes) -> list[str]:
     ]
     if not found.passed:
         wrong.append(f"{REPORT_NAME}: says that parity did not pass")
-    return wrong
+    return [*wrong, *_contradictions(found)]
+
+
+def _contradictions(report: ParityReport) -> Iterator[str]:
+    """Yield a sentence for each thing that a report holds and that no report of a parity that passed does."""
+    if report.failures:
+        yield f"{REPORT_NAME}: names a failure: {show(report.failures[0])}"
+    for check in report.tensors:
+        if check.num_bad_elements:
+            yield f"{REPORT_NAME}: {show(check.tensor)} has {check.num_bad_elements} elements above the bound"
+        if not (math.isfinite(check.max_abs_error) and math.isfinite(check.rounding_excess)):
+            yield f"{REPORT_NAME}: {show(check.tensor)} has an error that is no number"
 
 
 def missing_parts(manifest: Manifest) -> list[str]:

@@ -10,12 +10,21 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
-from jobs.errors import CancelledError, DeviceLostError, MergefleetError, NotFoundError, OutOfMemoryError
+from jobs.errors import (
+    CancelledError,
+    DestinationOccupiedError,
+    DeviceLostError,
+    MergefleetError,
+    NotFoundError,
+    OutOfMemoryError,
+)
+from jobs.locations import LocalPath, Location
 from jobs.release import (
     REPORT_NAME,
     REPORT_PAGE_NAME,
@@ -42,7 +51,7 @@ from workers.released import encode_manifest
 from workers.scratch import sweep
 from workers.sidecars import digest_file, write_sidecars
 from workers.sinks import Ticket, open_sink
-from workers.sources import fetch_base
+from workers.sources import Source, fetch_base
 from workers.verification import Verifier
 from workers.vetting import vet_base, vet_planned_prompts
 
@@ -259,6 +268,7 @@ class Unit:
         return available_device_bytes(self._device) + held
 
     def _open_sink(self, job: Job) -> None:
+        _check_outside(job.request.destination, (self._base.source, job.plan.adapter, *job.plan.adapter.parts))
         sink = open_sink(job.request.destination, self._settings.scratch)
         existing = sink.existing()
         if existing is not None:
@@ -430,6 +440,25 @@ class Unit:
             versions=library_versions(),
             made_with=made_with(plan.opened.method),
         )
+
+
+def _check_outside(destination: Location, sources: Iterable[Source]) -> None:
+    """Check that a directory lies outside of what is merged, wherever links lead to.
+
+    Raises:
+        DestinationOccupiedError: names the place that it lies in.
+    """
+    if not isinstance(destination, LocalPath):
+        return
+    real = os.path.realpath(destination.path)
+    for source in sources:
+        places = {source.directory} | ({source.location.path} if isinstance(source.location, LocalPath) else set())
+        for place in places:
+            if LocalPath(Path(real)).is_inside(LocalPath(Path(os.path.realpath(place)))):
+                raise DestinationOccupiedError(
+                    f"{destination} lies, through links, inside of {source.location}, which is merged here and never "
+                    "written to; choose another destination"
+                )
 
 
 def _reads_again(plan: MergePlan) -> bool:

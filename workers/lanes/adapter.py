@@ -33,6 +33,7 @@ from workers.lanes import names as adapter_names
 from workers.lanes.causes import cause_of, cause_of_experts
 from workers.lanes.methods import MERGED, REFUSED, SHAPED_BY_VALUES, WEIGHED
 from workers.lanes.resizing import resize_vocabulary
+from workers.lanes.values import check_values
 from workers.tensor_io import read_rows
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -377,6 +378,8 @@ def _read_peft_config(directory: Path, inert_fields: frozenset[str]) -> tuple[Pe
                 f"{path}: field {name} = {raw[name]!r} is not supported by this version; it would change the merge"
             )
     given = {name: value for name, value in raw.items() if name in known - _NOT_FOR_PEFT}
+    kinds = {entry.name: getattr(entry.type, "__name__", str(entry.type)) for entry in dataclasses.fields(config_class)}
+    check_values(path, given, kinds)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
