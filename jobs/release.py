@@ -1,5 +1,6 @@
 """What deployment sees: the files of a release, its manifest, and the parity report that let it out."""
 
+import unicodedata
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -36,6 +37,11 @@ def is_plain_path(value: str) -> bool:
         and not _NOWHERE_PLAIN.intersection(part)
         for part in value.split("/")
     )
+
+
+def one_name(path: str) -> str:
+    """Return what all names of one file have in common, on systems that take case and forms of a letter as one."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
 
 
 class Artifact(Frozen):

@@ -6,12 +6,7 @@ from typing import Any
 
 from cluster.ray_fleet.crews import Crew
 from jobs.errors import FailureClass
-from workers.merging.outcomes import (
-    PassOpened,
-    PublishOutcome,
-    ShardsOutcome,
-    UnitOutcome,
-)
+from workers.merging.outcomes import PassOpened, PublishOutcome, ShardsOutcome, UnitOutcome
 
 WORK = frozenset({"run_unit", "open_pass", "merge_shards", "finish_pass", "publish", "discard"})
 logger = logging.getLogger(__name__)

@@ -8,24 +8,10 @@ from sqlalchemy import bindparam, insert, update
 from jobs.errors import CancelledError, FailureClass, InternalError, MergefleetError
 from jobs.ledger.database import Database
 from jobs.ledger.journal import Move, Step, make_moves, take_steps
-from jobs.ledger.leases import (
-    NO_LEASE,
-    held_jobs,
-    lock_held,
-    lock_jobs,
-    lost_lease,
-)
-from jobs.ledger.records import (
-    ProgressReport,
-    Publication,
-)
+from jobs.ledger.leases import NO_LEASE, held_jobs, lock_held, lock_jobs, lost_lease
+from jobs.ledger.records import ProgressReport, Publication
 from jobs.ledger.schema import jobs, releases
-from jobs.states import (
-    STAGES,
-    SUSPICIOUS_FAILURES,
-    Decision,
-    JobState,
-)
+from jobs.states import STAGES, SUSPICIOUS_FAILURES, Decision, JobState
 
 _FAILURE_STATES = frozenset({JobState.RETRY_WAIT, JobState.FAILED, JobState.QUARANTINED, JobState.CANCELLED})
 

@@ -8,23 +8,11 @@ from jobs.errors import BadInputError
 from jobs.ledger.admission import admit, candidate_of, destination_conflicts
 from jobs.ledger.database import Database, batches
 from jobs.ledger.journal import Move, Step, make_moves
-from jobs.ledger.leases import (
-    finish_lost_cancellations,
-    lease_due_jobs,
-    lock_jobs,
-)
-from jobs.ledger.records import (
-    Lease,
-    SubmitResult,
-)
+from jobs.ledger.leases import finish_lost_cancellations, lease_due_jobs, lock_jobs
+from jobs.ledger.records import Lease, SubmitResult
 from jobs.ledger.schema import jobs
 from jobs.request import MergeRequest
-from jobs.states import (
-    ACTIVE_STATES,
-    CLAIMABLE_STATES,
-    RETRYABLE_STATES,
-    JobState,
-)
+from jobs.states import ACTIVE_STATES, CLAIMABLE_STATES, RETRYABLE_STATES, JobState
 
 
 class JobQueue:

@@ -51,6 +51,16 @@ def test_file_in_the_way(tmp_path: Path) -> None:
         DirectorySink(LocalPath(tmp_path / "r" / "deeper")).open(KEY)
 
 
+def test_link_that_leads_back_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "r1").symlink_to("r1")
+    for ask in (
+        DirectorySink(LocalPath(tmp_path / "r1")).existing,
+        lambda: DirectorySink(LocalPath(tmp_path / "r1")).open("a" * 64),
+    ):
+        with pytest.raises(DestinationOccupiedError, match="is a link that leads back to itself"):
+            ask()
+
+
 def test_link_to_a_directory_is_followed(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "r").symlink_to(tmp_path / "disk" / "r")

@@ -765,6 +765,21 @@ def test_releases_do_not_depend_on_the_company(worker, requests, request_for, ad
     assert Path(release.location.path).is_dir()
 
 
+def test_a_destination_that_links_put_into_base_or_adapter_is_refused(worker, request_for, base, adapters, tmp_path):
+    for name, place in (("base", base), ("adapter", adapters["one"])):
+        (tmp_path / name).symlink_to(place)
+    outcomes = run(
+        worker,
+        request_for("of-base", adapters["one"], destination=str(tmp_path / "base" / "out")),
+        request_for("of-adapter", adapters["one"], destination=str(tmp_path / "adapter" / "deep" / "out")),
+        request_for("real", tmp_path / "adapter", destination=str(adapters["one"] / "out")),
+    )
+    for outcome in outcomes.values():
+        assert outcome.failure.failure_class is FailureClass.BAD_INPUT
+        assert "which is merged here and never written to" in outcome.failure.message
+    assert not [path for place in (base, adapters["one"]) for path in place.iterdir() if path.is_dir()]
+
+
 def test_places_that_are_not_allowed_are_refused_before_anything_is_read(
     settings, request_for, base, adapters, tmp_path
 ):

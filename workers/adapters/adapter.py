@@ -17,6 +17,7 @@ import peft
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -28,6 +29,7 @@ from workers.adapters import names as adapter_names
 from workers.adapters.causes import cause_of, cause_of_experts
 from workers.adapters.methods import MERGED, REFUSED, SHAPED_BY_VALUES, WEIGHED
 from workers.adapters.resizing import resize_vocabulary
+from workers.adapters.values import check_values
 from workers.bases.conversions import Conversions
 from workers.files.checkpoint import read_json, read_shard
 from workers.files.layout import TensorSpec
@@ -51,6 +53,9 @@ _INERT_FIELDS = "MERGEFLEET_INERT_ADAPTER_FIELDS"
 
 _OF_INITS = frozenset({"eva_config", "corda_config", "lora_ga_config", "loftq_config"})
 """Fields that say how an initialization computes; it is over once an adapter is saved."""
+
+_ORIENTED = (0, 19, 1)
+"""Version of PEFT from which on it reads LoRA on three-dimensional parameters as it does now."""
 
 _ALTERS_THE_MODEL = ("layer_replication", "alora_invocation_tokens", "arrow_config", "use_qalora", "megatron_config")
 """Fields of LoRA whose effect is no weight of the base's own model, or that belong to other model classes."""
@@ -284,6 +289,7 @@ def put_on(
             tensors[name] = read_tensor(adapter.weights_path, spec)
     if offloaded_to is not None:
         keep_adapters_on(offloaded_to, peft_model)
+    _check_orientation(adapter, peft_model)
     _check_tensors(adapter, peft_model)
     names = set(peft_model.state_dict())
     with refusals(adapter, f"{ADAPTER_WEIGHTS}: PEFT cannot load it"):
@@ -373,6 +379,8 @@ def _read_peft_config(directory: Path, inert_fields: frozenset[str]) -> tuple[Pe
                 f"{path}: field {name} = {raw[name]!r} is not supported by this version; it would change the merge"
             )
     given = {name: value for name, value in raw.items() if name in known - _NOT_FOR_PEFT}
+    kinds = {entry.name: getattr(entry.type, "__name__", str(entry.type)) for entry in dataclasses.fields(config_class)}
+    check_values(path, given, kinds)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -465,6 +473,43 @@ def _copies_of_tokens(adapter: Adapter, peft_model: PeftModel) -> frozenset[str]
                 )
             found.add(double)
     return frozenset(found)
+
+
+def _check_orientation(adapter: Adapter, peft_model: PeftModel) -> None:
+    """Check that LoRA on parameters of three dimensions (E experts) was saved in the order that this PEFT reads.
+
+    PEFT takes [E, I, O] for I inputs and O outputs, or [E, O, I]. Up to 0.18 it took the first of every class, from
+    0.19.1 on of those that say `is_transposed`, and 0.19.0 of the others. Shapes tell the two apart where I is not O;
+    the version does where they are equal. Source: `ParamWrapper.update_layer` of peft/tuners/lora/layer.py in these
+    versions, and https://github.com/huggingface/peft/pull/3165.
+    """
+    layers = {
+        name: module
+        for name, module in peft_model.get_base_model().named_modules()
+        if isinstance(module, ParamWrapper) and module.get_param().ndim == 3
+    }
+    if not layers:
+        return
+    saved_by = read_config(adapter.directory).get("peft_version")
+    version = _version(saved_by) if isinstance(saved_by, str) else ()  # 0.17 does not write it
+    for name, layer in layers.items():
+        a_RI, b_OR = (adapter.tensors.get(f"{PREFIX}{name}.lora_{half}.weight") for half in "AB")
+        if a_RI is None or b_OR is None or len(a_RI.shape) != 2 or len(b_OR.shape) != 2:
+            continue
+        found, expected = (b_OR.shape[0], a_RI.shape[1]), (layer.out_features, layer.in_features)
+        ambiguous = layer.out_features == layer.in_features
+        transposed = bool(getattr(layer.get_base_layer(), "is_transposed", False))
+        as_now = version[:3] != (0, 19, 0) if transposed else version >= _ORIENTED
+        if found == expected and (as_now or not ambiguous):
+            continue
+        if found == expected[::-1]:
+            raise UnsupportedError(
+                f"{adapter.weights_path}: tensors {a_RI.name} and {b_OR.name} were saved by "
+                f"{f'PEFT {saved_by}' if saved_by else 'a version of PEFT that the configuration does not name'}, "
+                f"which took inputs and outputs of {name}.{layer.parameter_name} the other way round than "
+                f"PEFT {peft.__version__} does, so that the same tensors are another delta; merge it where the version "
+                "is installed that trained it"
+            )
 
 
 def _check_tensors(adapter: Adapter, peft_model: PeftModel) -> None:

@@ -6,17 +6,28 @@ from typing import Any
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from workers.adapters.names import owner_of
 
 _HEADS = {
-    "score": "ForSequenceClassification",
-    "classifier": "ForSequenceClassification or ForTokenClassification",
-    "classification_head": "ForSequenceClassification",
-    "qa_outputs": "ForQuestionAnswering",
+    "score": "AutoModelForSequenceClassification",
+    "classifier": "AutoModelForSequenceClassification or AutoModelForTokenClassification",
+    "classification_head": "AutoModelForSequenceClassification",
+    "qa_outputs": "AutoModelForQuestionAnswering",
 }
 """Heads of models that do not continue text, and the classes of transformers that have them."""
+
+OF_TASKS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+"""The class of transformers that each of PEFT's tasks trains a head of."""
+
+_SWITCHES = {"lora_magnitude_vector": "use_dora", "lora_B.bias": "lora_bias"}
+"""What LoRA puts into a layer only where a field of the configuration says so."""
 
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\..+")
 """Modules of models that hold each expert by itself, as those of transformers 4 did."""
@@ -44,16 +55,27 @@ def cause_of(name: str, method: str, config: Any, model: nn.Module) -> str:
     modules = dict(model.named_modules())
     if top in _HEADS and top not in modules:
         task = f" (task_type {config.task_type})" if config.task_type else ""
+        head = OF_TASKS.get(str(config.task_type), _HEADS[top])
+        if getattr(model, "main_input_name", "input_ids") == "pixel_values":
+            head = "AutoModelForImageClassification"
         return (
             f"it is the head of a model that does not continue text{task}, which {kind} does not have: load the base "
-            f"as AutoModel{_HEADS[top].partition(' ')[0]}, with the number of labels of the training, save it with "
-            "save_pretrained, name that as base, and request parity level: arithmetic"
+            f"as {head}, with the number of labels of the training, save it with save_pretrained, name that as base, "
+            "and request parity level: arithmetic"
         )
     is_layer = re.search(rf"\.{re.escape(prefix)}", name) is not None
     if is_layer and owner not in modules:
         return (
             f"{kind} has no module {owner}: the adapter was trained on another architecture, or on names that this "
             "version of transformers does not know any more; leaving them out would change the model"
+        )
+    if is_layer and isinstance(modules[owner], BaseTunerLayer):
+        inside = name.partition(f"{owner}.")[2].replace(".default", "")
+        field = next((field for start, field in _SWITCHES.items() if inside.startswith(start)), None)
+        words = f"{field} is {getattr(config, field, None)!r} there" if field else "that asks for none"
+        return (
+            f"the configuration puts an adapter on {owner}, without {inside}: {words}; leaving them out would change "
+            "the model: the configuration is not the adapter's own"
         )
     if is_layer:
         return (

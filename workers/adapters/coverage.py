@@ -80,8 +80,8 @@ def cover(adapter: Adapter, model: PreTrainedModel) -> Coverage:
         plain = take_off(adapter, wrapped.model, name, merge=False)
         if any(isinstance(module, BaseTunerLayer) for module in plain.modules()):
             raise UnsupportedError(
-                f"{adapter.directory / ADAPTER_CONFIG}: module {name} is trained whole and holds adapters as well; "
-                "PEFT leaves those out when it merges, so the merge is refused"
+                f"{adapter.directory / ADAPTER_CONFIG}: module {name} is trained whole, or single tokens of it, and "
+                "holds an adapter as well; PEFT leaves that out when it merges, so the merge is refused"
             )
         changed |= {f"{name}.{key}" for key in plain.state_dict()}
     merged = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())

@@ -2,14 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from jobs.errors import UnsupportedError
 from workers.adapters.adapter import ADAPTER_CONFIG, FLOATS, Adapter, refusals
-from workers.adapters.names import fit_names
+from workers.adapters.causes import OF_TASKS
+from workers.adapters.names import Fitted, fit_names
 from workers.adapters.resizing import check_indices, num_tokens_of, plain_name, trained_indices
 from workers.files.layout import TensorSpec
 
@@ -54,19 +55,28 @@ def fit(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], skeleton: Calla
             expected = spec.shape if num_tokens is not None and plain in shapes else shapes.get(plain or "")
             if plain is not None and spec.shape != expected:
                 raise _misfit(adapter, spec, plain, expected, type(model()).__name__)
-    notes = list(adapter.notes)
+    notes = (*adapter.notes, *_notes(fitted, num_tokens, model))
+    return dataclasses.replace(
+        adapter, config=fitted.config, tensors=fitted.tensors, num_tokens=num_tokens, notes=notes
+    )
+
+
+def _notes(fitted: Fitted, num_tokens: int | None, skeleton: Callable[[], PreTrainedModel]) -> Iterator[str]:
+    """Yield what a person should know of how an adapter fits."""
     if fitted.moved:
         old, new = next(iter(fitted.moved.items()))
-        notes.append(
-            f"{len(fitted.moved)} modules of the adapter have another name in this base, such as {old}, which is {new}"
-        )
+        num_moved = len(fitted.moved)
+        yield f"{num_moved} modules of the adapter have another name in this base, such as {old}, which is {new}"
     if fitted.tower is not None:
-        notes.append(f"the adapter is of the text model alone; modules outside of {fitted.tower} are left as they are")
+        yield f"the adapter is of the text model alone; modules outside of {fitted.tower} are left as they are"
+    task = str(getattr(fitted.config, "task_type", None))
+    if task in OF_TASKS and not type(skeleton()).__name__.endswith(OF_TASKS[task].removeprefix("AutoModel")):
+        yield (
+            f"the adapter was trained for task_type {task}, and the base is a {type(skeleton()).__name__}: the release "
+            "is one, too, without the head of that task"
+        )
     if num_tokens is not None:
-        notes.append(f"the vocabulary is the adapter's: {num_tokens} tokens")
-    return dataclasses.replace(
-        adapter, config=fitted.config, tensors=fitted.tensors, num_tokens=num_tokens, notes=tuple(notes)
-    )
+        yield f"the vocabulary is the adapter's: {num_tokens} tokens"
 
 
 def _misfit(

@@ -32,6 +32,9 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _OUTERMOST = "module"
 """What DistributedDataParallel puts before all names."""
 
+_PEFTS = ["base_model", "model"]
+"""The parts of `PREFIX`."""
+
 _LAYER = "base_layer"
 """What PEFT calls a layer inside of what it has put in its place."""
 
@@ -205,6 +208,9 @@ def _as_peft(name: str, prefix: str) -> tuple[str, str | None]:
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     while len(parts) > 1 and parts[0] == _OUTERMOST:
         del parts[0]
+    # What held PEFT's model in the training: `model` of Lightning, `policy`, `pretrained_model` of TRL.
+    while (place := next((i for i in range(1, len(parts)) if parts[i : i + 2] == _PEFTS), 0)) > 0:
+        del parts[:place]
     adapter = None
     for place, part in enumerate(parts[:-1]):
         following = parts[place + 1]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from jobs.errors import UnsupportedError
 from workers.adapters.names import PREFIX
+from workers.bases.model import input_embedding
 from workers.files.layout import TensorSpec
 
 _ROWS = (("weight", 0), ("bias", 0), ("lora_B.weight", 0), ("lora_embedding_A", 1))
@@ -94,7 +95,7 @@ def resize_vocabulary(model: PreTrainedModel, num_tokens: int | None) -> None:
 
 def _vocabulary_of(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Return the parameters with a row for every token, by name: those of embedding and head, under both where tied."""
-    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    ends = {id(input_embedding(model)), id(model.get_output_embeddings())}
     return {
         f"{name}.{key}": parameter
         for name, module in model.named_modules()
@@ -103,16 +104,16 @@ def _vocabulary_of(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     }
 
 
-def check_apart(
+def check_brought(
     where: str,
     tensors: Mapping[str, TensorSpec],
     num_tokens: int,
     *,
     tied: Mapping[str, tuple[str, ...]],
     untied: Collection[str],
-    replaced: Collection[str],
+    resized: Collection[str],
 ) -> None:
-    """Check that an adapter of another vocabulary brings both of embedding and head, where it takes them apart.
+    """Check that an adapter of another vocabulary brings all that has an entry for each token and is not one with such.
 
     Args:
         where: the adapter's file, for messages.
@@ -120,18 +121,22 @@ def check_apart(
         num_tokens: that it was trained with.
         tied: names of the base's tensors that share their values, for each of them.
         untied: those that come apart.
-        replaced: tensors of the base that the adapter brings its own values for.
+        resized: tensors of the model that have another shape with that vocabulary.
 
     Raises:
         UnsupportedError: it does not.
     """
     brought = {plain_name(name) for name in tensors}
-    left = [name for name in sorted(untied) if name not in brought and not set(tied[name]) & set(replaced)]
-    if left:
+    told = f"{where}: the adapter is of a vocabulary of {num_tokens} tokens, which the base does not have"
+    if left := [name for name in sorted(untied) if name not in brought]:
         raise UnsupportedError(
-            f"{where}: the adapter is of a vocabulary of {num_tokens} tokens, which the base does not have, and takes "
-            f"{' and '.join(tied[left[0]])} apart; it does not bring {left[0]}, so nothing says what its new rows are; "
-            "train with both in modules_to_save, or with ensure_weight_tying"
+            f"{told}, and takes {' and '.join(tied[left[0]])} apart; it does not bring {left[0]}, so nothing says what "
+            "its new rows are; train with both in modules_to_save, or with ensure_weight_tying"
+        )
+    if left := [name for name in sorted(resized) if brought.isdisjoint(tied.get(name, (name,)))]:
+        raise UnsupportedError(
+            f"{told}, and {left[0]} of the base has an entry for each token, too, which the adapter does not bring; "
+            f"resize the base to {num_tokens} as the training did, with the same values, save it, and name that as base"
         )
 
 

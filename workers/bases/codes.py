@@ -4,8 +4,9 @@ What the model takes as a weight must be a number in the file, whatever dtype a 
 integer is a code, and without its scales another weight.
 """
 
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -29,7 +30,10 @@ _PIECES: Mapping[str, tuple[str, str]] = {
     "_global_scale": ("", "compressed-tensors"),
     "_zero_point": ("", "compressed-tensors"),
     "._data": ("", "quanto"),
-    "._scale": ("", "quanto"),
+    "._scale": ("", ""),
+    ":_data": ("", "torchao"),
+    "._weight_qdata": (".weight", "torchao"),
+    "._weight_scale": (".weight", "torchao"),
     ".absmax": ("", ""),
     ".qweight": (".weight", ""),
     ".qzeros": (".weight", ""),
@@ -48,6 +52,12 @@ method where the ending is of one alone."""
 
 _SCALES = ("_scale_inv", "_scale", "_scale_2", "_scales", "_global_scale", "._scale", ".absmax", ".scales", ".SCB")
 """Those without which the weight beside them is not what was trained, even where it is stored in 16 bits."""
+
+_SCALING = re.compile(r"scale|absmax", re.IGNORECASE)
+_OF_ACTIVATIONS = re.compile(
+    r"(^|[._])(in|inp|inputs?|out|outputs?|act|activations?|[kqvx]|kv|probs?|logits?|softmax)([._]|$)", re.IGNORECASE
+)
+"""What scales are called under any name, and those of what goes through a module, which are no part of its weight."""
 
 
 def refuse_codes(
@@ -85,7 +95,7 @@ def refuse_codes(
                 f"{directory}: the weight {name} is stored as {_listed(beside)}: that is {_form_of(beside).words}, and "
                 f"nothing declares it ({_looked_at()}). {_form_of(beside).advice}"
             )
-        scales = [spec for spec in beside if spec.name.endswith(_SCALES)]
+        scales = [spec for spec in beside if spec.name.endswith(_SCALES) or _ending(spec.name) is None]
         if scales and behind.get(name) in numbers:
             raise UnsupportedError(
                 f"{directory}: tensor {name} ({specs[name].code}) has {_listed(scales)} beside it, which the model "
@@ -98,10 +108,30 @@ def _pieces(specs: Mapping[str, TensorSpec], taken: Mapping[str, str]) -> dict[s
     """Return the tensors that no model takes and that are pieces of a weight, by what the weight would be called."""
     pieces = defaultdict(list)
     for name, spec in specs.items():
-        ending = max((end for end in _PIECES if name.endswith(end)), key=len, default=None)
-        if ending is not None and name not in taken:
-            pieces[name.removesuffix(ending) + _PIECES[ending][0]].append(spec)
+        if name in taken:
+            continue
+        ending = _ending(name)
+        weight = None if ending is None else name.removesuffix(ending) + _PIECES[ending][0]
+        if weight not in specs:
+            weight = next((each for each in _scaled_by(name) if each in specs and each in taken), weight)
+        if weight is not None:
+            pieces[weight].append(spec)
     return pieces
+
+
+def _ending(name: str) -> str | None:
+    """Return the ending that says what piece of a weight a tensor is; None where its name has none of them."""
+    return max((end for end in _PIECES if name.endswith(end)), key=len, default=None)
+
+
+def _scaled_by(name: str) -> Iterator[str]:
+    """Yield the weights that a tensor may hold the scales of, by the module that it is in or one above."""
+    owner = name
+    for _ in range(2):
+        owner = owner.rpartition(".")[0]
+        inside = name.removeprefix(f"{owner}.")
+        if owner and _SCALING.search(inside) and not _OF_ACTIVATIONS.search(inside):
+            yield f"{owner}.weight"
 
 
 def _form_of(pieces: Iterable[TensorSpec]) -> Form:

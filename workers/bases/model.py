@@ -186,15 +186,21 @@ def answers_prompts(model: PreTrainedModel) -> bool:
     return bool(model.can_generate()) and not model.config.is_encoder_decoder and "input_ids" in parameters
 
 
+def input_embedding(model: PreTrainedModel) -> torch.nn.Module | None:
+    """Return the module that looks up the inputs of a model; None for models of images or sound, which have none."""
+    try:
+        found: torch.nn.Module | None = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return found
+
+
 def token_embedding(model: PreTrainedModel) -> tuple[str | None, int]:
     """Return the name of the weight whose rows are a model's tokens, and how many further rows stand beside it.
 
     The name is None for a model without tokens. Rows beside are those of Idefics, for tokens that were added.
     """
-    try:
-        embedding = model.get_input_embeddings()
-    except NotImplementedError:
-        return None, 0
+    embedding = input_embedding(model)
     name = next((name for name, module in model.named_modules() if module is embedding), None)
     if name is None or not isinstance(embedding, torch.nn.Embedding):
         return None, 0

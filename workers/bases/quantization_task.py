@@ -12,9 +12,7 @@ import torch
 import transformers
 
 from workers.bases.conversions import Conversions, Group
-from workers.bases.four_bit import (
-    BITSANDBYTES_VERSION,
-)
+from workers.bases.four_bit import BITSANDBYTES_VERSION
 from workers.files.layout import CheckpointLayout
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import BadInputError
+from workers.bases.vocabulary_files import is_pieces, read_pieces
 from workers.files.checkpoint import read_json
 from workers.files.foreign import read_foreign
 from workers.files.local import FileState, file_errors
@@ -46,6 +47,8 @@ class TokenizerData:
 
     ids: Mapping[str, int]
     """By token."""
+    counted: Mapping[str, int]
+    """By token, where its place in a file tells its id or less: some classes put tokens of their own in front."""
     roles: Mapping[str, str]
     """Tokens by what they are for: `eos_token` and the like."""
     special: frozenset[str]
@@ -81,9 +84,12 @@ def read_tokenizer(files: Mapping[str, Path]) -> TokenizerData | None:
     Raises:
         BadInputError: a file is no JSON, or too large.
     """
-    if TOKENIZER_CONFIG not in files and TOKENIZER_FILE not in files:
+    pieces = next((name for name in files if is_pieces(name)), None)
+    if TOKENIZER_CONFIG not in files and TOKENIZER_FILE not in files and pieces is None:
         return None
-    vocabulary = next((_read(files[name]) for name in (TOKENIZER_FILE, "vocab.json") if name in files), _NOTHING)
+    whole = next((files[name] for name in (TOKENIZER_FILE, "vocab.json") if name in files), None)
+    vocabulary = _NOTHING if whole is None else _read(whole)
+    counted = read_pieces(files[pieces]) if whole is None and pieces is not None else {}
     config, mapped, added_later = (
         _object(files, name) for name in (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
     )
@@ -98,6 +104,7 @@ def read_tokenizer(files: Mapping[str, Path]) -> TokenizerData | None:
     special.update(roles.values(), _more_special(named))
     return TokenizerData(
         ids={**vocabulary.ids, **added},
+        counted={**counted, **vocabulary.ids, **added},
         roles=roles,
         special=frozenset(special),
         templates=tuple(_templates(files, config)),

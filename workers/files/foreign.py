@@ -159,7 +159,22 @@ def foreign_sha256(path: Path, *, num_parts: int = 1) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _place(path: Path, num_parts: int) -> tuple[Path, tuple[str, ...]]:
+def check_inside(folder: Path, *, num_parts: int = 1) -> None:
+    """Check that a folder, where there is one, lies in its directory, whatever links are on the way.
+
+    Args:
+        folder: `<directory>/<name>`.
+        num_parts: how many components at the end of the path are its author's.
+
+    Raises:
+        BadInputError: a link leads out of the directory, or in a circle.
+    """
+    if os.path.lexists(folder):
+        with file_errors(f"reading {shown(folder)}"):
+            _place(folder, num_parts, "folder")
+
+
+def _place(path: Path, num_parts: int, what: str = "file") -> tuple[Path, tuple[str, ...]]:
     """Return a directory without links on the way to it, and the names below it that lead to a file.
 
     Raises:
@@ -175,8 +190,8 @@ def _place(path: Path, num_parts: int) -> tuple[Path, tuple[str, ...]]:
     if blobs is not None and real.parent == blobs:
         return blobs, (real.name,)
     raise BadInputError(
-        f"{shown(path)}: expected a file of this directory, found a link to {shown(real)}; a link that leads out of "
-        "the directory is not followed: put the file itself there, or name the directory that holds it"
+        f"{shown(path)}: expected a {what} of this directory, found a link to {shown(real)}; a link that leads out of "
+        f"the directory is not followed: put the {what} itself there, or name the directory that holds it"
     )
 
 

@@ -30,14 +30,7 @@ from workers.merging.proof import Operands
 from workers.merging.tally import Sums, Tally
 from workers.numerics import products
 from workers.numerics.rounding import precision_for
-from workers.numerics.tiles import (
-    TILE_ELEMENTS,
-    TileBuffers,
-    Tiling,
-    columns_of,
-    pieces_of,
-    single_threads,
-)
+from workers.numerics.tiles import TILE_ELEMENTS, TileBuffers, Tiling, columns_of, pieces_of, single_threads
 
 
 class ArithmeticCheck:

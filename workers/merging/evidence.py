@@ -35,6 +35,8 @@ _COPY = re.compile(r"\.modules_to_save\.(default\.)?")
 _ORIGINAL = ".original_module."
 """What PEFT puts into the name of a weight that was trained whole, and into that of the base's weight beside it."""
 
+_WRAPPERS = frozenset({"module", "modules_to_save", "default"})
+
 _VALUE_HEAD = re.compile(r"((base_model|model|module|_[a-z_]+)\.)*(v_head|value_head)\..+")
 """Names, wrappers before them or not, of what a model does without after the training."""
 
@@ -74,12 +76,26 @@ class Evidence:
         copies = {_COPY.sub(".", stored) for stored in self._stored.values()}
         unnamed -= {name for name in unnamed if _ORIGINAL in name and name.replace(_ORIGINAL, ".") in copies}
         self._file = file
+        with self._errors():
+            unnamed -= {name for name in unnamed if self._is_there_twice(name)}
         self.tensors = dict.fromkeys((*self._stored, *sorted(unnamed)))
         """Names of its tensors: PEFT's, and those of the file that were given none."""
         self._parts = tuple((Evidence(part), weight) for part, weight in _parts(plan))
         """What each adapter says that this one was combined of, and its weight."""
         combination = plan.request.combination
         self._is_sum = combination is not None and combination.type is CombinationType.CAT
+
+    def _is_there_twice(self, name: str) -> bool:
+        """Whether a tensor has the values of one that was named, under a name that is the same but for its wrappers."""
+        plain = _without_wrappers(name)
+        twins = (
+            stored
+            for stored in self._stored.values()
+            if (other := _without_wrappers(stored)).endswith(plain) or plain.endswith(other)
+        )
+        one = self._file.get_tensor(name)
+        others = (self._file.get_tensor(stored) for stored in twins)
+        return any(one.dtype == other.dtype and torch.equal(one, other) for other in others)
 
     @cached_property
     def pairs(self) -> Mapping[str, Pair]:
@@ -250,6 +266,11 @@ class Evidence:
             yield
         except (OSError, SafetensorError) as error:
             raise BadInputError(f"{self._path}: cannot be read any more: {error}") from error
+
+
+def _without_wrappers(name: str) -> str:
+    """Return a name without what trainers and PEFT put into names, after a dot."""
+    return "." + ".".join(part for part in name.split(".") if not part.startswith("_") and part not in _WRAPPERS)
 
 
 def _parts(plan: MergePlan) -> Iterator[tuple[MergePlan, float]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 
 from workers.adapters.adapter import ADAPTER_NAME
 from workers.numerics.rounding import half_ulp
@@ -91,27 +91,33 @@ def factors_of(layer: Any) -> tuple[Factors, ...]:
     Returns:
         One entry for each parameter; none where the layer adds anything but plain LoRA to a linear weight.
     """
-    return tuple(_factors(part) for part in _parts(layer))
+    return tuple(_factors(key, part, times) for key, part, times in _parts(layer))
 
 
-def _parts(layer: Any) -> Iterator[Any]:
+def _parts(layer: Any) -> Iterator[tuple[str, Any, int]]:
+    """Yield each pair of factors in a layer: the parameter it changes, its module, how often it counts."""
     # Two parameters of one module are two wrappers, one in the other.
     while isinstance(layer, ParamWrapper):
-        yield layer
+        yield layer.parameter_name, layer, 1
         layer = layer.base_layer
+    if isinstance(layer, MultiheadAttention):
+        yield "in_proj_weight", layer, 1
+        # Each call of the layer adds the last projection's delta twice, in training, too: `MultiheadAttention.merge` of
+        # PEFT 0.21 adds it, and then lets the projection's own layer merge.
+        yield "out_proj.weight", layer.get_base_layer().out_proj, 2
     if type(layer) is Linear and not layer.lora_variant and not layer.fan_in_fan_out:
-        yield layer
+        yield "weight", layer, 1
 
 
-def _factors(part: Any) -> Factors:
+def _factors(key: str, part: Any, times: int) -> Factors:
     num_experts = part.num_experts if isinstance(part, ParamWrapper) else 1
     a = part.lora_A[ADAPTER_NAME].weight.detach().clone()
     b = part.lora_B[ADAPTER_NAME].weight.detach().clone()
     return Factors(
-        key=part.parameter_name if isinstance(part, ParamWrapper) else "weight",
+        key=key,
         a_ERI=a.reshape(num_experts, -1, a.shape[-1]),
         b_ORE=b.reshape(b.shape[0], -1, num_experts),
-        scaling=float(part.scaling[ADAPTER_NAME]),
+        scaling=times * float(part.scaling[ADAPTER_NAME]),
         rounds_delta=isinstance(part, ParamWrapper),
         inputs_first=num_experts > 1 and not part._did_swap_in_out_features,  # noqa: SLF001
     )

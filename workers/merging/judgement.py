@@ -12,10 +12,7 @@ from workers.numerics.kernels import merging
 from workers.numerics.kernels.elements import ARRAY_DTYPES, array
 from workers.numerics.products import lifted
 from workers.numerics.rounding import BITS, EXPONENT_BITS, MANTISSA_BITS, half_ulp
-from workers.numerics.tiles import (
-    pieces_of,
-    rows_per_tile,
-)
+from workers.numerics.tiles import pieces_of, rows_per_tile
 
 _JUDGED_ELEMENTS = 1 << 16
 """Elements that are held against the exact sum at the same time."""

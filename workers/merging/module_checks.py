@@ -19,6 +19,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from jobs.release import TensorCheck
+from workers.bases.model import input_embedding
 from workers.files.tensor_io import read_rows
 from workers.merging.evidence import Evidence
 from workers.merging.factors import Factors, Judgement, factors_of
@@ -98,7 +99,9 @@ class _Check:
         """Compare what PEFT holds with what the adapter's file does."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            held = peft_model.state_dict() | get_peft_model_state_dict(peft_model, save_embedding_layers=True)
+            base: Any = peft_model.get_base_model()
+            has_tokens = input_embedding(base) is not None
+            held = peft_model.state_dict() | get_peft_model_state_dict(peft_model, save_embedding_layers=has_tokens)
         self.wrong += [
             f"adapter tensor {name}: PEFT was given other values than its file holds"
             for name in self._evidence.misread(held)
@@ -107,7 +110,9 @@ class _Check:
     def look(self, name: str, layer: Any) -> None:
         """Merge a layer by itself, compare what ships of it, and ask it while it is not merged."""
         plan, evidence = self._plan, self._evidence
-        outputs = {f"{name}.{key}": evidence.shipped(f"{name}.{key}") for key in base_of(layer).state_dict()}
+        # An attention of torch's own holds a layer of PEFT's in the place of its last projection.
+        keys = [key.replace("base_layer.", "") for key in base_of(layer).state_dict()]
+        outputs = {f"{name}.{key}": evidence.shipped(f"{name}.{key}") for key in keys}
         here = {source: names for source, names in outputs.items() if names and plan.output.tensors.keys() >= {*names}}
         weight = here.get(f"{name}.weight", ("",))[0]
         if not here or (weight in evidence.pairs and plan.streams(weight)):

@@ -25,7 +25,7 @@ from workers.adapters.coverage import Coverage, cover, ties_by_values
 from workers.adapters.fitting import fit
 from workers.adapters.lora import plan_lora
 from workers.adapters.methods import UNSTABLE, WEIGHED
-from workers.adapters.resizing import check_apart, resize_vocabulary
+from workers.adapters.resizing import check_brought, resize_vocabulary
 from workers.adapters.stored import add_to_files
 from workers.bases.codes import refuse_codes
 from workers.bases.conversions import Conversions, relate
@@ -144,15 +144,16 @@ class BasePlan:
     def _cover(self, adapter: Adapter) -> Coverage:
         model = self.skeleton()
         resize_vocabulary(model, adapter.num_tokens)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         coverage = cover(adapter, model)
         if adapter.num_tokens is not None:
-            check_apart(
+            check_brought(
                 str(adapter.weights_path),
                 adapter.tensors,
                 adapter.num_tokens,
                 tied=coverage.tied,
                 untied=coverage.untied,
-                replaced=coverage.replaced,
+                resized=[name for name, shape in shapes.items() if shape != self.conversions.shapes.get(name, shape)],
             )
         return coverage
 

@@ -9,12 +9,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from jobs.errors import (
-    BadInputError,
-    CancelledError,
-    MergefleetError,
-    NoCapacityError,
-)
+from jobs.errors import BadInputError, CancelledError, MergefleetError, NoCapacityError
 from jobs.request import MergeRequest
 from workers.adapters.adapter import Adapter
 from workers.files.memory import release_memory

@@ -17,12 +17,7 @@ from pathlib import Path
 
 import torch
 
-from jobs.errors import (
-    BadInputError,
-    MergefleetError,
-    NotFoundError,
-    ParityFailedError,
-)
+from jobs.errors import BadInputError, MergefleetError, NotFoundError, ParityFailedError
 from jobs.release import BehaviourCheck
 from workers.files.checkpoint import read_json
 from workers.files.memory import release_memory

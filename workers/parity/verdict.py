@@ -4,14 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jobs.errors import BadInputError, NotFoundError
-from jobs.release import (
-    REPORT_NAME,
-    REPORT_PAGE_NAME,
-    BehaviourCheck,
-    ParityReport,
-    ParitySummary,
-    TensorCheck,
-)
+from jobs.release import REPORT_NAME, REPORT_PAGE_NAME, BehaviourCheck, ParityReport, ParitySummary, TensorCheck
 from workers.files.checkpoint import read_shard
 from workers.files.local import file_errors
 from workers.merging.evidence import Evidence

@@ -1,16 +1,12 @@
 """Whether a release agrees with itself: its manifest with its parity report and its index."""
 
+import math
+from collections.abc import Iterator
+
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from jobs.release import (
-    MANIFEST_NAME,
-    REPORT_NAME,
-    BehaviourCheck,
-    Manifest,
-    ParityReport,
-    ParitySummary,
-)
+from jobs.release import MANIFEST_NAME, REPORT_NAME, BehaviourCheck, Manifest, ParityReport, ParitySummary
 from jobs.request_files.problems import show
 from workers.files.layout import INDEX_FILE
 from workers.releases.released import repeated_field, what_is_wrong
@@ -47,7 +43,18 @@ def disagreements(manifest: Manifest, report: bytes) -> list[str]:
     ]
     if not found.passed:
         wrong.append(f"{REPORT_NAME}: says that parity did not pass")
-    return wrong
+    return [*wrong, *_contradictions(found)]
+
+
+def _contradictions(report: ParityReport) -> Iterator[str]:
+    """Yield a sentence for each thing that a report holds and that no report of a parity that passed does."""
+    if report.failures:
+        yield f"{REPORT_NAME}: names a failure: {show(report.failures[0])}"
+    for check in report.tensors:
+        if check.num_bad_elements:
+            yield f"{REPORT_NAME}: {show(check.tensor)} has {check.num_bad_elements} elements above the bound"
+        if not (math.isfinite(check.max_abs_error) and math.isfinite(check.rounding_excess)):
+            yield f"{REPORT_NAME}: {show(check.tensor)} has an error that is no number"
 
 
 def missing_parts(manifest: Manifest) -> list[str]:

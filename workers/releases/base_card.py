@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,11 @@ _MAX_TEXTS = 1_000
 _NO_SLUG = re.compile(r"[^a-z0-9.]+")
 """In a `license_name`, as the Hub takes it."""
 _TEXT_TAG = "tag:yaml.org,2002:str"
+_TEXTS_ELSEWHERE = frozenset({"yes", "no", "on", "off"})
+"""Truth values to YAML 1.1 and PyYAML; texts to YAML 1.2 and the Hub: `no` is Norwegian."""
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual|number")
+"""What the Hub takes as a language."""
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +37,8 @@ class BaseCard:
     metadata: Mapping[str, str | list[str]] = field(default_factory=dict)
     """By field: a text, or a list of texts, as the card has it."""
     is_readable: bool = True
+    left: tuple[str, ...] = field(default=(), compare=False)
+    """Fields with values that no card of the Hub may have."""
 
     def texts(self, name: str) -> list[str]:
         """Return what a field holds, as a list."""
@@ -80,8 +87,39 @@ def _read_block(block: str) -> BaseCard:
         return BaseCard(is_readable=False)
     if not isinstance(root, yaml.MappingNode):
         return BaseCard(is_readable=root is None)
-    found = {key.value: _kept(value) for key, value in root.value if key.value in _KEPT}
-    return BaseCard(metadata={name: value for name, value in found.items() if value})
+    found = {key.value: value for key, value in root.value if key.value in _KEPT and not _is_empty(value)}
+    kept = {name: _kept(value, whole=name.startswith("license")) for name, value in found.items()}
+    metadata = _valid({name: value for name, value in kept.items() if value})
+    told = {name: len(value.value) if isinstance(value, yaml.SequenceNode) else 1 for name, value in found.items()}
+    card = BaseCard(metadata=metadata)
+    return replace(card, left=tuple(name for name in told if len(card.texts(name)) < told[name]))
+
+
+def _is_empty(node: yaml.Node) -> bool:
+    return node.tag == "tag:yaml.org,2002:null" or node.value in ("", [])
+
+
+def _valid(metadata: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
+    """Return metadata as the Hub takes it: it refuses the whole commit for one value that it does not know."""
+    valid = dict(metadata)
+    licences = BaseCard(metadata=metadata).texts("license")
+    lower = [each.lower() for each in licences]
+    if all(map(_LICENCE.fullmatch, lower)):
+        if licences:
+            valid["license"] = lower if isinstance(metadata["license"], list) else lower[0]
+    else:
+        name = BaseCard(metadata={"license": licences}).licence
+        valid |= {"license": "other"} | ({"license_name": name} if name else {})
+    if "license_name" in metadata and (name := BaseCard(metadata={"license": metadata["license_name"]}).licence):
+        valid["license_name"] = name
+    languages = [each for each in BaseCard(metadata=metadata).texts("language") if _LANGUAGE.fullmatch(each)]
+    if languages:
+        valid["language"] = languages if isinstance(metadata["language"], list) else languages[0]
+    else:
+        valid.pop("language", None)
+    if isinstance(metadata.get("pipeline_tag"), list):
+        del valid["pipeline_tag"]
+    return valid
 
 
 def _metadata_block(text: str) -> str | None:
@@ -117,10 +155,23 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         self.depth -= 1
 
 
-def _kept(node: yaml.Node) -> str | list[str] | None:
-    """Return the text or the texts of a field; None where it has others, too many, or what acts on a terminal."""
-    texts = node.value if isinstance(node, yaml.SequenceNode) else [node]
-    if len(texts) > _MAX_TEXTS or not all(each.tag == _TEXT_TAG and shown(each.value) == each.value for each in texts):
-        return None
-    values = [each.value for each in texts]
-    return values if isinstance(node, yaml.SequenceNode) else values[0]
+def _kept(node: yaml.Node, *, whole: bool) -> str | list[str] | None:
+    """Return the text or the texts of a field, without what is none or acts on a terminal.
+
+    Args:
+        node: of the field.
+        whole: whether the rest of a list says nothing where one of it is no text.
+
+    Returns:
+        None where it has no text, or too many.
+    """
+    if not isinstance(node, yaml.SequenceNode):
+        return node.value if _is_text(node) else None
+    texts = [each.value for each in node.value if _is_text(each)]
+    return None if len(node.value) > _MAX_TEXTS or (whole and len(texts) < len(node.value)) else texts
+
+
+def _is_text(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and (
+        (node.tag == _TEXT_TAG and shown(node.value) == node.value) or node.value.lower() in _TEXTS_ELSEWHERE
+    )

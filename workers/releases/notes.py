@@ -17,7 +17,11 @@ from workers.releases.shipment import Shipment
 from workers.releases.vocabulary import rows_note, stop_notes
 from workers.sources.fetch import Source
 
-_BNB_4BIT = re.compile(r"bnb[-_.]?(nf4|fp4|4[-_]?bit)|(nf4|4[-_]?bit)[-_.]bnb", re.IGNORECASE)
+_BNB_4BIT = re.compile(
+    r"bnb[-_.]?(nf4|fp4|4[-_]?bit)|4[-_]?bit[-_.]bnb|(?<![a-z0-9])(nf4|fp4)(?![a-z0-9])", re.IGNORECASE
+)
+_IN_A_CACHE = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")
+"""Where huggingface_hub keeps a repository: its name stands before the commit."""
 _OTHER_FORMATS = re.compile(
     r"(?<![a-z0-9])(gptq|awq|gguf|ggml|exl[23]|aqlm|hqq|eetq|fp8|nvfp4|mxfp[48]|w4a16|w8a8|w8a16|int[48]|[48][-_]?bit|mlx)"
     r"(?![a-z0-9])",
@@ -57,6 +61,11 @@ def find_notes(
             "the metadata of the base's README.md cannot be read, so the release's card says nothing of licence and "
             "language; expected YAML between two lines '---'"
         )
+    if card.left:
+        notes.append(
+            f"the metadata of the base's README.md has values that the Hub takes in no card ({', '.join(card.left)}), "
+            "and the release's card leaves them out; correct them there"
+        )
     if licences := differing_licences(card, adapter_cards):
         notes.append(
             f"base and adapter have other licences ({', '.join(licences)}), and each holds for the release: its card "
@@ -79,7 +88,8 @@ def _base_notes(request: MergeRequest, base: Source, adapter: Source, *, stored_
     name = read_json(adapter.directory / "adapter_config.json").get("base_model_name_or_path")
     if not isinstance(name, str) or stored_in_4bit:  # a base in 4 bits was asked for as it is stored
         return
-    last = name.rstrip("/").rpartition("/")[2]
+    cached = _IN_A_CACHE.search(name)
+    last = cached[1].rpartition("--")[2] if cached else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
     trained = f"adapter_config.json says that {adapter.location.name} was trained on {show(name)}"
     options = request.quantization_options
     if _BNB_4BIT.search(last):

@@ -15,13 +15,7 @@ from pydantic_core import from_json
 
 from jobs.errors import BadInputError, DestinationOccupiedError, InternalError
 from jobs.locations import Location
-from jobs.release import (
-    MANIFEST_NAME,
-    Artifact,
-    Manifest,
-    ParityReport,
-    Release,
-)
+from jobs.release import MANIFEST_NAME, Artifact, Manifest, ParityReport, Release, one_name
 from jobs.request_files.problems import show
 from workers.files.local import sha256_of
 
@@ -88,11 +82,11 @@ def decode_manifest(data: bytes, location: Location) -> ManifestFile:
         raise BadInputError(wrong) from error
     if field := repeated_field(data):
         raise BadInputError(f"{location}: {MANIFEST_NAME} names the field {show(field)} twice; do not deploy it")
-    times = Counter(artifact.path.casefold() for artifact in manifest.files)
-    if twice := sorted(artifact.path for artifact in manifest.files if times[artifact.path.casefold()] > 1):
+    times = Counter(one_name(artifact.path) for artifact in manifest.files)
+    if twice := sorted(artifact.path for artifact in manifest.files if times[one_name(artifact.path)] > 1):
         raise BadInputError(
             f"{location}: {MANIFEST_NAME} names {', '.join(dict.fromkeys(twice[:3]))} more than once, expected each "
-            "file once, upper and lower case taken as one; do not deploy it"
+            "file once, upper and lower case and forms of one letter taken as one; do not deploy it"
         )
     if MANIFEST_NAME in times:
         raise BadInputError(f"{location}: {MANIFEST_NAME} names itself, which no manifest of mergefleet does")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import BadInputError, UnsupportedError
+from jobs.release import one_name
 from jobs.request_files.problems import show
 from workers.bases.tokenizers import same_tokens
 from workers.files.checkpoint import read_json
@@ -21,6 +22,8 @@ from workers.releases.joined import join_processors, templates_within
 from workers.sources.belongings import (
     MODULE_SETTINGS,
     MODULES_FILE,
+    OLD_TEMPLATE,
+    TEMPLATE_FILES,
     TOKENIZER_CONFIG,
     TOKENIZER_FILE,
     LocalFiles,
@@ -64,7 +67,8 @@ class Shipment:
     trained_modules: tuple[str, ...]
     """Weights of modules that the adapter brings, and that are not the base's."""
     left: tuple[str, ...]
-    """Vocabulary of the base in forms that the adapter's tokenizer does not have, and that does not ship."""
+    """Of the base, what does not ship: vocabulary in forms that the adapter's tokenizer does not have, and named chat
+    templates where the adapter brings others."""
     strays: tuple[str, ...] = ()
     """Files and folders in the base's directory of which it is not known whether its model needs them."""
 
@@ -88,9 +92,15 @@ class Shipment:
                 "the modules beside the transformer are the adapter's, which brings other weights than the base has "
                 f"({_some(self.trained_modules)}); they are copied, and no prompt asks them"
             )
-        if self.left:
+        vocabulary = [name for name in self.left if not is_template(name)]
+        if named := [name for name in self.left if is_template(name)]:
             notes.append(
-                f"the adapter's tokenizer replaces the base's, and {_some(self.left)} of the base stays behind: "
+                f"the adapter's chat template replaces those of the base, and {_some(named)} of the base stays behind; "
+                "add the file to the adapter to have it shipped"
+            )
+        if vocabulary:
+            notes.append(
+                f"the adapter's tokenizer replaces the base's, and {_some(vocabulary)} of the base stays behind: "
                 "another vocabulary, one that cannot be compared, or a whole tokenizer of its own; add the file to the "
                 "adapter to have it shipped"
             )
@@ -120,15 +130,19 @@ def plan_shipment(base: Path, adapter: Path) -> Shipment:
         tokenizer = {name: path for name, path in theirs.items() if is_tokenizer(name)}
         stays = _staying(ours, tokenizer)
         files = {name: path for name, path in files.items() if not is_tokenizer(name) or name in stays}
-        left = [name for name in ours if is_vocabulary(name) and name not in {*stays, *tokenizer}]
+        left += [name for name in ours if is_vocabulary(name) and name not in {*stays, *tokenizer}]
         from_adapter |= tokenizer
     processors = join_processors(ours, theirs)
     files = {name: path for name, path in files.items() if not is_processor(name)} | processors.files
     from_adapter |= {name: path for name, path in processors.files.items() if theirs.get(name) == path}
     templates = dict[str, str]()
     if _ships_template(theirs):
+        named = _templates(theirs)
+        left += sorted(_templates(ours) - named - TEMPLATE_FILES)
         files = {name: path for name, path in files.items() if not is_template(name)}
         from_adapter |= {name: path for name, path in theirs.items() if is_template(name)}
+        if named == {OLD_TEMPLATE} and _templates(ours) - {OLD_TEMPLATE}:  # processors alone read that one
+            templates = templates_within(theirs[OLD_TEMPLATE])
     elif TOKENIZER_CONFIG in ours.keys() - files.keys() and not any(map(is_template, files)):
         templates = templates_within(ours[TOKENIZER_CONFIG])
     for folder in tokenizer_folders(LocalFiles(adapter)):
@@ -166,10 +180,10 @@ def plan_shipment(base: Path, adapter: Path) -> Shipment:
 def _check_case(files: Mapping[str, Path]) -> None:
     folded = dict[str, str]()
     for name in files:
-        if (other := folded.setdefault(name.casefold(), name)) != name:
+        if (other := folded.setdefault(one_name(name), name)) != name:
             raise BadInputError(
-                f"{files[name]} and {files[other]} differ in upper and lower case alone, which many file systems take "
-                "for one file; remove one of them"
+                f"{files[name]} and {files[other]} differ in upper and lower case alone, or in the form of a letter, "
+                "which many file systems take for one file; remove one of them"
             )
 
 
@@ -250,6 +264,12 @@ def _staying(base: Mapping[str, Path], tokenizer: Mapping[str, Path]) -> frozens
             )
     # `tokenizer.json` is a whole tokenizer with its added tokens, and never one of two.
     return frozenset(vocabulary) - brought.keys() - {TOKENIZER_FILE} if is_same else frozenset()
+
+
+def _templates(files: Mapping[str, Path]) -> frozenset[str]:
+    """Return the files that chat templates are in, or would be in were they not in `tokenizer_config.json`."""
+    beside = frozenset(name for name in files if is_template(name))
+    return beside or frozenset(templates_within(files[TOKENIZER_CONFIG]) if TOKENIZER_CONFIG in files else ())
 
 
 def _ships_template(files: Mapping[str, Path]) -> bool:

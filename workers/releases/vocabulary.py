@@ -57,7 +57,9 @@ def rows_note(
     """
     placeholders = set(_placeholders(config))
     beyond = {
-        token: id_ for token, id_ in tokenizer.ids.items() if id_ >= num_rows and not placeholders.intersection([id_])
+        token: id_
+        for token, id_ in tokenizer.counted.items()
+        if id_ >= num_rows and not placeholders.intersection([id_])
     }
     if not beyond:
         return
@@ -65,7 +67,7 @@ def rows_note(
     written = (token for template in tokenizer.templates for token, _ in _places(template, marks))
     in_template = next(written, None)
     needed = {role: token for role in _ALWAYS_MADE if (token := tokenizer.roles.get(role)) in beyond}
-    new = [token for token in beyond if base is None or base.ids.get(token) != beyond[token]]
+    new = [token for token in beyond if base is None or base.counted.get(token) != beyond[token]]
     special = [token for token in new if token in tokenizer.special]
     if in_template is not None:
         why, token = "the chat template writes it", in_template

@@ -32,7 +32,7 @@ _INDEXES = ("adapter_model.safetensors.index.json", "adapter_model.bin.index.jso
 """The last one is the name that transformers gives it."""
 
 _READ = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-_NOT_READ = (".h5", ".msgpack", ".npy", ".npz", ".pickle", ".pkl")
+_NOT_READ = (".h5", ".msgpack", ".npy", ".npz", ".params", ".pickle", ".pkl", ".pth.tar", ".th", ".torch")
 """Formats of weights that are never opened."""
 
 _BYSTANDERS = (
@@ -125,9 +125,10 @@ def weight_files(names: Iterable[str], place: str) -> WeightFiles:
     for name in there:
         if name in own or name in (ADAPTER_WEIGHTS, PICKLED_WEIGHTS) or _SHARDS.fullmatch(name):
             continue
-        if not name.endswith(_READ + _NOT_READ) or _matches(name, _BYSTANDERS):
+        ending = name.lower()
+        if not ending.endswith(_READ + _NOT_READ) or _matches(name, _BYSTANDERS):
             continue
-        if name.endswith(_NOT_READ) or _matches(name, _WHOLE_MODELS):
+        if ending.endswith(_NOT_READ) or _matches(name, _WHOLE_MODELS):
             raise UnsupportedError(
                 f"{place}: {name} beside the adapter may hold weights that were trained with it, and is not read; move "
                 "it elsewhere if the adapter does not need it, or merge it into the base first"
@@ -161,7 +162,7 @@ def gather(directory: Path, files: WeightFiles, target: Path) -> None:
     converted = []
     for name in (*files.own, *files.beside):
         path = directory / name
-        if path.suffix != ".safetensors":
+        if path.suffix.lower() != ".safetensors":
             path = target / f"{name}.part"
             convert(directory / name, path, beside=name in files.beside)
             converted.append(path)

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from jobs.errors import BadInputError
 from jobs.release import MANIFEST_NAME, REPORT_NAME, is_plain_path
-from workers.files.foreign import read_foreign
+from jobs.text import shown
+from workers.files.foreign import check_inside, read_foreign
 from workers.files.foreign_json import parse_json
 from workers.files.local import file_errors
 from workers.sources.code_files import CodePlace, code_of, custom_modules
@@ -27,13 +28,15 @@ MODULE_SETTINGS = frozenset({MODULES_FILE, "config_sentence_transformers.json", 
 """At the top of a sentence-transformers model: which modules it has, and how they are used."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILE = "tokenizer.json"
-TEMPLATE_FILES = frozenset({"chat_template.jinja", "chat_template.json"})
+OLD_TEMPLATE = "chat_template.json"
+TEMPLATE_FILES = frozenset({"chat_template.jinja", OLD_TEMPLATE})
 TEMPLATE_FOLDER = "additional_chat_templates"
 
 MAX_DESCRIPTION_BYTES = 16 << 20
 """Largest file that is read to find what else belongs to a model."""
 
 _MAX_FILES_OF_FOLDER = 1000
+_MAX_MODULES = 1000
 
 _SETTINGS = frozenset({TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"})
 _VOCABULARY = (
@@ -115,7 +118,8 @@ _OF_NO_USE = (
 """What is known to be of no use to a checkpoint: other forms of its weights, leftovers, code beside it, its pages."""
 _LEGAL = re.compile(
     r"licen[cs]e|copying|copyright|notice|patents|eula|agreement|disclaimer"
-    r"|use[-_ ]?policy|usage[-_ ]?policy|terms[-_ ]of|third[-_ ]?party|attribution|许可|協議|协议"
+    r"|use[-_ ]?policy|usage[-_ ]?policy|terms([-_ ]of|[-_ ]and|\.|$)|third[-_ ]?party|attribution|open[-_ ]?rail"
+    r"|许可|許可|協議|协议|ライセンス|利用規約|라이선스|лицензи"
 )
 _LEGAL_FOLDER = re.compile(r"licen[cs]es?|third[-_ ]?party[-_ ]?(licen[cs]es?|notices?)", re.IGNORECASE)
 _NO_TEXT = re.compile(
@@ -164,8 +168,9 @@ class Files(Protocol):
 class LocalFiles:
     """The files of a directory: all that is no directory, and no link to one.
 
-    Links to files count, as the Hub's cache has them. What cannot be opened counts, too: a link to nothing, a FIFO. The
-    door (`files/foreign.py`) refuses it by name, where a file that seems not to be there would be missed in silence.
+    Links count, as the Hub's cache has them for files. What cannot be opened counts, too: a link to nothing, a FIFO.
+    The door (`files/foreign.py`) refuses it by name, where a file that seems not to be there would be missed in
+    silence. A folder that a link puts elsewhere is refused as well.
     """
 
     place: Path
@@ -178,14 +183,13 @@ class LocalFiles:
     def folders(self) -> Collection[str]:
         """Return the names of the folders at the top."""
         with file_errors(f"reading {self.place}"):
-            return [path.name for path in self.place.iterdir() if path.is_dir() and not path.is_symlink()]
+            return [path.name for path in self.place.iterdir() if path.is_dir()]
 
     def below(self, folder: str) -> Collection[str]:
         """Return the files in a folder and below, named from the top."""
         top = self.place / folder
-        if top.is_symlink():
-            return []
-        found = (Path(parent, name) for parent, _, names in os.walk(top) for name in names)
+        check_inside(top, num_parts=folder.count("/") + 1)
+        found = (path for parent, inner, names in os.walk(top) for path in _entries(Path(parent), inner, names))
         paths = list(itertools.islice(found, _MAX_FILES_OF_FOLDER + 1))
         if len(paths) > _MAX_FILES_OF_FOLDER:
             raise BadInputError(
@@ -359,6 +363,16 @@ def module_folders(files: Files) -> Iterator[str]:
             yield folder.rstrip("/")
 
 
+def _entries(parent: Path, folders: Iterable[str], names: Iterable[str]) -> Iterator[Path]:
+    """Yield the files of a folder; a folder in it that is a link is refused, as no walk follows it."""
+    for name in folders:
+        if (parent / name).is_symlink():
+            raise BadInputError(
+                f"{shown(parent / name)}: expected a folder, found a link to one; put the folder itself there"
+            )
+    yield from (parent / name for name in names)
+
+
 def _folders(files: Files) -> Iterator[str]:
     """Yield the folders that belong to a model."""
     yield from module_folders(files)
@@ -387,7 +401,13 @@ def _of_folder(names: Iterable[str]) -> Iterator[str]:
 def _modules(files: Files) -> list[dict[str, Any]]:
     """Return the modules of a sentence-transformers model; none where there is no such file, or one of another kind."""
     modules = _json(files, MODULES_FILE) if files.has(MODULES_FILE) else []
-    return [module for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+    if not isinstance(modules, list):
+        return []
+    if len(modules) > _MAX_MODULES:
+        raise BadInputError(
+            f"{files.place}/{MODULES_FILE}: expected at most {_MAX_MODULES} modules, found {len(modules)}"
+        )
+    return [module for module in modules if isinstance(module, dict)]
 
 
 def _json(files: Files, name: str) -> Any:

@@ -19,6 +19,7 @@ _FROM = re.compile(r"[ \t]*from[ \t]+\.([\w.]*)[ \t]+import[ \t]+(.*)")
 _IMPORT = re.compile(r"[ \t]*import[ \t]+\.([\w.]+)[ \t]*")
 _MAX_FILES = 256
 """Of one model's code; none has as many."""
+_MAX_REFERENCES = 1000
 _MAX_SOURCE_BYTES = 1 << 20
 _MAX_LINE = 1000
 """Characters of a line that imports."""
@@ -62,8 +63,17 @@ def code_of(documents: Mapping[str, Any], place: CodePlace) -> dict[str, Found]:
 
     Returns:
         What was found, by reference.
+
+    Raises:
+        BadInputError: they name far more than any model has, or as `find`.
     """
-    named = {reference for document in documents.values() for reference in references(document)}
+    named = set[str]()
+    for name, document in documents.items():
+        named |= set(references(document))
+        if len(named) > _MAX_REFERENCES:
+            raise BadInputError(
+                f"{name}: auto_map: expected at most {_MAX_REFERENCES} references to code, found {len(named)}"
+            )
     return {reference: find(reference, place) for reference in sorted(named)}
 
 

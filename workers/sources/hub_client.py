@@ -25,14 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from jobs.errors import (
-    AuthError,
-    BadInputError,
-    MergefleetError,
-    NoCapacityError,
-    NotFoundError,
-    TransientIOError,
-)
+from jobs.errors import AuthError, BadInputError, MergefleetError, NoCapacityError, NotFoundError, TransientIOError
 from jobs.locations import HubRepo
 from workers.files.local import translate_os_error
 

@@ -10,17 +10,22 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
-from jobs.errors import CancelledError, DeviceLostError, MergefleetError, NotFoundError, OutOfMemoryError
-from jobs.release import (
-    REPORT_NAME,
-    REPORT_PAGE_NAME,
-    Manifest,
+from jobs.errors import (
+    CancelledError,
+    DestinationOccupiedError,
+    DeviceLostError,
+    MergefleetError,
+    NotFoundError,
+    OutOfMemoryError,
 )
+from jobs.locations import LocalPath, Location
+from jobs.release import REPORT_NAME, REPORT_PAGE_NAME, Manifest
 from jobs.request import BaseQuantization
 from workers.bases.quantized_base import QuantizedBase
 from workers.bases.quantized_cache import QuantizedCache
@@ -40,7 +45,7 @@ from workers.merging.plan import BasePlan, MergePlan, PlannedBases, plan_merge
 from workers.merging.sidecars import digest_file, write_sidecars
 from workers.releases.released import encode_manifest
 from workers.releases.sinks import Ticket, open_sink
-from workers.sources.fetch import fetch_base
+from workers.sources.fetch import Source, fetch_base
 from workers.unit.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
 from workers.unit.job import Job, own_failure
 from workers.unit.progress import Tracker
@@ -261,6 +266,7 @@ class Unit:
         return available_device_bytes(self._device) + held
 
     def _open_sink(self, job: Job) -> None:
+        _check_outside(job.request.destination, (self._base.source, job.plan.adapter, *job.plan.adapter.parts))
         sink = open_sink(job.request.destination, self._settings.scratch)
         existing = sink.existing()
         if existing is not None:
@@ -432,6 +438,25 @@ class Unit:
             versions=library_versions(),
             made_with=made_with(plan.opened.method),
         )
+
+
+def _check_outside(destination: Location, sources: Iterable[Source]) -> None:
+    """Check that a directory lies outside of what is merged, wherever links lead to.
+
+    Raises:
+        DestinationOccupiedError: names the place that it lies in.
+    """
+    if not isinstance(destination, LocalPath):
+        return
+    real = os.path.realpath(destination.path)
+    for source in sources:
+        places = {source.directory} | ({source.location.path} if isinstance(source.location, LocalPath) else set())
+        for place in places:
+            if LocalPath(Path(real)).is_inside(LocalPath(Path(os.path.realpath(place)))):
+                raise DestinationOccupiedError(
+                    f"{destination} lies, through links, inside of {source.location}, which is merged here and never "
+                    "written to; choose another destination"
+                )
 
 
 def _reads_again(plan: MergePlan) -> bool:

@@ -16,7 +16,8 @@ from jobs.ledger.store import JobStore
 from jobs.locations import LocalPath
 from jobs.release import Artifact, Manifest, ParitySummary, Release
 from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
-from jobs.request_files.reading import ManifestError, load_requests
+from jobs.request_files.problems import ManifestError
+from jobs.request_files.reading import load_requests
 from jobs.states import Decision, JobState
 from tests.releases import advance
 

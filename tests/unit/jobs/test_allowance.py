@@ -7,7 +7,8 @@ import pytest
 from jobs.allowance import Allowance, Pattern
 from jobs.errors import BadInputError, InvalidValueError
 from jobs.locations import parse_location
-from jobs.request_files.reading import ManifestError, load_requests
+from jobs.request_files.problems import ManifestError
+from jobs.request_files.reading import load_requests
 
 
 @pytest.mark.parametrize(

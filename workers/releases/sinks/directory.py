@@ -155,6 +155,11 @@ def _real(location: LocalPath) -> Path:
 def _find(location: LocalPath) -> ManifestFile | None:
     with file_errors(f"reading {location}"):
         if not location.path.exists():
+            if _real(location).is_symlink():
+                raise DestinationOccupiedError(
+                    f"{location} is a link that leads back to itself, in whose place no directory can be renamed; "
+                    "choose another destination"
+                )
             return None
         if not location.path.is_dir():
             raise DestinationOccupiedError(f"{location} is a file, expected a directory or nothing")

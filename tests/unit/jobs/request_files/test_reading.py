@@ -10,7 +10,8 @@ from jobs.locations import LocalPath, S3Prefix
 from jobs.request import BaseQuantization
 from jobs.request_files import documents, matrix
 from jobs.request_files import reading as manifest
-from jobs.request_files.reading import ManifestError, load_requests
+from jobs.request_files.problems import ManifestError
+from jobs.request_files.reading import load_requests
 
 yaml_like = st.text(st.sampled_from("ab:{}[]&*!#-?|>'\",\n \t%~<.0123"), max_size=60)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 
@@ -261,6 +262,29 @@ def test_a_value_that_peft_cannot_use_is_refused(base, adapter, fields):
     with pytest.raises(BadInputError) as error:
         plan(base, adapter)
     assert str(adapter / ADAPTER_CONFIG) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("r", "4", "a number, found '4'"),
+        ("r", 4.0, "a whole number, found 4.0"),
+        ("r", math.nan, "a whole number, found NaN"),
+        ("lora_alpha", "16", "a number, found '16'"),
+        ("lora_alpha", [16], "a number, found"),
+        ("lora_alpha", True, "a number, found true"),
+        ("use_dora", "false", "true or false, found 'false'"),
+        ("fan_in_fan_out", "no", "true or false, found 'no'"),
+        ("target_modules", "*q_proj", r"a regular expression, found '\*q_proj': nothing to repeat"),
+        ("exclude_modules", "(", "a regular expression, found '\\('"),
+        ("rank_pattern", {"[": 4}, "a regular expression, found '\\['"),
+        ("alpha_pattern", {"(": 4}, "a regular expression, found '\\('"),
+    ],
+)
+def test_a_value_of_another_type_is_told_by_its_field(base, adapter, field, value, expected):
+    change_config(adapter, **{field: value})
+    with pytest.raises(BadInputError, match=f"field {field}: expected {expected}"):
+        plan(base, adapter)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "7", "[" * 99_999])

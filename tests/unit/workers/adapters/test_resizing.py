@@ -6,12 +6,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
 from jobs.errors import BadInputError, UnsupportedError
 from tests.merges import different, plan_pass, read_tensors
 from tests.models import build_llama
 from workers.adapters.adapter import ADAPTER_WEIGHTS
+from workers.bases.model import load_config, model_class
 from workers.files.checkpoint import read_json
 from workers.merging.sidecars import write_sidecars
 from workers.parity.inference import quiet_libraries
@@ -31,7 +32,7 @@ def bases(tmp_path_factory):
 
 def resize(base, num_tokens):
     with quiet_libraries():
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        model = model_class(load_config(base)).from_pretrained(base, dtype=torch.bfloat16)
         model.resize_token_embeddings(num_tokens, mean_resizing=False)
     return model
 
@@ -119,6 +120,26 @@ def test_what_brings_a_part_of_it_is_refused_with_both_sizes(bases, tmp_path, ti
     with pytest.raises(UnsupportedError) as error:
         plan_pass(bases[tied], {"job": adapter}, tmp_path / "ours")
     assert re.search(said, str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, r"516 tokens.* has an entry for each token.*resize the base to 516"),
+        ({"modules_to_save": ["shared"]}, r"516 tokens.* apart; it does not bring model\.\w+\.embed_tokens\.weight"),
+    ],
+    ids=["a bias for each token", "an embedding that is not called"],
+)
+def test_what_else_has_an_entry_for_each_token_is_named(tmp_path, fields, said):
+    """BART adds a buffer to its logits, and resizing makes that longer; its `shared` is one of three embeddings."""
+    shape = {"vocab_size": 512, "d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 64}
+    shape |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4)
+    shape |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 64)
+    with quiet_libraries():
+        BartForConditionalGeneration(BartConfig(**shape)).save_pretrained(tmp_path / "base")
+    adapter = make(tmp_path / "base", tmp_path / "adapter", 516, whole=True, **fields)
+    with pytest.raises(UnsupportedError, match=said):
+        plan_pass(tmp_path / "base", {"job": adapter}, tmp_path / "ours", parity={"level": "arithmetic"})
 
 
 def test_tokens_of_tied_layers_that_differ_are_refused(bases, tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.release import TensorCheck
@@ -21,6 +22,8 @@ LINEARS = {
     "qwen2_moe": ["q_proj", "gate_proj", "up_proj", "down_proj"],
 }
 """What an adapter of all linears targets; the second has shared experts, which are linears of the same names still."""
+
+SMALL = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 
 @pytest.fixture(scope="module", params=sorted(LINEARS))
@@ -142,6 +145,36 @@ def test_experts_that_were_trained_together(mixtral, tmp_path):
             exact = before[name].double() + 2 * b_OR @ a_RI
             assert not torch.equal(merged[name], before[name])
             assert is_close(merged[name], exact)
+
+
+@pytest.mark.parametrize(
+    ("saved_by", "parameter", "turned"),
+    [
+        ("0.18.1", "gate_up_proj", False),
+        ("0.19.0", "gate_up_proj", False),
+        (None, "gate_up_proj", False),
+        ("0.18.1", "down_proj", True),
+        ("0.21.2", "down_proj", True),
+    ],
+)
+def test_parameters_that_an_older_peft_read_the_other_way_round_are_refused(tmp_path, saved_by, parameter, turned):
+    """PEFT turned inputs and outputs of three-dimensional parameters with 0.19.1; in a square one no shape tells it."""
+    config = MixtralConfig(**SMALL, intermediate_size=32, num_local_experts=4)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")  # gate_up_proj is [4, 64, 64]
+    fields = {"r": 4, "target_modules": ["q_proj"], "target_parameters": [f"mlp.experts.{parameter}"]}
+    adapter = make_method_adapter(tmp_path / "base", tmp_path / "adapter", "LORA", **fields)
+    written = json.loads((adapter / "adapter_config.json").read_text())
+    assert not plan_pass(tmp_path / "base", {"job": adapter}, tmp_path).run().errors  # saved by this version
+    written["peft_version"] = saved_by
+    (adapter / "adapter_config.json").write_text(json.dumps({key: value for key, value in written.items() if value}))
+    if turned:
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        for name in [name for name in tensors if "experts.lora_A" in name]:
+            other = name.replace("lora_A", "lora_B")
+            tensors[name], tensors[other] = tensors[other].T.contiguous(), tensors[name].T.contiguous()
+        save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(UnsupportedError, match=r"experts\.lora_A\.weight .*saved by .*the other way round"):
+        plan_pass(tmp_path / "base", {"job": adapter}, tmp_path / "again")
 
 
 def test_no_expert_is_proven_by_a_neighbour(mixtral, tmp_path):

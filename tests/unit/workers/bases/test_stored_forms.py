@@ -95,6 +95,15 @@ UNDECLARED = {
     "compressed-tensors": (pieces(weight_packed=INTS, weight_scale=SCALES), ["weight_packed", "compressed-tensors"]),
     "HQQ": (pieces(W_q=INTS), ["W_q (I32)", "HQQ"]),
     "codes cast to 16 bits": (codes(torch.bfloat16, weight_scale=SCALES), ["(BF16) has weight_scale (F32) beside it"]),
+    "codes beside a scale": (codes(torch.bfloat16, scale=SCALES), ["(BF16) has scale (F32) beside it"]),
+    "ComfyUI": (codes(torch.bfloat16, scale_weight=SCALES), ["(BF16) has scale_weight (F32) beside it"]),
+    "FP8 of ComfyUI": (codes(FP8, scale_weight=SCALES), ["stored as F8_E4M3, beside scale_weight (F32)"]),
+    "a quantizer's": (
+        codes(torch.float16, **{"weight_quantizer._scale": SCALES}),
+        ["(F16) has _scale (F32) beside it"],
+    ),
+    "below the weight": (codes(torch.bfloat16, **{"weight.qscale": SCALES}), ["(BF16) has qscale (F32) beside it"]),
+    "torchao": (pieces(_weight_qdata=INTS, _weight_scale=SCALES), ["_weight_qdata (I32)", "torchao"]),
     "half a 4-bit weight": (codes(torch.uint8, **{"weight.absmax": SCALES}), ["stored as U8", "absmax (F32)"]),
 }
 
@@ -229,6 +238,19 @@ def test_what_no_model_takes_is_copied_to_the_byte(copy, adapter, tmp_path, fiel
     numbers = {"a.scalar"} if "dtype" in fields else set()  # take the dtype that is asked for, as every number
     assert {name: merged[name] for name in ODD.keys() - numbers} == {name: ODD[name] for name in ODD.keys() - numbers}
     assert merged["model.layers.0.self_attn.q_proj.weight"] != stored(copy)["model.layers.0.self_attn.q_proj.weight"]
+
+
+def test_scales_of_what_goes_through_a_module_are_no_part_of_its_weight(copy, tmp_path):
+    attention = "model.layers.0.self_attn"
+    names = [
+        f"{LINEAR}.input_scale",
+        f"{attention}.k_scale",
+        f"{attention}.v_proj.v_scale",
+        f"{LINEAR}.act_quant.scale",
+    ]
+    rewrite(copy, lambda tensors: tensors.update(dict.fromkeys(names, torch.ones(1))))
+    planned = plan(copy, tmp_path, base_quantization="none")
+    assert all(planned.by_name[name].copied for name in names)
 
 
 def test_integers_that_the_model_takes_as_such_go_on(tmp_path):

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, ResNetConfig, ResNetModel, SiglipVisionConfig, SiglipVisionModel
 
 from jobs.errors import BadInputError, UnsupportedError
 from tests.merges import different, merge, merge_by_peft, plan_pass, read_tensors
 from tests.methods import make_method_adapter
-from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
+from tests.models import build_bnb_4bit, build_llama, build_qwen2, load_plain, make_adapter
 from workers.adapters.adapter import ADAPTER_WEIGHTS
 from workers.adapters.methods import MERGED, SHAPED_BY_VALUES
 
@@ -113,6 +114,36 @@ def test_lora_beyond_linear_weights(tmp_path, kind):
     adapter = make_adapter(base, tmp_path / "adapter", trained=True, **fields)
     merged = merged_and_checked(base, adapter, tmp_path)
     assert different(merged, merge_by_peft(base, adapter, tmp_path / "peft")) == []
+
+
+@pytest.mark.parametrize("method", ["LORA", "LOHA"])
+def test_models_that_look_nothing_up(tmp_path, method):
+    """Neither the merge nor its check asks a model of images for embeddings of tokens."""
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1])
+    ResNetModel(config).save_pretrained(tmp_path / "base")
+    adapter = make_method_adapter(
+        tmp_path / "base", tmp_path / "adapter", method, task_type=None, target_modules=["convolution"]
+    )
+    merged = merged_and_checked(tmp_path / "base", adapter, tmp_path, parity={"level": "arithmetic"})
+    assert different(merged, merge_by_peft(tmp_path / "base", adapter, tmp_path / "peft")) == []
+
+
+def test_an_attention_of_torchs_own(tmp_path):
+    """Expected is what base + adapter answers, unmerged, in float64; that PEFT counts one projection twice is in it."""
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = SiglipVisionConfig(**shape, image_size=28, patch_size=14)
+    SiglipVisionModel(config).save_pretrained(tmp_path / "base")
+    fields = {"task_type": None, "target_modules": ["attention", "q_proj"], "r": 4, "lora_alpha": 8}
+    adapter = make_method_adapter(tmp_path / "base", tmp_path / "adapter", "LORA", **fields)
+    merged = merged_and_checked(tmp_path / "base", adapter, tmp_path, parity={"level": "arithmetic"})
+    before = read_tensors(tmp_path / "base")
+    for end in ("in_proj_weight", "out_proj.weight"):
+        assert not torch.equal(merged[f"head.attention.{end}"], before[f"head.attention.{end}"])
+    pixels = torch.randn(2, 3, 28, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = PeftModel.from_pretrained(load_plain(tmp_path / "base"), adapter).double()(pixel_values=pixels)
+    ours = load_plain(tmp_path / "base")
+    ours.load_state_dict(merged)
+    assert torch.allclose(ours.double()(pixel_values=pixels).pooler_output, expected.pooler_output, atol=1e-6)
 
 
 def test_both_lanes_serve_one_adapter(llama, tmp_path):

@@ -45,6 +45,29 @@ def test_what_is_no_text_is_left_out(tmp_path, value):
 
 
 @pytest.mark.parametrize(
+    ("block", "kept", "left"),
+    [
+        ("language: no", {"language": "no"}, ()),
+        ("language: [en, no]\ntags: [chat, on, 7b]", {"language": ["en", "no"], "tags": ["chat", "on", "7b"]}, ()),
+        ("tags: [chat, 2024, ok]", {"tags": ["chat", "ok"]}, ("tags",)),
+        ('tags: [chat, "a\\u202eb"]', {"tags": ["chat"]}, ("tags",)),
+        ("language: English", {}, ("language",)),
+        ("language: [en, Deutsch, zh-CN]", {"language": ["en", "zh-CN"]}, ("language",)),
+        ("pipeline_tag: [a, b]", {}, ("pipeline_tag",)),
+        ("license: MIT", {"license": "mit"}, ()),
+        ("license: [Apache-2.0, llama3]", {"license": ["apache-2.0", "llama3"]}, ()),
+        ("license: Apache License 2.0", {"license": "other", "license_name": "apache-license-2.0"}, ()),
+        ("license: other\nlicense_name: My Terms v1", {"license": "other", "license_name": "my-terms-v1"}, ()),
+        ("license: {name: mine}", {}, ("license",)),
+    ],
+)
+def test_values_are_such_as_the_hub_takes(tmp_path, block, kept, left):
+    card = read(tmp_path, f"---\n{block}\n---\n")
+    assert card.metadata == kept
+    assert card.left == left
+
+
+@pytest.mark.parametrize(
     "block",
     ["license: [", "- a\n- b", "[" * 60_000, "a: " + "x" * 70_000, 'license: "\\ud800"'],
     ids=["cut", "list", "deep", "long", "half a pair"],

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import tracemalloc
@@ -179,11 +180,12 @@ def test_manifest_that_is_no_file(tmp_path: Path) -> None:
         ({"files": "twice"}, r"names config\.json more than once, expected each file once"),
         (
             {"files": "other case"},
-            r"names Config\.json, config\.json more than once, .* upper and lower case taken as one",
+            r"names Config\.json, config\.json more than once, .* upper and lower case and forms of one letter taken",
         ),
+        ({"files": "other form"}, "names e\u0301, \xe9 more than once"),
         ({"files": "itself"}, "names itself, which no manifest of mergefleet does"),
     ],
-    ids=["newer", "twice", "other case", "itself"],
+    ids=["newer", "twice", "other case", "other form", "itself"],
 )
 def test_manifest_that_cannot_be_true(release: Path, tmp_path: Path, change: dict[str, Any], expected: str) -> None:
     found = json.loads((release / MANIFEST_NAME).read_text())
@@ -194,7 +196,9 @@ def test_manifest_that_cannot_be_true(release: Path, tmp_path: Path, change: dic
             "other case": first | {"path": "Config.json"},
             "itself": first | {"path": MANIFEST_NAME},
         }
-        change = {"files": [*found["files"], more[change["files"]]]}
+        forms = [first | {"path": name} for name in ("e\u0301", "\u00e9")]
+        added = forms if change["files"] == "other form" else [more[change["files"]]]
+        change = {"files": [*found["files"], *added]}
     (release / MANIFEST_NAME).write_text(json.dumps(found | change))
     with pytest.raises(BadInputError, match=expected):
         verify_release(LocalPath(release), tmp_path / "scratch")
@@ -209,6 +213,9 @@ def test_manifest_that_cannot_be_true(release: Path, tmp_path: Path, change: dic
         ({"base_quantization": "nf4"}, "base_quantization is nf4, manifest.json says none"),
         ({"tensors": []}, "num_tensors is 0, manifest.json says 2"),
         ({"passed": False}, "says that parity did not pass"),
+        ({"failures": ["x differs"]}, "names a failure: 'x differs'"),
+        ({"tensors": [REPORT["tensors"][0] | {"num_bad_elements": 5}]}, "'x' has 5 elements above the bound"),
+        ({"tensors": [REPORT["tensors"][0] | {"max_abs_error": math.nan}]}, "'x' has an error that is no number"),
         ({"schema": 2, "news": 1}, "has schema 2, and this mergefleet reads up to 1"),
         ({"passed": "maybe"}, "is no parity report of mergefleet: passed: Input should be a valid boolean"),
     ],

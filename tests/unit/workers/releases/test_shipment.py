@@ -40,6 +40,7 @@ def ship(tmp_path, base, adapter):
         *("LICENSE", "license.md", "LICENCE.txt", "COPYING", "MODEL_LICENSE", "LICENSE-MODEL", "LICENSE-APACHE-2.0"),
         *("Notice.txt", "NOTICES", "USE_POLICY.md", "Acceptable Use Policy.pdf", "Llama License Agreement.pdf"),
         *("third_party_notices.txt", "ThirdPartyNotices.md", "TERMS_OF_USE.md", "模型许可协议.pdf", "EULA.html"),
+        *("TERMS", "terms.md", "Terms and Conditions.pdf", "OpenRAIL.md", "CreativeML_Open_RAIL-M.pdf", "利用規約.pdf"),
     ],
 )
 def test_licences_of_every_name_belong(name):
@@ -158,6 +159,33 @@ class TestTemplates:
         base = {"tokenizer_config.json": json.dumps({"chat_template": several}).encode()}
         with pytest.raises(BadInputError, match="chat_template: expected names of files"):
             ship(tmp_path, base, {"tokenizer_config.json": b"{}"})
+
+    def test_named_templates_that_the_adapter_does_not_bring_are_told(self, tmp_path):
+        several = [{"name": name, "template": "a"} for name in ("default", "rag", "tool_use")]
+        mine = {"chat_template.jinja": b"x", "additional_chat_templates/rag.jinja": b"x"}
+        for name, base in (
+            ("inside", {"tokenizer_config.json": json.dumps({"chat_template": several}).encode()}),
+            ("beside", {f"additional_chat_templates/{name}.jinja": b"a" for name in ("rag", "tool_use")}),
+        ):
+            (tmp_path / name).mkdir()
+            [note] = ship(tmp_path / name, base, mine)[0].notes
+            assert "additional_chat_templates/tool_use.jinja of the base stays behind" in note
+            assert "rag" not in note
+
+    @pytest.mark.parametrize(
+        ("base", "written"),
+        [
+            ({"chat_template.jinja": b"base"}, {"chat_template.jinja": "mine"}),
+            ({"tokenizer_config.json": b'{"chat_template": "base"}'}, {"chat_template.jinja": "mine"}),
+            ({"chat_template.json": b'{"chat_template": "base"}'}, {}),
+            ({"chat_template.json": b"{}", "chat_template.jinja": b"base"}, {"chat_template.jinja": "mine"}),
+        ],
+    )
+    def test_what_processors_alone_read_is_written_for_tokenizers(self, tmp_path, base, written):
+        shipment, _ = ship(tmp_path, base, {"chat_template.json": b'{"chat_template": "mine"}'})
+        assert shipment.templates == written
+        assert shipment.files["chat_template.json"] == tmp_path / "adapter" / "chat_template.json"
+        assert "chat_template.jinja" not in shipment.files
 
 
 def image_processor(tmp_path, shipment):
@@ -326,6 +354,11 @@ def test_the_adapters_licence_ships_beside_the_bases(tmp_path):
     }
 
 
+def test_names_that_differ_by_the_form_of_a_letter_alone_are_refused(tmp_path):
+    with pytest.raises(BadInputError, match="alone, or in the form of a letter"):
+        ship(tmp_path, {"license \u00e9.txt": b"", "license e\u0301.txt": b""}, {})
+
+
 def test_names_that_differ_by_case_alone_are_refused(tmp_path):
     with pytest.raises(BadInputError, match=r"license and .*LICENSE differ in upper and lower case alone"):
         ship(tmp_path, {"LICENSE": b"", "license": b""}, {})
@@ -390,13 +423,36 @@ class TestFolders:
         with pytest.raises(BadInputError, match=r"modules\.json: path: expected the name of a folder"):
             ship(tmp_path, {"modules.json": json.dumps([{"path": path}]).encode()}, {})
 
-    def test_a_folder_that_is_a_link_is_not_followed(self, tmp_path):
-        (tmp_path / "secret").mkdir()
-        (tmp_path / "secret" / "key.json").write_text("{}")
-        (tmp_path / "base").mkdir()
-        (tmp_path / "base" / "modules.json").write_text('[{"path": "1_Pooling"}]')
-        (tmp_path / "base" / "1_Pooling").symlink_to(tmp_path / "secret")
-        assert plan_shipment(tmp_path / "base", tmp_path / "secret").files.keys() == {"modules.json"}
+    @pytest.mark.parametrize("folder", ["1_Pooling", "additional_chat_templates", "custom_generate", "licenses", "tok"])
+    def test_a_folder_that_a_link_puts_elsewhere_is_refused(self, tmp_path, folder):
+        write_files(tmp_path / "secret", {"key.json": b"{}", "tokenizer_config.json": b"{}"})
+        write_files(tmp_path / "base", {"modules.json": b'[{"path": "1_Pooling"}]'})
+        (tmp_path / "base" / folder).symlink_to(tmp_path / "secret")
+        with pytest.raises(BadInputError, match=rf"{folder}: expected a folder of this directory, found a link to"):
+            plan_shipment(tmp_path / "base", tmp_path / "secret")
+
+    def test_a_folder_that_is_a_link_within_the_directory_ships(self, tmp_path):
+        write_files(tmp_path / "base", {"modules.json": b'[{"path": "1_Pooling"}]', "v2/config.json": b"{}"})
+        (tmp_path / "base" / "1_Pooling").symlink_to("v2")
+        write_files(tmp_path / "adapter", {"adapter_config.json": b"{}"})
+        files = plan_shipment(tmp_path / "base", tmp_path / "adapter").files
+        assert files.keys() == {"modules.json", "1_Pooling/config.json"}
+        (tmp_path / "base" / "v2" / "inner").symlink_to(tmp_path)
+        with pytest.raises(BadInputError, match="inner: expected a folder, found a link to one"):
+            plan_shipment(tmp_path / "base", tmp_path / "adapter")
+
+    def test_more_references_to_code_than_any_model_has_are_refused(self, tmp_path):
+        auto_map = {f"Auto{number}": f"m{number}.X" for number in range(1001)}
+        write_files(tmp_path, {"config.json": json.dumps({"auto_map": auto_map}).encode()})
+        with pytest.raises(
+            BadInputError, match=r"config\.json: auto_map: expected at most 1000 references .* found 1001"
+        ):
+            shipped_files(tmp_path)
+
+    def test_a_list_of_more_modules_than_any_model_has_is_refused(self, tmp_path):
+        write_files(tmp_path, {"modules.json": json.dumps([{"path": "x"}] * 1001).encode()})
+        with pytest.raises(BadInputError, match=r"modules\.json: expected at most 1000 modules, found 1001"):
+            shipped_files(tmp_path)
 
     def test_files_that_name_others_have_a_size(self, tmp_path):
         with (tmp_path / "modules.json").open("wb") as file:

@@ -1,8 +1,10 @@
 """A tokenizer against its model, read as data: ids without rows, and tokens that generation does not stop at."""
 
+import io
 import json
 
 import pytest
+import sentencepiece
 from transformers import AddedToken, AutoTokenizer
 
 from jobs.errors import BadInputError
@@ -57,6 +59,48 @@ def test_ids_of_other_files(tmp_path, files, ids):
         tmp_path, {"tokenizer_config.json": b"{}"} | {name: json.dumps(d).encode() for name, d in files.items()}
     )
     assert read_tokenizer(files_of(tmp_path)).ids == ids
+
+
+def pieces_of(words):
+    """Train sentencepiece on some words; return the model, and its pieces in order."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_writer=model, vocab_size=40, hard_vocab_limit=False, minloglevel=2
+    )
+    read = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    return model.getvalue(), [read.id_to_piece(id_) for id_ in range(read.vocab_size())]
+
+
+def test_ids_of_files_whose_order_tells_them(tmp_path):
+    model, pieces = pieces_of(["red green blue", "one two three"] * 50)
+    for name, data, tokens in (
+        ("spiece.model", model, pieces),
+        ("vocab.txt", b"[PAD]\n[UNK]\na\n", ["[PAD]", "[UNK]", "a"]),
+        ("qwen.tiktoken", b"IQ== 0\nIg== 1\n", ["IQ== 0", "Ig== 1"]),
+    ):
+        write_files(tmp_path / name, {name: data})
+        read = read_tokenizer(files_of(tmp_path / name))
+        assert read.counted == {token: id_ for id_, token in enumerate(tokens)}
+        assert read.ids == {}
+        assert list(rows_note(read, read, {}, len(tokens))) == []
+        [note] = rows_note(read, read, {}, len(tokens) - 1)
+        assert note.startswith(f"the tokenizer has 1 tokens with ids beyond the {len(tokens) - 1} rows")
+
+
+@pytest.mark.parametrize("cut", [b"", b"\n", b"\n\xff", b"\n" + b"\xff" * 40, b"\n\x05\n\x7fabc", b"{}", b"\n\x00" * 9])
+def test_a_file_that_is_no_sentencepiece_tells_nothing(tmp_path, cut):
+    write_files(tmp_path, {"tokenizer.model": cut})
+    assert read_tokenizer(files_of(tmp_path)).counted == {}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("name", "piece"), [("vocab.txt", b"a\n"), ("x.tiktoken", b"a 1\n"), ("x.model", b"\n\x02\n\x00")]
+)
+def test_a_file_with_more_tokens_than_any_has_is_refused(tmp_path, name, piece):
+    write_files(tmp_path, {name: piece * 1_000_002})
+    with pytest.raises(BadInputError, match=rf"{name}: expected at most 1000000 tokens, found more"):
+        read_tokenizer(files_of(tmp_path))
 
 
 class TestRows:

@@ -74,6 +74,8 @@ def refusal(base, adapter, directory):
         lambda name: name.replace(".layers.0.", ".layers.0._orig_mod."),
         lambda name: name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."),
         lambda name: name.replace("lora_A.", "lora_A.mine.").replace("lora_B.", "lora_B.mine."),
+        lambda name: f"model.{name}",
+        lambda name: f"policy.module.{name}",
         lambda name: name.removeprefix(PREFIX),
         lambda name: name.removeprefix(f"{PREFIX}model."),
     ],
@@ -87,6 +89,8 @@ def refusal(base, adapter, directory):
         "compiled-inside",
         "default",
         "named",
+        "lightning",
+        "policy",
         "no-prefix",
         "body",
     ],
@@ -163,12 +167,15 @@ def trained(base, names):
         ("non_lora_trainables.bin", PREFIX),
         ("trainable_params.safetensors", "module."),
         ("vit.safetensors", ""),
+        ("extra.ckpt", f"model.{PREFIX}"),
+        ("non_lora_trainables.BIN", PREFIX),
+        ("new_embeddings.SafeTensors", ""),
     ],
 )
 def test_what_was_trained_beside_is_merged(base, adapter, expected, tmp_path, file, prefix):
     tensors = trained(base, [NORM, EMBEDDING])
     beside = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
-    save_file(beside, adapter / file) if file.endswith("safetensors") else torch.save(beside, adapter / file)
+    save_file(beside, adapter / file) if file.lower().endswith("safetensors") else torch.save(beside, adapter / file)
     planned = plan_pass(base, {"job": adapter}, tmp_path / "ours")
     assert not planned.run().errors
     assert different(read_tensors(planned.output("job")), expected | tensors) == []
@@ -189,6 +196,22 @@ def test_the_adapter_once_more_under_its_own_names_passes(base, adapter, expecte
     assert "adapter_model.safetensors and pytorch_model_fsdp.bin both hold tensor" in refusal(
         base, adapter, tmp_path / "2"
     )
+
+
+@pytest.mark.parametrize("prefix", [PREFIX, "", "module._orig_mod.base_model.model."])
+def test_whole_tensors_once_more_under_other_names_pass(base, tmp_path, prefix):
+    """As trainers save all that was trained a second time; the proof counts such a tensor once."""
+    adapter = make_adapter(base, tmp_path / "adapter", targets=["q_proj"], modules_to_save=["norm"], trained=True)
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    torch.save(
+        {name.replace(PREFIX, prefix): t for name, t in tensors.items() if "lora_" not in name},
+        adapter / "non_lora_trainables.bin",
+    )
+    planned = plan_pass(base, {"job": adapter}, tmp_path / "ours")
+    assert not planned.run(checked=True).errors
+    checks, evidence = planned.check()["job"], Evidence(planned.plans[0])
+    assert evidence.unfounded(checks) == ()
+    assert list(evidence.tensors) == [name for name in evidence.tensors if name.startswith(PREFIX)]
 
 
 def test_a_copy_as_torchtune_keeps_it_passes(base, adapter, expected, tmp_path):
@@ -266,7 +289,9 @@ def test_what_fits_nowhere_is_refused_by_name(base, adapter, tmp_path, file, ten
     assert re.search(said, refusal(base, adapter, tmp_path / "ours"))
 
 
-@pytest.mark.parametrize("file", ["model-00001-of-00002.safetensors", "trained.pkl", "weights.npz", "tf_model.h5"])
+@pytest.mark.parametrize(
+    "file", ["model-00001-of-00002.safetensors", "trained.pkl", "weights.NPZ", "tf_model.h5", "last.pth.tar"]
+)
 def test_files_that_are_not_read_are_refused_by_name(base, adapter, tmp_path, file):
     (adapter / file).write_bytes(b"weights")
     assert f"{file} beside the adapter may hold weights" in refusal(base, adapter, tmp_path / "ours")
@@ -432,3 +457,37 @@ def test_a_reward_head_is_called_what_it_is(base, tmp_path):
     LlamaForSequenceClassification.from_pretrained(base, num_labels=1).save_pretrained(tmp_path / "classifier")
     ours = merge(tmp_path / "classifier", tmp_path / "adapter", tmp_path / "merged", parity={"level": "arithmetic"})
     assert different(ours, merge_by_peft(tmp_path / "classifier", tmp_path / "adapter", tmp_path / "peft")) == []
+
+
+@pytest.mark.parametrize(
+    ("task", "head"),
+    [("TOKEN_CLS", "AutoModelForTokenClassification"), ("QUESTION_ANS", "AutoModelForQuestionAnswering")],
+)
+def test_the_class_of_a_head_is_that_of_its_task(base, adapter, tmp_path, task, head):
+    change_config(adapter, task_type=task)
+    tensors = load_file(adapter / ADAPTER_WEIGHTS) | {f"{PREFIX}classifier.weight": torch.ones(3, 64)}
+    save_file(tensors, adapter / ADAPTER_WEIGHTS)
+    assert f"load the base as {head}, with" in refusal(base, adapter, tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lora_magnitude_vector.weight", "without lora_magnitude_vector.*: use_dora is False"),
+        ("lora_B.bias", "without lora_B.bias: lora_bias is False"),
+    ],
+)
+def test_a_tensor_that_a_switch_of_the_configuration_leaves_out_names_the_switch(base, adapter, tmp_path, name, said):
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    first = next(iter(tensors)).partition(".lora_")[0]
+    save_file(tensors | {f"{first}.{name}": torch.ones(64)}, adapter / ADAPTER_WEIGHTS)
+    assert re.search(said, refusal(base, adapter, tmp_path / "ours"))
+
+
+def test_a_classifier_without_its_head_is_told(base, adapter, expected, tmp_path):
+    """What it adds to the layers below is all that its files hold, and is merged."""
+    change_config(adapter, task_type="SEQ_CLS")
+    planned = plan_pass(base, {"job": adapter}, tmp_path / "ours")
+    assert any("trained for task_type SEQ_CLS" in note for note in planned.plans[0].notes)
+    assert not planned.run().errors
+    assert different(read_tensors(planned.output("job")), expected) == []
