@@ -133,9 +133,9 @@ def check_depth(directory: Path, num_tensors: int) -> None:
         for field, value in sections.pop().items():
             if isinstance(value, dict):
                 sections.append(value)
-            elif field in _DEPTHS and isinstance(value, int) and value > num_tensors:
+            elif field in _DEPTHS and isinstance(value, int) and not 0 <= value <= num_tensors:
                 raise BadInputError(
-                    f"{path}: {field}: expected at most {num_tensors}, the tensors of the checkpoint, found {value}; "
+                    f"{path}: {field}: expected 0 to {num_tensors}, the tensors of the checkpoint, found {value}; "
                     "weights and configuration are not of the same model"
                 )
 

@@ -219,10 +219,12 @@ def test_weights_that_are_not_of_the_configuration_are_refused(copy, tmp_path, f
         base_plan(copy, tmp_path)
 
 
-@pytest.mark.parametrize("fields", [{"num_hidden_layers": 10**12}, {"text_config": {"num_hidden_layers": 22}}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"num_hidden_layers": 10**12}, {"text_config": {"num_hidden_layers": 22}}, {"num_layers": -1}], ids=str
+)
 def test_more_layers_than_tensors_are_refused_before_they_are_built(copy, tmp_path, fields):
     change_config(copy, **fields)
-    with pytest.raises(BadInputError, match=r"config\.json: num_hidden_layers: expected at most 21, .* found"):
+    with pytest.raises(BadInputError, match=r"config\.json: num_(hidden_)?layers: expected 0 to 21, .* found"):
         base_plan(copy, tmp_path)
 
 

@@ -18,6 +18,7 @@ from tests.merges import different, merge, merge_by_peft, plan_pass, read_tensor
 from tests.models import build_llama, make_adapter
 from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 from workers.merging.evidence import Evidence
+from workers.sources.adapter_files import foreign_kind, weight_files
 from workers.sources.fetch import fetch_adapter
 
 PREFIX = "base_model.model."
@@ -399,6 +400,35 @@ def test_adapters_of_others_are_called_what_they_are(base, tmp_path, make, said)
     (tmp_path / "adapter").mkdir()
     make(tmp_path / "adapter")
     assert re.search(said, refusal(base, tmp_path / "adapter", tmp_path / "ours"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ggml-adapter-model.bin", "an adapter of llama.cpp"),
+        ("model.safetensors", "called like a whole model"),
+        ("pytorch_model.bin", "called like a whole model"),
+        ("last.ckpt", "a checkpoint of a trainer"),
+        ("tuned.nemo", "an archive of NeMo"),
+    ],
+)
+def test_files_of_others_are_called_what_they_are(name, kind):
+    with pytest.raises(UnsupportedError, match=rf"{re.escape(name)} is {re.escape(kind)}; expected adapter_model"):
+        weight_files(["adapter_config.json", name], "/adapters/a")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        ("lycoris_blocks_0_attn.lokr_w1", "kohya's sd-scripts and LyCORIS"),
+        ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "a LoRA of diffusers"),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1.lora.up.weight", "a LoRA of diffusers"),
+        (f"{PREFIX}transformer.h.0.attn.c_attn.lora_A.weight", None),
+    ],
+)
+def test_tensors_of_others_are_called_what_they_are(tensor, kind):
+    found = foreign_kind([tensor])
+    assert found is None if kind is None else kind in found[1]
 
 
 def test_an_adapter_saved_empty_is_told_of_zero3(base, adapter, tmp_path):
