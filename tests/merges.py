@@ -21,12 +21,13 @@ from workers.bases.model import load_config, model_class
 from workers.bases.quantized_base import QuantizedBase
 from workers.bases.quantized_cache import QuantizedCache
 from workers.merging.arithmetic import ArithmeticCheck
+from workers.merging.base_plan import BasePlan, plan_base
 from workers.merging.evidence import Evidence
 from workers.merging.merge import PassResult, run_pass
 from workers.merging.module_checks import check_modules
 from workers.merging.module_weights import ModuleWeights
 from workers.merging.passes import PassJob
-from workers.merging.plan import BasePlan, MergePlan, plan_base, plan_merge
+from workers.merging.plan import MergePlan, plan_merge
 from workers.numerics.tiles import single_threads
 from workers.parity.inference import quiet_libraries
 from workers.sources.fetch import fetch_base

@@ -9,6 +9,7 @@ from jobs.errors import InternalError
 from jobs.request import MergeRequest
 from workers.bases.resident_bases import ResidentBases
 from workers.files.memory import pass_over_modules
+from workers.merging.base_plan import PlannedBases
 from workers.merging.outcomes import (
     Failure,
     JobOutcome,
@@ -24,7 +25,6 @@ from workers.merging.outcomes import (
     Unreachable,
     WorkerSettings,
 )
-from workers.merging.plan import PlannedBases
 from workers.numerics.device import device_fault
 from workers.unit.job import Job, own_failure, shared_failures
 from workers.unit.progress import Tracker

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from jobs.errors import MergefleetError
 from jobs.request import MergeRequest
+from workers.merging.base_plan import BasePlan, plan_base
 from workers.merging.outcomes import Failure
-from workers.merging.plan import BasePlan, plan_base, plan_merge
+from workers.merging.plan import plan_merge
 from workers.sources.fetch import fetch_base
 from workers.unit.estimate import Preview, estimate
 from workers.unit.request_adapters import outline_adapters

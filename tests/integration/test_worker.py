@@ -24,9 +24,11 @@ from jobs.release import Manifest, ParityReport
 from jobs.request import MergeRequest
 from tests.merges import different, merge_by_peft, open_descriptors, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
-from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from workers.adapters.adapter import ADAPTER_WEIGHTS
+from workers.adapters.config import ADAPTER_CONFIG
 from workers.bases.model import quiet_transformers
-from workers.merging.plan import plan_base, plan_merge
+from workers.merging.base_plan import plan_base
+from workers.merging.plan import plan_merge
 from workers.releases.sinks.directory import DirectoryStaging
 from workers.sources.fetch import fetch_adapter, fetch_base
 from workers.unit.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
@@ -638,7 +640,7 @@ def test_a_base_whose_weights_change_is_quantized_anew(worker, request_for, adap
 
 
 def test_a_base_is_planned_once_as_long_as_it_stays(worker, request_for, adapters, base, tmp_path, monkeypatch):
-    planned, really = [], workers.merging.plan.plan_base
+    planned, really = [], workers.merging.base_plan.plan_base
     monkeypatch.setattr(workers.merging.plan, "plan_base", lambda *arguments: planned.append(1) or really(*arguments))
     copied = Path(shutil.copytree(base, tmp_path / "copied"))
     for number, adapter in enumerate(adapters.values()):

@@ -22,18 +22,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from jobs.combination import Combination, CombinationType
 from jobs.errors import BadInputError, UnsupportedError
-from workers.adapters.adapter import (
-    ADAPTER_CONFIG,
-    ADAPTER_NAME,
-    PREFIX,
-    REFUSALS,
-    Adapter,
-    keep_adapters_on,
-    put_on,
-    read_config,
-    read_tensor,
-    wrapped_modules,
-)
+from workers.adapters.adapter import PREFIX, Adapter, read_tensor
+from workers.adapters.config import ADAPTER_CONFIG, REFUSALS, read_config
+from workers.adapters.wearing import ADAPTER_NAME, keep_adapters_on, put_on, wrapped_modules
 from workers.bases.model import skeleton
 from workers.numerics.device import raise_of_machine
 

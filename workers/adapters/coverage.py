@@ -16,17 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from jobs.errors import UnsupportedError
-from workers.adapters.adapter import (
-    ADAPTER_CONFIG,
-    ADAPTER_NAME,
-    PREFIX,
-    Adapter,
-    put_on,
-    read_tensor,
-    take_off,
-    wrapped_modules,
-)
+from workers.adapters.adapter import PREFIX, Adapter, read_tensor
+from workers.adapters.config import ADAPTER_CONFIG
 from workers.adapters.methods import WEIGHED
+from workers.adapters.wearing import ADAPTER_NAME, put_on, take_off, wrapped_modules
 from workers.bases.ties import tied_names
 
 

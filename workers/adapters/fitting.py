@@ -8,8 +8,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from jobs.errors import UnsupportedError
-from workers.adapters.adapter import ADAPTER_CONFIG, FLOATS, Adapter, refusals
+from workers.adapters.adapter import FLOATS, Adapter, refusals
 from workers.adapters.causes import OF_TASKS
+from workers.adapters.config import ADAPTER_CONFIG
 from workers.adapters.names import Fitted, fit_names
 from workers.adapters.resizing import check_indices, num_tokens_of, plain_name, trained_indices
 from workers.files.layout import TensorSpec

@@ -15,8 +15,10 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 from jobs.errors import BadInputError, UnsupportedError
-from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_NAME, PREFIX, Adapter, LoraDelta, read_tensor
+from workers.adapters.adapter import PREFIX, Adapter, LoraDelta, read_tensor
+from workers.adapters.config import ADAPTER_CONFIG
 from workers.adapters.coverage import Coverage
+from workers.adapters.wearing import ADAPTER_NAME
 from workers.files.layout import TensorSpec
 
 

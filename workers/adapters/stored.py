@@ -25,7 +25,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from jobs.errors import BadInputError
-from workers.adapters.adapter import ADAPTER_CONFIG, PREFIX, Adapter, LoraDelta, read_tensor
+from workers.adapters.adapter import PREFIX, Adapter, LoraDelta, read_tensor
+from workers.adapters.config import ADAPTER_CONFIG
 from workers.adapters.names import owner_of
 from workers.bases.conversions import Conversions, Group
 from workers.files.layout import TensorSpec

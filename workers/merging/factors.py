@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lora import Linear
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 
-from workers.adapters.adapter import ADAPTER_NAME
+from workers.adapters.wearing import ADAPTER_NAME
 from workers.numerics.rounding import half_ulp
 
 

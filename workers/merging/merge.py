@@ -10,10 +10,10 @@ from jobs.release import TensorCheck
 from workers.bases.quantized_base import QuantizedBase
 from workers.files.shard import Conveyor, HashedFile
 from workers.merging.arithmetic import ArithmeticCheck
+from workers.merging.base_plan import BasePlan
 from workers.merging.module_weights import ModuleWeights
 from workers.merging.passes import PassJob, PassState, check_range
 from workers.merging.peft_lane import merge_modules
-from workers.merging.plan import BasePlan
 from workers.merging.walk import Walk
 from workers.numerics.tiles import single_threads
 

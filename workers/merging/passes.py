@@ -13,7 +13,8 @@ from jobs.release import TensorCheck
 from workers.files.local import FileState, file_errors
 from workers.files.shard import Conveyor, HashedFile, Origin
 from workers.files.writer import CheckpointWriter
-from workers.merging.plan import MergePlan, OutputTensor
+from workers.merging.base_plan import OutputTensor
+from workers.merging.plan import MergePlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from workers.adapters.adapter import put_on, take_off, wrapped_modules
+from workers.adapters.wearing import put_on, take_off, wrapped_modules
 from workers.bases.ties import tied_names
 from workers.merging.module_weights import ModuleWeights
 from workers.merging.plan import MergePlan

@@ -15,10 +15,11 @@ from jobs.release import Alternative, BehaviourCheck
 from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
 from workers.bases.quantized_cache import QuantizedCache
 from workers.files.scratch import OwnedDirectory
+from workers.merging.base_plan import plan_base
 from workers.merging.merge import run_pass
 from workers.merging.module_weights import module_weights
 from workers.merging.passes import PassJob
-from workers.merging.plan import MergePlan, plan_base, plan_merge
+from workers.merging.plan import MergePlan, plan_merge
 from workers.merging.sidecars import write_sidecars
 from workers.parity.asking import Subject
 from workers.parity.behaviour import check_behaviour

@@ -20,9 +20,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from workers.adapters.adapter import PREFIX, Adapter, put_on
+from workers.adapters.adapter import PREFIX, Adapter
 from workers.adapters.resizing import resize_vocabulary
 from workers.adapters.stored import put_on_files
+from workers.adapters.wearing import put_on
 from workers.bases.model import quiet_transformers
 
 MAX_BATCH_TOKENS = 2048

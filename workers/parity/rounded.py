@@ -17,7 +17,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from workers.adapters.adapter import ADAPTER_NAME, Adapter, take_off, wrapped_modules
+from workers.adapters.adapter import Adapter
+from workers.adapters.wearing import ADAPTER_NAME, take_off, wrapped_modules
 from workers.bases.conversions import Conversions
 from workers.bases.four_bit import of_state
 from workers.bases.model import skeleton

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from workers.adapters.adapter import open_adapter
 from workers.bases.four_bit import BLOCK_SIZE
 from workers.files.shard import num_buffers
-from workers.merging.plan import BasePlan, MergePlan
+from workers.merging.base_plan import BasePlan
+from workers.merging.plan import MergePlan
 from workers.numerics.tiles import TILE_ELEMENTS
 from workers.parity.peak import estimate_peak_bytes
 

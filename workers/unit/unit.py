@@ -34,6 +34,7 @@ from workers.files.local import file_errors
 from workers.files.memory import available_device_bytes, available_host_bytes, give_back, hold_little
 from workers.files.scratch import sweep
 from workers.merging.arithmetic import ArithmeticCheck
+from workers.merging.base_plan import BasePlan, PlannedBases
 from workers.merging.card import write_card
 from workers.merging.made_with import made_with
 from workers.merging.merge import PassResult, run_pass
@@ -41,7 +42,7 @@ from workers.merging.module_weights import ModuleWeights, module_weights
 from workers.merging.outcomes import MergedShards, Piece, Usage, WorkerSettings
 from workers.merging.passes import PassJob
 from workers.merging.pieces import pieces_of
-from workers.merging.plan import BasePlan, MergePlan, PlannedBases, plan_merge
+from workers.merging.plan import MergePlan, plan_merge
 from workers.merging.sidecars import digest_file, write_sidecars
 from workers.releases.released import encode_manifest
 from workers.releases.sinks import Ticket, open_sink

@@ -11,12 +11,13 @@ from workers.bases.quantized_cache import QuantizedCache
 from workers.files.scratch import OwnedDirectory
 from workers.files.shard import HashedFile
 from workers.merging.arithmetic import ArithmeticCheck
+from workers.merging.base_plan import BasePlan
 from workers.merging.evidence import Evidence
 from workers.merging.merge import PassResult
 from workers.merging.module_checks import ModuleChecks, check_modules
 from workers.merging.module_weights import ModuleWeights
 from workers.merging.outcomes import WorkerSettings
-from workers.merging.plan import BasePlan, MergePlan
+from workers.merging.plan import MergePlan
 from workers.numerics.tiles import single_threads
 from workers.parity.asking import Subject
 from workers.parity.behaviour import check_behaviour

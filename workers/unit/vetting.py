@@ -21,15 +21,18 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.request import MergeRequest
 from jobs.text import shown
-from workers.adapters.adapter import ADAPTER_CONFIG, match, open_adapter, read_config
+from workers.adapters.adapter import open_adapter
+from workers.adapters.config import ADAPTER_CONFIG, read_config
 from workers.adapters.fitting import fit
 from workers.adapters.methods import WEIGHED
+from workers.adapters.wearing import match
 from workers.bases.model import skeleton
 from workers.files.checkpoint import read_checkpoint, read_json, read_shard
 from workers.files.foreign import foreign_sha256, read_foreign
 from workers.files.layout import CheckpointLayout
 from workers.files.scratch import OwnedDirectory
-from workers.merging.plan import MergePlan, plan_base, plan_merge
+from workers.merging.base_plan import plan_base
+from workers.merging.plan import MergePlan, plan_merge
 from workers.merging.sidecars import write_sidecars
 from workers.parity.prompts import read_prompts
 from workers.releases.shipment import shipped_files

@@ -18,7 +18,8 @@ from jobs.errors import MergefleetError
 from tests.merges import different, merge_by_peft, plan_pass, read_tensors
 from tests.methods import make_method_adapter
 from tests.models import build_llama
-from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from workers.adapters.adapter import ADAPTER_WEIGHTS
+from workers.adapters.config import ADAPTER_CONFIG
 
 KINDS = {
     "lora": ("LORA", {}),

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from jobs.errors import BadInputError, MergefleetError, NotFoundError, UnsupportedError
 from tests.methods import make_method_adapter
 from tests.models import build_llama, build_qwen2, make_adapter
-from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
+from workers.adapters.adapter import ADAPTER_WEIGHTS, open_adapter
+from workers.adapters.config import ADAPTER_CONFIG
 from workers.adapters.coverage import cover
 from workers.bases.model import skeleton
 

@@ -14,7 +14,8 @@ from tests.architectures import build
 from tests.computed import computed_ends, is_rounded
 from tests.merges import different, merge_by_peft, plan_pass, read_tensors
 from tests.models import load_plain
-from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from workers.adapters.adapter import ADAPTER_WEIGHTS
+from workers.adapters.config import ADAPTER_CONFIG
 from workers.merging.sidecars import write_sidecars
 from workers.parity.inference import quiet_libraries
 

@@ -19,9 +19,11 @@ from tests.combinations import EVERY_TYPE, combine_by_peft, merge_combined_by_pe
 from tests.merges import different, merge_by_peft, one_torch_thread, plan_requests, read_tensors
 from tests.methods import make_method_adapter
 from tests.models import build_llama, load_plain, make_adapter
-from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
+from workers.adapters.adapter import ADAPTER_WEIGHTS, open_adapter
+from workers.adapters.config import ADAPTER_CONFIG
+from workers.merging.base_plan import plan_base
 from workers.merging.evidence import Evidence
-from workers.merging.plan import plan_base, plan_merge
+from workers.merging.plan import plan_merge
 from workers.parity.inference import quiet_libraries
 from workers.sources.fetch import fetch_base
 from workers.unit.estimate import combination_seconds

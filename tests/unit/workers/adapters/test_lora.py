@@ -13,7 +13,8 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from jobs.errors import BadInputError, UnsupportedError
 from tests.models import build_llama, build_qwen2, load_plain, make_adapter
-from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
+from workers.adapters.adapter import ADAPTER_WEIGHTS, open_adapter
+from workers.adapters.config import ADAPTER_CONFIG
 from workers.adapters.coverage import cover
 from workers.adapters.lora import plan_lora
 from workers.bases.model import quiet_transformers, skeleton

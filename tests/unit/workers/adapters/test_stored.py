@@ -13,7 +13,7 @@ from tests import architectures
 from tests.merges import merge, plan_pass, read_tensors
 from tests.methods import make_method_adapter, save_old_adapter
 from tests.models import load_plain
-from workers.adapters.adapter import take_off, wrapped_modules
+from workers.adapters.wearing import take_off, wrapped_modules
 from workers.merging.evidence import Evidence
 from workers.parity.loading import Room, load_model
 

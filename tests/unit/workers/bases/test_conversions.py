@@ -15,7 +15,7 @@ from tests.methods import make_method_adapter
 from tests.models import load_plain
 from workers.bases.conversions import Conversions
 from workers.bases.model import skeleton
-from workers.merging.plan import plan_base
+from workers.merging.base_plan import plan_base
 from workers.sources.fetch import fetch_base
 
 # Per-expert weights become one parameter, prefixes move, one tensor becomes three, q, k and v go into one.

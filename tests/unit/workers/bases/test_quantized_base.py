@@ -30,7 +30,7 @@ from workers.bases.resident_bases import ResidentBases
 from workers.files.checkpoint import read_checkpoint
 from workers.files.layout import INDEX_FILE
 from workers.files.scratch import exclusive
-from workers.merging.plan import plan_base
+from workers.merging.base_plan import plan_base
 from workers.sources.fetch import fetch_base
 from workers.unit.footprint import passing_bytes, resident_bytes
 

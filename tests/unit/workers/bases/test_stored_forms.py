@@ -18,7 +18,7 @@ from jobs.request import MergeRequest
 from tests.merges import plan_pass
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
 from workers.files.checkpoint import read_checkpoint
-from workers.merging.plan import plan_base
+from workers.merging.base_plan import plan_base
 from workers.sources.fetch import fetch_base
 
 LINEAR = "model.layers.0.mlp.down_proj"

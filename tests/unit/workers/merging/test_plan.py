@@ -12,7 +12,7 @@ from jobs.locations import LocalPath
 from jobs.request import BaseQuantization, MergeRequest
 from tests.merges import merge_by_peft, plan_pass
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
-from workers.merging.plan import plan_base
+from workers.merging.base_plan import plan_base
 from workers.numerics.tiles import TILE_ELEMENTS
 from workers.sources.fetch import fetch_base
 from workers.unit.footprint import pass_bytes

@@ -9,7 +9,8 @@ import pytest
 
 from jobs.request import MergeRequest
 from tests.models import build_llama, make_adapter, merge_with_peft
-from workers.merging.plan import plan_base, plan_merge
+from workers.merging.base_plan import plan_base
+from workers.merging.plan import plan_merge
 from workers.parity.peak import estimate_peak_bytes
 from workers.sources.fetch import fetch_adapter, fetch_base
 

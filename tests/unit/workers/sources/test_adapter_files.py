@@ -16,7 +16,8 @@ from jobs.errors import MergefleetError, UnsupportedError
 from jobs.locations import LocalPath
 from tests.merges import different, merge, merge_by_peft, plan_pass, read_tensors
 from tests.models import build_llama, make_adapter
-from workers.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
+from workers.adapters.adapter import ADAPTER_WEIGHTS, open_adapter
+from workers.adapters.config import ADAPTER_CONFIG
 from workers.merging.evidence import Evidence
 from workers.sources.adapter_files import foreign_kind, weight_files
 from workers.sources.fetch import fetch_adapter

@@ -15,7 +15,8 @@ from jobs.errors import BadInputError, UnsupportedError
 from jobs.locations import LocalPath
 from jobs.request import MergeRequest, ParityPolicy
 from tests.models import build_llama, make_adapter
-from workers.adapters.adapter import Adapter, match, open_adapter
+from workers.adapters.adapter import Adapter, open_adapter
+from workers.adapters.wearing import match
 from workers.bases.model import skeleton
 from workers.sources.fetch import fetch_adapter, fetch_base
 from workers.unit import vetting

@@ -1,0 +1,311 @@
+"""What all jobs of a pass share, planned from a base's headers and configuration."""
+
+import dataclasses
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from jobs.errors import BadInputError, UnsupportedError
+from jobs.request import BaseQuantization, MergeRequest
+from workers.adapters.adapter import Adapter
+from workers.adapters.coverage import Coverage, cover, ties_by_values
+from workers.adapters.methods import WEIGHED
+from workers.adapters.resizing import check_brought, resize_vocabulary
+from workers.bases.codes import refuse_codes
+from workers.bases.conversions import Conversions, relate
+from workers.bases.declarations import declared_4bit
+from workers.bases.four_bit import quantized_names, quantized_owner
+from workers.bases.model import answers_prompts, check_depth, skeleton, token_embedding
+from workers.bases.quantization_task import QuantizationTask
+from workers.bases.stored_four_bit import plan_quantization, stored_as_asked
+from workers.bases.ties import COMPUTES_WITH_FLAG, come_apart, stored_apart, tied_names
+from workers.files.checkpoint import read_checkpoint, read_json
+from workers.files.layout import CheckpointLayout, TensorSpec
+from workers.releases.base_card import BaseCard, read_base_card
+from workers.sources.fetch import Source
+
+_MAX_PLANNED_BASES = 4
+_MAX_RECIPES = 16
+"""Of adapters, for each base: a fleet of many bases keeps plans for long."""
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""What weights are merged in, by the words of a request and of `config.json`."""
+_NUMBERS = frozenset({torch.float64, *TORCH_DTYPES.values()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputTensor:
+    """One tensor of the merged checkpoints of a pass, before any delta."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    shard: str
+    """The base's file it is stored in."""
+    stored: TensorSpec | None
+    """The bytes it comes from; None when it is dequantized."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Number of bytes in the output."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the tensor as a matrix: its first dimension; a scalar has one."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of the tensor as a matrix: all further dimensions together."""
+        return max(1, math.prod(self.shape[1:]))
+
+    @property
+    def copied(self) -> bool:
+        """Whether, without a delta, the stored bytes are the output's bytes."""
+        return self.stored is not None and self.stored.dtype == self.dtype
+
+
+@dataclass(frozen=True)
+class BasePlan:
+    """What all jobs of a pass share."""
+
+    source: Source
+    layout: CheckpointLayout
+    tensors: tuple[OutputTensor, ...]
+    """In the order in which the base stores them."""
+    quantization: QuantizationTask | None
+    """What to convert to 4-bit first; None when nothing is, or when the base is stored in 4-bit."""
+    stored_in_4bit: bool
+    conversions: Conversions
+    """Between the names and tensors of its files and those of its model."""
+    transposed: frozenset[str]
+    """Weights that 4-bit loading converts as their transpose."""
+    tied: Mapping[str, tuple[str, ...]]
+    """For each parameter of its model that shares its values: all names of these values, its own included."""
+    tied_by_flag: bool
+    """Whether `tie_word_embeddings` ties them, all or none, and does nothing else."""
+    apart: frozenset[str]
+    """Parameters that its configuration ties to others, while its files have values of their own for them."""
+    answers_prompts: bool
+    """Whether its model continues text."""
+    embedding: str | None
+    """The stored tensor whose rows are its tokens; None where it has none."""
+    num_rows_beside: int
+    """Rows for further tokens that the model keeps in a tensor of their own."""
+    card: BaseCard
+    """What its model card says."""
+    _coverages: dict[object, Coverage] = field(default_factory=dict, compare=False, repr=False)
+
+    def coverage(self, adapter: Adapter) -> Coverage:
+        """Return what an adapter changes; adapters of one recipe differ in values alone, and PEFT is asked once.
+
+        Raises:
+            UnsupportedError, BadInputError: adapter and base do not fit.
+        """
+        # Layers that hold arrays would stay for as long as this plan does.
+        if adapter.method in WEIGHED or ties_by_values(adapter):
+            return self._cover(adapter)
+        tensors = tuple((name, spec.dtype, spec.shape) for name, spec in adapter.tensors.items())
+        recipe = (repr(adapter.config.to_dict()), tensors, adapter.num_tokens)
+        if recipe not in self._coverages:
+            while len(self._coverages) >= _MAX_RECIPES:
+                del self._coverages[next(iter(self._coverages))]
+            self._coverages[recipe] = self._cover(adapter)
+        return self._coverages[recipe]
+
+    def _cover(self, adapter: Adapter) -> Coverage:
+        model = self.skeleton()
+        resize_vocabulary(model, adapter.num_tokens)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        coverage = cover(adapter, model)
+        if adapter.num_tokens is not None:
+            check_brought(
+                str(adapter.weights_path),
+                adapter.tensors,
+                adapter.num_tokens,
+                tied=coverage.tied,
+                untied=coverage.untied,
+                resized=[name for name, shape in shapes.items() if shape != self.conversions.shapes.get(name, shape)],
+            )
+        return coverage
+
+    def read_as(self, source: Source) -> "BasePlan":
+        """Return the plan for the same base, as it was looked at just now."""
+        task = self.quantization
+        task = None if task is None else dataclasses.replace(task, unchanged=source.check_unchanged)
+        return dataclasses.replace(self, source=source, quantization=task)
+
+    def skeleton(self) -> PreTrainedModel:
+        """Build its model on the meta device, with the ties that its files have."""
+        model = skeleton(self.source.directory)
+        come_apart(model, self.apart)
+        return model
+
+    def stored_name(self, name: str) -> str | None:
+        """Return what a tensor of the model is called in the files: by its own name, or by one that it is tied to.
+
+        None where it is made of several stored tensors, or of a part of one, or not stored at all.
+        """
+        stored_names = self.conversions.stored_names
+        return next((stored_names[same] for same in (name, *self.tied.get(name, ())) if same in stored_names), None)
+
+    @cached_property
+    def by_name(self) -> Mapping[str, OutputTensor]:
+        """Output tensors by name."""
+        return {tensor.name: tensor for tensor in self.tensors}
+
+    @cached_property
+    def linear(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the matrices in its files that are read one by one, [O, I], by name: nothing is tied to them."""
+        together = () if self.quantization is None else self.quantization.groups
+        other = {name for group in together for name in group.stored} | self.transposed
+        names = self.conversions.parameter_names
+        return {
+            tensor.name: tensor.shape
+            for tensor in self.tensors
+            if len(tensor.shape) == 2 and tensor.name not in other and names.get(tensor.name) not in self.tied
+        }
+
+
+def plan_base(source: Source, request: MergeRequest) -> BasePlan:
+    """Plan what all requests of a pass share.
+
+    Args:
+        source: the base.
+        request: any request of the pass; they agree in base, quantization and dtype.
+
+    Raises:
+        NotFoundError, BadInputError, UnsupportedError: the base cannot be used, or not as asked.
+    """
+    directory = source.directory
+    declared_4bit(directory)  # other forms are refused by name, before anything is made of their tensors
+    layout = read_checkpoint(directory)
+    check_depth(directory, len(layout.tensors))
+    model = skeleton(directory)
+    stored_weights = quantized_names(layout.tensors)
+    stored_in_4bit = stored_as_asked(source, request, frozenset(stored_weights.values()))
+    owners = {name: quantized_owner(name, stored_weights) for name in layout.tensors}
+    conversions = _conversions(source, layout, owners, model)
+    shapes = {stored: conversions.shapes[name] for name, stored in conversions.stored_names.items()}
+    _check_shapes(source, layout, owners, shapes)
+    transposed = frozenset(
+        conversions.stored_names[f"{name}.weight"]
+        for name, module in model.named_modules()
+        if isinstance(module, Conv1D) and f"{name}.weight" in conversions.stored_names
+    )
+    asked_dtype = TORCH_DTYPES[request.dtype] if request.dtype else None
+    task = None
+    if request.base_quantization is not BaseQuantization.NONE and not stored_in_4bit:
+        task = plan_quantization(
+            source, layout, request, conversions=conversions, transposed=transposed, dtype=asked_dtype
+        )
+    converted = frozenset(stored_weights) if task is None else task.converted
+    apart = stored_apart(directory, layout, conversions.stored_names, model)
+    come_apart(model, apart)
+    tensors = []
+    for name, (shard, spec) in layout.tensors.items():
+        if owners[name] not in (None, name):
+            continue  # the scales and the state of a 4-bit weight become part of the weight
+        own_dtype = _config_dtype(source) if name in stored_weights else spec.dtype
+        tensors.append(
+            OutputTensor(
+                name=name,
+                shape=shapes.get(name, spec.shape) if name in converted else spec.shape,
+                # What is no number keeps its bytes: 8-bit floats are codes, like integers.
+                dtype=asked_dtype if asked_dtype is not None and own_dtype in _NUMBERS else own_dtype,
+                shard=shard.name,
+                stored=None if name in converted else spec,
+            )
+        )
+    embedding, num_rows_beside = token_embedding(model)
+    return BasePlan(
+        source=source,
+        layout=layout,
+        tensors=tuple(tensors),
+        quantization=task,
+        stored_in_4bit=stored_in_4bit,
+        conversions=conversions,
+        transposed=transposed,
+        tied=tied_names(model),
+        tied_by_flag=model.config.model_type not in COMPUTES_WITH_FLAG,
+        apart=apart,
+        answers_prompts=answers_prompts(model),
+        embedding=conversions.stored_names.get(embedding) if embedding else None,
+        num_rows_beside=num_rows_beside,
+        card=read_base_card(directory),
+    )
+
+
+class PlannedBases:
+    """Plans of the bases that were used last: what transformers and PEFT say of a base is asked once for many units."""
+
+    def __init__(self) -> None:
+        self._plans: OrderedDict[tuple[str, str], BasePlan] = OrderedDict()
+
+    def get(self, source: Source, request: MergeRequest) -> BasePlan:
+        """Return the plan for a base as it is now; raises as `plan_base`."""
+        key = (request.pass_key(), source.digest)
+        if key not in self._plans:
+            self._plans[key] = plan_base(source, request)
+        self._plans[key] = self._plans[key].read_as(source)
+        self._plans.move_to_end(key)
+        while len(self._plans) > _MAX_PLANNED_BASES:
+            self._plans.popitem(last=False)
+        return self._plans[key]
+
+
+def _conversions(
+    source: Source, layout: CheckpointLayout, owners: Mapping[str, str | None], model: PreTrainedModel
+) -> Conversions:
+    stored = {
+        name: torch.empty(spec.stated.shape if spec.stated else spec.shape, dtype=spec.dtype, device="meta")
+        for name, (_, spec) in layout.tensors.items()
+        if owners[name] in (None, name)
+    }
+    return relate(
+        source.directory,
+        model,
+        stored,
+        [name for name in stored if owners[name] is not None],
+        lambda conversions: refuse_codes(source.directory, model, conversions, layout, owners),
+    )
+
+
+def _check_shapes(
+    source: Source,
+    layout: CheckpointLayout,
+    owners: Mapping[str, str | None],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    for name, (_, spec) in layout.tensors.items():
+        shape = spec.stated.shape if spec.stated else spec.shape
+        if owners[name] is None and shape != shapes.get(name, shape):
+            raise BadInputError(
+                f"{source.directory}: tensor {name} has shape {list(shape)}, config.json makes it "
+                f"{list(shapes[name])}; weights and configuration are not of the same model"
+            )
+        if owners[name] == name and name not in shapes:
+            raise UnsupportedError(
+                f"{source.directory}: tensor {name} is stored in 4-bit and belongs to no module of the model, so "
+                "nothing says what it becomes; store the base without it, or name one in 16 bits"
+            )
+
+
+def _config_dtype(source: Source) -> torch.dtype:
+    # What `dequantize()` of transformers casts the weights of a 4-bit checkpoint to.
+    config = read_json(source.directory / "config.json")
+    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    if not isinstance(name, str) or name not in TORCH_DTYPES:
+        raise UnsupportedError(f"{source.directory / 'config.json'}: dtype {name!r}; expected {list(TORCH_DTYPES)}")
+    return TORCH_DTYPES[name]
