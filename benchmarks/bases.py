@@ -15,8 +15,9 @@ from transformers import AutoTokenizer
 from examples.chats import HABITS, Habit
 from examples.real_model import build_base
 from examples.training import train_adapter
-from jobs.release import ParityReport, Way
-from jobs.request import BaseQuantization, HeldOutText, MergeRequest, ParityPolicy
+from jobs.parity_policy import HeldOutText, ParityPolicy
+from jobs.parity_report import ParityReport, Way
+from jobs.request import BaseQuantization, MergeRequest
 from workers.merging.outcomes import WorkerSettings
 from workers.worker import MergeWorker
 

@@ -29,7 +29,8 @@ from benchmarks.contenders import ADAPTER
 from benchmarks.make_base import SHAPES, make_adapter, make_base
 from benchmarks.unchecked import check_left_out
 from cluster.commands.plan import preview
-from jobs.request import BaseQuantization, MergeRequest, ParityPolicy
+from jobs.parity_policy import ParityPolicy
+from jobs.request import BaseQuantization, MergeRequest
 from workers.merging.outcomes import WorkerSettings
 from workers.numerics.rounding import half_ulp
 from workers.unit.estimate import Estimate

@@ -15,7 +15,8 @@ from typing import Any, Self
 
 from benchmarks.measurement import Measurement, PeakMemory, bytes_moved
 from benchmarks.unchecked import check_left_out
-from jobs.request import BaseQuantization, MergeRequest, ParityPolicy
+from jobs.parity_policy import ParityPolicy
+from jobs.request import BaseQuantization, MergeRequest
 from workers.merging.outcomes import WorkerSettings
 from workers.worker import MergeWorker
 

@@ -25,7 +25,8 @@ from cluster.driving.replies import (
     WorkerLost,
 )
 from cluster.driving.scheduler import WorkerView
-from jobs.release import Artifact, Manifest, ParitySummary, Release
+from jobs.parity_report import ParitySummary
+from jobs.release import Artifact, Manifest, Release
 from jobs.request import MergeRequest, QuantizationOptions
 from workers.merging.outcomes import (
     JobOutcome,

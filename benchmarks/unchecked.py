@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from workers.merging.arithmetic import ArithmeticCheck
-from workers.merging.base_plan import OutputTensor
+from workers.merging.output import OutputTensor
 from workers.merging.tally import Tally
 from workers.numerics.products import Comparison
 from workers.unit import unit

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from jobs.locations import LocalPath
-from jobs.release import TensorCheck
+from jobs.parity_report import TensorCheck
 from jobs.request import MergeRequest
 from tests.models import load_plain
 from workers.bases.model import load_config, model_class

@@ -9,7 +9,8 @@ from pathlib import Path
 from jobs.ledger.records import ProgressReport, Publication
 from jobs.ledger.store import JobStore
 from jobs.locations import LocalPath
-from jobs.release import REPORT_NAME, Artifact, Manifest, ParitySummary, Release
+from jobs.parity_report import ParitySummary
+from jobs.release import REPORT_NAME, Artifact, Manifest, Release
 from jobs.request import BaseQuantization
 from jobs.states import JobState
 from workers.releases.sinks import Staging

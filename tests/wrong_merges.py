@@ -28,7 +28,8 @@ import workers.merging.peft_lane
 import workers.merging.walk
 import workers.unit.unit
 from jobs.errors import FailureClass
-from jobs.release import REPORT_NAME, ParityReport
+from jobs.parity_report import ParityReport
+from jobs.release import REPORT_NAME
 from jobs.request import MergeRequest
 from tests import architectures
 from tests.methods import make_method_adapter, save_old_adapter

@@ -13,7 +13,8 @@ from rich.text import Text
 from cluster.console.progress import BaseProgress, base_name
 from cluster.driving.events import DriverEvent, JobSettled, ShardsStarted, Summary, UnitStarted, WorkerBenched
 from jobs.ledger.records import Event, JobRecord
-from jobs.release import Manifest, Way
+from jobs.parity_report import Way
+from jobs.release import Manifest
 from jobs.request import BaseQuantization
 from jobs.states import ACTIVE_STATES, JobState
 from jobs.text import MAX_MESSAGE, shown

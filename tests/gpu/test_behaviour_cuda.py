@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.request import MergeRequest, Thresholds
+from jobs.parity_policy import Thresholds
+from jobs.request import MergeRequest
 from tests.models import build_llama, make_adapter, merge_with_peft
 from workers.adapters.adapter import open_adapter
 from workers.parity.asking import Subject

@@ -6,7 +6,8 @@ import pytest
 from transformers import BitsAndBytesConfig
 
 from jobs.errors import FailureClass
-from jobs.release import Manifest, ParityReport
+from jobs.parity_report import ParityReport
+from jobs.release import Manifest
 from jobs.request import MergeRequest
 from tests.combinations import merge_combined_by_peft
 from tests.merges import different, merge_by_peft, read_tensors

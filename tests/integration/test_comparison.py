@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig
 import workers.parity.comparison
 import workers.unit.verification
 from jobs.errors import FailureClass, NoCapacityError, ParityFailedError
-from jobs.release import ParityReport
+from jobs.parity_report import ParityReport
 from jobs.request import BaseQuantization, MergeRequest
 from tests.merges import load_dequantized
 from tests.methods import make_method_adapter

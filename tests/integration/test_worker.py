@@ -20,7 +20,8 @@ import workers.unit.unit
 import workers.unit.verification
 from jobs.allowance import Allowance, Pattern
 from jobs.errors import BadInputError, FailureClass
-from jobs.release import Manifest, ParityReport
+from jobs.parity_report import ParityReport
+from jobs.release import Manifest
 from jobs.request import MergeRequest
 from tests.merges import different, merge_by_peft, open_descriptors, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter

@@ -21,7 +21,7 @@ from workers.files.checkpoint import read_shard
 from workers.files.layout import TensorSpec
 from workers.files.tensor_io import read_rows
 from workers.numerics.device import raise_of_machine
-from workers.sources.adapter_files import foreign_kind
+from workers.sources.foreign_adapters import foreign_kind
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = adapter_names.PREFIX

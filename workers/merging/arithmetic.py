@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 
 from jobs.errors import InternalError
-from jobs.release import TensorCheck
+from jobs.parity_report import TensorCheck
 from workers.bases.four_bit import QuantizedWeight
 from workers.bases.quantized_base import QuantizedBase
 from workers.files.tensor_io import opened, read_into
-from workers.merging.base_plan import BasePlan, OutputTensor
+from workers.merging.base_plan import BasePlan
 from workers.merging.evidence import Evidence
 from workers.merging.judgement import check_equal, differs, judge
+from workers.merging.output import OutputTensor
 from workers.merging.plan import MergePlan
 from workers.merging.proof import Operands
 from workers.merging.tally import Sums, Tally

@@ -1,7 +1,6 @@
 """What all jobs of a pass share, planned from a base's headers and configuration."""
 
 import dataclasses
-import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,7 +25,8 @@ from workers.bases.quantization_task import QuantizationTask
 from workers.bases.stored_four_bit import plan_quantization, stored_as_asked
 from workers.bases.ties import COMPUTES_WITH_FLAG, come_apart, stored_apart, tied_names
 from workers.files.checkpoint import read_checkpoint, read_json
-from workers.files.layout import CheckpointLayout, TensorSpec
+from workers.files.layout import CheckpointLayout
+from workers.merging.output import OutputTensor
 from workers.releases.base_card import BaseCard, read_base_card
 from workers.sources.fetch import Source
 
@@ -36,44 +36,6 @@ _MAX_RECIPES = 16
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """What weights are merged in, by the words of a request and of `config.json`."""
 _NUMBERS = frozenset({torch.float64, *TORCH_DTYPES.values()})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputTensor:
-    """One tensor of the merged checkpoints of a pass, before any delta."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    shard: str
-    """The base's file it is stored in."""
-    stored: TensorSpec | None
-    """The bytes it comes from; None when it is dequantized."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Number of bytes in the output."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the tensor as a matrix: its first dimension; a scalar has one."""
-        return self.shape[0] if self.shape else 1
-
-    @property
-    def num_elements(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def num_columns(self) -> int:
-        """Columns of the tensor as a matrix: all further dimensions together."""
-        return max(1, math.prod(self.shape[1:]))
-
-    @property
-    def copied(self) -> bool:
-        """Whether, without a delta, the stored bytes are the output's bytes."""
-        return self.stored is not None and self.stored.dtype == self.dtype
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from jobs.combination import CombinationType
 from jobs.errors import BadInputError
-from jobs.release import TensorCheck
+from jobs.parity_report import TensorCheck
 from workers.adapters.adapter import open_adapter
 from workers.adapters.fitting import fit
 from workers.files.foreign import read_foreign

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from jobs.release import TensorCheck
+from jobs.parity_report import TensorCheck
 from workers.merging.proof import SPARSE, Operands
 from workers.merging.tally import Sums, finite
 from workers.numerics import products

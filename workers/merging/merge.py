@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from jobs.errors import MergefleetError
-from jobs.release import TensorCheck
+from jobs.parity_report import TensorCheck
 from workers.bases.quantized_base import QuantizedBase
 from workers.files.shard import Conveyor, HashedFile
 from workers.merging.arithmetic import ArithmeticCheck

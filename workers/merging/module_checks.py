@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
-from jobs.release import TensorCheck
+from jobs.parity_report import TensorCheck
 from workers.bases.model import input_embedding
 from workers.files.tensor_io import read_rows
 from workers.merging.evidence import Evidence

@@ -26,7 +26,8 @@ from workers.files.layout import ShardLayout, lay_out_shard
 from workers.files.local import file_errors
 from workers.files.scratch import OwnedDirectory
 from workers.files.tensor_io import opened, read_rows, tensor_bytes, write_all
-from workers.merging.base_plan import BasePlan, OutputTensor
+from workers.merging.base_plan import BasePlan
+from workers.merging.output import OutputTensor
 from workers.merging.plan import MergePlan
 from workers.numerics.tiles import TILE_ELEMENTS, rows_per_tile
 

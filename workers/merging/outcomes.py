@@ -6,7 +6,8 @@ from pathlib import Path
 
 from jobs.allowance import Allowance
 from jobs.errors import FailureClass, MergefleetError
-from jobs.release import ParitySummary, Release, TensorCheck
+from jobs.parity_report import ParitySummary, TensorCheck
+from jobs.release import Release
 from jobs.request import MergeRequest
 from jobs.text import MAX_MESSAGE, shown
 from workers.releases.sinks import Receipt, Ticket

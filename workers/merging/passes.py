@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from jobs.errors import BadInputError, MergefleetError
-from jobs.release import TensorCheck
+from jobs.parity_report import TensorCheck
 from workers.files.local import FileState, file_errors
 from workers.files.shard import Conveyor, HashedFile, Origin
 from workers.files.writer import CheckpointWriter
-from workers.merging.base_plan import OutputTensor
+from workers.merging.output import OutputTensor
 from workers.merging.plan import MergePlan
 
 

@@ -6,15 +6,12 @@ of the adapter ends up in exactly one action, or the plan fails and names it.
 
 import dataclasses
 import itertools
-from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-
 from jobs.errors import UnsupportedError
-from jobs.release import CombinedAdapter
+from jobs.parity_report import CombinedAdapter
 from jobs.request import MergeRequest
 from jobs.text import MAX_MESSAGE, shown
 from workers.adapters.adapter import Adapter, LoraDelta, open_adapter
@@ -23,8 +20,10 @@ from workers.adapters.fitting import fit
 from workers.adapters.lora import plan_lora
 from workers.adapters.methods import UNSTABLE
 from workers.adapters.stored import add_to_files
-from workers.files.layout import CheckpointLayout, lay_out, lay_out_shard
-from workers.merging.base_plan import TORCH_DTYPES, BasePlan, OutputTensor
+from workers.files.layout import CheckpointLayout
+from workers.merging.base_plan import TORCH_DTYPES, BasePlan
+from workers.merging.output import OutputTensor
+from workers.merging.output_layout import output_layout, output_tensors
 from workers.releases.base_card import BaseCard, read_base_card
 from workers.releases.notes import find_notes
 from workers.releases.shipment import Shipment, plan_shipment
@@ -211,7 +210,7 @@ def plan_merge(
     # What is converted after it was put together has to be taken apart again, whether an adapter changes it or not.
     regrouped = {name: group.parameters for group in groups for name in group.stored if name not in changed_by_peft}
     by_peft = changed_by_peft | regrouped
-    tensors = _output_tensors(base, coverage, by_peft)
+    tensors = output_tensors(base, coverage, by_peft)
     for tensor in tensors:
         if (tensor.name in deltas or tensor.name in by_peft) and tensor.dtype not in TORCH_DTYPES.values():
             raise UnsupportedError(
@@ -250,7 +249,7 @@ def plan_merge(
         left_alone=coverage.left_alone,
         apart=apart,
         tensors=tensors,
-        output=_output_layout(base, tensors, request.max_shard_size),
+        output=output_layout(base, tensors, request.max_shard_size),
         adapter_cards=adapter_cards,
         shipment=shipment,
         notes=tuple(shown(note, MAX_MESSAGE) for note in notes),
@@ -303,35 +302,3 @@ def _by_peft(
             )
         made |= dict.fromkeys(outputs, same[:1])
     return made
-
-
-def _output_tensors(
-    base: BasePlan, coverage: Coverage, by_peft: Mapping[str, tuple[str, ...]]
-) -> tuple[OutputTensor, ...]:
-    names = base.conversions.parameter_names
-    added = {sources[0]: output for output, sources in by_peft.items() if output not in base.by_name}
-    tensors = []
-    for tensor in base.tensors:
-        sources = by_peft.get(tensor.name, ())
-        whole = len(sources) == 1 and tensor.name in names
-        tensors.append(dataclasses.replace(tensor, shape=coverage.shapes[sources[0]]) if whole else tensor)
-        # What comes apart from a tensor goes behind it, into the same file.
-        tensors += [
-            dataclasses.replace(tensor, name=added[other], shape=coverage.shapes[other], stored=None)
-            for other in coverage.tied.get(names.get(tensor.name, tensor.name), ())
-            if other in added
-        ]
-    return tuple(tensors)
-
-
-def _output_layout(base: BasePlan, tensors: Sequence[OutputTensor], max_shard_size: int | None) -> CheckpointLayout:
-    stated = {name: spec.stated for name, (_, spec) in base.layout.tensors.items() if spec.stated}
-    if max_shard_size is not None:
-        return lay_out(((t.name, t.dtype, t.shape) for t in tensors), max_shard_size, stated)
-    as_stored = [(name, spec.dtype, spec.shape) for name, (_, spec) in base.layout.tensors.items()]
-    if [(t.name, t.dtype, t.shape) for t in tensors] == as_stored:
-        return base.layout
-    by_shard: dict[str, list[tuple[str, torch.dtype, tuple[int, ...]]]] = defaultdict(list)
-    for tensor in tensors:
-        by_shard[tensor.shard].append((tensor.name, tensor.dtype, tensor.shape))
-    return CheckpointLayout(tuple(lay_out_shard(name, group, stated=stated) for name, group in by_shard.items()))

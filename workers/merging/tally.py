@@ -5,7 +5,7 @@ import sys
 import threading
 from dataclasses import dataclass
 
-from jobs.release import TensorCheck
+from jobs.parity_report import TensorCheck
 from workers.merging.evidence import Evidence
 from workers.merging.plan import MergePlan
 from workers.merging.proof import Operands

@@ -25,7 +25,8 @@ from workers.bases.quantized_base import QuantizedBase
 from workers.files.foreign import open_foreign
 from workers.files.tensor_io import read_into
 from workers.merging.arithmetic import ArithmeticCheck
-from workers.merging.base_plan import BasePlan, OutputTensor
+from workers.merging.base_plan import BasePlan
+from workers.merging.output import OutputTensor
 from workers.merging.passes import PassJob, PassState, check_range
 from workers.merging.tally import Tally
 from workers.merging.work import Tile, WeightInWork

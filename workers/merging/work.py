@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from workers.bases.four_bit import QuantizedWeight
-from workers.merging.base_plan import OutputTensor
+from workers.merging.output import OutputTensor
 from workers.merging.tally import Tally
 
 

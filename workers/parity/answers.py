@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from jobs.release import BehaviourCheck, HeldOutCheck, PromptCheck
-from jobs.request import Thresholds
+from jobs.parity_policy import Thresholds
+from jobs.parity_report import BehaviourCheck, HeldOutCheck, PromptCheck
 from workers.parity.divergence import NEAR_TIE_MARGIN, Divergence, total
 from workers.parity.effect import effect_remarks, proves_adapter
 from workers.parity.prompts import Prompts

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from jobs.errors import BadInputError, MergefleetError, NotFoundError, ParityFailedError
-from jobs.release import BehaviourCheck
+from jobs.parity_report import BehaviourCheck
 from workers.files.checkpoint import read_json
 from workers.files.memory import release_memory
 from workers.parity.answers import summarize_answers

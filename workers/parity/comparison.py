@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from jobs.errors import BadInputError, MergefleetError, ParityFailedError
-from jobs.release import Alternative, BehaviourCheck
+from jobs.parity_report import Alternative, BehaviourCheck
 from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
 from workers.bases.quantized_cache import QuantizedCache
 from workers.files.scratch import OwnedDirectory

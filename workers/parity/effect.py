@@ -5,8 +5,8 @@ and to what one correct rounding leaves. The first over the second is the share 
 is the share that no merge can keep (docs/decisions/0018-what-an-adapter-does.md).
 """
 
-from jobs.release import BehaviourCheck
-from jobs.request import Thresholds
+from jobs.parity_policy import Thresholds
+from jobs.parity_report import BehaviourCheck
 
 RESOLUTION_KL = 1e-8
 """Nats: what sums in float32 in another order make of the same model, at most. Nothing smaller is told apart."""

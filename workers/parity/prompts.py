@@ -9,7 +9,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jobs.errors import BadInputError
-from jobs.request import DEFAULT_PROMPTS, HeldOutText, MergeRequest
+from jobs.parity_policy import DEFAULT_PROMPTS, HeldOutText
+from jobs.request import MergeRequest
 from workers.bases.model import load_config
 from workers.parity.chat import Rendering, how_asked, render_chat
 from workers.parity.inference import quiet_libraries

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup, escape
 
-from jobs.release import BehaviourCheck, ParityReport, PromptCheck, TensorCheck
-from jobs.request import Thresholds
+from jobs.parity_policy import Thresholds
+from jobs.parity_report import BehaviourCheck, ParityReport, PromptCheck, TensorCheck
 from jobs.text import shown
 from workers.parity.charts import NUM_COLOURS, WIDTH, LayerChart, RowChart, figure, kind_of, layer_chart, row_chart
 from workers.parity.effect import allowed_share, keeps_effect

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jobs.errors import BadInputError, NotFoundError
-from jobs.release import REPORT_NAME, REPORT_PAGE_NAME, BehaviourCheck, ParityReport, ParitySummary, TensorCheck
+from jobs.parity_report import BehaviourCheck, ParityReport, ParitySummary, TensorCheck
+from jobs.release import REPORT_NAME, REPORT_PAGE_NAME
 from workers.files.checkpoint import read_shard
 from workers.files.local import file_errors
 from workers.merging.evidence import Evidence

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from jobs.release import MANIFEST_NAME, REPORT_NAME, BehaviourCheck, Manifest, ParityReport, ParitySummary
+from jobs.parity_report import BehaviourCheck, ParityReport, ParitySummary
+from jobs.release import MANIFEST_NAME, REPORT_NAME, Manifest
 from jobs.request_files.problems import show
 from workers.files.layout import INDEX_FILE
 from workers.releases.released import repeated_field, what_is_wrong

@@ -15,7 +15,8 @@ from pydantic_core import from_json
 
 from jobs.errors import BadInputError, DestinationOccupiedError, InternalError
 from jobs.locations import Location
-from jobs.release import MANIFEST_NAME, Artifact, Manifest, ParityReport, Release, one_name
+from jobs.parity_report import ParityReport
+from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release, one_name
 from jobs.request_files.problems import show
 from workers.files.local import sha256_of
 

@@ -26,7 +26,6 @@ from workers.sources.belongings import (
     TEMPLATE_FILES,
     TOKENIZER_CONFIG,
     TOKENIZER_FILE,
-    LocalFiles,
     belongings,
     documents,
     is_legal,
@@ -43,6 +42,7 @@ from workers.sources.belongings import (
     tokenizer_folders,
 )
 from workers.sources.code_files import code_of, leave_out
+from workers.sources.listing import LocalFiles
 
 _NUM_NAMED = 4
 """Of each kind, in a note."""

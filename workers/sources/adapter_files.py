@@ -16,25 +16,21 @@ from jobs.errors import BadInputError, NotFoundError, UnsupportedError
 from workers.files.checkpoint import read_json, read_shard
 from workers.files.layout import ShardLayout, TensorSpec, lay_out_shard
 from workers.files.tensor_io import opened, read_into_bytes, write_all
+from workers.sources.foreign_adapters import FOREIGN_FILES
 from workers.sources.pickled import CONVERTED_WEIGHTS, PICKLED_WEIGHTS, convert
 
 ADAPTER_WEIGHTS = CONVERTED_WEIGHTS
-
 ORIGINS_FILE = ".trained_beside.json"
 """Of a gathered directory: for each tensor that is not the adapter's own, the file it came from. No file of an adapter
 is copied under such a name, and no other directory is asked for it."""
-
 _VALUE_HEAD = "v_head."
 """What TRL puts before the names of a value head."""
-
 _SHARDS = re.compile(r"adapter_model-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 _INDEXES = ("adapter_model.safetensors.index.json", "adapter_model.bin.index.json", "model.safetensors.index.json")
 """The last one is the name that transformers gives it."""
-
 _READ = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _NOT_READ = (".h5", ".msgpack", ".npy", ".npz", ".params", ".pickle", ".pkl", ".pth.tar", ".th", ".torch")
 """Formats of weights that are never opened."""
-
 _BYSTANDERS = (
     "optimizer*",
     "*_optim_states.pt",  # of DeepSpeed
@@ -50,69 +46,11 @@ _BYSTANDERS = (
     "dataloader*",
 )
 """What trainers keep to go on with; nothing that a model computes with."""
-
 _WHOLE_MODELS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin", "consolidated*")
-
-_FOREIGN = (
-    ("adapters.safetensors", "an adapter of MLX", "merge it with MLX itself (mlx_lm.fuse)"),
-    ("adapters.npz", "an adapter of MLX", "merge it with MLX itself (mlx_lm.fuse)"),
-    ("*.gguf", "an adapter of llama.cpp", "use the adapter that it was converted from"),
-    ("ggml-adapter-model.bin", "an adapter of llama.cpp", "use the adapter that it was converted from"),
-    ("*.nemo", "an archive of NeMo", "NeMo exports it to PEFT's format"),
-    (
-        "pytorch_lora_weights.*",
-        "a LoRA of diffusers",
-        "it belongs to an image model; merge it there (fuse_lora of diffusers)",
-    ),
-    *(
-        (
-            name,
-            "called like a whole model",
-            "a model that was trained whole needs no merge; if the file holds PEFT's tensors, name it as PEFT does",
-        )
-        for name in ("model*.safetensors", "pytorch_model*.bin", "consolidated*")
-    ),
-    *(
-        (
-            name,
-            "a checkpoint of a trainer",
-            "save the adapter with save_pretrained of PEFT, or have the trainer export it",
-        )
-        for name in ("*.pt", "*.pth", "*.ckpt", "*.distcp")
-    ),
-)
-"""By file name: what it is, and what to do."""
-
-_FOREIGN_TENSORS = (
-    (
-        re.compile(r"(lora_(unet|te\d?|transformer)|lycoris)_.*|.*\.(lora_down|lora_up)\.weight"),
-        "a LoRA as kohya's sd-scripts and LyCORIS save it",
-        "convert it to PEFT's format first; for an image model, merge it there (fuse_lora of diffusers)",
-    ),
-    (
-        re.compile(
-            r"(unet|text_encoder\w*|transformer)\.(.*_blocks?\.|text_model\.).*\.lora(_[AB]|\.(up|down))\.weight"
-        ),
-        "a LoRA of diffusers",
-        "it belongs to an image model; merge it there (fuse_lora of diffusers)",
-    ),
-    (
-        re.compile(r".*\.lora_[ab]"),
-        "an adapter of MLX",
-        "merge it with MLX itself (mlx_lm.fuse)",
-    ),
-    (
-        re.compile(r".*\.unembed_tokens\..*|.*\.experts\.w[123]\.lora_.*"),
-        "an adapter as Tinker saves it",
-        "give its modules the names that the base has (unembed_tokens is lm_head), and name them in target_modules",
-    ),
-)
-"""By tensor name."""
-
 _TORCHTUNE = re.compile(r".+\.(lora_[ab]\.weight|magnitude(\.weight)?)")
 """What torchtune itself calls the tensors of an adapter."""
-
 _COPIED_BYTES = 16 << 20
+
 
 _Found = tuple[str, Path, TensorSpec]
 """A tensor: the file of the adapter that it came from, the safetensors file that holds it, and where in that."""
@@ -215,19 +153,6 @@ def read_origins(gathered: Path) -> dict[str, str]:
     return origins
 
 
-def foreign_kind(names: Iterable[str]) -> tuple[str, str, str] | None:
-    """Return what an adapter is that PEFT has not saved, by the names of its tensors.
-
-    Returns:
-        A tensor that tells, what the adapter is, and what to do; None where no tensor tells.
-    """
-    for name in sorted(names):
-        for pattern, kind, advice in _FOREIGN_TENSORS:
-            if pattern.fullmatch(name):
-                return name, kind, advice
-    return None
-
-
 def _write_origins(target: Path, origins: Mapping[str, str]) -> None:
     (target / ORIGINS_FILE).write_text(json.dumps(origins))
 
@@ -246,7 +171,7 @@ def _own(there: list[str], place: str) -> tuple[str, ...]:
             return (PICKLED_WEIGHTS,)
         if shards:
             return _all_of(shards, place)
-    for pattern, kind, advice in _FOREIGN:
+    for pattern, kind, advice in FOREIGN_FILES:
         if found := fnmatch.filter(there, pattern):
             raise UnsupportedError(f"{place}: {found[0]} is {kind}; expected {ADAPTER_WEIGHTS}, of PEFT: {advice}")
     raise NotFoundError(f"{place} has no {ADAPTER_WEIGHTS}; found {', '.join(there[:5]) or 'nothing'}")

@@ -6,21 +6,16 @@ processor's. Nothing here is run, and the model's weights are not listed.
 """
 
 import fnmatch
-import itertools
-import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from jobs.errors import BadInputError
 from jobs.release import MANIFEST_NAME, REPORT_NAME, is_plain_path
-from jobs.text import shown
-from workers.files.foreign import check_inside, read_foreign
 from workers.files.foreign_json import parse_json
-from workers.files.local import file_errors
 from workers.sources.code_files import CodePlace, code_of, custom_modules
+from workers.sources.listing import Files
 
 CARD_NAME = "README.md"
 MODULES_FILE = "modules.json"
@@ -31,13 +26,7 @@ TOKENIZER_FILE = "tokenizer.json"
 OLD_TEMPLATE = "chat_template.json"
 TEMPLATE_FILES = frozenset({"chat_template.jinja", OLD_TEMPLATE})
 TEMPLATE_FOLDER = "additional_chat_templates"
-
-MAX_DESCRIPTION_BYTES = 16 << 20
-"""Largest file that is read to find what else belongs to a model."""
-
-_MAX_FILES_OF_FOLDER = 1000
 _MAX_MODULES = 1000
-
 _SETTINGS = frozenset({TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"})
 _VOCABULARY = (
     "tokenizer.json",
@@ -131,111 +120,6 @@ _OTHER_FORMATS = (".onnx", ".onnx_data", ".h5", ".msgpack", ".ot", ".gguf", ".ml
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-class Files(Protocol):
-    """The files at a place: names, and the bytes of the few small ones that say what belongs together."""
-
-    @property
-    def place(self) -> object:
-        """Where they are, for messages."""
-        ...
-
-    def top(self) -> Collection[str]:
-        """Return the names of the files at the top."""
-        ...
-
-    def folders(self) -> Collection[str]:
-        """Return the names of the folders at the top."""
-        ...
-
-    def below(self, folder: str) -> Collection[str]:
-        """Return the files in a folder and below, named from the top."""
-        ...
-
-    def has(self, name: str) -> bool:
-        """Whether there is a file, named from the top."""
-        ...
-
-    def read(self, name: str) -> bytes:
-        """Return the bytes of a file, which has at most `MAX_DESCRIPTION_BYTES`.
-
-        Raises:
-            BadInputError: it is larger.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class LocalFiles:
-    """The files of a directory: all that is no directory, and no link to one.
-
-    Links count, as the Hub's cache has them for files. What cannot be opened counts, too: a link to nothing, a FIFO.
-    The door (`files/foreign.py`) refuses it by name, where a file that seems not to be there would be missed in
-    silence. A folder that a link puts elsewhere is refused as well.
-    """
-
-    place: Path
-
-    def top(self) -> Collection[str]:
-        """Return the names of the files at the top."""
-        with file_errors(f"reading {self.place}"):
-            return [path.name for path in self.place.iterdir() if not path.is_dir()]
-
-    def folders(self) -> Collection[str]:
-        """Return the names of the folders at the top."""
-        with file_errors(f"reading {self.place}"):
-            return [path.name for path in self.place.iterdir() if path.is_dir()]
-
-    def below(self, folder: str) -> Collection[str]:
-        """Return the files in a folder and below, named from the top."""
-        top = self.place / folder
-        check_inside(top, num_parts=folder.count("/") + 1)
-        found = (path for parent, inner, names in os.walk(top) for path in _entries(Path(parent), inner, names))
-        paths = list(itertools.islice(found, _MAX_FILES_OF_FOLDER + 1))
-        if len(paths) > _MAX_FILES_OF_FOLDER:
-            raise BadInputError(
-                f"{top}: expected at most {_MAX_FILES_OF_FOLDER} files in a folder of a model, found more"
-            )
-        return [path.relative_to(self.place).as_posix() for path in paths if not path.is_dir()]
-
-    def has(self, name: str) -> bool:
-        """Whether there is a file, named from the top."""
-        path = self.place / name
-        return os.path.lexists(path) and not path.is_dir()
-
-    def read(self, name: str) -> bytes:
-        """Return the bytes of a small file."""
-        return read_foreign(self.place / name, num_parts=name.count("/") + 1)
-
-
-@dataclass(frozen=True, slots=True)
-class ListedFiles:
-    """Files whose names are known from a listing."""
-
-    place: object
-    names: frozenset[str]
-    reader: Callable[[str], bytes]
-
-    def top(self) -> Collection[str]:
-        """Return the names of the files at the top."""
-        return [name for name in self.names if "/" not in name]
-
-    def folders(self) -> Collection[str]:
-        """Return the names of the folders at the top."""
-        return {name.partition("/")[0] for name in self.names if "/" in name}
-
-    def below(self, folder: str) -> Collection[str]:
-        """Return the files in a folder and below, named from the top."""
-        return [name for name in self.names if name.startswith(f"{folder}/")]
-
-    def has(self, name: str) -> bool:
-        """Whether there is a file, named from the top."""
-        return name in self.names
-
-    def read(self, name: str) -> bytes:
-        """Return the bytes of a small file."""
-        return self.reader(name)
-
-
 def belongings(files: Files) -> frozenset[str]:
     """Return the names of all files that belong to a model, or to an adapter, but for its weights.
 
@@ -262,22 +146,22 @@ def strays(files: Files) -> tuple[str, ...]:
     ours = {f"{name.partition('/')[0]}/" if "/" in name else name for name in belongings(files)}
     there = {*files.top(), *(f"{folder}/" for folder in files.folders())}
     return tuple(
-        sorted(name for name in there - ours if not (name[0] == "." or _matches(name, (*_STRANGERS, *_OF_NO_USE))))
+        sorted(name for name in there - ours if not (name[0] == "." or matches(name, (*_STRANGERS, *_OF_NO_USE))))
     )
 
 
 def belongs(name: str) -> bool:
     """Whether a file at the top of a checkpoint belongs to it by its name, weights aside."""
-    if _matches(name, _READ_ONLY):
+    if matches(name, _READ_ONLY):
         return True
-    if name.startswith(".") or _matches(name, _STRANGERS):
+    if name.startswith(".") or matches(name, _STRANGERS):
         return False
-    return is_tokenizer(name) or is_legal(name) or _matches(name, (*_DESCRIPTIONS, *_PARTS))
+    return is_tokenizer(name) or is_legal(name) or matches(name, (*_DESCRIPTIONS, *_PARTS))
 
 
 def ships(name: str) -> bool:
     """Whether a belonging goes into a release as it is; the others are read, and written anew or left behind."""
-    return "/" in name or not _matches(name, _READ_ONLY)
+    return "/" in name or not matches(name, _READ_ONLY)
 
 
 def is_tokenizer(name: str) -> bool:
@@ -287,12 +171,12 @@ def is_tokenizer(name: str) -> bool:
 
 def is_vocabulary(name: str) -> bool:
     """Whether a file at the top holds the vocabulary of a tokenizer, or a part of it."""
-    return "/" not in name and _matches(name, _VOCABULARY) and not _matches(name, _STRANGERS)
+    return "/" not in name and matches(name, _VOCABULARY) and not matches(name, _STRANGERS)
 
 
 def is_processor(name: str) -> bool:
     """Whether a file at the top describes what is made of images, sounds and videos."""
-    return "/" not in name and _matches(name, _PROCESSOR)
+    return "/" not in name and matches(name, _PROCESSOR)
 
 
 def is_template(name: str) -> bool:
@@ -309,7 +193,7 @@ def is_legal(name: str) -> bool:
 
 def is_pickled(name: str) -> bool:
     """Whether a file, by its name, is a pickle, which can run code when it is read."""
-    return _matches(name, _PICKLED) and not name.startswith("language_model/")  # kenlm has a format of its own
+    return matches(name, _PICKLED) and not name.startswith("language_model/")  # kenlm has a format of its own
 
 
 def tokenizer_folders(files: Files) -> frozenset[str]:
@@ -332,16 +216,6 @@ def documents(files: Files) -> dict[str, Any]:
     return {name: _json(files, name) for name in sorted(named)}
 
 
-def check_description(name: object, num_bytes: int) -> None:
-    """Check the size of a file that says what belongs together.
-
-    Raises:
-        BadInputError: it is none of those.
-    """
-    if num_bytes > MAX_DESCRIPTION_BYTES:
-        raise BadInputError(f"{name}: expected at most {MAX_DESCRIPTION_BYTES} bytes, found {num_bytes}")
-
-
 def is_weights(name: str) -> bool:
     """Whether a file, by its name, holds weights of a module."""
     return name.endswith(".safetensors") or is_pickled(name)
@@ -361,16 +235,6 @@ def module_folders(files: Files) -> Iterator[str]:
             )
         if folder:
             yield folder.rstrip("/")
-
-
-def _entries(parent: Path, folders: Iterable[str], names: Iterable[str]) -> Iterator[Path]:
-    """Yield the files of a folder; a folder in it that is a link is refused, as no walk follows it."""
-    for name in folders:
-        if (parent / name).is_symlink():
-            raise BadInputError(
-                f"{shown(parent / name)}: expected a folder, found a link to one; put the folder itself there"
-            )
-    yield from (parent / name for name in names)
 
 
 def _folders(files: Files) -> Iterator[str]:
@@ -414,6 +278,7 @@ def _json(files: Files, name: str) -> Any:
     return parse_json(files.read(name), f"{files.place}/{name}")
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name is one of some patterns, in any case."""
     lower = name.lower()
     return any(fnmatch.fnmatchcase(lower, pattern.lower()) for pattern in patterns)

@@ -27,9 +27,11 @@ from workers.files.checkpoint import read_shard
 from workers.files.foreign import copy_foreign, foreign_file, foreign_sha256
 from workers.files.local import FileState, file_errors
 from workers.files.scratch import keep_directory
-from workers.sources.adapter_files import WeightFiles, foreign_kind, gather, read_origins, weight_files
-from workers.sources.belongings import Files, ListedFiles, LocalFiles, belongings, check_description
+from workers.sources.adapter_files import WeightFiles, gather, read_origins, weight_files
+from workers.sources.belongings import belongings
+from workers.sources.foreign_adapters import foreign_kind
 from workers.sources.forms import form_of_files
+from workers.sources.listing import Files, ListedFiles, LocalFiles, check_description
 
 if TYPE_CHECKING:
     from workers.sources.s3_client import S3Object, S3Store

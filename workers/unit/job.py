@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobs.errors import DeviceLostError, InternalError, MergefleetError, OutOfMemoryError
-from jobs.release import Artifact, Manifest, ParitySummary, Release, TensorCheck
+from jobs.parity_report import ParitySummary, TensorCheck
+from jobs.release import Artifact, Manifest, Release
 from jobs.request import MergeRequest
 from workers.files.local import FileState
 from workers.files.shard import HashedFile

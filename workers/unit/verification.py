@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from jobs.errors import InternalError, MergefleetError, ParityFailedError
-from jobs.release import REPORT_NAME, BehaviourCheck, ParityReport, TensorCheck
+from jobs.parity_report import BehaviourCheck, ParityReport, TensorCheck
+from jobs.release import REPORT_NAME
 from workers.bases.quantized_cache import QuantizedCache
 from workers.files.scratch import OwnedDirectory
 from workers.files.shard import HashedFile

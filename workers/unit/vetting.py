@@ -39,16 +39,16 @@ from workers.releases.shipment import shipped_files
 from workers.sources.belongings import TOKENIZER_FILE, is_template, is_tokenizer
 from workers.sources.fetch import Source
 from workers.unit.forks import Answer, Bounds, ForkServer
+from workers.unit.suspects import expressions, widest
 
 logger = logging.getLogger(__name__)
+
 
 CPU_SECONDS = 6
 """For one base, adapter or tokenizer; a base with thousands of tensors gets more. A LoRA on all of 126 blocks takes
 less than three, 45,000 experts of 61 blocks less than two."""
-
 MEMORY_BYTES = 1 << 30
 """Beyond the libraries."""
-
 _MODULES_PER_SECOND = 200
 _MOST_OF_MODULES = 2_000
 _TENSORS_PER_SECOND = 10_000
@@ -58,21 +58,18 @@ _WEIGHED_BYTES_PER_SECOND = 1 << 20
 _TOKENIZER_BYTES_PER_SECOND = 4 << 20
 _MEMORY_PER_TOKENIZER_BYTE = 32
 """A byte-level BPE of 262,000 tokens, 13 MB, takes 450 MB and a second or two."""
-
 _MAX_REMEMBERED = 4_096
 _MAX_BUFFER_BYTES = 1 << 30
 """What a model may make of its configuration alone when it is loaded, beside its weights."""
-
 MAX_ENTRIES = 10_000
 """Of a list or mapping in `adapter_config.json`, such as `target_modules`: each is held against every module."""
-
 MAX_TEXT = 20_000
 """Characters of a text in `adapter_config.json`: some are regular expressions."""
 
-_NUM_NAMED = 3
 
 server = ForkServer((__name__,))
 """Started with the first worker of this process, or the first file."""
+
 
 _known: OrderedDict[str, None] = OrderedDict()
 
@@ -92,7 +89,7 @@ def vet_base(base: Source, request: MergeRequest) -> None:
     path = base.directory / "config.json"
     if (base.directory / GENERATION_CONFIG_NAME).exists():
         read_json(base.directory / GENERATION_CONFIG_NAME)
-    suspects, bounds = _widest(read_json(path)), _bounds(layout)
+    suspects, bounds = widest(read_json(path)), _bounds(layout)
     _try_out(path, _plan_base, base, request, key=key, doing="planning it", suspects=suspects, bounds=bounds)
 
 
@@ -115,7 +112,7 @@ def vet_adapter(base: Source, request: MergeRequest, adapter: Source) -> None:
     if key in _known:
         return
     layout = read_checkpoint(base.directory)
-    suspects = ", ".join((_expressions(config), *(name for name in shipped if name == TOKENIZER_FILE)))
+    suspects = ", ".join((expressions(config), *(name for name in shipped if name == TOKENIZER_FILE)))
     bounds = _bounds(layout, (*shipped.values(), *shipped_files(base.directory).values()))
     doing, method = "planning with it", config.get("peft_type")
     if isinstance(method, str) and method in WEIGHED:
@@ -269,33 +266,6 @@ def _bounds(layout: CheckpointLayout, tokenizers: Iterable[Path] = ()) -> Bounds
         + sum(path.stat().st_size for path in tokenizers) // _TOKENIZER_BYTES_PER_SECOND
     )
     return Bounds(cpu_seconds=seconds, memory_bytes=MEMORY_BYTES)
-
-
-def _widest(config: Any) -> str:
-    """Return the largest numbers of a configuration, as people look for them."""
-    numbers: list[tuple[float, str]] = []
-    sections = [("", config)]
-    while sections:
-        prefix, section = sections.pop()
-        for field, value in section.items() if isinstance(section, dict) else ():
-            if isinstance(value, dict):
-                sections.append((f"{prefix}{field}.", value))
-            elif isinstance(value, int | float) and not isinstance(value, bool):
-                numbers.append((value, f"{prefix}{field}"))
-    found = sorted(numbers, reverse=True)[:_NUM_NAMED]
-    return ", ".join(f"{shown(field, 80)} = {shown(value, 40)}" for value, field in found) or "its numbers"
-
-
-def _expressions(config: dict[str, Any]) -> str:
-    """Return the fields of an adapter that may be regular expressions or long lists, as people look for them."""
-    found = []
-    for field, value in config.items():
-        if isinstance(value, list | dict) and value:
-            found.append((len(str(value)), f"{field} ({len(value)} entries)"))
-        elif isinstance(value, str) and any(sign in value for sign in "*+?({[|"):
-            found.append((len(value), f"{field} = {value}"))
-    longest = sorted(found, reverse=True)[:_NUM_NAMED]
-    return ", ".join(shown(words, 200) for _, words in longest) or "its fields"
 
 
 def _key(*parts: str | bytes) -> str:

@@ -14,7 +14,8 @@ from jobs.errors import FailureClass
 from jobs.ledger.records import JobRecord, Lease
 from jobs.ledger.store import JobStore
 from jobs.locations import LocalPath
-from jobs.release import Artifact, Manifest, ParitySummary, Release
+from jobs.parity_report import ParitySummary
+from jobs.release import Artifact, Manifest, Release
 from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
 from jobs.request_files.problems import ManifestError
 from jobs.request_files.reading import load_requests

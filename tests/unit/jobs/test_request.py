@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from jobs.errors import InvalidValueError
-from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions, Thresholds, parse_size
+from jobs.parity_policy import Thresholds
+from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions, parse_size
 
 PLACES = {"base": "/models/base", "adapter": "/adapters/a", "destination": "/releases/a"}
 

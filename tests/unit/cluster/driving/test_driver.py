@@ -28,7 +28,8 @@ from cluster.settings import Settings
 from jobs.errors import FailureClass, LeaseLostError, TransientIOError
 from jobs.ledger.store import JobStore
 from jobs.locations import parse_location
-from jobs.release import Artifact, Manifest, ParitySummary, Release
+from jobs.parity_report import ParitySummary
+from jobs.release import Artifact, Manifest, Release
 from jobs.request import MergeRequest
 from jobs.states import JobState
 from tests.releases import settle

@@ -10,7 +10,8 @@ import time
 
 from jobs.errors import FailureClass, LeaseLostError
 from jobs.ledger.store import JobStore
-from jobs.release import Manifest, ParitySummary, Release
+from jobs.parity_report import ParitySummary
+from jobs.release import Manifest, Release
 from jobs.request import BaseQuantization, MergeRequest
 from jobs.states import Decision, JobState
 from tests.releases import advance, progress_of, settle

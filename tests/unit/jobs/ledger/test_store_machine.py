@@ -16,7 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from jobs.errors import BadInputError, CancelledError, FailureClass, LeaseLostError
 from jobs.ledger.store import JobStore
 from jobs.locations import LocalPath
-from jobs.release import Manifest, ParitySummary, Release
+from jobs.parity_report import ParitySummary
+from jobs.release import Manifest, Release
 from jobs.request import BaseQuantization, MergeRequest
 from jobs.states import (
     ACTIVE_STATES,

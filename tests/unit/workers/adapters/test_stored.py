@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from jobs.errors import BadInputError, UnsupportedError
-from jobs.release import TensorCheck
+from jobs.parity_report import TensorCheck
 from tests import architectures
 from tests.merges import merge, plan_pass, read_tensors
 from tests.methods import make_method_adapter, save_old_adapter

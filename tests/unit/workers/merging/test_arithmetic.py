@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import workers.merging.arithmetic
 import workers.numerics.tiles
 from jobs.errors import CancelledError, InternalError
-from jobs.release import TensorCheck
-from jobs.request import Thresholds
+from jobs.parity_policy import Thresholds
+from jobs.parity_report import TensorCheck
 from tests.merges import CPU, merge_by_peft, open_descriptors, plan_pass, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
 from workers.adapters.adapter import ADAPTER_WEIGHTS

@@ -24,8 +24,9 @@ from transformers import (
 )
 
 from jobs.errors import BadInputError, CancelledError, NoCapacityError, ParityFailedError
-from jobs.release import BehaviourCheck
-from jobs.request import DEFAULT_PROMPTS, BaseQuantization, MergeRequest, Thresholds
+from jobs.parity_policy import DEFAULT_PROMPTS, Thresholds
+from jobs.parity_report import BehaviourCheck
+from jobs.request import BaseQuantization, MergeRequest
 from tests.merges import dequantize_without_kernel
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, load_plain, make_adapter, merge_with_peft
 from workers.adapters.adapter import open_adapter

@@ -8,7 +8,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from jobs.errors import BadInputError
-from jobs.request import DEFAULT_PROMPTS, MergeRequest
+from jobs.parity_policy import DEFAULT_PROMPTS
+from jobs.request import MergeRequest
 from tests.models import build_llama
 from workers.parity.prompts import read_prompts
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from jobs.release import BehaviourCheck, ParityReport, PromptCheck, TensorCheck
-from jobs.request import Thresholds
+from jobs.parity_policy import Thresholds
+from jobs.parity_report import BehaviourCheck, ParityReport, PromptCheck, TensorCheck
 from workers.parity.charts import figure, kind_of, layer_chart, layer_of, row_chart
 from workers.parity.report import render_report
 

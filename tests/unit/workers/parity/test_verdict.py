@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobs.errors import BadInputError
-from jobs.release import BehaviourCheck, ParityReport, ParitySummary, PromptCheck, TensorCheck
-from jobs.request import Thresholds
+from jobs.parity_policy import Thresholds
+from jobs.parity_report import BehaviourCheck, ParityReport, ParitySummary, PromptCheck, TensorCheck
 from tests.merges import plan_pass
 from tests.models import build_llama, make_adapter
 from workers.parity.effect import effect_remarks, keeps_effect, proves_adapter

@@ -14,9 +14,10 @@ from jobs.errors import BadInputError, NotFoundError, UnsupportedError
 from jobs.locations import LocalPath
 from tests.releases import write_files
 from workers.releases.shipment import plan_shipment, shipped_files
-from workers.sources.belongings import LocalFiles, belongs, is_legal, is_vocabulary, ships
+from workers.sources.belongings import belongs, is_legal, is_vocabulary, ships
 from workers.sources.code_files import leave_out
 from workers.sources.fetch import fetch_base
+from workers.sources.listing import LocalFiles
 
 
 def tokenizer(vocabulary=("a", "b"), **fields):

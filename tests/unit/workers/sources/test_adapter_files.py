@@ -19,8 +19,9 @@ from tests.models import build_llama, make_adapter
 from workers.adapters.adapter import ADAPTER_WEIGHTS, open_adapter
 from workers.adapters.config import ADAPTER_CONFIG
 from workers.merging.evidence import Evidence
-from workers.sources.adapter_files import foreign_kind, weight_files
+from workers.sources.adapter_files import weight_files
 from workers.sources.fetch import fetch_adapter
+from workers.sources.foreign_adapters import foreign_kind
 
 PREFIX = "base_model.model."
 TARGETS = ("q_proj", "v_proj")

@@ -13,7 +13,8 @@ from peft import BOFTConfig
 
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.locations import LocalPath
-from jobs.request import MergeRequest, ParityPolicy
+from jobs.parity_policy import ParityPolicy
+from jobs.request import MergeRequest
 from tests.models import build_llama, make_adapter
 from workers.adapters.adapter import Adapter, open_adapter
 from workers.adapters.wearing import match

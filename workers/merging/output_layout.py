@@ -1,0 +1,58 @@
+"""Which tensors a merged checkpoint has, and where they go."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from workers.adapters.coverage import Coverage
+from workers.files.layout import CheckpointLayout, lay_out, lay_out_shard
+from workers.merging.base_plan import BasePlan
+from workers.merging.output import OutputTensor
+
+
+def output_tensors(
+    base: BasePlan, coverage: Coverage, by_peft: Mapping[str, tuple[str, ...]]
+) -> tuple[OutputTensor, ...]:
+    """Return the tensors of a merged checkpoint in their order: the base's, and what comes apart from them.
+
+    Args:
+        base: planned.
+        coverage: what the adapter changes.
+        by_peft: what PEFT makes, as in `MergePlan`.
+    """
+    names = base.conversions.parameter_names
+    added = {sources[0]: output for output, sources in by_peft.items() if output not in base.by_name}
+    tensors = []
+    for tensor in base.tensors:
+        sources = by_peft.get(tensor.name, ())
+        whole = len(sources) == 1 and tensor.name in names
+        tensors.append(dataclasses.replace(tensor, shape=coverage.shapes[sources[0]]) if whole else tensor)
+        # What comes apart from a tensor goes behind it, into the same file.
+        tensors += [
+            dataclasses.replace(tensor, name=added[other], shape=coverage.shapes[other], stored=None)
+            for other in coverage.tied.get(names.get(tensor.name, tensor.name), ())
+            if other in added
+        ]
+    return tuple(tensors)
+
+
+def output_layout(base: BasePlan, tensors: Sequence[OutputTensor], max_shard_size: int | None) -> CheckpointLayout:
+    """Return where the tensors of a merged checkpoint go: the base's own layout, where they are as it has them.
+
+    Args:
+        base: planned.
+        tensors: of the output.
+        max_shard_size: bytes of a file, at most, where a request says so.
+    """
+    stated = {name: spec.stated for name, (_, spec) in base.layout.tensors.items() if spec.stated}
+    if max_shard_size is not None:
+        return lay_out(((t.name, t.dtype, t.shape) for t in tensors), max_shard_size, stated)
+    as_stored = [(name, spec.dtype, spec.shape) for name, (_, spec) in base.layout.tensors.items()]
+    if [(t.name, t.dtype, t.shape) for t in tensors] == as_stored:
+        return base.layout
+    by_shard: dict[str, list[tuple[str, torch.dtype, tuple[int, ...]]]] = defaultdict(list)
+    for tensor in tensors:
+        by_shard[tensor.shard].append((tensor.name, tensor.dtype, tensor.shape))
+    return CheckpointLayout(tuple(lay_out_shard(name, group, stated=stated) for name, group in by_shard.items()))

@@ -1,0 +1,72 @@
+"""Adapters that PEFT has not saved, by the names of their files and tensors."""
+
+import re
+from collections.abc import Iterable
+
+FOREIGN_FILES = (
+    ("adapters.safetensors", "an adapter of MLX", "merge it with MLX itself (mlx_lm.fuse)"),
+    ("adapters.npz", "an adapter of MLX", "merge it with MLX itself (mlx_lm.fuse)"),
+    ("*.gguf", "an adapter of llama.cpp", "use the adapter that it was converted from"),
+    ("ggml-adapter-model.bin", "an adapter of llama.cpp", "use the adapter that it was converted from"),
+    ("*.nemo", "an archive of NeMo", "NeMo exports it to PEFT's format"),
+    (
+        "pytorch_lora_weights.*",
+        "a LoRA of diffusers",
+        "it belongs to an image model; merge it there (fuse_lora of diffusers)",
+    ),
+    *(
+        (
+            name,
+            "called like a whole model",
+            "a model that was trained whole needs no merge; if the file holds PEFT's tensors, name it as PEFT does",
+        )
+        for name in ("model*.safetensors", "pytorch_model*.bin", "consolidated*")
+    ),
+    *(
+        (
+            name,
+            "a checkpoint of a trainer",
+            "save the adapter with save_pretrained of PEFT, or have the trainer export it",
+        )
+        for name in ("*.pt", "*.pth", "*.ckpt", "*.distcp")
+    ),
+)
+"""By file name: what it is, and what to do."""
+_FOREIGN_TENSORS = (
+    (
+        re.compile(r"(lora_(unet|te\d?|transformer)|lycoris)_.*|.*\.(lora_down|lora_up)\.weight"),
+        "a LoRA as kohya's sd-scripts and LyCORIS save it",
+        "convert it to PEFT's format first; for an image model, merge it there (fuse_lora of diffusers)",
+    ),
+    (
+        re.compile(
+            r"(unet|text_encoder\w*|transformer)\.(.*_blocks?\.|text_model\.).*\.lora(_[AB]|\.(up|down))\.weight"
+        ),
+        "a LoRA of diffusers",
+        "it belongs to an image model; merge it there (fuse_lora of diffusers)",
+    ),
+    (
+        re.compile(r".*\.lora_[ab]"),
+        "an adapter of MLX",
+        "merge it with MLX itself (mlx_lm.fuse)",
+    ),
+    (
+        re.compile(r".*\.unembed_tokens\..*|.*\.experts\.w[123]\.lora_.*"),
+        "an adapter as Tinker saves it",
+        "give its modules the names that the base has (unembed_tokens is lm_head), and name them in target_modules",
+    ),
+)
+"""By tensor name."""
+
+
+def foreign_kind(names: Iterable[str]) -> tuple[str, str, str] | None:
+    """Return what an adapter is that PEFT has not saved, by the names of its tensors.
+
+    Returns:
+        A tensor that tells, what the adapter is, and what to do; None where no tensor tells.
+    """
+    for name in sorted(names):
+        for pattern, kind, advice in _FOREIGN_TENSORS:
+            if pattern.fullmatch(name):
+                return name, kind, advice
+    return None
