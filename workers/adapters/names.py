@@ -6,7 +6,6 @@ next. Both are undone here, for names alone: no tensor changes.
 
 import copy
 import functools
-import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,30 +13,24 @@ from typing import Any
 
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from jobs.errors import BadInputError, UnsupportedError
+from workers.adapters.patterns import move_ends, move_patterns
 from workers.files.layout import TensorSpec
 
 PREFIX = "base_model.model."
 """What PEFT puts before the name of every module it saves tensors of."""
-
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
 """What torch.compile, FSDP, activation checkpointing and Lightning put into names, anywhere."""
-
 _OUTERMOST = "module"
 """What DistributedDataParallel puts before all names."""
-
 _PEFTS = ["base_model", "model"]
 """The parts of `PREFIX`."""
-
 _LAYER = "base_layer"
 """What PEFT calls a layer inside of what it has put in its place."""
-
 _TOKENS = "trainable_tokens_"
 _VALUE_HEAD = re.compile(r"(base_model\.model\.)?(v_head|value_head)\..+")
 _TEXT_MODELS = frozenset({"model", "transformer", "language_model", "text_model"})
@@ -162,8 +155,8 @@ def fit_names(
     if not moved:
         return Fitted(config=config, tensors=tensors, moved={}, tower=None)
     config = copy.deepcopy(config)
-    _move_patterns(config, {old: new for old, new in moved.items() if new in modules})
-    _move_ends(config, moved, modules)
+    move_patterns(config, {old: new for old, new in moved.items() if new in modules})
+    move_ends(config, moved, modules)
     tower = _narrow(config, find, {owner_of(name, prefix) for name in renamed} - {None}, moved)
     return Fitted(config=config, tensors=renamed, moved=moved, tower=tower)
 
@@ -266,64 +259,6 @@ def _modules(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
             found.add(owner)
             owner = owner.rpartition(".")[0]
     return frozenset(found)
-
-
-def _move_patterns(config: Any, moved: Mapping[str, str]) -> None:
-    """Let ranks, scalings and targets that the configuration gives to old names hold for the new ones."""
-    for field, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        patterns = getattr(config, field, None)
-        if not patterns:
-            continue
-        explicit = {}
-        for old, new in moved.items():
-            wanted = patterns.get(get_pattern_key(patterns.keys(), old), getattr(config, default))
-            if patterns.get(get_pattern_key(patterns.keys(), new), getattr(config, default)) != wanted:
-                explicit[f"^{re.escape(new)}"] = wanted
-        setattr(config, field, explicit | patterns)
-    targets = getattr(config, "target_modules", None)
-    if targets is None:
-        return
-    left = [
-        new
-        for old, new in moved.items()
-        if not check_target_module_exists(config, new) and check_target_module_exists(config, old)
-    ]
-    if left and isinstance(targets, str):
-        config.target_modules = "|".join([f"(?:{targets})", *map(re.escape, left)])
-    elif left:
-        config.target_modules = {*targets, *left}
-
-
-def _move_ends(config: Any, moved: Mapping[str, str], modules: frozenset[str]) -> None:
-    """Let what the configuration names by the ends of old names be found: whole modules, tokens and parameters."""
-    places: dict[str, str] = {}
-    for old, new in moved.items():
-        was, now = old.split("."), new.split(".")
-        ends = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(was), reversed(now), strict=False))
-        for length in range(len(list(ends)) + 1):
-            place = ".".join(now[: len(now) - length])
-            if place in modules:
-                places[".".join(was[: len(was) - length])] = place
-
-    def find(end: str, start: str = "") -> list[str]:
-        def has(name: str) -> bool:
-            return f"{start}{name}".endswith(f"{start}{end}")
-
-        found = [new for old, new in places.items() if has(old) and not has(new)]
-        return [end, *found] if not found or any(map(has, modules)) else found
-
-    whole = getattr(config, "modules_to_save", None)
-    if whole:
-        config.modules_to_save = [name for end in whole for name in find(end)]
-    tokens = getattr(config, "trainable_token_indices", None)
-    if isinstance(tokens, dict):
-        config.trainable_token_indices = {name: indices for end, indices in tokens.items() for name in find(end)}
-    parameters = getattr(config, "target_parameters", None)
-    if parameters:
-        split = [parameter.rpartition(".") for parameter in parameters]
-        config.target_parameters = [
-            f"{name}{dot}{key}" for module, dot, key in split for name in (find(module, ".") if module else [""])
-        ]
 
 
 def _narrow(config: Any, find: _Finder, owners: set[str | None], moved: Mapping[str, str]) -> str | None:

@@ -5,17 +5,11 @@ weights are left where they are. A base without safetensors is refused. An adapt
 ones, is gathered into one safetensors file, once; pickled files are converted in a closed process.
 """
 
-import fnmatch
 import glob
 import hashlib
-import itertools
 import json
-import math
-import operator
 import os
-import re
-import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,26 +18,17 @@ from jobs.errors import NotFoundError, TransientIOError, UnsupportedError
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
 from jobs.text import shown
 from workers.files.checkpoint import read_shard
-from workers.files.foreign import copy_foreign, foreign_file, foreign_sha256
+from workers.files.foreign import copy_foreign, foreign_sha256
 from workers.files.local import FileState, file_errors
 from workers.files.scratch import keep_directory
 from workers.sources.adapter_files import WeightFiles, gather, read_origins, weight_files
-from workers.sources.belongings import belongings
 from workers.sources.foreign_adapters import foreign_kind
-from workers.sources.forms import form_of_files
-from workers.sources.listing import Files, ListedFiles, LocalFiles, check_description
+from workers.sources.listing import ListedFiles, check_description
 
 if TYPE_CHECKING:
     from workers.sources.s3_client import S3Object, S3Store
-
-_MAX_HEADER_BYTES = 100 << 20
-"""Largest header that safetensors itself reads."""
-
-_OFFSETS = re.compile(rb'"data_offsets"\s*:\s*\[\s*(\d{1,18})\s*,\s*(\d{1,18})\s*\]')
-
-_BLOCK_BYTES = 4096
-_MAX_BLOCKS = 4096
-"""Of the weights of a local base, read for its digest: 16 MiB, however many tensors it has."""
+from workers.sources.kinds import ADAPTER, BASE, Kind, files_of
+from workers.sources.local_digest import look_at_base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,99 +66,6 @@ class Source:
                     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Kind:
-    """What a base, or an adapter, consists of."""
-
-    name: str
-    config: str
-    weights: str
-    """Pattern of its safetensors files."""
-    duplicates: str | None
-    """Pattern of safetensors files that repeat the weights in a form that is not read here."""
-    pickled: tuple[str, ...]
-    """Patterns of the same weights in pickle files."""
-
-    def select(self, files: Files) -> list[str]:
-        """Return the names, in order, of the files that belong to it, out of all that are at a place.
-
-        Raises:
-            BadInputError: a file that says what belongs together cannot be read.
-        """
-        top = frozenset(files.top())
-        chosen = belongings(files) | top & {self.config} | {name for name in top if self._holds(name)}
-        return sorted(chosen)
-
-    def check(self, names: Iterable[str], location: Location) -> None:
-        """Check that config and weights are among the files of a location.
-
-        Raises:
-            NotFoundError: they are not; the message names what was expected.
-            UnsupportedError: there are only pickled weights, of a kind that is not converted.
-        """
-        there = frozenset(name for name in names if "/" not in name)
-        has_weights = any(map(self._holds, there))
-        form = form_of_files(there) if self is _BASE else None
-        if self is _BASE and {self.config, _ADAPTER.config} <= there:
-            raise UnsupportedError(
-                f"base {location} holds an adapter of its own ({_ADAPTER.config} beside {self.config}): transformers "
-                "puts it on where PEFT is installed and leaves it off elsewhere, so that the base is two models; merge "
-                "that adapter into the base first, or name a copy of the base without it"
-            )
-        if not has_weights:
-            # What its maker calls consolidated is pickled, too, and has other names of tensors besides.
-            pickled = sorted(name for name in there if _matches(name, self.pickled) and "consolidated" not in name)
-            if pickled:
-                raise UnsupportedError(
-                    f"{self.name} {location} has its weights only in pickle files ({pickled[0]}), which can run code "
-                    "when they are read; re-save it as safetensors"
-                )
-        if form is not None and not (has_weights and self.config in there):
-            raise UnsupportedError(f"{self.name} {location} is {form.words} (found {_some(there)}). {form.advice}")
-        if not has_weights:
-            raise NotFoundError(f"{self.name} {location} has no {self.weights}; found {_some(there)}")
-        if self.config not in there:
-            raise NotFoundError(f"{self.name} {location} has no {self.config}; found {_some(there)}")
-
-    def _holds(self, name: str) -> bool:
-        """Whether a file at the top holds weights as they are read here."""
-        is_repeated = self.duplicates is not None and fnmatch.fnmatchcase(name, self.duplicates)
-        return fnmatch.fnmatchcase(name, self.weights) and "/" not in name and not is_repeated
-
-
-class _AdapterKind(_Kind):
-    """An adapter: its own files, and those with what was trained beside it."""
-
-    def select(self, files: Files) -> list[str]:
-        """Do as any kind, with the weights that are there."""
-        weights = weight_files(files.top(), self.name)
-        beside = (name for name in super().select(files) if "/" in name or not name.endswith(".safetensors"))
-        return sorted({*beside, *weights.own, *weights.beside})
-
-    def check(self, names: Iterable[str], location: Location) -> None:
-        """Check that config and weights are there, and of the kind that PEFT saves; raises as `weight_files`."""
-        there = frozenset(name for name in names if "/" not in name)
-        weight_files(there, f"adapter {location}")
-        if self.config not in there:
-            raise NotFoundError(f"adapter {location} has no {self.config}; found {_some(there)}")
-
-
-_BASE = _Kind(
-    name="base",
-    config="config.json",
-    weights="*.safetensors",
-    duplicates="consolidated*.safetensors",  # the release format of some makers, beside the one of transformers
-    pickled=("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt"),
-)
-_ADAPTER = _AdapterKind(
-    name="adapter",
-    config="adapter_config.json",
-    weights="adapter_model.safetensors",
-    duplicates=None,
-    pickled=(),
-)
-
-
 def fetch_base(location: Location, cache: Path) -> Source:
     """Bring a base to a local directory.
 
@@ -190,9 +82,9 @@ def fetch_base(location: Location, cache: Path) -> Source:
         UnsupportedError: there are only pickled weights.
         AuthError, TransientIOError, NoCapacityError, BadInputError: by kind of fault.
     """
-    directory, pinned, identity = _bring(_BASE, location, cache)
-    states = _states(_BASE, directory)
-    digest = _digest(identity or _look_at_base(directory, pinned))
+    directory, pinned, identity = _bring(BASE, location, cache)
+    states = _states(BASE, directory)
+    digest = _digest(identity or look_at_base(directory, pinned))
     return Source(location=pinned, directory=directory, digest=digest, states=states)
 
 
@@ -212,8 +104,8 @@ def fetch_adapter(location: Location, cache: Path) -> Source:
     """
     if isinstance(location, LocalPath):
         _check_kind(location)
-    directory, pinned, _ = _bring(_ADAPTER, location, cache)
-    states = _states(_ADAPTER, directory)
+    directory, pinned, _ = _bring(ADAPTER, location, cache)
+    states = _states(ADAPTER, directory)
     with file_errors(f"reading adapter {pinned}"):
         contents = _contents(directory)
     digest = _digest(contents)
@@ -224,7 +116,7 @@ def fetch_adapter(location: Location, cache: Path) -> Source:
     with file_errors(f"gathering adapter {pinned} in {gathered}"):
         keep_directory(gathered, lambda path: _gather(directory, contents, files, path))
         beside = read_origins(gathered)
-    states = _states(_ADAPTER, gathered)
+    states = _states(ADAPTER, gathered)
     return Source(location=pinned, directory=gathered, digest=digest, beside=beside, states=states)
 
 
@@ -244,7 +136,7 @@ def _check_kind(location: LocalPath) -> None:
 
 def _contents(directory: Path) -> list[tuple[str, str]]:
     """Return what identifies an adapter: name and SHA-256 of each file."""
-    files = [(path, path.relative_to(directory)) for path in _files(_ADAPTER, directory)]
+    files = [(path, path.relative_to(directory)) for path in files_of(ADAPTER, directory)]
     for path, _ in files:
         if path.suffix == ".safetensors":
             read_shard(path)  # what is no such file, and may be a hole of a terabyte, is not read for its digest
@@ -262,7 +154,7 @@ def _gather(directory: Path, contents: list[tuple[str, str]], files: WeightFiles
         raise TransientIOError(f"adapter {directory} was changed while it was read; it is read anew")
 
 
-def _bring(kind: _Kind, location: Location, cache: Path) -> tuple[Path, Location, Any]:
+def _bring(kind: Kind, location: Location, cache: Path) -> tuple[Path, Location, Any]:
     """Return the local directory, the pinned location, and what the store says of the files (None when local)."""
     match location:
         case LocalPath():
@@ -279,7 +171,7 @@ def _bring(kind: _Kind, location: Location, cache: Path) -> tuple[Path, Location
             return _bring_from_hub(kind, location)
 
 
-def _bring_from_s3(kind: _Kind, location: S3Prefix, cache: Path) -> tuple[Path, Location, Any]:
+def _bring_from_s3(kind: Kind, location: S3Prefix, cache: Path) -> tuple[Path, Location, Any]:
     from workers.sources.s3_client import S3Store  # noqa: PLC0415 - loads boto3 only where there is S3
 
     store = S3Store(location)
@@ -306,7 +198,7 @@ def _download(store: "S3Store", wanted: list["S3Object"], directory: Path) -> No
             file.writelines(store.read(entry))
 
 
-def _bring_from_hub(kind: _Kind, location: HubRepo) -> tuple[Path, Location, Any]:
+def _bring_from_hub(kind: Kind, location: HubRepo) -> tuple[Path, Location, Any]:
     from workers.sources.hub_client import HubStore  # noqa: PLC0415 - loads huggingface_hub only where there is a Hub
 
     # A look at the commit first, as some of its files say which others belong to them.
@@ -326,62 +218,9 @@ def _bring_from_hub(kind: _Kind, location: HubRepo) -> tuple[Path, Location, Any
     return directory, pinned, [location.repo_id, commit, *wanted]
 
 
-def _look_at_base(directory: Path, location: Location) -> list[tuple[str, ...]]:
-    """Return what identifies a local base: stat, header and samples of the safetensors, contents of the other files."""
-    identity: list[tuple[str, ...]] = []
-    blocks: list[tuple[Path, int, int]] = []
-    with file_errors(f"reading base {location}"):
-        for path in _files(_BASE, directory):
-            name = path.relative_to(directory).as_posix()
-            if path.suffix == ".safetensors":
-                status, header = _look_at_weights(path)
-                identity.append(
-                    (name, str(status.st_size), str(status.st_mtime_ns), hashlib.sha256(header).hexdigest())
-                )
-                blocks += ((path, start, size) for start, size in _blocks(header, status.st_size))
-            else:
-                identity.append((name, foreign_sha256(path, num_parts=name.count("/") + 1)))
-        step = max(1, math.ceil(len(blocks) / _MAX_BLOCKS))
-        return [*identity, ("samples", _sha256_of_blocks(blocks[::step]))]
-
-
-def _look_at_weights(path: Path) -> tuple[os.stat_result, bytes]:
-    with foreign_file(path) as file:
-        start = file.read(8)
-        # A header that lies about its size is for the reader of checkpoints to refuse; here it is only hashed.
-        num_bytes = min(struct.unpack("<Q", start)[0], _MAX_HEADER_BYTES) if len(start) == 8 else 0
-        return os.fstat(file.fileno()), start + file.read(num_bytes)
-
-
-def _blocks(header: bytes, num_bytes: int) -> Iterator[tuple[int, int]]:
-    """Yield offset and size of blocks at the beginning, the middle and the end of each tensor, in the file's order.
-
-    Offsets are found by their field alone: headers of 92,000 tensors take ten seconds to read as JSON and check.
-    """
-    tensors = sorted((len(header) + int(begin), len(header) + int(end)) for begin, end in _OFFSETS.findall(header))
-    for begin, end in tensors:
-        size = min(_BLOCK_BYTES, end - begin)
-        if size > 0 and end <= num_bytes:
-            yield from ((start, size) for start in sorted({begin, (begin + end - size) // 2, end - size}))
-
-
-def _sha256_of_blocks(blocks: Iterable[tuple[Path, int, int]]) -> str:
-    digest = hashlib.sha256()
-    for path, of_path in itertools.groupby(blocks, key=operator.itemgetter(0)):
-        with foreign_file(path) as file:
-            for _, start, size in of_path:
-                digest.update(os.pread(file.fileno(), size, start))
-    return digest.hexdigest()
-
-
-def _files(kind: _Kind, directory: Path) -> list[Path]:
-    """Return the files of a local directory that belong to a kind, by name."""
-    return sorted(directory / name for name in kind.select(LocalFiles(directory)))
-
-
-def _states(kind: _Kind, directory: Path) -> dict[Path, FileState]:
+def _states(kind: Kind, directory: Path) -> dict[Path, FileState]:
     with file_errors(f"reading {shown(directory)}"):
-        return {path: FileState.of(path.stat()) for path in _files(kind, directory)}
+        return {path: FileState.of(path.stat()) for path in files_of(kind, directory)}
 
 
 def _sizes(directory: Path) -> dict[str, int]:
@@ -392,11 +231,3 @@ def _sizes(directory: Path) -> dict[str, int]:
 
 def _digest(identity: Any) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _some(names: frozenset[str]) -> str:
-    return ", ".join(sorted(names)[:5]) or "nothing"

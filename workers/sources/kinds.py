@@ -1,0 +1,119 @@
+"""What a base, and what an adapter, consists of at a place."""
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.errors import NotFoundError, UnsupportedError
+from jobs.locations import Location
+from workers.sources.adapter_files import weight_files
+from workers.sources.belongings import belongings
+from workers.sources.forms import form_of_files
+from workers.sources.listing import Files, LocalFiles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What a base, or an adapter, consists of."""
+
+    name: str
+    config: str
+    weights: str
+    """Pattern of its safetensors files."""
+    duplicates: str | None
+    """Pattern of safetensors files that repeat the weights in a form that is not read here."""
+    pickled: tuple[str, ...]
+    """Patterns of the same weights in pickle files."""
+
+    def select(self, files: Files) -> list[str]:
+        """Return the names, in order, of the files that belong to it, out of all that are at a place.
+
+        Raises:
+            BadInputError: a file that says what belongs together cannot be read.
+        """
+        top = frozenset(files.top())
+        chosen = belongings(files) | top & {self.config} | {name for name in top if self._holds(name)}
+        return sorted(chosen)
+
+    def check(self, names: Iterable[str], location: Location) -> None:
+        """Check that config and weights are among the files of a location.
+
+        Raises:
+            NotFoundError: they are not; the message names what was expected.
+            UnsupportedError: there are only pickled weights, of a kind that is not converted.
+        """
+        there = frozenset(name for name in names if "/" not in name)
+        has_weights = any(map(self._holds, there))
+        form = form_of_files(there) if self is BASE else None
+        if self is BASE and {self.config, ADAPTER.config} <= there:
+            raise UnsupportedError(
+                f"base {location} holds an adapter of its own ({ADAPTER.config} beside {self.config}): transformers "
+                "puts it on where PEFT is installed and leaves it off elsewhere, so that the base is two models; merge "
+                "that adapter into the base first, or name a copy of the base without it"
+            )
+        if not has_weights:
+            # What its maker calls consolidated is pickled, too, and has other names of tensors besides.
+            pickled = sorted(name for name in there if _matches(name, self.pickled) and "consolidated" not in name)
+            if pickled:
+                raise UnsupportedError(
+                    f"{self.name} {location} has its weights only in pickle files ({pickled[0]}), which can run code "
+                    "when they are read; re-save it as safetensors"
+                )
+        if form is not None and not (has_weights and self.config in there):
+            raise UnsupportedError(f"{self.name} {location} is {form.words} (found {_some(there)}). {form.advice}")
+        if not has_weights:
+            raise NotFoundError(f"{self.name} {location} has no {self.weights}; found {_some(there)}")
+        if self.config not in there:
+            raise NotFoundError(f"{self.name} {location} has no {self.config}; found {_some(there)}")
+
+    def _holds(self, name: str) -> bool:
+        """Whether a file at the top holds weights as they are read here."""
+        is_repeated = self.duplicates is not None and fnmatch.fnmatchcase(name, self.duplicates)
+        return fnmatch.fnmatchcase(name, self.weights) and "/" not in name and not is_repeated
+
+
+class AdapterKind(Kind):
+    """An adapter: its own files, and those with what was trained beside it."""
+
+    def select(self, files: Files) -> list[str]:
+        """Do as any kind, with the weights that are there."""
+        weights = weight_files(files.top(), self.name)
+        beside = (name for name in super().select(files) if "/" in name or not name.endswith(".safetensors"))
+        return sorted({*beside, *weights.own, *weights.beside})
+
+    def check(self, names: Iterable[str], location: Location) -> None:
+        """Check that config and weights are there, and of the kind that PEFT saves; raises as `weight_files`."""
+        there = frozenset(name for name in names if "/" not in name)
+        weight_files(there, f"adapter {location}")
+        if self.config not in there:
+            raise NotFoundError(f"adapter {location} has no {self.config}; found {_some(there)}")
+
+
+BASE = Kind(
+    name="base",
+    config="config.json",
+    weights="*.safetensors",
+    duplicates="consolidated*.safetensors",  # the release format of some makers, beside the one of transformers
+    pickled=("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt"),
+)
+ADAPTER = AdapterKind(
+    name="adapter",
+    config="adapter_config.json",
+    weights="adapter_model.safetensors",
+    duplicates=None,
+    pickled=(),
+)
+
+
+def files_of(kind: Kind, directory: Path) -> list[Path]:
+    """Return the files of a local directory that belong to a kind, by name."""
+    return sorted(directory / name for name in kind.select(LocalFiles(directory)))
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _some(names: frozenset[str]) -> str:
+    return ", ".join(sorted(names)[:5]) or "nothing"
