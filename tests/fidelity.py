@@ -8,6 +8,7 @@ both differ and the reason is a known fault of the reference. Anything else is a
 import argparse
 import contextlib
 import logging
+import math
 import shutil
 import sys
 import tempfile
@@ -23,6 +24,7 @@ import peft
 import torch
 import transformers
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -117,8 +119,11 @@ def merge_both(base: Path, adapter: Path, directory: Path, quantization: str = "
         if _same(loaded, in_memory) and not _same(_load(directory / "peft")[0], in_memory):
             return Cell("better", "PEFT's model loses values of tied tensors that came apart when it is saved")
     cell = _compare(base, ours, theirs, quantized=config is not None)
+    if cell.verdict == "wrong" and (fault := _fault_of_peft(base, adapter, directory / "again", config)):
+        before = load_dequantized(base, config) if config else load_plain(base)
+        cell = _compare_with_pairs(before.state_dict(), adapter, loaded, fault)
     if minded and cell.verdict == "equal":
-        return Cell(
+        cell = Cell(
             "better", "PEFT refuses to merge into a model that was loaded in 4-bit, even when it is dequantized"
         )
     return cell
@@ -153,6 +158,33 @@ def _compare(
     if any(reason.startswith("differs") for reason in reasons):
         return Cell("wrong", "; ".join(sorted(reasons)))
     return Cell("better", "; ".join(sorted(reasons))) if reasons else Cell("equal")
+
+
+def _compare_with_pairs(
+    before: Mapping[str, torch.Tensor], adapter: Path, loaded: Mapping[str, torch.Tensor], fault: str
+) -> Cell:
+    """Compare with W + scaling * B @ A of each pair in the adapter's file, in float64: PEFT does not load all of them.
+
+    Only for plain LoRA on linears of the model.
+    """
+    config: Any = PeftConfig.from_pretrained(str(adapter))
+    tensors, expected = load_file(adapter / ADAPTER_WEIGHTS), dict(before)
+    for name, tensor in tensors.items():
+        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if "lora_" not in plain:
+            expected[plain] = tensor
+        elif plain.endswith(".lora_A.weight"):
+            module = plain.removesuffix(".lora_A.weight")
+            b_OR = tensors[name.replace("lora_A", "lora_B")].double()
+            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
+            scaling = alpha / (math.sqrt(len(tensor)) if config.use_rslora else len(tensor))
+            expected[f"{module}.weight"] = expected[f"{module}.weight"].double() + scaling * b_OR @ tensor.double()
+    far = [
+        name
+        for name, tensor in expected.items()
+        if not torch.allclose(loaded[name].double(), tensor.double(), rtol=2**-7, atol=1e-6)
+    ]
+    return Cell("wrong", f"{fault}; {far[:3]} are not W + delta") if far else Cell("better", fault)
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor, conv1d_in_4bit: bool) -> str:

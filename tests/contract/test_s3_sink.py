@@ -313,9 +313,9 @@ import os, signal, sys
 from pathlib import Path
 from jobs.locations import parse_location
 from tests.releases import fill, make_files
-from workers.releases.sinks import open_sink, s3_upload
+from workers.releases.sinks import open_sink, s3_objects
 
-s3_upload.MIN_PART_BYTES = 5 << 20
+s3_objects.MIN_PART_BYTES = 5 << 20
 staging = open_sink(parse_location(sys.argv[1]), Path(sys.argv[2])).open("a" * 64)
 manifest = fill(staging, make_files())
 

@@ -58,13 +58,15 @@ def add_to_files(adapter: Adapter, conversions: Conversions, shapes: Mapping[str
     config: Any = adapter.config
     deltas: dict[str, LoraDelta] = {}
     if adapter.method == "LORA" and not config.use_dora and any(each.rpartition(".")[2] in kinds for each in inside):
-        for module, tensors in inside.items():
+        trained_too = {each.rpartition(".")[0] for each in inside}  # modules with a bias of the adapter's own
+        for module in (each for each in inside if each not in trained_too):
             weight = f"{module}.weight"
             stored = weight if module in parts else conversions.stored_names.get(weight)
-            if stored is not None and stored in shapes and tensors == {_LORA_A, _LORA_B}:
+            if stored is not None and stored in shapes and inside[module] == {_LORA_A, _LORA_B}:
                 deltas[stored] = _delta(adapter, module, stored, shapes[stored])
         missing = [part for part in sorted(parts - inside.keys()) if check_target_module_exists(config, part)]
-        if missing and deltas:
+        # Without a single expert, it was trained where they were one parameter already, and none is targeted.
+        if missing and not parts.isdisjoint(inside):
             raise BadInputError(
                 f"{adapter.weights_path}: expected tensor {PREFIX}{missing[0]}.{_LORA_A} for a module the "
                 f"configuration targets, found none ({len(missing)} such modules); the adapter is incomplete or was "

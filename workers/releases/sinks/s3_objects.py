@@ -22,6 +22,11 @@ _ATTEMPT = "mergefleet-attempt"
 _DESTINATION = "mergefleet-destination"
 
 
+def wants_parts(num_bytes: int) -> bool:
+    """Whether a file of so many bytes goes up in several requests."""
+    return num_bytes > MIN_PART_BYTES
+
+
 def part_bytes(num_bytes: int) -> int:
     """Return the size of the parts of a file: whole MiB, and few enough parts for S3."""
     fewest = -(-num_bytes // _MAX_PARTS)

@@ -23,7 +23,6 @@ from workers.sources.s3_client import S3Store
 if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 from workers.releases.sinks.s3_objects import (
-    MIN_PART_BYTES,
     Mark,
     StoredObject,
     StoredParts,
@@ -31,6 +30,7 @@ from workers.releases.sinks.s3_objects import (
     compare_checksums,
     create_whole,
     part_bytes,
+    wants_parts,
 )
 
 _NUM_STREAMS = 4
@@ -67,7 +67,7 @@ class Upload:
         self._upload_id = parts.upload_id if parts else ""
         self._record_id = parts.record_id if parts else ""
         self._is_complete = False
-        self.in_parts = bool(self._upload_id) or always_in_parts or artifact.num_bytes > MIN_PART_BYTES
+        self.in_parts = bool(self._upload_id) or always_in_parts or wants_parts(artifact.num_bytes)
         self._parts: list[CompletedPartTypeDef] = list(parts.parts) if parts else []
         self._crc = parts.crc if parts else ""
 

@@ -10,7 +10,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.parity_report import TensorCheck
 from tests import architectures
-from tests.merges import merge, plan_pass, read_tensors
+from tests.merges import different, merge, merge_by_peft, plan_pass, read_tensors
 from tests.methods import make_method_adapter, save_old_adapter
 from tests.models import load_plain
 from workers.adapters.wearing import take_off, wrapped_modules
@@ -98,6 +98,15 @@ def test_what_is_asked_computes_with_single_experts(base, tmp_path):
         for name, _ in wrapped_modules(peft_model):
             take_off(opened, peft_model, name, merge=True)
         assert torch.allclose(logits(peft_model), after, atol=1e-4)
+
+
+@pytest.mark.parametrize(("model_type", "fields"), [("axk2", {}), ("qwen2_moe", {"bias": "all"})])
+def test_linears_named_as_experts_that_were_one_parameter_in_training(tmp_path, model_type, fields):
+    """Shared experts and biases, trained where PEFT knows no single expert: expected is what PEFT merges."""
+    base = architectures.build("decoder", model_type, tmp_path / "base")
+    fields |= {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    adapter = make_method_adapter(base, tmp_path / "adapter", "LORA", task_type=None, **fields)
+    assert different(merge(base, adapter, tmp_path), merge_by_peft(base, adapter, tmp_path / "peft")) == []
 
 
 def test_an_expert_without_its_tensors_is_missing(mixtral, tmp_path):

@@ -201,17 +201,17 @@ def test_what_is_no_number_is_compared_by_its_bits_too(dtype):
 def test_kernels_are_plain_where_another_processor_is_compiled_for():
     """As where machines of several kinds share what was compiled: LLVM ends the process on an instruction it lacks."""
     program = (
-        "import hashlib, torch\n"
-        "from workers import quant, sha256\n"
+        "import torch\n"
+        "from workers.bases.four_bit import quantize_rows\n"
         "weight = torch.randn(8, 64).bfloat16()\n"
-        "codes, absmax = quant.quantize_rows(weight, 'nf4')\n"
-        "print(type(sha256.new()) is type(hashlib.sha256()), codes.shape[0])\n"
+        "codes, absmax = quantize_rows(weight, 'nf4')\n"
+        "print(codes.shape[0])\n"
     )
     environment = os.environ | {"NUMBA_CPU_NAME": "generic"}
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300, env=environment
     )
-    assert run.stdout.split() == ["True", "256"]
+    assert run.stdout.split() == ["256"]
 
 
 def test_kernels_work_where_no_compiled_code_can_be_kept():
