@@ -9,6 +9,8 @@ import argparse
 import contextlib
 import logging
 import math
+import multiprocessing
+import os
 import shutil
 import sys
 import tempfile
@@ -16,6 +18,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -325,49 +328,83 @@ def _scratch() -> Iterator[Path]:
         shutil.rmtree(directory)
 
 
-def main() -> int:
-    """Fill the table, write the page, and return 1 if a cell is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kinds", default=",".join(architectures.KINDS), help="which architectures")
-    parser.add_argument("--only", default="", help="model types, comma-separated; the page is not written")
-    arguments = parser.parse_args()
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What came of one architecture."""
+
+    kind: str
+    model_type: str
+    cells: Mapping[str, Cell]
+    tied: Mapping[str, Cell]
+    unbuilt: str = ""
+    """Why transformers builds no tiny model of it."""
+
+
+def architecture_row(kind: str, model_type: str) -> Row:
+    """Fill the row of one architecture."""
+    with _scratch() as scratch:
+        base = scratch / model_type
+        try:
+            architectures.build(kind, model_type, base)
+        except Exception as error:  # noqa: BLE001 - the reason goes into the page
+            return Row(kind, model_type, {}, {}, _first_line(error))
+        cells = dict(architecture_cells(kind, model_type, base, VARIANTS))
+        tied = {column: Cell(verdict, reason) for column, (verdict, reason) in tied_cells(base, _scratch)}
+        return Row(kind, model_type, cells, tied)
+
+
+def method_table() -> dict[str, dict[str, Cell]]:
+    """Fill the table of methods."""
+    methods: dict[str, dict[str, Cell]] = {}
+    with _scratch() as scratch:
+        for method, quantization, cell in method_cells(scratch):
+            methods.setdefault(method, {})[quantization] = cell
+    return methods
+
+
+def _quiet() -> None:
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def main() -> int:
+    """Fill the table, a process for each core, write the page, and return 1 if a cell is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kinds", default=",".join(architectures.KINDS), help="which architectures")
+    parser.add_argument("--only", default="", help="model types, comma-separated; the page is not written")
+    arguments = parser.parse_args()
     only = [name for name in arguments.only.split(",") if name]
+    wanted = [
+        (kind, name)
+        for kind in arguments.kinds.split(",")
+        for name in architectures.names(kind)
+        if not only or name in only
+    ]
     started = time.monotonic()
-    methods: dict[str, dict[str, Cell]] = {}
-    rows: dict[str, dict[str, dict[str, Cell]]] = {}
-    unbuilt: dict[str, dict[str, str]] = {}
-    tied: dict[str, dict[str, Cell]] = {}
-    with _scratch() as scratch:
-        for method, quantization, cell in () if only else method_cells(scratch):
-            methods.setdefault(method, {})[quantization] = cell
+    rows: list[Row] = []
+    # Libraries keep what they compile and trace: a process is replaced before it is large.
+    with ProcessPoolExecutor(
+        len(os.sched_getaffinity(0)),
+        multiprocessing.get_context("spawn"),
+        initializer=_quiet,
+        max_tasks_per_child=50,
+    ) as pool:
+        tables = None if only else pool.submit(method_table)
+        for row in pool.map(architecture_row, *zip(*wanted, strict=True)):
+            rows.append(row)
+            for column, cell in (*row.cells.items(), *row.tied.items()):
+                _report(f"{row.kind} {row.model_type}, {column}", cell)
+        methods = tables.result() if tables is not None else {}
+    for method, table in methods.items():
+        for quantization, cell in table.items():
             _report(f"{method}, {quantization}", cell)
-        for kind in arguments.kinds.split(","):
-            rows[kind], unbuilt[kind] = {}, {}
-            for model_type in architectures.names(kind):
-                if only and model_type not in only:
-                    continue
-                base = scratch / kind / model_type
-                try:
-                    architectures.build(kind, model_type, base)
-                except Exception as error:  # noqa: BLE001 - the reason goes into the page
-                    unbuilt[kind][model_type] = _first_line(error)
-                    continue
-                rows[kind][model_type] = {}
-                for column, cell in architecture_cells(kind, model_type, base, VARIANTS):
-                    rows[kind][model_type][column] = cell
-                    _report(f"{kind} {model_type}, {column}", cell)
-                for column, (verdict, reason) in tied_cells(base, _scratch):
-                    tied.setdefault(f"{model_type} ({kind})", {})[column] = Cell(verdict, reason)
-                    _report(f"{kind} {model_type}, {column}", Cell(verdict, reason))
-                shutil.rmtree(base)
     if not only:
-        OUTPUT.write_text(_page(methods, rows, unbuilt, tied))
-    cells = [cell for table in (methods, tied) for row in table.values() for cell in row.values()]
-    cells += [cell for kind in rows.values() for row in kind.values() for cell in row.values()]
+        OUTPUT.write_text(_page(methods, rows))
+    cells = [cell for table in methods.values() for cell in table.values()]
+    cells += [cell for row in rows for cell in (*row.cells.values(), *row.tied.values())]
     counts = Counter(cell.verdict for cell in cells)
     sys.stdout.write(f"{len(cells)} cells in {time.monotonic() - started:.0f} s: {dict(counts)}\n")
     return 1 if counts["wrong"] else 0
@@ -378,12 +415,7 @@ def _report(what: str, cell: Cell) -> None:
     sys.stdout.flush()
 
 
-def _page(
-    methods: Mapping[str, Mapping[str, Cell]],
-    rows: Mapping[str, Mapping[str, Mapping[str, Cell]]],
-    unbuilt: Mapping[str, Mapping[str, str]],
-    tied: Mapping[str, Mapping[str, Cell]],
-) -> str:
+def _page(methods: Mapping[str, Mapping[str, Cell]], rows: Sequence[Row]) -> str:
     notes: dict[str, int] = {}
     lines = [
         "# Compatibility",
@@ -399,12 +431,15 @@ def _page(
         "",
         *_table("method", ["none", "nf4"], methods, notes),
     ]
-    for kind, table in rows.items():
+    for kind in dict.fromkeys(row.kind for row in rows):
+        table = {row.model_type: row.cells for row in rows if row.kind == kind and not row.unbuilt}
+        unbuilt = {row.model_type: row.unbuilt for row in rows if row.kind == kind and row.unbuilt}
         columns = list(dict.fromkeys(column for row in table.values() for column in row))
         lines += ["", f"## LoRA on {len(table)} {kind} architectures", "", *_table("model_type", columns, table, notes)]
-        if unbuilt[kind]:
+        if unbuilt:
             lines += ["", "Not tried, as transformers builds no tiny random model of them:", ""]
-            lines += [f"- `{name}`: {reason}" for name, reason in sorted(unbuilt[kind].items())]
+            lines += [f"- `{name}`: {reason}" for name, reason in sorted(unbuilt.items())]
+    tied = {f"{row.model_type} ({row.kind})": row.tied for row in rows if row.tied}
     lines += [
         "",
         f"## What base + adapter computes, on {len(tied)} tied architectures",
