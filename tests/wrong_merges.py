@@ -22,7 +22,7 @@ from unittest import mock
 
 import torch
 
-import workers.adapters.adapter
+import workers.adapters.wearing
 import workers.merging.merge
 import workers.merging.peft_lane
 import workers.merging.walk
@@ -141,7 +141,7 @@ def break_by_peft(plan: MergePlan, changed: Collection[str], rng: random.Random)
             return Broken(
                 "give PEFT half of it",
                 (output, module),
-                lambda: _reading(workers.adapters.adapter, "read_tensor", spec.name, 0.5),
+                lambda: _reading(workers.adapters.wearing, "read_tensor", spec.name, 0.5),
             )
         case words:
             kept = 0.5 if words == "halve" else 0.0

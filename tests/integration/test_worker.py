@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-import workers.merging.plan
+import workers.merging.base_plan
 import workers.unit.unit
 import workers.unit.verification
 from jobs.allowance import Allowance, Pattern
@@ -642,7 +642,9 @@ def test_a_base_whose_weights_change_is_quantized_anew(worker, request_for, adap
 
 def test_a_base_is_planned_once_as_long_as_it_stays(worker, request_for, adapters, base, tmp_path, monkeypatch):
     planned, really = [], workers.merging.base_plan.plan_base
-    monkeypatch.setattr(workers.merging.plan, "plan_base", lambda *arguments: planned.append(1) or really(*arguments))
+    monkeypatch.setattr(
+        workers.merging.base_plan, "plan_base", lambda *arguments: planned.append(1) or really(*arguments)
+    )
     copied = Path(shutil.copytree(base, tmp_path / "copied"))
     for number, adapter in enumerate(adapters.values()):
         outcome = run(worker, request_for(f"job-{number}", adapter, base=str(copied)))[f"job-{number}"]
