@@ -18,7 +18,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -353,6 +352,10 @@ def architecture_row(kind: str, model_type: str) -> Row:
         return Row(kind, model_type, cells, tied)
 
 
+def _row_of(wanted: tuple[str, str]) -> Row:
+    return architecture_row(*wanted)
+
+
 def method_table() -> dict[str, dict[str, Cell]]:
     """Fill the table of methods."""
     methods: dict[str, dict[str, Cell]] = {}
@@ -385,19 +388,15 @@ def main() -> int:
     ]
     started = time.monotonic()
     rows: list[Row] = []
+    context = multiprocessing.get_context("spawn")
     # Libraries keep what they compile and trace: a process is replaced before it is large.
-    with ProcessPoolExecutor(
-        len(os.sched_getaffinity(0)),
-        multiprocessing.get_context("spawn"),
-        initializer=_quiet,
-        max_tasks_per_child=50,
-    ) as pool:
-        tables = None if only else pool.submit(method_table)
-        for row in pool.map(architecture_row, *zip(*wanted, strict=True)):
+    with context.Pool(len(os.sched_getaffinity(0)), _quiet, maxtasksperchild=50) as pool:
+        tables = None if only else pool.apply_async(method_table)
+        for row in pool.imap(_row_of, wanted):
             rows.append(row)
             for column, cell in (*row.cells.items(), *row.tied.items()):
                 _report(f"{row.kind} {row.model_type}, {column}", cell)
-        methods = tables.result() if tables is not None else {}
+        methods = tables.get() if tables is not None else {}
     for method, table in methods.items():
         for quantization, cell in table.items():
             _report(f"{method}, {quantization}", cell)
