@@ -116,7 +116,10 @@ def break_by_peft(plan: MergePlan, changed: Collection[str], rng: random.Random)
     module = plan.by_peft[output][0].rpartition(".")[0]
     shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
     same = [other for other in plan.by_peft if other != output and shapes[other] == shapes[output]]
-    tensors = [spec for name, spec in plan.opened.tensors.items() if f".{module}." in f".{name}."]
+    inside = [spec for name, spec in plan.opened.tensors.items() if f".{module}." in f".{name}."]
+    # What is streamed is read from the file by itself: what PEFT holds of it goes nowhere.
+    streamed = {spec.name for delta in plan.deltas.values() for spec in (delta.a_RI, delta.b_OR)}
+    tensors = [spec for spec in inside if spec.name not in streamed]
     kinds = ["drop", "halve"] + ["misread"] * bool(tensors)
     if plan.by_peft[output][0] not in plan.base.conversions.group_of:  # groups are written whole, whatever is planned
         kinds += ["forget"] + ["swap"] * bool(same)
