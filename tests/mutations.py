@@ -4,6 +4,7 @@ and request files, drawn from a seed."""
 import json
 import os
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,12 @@ def _other(value: Any, neighbour: Any, random_: random.Random, outside: Path) ->
 
 def as_text(value: Any, random_: random.Random) -> bytes:
     """Return JSON as bytes; in one of eight with a further change that no writer of JSON makes."""
-    data = json.dumps(value).encode()
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(50_000)  # some values are deeper than a stack that is in use already has room for
+    try:
+        data = json.dumps(value).encode()
+    finally:
+        sys.setrecursionlimit(limit)
     kind = random_.randrange(40)
     if kind == 0:
         return data.replace(b"1", b"9" * random_.choice((100, 4000, 5000, 100_000)), 1)
