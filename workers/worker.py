@@ -134,7 +134,7 @@ class MergeWorker:
 
     def _begin(self, name: str, requests: tuple[MergeRequest, ...]) -> Unit:
         for request in requests:
-            self.discard(request.id)  # left by an attempt that nobody came back for
+            self.discard(request.id)  # left by an attempt that was abandoned
         with self._lock:
             self._cancelled = frozenset()  # what was cancelled before may be asked for again
         self._tracker = Tracker(name, (request.id for request in requests), lambda: self._cancelled)

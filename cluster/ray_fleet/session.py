@@ -86,7 +86,7 @@ def _start(settings: Settings, namespace: str, log_format: LogFormat) -> Session
     if not _token_auth_is_on() and not _is_loopback(settings.dashboard_host):
         raise BadInputError(
             f"dashboard_host is {settings.dashboard_host}, and RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']} leaves the "
-            "dashboard open to whoever can reach it; unset RAY_AUTH_MODE, or let it listen on 127.0.0.1"
+            "dashboard open to anyone who can reach it; unset RAY_AUTH_MODE, or let it listen on 127.0.0.1"
         )
     if "ray" in sys.modules and os.environ.get(_LOOPBACK_ONLY) != "0":
         raise InternalError("Ray was imported before its session was opened, and has read another environment")
@@ -143,7 +143,7 @@ def _join(settings: Settings, namespace: str, address: str, log_format: LogForma
     if dashboard_host is not None and not _is_loopback(dashboard_host) and not _token_auth_is_on():
         ray.shutdown()
         raise BadInputError(
-            f"the dashboard of the Ray cluster at {address} is open to whoever can reach {dashboard_host}; "
+            f"the dashboard of the Ray cluster at {address} is open to anyone who can reach {dashboard_host}; "
             "start the cluster with RAY_AUTH_MODE=token"
         )
     return session

@@ -66,7 +66,7 @@ class Adapter:
     left_behind: frozenset[str] = frozenset()
     """Tensors of its file that no release takes, by the names stored; a note tells them."""
     deltas: Mapping[str, LoraDelta] = field(default_factory=dict)
-    """What is added to the base's files without PEFT, by the names of weights there (`lanes/stored.py`)."""
+    """What is added to the base's files without PEFT, by the names of weights there (`stored.py`)."""
     conversions: Conversions | None = None
     """Between these files and the base's model, where there are such deltas."""
     notes: tuple[str, ...] = ()
@@ -155,7 +155,7 @@ def read_tensor(path: Path, spec: TensorSpec) -> torch.Tensor:
 
 @contextlib.contextmanager
 def refusals(adapter: Adapter, words: str) -> Iterator[None]:
-    """Whatever PEFT stumbles over inside is the adapter's fault, or the base's."""
+    """Raise what PEFT raises inside as a fault of the adapter or of the base."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -170,7 +170,7 @@ def _holds(layer: BaseTunerLayer, name: str) -> bool:
 
 
 def _state_ranks(config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write down the ranks that differ from the configured one, which in memory nobody looks at; the scaling is 1."""
+    """State the ranks that differ from the configured one, which PEFT does not read in memory; the scaling is 1."""
     config.target_modules = (
         config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
     )
@@ -192,7 +192,7 @@ def _state_ranks(config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
 
 @contextlib.contextmanager
 def _peft(adapters: Sequence[Adapter]) -> Iterator[None]:
-    """Whatever PEFT stumbles over inside is the fault of the adapters, or of how they should be combined."""
+    """Raise what PEFT raises inside as a fault of the adapters, or of how they should be combined."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

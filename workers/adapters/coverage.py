@@ -156,7 +156,7 @@ def _matrices(adapter: Adapter, owner: str, layer: Any) -> object:
 
 
 def _fill_with_zeros(model: nn.Module) -> None:
-    """Give a skeleton values that take no memory as long as nobody writes to them: pages that are not there yet."""
+    """Give a skeleton values that take no memory as long as nothing writes to them: pages that are not there yet."""
     filled: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -53,7 +53,7 @@ def name_as_peft(
     origins: Mapping[str, str],
     same: Callable[[TensorSpec, TensorSpec], bool],
 ) -> Named:
-    """Find the names that PEFT would save tensors under, whatever they are stored as.
+    """Find the names that PEFT would save tensors under, by the names that they are stored under.
 
     Args:
         where: the file, for messages.

@@ -1,7 +1,7 @@
 """Codes taken for weights: what a base stores in place of numbers, or beside them, without saying so anywhere.
 
-What the model takes as a weight must be a number in the file, whatever dtype a request asks for: an 8-bit float or an
-integer is a code, and without its scales another weight.
+What the model takes as a weight must be a number in the file, also where a request asks for a dtype: an 8-bit float or
+an integer is a code, and without its scales another weight.
 """
 
 import re

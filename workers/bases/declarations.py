@@ -1,7 +1,7 @@
 """Where a base declares that its weights are stored in another form than plain numbers.
 
 Merged are weights stored in 16 or 32 bits, and those of bitsandbytes in 4 bits. In all other forms a weight is a code
-that means nothing without its scales: such a base is refused, whatever else is asked of it, and called by its name.
+that means nothing without its scales: such a base is refused in any case, and called by its name.
 """
 
 from collections.abc import Iterator, Mapping

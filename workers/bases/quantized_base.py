@@ -32,7 +32,7 @@ class QuantizedBase:
         self.key = key
         self.names = frozenset(names)
         self.errors: dict[str, float] = {}
-        """What 4 bits changed of stored tensors, as the Frobenius norm of the difference; empty where nobody knows."""
+        """What 4 bits changed of stored tensors, as the Frobenius norm of the difference; empty where not known."""
         self._device = device
         self._holds = True
         self._transposed = frozenset(transposed)
@@ -91,7 +91,7 @@ class QuantizedBase:
         Raises:
             BadInputError: the stored parts do not make a weight.
             NotFoundError, TransientIOError: they cannot be read, by kind of fault.
-            InternalError: nobody brought its values.
+            InternalError: its values were not brought.
         """
         if name in self._held:
             return self._held[name]
@@ -115,5 +115,5 @@ class QuantizedBase:
         if self._device.type != "cpu":
             weight = self._held[name] = weight.to(self._device)
             if self._held.keys() >= self._files.keys():
-                self._opened.clear()  # nobody looks at the files again
+                self._opened.clear()  # the files are not read again
         return weight

@@ -89,7 +89,7 @@ class QuantizedCache:
         with single_threads(num_abreast, "shard") as pool:
             held = results_of([pool.submit(keep, each, wait=False) for each in missing.items()])
             busy = [each for each, was_held in zip(missing.items(), held, strict=True) if not was_held]
-            # By now whoever was at it may be done, or dead.
+            # By now the process that was at it may be done, or dead.
             results_of([pool.submit(keep, each, wait=True) for each in busy])
         for directory in missing:
             base.add(directory, read_checkpoint(directory), read_json(directory / _ERRORS_NAME))
@@ -97,7 +97,7 @@ class QuantizedCache:
     def _keep(
         self, directory: Path, part: QuantizationTask, num_threads: int, on_bytes: Callable[[int], None], *, wait: bool
     ) -> bool:
-        """Make one shard's part unless it is there; False where another process is at it and nobody is to wait."""
+        """Make one shard's part unless it is there; False where another process is at it, without waiting for it."""
         with (
             file_errors(f"keeping a quantized base in {self._root}"),
             exclusive(directory.with_suffix(".lock"), wait=wait) as held,

@@ -110,7 +110,7 @@ class _Streamed:
         self._lock = threading.Lock()
         self._num_left = len(self.starts)
         self._square_errors: dict[int, float] = {}
-        """By the row they begin at: added up in one order, whoever was first."""
+        """By the row they begin at: added up in their order, not in that of the threads."""
         self._parts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         """Codes and scales by the row they begin at, where scales are quantized themselves."""
 

@@ -24,7 +24,7 @@ _KEPT_BYTES = 4 * TILE_ELEMENTS["cpu"] + 2 * PAGE_BYTES
 class Buffer:
     """Memory for one range of bytes of a file. It goes back to its pool when everybody who holds it has let go.
 
-    Whoever takes it uses it as a context, and holds it until the end of that.
+    Its taker uses it as a context, and holds it until the end of that.
     """
 
     def __init__(self, pool: "BufferPool") -> None:
@@ -97,12 +97,12 @@ class BufferPool:
 
     @property
     def num_free(self) -> int:
-        """Buffers that nobody holds."""
+        """Buffers that are free."""
         return len(self._free)
 
     @property
     def whole(self) -> bool:
-        """Whether nobody holds any."""
+        """Whether all buffers are free."""
         return len(self._free) == self._num_buffers
 
     def take(self, num_bytes: int, offset: int) -> Buffer:
@@ -123,7 +123,7 @@ class BufferPool:
         return buffer
 
     def put_back(self, buffer: Buffer) -> None:
-        """Take a buffer back that nobody holds any more."""
+        """Take a buffer back that is not held any more."""
         if not self._pin:
             buffer.shrink()
         with self._changed:

@@ -23,7 +23,7 @@ from workers.files.local import CHUNK_BYTES, FileState, file_errors
 _MIB = 1 << 20
 
 _SMALL_BYTES = 128 * _MIB
-"""Of a file that is read at once, whatever its name."""
+"""Of any other file, which is read at once."""
 
 _ADAPTER_BYTES = 64 << 30
 """Of an adapter's weights, which are read as a whole for their digest."""

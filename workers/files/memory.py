@@ -14,7 +14,7 @@ _LARGE_BYTES = 4 << 20
 
 
 def release_memory() -> None:
-    """Give back what models held that nobody refers to any more. Models hold reference cycles."""
+    """Give back the memory of models that are not referred to any more: they hold reference cycles."""
     gc.collect()
     give_back()
     if torch.cuda.is_available():
@@ -50,7 +50,7 @@ def available_host_bytes() -> int:
 
 
 def available_device_bytes(device: torch.device) -> int:
-    """Return the memory of a GPU that is free for this process: what nobody has, and what torch keeps at hand."""
+    """Return the memory of a GPU that is free for this process: of the driver, and what torch keeps at hand."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

@@ -61,7 +61,7 @@ class OwnedDirectory:
         return None
 
     def leave(self) -> None:
-        """Let go of the directory; whoever leaves last removes it, or what is left of it. Idempotent."""
+        """Let go of the directory; the last holder removes it, or what is left of it. Idempotent."""
         if self._lock < 0:
             return
         if _try_lock(self._lock, fcntl.LOCK_EX):

@@ -1,7 +1,7 @@
 """Shard files of one merged checkpoint: offsets known up front, written in any order, hashed on the way.
 
-Bytes come in buffers and are written and hashed by threads of the pass, so that whoever computes does not wait for the
-disk. Files that nobody here reads again are written past the page cache where the file system can do that: their bytes
+Bytes come in buffers and are written and hashed by threads of the pass, so that those that compute do not wait for the
+disk. Files that are not read again here are written past the page cache where the file system can do that: their bytes
 would be copied once more, into pages that cost as much as all arithmetic, only to be thrown out again. Such files begin
 as clones of the base's where the file system can do that, too, and most of their bytes are the same.
 """
@@ -66,7 +66,7 @@ class HashedFile:
     than a fiftieth of a second. None for a small file, which is sooner read again than its times move on."""
 
     def is_as_it_was(self, directory: Path) -> bool:
-        """Whether nobody has written to the file since, as far as that can be told."""
+        """Whether the file was not written to since, as far as that can be told."""
         path = directory / self.artifact.path
         with file_errors(f"checking {path}"):
             return FileState.of(path.stat()) == self.state
@@ -179,7 +179,7 @@ class ShardWriter:
                 self.write(offset + begin, buffer)
 
     def close(self) -> None:
-        """Close the file, whole or not, once nobody writes or hashes any more. Idempotent."""
+        """Close the file, whole or not, once no thread writes or hashes any more. Idempotent."""
         self._hashed.close()
         for descriptor in (self._descriptor, self._past_cache):
             if descriptor >= 0:

@@ -20,7 +20,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """Open a file for reading, whoever made it, and hand out its descriptor.
+    """Open a file of ours or from outside for reading, and hand out its descriptor.
 
     Raises:
         As `workers.files.foreign.open_foreign`.

@@ -30,7 +30,7 @@ class CheckpointWriter:
             directory: where they will be.
             layout: what they will be.
             conveyor: what takes the bytes there.
-            direct: whether they go past the page cache, since nobody here reads them again.
+            direct: whether they go past the page cache, since they are not read again here.
             on_file: told each file as it is closed; an error of ours fails the job.
             origin: has some of the bytes already.
         """
@@ -96,7 +96,7 @@ class CheckpointWriter:
         return tuple(sorted(self._files, key=lambda file: file.artifact.path))
 
     def close(self) -> None:
-        """Close all files, whole or not, once nobody writes or hashes any more. Idempotent."""
+        """Close all files, whole or not, once no thread writes or hashes any more. Idempotent."""
         for writer in self._writers.values():
             writer.close()
 

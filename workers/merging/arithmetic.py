@@ -3,7 +3,7 @@
 Every element of every tensor that will ship is compared with W + scaling * B @ A, for a W that is read anew. The
 product is computed anew, or it is the merge's, where a projection proves it to be B @ A. What is compared are the bytes
 on their way into the files: the same memory is written, hashed and checked, so that files which have their digests have
-what was checked; files that somebody wrote to since are read again. An element may be off by half a unit in its last
+what was checked; files that were written to since are read again. An element may be off by half a unit in its last
 place, and by what a product in float32 may be; the projection finds what is off by 1/15,000 of the lengths of its row
 of B and its column of A, times the scaling.
 

@@ -55,7 +55,7 @@ def run_pass(
         quantized: its weights in 4-bit, where the plan asks for them.
         weights: its weights for PEFT, where a plan leaves any to it.
         jobs: planned on this base; each fails alone.
-        check: of what is streamed, on its way into the files; None if nobody wants to know.
+        check: of what is streamed, on its way into the files; None to leave it out.
         device: where tiles are computed.
         num_threads: threads that compute; twice as many write and hash.
         on_bytes: told the bytes written, and again as they are checked.

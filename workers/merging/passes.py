@@ -27,7 +27,7 @@ class PassJob:
     on_file: Callable[[HashedFile], None]
     """Told each file as it is closed, in a thread of the pass; an error of ours fails the job."""
     direct: bool
-    """Whether its shards go past the page cache, since nobody here reads them again."""
+    """Whether its shards go past the page cache, since they are not read again here."""
     check: Callable[[], None]
     """Raises CancelledError when the job should stop; called once per tile."""
 
@@ -63,7 +63,7 @@ class PassState:
         return all(writer.over for writer in self.writers.values())
 
     def well(self, names: Sequence[str]) -> list[str]:
-        """Return those of some jobs that go on: they have not failed, and nobody wants them to stop."""
+        """Return those of some jobs that go on: they have not failed, and were not asked to stop."""
         for name in names:
             if not self.writers[name].over:
                 try:
@@ -99,7 +99,7 @@ class PassState:
             self.checks[name].append(check)
 
     def close(self) -> None:
-        """Close all files, once nobody writes or hashes any more."""
+        """Close all files, once no thread writes or hashes any more."""
         for writer in self.writers.values():
             writer.close()
 

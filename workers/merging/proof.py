@@ -64,7 +64,7 @@ class Operands:
 
         The sums of a wrong product are right for next to no factors (Freivalds, Probabilistic Machines Can Use Less
         Running Time, 1977). Where a right product errs by more than is allowed for its roundings, the answer is no, and
-        somebody looks at each element.
+        each element is looked at.
 
         Args:
             rows: of the weight.

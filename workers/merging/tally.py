@@ -83,7 +83,7 @@ class Tally:
     def summary(self) -> TensorCheck:
         """Return what was found, once all tiles are compared."""
         sums = Sums()
-        for start in sorted(self._sums):  # added up in one order, whoever was first: reports have the same bytes
+        for start in sorted(self._sums):  # added up in one order: reports have the same bytes
             sums.add(self._sums[start])
         return TensorCheck(
             tensor=self.name,

@@ -10,7 +10,7 @@ from jobs.errors import DeviceLostError
 from jobs.text import shown
 
 CHECK_SECONDS = 60.0
-"""A GPU that has not multiplied two small matrices by then hangs: its driver is at fault, or somebody else has it."""
+"""A GPU that has not multiplied two small matrices by then hangs: its driver is at fault, or another process has it."""
 _SIZE = 64
 
 _NO_MEMORY = ("allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")

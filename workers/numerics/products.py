@@ -26,7 +26,7 @@ class Comparison:
 
     weight_OI: torch.Tensor
     scaling: float
-    """What products are multiplied by; whoever merges has a scaling of its own."""
+    """What products are multiplied by; the caller has a scaling of its own."""
     factors_I: np.ndarray
     """Of the dtype of the product: what its columns are multiplied by in the projections."""
     projections_OC: np.ndarray

@@ -106,7 +106,7 @@ class RunningModel:
         ]
 
     def _forward(self, ids: torch.Tensor, num_positions: int, mask: torch.Tensor | None = None) -> torch.Tensor:
-        # Most models can leave out the head at positions nobody asks about; the others compute all of them.
+        # Most models can leave out the head at positions that are not asked about; the others compute all of them.
         options = {"logits_to_keep": num_positions, "attention_mask": mask}
         taken = inspect.signature(self.model.forward).parameters
         output = self.model(ids, use_cache=False, **{name: options[name] for name in options.keys() & taken.keys()})

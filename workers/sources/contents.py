@@ -105,7 +105,7 @@ class HubContents:
         if commit is None:
             raise NotFoundError(f"{location} does not exist, or HF_TOKEN may not see it")
         self._commit = commit
-        # The Hub keeps this file in every repository; it is nobody's content.
+        # The Hub keeps this file in every repository; it is no content.
         self.sizes: Mapping[str, int] = {
             name: size for name, size in self._store.sizes(commit).items() if name != ".gitattributes"
         }

@@ -41,7 +41,7 @@ _BY_STATUS: dict[int, type[MergefleetError]] = {
     404: NotFoundError,
     408: TransientIOError,
     409: TransientIOError,
-    412: TransientIOError,  # somebody else has committed
+    412: TransientIOError,  # another client has committed
     429: TransientIOError,
     507: NoCapacityError,
 }

@@ -43,7 +43,7 @@ _BY_CODE: dict[str, type[MergefleetError]] = {
     "BadDigest": TransientIOError,  # what arrived is not what was sent
     "ExpiredToken": AuthError,
     "InvalidToken": AuthError,
-    "NoSuchUpload": TransientIOError,  # somebody aborted it: the next attempt starts over
+    "NoSuchUpload": TransientIOError,  # another client aborted it: the next attempt starts over
     "QuotaExceeded": NoCapacityError,
     "RequestTimeout": TransientIOError,
     "RequestTimeTooSkewed": TransientIOError,

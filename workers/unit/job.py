@@ -89,7 +89,7 @@ class Job:
         return tuple(sorted(artifacts, key=lambda artifact: artifact.path))
 
     def hand_over(self) -> MergedShards:
-        """Wait for all uploads, and let go of what was merged: it is whoever's who takes it over."""
+        """Wait for all uploads, and let go of what was merged: it belongs to the worker that takes it over."""
         merged = MergedShards(
             receipts=tuple(upload.result() for upload in self.uploads),
             checks=tuple(self.checks.values()),

@@ -69,7 +69,7 @@ class Tracker:
             self.seconds[to] = self.seconds.get(to, 0.0) + seconds
 
     def check(self, job_id: str) -> None:
-        """Raise CancelledError when somebody asked for this job to stop."""
+        """Raise CancelledError when this job was asked to stop."""
         if job_id in self._cancelled():
             raise CancelledError(f"job {job_id} was cancelled")
 

@@ -281,7 +281,7 @@ class Unit:
         if job.plan.merge_key != ticket.merge_key:
             raise NotFoundError(f"{job.request.base} or {job.request.adapter} is another one here")
         job.opened = open_sink(job.request.destination, self._settings.scratch).join(ticket)
-        # Behaviour is that of a whole checkpoint: whoever asks it must see all files.
+        # Behaviour is that of a whole checkpoint: the worker that asks must see all files.
         whole = job.request.parity.level == "full" or job.request.compare
         if job.opened is None or (whole and job.opened.directory != ticket.directory):
             raise NotFoundError(f"{ticket.directory}, which the merge is written to, is not to be seen from here")

@@ -50,7 +50,7 @@ class Staging(Protocol):
         ...
 
     def put(self, artifact: Artifact, hashed_as: FileState | None = None) -> Receipt:
-        """Ship one finished file of `directory` to where nobody can see it yet. The file stays until `discard`.
+        """Ship one finished file of `directory` to where readers cannot see it yet. The file stays until `discard`.
 
         May run in a thread, several at a time for different files, and again after an error: it starts over.
 

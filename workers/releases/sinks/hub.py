@@ -162,7 +162,7 @@ class HubStaging:
             encoded = encode_manifest(self._without_card(manifest) if self._has_card else manifest)
             try:
                 return self._commit(encoded)
-            except TransientIOError:  # somebody else has committed, or the answer was lost: what is there decides
+            except TransientIOError:  # another client has committed, or the answer was lost: what is there decides
                 num_tries += 1
                 if settled := self._look_again(encoded):
                     return settled

@@ -51,7 +51,7 @@ class S3Staging:
             leftovers: what a crash of an attempt at this destination left, by name.
             merge_key: of the release.
             attempt: marks the objects of this release on its way.
-            apart: whether whoever publishes does not see the directory, so that all bytes have to be at the store.
+            apart: whether the publishing worker does not see the directory, so that all bytes have to be at the store.
             sleep: waits some seconds.
         """
         self._store = store
@@ -177,7 +177,7 @@ class S3Staging:
                 self._etags[path] = found.etag
                 return
             if found and not self._is_of_release(found):
-                raise occupied(self._store.place, [path], "a file of somebody else")
+                raise occupied(self._store.place, [path], "a file of others")
             if found:
                 self._store.delete(path, found.etag)
             else:
