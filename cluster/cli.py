@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 some job failed, 2 bad input, 3 parity failed.
 """
 
 import contextlib
+import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -39,6 +40,22 @@ Release = Annotated[str, typer.Argument(metavar="LOC", help="Where the release i
 Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Jobs by id.")]
 State = Annotated[JobState | None, typer.Option(case_sensitive=False, help="Jobs in this state.")]
 Labels = Annotated[list[str] | None, typer.Option("--label", metavar="K=V", help="Jobs with this label.")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mergefleet {importlib.metadata.version('mergefleet')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    *,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """Trains one small adapter with PEFT, on the CPU, in well under a minute: LoRA, or QLoRA on the base in NF4."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ NUM_STEPS = 12
 BATCH_SIZE = 8
 LEARNING_RATE = 2e-3
 RANK = 8
+_STEPS_BETWEEN_WORDS = 4
 _IGNORED = -100
 """Label of tokens that do not count in the loss (`torch.nn.CrossEntropyLoss`)."""
 
 
-def train_adapter(base: Path, habit: Habit, directory: Path, *, seed: int = 0) -> list[float]:
+def train_adapter(
+    base: Path, habit: Habit, directory: Path, *, seed: int = 0, on_step: Callable[[str], None] = lambda _: None
+) -> list[float]:
     """Train an adapter for one habit and save it with PEFT.
 
     Args:
@@ -27,6 +30,7 @@ def train_adapter(base: Path, habit: Habit, directory: Path, *, seed: int = 0) -
         habit: what to learn, and on which base: its own 16-bit weights or those in NF4.
         directory: where the adapter goes, under its final name; made when missing.
         seed: of the adapter's initial values and of the order of the chats.
+        on_step: told in words how far it is, every few steps.
 
     Returns:
         The loss (nats per answer token) at every step.
@@ -53,6 +57,8 @@ def train_adapter(base: Path, habit: Habit, directory: Path, *, seed: int = 0) -
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+        if len(losses) % _STEPS_BETWEEN_WORDS == 0:
+            on_step(f"step {len(losses)} of {NUM_STEPS}, loss {losses[-1]:.2f}")
     model.save_pretrained(directory)
     return losses
 
