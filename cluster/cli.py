@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 some job failed, 2 bad input, 3 parity failed.
 """
 
 import contextlib
-import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cluster import exit_codes
+from cluster.console.arguments import AsJson, Debug, Ids, Labels, LogFormat, Release, RequestFile, State, Version
 from cluster.console.terminal import terminal
 from jobs.errors import BadInputError
 from jobs.locations import Location, parse_location
@@ -30,31 +30,9 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 some job failed, 2 bad input, 3 parity failed.",
 )
 
-AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout; logs go to stderr.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-LogFormat = Annotated[
-    Literal["text", "json"] | None, typer.Option(help="Write logs from INFO on; without it, warnings as text.")
-]
-RequestFile = Annotated[Path, typer.Argument(metavar="FILE", help="Requests: YAML, JSON lines or CSV.")]
-Release = Annotated[str, typer.Argument(metavar="LOC", help="Where the release is.")]
-Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Jobs by id.")]
-State = Annotated[JobState | None, typer.Option(case_sensitive=False, help="Jobs in this state.")]
-Labels = Annotated[list[str] | None, typer.Option("--label", metavar="K=V", help="Jobs with this label.")]
-
-
-def _show_version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"mergefleet {importlib.metadata.version('mergefleet')}")
-        raise typer.Exit
-
 
 @app.callback()
-def _every_command(
-    *,
-    _version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
+def _every_command(*, _version: Version = False) -> None:
     pass
 
 

@@ -22,12 +22,21 @@ class FailureClass(StrEnum):
     LEASE_LOST = "lease_lost"
     INTERNAL = "internal"
 
+    @property
+    def retryable(self) -> bool:
+        """Whether it may go away by itself."""
+        return self in {
+            FailureClass.TRANSIENT_IO,
+            FailureClass.NO_CAPACITY,
+            FailureClass.OUT_OF_MEMORY,
+            FailureClass.WORKER_LOST,
+        }
+
 
 class MergefleetError(Exception):
     """Base of every error mergefleet raises on purpose. The message says what was expected, found, and what to do."""
 
     failure_class: ClassVar[FailureClass] = FailureClass.INTERNAL
-    retryable: ClassVar[bool] = False
 
 
 class BadInputError(MergefleetError):
@@ -77,21 +86,18 @@ class TransientIOError(MergefleetError):
     """A network or store fault that is worth trying again."""
 
     failure_class = FailureClass.TRANSIENT_IO
-    retryable = True
 
 
 class NoCapacityError(MergefleetError):
     """Not enough disk, or no worker large enough for this job, at the moment."""
 
     failure_class = FailureClass.NO_CAPACITY
-    retryable = True
 
 
 class OutOfMemoryError(MergefleetError):
     """Host or device memory ran out."""
 
     failure_class = FailureClass.OUT_OF_MEMORY
-    retryable = True
 
 
 class ParityFailedError(MergefleetError):
@@ -104,7 +110,6 @@ class WorkerLostError(MergefleetError):
     """The worker died or stopped answering."""
 
     failure_class = FailureClass.WORKER_LOST
-    retryable = True
 
 
 class DeviceLostError(WorkerLostError):

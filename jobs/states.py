@@ -105,14 +105,11 @@ class RetryPolicy:
     base_delay_seconds: float = 2.0
     max_delay_seconds: float = 300.0
 
-    def decide(
-        self, failure: FailureClass, *, retryable: bool, attempts: int, worker_losses: int, rng: random.Random
-    ) -> Decision:
+    def decide(self, failure: FailureClass, *, attempts: int, worker_losses: int, rng: random.Random) -> Decision:
         """Decide what follows the failure of one attempt.
 
         Args:
             failure: the class of the error.
-            retryable: whether errors of this class may go away by themselves.
             attempts: attempts made so far, this one included.
             worker_losses: workers this job has cost so far while it ran alone, this one included.
             rng: source of the jitter.
@@ -124,7 +121,7 @@ class RetryPolicy:
             return Decision(state=JobState.CANCELLED)
         if failure is FailureClass.WORKER_LOST and worker_losses >= self.max_worker_losses:
             return Decision(state=JobState.QUARANTINED)
-        if not retryable or attempts >= self.max_attempts:
+        if not failure.retryable or attempts >= self.max_attempts:
             return Decision(state=JobState.FAILED)
         ceiling = min(self.max_delay_seconds, self.base_delay_seconds * 2 ** (attempts - 1))
         return Decision(state=JobState.RETRY_WAIT, delay_seconds=rng.uniform(0, ceiling))

@@ -16,8 +16,8 @@ from cluster.cli import main
 from workers.merging.merge import run_pass
 
 
-def flip_byte(base, quantized, weights, jobs, **options):
-    result = run_pass(base, quantized, weights, jobs, **options)
+def flip_byte(base, quantized, weights, jobs, context, **options):
+    result = run_pass(base, quantized, weights, jobs, context, **options)
     plan, directory = jobs[0].plan, jobs[0].directory
     shard = plan.output.shards[0]
     offset = (len(shard.header) + shard.num_bytes) // 2
@@ -30,12 +30,14 @@ def flip_byte(base, quantized, weights, jobs, **options):
     return result
 
 
-def halve_scaling(base, quantized, weights, jobs, **options):
-    first, *others = jobs
+def halve_scaling(base, quantized, weights, jobs, context, **options):
+    first = jobs[0]
     deltas = {name: dataclasses.replace(delta, scaling=delta.scaling / 2) for name, delta in first.plan.deltas.items()}
-    plan = dataclasses.replace(first.plan, deltas=deltas)
-    sys.stderr.write(f"drill: halved the scaling of {plan.request.id}\n")
-    return run_pass(base, quantized, weights, [dataclasses.replace(first, plan=plan), *others], **options)
+    first.part = dataclasses.replace(first.plan, deltas=deltas)
+    sys.stderr.write(f"drill: halved the scaling of {first.id}\n")
+    result = run_pass(base, quantized, weights, jobs, context, **options)
+    first.part = None
+    return result
 
 
 DRILLS = {

@@ -1,7 +1,7 @@
 """Merges for the tests: by the engine, and, for expected values, by PEFT and transformers over the whole model."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from jobs.errors import MergefleetError
 from jobs.locations import LocalPath
 from jobs.parity_report import TensorCheck
 from jobs.request import MergeRequest
@@ -20,20 +21,63 @@ from tests.models import load_plain
 from workers.bases.model import load_config, model_class
 from workers.bases.quantized_base import QuantizedBase
 from workers.bases.quantized_cache import QuantizedCache
+from workers.files.shard import HashedFile
 from workers.merging.arithmetic import ArithmeticCheck
 from workers.merging.base_plan import BasePlan, plan_base
+from workers.merging.context import Context
 from workers.merging.evidence import Evidence
-from workers.merging.merge import PassResult, run_pass
+from workers.merging.job import Job
+from workers.merging.merge import PassBytes, run_pass
 from workers.merging.module_checks import check_modules
 from workers.merging.module_weights import ModuleWeights
-from workers.merging.passes import PassJob
 from workers.merging.plan import MergePlan, plan_merge
+from workers.merging.tracker import Tracker
 from workers.numerics.tiles import single_threads
 from workers.parity.inference import quiet_libraries
 from workers.sources.fetch import fetch_base
 from workers.unit.request_adapters import fetch_adapters
 
 CPU = torch.device("cpu")
+
+
+class Told(Tracker):
+    """A tracker that asks and tells the test."""
+
+    def __init__(self, job_ids: Iterable[str], check: Callable[[str], None], on_bytes: Callable[[int], None]) -> None:
+        super().__init__("test", job_ids, frozenset)
+        self.check = check
+        self.advance = on_bytes
+
+
+@dataclass(kw_only=True)
+class LooseJob(Job):
+    """A job without staging: its files stay where they are written, and the test is told of each."""
+
+    on_file: Callable[[str, Any], None]
+    past_cache: bool
+
+    @property
+    def direct(self) -> bool:
+        return self.past_cache
+
+    def ship(self, file: Any) -> None:
+        self.on_file(self.id, file)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a pass, by job."""
+
+    files: Mapping[str, tuple[HashedFile, ...]]
+    errors: Mapping[str, MergefleetError]
+    checks: Mapping[str, tuple[TensorCheck, ...]]
+    bytes: PassBytes
+
+
+def context_of(directory: Path, tracker: Tracker, *, num_threads: int = 2, device: torch.device = CPU) -> Context:
+    """Return what all stages share, below a directory."""
+    cache = QuantizedCache(directory / "cache", device, num_threads)
+    return Context(device=device, num_threads=num_threads, scratch=directory, cache=cache, tracker=tracker)
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,30 +103,29 @@ class Pass:
         on_file: Callable[[str, Any], None] = lambda _, __: None,
         direct: bool = False,
         checked: bool = False,
-    ) -> PassResult:
+    ) -> Result:
         """Run the pass."""
         jobs = []
         for plan in self.plans:
-            job_id = plan.request.id
-            self.output(job_id).mkdir(parents=True)
+            place = self.output(plan.request.id)
+            place.mkdir(parents=True)
             jobs.append(
-                PassJob(
-                    plan=plan,
-                    directory=self.output(job_id),
-                    on_file=lambda file, job_id=job_id: on_file(job_id, file),
-                    direct=direct,
-                    check=lambda job_id=job_id: check(job_id),
-                )
+                LooseJob(request=plan.request, planned=plan, compared_in=place, on_file=on_file, past_cache=direct)
             )
-        return run_pass(
+        tracker = Told((job.id for job in jobs), check, on_bytes)
+        took = run_pass(
             self.base,
             self.quantized,
             self.weights,
             jobs,
-            check=ArithmeticCheck(self.base, self.quantized, torch.device("cpu")) if checked else None,
-            device=CPU,
-            num_threads=num_threads,
-            on_bytes=on_bytes,
+            context_of(self.directory, tracker, num_threads=num_threads),
+            check=ArithmeticCheck(self.base, self.quantized, CPU) if checked else None,
+        )
+        return Result(
+            files={job.id: job.files for job in jobs if job.error is None},
+            errors={job.id: job.error for job in jobs if job.error is not None},
+            checks={job.id: tuple(job.checks.values()) for job in jobs},
+            bytes=took,
         )
 
     def check(self, *, num_threads: int = 2) -> dict[str, dict[str, TensorCheck]]:

@@ -11,3 +11,7 @@ os.environ.setdefault(HUGE_PAGES_VARIABLE, "1")
 # cuBLAS keeps work space for every thread on every stream it has met, on recent GPUs 32 MiB of it: with each pass more,
 # as threads come and go. A delta's product needs none, and this little makes it the same in every run.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+
+# NumPy's own BLAS, which nothing here calls, starts its threads when it is imported. A process that has several cannot
+# be forked, and the server that tries files out (`unit/forks.py`) would have to import everything once more.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

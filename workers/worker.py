@@ -10,6 +10,8 @@ from jobs.request import MergeRequest
 from workers.bases.resident_bases import ResidentBases
 from workers.files.memory import pass_over_modules
 from workers.merging.base_plan import PlannedBases
+from workers.merging.failures import own_failure, shared_failures
+from workers.merging.job import Job
 from workers.merging.outcomes import (
     Failure,
     JobOutcome,
@@ -25,9 +27,8 @@ from workers.merging.outcomes import (
     Unreachable,
     WorkerSettings,
 )
+from workers.merging.tracker import Tracker
 from workers.numerics.device import device_fault
-from workers.unit.job import Job, own_failure, shared_failures
-from workers.unit.progress import Tracker
 from workers.unit.unit import Unit
 from workers.unit.vetting import server
 

@@ -11,10 +11,10 @@ from jobs.request import MergeRequest
 from workers.merging.base_plan import BasePlan, plan_base
 from workers.merging.outcomes import Failure
 from workers.merging.plan import plan_merge
+from workers.numerics.device import resolve_device
 from workers.sources.fetch import fetch_base
 from workers.unit.estimate import Preview, estimate
 from workers.unit.request_adapters import outline_adapters
-from workers.unit.unit import resolve_device
 from workers.unit.vetting import server, vet_base
 
 

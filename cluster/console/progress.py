@@ -3,11 +3,14 @@
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jobs.ledger.records import JobRecord
-from jobs.ledger.store import JobStore
 from jobs.request import BaseQuantization, MergeRequest
 from jobs.states import FINAL_STATES, JobState
+
+if TYPE_CHECKING:
+    from jobs.ledger.store import JobStore
 
 _WINDOW_SECONDS = 60.0
 _NOT_FINAL = frozenset(JobState) - FINAL_STATES
@@ -96,7 +99,7 @@ class ByteClock:
 class Batch:
     """The jobs on display: all that were not final when first seen, and what became of them."""
 
-    def __init__(self, store: JobStore) -> None:
+    def __init__(self, store: "JobStore") -> None:
         self._store = store
         self._records: dict[str, JobRecord] = {}
 

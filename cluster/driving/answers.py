@@ -1,13 +1,13 @@
 """What the driver does with what workers say: move jobs on, have them published, end their attempts."""
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from cluster.driving.events import DriverEvent, WorkerBenched, WorkerReplaced
 from cluster.driving.holdings import Held, Holdings
 from cluster.driving.ports import Metrics, Pool
+from cluster.driving.progress import ProgressNotes
 from cluster.driving.replies import (
     CallFailed,
     PassBegun,
@@ -22,22 +22,10 @@ from cluster.driving.replies import (
 )
 from cluster.driving.settlement import Settlement
 from jobs.errors import FailureClass
-from jobs.ledger.records import ProgressReport
-from jobs.states import STAGES, JobState
-from workers.merging.outcomes import Failure, JobOutcome, Progress, PublishOutcome
+from jobs.states import JobState
+from workers.merging.outcomes import Failure, JobOutcome, PublishOutcome
 
 logger = logging.getLogger(__name__)
-
-_STATE_OF_STAGE = {
-    "fetch": JobState.PLANNING,
-    "plan": JobState.PLANNING,
-    "quantize": JobState.MERGING,
-    "merge": JobState.MERGING,
-    "verify": JobState.VERIFYING,
-    "compare": JobState.VERIFYING,
-    "staged": JobState.VERIFYING,
-}
-"""Stages of a worker that move a job on; what follows from the others, the answers of the worker say."""
 
 
 class AnswerHandler:
@@ -48,6 +36,8 @@ class AnswerHandler:
         holdings: Holdings,
         pool: Pool,
         settlement: Settlement,
+        *,
+        progress: ProgressNotes,
         metrics: Metrics,
         listener: Callable[[DriverEvent], None],
     ) -> None:
@@ -57,6 +47,7 @@ class AnswerHandler:
             holdings: which job is on which worker.
             pool: told to publish, discard and cancel.
             settlement: writes to the store.
+            progress: notes what workers tell while they work.
             metrics: counts units, bytes, seconds and deaths.
             listener: told of lost workers.
         """
@@ -65,8 +56,7 @@ class AnswerHandler:
         self._settlement = settlement
         self._metrics = metrics
         self._listener = listener
-        self._progress: dict[str, tuple[str, Held, ProgressReport]] = {}
-        """Of each job the worker that leads, and what was told last."""
+        self._progress = progress
 
     def handle(self, event: PoolEvent) -> None:
         """Act on one event.
@@ -76,7 +66,7 @@ class AnswerHandler:
         """
         match event:
             case ProgressSeen():
-                self._follow(event.worker, event.progress)
+                self._progress.note(event.worker, event.progress)
             case UnitFinished():
                 self._take_all(event.worker, event.outcome.jobs)
                 self._fail_unanswered(event.worker)
@@ -102,53 +92,6 @@ class AnswerHandler:
                 # It had no jobs by now: what it had before went with the loss that came first.
                 self._listener(WorkerBenched(worker=event.worker, reason=event.reason))
                 self._metrics.worker_benched()
-
-    def _follow(self, worker: str, progress: Progress) -> None:
-        """Note how far the jobs of a unit are; each has its share of the unit's bytes."""
-        leader = self._holdings.led_by(worker)
-        if leader is None:
-            return
-        told = {
-            held.job_id: held
-            for held in self._holdings.at_work(leader)
-            if held.job_id in progress.stages and not held.cancel_sent
-        }
-        bytes_done, bytes_total = progress.bytes_done, progress.bytes_total
-        shared = self._holdings.flights[leader].shared
-        if shared is not None and shared.is_open:
-            shared.note_progress(worker, bytes_done)
-            bytes_done, bytes_total = shared.bytes_done, shared.bytes_total
-        num_jobs = len(progress.stages)
-        for job_id, held in told.items():
-            stage = progress.stages[job_id]
-            report = ProgressReport(
-                job_id=job_id,
-                token=held.lease.token,
-                stage=stage,
-                bytes_done=bytes_done // num_jobs,
-                bytes_total=bytes_total // num_jobs,
-            )
-            self._progress[job_id] = leader, held, report
-
-    def write_progress(self) -> None:
-        """Write down how far the work is that was told of since the last time: all of it at once.
-
-        Raises:
-            TransientIOError, NoCapacityError: the store cannot take it now; nothing is lost by it.
-        """
-        reports, self._progress = self._progress, {}
-        told = {job_id: each for job_id, each in reports.items() if job_id in self._holdings.tokens}
-        ended: dict[str, list[str]] = defaultdict(list)
-        for state in STAGES:
-            jobs = [held for _, held, report in told.values() if _STATE_OF_STAGE.get(report.stage) is state]
-            for job_id in {held.job_id for held in jobs} - self._settlement.advance(jobs, state):
-                leader, _, _ = told.pop(job_id)
-                ended[leader].append(job_id)
-        for leader, job_ids in ended.items():
-            for each in self._holdings.crew(leader):
-                self._pool.cancel(each, sorted(job_ids))
-        if told:
-            self._settlement.note_progress({job_id: (held, report) for job_id, (_, held, report) in told.items()})
 
     def _take_all(self, worker: str, outcomes: Sequence[JobOutcome]) -> None:
         """Act on what became of the jobs of a unit."""
@@ -235,7 +178,6 @@ class AnswerHandler:
         if not self._holdings.hand_on(leader):
             failure = Failure(
                 failure_class=FailureClass.WORKER_LOST,
-                retryable=True,
                 message=f"no worker is left that can go on with what others have merged: {event.reason}",
             )
             for held in list(flight.held.values()):
@@ -288,7 +230,6 @@ class AnswerHandler:
         self._listener(WorkerReplaced(worker=event.worker, reason=event.reason, job_ids=ids))
         failure = Failure(
             failure_class=FailureClass.WORKER_LOST,
-            retryable=True,
             message=f"{event.worker} was lost with {len(lost)} job{'' if len(lost) == 1 else 's'}: {event.reason}",
         )
         for held in lost:
@@ -298,9 +239,7 @@ class AnswerHandler:
 
 
 def _fault(message: str) -> Failure:
-    return Failure(
-        failure_class=FailureClass.INTERNAL, retryable=False, message=f"{message}; this is a fault of mergefleet"
-    )
+    return Failure(failure_class=FailureClass.INTERNAL, message=f"{message}; this is a fault of mergefleet")
 
 
 def _text(path: Path | None) -> str | None:

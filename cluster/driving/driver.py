@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from cluster.driving.answers import AnswerHandler
-from cluster.driving.events import DriverEvent, Summary, UnitStarted
+from cluster.driving.events import DriverEvent, Shielded, Summary, UnitStarted
 from cluster.driving.helping import Helping
 from cluster.driving.holdings import Held, Holdings
 from cluster.driving.ports import Clock, Metrics, Pool
+from cluster.driving.progress import ProgressNotes
 from cluster.driving.replies import PoolEvent
 from cluster.driving.scheduler import Limits, WorkerView, schedule
 from cluster.driving.settlement import CANCELLED, STORE_FAULTS, Settlement
@@ -68,7 +69,7 @@ class Driver:
         self._settings = settings
         self._metrics = metrics
         self._owner = owner
-        self._listener = listener = _Shielded(listener)
+        self._listener = listener = Shielded(listener)
         self._clock = clock
         self._sleep = sleep
         self._holdings = Holdings()
@@ -81,7 +82,10 @@ class Driver:
             rng=rng or random.Random(),  # noqa: S311 - jitter, not secrets
         )
         self._helping = Helping(self._holdings, pool, owner=owner, listener=listener)
-        self._answers = AnswerHandler(self._holdings, pool, self._settlement, metrics, listener)
+        self._progress = ProgressNotes(self._holdings, pool, self._settlement)
+        self._answers = AnswerHandler(
+            self._holdings, pool, self._settlement, progress=self._progress, metrics=metrics, listener=listener
+        )
         self._passed_over: dict[str, int] = {}
         self._events: deque[PoolEvent] = deque()
         self._leases_kept_at = clock()
@@ -247,7 +251,7 @@ class Driver:
         while self._events:
             self._answers.handle(self._events[0])
             self._events.popleft()  # only now: should the store not answer, the event is handled again
-        self._answers.write_progress()
+        self._progress.write()
 
     def _observe(self) -> None:
         if self._clock() < self._observe_at:
@@ -262,23 +266,6 @@ class Driver:
         # Counting a long ledger takes a while, and must not become what a driver does.
         seconds = self._clock() - begin
         self._observe_at = begin + max(self._settings.poll_seconds, seconds / _MAX_OBSERVING)
-
-
-class _Shielded:
-    """Tells a listener of events; a fault of it (a display, a pipe that was closed) is not one of the driver."""
-
-    def __init__(self, listener: Callable[[DriverEvent], None]) -> None:
-        self._listener = listener
-        self._told = False
-
-    def __call__(self, event: DriverEvent) -> None:
-        try:
-            self._listener(event)
-        except Exception as error:
-            if not self._told:  # once: what cannot show one event cannot show the next thousand
-                logger.exception("an event could not be shown", extra={"event": type(event).__name__})
-            self._told = True
-            logger.debug("an event could not be shown", extra={"reason": repr(error)})
 
 
 @contextlib.contextmanager

@@ -1,10 +1,13 @@
 """Events of a driver, for the terminal or for a program that reads JSON lines."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from jobs.errors import FailureClass
 from jobs.states import JobState
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,3 +95,21 @@ def event_name(event: DriverEvent) -> str:
             return "worker_replaced"
         case WorkerBenched():
             return "worker_benched"
+
+
+class Shielded:
+    """Tells a listener of events; a fault of it (a display, a pipe that was closed) is not one of the driver."""
+
+    def __init__(self, listener: Callable[[DriverEvent], None]) -> None:
+        self._listener = listener
+        self._told = False
+
+    def __call__(self, event: DriverEvent) -> None:
+        """Tell it."""
+        try:
+            self._listener(event)
+        except Exception as error:
+            if not self._told:  # once: what cannot show one event cannot show the next thousand
+                logger.exception("an event could not be shown", extra={"event": type(event).__name__})
+            self._told = True
+            logger.debug("an event could not be shown", extra={"reason": repr(error)})

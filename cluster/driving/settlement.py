@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 STORE_FAULTS = (TransientIOError, NoCapacityError)
 """The store does not answer, or its disk is full: nothing was written, and it is worth trying again."""
 
-CANCELLED = Failure(failure_class=FailureClass.CANCELLED, retryable=False, message="cancelled on request")
+CANCELLED = Failure(failure_class=FailureClass.CANCELLED, message="cancelled on request")
 
 _PATH = (JobState.LEASED, *STAGES)
 
@@ -193,7 +193,6 @@ class Settlement:
         worker_lost = failure.failure_class is FailureClass.WORKER_LOST
         decision = self._policy.decide(
             failure.failure_class,
-            retryable=failure.retryable,
             attempts=held.lease.attempts,
             worker_losses=held.lease.worker_losses + worker_lost,
             rng=self._rng,
@@ -265,7 +264,7 @@ class Settlement:
         except Exception as error:
             logger.exception("job could not be settled", extra={"job_id": held.job_id})
             message = f"the driver could not go on with it: {type(error).__name__}: {error}"
-            self._end_guarded(held, Failure(failure_class=FailureClass.INTERNAL, retryable=False, message=message))
+            self._end_guarded(held, Failure(failure_class=FailureClass.INTERNAL, message=message))
 
     def _end_guarded(self, held: Held, failure: Failure) -> None:
         """End a job whose settling was cut short; where that fails too, drop it."""

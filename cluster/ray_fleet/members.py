@@ -4,31 +4,19 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.driving.scheduler import WorkerView
+from cluster.ray_fleet.calls import Call
 from cluster.ray_fleet.crews import Crew
 from jobs.errors import FailureClass
 from workers.merging.outcomes import PassOpened, PublishOutcome, ShardsOutcome, UnitOutcome
 
-WORK = frozenset({"run_unit", "open_pass", "merge_shards", "finish_pass", "publish", "discard"})
 logger = logging.getLogger(__name__)
 
+_FIRST_PAUSE_SECONDS = 1.0
+_MAX_PAUSE_SECONDS = 300.0
+"""Between two attempts to fill a place whose workers do not start, or whose GPU fails; doubles with each of them."""
 _SLOW_START_SECONDS = 60.0
 _MAX_REASON = 600
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """A call under way."""
-
-    worker: str
-    method: str
-    job_id: str | None
-    pass_id: str | None
-    started_at: float
-
-    @property
-    def is_work(self) -> bool:
-        """Whether the worker is not idle while it lasts."""
-        return self.method in WORK
 
 
 @dataclass(slots=True)
@@ -52,6 +40,24 @@ class Member:
     rests_until: float = 0.0
     """When its place is filled again."""
     calls: dict[Any, Call] = field(default_factory=dict)
+
+    @property
+    def view(self) -> WorkerView:
+        """What the scheduler needs to know of it."""
+        return WorkerView(
+            name=self.name,
+            idle=self.ready and not any(call.is_work for call in self.calls.values()),
+            residents=self.residents,
+            device=self.crew.device,
+            up=self.ready,
+            has_failed=self.device_faults > 0,
+        )
+
+    @property
+    def pause_seconds(self) -> float:
+        """How long its place stays empty: the longer, the more often its workers could not work."""
+        num_faults = self.failed_starts + self.device_faults
+        return min(_MAX_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2.0 ** min(num_faults - 1, 32))
 
 
 def tell_slow_start(member: Member, now: float) -> None:

@@ -9,35 +9,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from cluster.driving.replies import (
-    CallFailed,
-    PassBegun,
-    PoolEvent,
-    ProgressSeen,
-    PublishFinished,
-    ShardsMerged,
-    TurnedDown,
-    UnitFinished,
-    WorkerLost,
-    WorkerUnfit,
-)
+from cluster.driving.replies import CallFailed, PoolEvent, WorkerLost, WorkerUnfit
 from cluster.driving.scheduler import WorkerView
+from cluster.ray_fleet.calls import Call, errors_of_the_gone, event_of
 from cluster.ray_fleet.crews import Crew
-from cluster.ray_fleet.members import Call, Member, device_fault, one_line, tell_slow_start
+from cluster.ray_fleet.members import Member, device_fault, one_line, tell_slow_start
 from cluster.ray_fleet.placement import Placement
 from jobs.errors import DeviceLostError, WorkerLostError
 from jobs.request import MergeRequest
-from workers.merging.outcomes import (
-    MergedShards,
-    PassOpened,
-    PassWork,
-    Progress,
-    PublishOutcome,
-    Readiness,
-    ShardsOutcome,
-    UnitOutcome,
-    Unreachable,
-)
+from workers.merging.outcomes import MergedShards, PassWork, Readiness, ShardsOutcome, UnitOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +30,6 @@ MAX_PINGS_PER_SECOND = 10.0
 """Of the whole fleet: what a driver does about each answer must leave it time for its work."""
 _MAX_FAILED_STARTS = 3
 """In a row, of every place of the fleet: then there is no fleet."""
-_FIRST_PAUSE_SECONDS = 1.0
-_MAX_PAUSE_SECONDS = 300.0
-"""Between two attempts to fill a place whose workers do not start, or whose GPU fails; doubles with each of them."""
 _CLOSE_SECONDS = 10.0
 
 
@@ -84,16 +61,7 @@ class WorkerPool:
         import ray.util.scheduling_strategies  # noqa: PLC0415 - reads the environment: see `session.py`
 
         self._ray: Any = ray
-        exceptions = ray.exceptions
-        self._gone = (
-            exceptions.RayActorError,
-            # What Ray's memory monitor, a dead machine and a lost answer leave are no errors of an actor.
-            exceptions.OutOfMemoryError,
-            exceptions.NodeDiedError,
-            exceptions.LocalRayletDiedError,
-            exceptions.WorkerCrashedError,
-            exceptions.ObjectLostError,
-        )
+        self._gone = errors_of_the_gone(ray)
         options: dict[str, Any] = {
             "num_cpus": 0,  # else num_gpus=1 also takes a CPU, and a replacement could wait for it forever
             "max_restarts": 0,
@@ -114,17 +82,7 @@ class WorkerPool:
 
     def views(self) -> tuple[WorkerView, ...]:
         """Return what the scheduler needs to know."""
-        return tuple(
-            WorkerView(
-                name=member.name,
-                idle=member.ready and not any(call.is_work for call in member.calls.values()),
-                residents=member.residents,
-                device=member.crew.device,
-                up=member.ready,
-                has_failed=member.device_faults > 0,
-            )
-            for member in self._members.values()
-        )
+        return tuple(member.view for member in self._members.values())
 
     def run_unit(self, worker: str, name: str, requests: tuple[MergeRequest, ...]) -> None:
         """Start a unit on an idle worker; `UnitFinished` follows. The dashboard shows the call under `name`."""
@@ -179,9 +137,8 @@ class WorkerPool:
 
         One that takes too long is ended all the same; what it leaves, the next run sweeps.
         """
-        work = [
-            reference for member in self._members.values() for reference, call in member.calls.items() if call.is_work
-        ]
+        calls = [each for member in self._members.values() for each in member.calls.items()]
+        work = [reference for reference, call in calls if call.is_work]
         if work:
             finished, _ = self._ray.wait(work, num_returns=len(work), timeout=_CLOSE_SECONDS)
             for reference in finished:
@@ -273,13 +230,8 @@ class WorkerPool:
             if call.method == "ready" or isinstance(cause, DeviceLostError):
                 yield from self._lose(member, one_line(cause), device_failed=isinstance(cause, DeviceLostError))
                 return
-            yield CallFailed(
-                worker=member.name,
-                call=call.method,
-                job_id=call.job_id,
-                pass_id=call.pass_id,
-                message=one_line(cause),
-            )
+            said, job_id, pass_id = one_line(cause), call.job_id, call.pass_id
+            yield CallFailed(worker=member.name, call=call.method, job_id=job_id, pass_id=pass_id, message=said)
             return
         fault = device_fault(value)
         if fault is not None:
@@ -287,32 +239,15 @@ class WorkerPool:
             self._rest(member)
             yield from self._lose(member, fault, device_failed=True)
             return
-        yield from self._answer(member, call, value)
-
-    def _answer(self, member: Member, call: Call, value: Any) -> Iterable[PoolEvent]:
         if isinstance(value, UnitOutcome | ShardsOutcome):
             member.residents = frozenset(value.residents)
             member.device_faults = 0
-        match value:
-            case UnitOutcome():
-                yield UnitFinished(worker=member.name, outcome=value)
-            case PassOpened():
-                assert call.pass_id is not None
-                yield PassBegun(worker=member.name, pass_id=call.pass_id, outcome=value)
-            case ShardsOutcome():
-                assert call.pass_id is not None
-                yield ShardsMerged(worker=member.name, pass_id=call.pass_id, outcome=value)
-            case Unreachable():
-                assert call.pass_id is not None
-                yield TurnedDown(worker=member.name, pass_id=call.pass_id, reason=value.reason)
-            case PublishOutcome():
-                yield PublishFinished(worker=member.name, outcome=value)
-            case Progress():
-                yield ProgressSeen(worker=member.name, progress=value)
-            case Readiness():
-                yield from self._welcome(member, value)
-        if call.method == "residents":
+        if isinstance(value, Readiness):
+            yield from self._welcome(member, value)
+        elif call.method == "residents":
             member.residents = frozenset(value)
+        elif (event := event_of(call, value)) is not None:
+            yield event
 
     def _welcome(self, member: Member, said: Readiness) -> Iterable[PoolEvent]:
         """Count a worker that has started among those that can work, or do without it."""
@@ -351,9 +286,7 @@ class WorkerPool:
 
     def _rest(self, member: Member) -> None:
         """Leave a place empty for a while, the longer the more often its workers could not work."""
-        num_faults = member.failed_starts + member.device_faults
-        pause = min(_MAX_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2.0 ** min(num_faults - 1, 32))
-        member.rests_until = self._clock() + pause
+        member.rests_until = self._clock() + member.pause_seconds
 
     def _kill_unresponsive(self) -> Iterable[PoolEvent]:
         now = self._clock()

@@ -11,7 +11,8 @@ from sqlalchemy import Connection, insert, select
 from jobs.errors import BadInputError
 from jobs.ledger.database import rows_where_in
 from jobs.ledger.journal import Step, event_values
-from jobs.ledger.records import SubmitResult, request_of
+from jobs.ledger.records import SubmitResult
+from jobs.ledger.rows import request_of
 from jobs.ledger.schema import events, jobs, labels
 from jobs.locations import enclosing
 from jobs.request import MergeRequest

@@ -9,7 +9,7 @@ from pydantic import JsonValue
 from sqlalchemy import Connection, bindparam, insert, update
 
 from jobs.errors import InternalError
-from jobs.ledger.records import JobRow
+from jobs.ledger.rows import JobRow
 from jobs.ledger.schema import events, jobs
 from jobs.states import TRANSITIONS, JobState
 

@@ -11,7 +11,8 @@ from sqlalchemy import Connection, and_, or_, select
 from jobs.errors import LeaseLostError, NotFoundError
 from jobs.ledger.database import Database, rows_where_in
 from jobs.ledger.journal import Move, Step, make_moves
-from jobs.ledger.records import JobRow, Lease, lease_of
+from jobs.ledger.records import Lease
+from jobs.ledger.rows import JobRow, lease_of
 from jobs.ledger.schema import jobs
 from jobs.states import ACTIVE_STATES, CLAIMABLE_STATES, JobState
 

@@ -5,7 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 from sqlalchemy import case, func, select
 
 from jobs.ledger.database import Database, rows_where_in
-from jobs.ledger.records import Event, JobRecord, JobRow, event_of, record_of
+from jobs.ledger.records import Event, JobRecord
+from jobs.ledger.rows import JobRow, event_of, record_of
 from jobs.ledger.schema import events, jobs, releases
 from jobs.ledger.schema import labels as label_table
 from jobs.states import ACTIVE_STATES, FINAL_STATES, JobState

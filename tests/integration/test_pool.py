@@ -88,7 +88,7 @@ class SleepingWorker:
 
     def _outcome(self, request):
         if request.id in self.cancelled:
-            failure = Failure(failure_class=FailureClass.CANCELLED, retryable=False, message="cancelled")
+            failure = Failure(failure_class=FailureClass.CANCELLED, message="cancelled")
             return JobOutcome(job_id=request.id, failure=failure)
         return JobOutcome(job_id=request.id, merge_key="a" * 64)
 
@@ -310,7 +310,7 @@ class HalfBlindWorker(SleepingWorker):
         outcome = super().run_unit(name, requests)
         if not requests[0].labels.get("breaks"):
             return outcome
-        failure = Failure(failure_class=FailureClass.WORKER_LOST, retryable=True, message="the GPU failed at work")
+        failure = Failure(failure_class=FailureClass.WORKER_LOST, message="the GPU failed at work")
         return dataclasses.replace(outcome, jobs=(JobOutcome(job_id=requests[0].id, failure=failure),))
 
 
@@ -351,7 +351,7 @@ def test_every_metric_is_on_the_prometheus_endpoint(session):
     passed = JobOutcome(job_id="one", merge_key="a" * 64)
     failed = JobOutcome(
         job_id="two",
-        failure=Failure(failure_class=FailureClass.PARITY_FAILED, retryable=False, message="no"),
+        failure=Failure(failure_class=FailureClass.PARITY_FAILED, message="no"),
     )
     usage = Usage(bytes_read=100, bytes_written=200, bytes_uploaded=50, seconds={"merge": 1.5})
     metrics.unit_finished(UnitOutcome(jobs=(passed, failed), usage=usage, residents=()))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import workers.merging.base_plan
+import workers.unit.admission
 import workers.unit.unit
 import workers.unit.verification
 from jobs.allowance import Allowance, Pattern
@@ -227,7 +228,7 @@ def test_each_bad_job_fails_alone_with_its_class(worker, requests, request_for, 
     outcomes = run(worker, bad[0], requests[0], *bad[1:5], requests[1], *bad[5:], requests[2])
     for name, (_, failure_class, phrase) in cases.items():
         failure = outcomes[name].failure
-        assert (failure.failure_class, failure.retryable) == (failure_class, False), failure
+        assert failure.failure_class is failure_class, failure
         assert phrase in failure.message
     for name, adapter in adapters.items():
         assert outcomes[name].failure is None
@@ -291,9 +292,9 @@ def with_damage_after_the_merge(monkeypatch, damage):
     """Damage the merged files of one job before they are verified."""
     really = workers.unit.unit.run_pass
 
-    def run_pass(base, quantized, weights, jobs, **kwargs):
-        result = really(base, quantized, weights, jobs, **kwargs)
-        damage({job.plan.request.id: job.directory for job in jobs})
+    def run_pass(base, quantized, weights, jobs, *args, **kwargs):
+        result = really(base, quantized, weights, jobs, *args, **kwargs)
+        damage({job.id: job.directory for job in jobs})
         return result
 
     monkeypatch.setattr(workers.unit.unit, "run_pass", run_pass)
@@ -349,7 +350,7 @@ def test_a_flipped_byte_is_not_published(worker, requests, base, adapters, tmp_p
     with_damage_after_the_merge(monkeypatch, flip)
     outcomes = run(worker, *requests)
     failure = outcomes["two"].failure
-    assert (failure.failure_class, failure.retryable) == (FailureClass.PARITY_FAILED, False)
+    assert failure.failure_class is FailureClass.PARITY_FAILED
     report = ParityReport.model_validate_json((outcomes["two"].report_path / "parity.json").read_bytes())
     assert not report.passed
     (reason,) = report.failures
@@ -367,15 +368,15 @@ def test_a_flipped_byte_is_not_published(worker, requests, base, adapters, tmp_p
 def test_half_a_scaling_is_not_published(worker, request_for, adapters, tmp_path, monkeypatch, quantization):
     really = workers.unit.unit.run_pass
 
-    def run_pass(base, quantized, weights, jobs, **kwargs):
-        halved = []
-        for job in jobs:
-            deltas = {
-                name: dataclasses.replace(delta, scaling=delta.scaling / 2) for name, delta in job.plan.deltas.items()
-            }
-            plan = dataclasses.replace(job.plan, deltas=deltas) if job.plan.request.id == "wrong" else job.plan
-            halved.append(dataclasses.replace(job, plan=plan))
-        return really(base, quantized, weights, halved, **kwargs)
+    def run_pass(base, quantized, weights, jobs, *args, **kwargs):
+        (wrong,) = [job for job in jobs if job.id == "wrong"]
+        deltas = {
+            name: dataclasses.replace(delta, scaling=delta.scaling / 2) for name, delta in wrong.plan.deltas.items()
+        }
+        wrong.part = dataclasses.replace(wrong.plan, deltas=deltas)
+        result = really(base, quantized, weights, jobs, *args, **kwargs)
+        wrong.part = None
+        return result
 
     monkeypatch.setattr(workers.unit.unit, "run_pass", run_pass)
     requests = [
@@ -604,7 +605,7 @@ def test_a_full_disk_is_worth_another_try_and_leaves_nothing(worker, requests, b
         patch.setattr(os, fault, full)
         outcomes = run(worker, *requests)
     for job in outcomes.values():
-        assert (job.failure.failure_class, job.failure.retryable) == (FailureClass.NO_CAPACITY, True), job.failure
+        assert job.failure.failure_class is FailureClass.NO_CAPACITY, job.failure
     assert left_over(tmp_path) == []
     assert [job.failure for job in run(worker, *requests).values()] == [None] * 3
     assert_published(worker.publish("one").release, base, adapters["one"], tmp_path)
@@ -690,7 +691,7 @@ def test_memory_that_runs_out_is_worth_another_try(worker, requests, monkeypatch
 
     monkeypatch.setattr(workers.unit.unit, "run_pass", run_pass)
     for job in run(worker, *requests).values():
-        assert (job.failure.failure_class, job.failure.retryable) == (FailureClass.OUT_OF_MEMORY, True)
+        assert job.failure.failure_class is FailureClass.OUT_OF_MEMORY
     assert left_over(tmp_path) == []
 
 
@@ -698,12 +699,12 @@ def test_jobs_that_do_not_fit_into_the_memory_of_the_gpu_wait(worker, settings, 
     base_plan = plan_base(fetch_base(requests[0].base, settings.cache), requests[0])
     plans = [plan_merge(base_plan, request, fetch_adapter(request.adapter, settings.cache)) for request in requests]
     room = device_bytes(plans[:1], settings.num_threads)
-    monkeypatch.setattr(workers.unit.unit.Unit, "_make_room_on_device", lambda _: room)
+    monkeypatch.setattr(workers.unit.admission.Admission, "make_room", lambda *_: room)
     outcomes = run(worker, *requests)
     assert outcomes["one"].failure is None
     for name in ("two", "three"):
         failure = outcomes[name].failure
-        assert (failure.failure_class, failure.retryable) == (FailureClass.OUT_OF_MEMORY, True)
+        assert failure.failure_class is FailureClass.OUT_OF_MEMORY
         assert "MB of GPU memory" in failure.message
     worker.discard("one")
     assert left_over(tmp_path) == []
@@ -721,9 +722,9 @@ def test_a_base_in_4_bit_larger_than_the_gpu_is_merged_all_the_same(
     monkeypatch.setattr(workers.bases.quantized_base.QuantizedBase, "hold", lambda _, whole: held.append(whole))
     whole = resident_bytes(base_plan) + device_bytes(plans, settings.num_threads)
     # Of so small a base, tiles on their way take more than all of it: a larger one is told of.
-    monkeypatch.setattr(workers.unit.unit, "resident_bytes", lambda _: 10 * whole)
+    monkeypatch.setattr(workers.unit.admission, "resident_bytes", lambda _: 10 * whole)
     room = passing_bytes(base_plan, settings.num_threads) + device_bytes(plans, settings.num_threads)
-    monkeypatch.setattr(workers.unit.unit.Unit, "_make_room_on_device", lambda _: room)
+    monkeypatch.setattr(workers.unit.admission.Admission, "make_room", lambda *_: room)
     outcomes = run(worker, *requests)
     assert {name: job.failure for name, job in outcomes.items()} == dict.fromkeys(adapters)
     assert held == [False]
@@ -744,10 +745,10 @@ def test_jobs_that_do_not_fit_into_memory_wait_and_the_others_do_not(
     plans = [plan_merge(base_plan, request, fetch_adapter(request.adapter, settings.cache)) for request in requests]
     room = pass_bytes(plans[:2], settings.num_threads, "cpu")
     assert room < pass_bytes(plans, settings.num_threads, "cpu")
-    monkeypatch.setattr(workers.unit.unit, "available_host_bytes", lambda: room)
+    monkeypatch.setattr(workers.unit.admission, "available_host_bytes", lambda: room)
     outcomes = run(worker, *requests)
     failure = outcomes["three"].failure
-    assert (failure.failure_class, failure.retryable) == (FailureClass.OUT_OF_MEMORY, True)
+    assert failure.failure_class is FailureClass.OUT_OF_MEMORY
     assert "beside 2 others takes" in failure.message
     for name in ("one", "two"):
         assert_published(worker.publish(name).release, base, adapters[name], tmp_path)

@@ -14,6 +14,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,8 +36,19 @@ from workers.numerics.rounding import precision_for
 from workers.numerics.tiles import TILE_ELEMENTS, TileBuffers, Tiling, columns_of, pieces_of, single_threads
 
 
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What rows of a merged tensor have to be: rows of W, read anew, plus the delta of one job."""
+
+    tally: Tally
+    rows: slice
+    weight_OI: torch.Tensor
+    comparison: products.Comparison | None
+    """What the merge compares on its way, if it does."""
+
+
 class ArithmeticCheck:
-    """The check of one pass; threads share it."""
+    """The check of one pass, of what is expected of a tile and how it is judged; threads share it."""
 
     def __init__(self, base: BasePlan, quantized: QuantizedBase | None, device: torch.device) -> None:
         """Start a check.
@@ -103,54 +115,44 @@ class ArithmeticCheck:
         self._took(begin)
         return weight_OI
 
-    def on_the_way(self, tally: Tally, weight_OI: torch.Tensor) -> products.Comparison | None:
-        """Begin a comparison that the merge can do while it merges.
-
-        Args:
-            tally: of the tensor.
-            weight_OI: rows of W, as `weight` returned them.
-
-        Returns:
-            None if nothing is added to the tensor, or if it takes another precision than the merge's.
-        """
-        begin, operands = time.perf_counter(), tally.operands
-        self._took(begin)
-        if operands is None or precision_for(tally.spec.dtype) is not torch.float32:
-            return None
-        return operands.comparison(weight_OI, scaling=operands.scaling)
-
-    def compare(
-        self,
-        tally: Tally,
-        rows: slice,
-        place: tuple[str, int],
-        merged: torch.Tensor,
-        weight_OI: torch.Tensor,
-        *,
-        found: products.Comparison | None = None,
-    ) -> None:
-        """Compare rows of a merged tensor with what they should be.
+    def expect(self, tally: Tally, rows: slice, weight_OI: torch.Tensor, *, while_merging: bool = False) -> Expected:
+        """Return what rows of a merged tensor have to be.
 
         Args:
             tally: of the tensor.
             rows: a tile of it.
-            place: where it goes: the shard's name, and the offset in it.
-            merged: uint8, the bytes that go there.
             weight_OI: these rows of W, as `weight` returned them.
-            found: the comparison that was begun for them, if the merge has done it, with its own product. That is not
-                trusted: it is taken where a projection proves it.
+            while_merging: whether the merge compares them on its way, with its own product, where it has the precision
+                for that.
+        """
+        begin, operands, comparison = time.perf_counter(), tally.operands, None
+        if while_merging and operands is not None and precision_for(tally.spec.dtype) is torch.float32:
+            comparison = operands.comparison(weight_OI, scaling=operands.scaling)
+        self._took(begin)
+        return Expected(tally, rows, weight_OI, comparison)
+
+    def judge(self, expected: Expected, merged: torch.Tensor, place: tuple[str, int]) -> None:
+        """Count what rows of a merged tensor are against what they have to be.
+
+        What the merge compared on its way is not trusted: it is taken where a projection proves it.
+
+        Args:
+            expected: of these rows.
+            merged: uint8, the bytes that go there.
+            place: where they go: the shard's name, and the offset in it.
 
         Raises:
             InternalError: they go to another place than the plan says.
         """
         begin = time.perf_counter()
+        tally, rows, weight_OI = expected.tally, expected.rows, expected.weight_OI
         spec = tally.spec
-        expected = tally.shard, spec.begin + rows.start * weight_OI.shape[1] * spec.dtype.itemsize
-        if place != expected:
-            raise InternalError(f"rows {rows.start} to {rows.stop} of {tally.name} go to {place}, expected {expected}")
+        planned = tally.shard, spec.begin + rows.start * weight_OI.shape[1] * spec.dtype.itemsize
+        if place != planned:
+            raise InternalError(f"rows {rows.start} to {rows.stop} of {tally.name} go to {place}, expected {planned}")
         merged_OI = merged.view(spec.dtype).view(weight_OI.shape)
         if tally.operands is not None:
-            sums = self._check(merged_OI, weight_OI, tally.operands, rows, found)
+            sums = self._check(merged_OI, weight_OI, tally.operands, rows, expected.comparison)
             sums.changed = tally.changed or differs(merged_OI, weight_OI)
         elif weight_OI.dtype == merged_OI.dtype:
             sums = check_equal(merged_OI, weight_OI)
@@ -193,7 +195,8 @@ class ArithmeticCheck:
                     num_bytes = (rows.stop - rows.start) * row_bytes
                     merged = self._buffers.get("merged", torch.uint8, (1, num_bytes), host=True).view(-1)
                     read_into(descriptor, path, merged, offset)
-                    self.compare(tally, rows, (tally.shard, offset), merged, self.weight(tensor, rows))
+                    expected = self.expect(tally, rows, self.weight(tensor, rows))
+                    self.judge(expected, merged, (tally.shard, offset))
             return tally.summary()
 
         streamed = [tensor for tensor in self._base.tensors if plan.streams(tensor.name)]

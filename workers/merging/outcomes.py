@@ -50,14 +50,13 @@ class Failure:
     """Why a job failed."""
 
     failure_class: FailureClass
-    retryable: bool
     message: str
 
     @classmethod
     def of(cls, error: MergefleetError) -> "Failure":
         """Return the failure an error stands for."""
         message = shown(error, MAX_MESSAGE, lines=True)
-        return cls(failure_class=error.failure_class, retryable=error.retryable, message=message)
+        return cls(failure_class=error.failure_class, message=message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

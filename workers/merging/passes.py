@@ -2,59 +2,43 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from jobs.errors import BadInputError, MergefleetError
 from jobs.parity_report import TensorCheck
 from workers.files.local import FileState, file_errors
-from workers.files.shard import Conveyor, HashedFile, Origin
+from workers.files.shard import Conveyor, Origin
 from workers.files.writer import CheckpointWriter
+from workers.merging.job import Job
 from workers.merging.output import OutputTensor
 from workers.merging.plan import MergePlan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PassJob:
-    """One job of a pass."""
-
-    plan: MergePlan
-    directory: Path
-    """Where the merged shards are written; empty."""
-    on_file: Callable[[HashedFile], None]
-    """Told each file as it is closed, in a thread of the pass; an error of ours fails the job."""
-    direct: bool
-    """Whether its shards go past the page cache, since they are not read again here."""
-    check: Callable[[], None]
-    """Raises CancelledError when the job should stop; called once per tile."""
+from workers.merging.tracker import Tracker
 
 
 class PassState:
     """The jobs of one pass and what has been done for them; threads share it."""
 
-    def __init__(self, jobs: Sequence[PassJob], conveyor: Conveyor, on_bytes: Callable[[int], None]) -> None:
-        self.jobs = {job.plan.request.id: job for job in jobs}
+    def __init__(self, jobs: Sequence[Job], conveyor: Conveyor, tracker: Tracker) -> None:
+        self.jobs = tuple(jobs)
         self.writers = {
-            name: CheckpointWriter(
+            job.id: CheckpointWriter(
                 job.directory,
-                job.plan.output,
+                job.in_work.output,
                 conveyor,
                 direct=job.direct,
-                on_file=job.on_file,
+                on_file=job.ship,
                 # What is read again would come from the disk: a clone shares no page of the cache with its origin.
-                origin=_origin(job.plan) if job.direct else None,
+                origin=_origin(job.in_work) if job.direct else None,
             )
-            for name, job in self.jobs.items()
+            for job in jobs
         }
         self.num_base_bytes = 0
         self.num_adapter_bytes = 0
         self.num_written = 0
-        self.checks: dict[str, list[TensorCheck]] = {name: [] for name in self.jobs}
-        """Of the tensors that were checked on their way, by job."""
-        self._on_bytes = on_bytes
+        self._checks: dict[str, dict[str, TensorCheck]] = {job.id: {} for job in jobs}
+        self._tracker = tracker
         self._lock = threading.Lock()
 
     @property
@@ -62,20 +46,20 @@ class PassState:
         """Whether every job has failed."""
         return all(writer.over for writer in self.writers.values())
 
-    def well(self, names: Sequence[str]) -> list[str]:
+    def well(self, jobs: Sequence[Job]) -> list[Job]:
         """Return those of some jobs that go on: they have not failed, and were not asked to stop."""
-        for name in names:
-            if not self.writers[name].over:
+        for job in jobs:
+            if not self.writers[job.id].over:
                 try:
-                    self.jobs[name].check()
+                    self._tracker.check(job.id)
                 except MergefleetError as error:
-                    self.writers[name].fail(error)
-        return [name for name in names if not self.writers[name].over]
+                    self.writers[job.id].fail(error)
+        return [job for job in jobs if not self.writers[job.id].over]
 
     @contextlib.contextmanager
-    def job(self, name: str) -> Iterator[CheckpointWriter | None]:
+    def of(self, job: Job) -> Iterator[CheckpointWriter | None]:
         """Hand out the writer of a job that is still well; what goes wrong inside is that job's failure alone."""
-        writer = self.writers[name]
+        writer = self.writers[job.id]
         if writer.over:
             yield None
             return
@@ -91,12 +75,21 @@ class PassState:
             self.num_adapter_bytes += adapter
             self.num_written += written
         if written or kept or checked:
-            self._on_bytes(written + kept + checked)
+            self._tracker.advance(written + kept + checked)
 
-    def checked(self, name: str, check: TensorCheck) -> None:
+    def checked(self, job_id: str, check: TensorCheck) -> None:
         """Keep what the check of a job's tensor found."""
         with self._lock:
-            self.checks[name].append(check)
+            self._checks[job_id][check.tensor] = check
+
+    def settle(self) -> None:
+        """Give each job what came of it, once all is written and hashed."""
+        for job in self.jobs:
+            writer = self.writers[job.id]
+            files = writer.finished()
+            job.error = writer.error
+            job.files = files if writer.error is None else ()
+            job.checks |= self._checks[job.id]
 
     def close(self) -> None:
         """Close all files, once no thread writes or hashes any more."""

@@ -15,13 +15,13 @@ from jobs.parity_report import CombinedAdapter
 from jobs.request import MergeRequest
 from jobs.text import MAX_MESSAGE, shown
 from workers.adapters.adapter import Adapter, LoraDelta, open_adapter
-from workers.adapters.coverage import Coverage
 from workers.adapters.fitting import fit
 from workers.adapters.lora import plan_lora
 from workers.adapters.methods import UNSTABLE
 from workers.adapters.stored import add_to_files
 from workers.files.layout import CheckpointLayout
 from workers.merging.base_plan import TORCH_DTYPES, BasePlan
+from workers.merging.lanes import all_apart, made_by_peft
 from workers.merging.output import OutputTensor
 from workers.merging.output_layout import output_layout, output_tensors
 from workers.releases.base_card import BaseCard, read_base_card
@@ -201,11 +201,11 @@ def plan_merge(
     coverage = base.coverage(opened)
     apart = bool(coverage.untied or base.apart)
     if apart and base.tied_by_flag:
-        coverage = _all_apart(base, coverage)
+        coverage = all_apart(base, coverage)
     names = base.conversions.stored_names
     deltas = {names[delta.weight]: delta for delta in plan_lora(opened, coverage) if delta.weight in names}
     deltas |= opened.deltas
-    changed_by_peft = _by_peft(base, opened, coverage, frozenset(delta.weight for delta in deltas.values()))
+    changed_by_peft = made_by_peft(base, opened, coverage, frozenset(delta.weight for delta in deltas.values()))
     groups = () if base.quantization is None else base.quantization.groups
     # What is converted after it was put together has to be taken apart again, whether an adapter changes it or not.
     regrouped = {name: group.parameters for group in groups for name in group.stored if name not in changed_by_peft}
@@ -261,44 +261,3 @@ def _notes_of_parts(adapter: Source, inert_fields: frozenset[str]) -> tuple[str,
     opened = (open_adapter(part.directory, inert_fields, part.beside) for part in adapter.parts)
     notes = (note for part in opened for note in part.notes)
     return tuple(dict.fromkeys(notes))
-
-
-def _all_apart(base: BasePlan, coverage: Coverage) -> Coverage:
-    """Return a coverage in which nothing is tied any more: one flag of the configuration ties all, or nothing."""
-    others = base.tied.keys() - coverage.untied
-    return dataclasses.replace(
-        coverage,
-        shapes={**coverage.shapes, **{name: base.conversions.shapes[name] for name in others}},
-        untied=coverage.untied | others,
-        left_alone=coverage.left_alone | {name for name in others if name not in coverage.shapes},
-    )
-
-
-def _by_peft(
-    base: BasePlan, adapter: Adapter, coverage: Coverage, streamed: frozenset[str]
-) -> dict[str, tuple[str, ...]]:
-    """Find what is left to PEFT. Names in `coverage` and `streamed` are the model's."""
-    conversions = base.conversions
-    made: dict[str, tuple[str, ...]] = {}
-    for name in coverage.shapes:
-        # Beside a streamed weight nothing changes but what the adapter brings itself.
-        if name in streamed or (f"{name.rpartition('.')[0]}.weight" in streamed and name not in coverage.replaced):
-            continue
-        # What keeps the base's values is copied like any other tensor, if it has a place in the base's files.
-        if name in coverage.left_alone and name in conversions.stored_names:
-            continue
-        # Values that stay tied are written under each name the base stores them by.
-        same = (name,) if name in coverage.untied else coverage.tied.get(name, (name,))
-        group = next((conversions.group_of[other] for other in same if other in conversions.group_of), None)
-        if group is not None:
-            made |= dict.fromkeys(group.stored, group.parameters)
-            continue
-        outputs = [conversions.stored_names[other] for other in same if other in conversions.stored_names]
-        if not outputs and name in coverage.untied:
-            outputs = [conversions.new_name(name)]
-        if not outputs:
-            raise UnsupportedError(
-                f"{adapter.directory}: the adapter changes {name}, which {base.source.directory} does not store"
-            )
-        made |= dict.fromkeys(outputs, same[:1])
-    return made

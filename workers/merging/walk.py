@@ -10,12 +10,8 @@ Shape suffixes: O output features, I input features, R rank.
 
 import contextlib
 import functools
-import itertools
-import math
 import os
 import threading
-from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -24,18 +20,17 @@ from workers.adapters.lora import read_operand
 from workers.bases.quantized_base import QuantizedBase
 from workers.files.foreign import open_foreign
 from workers.files.tensor_io import read_into
-from workers.merging.arithmetic import ArithmeticCheck
+from workers.merging.arithmetic import ArithmeticCheck, Expected
 from workers.merging.base_plan import BasePlan
+from workers.merging.context import Context
+from workers.merging.job import Job
 from workers.merging.output import OutputTensor
-from workers.merging.passes import PassJob, PassState, check_range
+from workers.merging.passes import PassState, check_range
 from workers.merging.tally import Tally
-from workers.merging.work import Tile, WeightInWork
+from workers.merging.work import Tile, WeightInWork, tiles_of_shards
 from workers.numerics import products
 from workers.numerics.products import Comparison
 from workers.numerics.tiles import TILE_ELEMENTS, TileBuffers, Tiling, pieces_of
-
-_MAX_OPEN_SHARDS = 256
-"""Shards of all jobs that are written at one time; each holds two descriptors, and 1024 is a common limit."""
 
 
 class Walk:
@@ -46,22 +41,27 @@ class Walk:
         base: BasePlan,
         quantized: QuantizedBase | None,
         state: PassState,
-        *,
         check: ArithmeticCheck | None,
-        device: torch.device,
-        num_threads: int,
+        context: Context,
     ) -> None:
         self._base = base
         self._quantized = quantized
         self._state = state
         self._check = check
-        self._device = device
+        self._device = context.device
         self._lock = threading.Lock()
-        self._tiles = self._all_tiles(num_threads)
+        taken = [tensor for tensor in base.tensors if self._takers(tensor)]
+        self._tiles = tiles_of_shards(
+            taken,
+            functools.partial(self._weight, TILE_ELEMENTS[self._device.type]),
+            num_abreast=context.num_threads,
+            num_jobs=len(state.jobs),
+        )
         self._stopped = False
         self._descriptors: dict[str, int] = {}
-        self._buffers = TileBuffers(device)
-        self._streams = iter(_streams(device, num_threads) if device.type == "cuda" else ())
+        self._buffers = TileBuffers(self._device)
+        on_gpu = self._device.type == "cuda"
+        self._streams = iter(_streams(self._device, context.num_threads) if on_gpu else ())
 
     def work(self) -> None:
         """Take tiles in order and finish them, until none is left or every job has failed."""
@@ -85,49 +85,31 @@ class Walk:
                 return None
             return next(self._tiles, None)
 
-    def _all_tiles(self, num_abreast: int) -> Iterator[Tile]:
-        """Yield all tiles: of a few shards in turns, as the kernel lets one thread at a time write to a file."""
-        by_shard: dict[str, list[OutputTensor]] = defaultdict(list)
-        for tensor in self._base.tensors:
-            if self._takers(tensor):
-                by_shard[tensor.shard].append(tensor)
-        # So many that no last one is left over: the digest of a file takes its bytes one after the other.
-        num_abreast = math.ceil(len(by_shard) / max(1, len(by_shard) // num_abreast))
-        num_abreast = max(1, min(num_abreast, _MAX_OPEN_SHARDS // max(1, len(self._state.jobs))))
-        waiting = iter(by_shard.values())
-        in_turn = deque(self._tiles_of(tensors) for tensors in itertools.islice(waiting, num_abreast))
-        while in_turn:
-            tiles = in_turn.popleft()
-            while (tile := next(tiles, None)) is None and (tensors := next(waiting, None)) is not None:
-                tiles = self._tiles_of(tensors)
-            if tile is not None:
-                in_turn.append(tiles)
-                yield tile
+    def _weight(self, num_elements: int, tensor: OutputTensor) -> tuple[WeightInWork, tuple[slice, ...]]:
+        """Return a tensor as it is taken up, and its tiles.
 
-    def _tiles_of(self, tensors: Sequence[OutputTensor]) -> Iterator[Tile]:
-        for tensor in tensors:
-            quantized = None
-            if tensor.stored is None:
-                assert self._quantized is not None
-                quantized = self._quantized.weight(tensor.name)
-                if quantized.shape != tensor.shape:
-                    raise BadInputError(
-                        f"{self._base.source.directory}: tensor {tensor.name} is stored in 4-bit as "
-                        f"{list(quantized.shape)}, config.json makes it {list(tensor.shape)}; the checkpoint is corrupt"
-                    )
-            alignment = quantized.row_alignment if quantized else 1
-            tiling = Tiling.of(tensor.shape, alignment, TILE_ELEMENTS[self._device.type])
-            weight = WeightInWork(tensor, quantized, tiling.num_columns, len(tiling.rows))
-            for rows in tiling.rows:
-                yield Tile(weight, rows)
+        Raises:
+            BadInputError: it is stored in 4-bit in another shape than the configuration's.
+        """
+        quantized = None
+        if tensor.stored is None:
+            assert self._quantized is not None
+            quantized = self._quantized.weight(tensor.name)
+            if quantized.shape != tensor.shape:
+                raise BadInputError(
+                    f"{self._base.source.directory}: tensor {tensor.name} is stored in 4-bit as "
+                    f"{list(quantized.shape)}, config.json makes it {list(tensor.shape)}; the checkpoint is corrupt"
+                )
+        tiling = Tiling.of(tensor.shape, quantized.row_alignment if quantized else 1, num_elements)
+        return WeightInWork(tensor, quantized, tiling.num_columns, len(tiling.rows)), tiling.rows
 
     def _computed(self, tensor: OutputTensor) -> bool:
         if tensor.num_bytes == 0:
             return False
-        return not tensor.copied or any(tensor.name in job.plan.deltas for job in self._state.jobs.values())
+        return not tensor.copied or any(tensor.name in job.in_work.deltas for job in self._state.jobs)
 
-    def _takers(self, tensor: OutputTensor) -> list[str]:
-        return [name for name, job in self._state.jobs.items() if job.plan.streams(tensor.name)]
+    def _takers(self, tensor: OutputTensor) -> list[Job]:
+        return [job for job in self._state.jobs if job.in_work.streams(tensor.name)]
 
     def _descriptor(self, shard: str) -> int:
         with self._lock:
@@ -136,30 +118,19 @@ class Walk:
             return self._descriptors[shard]
 
     def _finish(self, tile: Tile) -> None:
-        """Make a tile for all jobs that take it, have it written, and check it."""
-        weight, tensor = tile.weight, tile.weight.tensor
-        takers = self._state.well(self._takers(tensor))
+        """Read a tile once, and make, write and prove it for all jobs that take it."""
+        takers = self._state.well(self._takers(tile.weight.tensor))
         if not takers:
             return
         made_from = None if self._in_place(tile, len(takers)) else self._read(tile)
-        # Once more from where it comes from: what the merge has read may be changed by the merge.
-        known = None
-        if self._check is not None and tile.num_bytes:
-            source = self._descriptor(tensor.shard) if tensor.stored is not None else None
-            known = self._check.weight(tensor, tile.rows, source)
-        for name in takers:
-            self._finish_for(name, tile, made_from, known)
-        with weight.lock:
-            weight.num_tiles_left -= 1
-            if weight.num_tiles_left == 0:
-                weight.operands.clear()
-                for name, tally in weight.tallies.items():
-                    self._state.checked(name, tally.summary())
-                weight.tallies.clear()
+        known = self._read_anew(tile)
+        for job in takers:
+            self._finish_for(job, tile, made_from, known)
+        self._end(tile.weight)
 
-    def _finish_for(self, name: str, tile: Tile, made_from: torch.Tensor | None, known: torch.Tensor | None) -> None:
-        job, tensor = self._state.jobs[name], tile.weight.tensor
-        with self._state.job(name) as writer:
+    def _finish_for(self, job: Job, tile: Tile, made_from: torch.Tensor | None, known: torch.Tensor | None) -> None:
+        tensor = tile.weight.tensor
+        with self._state.of(job) as writer:
             if writer is None:
                 return
             shard, spec = writer.locate(tensor.name)
@@ -171,22 +142,43 @@ class Walk:
             target_OI = buffer.view(tensor.dtype, tile.shape)
             if made_from is None:
                 self._read_into(tile, target_OI)  # what goes wrong here is not this job's failure alone
-            with self._state.job(name) as writer:
+            with self._state.of(job) as writer:
                 if writer is None:
                     return
-                comparison = None
-                if self._check is not None and tally is not None and known is not None and self._device.type == "cpu":
-                    comparison = self._check.on_the_way(tally, known)
-                self._fill(target_OI, tile, job, made_from, comparison)
-                if shard.cloned and tensor.name in job.plan.kept:
+                expected = self._expect(tally, tile, known)
+                self._make(target_OI, tile, job, made_from, expected)
+                if shard.cloned and tensor.name in job.in_work.kept:
                     shard.keep(offset, buffer)
                     self._state.count(kept=tile.num_bytes)
                 else:
                     shard.write(offset, buffer)
                     self._state.count(written=tile.num_bytes)
-                if self._check is not None and tally is not None and known is not None:
-                    self._check.compare(tally, tile.rows, (shard.name, offset), buffer.values, known, found=comparison)
+                if self._check is not None and expected is not None:
+                    self._check.judge(expected, buffer.values, (shard.name, offset))
                     self._state.count(checked=tile.num_bytes)
+
+    def _end(self, weight: WeightInWork) -> None:
+        """Count one tile of a weight less; with the last one, keep what was found and let go of what was loaded."""
+        with weight.lock:
+            weight.num_tiles_left -= 1
+            if weight.num_tiles_left == 0:
+                weight.operands.clear()
+                for job_id, tally in weight.tallies.items():
+                    self._state.checked(job_id, tally.summary())
+                weight.tallies.clear()
+
+    def _read_anew(self, tile: Tile) -> torch.Tensor | None:
+        """Return the tile from where it comes from, for the check: what the merge has read may be changed by it."""
+        if self._check is None or tile.num_bytes == 0:
+            return None
+        tensor = tile.weight.tensor
+        source = self._descriptor(tensor.shard) if tensor.stored is not None else None
+        return self._check.weight(tensor, tile.rows, source)
+
+    def _expect(self, tally: Tally | None, tile: Tile, known: torch.Tensor | None) -> Expected | None:
+        if self._check is None or tally is None or known is None:
+            return None
+        return self._check.expect(tally, tile.rows, known, while_merging=self._device.type == "cpu")
 
     def _in_place(self, tile: Tile, num_takers: int) -> bool:
         """Whether a tile of W goes straight into the buffer it is written from, and becomes there what it is to be."""
@@ -219,18 +211,20 @@ class Walk:
         read_into(self._descriptor(tensor.shard), path, target_OI, begin)
         self._state.count(base=tile.num_elements * tensor.stored.dtype.itemsize)
 
-    def _fill(
+    def _make(
         self,
         target_OI: torch.Tensor,
         tile: Tile,
-        job: PassJob,
+        job: Job,
         made_from: torch.Tensor | None,
-        comparison: Comparison | None,
+        expected: Expected | None,
     ) -> None:
         """Make a tile for a job: from a tile of W, or from what is in its place already."""
         tensor = tile.weight.tensor
-        if tensor.name in job.plan.deltas:
-            self._add(made_from, tile, job, target_OI, comparison)
+        if tensor.name in job.in_work.deltas:
+            comparison = None if expected is None else expected.comparison
+            add = self._add_on_cpu if self._device.type == "cpu" else self._add_on_device
+            add(target_OI, tile, job, made_from, comparison)
             return
         if made_from is not None:
             # Written from memory even where the base could be copied: the tile is here, and the base is read once.
@@ -238,51 +232,55 @@ class Walk:
         if self._computed(tensor):
             check_range(tensor, target_OI)
 
-    def _operands(self, tile: Tile, job: PassJob) -> tuple[torch.Tensor, torch.Tensor]:
-        delta = job.plan.deltas[tile.weight.tensor.name]
-        name = job.plan.request.id
+    def _operands(self, tile: Tile, job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+        plan = job.in_work
+        delta = plan.deltas[tile.weight.tensor.name]
         with tile.weight.lock:
-            if name not in tile.weight.operands:
-                a_RI = read_operand(job.plan.opened, delta.a_RI).to(self._device)
-                b_OR = read_operand(job.plan.opened, delta.b_OR).to(self._device)
-                tile.weight.operands[name] = a_RI, b_OR
+            if job.id not in tile.weight.operands:
+                a_RI = read_operand(plan.opened, delta.a_RI).to(self._device)
+                b_OR = read_operand(plan.opened, delta.b_OR).to(self._device)
+                tile.weight.operands[job.id] = a_RI, b_OR
                 self._state.count(adapter=delta.a_RI.num_bytes + delta.b_OR.num_bytes)
-            return tile.weight.operands[name]
+            return tile.weight.operands[job.id]
 
-    def _tally(self, weight: WeightInWork, job: PassJob) -> Tally | None:
+    def _tally(self, weight: WeightInWork, job: Job) -> Tally | None:
         if self._check is None:
             return None
-        name = job.plan.request.id
         with weight.lock:
-            if name not in weight.tallies:
-                weight.tallies[name] = self._check.tally(job.plan, weight.tensor.name)
-            return weight.tallies[name]
+            if job.id not in weight.tallies:
+                weight.tallies[job.id] = self._check.tally(job.in_work, weight.tensor.name)
+            return weight.tallies[job.id]
 
-    def _add(
+    def _add_on_cpu(
         self,
-        weight_OI: torch.Tensor | None,
-        tile: Tile,
-        job: PassJob,
         target_OI: torch.Tensor,
+        tile: Tile,
+        job: Job,
+        weight_OI: torch.Tensor | None,
         comparison: Comparison | None,
     ) -> None:
-        """Add the delta, to what is in its place if W is not given; on the CPU, do a comparison on the way."""
-        tensor, scaling = tile.weight.tensor, job.plan.deltas[tile.weight.tensor.name].scaling
+        """Add the delta to W, or to what is in its place if W is not given; do a comparison on the way."""
+        tensor, scaling = tile.weight.tensor, job.in_work.deltas[tile.weight.tensor.name].scaling
         a_RI, b_OR = self._operands(tile, job)
         b_OR = b_OR[tile.rows]
-        if self._device.type == "cpu":
-            made_from = target_OI if weight_OI is None else weight_OI
-            if not products.merge(
-                b_OR, a_RI, scaling, target_OI, self._buffers, weight_OI=made_from, comparison=comparison
-            ):
-                if weight_OI is None:
-                    weight_OI = self._read(tile)
-                for rows in pieces_of(*tile.shape):
-                    check_range(tensor, torch.mm(b_OR[rows], a_RI).mul_(scaling).add_(weight_OI[rows]))
-            return
+        made_from = target_OI if weight_OI is None else weight_OI
+        if not products.merge(
+            b_OR, a_RI, scaling, target_OI, self._buffers, weight_OI=made_from, comparison=comparison
+        ):
+            if weight_OI is None:
+                weight_OI = self._read(tile)
+            for rows in pieces_of(*tile.shape):
+                check_range(tensor, torch.mm(b_OR[rows], a_RI).mul_(scaling).add_(weight_OI[rows]))
+
+    def _add_on_device(
+        self, target_OI: torch.Tensor, tile: Tile, job: Job, weight_OI: torch.Tensor | None, _: Comparison | None
+    ) -> None:
+        """Add the delta to W, which is on the device."""
         assert weight_OI is not None
+        tensor, scaling = tile.weight.tensor, job.in_work.deltas[tile.weight.tensor.name].scaling
+        a_RI, b_OR = self._operands(tile, job)
         sum_OI = self._buffers.get("sum", torch.float32, tile.shape, host=False)
-        torch.mm(b_OR, a_RI, out=sum_OI)
+        torch.mm(b_OR[tile.rows], a_RI, out=sum_OI)
         if scaling != 1.0:
             sum_OI.mul_(scaling)
         sum_OI.add_(weight_OI)

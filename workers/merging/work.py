@@ -1,7 +1,10 @@
-"""What a walk has in work: tiles, and what the tiles of one weight share."""
+"""What a walk has in work: tiles, in the order they are taken, and what the tiles of one weight share."""
 
+import itertools
 import math
 import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +12,9 @@ import torch
 from workers.bases.four_bit import QuantizedWeight
 from workers.merging.output import OutputTensor
 from workers.merging.tally import Tally
+
+_MAX_OPEN_SHARDS = 256
+"""Shards of all jobs that are written at one time; each holds two descriptors, and 1024 is a common limit."""
 
 
 class WeightInWork:
@@ -53,3 +59,41 @@ class Tile:
     def num_bytes(self) -> int:
         """Its bytes in the dtype of the output."""
         return self.num_elements * self.weight.tensor.dtype.itemsize
+
+
+def tiles_of_shards(
+    tensors: Sequence[OutputTensor],
+    take_up: Callable[[OutputTensor], tuple[WeightInWork, tuple[slice, ...]]],
+    *,
+    num_abreast: int,
+    num_jobs: int,
+) -> Iterator[Tile]:
+    """Yield all tiles: of a few shards in turns, as the kernel lets one thread at a time write to a file.
+
+    Args:
+        tensors: in the order of the base.
+        take_up: returns a tensor as it is in work, and the rows of its tiles.
+        num_abreast: threads that compute.
+        num_jobs: that each shard is written for.
+    """
+    by_shard: dict[str, list[OutputTensor]] = defaultdict(list)
+    for tensor in tensors:
+        by_shard[tensor.shard].append(tensor)
+
+    def tiles_of(shard: Sequence[OutputTensor]) -> Iterator[Tile]:
+        for tensor in shard:
+            weight, rows = take_up(tensor)
+            yield from (Tile(weight, each) for each in rows)
+
+    # So many that no last one is left over: the digest of a file takes its bytes one after the other.
+    num_abreast = math.ceil(len(by_shard) / max(1, len(by_shard) // num_abreast))
+    num_abreast = max(1, min(num_abreast, _MAX_OPEN_SHARDS // max(1, num_jobs)))
+    waiting = iter(by_shard.values())
+    in_turn = deque(tiles_of(shard) for shard in itertools.islice(waiting, num_abreast))
+    while in_turn:
+        tiles = in_turn.popleft()
+        while (tile := next(tiles, None)) is None and (shard := next(waiting, None)) is not None:
+            tiles = tiles_of(shard)
+        if tile is not None:
+            in_turn.append(tiles)
+            yield tile

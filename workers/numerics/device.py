@@ -1,4 +1,4 @@
-"""Whether a worker can use its device: tried when it starts, and told from what is raised at work."""
+"""The device of a worker: which it is, whether it can be used, and what is raised when it fails at work."""
 
 import os
 import re
@@ -20,6 +20,18 @@ _FAULT = re.compile(
     r"(?!\S*_STATUS_(NOT_SUPPORTED|INVALID_VALUE|BAD_PARAM))"
 )
 """How torch 2.13 begins (ATen/cuda/Exceptions.h); calls that a library itself refuses are the model's."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for `cpu`, `cuda` or `auto`.
+
+    Raises:
+        DeviceLostError: CUDA was asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise DeviceLostError("device is 'cuda', but this process sees no CUDA device; set device to 'cpu' or 'auto'")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
 def device_fault(name: str, *, seconds: float = CHECK_SECONDS) -> str | None:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import torch
 from peft import PeftModel
@@ -13,6 +14,7 @@ from jobs.errors import BadInputError, CancelledError, MergefleetError, NoCapaci
 from jobs.request import MergeRequest
 from workers.adapters.adapter import Adapter
 from workers.files.memory import release_memory
+from workers.merging.job import Job
 from workers.parity.answers import Answers
 from workers.parity.divergence import Divergence, compare_logits
 from workers.parity.foreign_models import model_of
@@ -36,6 +38,13 @@ class Subject:
     adapter: Adapter
     streamed: bool
     """Whether the adapter does no more than to add to linear weights."""
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """Return what a merged job has to answer for."""
+        plan = job.plan
+        streamed = not (plan.by_peft or plan.opened.deltas)
+        return cls(request=job.request, merged=job.directory, adapter=plan.opened, streamed=streamed)
 
 
 @dataclass(slots=True, kw_only=True)

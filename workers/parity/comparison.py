@@ -4,22 +4,22 @@ Both merged checkpoints are asked by the same two references, base + adapter in 
 compared and dropped; nothing of it is published (docs/decisions/0010-comparison.md).
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import torch
 
 from jobs.errors import BadInputError, MergefleetError, ParityFailedError
 from jobs.parity_report import Alternative, BehaviourCheck
 from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
-from workers.bases.quantized_cache import QuantizedCache
 from workers.files.scratch import OwnedDirectory
 from workers.merging.base_plan import plan_base
+from workers.merging.context import Context
+from workers.merging.job import Job
 from workers.merging.merge import run_pass
 from workers.merging.module_weights import module_weights
-from workers.merging.passes import PassJob
-from workers.merging.plan import MergePlan, plan_merge
+from workers.merging.plan import plan_merge
 from workers.merging.sidecars import write_sidecars
 from workers.parity.asking import Subject
 from workers.parity.behaviour import check_behaviour
@@ -38,67 +38,45 @@ def other_way(request: MergeRequest) -> MergeRequest:
     )
 
 
-def compare_ways(
-    plans: Sequence[MergePlan],
-    *,
-    cache: QuantizedCache,
-    scratch: Path,
-    device: torch.device,
-    num_threads: int,
-    on_bytes: Callable[[int], None],
-    cancelled: Callable[[], None],
-) -> dict[str, Alternative | MergefleetError]:
+def compare_ways(jobs: Sequence[Job], context: Context) -> list[Alternative | MergefleetError]:
     """Merge jobs of one pass into their base in its other weights, and ask what comes out.
 
     Args:
-        plans: of the jobs; their base is not stored in 4-bit.
-        cache: of quantized bases.
-        scratch: existing directory for the checkpoints that are compared; emptied again.
-        device: where tiles are computed and models run.
-        num_threads: threads that compute.
-        on_bytes: told the bytes written, and as many again when they are asked.
-        cancelled: raises CancelledError when the work should stop.
+        jobs: planned; their base is not stored in 4-bit.
+        context: its scratch holds the checkpoints that are compared, and is emptied again.
 
     Returns:
-        By request id, what was found, or the error that this job's comparison failed with.
+        For each job, what was found, or the error that its comparison failed with.
 
     Raises:
-        CancelledError: by `cancelled`.
+        CancelledError: all jobs were.
         NoCapacityError: scratch is full.
     """
-    source = plans[0].base.source
-    found: dict[str, Alternative | MergefleetError] = {}
-    room = OwnedDirectory.make(scratch, "compared-")
+    source = jobs[0].plan.base.source
+    room = OwnedDirectory.make(context.scratch, "compared-")
     try:
-        subjects = []
-        merges = _merge(
-            plans,
-            room.path,
-            scratch=scratch,
-            cache=cache,
-            device=device,
-            num_threads=num_threads,
-            on_bytes=on_bytes,
-            cancelled=cancelled,
-        )
-        for name, merged in merges.items():
-            if isinstance(merged, MergefleetError):
-                found[name] = merged
-            else:
-                subjects.append(merged)
-        if subjects:
+        others = _merge(jobs, room.path, context)
+        merged = [other for other in others if other.error is None]
+        answers: dict[str, tuple[BehaviourCheck, ...] | MergefleetError] = {}
+        if merged:
             # The two references of the release, from the other side: what informed there is this merge's own here.
             beside = [
                 dataclasses.replace(reference, gates=not reference.gates)
-                for reference in reversed(references(source.directory, plans[0].request))
+                for reference in reversed(references(source.directory, jobs[0].request))
             ]
-            answers = check_behaviour(source.directory, subjects, device, room.path, cancelled=cancelled, beside=beside)
-            on_bytes(sum(plan.output.total_size for plan in plans if plan.request.id in answers))
-            for name, answer in answers.items():
-                found[name] = _outcome(answer, subjects[0].request.base_quantization)
+            answers = check_behaviour(
+                source.directory,
+                [Subject.of(other) for other in merged],
+                context.device,
+                room.path,
+                cancelled=functools.partial(context.tracker.check_all, [job.id for job in jobs]),
+                beside=beside,
+            )
+            context.tracker.advance(sum(job.plan.output.total_size for job in jobs if job.id in answers))
+        quantization = others[0].request.base_quantization
+        return [other.error or _outcome(answers[other.id], quantization) for other in others]
     finally:
         room.leave()
-    return found
 
 
 def _outcome(
@@ -112,56 +90,39 @@ def _outcome(
     return Alternative(base_quantization=quantization, behaviour=answer)
 
 
-def _merge(
-    plans: Sequence[MergePlan],
-    room: Path,
-    *,
-    scratch: Path,
-    cache: QuantizedCache,
-    device: torch.device,
-    num_threads: int,
-    on_bytes: Callable[[int], None],
-    cancelled: Callable[[], None],
-) -> dict[str, Subject | MergefleetError]:
+def _merge(jobs: Sequence[Job], room: Path, context: Context) -> list[Job]:
     """Merge into the other weights; what they take on the device is free again when this returns."""
-    merged: dict[str, Subject | MergefleetError] = {}
-    base = plan_base(plans[0].base.source, other_way(plans[0].request))
-    others: list[MergePlan] = []
-    for plan in plans:
-        try:
-            others.append(plan_merge(base, other_way(plan.request), plan.adapter, plan.opened.inert_fields))
-        except MergefleetError as error:
-            merged[plan.request.id] = error
-    if not others:
-        return merged
+    ids = [job.id for job in jobs]
+
+    def check_all(_: int) -> None:
+        context.tracker.check_all(ids)
+
+    others = [Job(other_way(job.request), compared_in=room / str(number)) for number, job in enumerate(jobs)]
+    base = plan_base(jobs[0].plan.base.source, others[0].request)
+    for job, other in zip(jobs, others, strict=True):
+        with _of_one(other):
+            other.planned = plan_merge(base, other.request, job.plan.adapter, job.plan.opened.inert_fields)
+            other.directory.mkdir()
+    planned = [other for other in others if other.running]
+    if not planned:
+        return others
     quantized = None
     if base.quantization is not None:
-        quantized = cache.open(base.quantization, lambda _: cancelled())
+        quantized = context.cache.open(base.quantization, check_all)
         quantized.hold(whole=False)  # each weight is used once
-    jobs = [
-        PassJob(plan=plan, directory=room / str(number), on_file=lambda _: None, direct=False, check=cancelled)
-        for number, plan in enumerate(others)
-    ]
-    for job in jobs:
-        job.directory.mkdir()
-    with module_weights(base, quantized, others, scratch, lambda _: cancelled()) as weights:
-        result = run_pass(
-            base, quantized, weights, jobs, check=None, device=device, num_threads=num_threads, on_bytes=on_bytes
-        )
-    merged |= result.errors
-    for job in jobs:
-        plan = job.plan
-        if plan.request.id in merged:
-            continue
-        try:
-            write_sidecars(plan, job.directory)
-        except MergefleetError as error:
-            merged[plan.request.id] = error
-        else:
-            merged[plan.request.id] = Subject(
-                request=plan.request,
-                merged=job.directory,
-                adapter=plan.opened,
-                streamed=not (plan.by_peft or plan.opened.deltas),
-            )
-    return merged
+    with module_weights(base, quantized, [other.plan for other in planned], context.scratch, check_all) as weights:
+        run_pass(base, quantized, weights, planned, context, check=None)
+    for other in planned:
+        if other.running:
+            with _of_one(other):
+                write_sidecars(other.plan, other.directory)
+    return others
+
+
+@contextlib.contextmanager
+def _of_one(other: Job) -> Iterator[None]:
+    """An error inside is that of one comparison; a fault is that of all."""
+    try:
+        yield
+    except MergefleetError as error:
+        other.error = error

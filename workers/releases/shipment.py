@@ -19,6 +19,7 @@ from workers.files.checkpoint import read_json
 from workers.files.foreign import foreign_sha256
 from workers.files.local import file_errors
 from workers.releases.joined import join_processors, templates_within
+from workers.releases.shipped_code import shipped_code
 from workers.sources.belongings import (
     MODULE_SETTINGS,
     MODULES_FILE,
@@ -27,7 +28,6 @@ from workers.sources.belongings import (
     TOKENIZER_CONFIG,
     TOKENIZER_FILE,
     belongings,
-    documents,
     is_legal,
     is_pickled,
     is_processor,
@@ -36,12 +36,11 @@ from workers.sources.belongings import (
     is_vocabulary,
     is_weights,
     module_folders,
-    modules_code,
     ships,
     strays,
     tokenizer_folders,
 )
-from workers.sources.code_files import code_of, leave_out
+from workers.sources.code_files import leave_out
 from workers.sources.listing import LocalFiles
 
 _NUM_NAMED = 4
@@ -158,7 +157,7 @@ def plan_shipment(base: Path, adapter: Path) -> Shipment:
         )
         files = {name: path for name, path in files.items() if not name.startswith(brought)}
         from_adapter |= modules
-    code, broken = _code(base, adapter, ours, from_adapter)
+    code, broken = shipped_code(base, adapter, ours, from_adapter)
     from_adapter |= {name: path for name, path in code.items() if path == adapter / name}
     files = {name: path for name, path in (files | from_adapter).items() if not name.endswith(".py")} | code
     _check_case(files)
@@ -278,46 +277,3 @@ def _ships_template(files: Mapping[str, Path]) -> bool:
     # Older tokenizers hold it themselves, and a file beside them would win over it.
     tokenizer = read_json(files[TOKENIZER_CONFIG]) if TOKENIZER_CONFIG in files else {}
     return isinstance(tokenizer, dict) and bool(tokenizer.get("chat_template"))
-
-
-@dataclass(frozen=True, slots=True)
-class _Overlay:
-    """The code of an adapter, and behind it that of its base."""
-
-    front: LocalFiles
-    back: LocalFiles
-
-    def has(self, name: str) -> bool:
-        return self.front.has(name) or self.back.has(name)
-
-    def read(self, name: str) -> bytes:
-        return (self.front if self.front.has(name) else self.back).read(name)
-
-
-def _code(
-    base: Path, adapter: Path, of_base: Mapping[str, Path], from_adapter: Mapping[str, Path]
-) -> tuple[dict[str, Path], dict[str, str]]:
-    """Return the code that the release has, by name, and the references to code that is missing."""
-    ours, theirs = LocalFiles(base), LocalFiles(adapter)
-    named = code_of({name: text for name, text in documents(ours).items() if name not in from_adapter}, ours)
-    # What a tokenizer was saved without it finds beside the base.
-    brought = {name: text for name, text in documents(theirs).items() if name in from_adapter}
-    named_by_adapter = code_of(brought, _Overlay(theirs, ours))
-    of_modules = modules_code(theirs, _Overlay(theirs, ours)) if MODULES_FILE in from_adapter else frozenset()
-    found = [*named.values(), *named_by_adapter.values()]
-    whole = {name for each in found if not each.missing for name in each.files}
-    useless = {name for each in found if each.missing for name in each.files} - whole
-    code = {name: path for name, path in of_base.items() if name.endswith(".py") and name not in useless}
-    for name in sorted({name for each in named_by_adapter.values() for name in each.files} - useless | of_modules):
-        path = (adapter if theirs.has(name) else base) / name
-        with file_errors(f"reading {path}"):
-            num_parts = name.count("/") + 1
-            if name in code and foreign_sha256(path, num_parts=num_parts) != foreign_sha256(
-                code[name], num_parts=num_parts
-            ):
-                raise BadInputError(
-                    f"{path} and {code[name]} differ, and the release has one {name}; remove one of them"
-                )
-        code.setdefault(name, path)
-    missing = {reference: each.missing for reference, each in (named | named_by_adapter).items() if each.missing}
-    return code, missing

@@ -5,8 +5,6 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import peft
-import torch
 from safetensors.torch import save_file
 
 from jobs.errors import UnsupportedError
@@ -20,6 +18,7 @@ from workers.files.foreign import copy_foreign, foreign_sha256
 from workers.files.layout import lay_out_shard
 from workers.files.local import file_errors
 from workers.files.scratch import keep_directory
+from workers.merging.made_with import library_versions
 from workers.releases.shipment import licences_of, shipped_files
 from workers.sources.fetch import Source, fetch_adapter
 from workers.unit.vetting import vet_adapter
@@ -93,7 +92,8 @@ def _source(directory: Path, parts: tuple[Source, ...]) -> Source:
 
 def _cache_key(request: MergeRequest, base: Source, parts: Sequence[Source]) -> str:
     key = request.merge_key(base.digest, _source(Path(), tuple(parts)).digest)
-    return hashlib.sha256(json.dumps([key, peft.__version__, torch.__version__]).encode()).hexdigest()
+    versions = library_versions()
+    return hashlib.sha256(json.dumps([key, versions["peft"], versions["torch"]]).encode()).hexdigest()
 
 
 def _make(

@@ -31,11 +31,10 @@ def test_every_error_survives_pickling_with_its_message(kind):
 @pytest.mark.parametrize("kind", all_errors())
 def test_every_error_has_a_class_people_see(kind):
     assert isinstance(kind.failure_class, FailureClass)
-    assert isinstance(kind.retryable, bool)
 
 
 def test_only_faults_that_may_go_away_are_retried():
-    retryable = {kind.__name__ for kind in all_errors() if kind.retryable}
+    retryable = {kind.__name__ for kind in all_errors() if kind.failure_class.retryable}
     assert retryable == {
         "TransientIOError",
         "NoCapacityError",

@@ -63,33 +63,29 @@ def test_a_destination_is_held_until_the_job_is_given_up():
 failures = st.sampled_from(sorted(set(FailureClass) - {FailureClass.CANCELLED}))
 
 
-@given(failures, st.booleans(), st.integers(1, 20), st.integers(0, 5), st.integers())
-def test_every_decision_is_an_allowed_transition_with_a_bounded_delay(failure, retryable, attempts, losses, seed):
+@given(failures, st.integers(1, 20), st.integers(0, 5), st.integers())
+def test_every_decision_is_an_allowed_transition_with_a_bounded_delay(failure, attempts, losses, seed):
     policy = RetryPolicy()
-    decision = policy.decide(
-        failure, retryable=retryable, attempts=attempts, worker_losses=losses, rng=random.Random(seed)
-    )
+    decision = policy.decide(failure, attempts=attempts, worker_losses=losses, rng=random.Random(seed))
     assert decision.state in TRANSITIONS[JobState.MERGING]
     assert 0 <= decision.delay_seconds <= policy.max_delay_seconds
     assert (decision.delay_seconds == 0) or decision.state is JobState.RETRY_WAIT
 
 
 @pytest.mark.parametrize(
-    ("failure", "retryable", "attempts", "losses", "state"),
+    ("failure", "attempts", "losses", "state"),
     [
-        (FailureClass.BAD_INPUT, False, 1, 0, JobState.FAILED),
-        (FailureClass.TRANSIENT_IO, True, 1, 0, JobState.RETRY_WAIT),
-        (FailureClass.TRANSIENT_IO, True, 5, 0, JobState.FAILED),
-        (FailureClass.OUT_OF_MEMORY, True, 4, 0, JobState.RETRY_WAIT),
-        (FailureClass.OUT_OF_MEMORY, True, 5, 0, JobState.FAILED),
-        (FailureClass.WORKER_LOST, True, 1, 1, JobState.RETRY_WAIT),
-        (FailureClass.WORKER_LOST, True, 2, 2, JobState.QUARANTINED),
-        (FailureClass.WORKER_LOST, True, 3, 3, JobState.QUARANTINED),
-        (FailureClass.CANCELLED, False, 1, 0, JobState.CANCELLED),
+        (FailureClass.BAD_INPUT, 1, 0, JobState.FAILED),
+        (FailureClass.TRANSIENT_IO, 1, 0, JobState.RETRY_WAIT),
+        (FailureClass.TRANSIENT_IO, 5, 0, JobState.FAILED),
+        (FailureClass.OUT_OF_MEMORY, 4, 0, JobState.RETRY_WAIT),
+        (FailureClass.OUT_OF_MEMORY, 5, 0, JobState.FAILED),
+        (FailureClass.WORKER_LOST, 1, 1, JobState.RETRY_WAIT),
+        (FailureClass.WORKER_LOST, 2, 2, JobState.QUARANTINED),
+        (FailureClass.WORKER_LOST, 3, 3, JobState.QUARANTINED),
+        (FailureClass.CANCELLED, 1, 0, JobState.CANCELLED),
     ],
 )
-def test_decisions(failure, retryable, attempts, losses, state):
-    decision = RetryPolicy().decide(
-        failure, retryable=retryable, attempts=attempts, worker_losses=losses, rng=random.Random(0)
-    )
+def test_decisions(failure, attempts, losses, state):
+    decision = RetryPolicy().decide(failure, attempts=attempts, worker_losses=losses, rng=random.Random(0))
     assert decision.state is state

@@ -7,39 +7,12 @@ from llvmlite import ir
 from numba import literal_unroll, types
 
 from workers.numerics.kernels.compiled import Kernel, jit, primitive
-from workers.numerics.kernels.elements import lift, lifted, lower, magnitude_bits, of_bits, rounded_to
+from workers.numerics.kernels.elements import lift, lower, magnitude_bits, of_bits, rounded_to
 from workers.numerics.kernels.vectors import INT64, call, data_pointer, has_instructions, load, shuffle, splat, store
 
 _BYTES = ir.VectorType(ir.IntType(8), 16)
-_FLOATS = ir.VectorType(ir.FloatType(), 8)
-_WORDS = ir.VectorType(ir.IntType(32), 8)
-_NUM_ABREAST = 32
-"""Blocks whose scales are known before their values are looked up: none waits for its own."""
-_SEARCHES = has_instructions("avx2")
-"""Whether the processor looks eight numbers up in a register at once."""
 _LOOKS_UP = has_instructions("ssse3")
 """Whether the processor looks sixteen bytes up in a register at once."""
-
-
-def quantize(weight: Any, middles: Any, places: Any, codes: Any, absmax: Any) -> None:
-    """Quantize blocks of 64 to 4 bits, as `quantize_4bit` of bitsandbytes 0.50.2 does on the CPU, bit for bit.
-
-    It looks a value up among the middles between the 16 values there are, by binary search; so does this, eight values
-    at a time where the processor can do that. NaN counts as above all of them, as there.
-
-    Args:
-        weight: elements, whole blocks.
-        middles: float32 [15], ascending.
-        places: uint8 [16]: the code of each value, ascending.
-        codes: uint8, gets two codes a byte.
-        absmax: float32, gets the scale of each block.
-    """
-    if _SEARCHES:
-        # From one of them on to those at twice its place: the first is in the middle of all.
-        order = np.array([0, 7, 3, 11, 1, 5, 9, 13, 0, 2, 4, 6, 8, 10, 12, 14])
-        _quantize_by_search(weight, middles[order], places, codes, absmax)
-    else:
-        _quantize(weight, tuple(middles), places, codes, absmax)
 
 
 @jit
@@ -51,9 +24,20 @@ def _scale_of(weight: Any) -> Any:
     return of_bits(largest)
 
 
-@jit
-def _inverse_of(scale: Any) -> Any:
-    return np.float32(1) / (max(scale, np.float32(1e-38)))
+def quantize(weight: Any, middles: Any, places: Any, codes: Any, absmax: Any) -> None:
+    """Quantize blocks of 64 to 4 bits, as `quantize_4bit` of bitsandbytes 0.50.2 does on the CPU, bit for bit.
+
+    It looks a value up among the middles between the 16 values there are, by binary search; this counts those that are
+    below it. NaN counts as above all of them, as there.
+
+    Args:
+        weight: elements, whole blocks.
+        middles: float32 [15], ascending.
+        places: uint8 [16]: the code of each value, ascending.
+        codes: uint8, gets two codes a byte.
+        absmax: float32, gets the scale of each block.
+    """
+    _quantize(weight, tuple(middles), places, codes, absmax)
 
 
 @Kernel
@@ -62,7 +46,7 @@ def _quantize(weight: Any, middles: Any, places: Any, codes: Any, absmax: Any) -
     for block in range(absmax.size):
         w = weight[block * 64 : block * 64 + 64]
         absmax[block] = _scale_of(w)
-        inverse = _inverse_of(absmax[block])
+        inverse = np.float32(1) / max(absmax[block], np.float32(1e-38))
         for i in range(64):
             x = np.float32(lift(w[i]) * inverse)
             n = np.int32(15)
@@ -72,59 +56,6 @@ def _quantize(weight: Any, middles: Any, places: Any, codes: Any, absmax: Any) -
         packed = codes[block * 32 : block * 32 + 32]
         for i in range(32):
             packed[i] = np.uint8(places[num_above[2 * i]] << np.uint8(4)) | places[num_above[2 * i + 1]]
-
-
-@primitive
-def _search(  # noqa: PLR0917 - compiled code passes by position
-    _context: Any, weight: Any, begin: Any, inverse: Any, tree: Any, places: Any, codes: Any
-) -> Any:
-    """Put the 16 bytes of the codes of 32 elements, from the one at `begin` on, where they belong."""
-
-    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        weight_pointer, tree_pointer, places_pointer, codes_pointer = (
-            data_pointer(context, builder, kind, arguments[place])
-            for place, kind in ((0, weight), (3, tree), (4, places), (5, codes))
-        )
-        halves = [load(builder, tree_pointer, ir.Constant(INT64, 8 * half), _FLOATS) for half in (0, 1)]
-        element = ir.IntType(16) if weight.dtype.bitwidth == 16 else ir.FloatType()
-        numbers = []
-        for part in range(4):
-            at = builder.add(arguments[1], ir.Constant(INT64, 8 * part))
-            eight = load(builder, weight_pointer, at, ir.VectorType(element, 8))
-            numbers.append(builder.fmul(lifted(builder, eight, weight.dtype), splat(builder, arguments[2], 8)))
-        nodes = [ir.Constant(_WORDS, [1] * 8)] * 4
-        for half in (0, 0, 0, 1):  # a step of all of them, since each step waits for the one before
-            middles = [call(builder, "llvm.x86.avx2.permps", halves[half], node) for node in nodes]
-            above = [builder.fcmp_unordered("ugt", x, middle) for x, middle in zip(numbers, middles, strict=True)]
-            nodes = [
-                builder.add(builder.add(node, node), builder.zext(is_above, _WORDS))
-                for node, is_above in zip(nodes, above, strict=True)
-            ]
-        # Nodes below the last middles are numbered from 16 on: their lower halves are the places of the values.
-        table = load(builder, places_pointer, ir.Constant(INT64, 0), _BYTES)
-        sixteens = [shuffle(builder, nodes[first], nodes[first + 1], range(16)) for first in (0, 2)]
-        chosen = [
-            call(builder, "llvm.x86.ssse3.pshuf.b.128", table, builder.and_(builder.trunc(each, _BYTES), _each(15)))
-            for each in sixteens
-        ]
-        upper, under = (shuffle(builder, chosen[0], chosen[1], range(first, 32, 2)) for first in (0, 1))
-        packed = builder.or_(builder.shl(upper, _each(4)), under)
-        store(builder, packed, codes_pointer, builder.lshr(arguments[1], ir.Constant(INT64, 1)))
-        return context.get_dummy_value()
-
-    return types.none(weight, begin, inverse, tree, places, codes), generate
-
-
-@Kernel
-def _quantize_by_search(weight: Any, tree: Any, places: Any, codes: Any, absmax: Any) -> None:
-    for start in range(0, absmax.size, _NUM_ABREAST):
-        stop = min(start + _NUM_ABREAST, absmax.size)
-        for block in range(start, stop):
-            absmax[block] = _scale_of(weight[block * 64 : block * 64 + 64])
-        for block in range(start, stop):
-            inverse = _inverse_of(absmax[block])
-            for begin in range(block * 64, block * 64 + 64, 32):
-                _search(weight, begin, inverse, tree, places, codes)
 
 
 def dequantize(codes: Any, absmax: Any, pairs: Any, blocksize: int, weight: Any) -> None:

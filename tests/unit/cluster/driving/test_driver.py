@@ -187,8 +187,8 @@ def staged(name):
     return JobOutcome(job_id=name, merge_key="a" * 64, failure=None, release=None, parity=None, report_path=None)
 
 
-def failed(name, failure_class, *, retryable=False):
-    failure = Failure(failure_class=failure_class, retryable=retryable, message=f"{failure_class} it is")
+def failed(name, failure_class):
+    failure = Failure(failure_class=failure_class, message=f"{failure_class} it is")
     return JobOutcome(job_id=name, merge_key=None, failure=failure, release=None, parity=None, report_path=None)
 
 
@@ -291,7 +291,7 @@ def test_a_job_that_fails_fails_alone(fleet):
         "merge-worker-0",
         staged("good"),
         failed("bad", FailureClass.PARITY_FAILED),
-        failed("slow", FailureClass.TRANSIENT_IO, retryable=True),
+        failed("slow", FailureClass.TRANSIENT_IO),
     )
     it.step()
     assert it.states() == {"good": JobState.PUBLISHING, "bad": JobState.FAILED, "slow": JobState.RETRY_WAIT}
@@ -338,7 +338,7 @@ def test_publishing_that_fails_is_decided_like_any_failure(fleet):
     it.step()
     it.pool.finish("merge-worker-0", staged("one"))
     it.step()
-    failure = Failure(failure_class=FailureClass.AUTH, retryable=False, message="no credentials")
+    failure = Failure(failure_class=FailureClass.AUTH, message="no credentials")
     it.pool.finish_publish("merge-worker-0", "one", failure)
     it.step()
     assert it.job("one").state is JobState.FAILED

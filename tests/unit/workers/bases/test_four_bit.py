@@ -76,16 +76,6 @@ def extreme_weight(dtype, quant_type, scales, seed):
     return (blocks.double() * torch.tensor(scales, dtype=torch.float64).unsqueeze(1)).to(dtype)
 
 
-@pytest.fixture(params=[True, False], ids=["search", "count"])
-def searches(request):
-    """Both ways to find a code."""
-    here = workers.numerics.kernels.four_bit._SEARCHES
-    workers.numerics.kernels.four_bit._SEARCHES = here and request.param
-    yield
-    workers.numerics.kernels.four_bit._SEARCHES = here
-
-
-@pytest.mark.usefixtures("searches")
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     dtype=st.sampled_from(DTYPES),
@@ -103,7 +93,6 @@ def test_extremes_are_quantized_as_by_bitsandbytes(dtype, quant_type, scales, se
     assert same_bits(absmax, state.absmax)
 
 
-@pytest.mark.usefixtures("searches")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_what_is_no_number_is_quantized_as_by_bitsandbytes(quant_type, value):

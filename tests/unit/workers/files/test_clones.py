@@ -74,8 +74,8 @@ def test_what_stays_is_not_written_and_every_byte_is_as_ever(place, base):
             left, right = (each.output(name) / shard.name for each in (plain, cloned))
             assert left.read_bytes() == right.read_bytes()
     num_kept = sum(plan.output.tensors[name][1].num_bytes for plan in cloned.plans for name in plan.kept)
-    assert after.num_bytes_written == before.num_bytes_written - num_kept
-    assert 2 * num_kept > before.num_bytes_written
+    assert after.bytes.written == before.bytes.written - num_kept
+    assert 2 * num_kept > before.bytes.written
 
 
 def test_an_adapter_that_changes_most_of_a_file_has_it_written(place):
@@ -144,5 +144,5 @@ def test_without_clones_all_is_written(place, base, monkeypatch):
     planned = plan_pass(base, {"one": make_adapter(base, place / "one")}, place / "out")
     result = planned.run(direct=True, checked=True)
     assert result.errors == {}
-    assert result.num_bytes_written == planned.plans[0].output.total_size
+    assert result.bytes.written == planned.plans[0].output.total_size
     assert planned.check()["one"]

@@ -355,8 +355,8 @@ def test_the_base_is_read_once_for_all(large, tmp_path, monkeypatch):
     really_read = bytes_read_by_this_process() - before - sum(read_back)
     num_base_bytes = sum(path.stat().st_size for path in large.glob("*.safetensors"))
     num_adapter_bytes = sum((adapter / ADAPTER_WEIGHTS).stat().st_size for adapter in adapters.values())
-    assert result.num_base_bytes_read <= num_base_bytes
-    assert result.num_adapter_bytes_read <= num_adapter_bytes
+    assert result.bytes.of_base <= num_base_bytes
+    assert result.bytes.of_adapters <= num_adapter_bytes
     assert num_base_bytes < really_read < 1.1 * num_base_bytes + num_adapter_bytes
 
 
@@ -370,7 +370,7 @@ def test_every_byte_written_is_told(llama, adapters, tmp_path):
 
     result = planned.run(on_bytes=on_bytes)
     expected = sum(t.nbytes for name in adapters for t in read_tensors(planned.output(name)).values())
-    assert sum(told) == result.num_bytes_written == expected
+    assert sum(told) == result.bytes.written == expected
 
 
 def test_files_are_told_as_they_close_with_their_digests(llama, adapters, tmp_path):
@@ -503,8 +503,8 @@ def test_a_pass_without_jobs_left_stops_early(large, tmp_path):
 
     result = plan_pass(large, {"one": adapter, "two": adapter}, tmp_path).run(check=check, num_threads=2)
     assert set(result.errors) == {"one", "two"}
-    assert result.num_bytes_written == 0
-    assert result.num_base_bytes_read < 0.5 * sum(path.stat().st_size for path in large.glob("*.safetensors"))
+    assert result.bytes.written == 0
+    assert result.bytes.of_base < 0.5 * sum(path.stat().st_size for path in large.glob("*.safetensors"))
 
 
 def single_file(base, directory):

@@ -13,11 +13,12 @@ from peft import LoraConfig
 from jobs.errors import BadInputError, DeviceLostError, FailureClass, OutOfMemoryError
 from jobs.request import MergeRequest
 from workers.adapters.adapter import Adapter, refusals
+from workers.merging.failures import shared_failures
+from workers.merging.job import Job
 from workers.merging.outcomes import WorkerSettings
 from workers.numerics import device
 from workers.numerics.device import device_fault
 from workers.parity.foreign_models import model_of
-from workers.unit.job import Job, shared_failures
 from workers.worker import MergeWorker
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU that works")
@@ -66,7 +67,7 @@ def test_a_device_that_fails_at_work_is_told_as_the_loss_of_the_worker(error):
     with shared_failures([job]):
         raise error
     assert isinstance(job.error, DeviceLostError)
-    assert (job.error.failure_class, job.error.retryable) == (FailureClass.WORKER_LOST, True)
+    assert job.error.failure_class is FailureClass.WORKER_LOST
     assert str(job.error) == f"the GPU failed at work: {str(error).splitlines()[0]}; another worker has to do it"
 
 

@@ -1,21 +1,19 @@
-"""One job on its way through a unit: what is known of it, and whose failure it is when something goes wrong."""
+"""One job on its way through a unit: the one record of it, from planning to outcome."""
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jobs.errors import DeviceLostError, InternalError, MergefleetError, OutOfMemoryError
-from jobs.parity_report import ParitySummary, TensorCheck
+from jobs.errors import MergefleetError
+from jobs.parity_report import BehaviourCheck, ParityReport, ParitySummary, TensorCheck
 from jobs.release import Artifact, Manifest, Release
 from jobs.request import MergeRequest
 from workers.files.local import FileState
 from workers.files.shard import HashedFile
 from workers.merging.outcomes import Failure, JobOutcome, MergedShards
 from workers.merging.plan import MergePlan
-from workers.numerics.device import is_of_memory, is_of_the_device
 from workers.releases.sinks import Receipt, Staging
 
 logger = logging.getLogger(__name__)
@@ -27,7 +25,15 @@ class Job:
 
     request: MergeRequest
     planned: MergePlan | None = None
+    part: MergePlan | None = None
+    """What of the plan is merged here, where several workers share it; None for all of it."""
     opened: Staging | None = None
+    compared_in: Path | None = None
+    """Directory of a merge that is made to be compared: it has no staging, and ships nowhere."""
+    carriers: ThreadPoolExecutor | None = None
+    """What ships its files, while there is something to ship."""
+    files: tuple[HashedFile, ...] = ()
+    """What the last pass wrote."""
     uploads: list[Future[Receipt]] = field(default_factory=list)
     """Of its finished files; several threads append."""
     bytes_put: list[int] = field(default_factory=list)
@@ -40,10 +46,13 @@ class Job:
     """What is wrong about its shards as files, or about what was read of its adapter, a sentence each."""
     error: MergefleetError | None = None
     release: Release | None = None
-    parity: ParitySummary | None = None
-    notes: tuple[str, ...] = ()
-    """Those of its report."""
+    behaviour: tuple[BehaviourCheck, ...] = ()
+    """The behavioural check, where it was asked for: the one that gates, then the one for information."""
+    report: ParityReport | None = None
     report_path: Path | None = None
+    """Directory of the report."""
+    parity: ParitySummary | None = None
+    """What the report comes to, once it has passed."""
     manifest: Manifest | None = None
 
     @property
@@ -64,14 +73,39 @@ class Job:
         return self.opened
 
     @property
+    def in_work(self) -> MergePlan:
+        """What the pass merges: the plan, or a part of it."""
+        return self.part or self.plan
+
+    @property
+    def directory(self) -> Path:
+        """Where its merged shards are written."""
+        return self.compared_in or self.staging.directory
+
+    @property
+    def direct(self) -> bool:
+        """Whether its shards go past the page cache, since they are not read again here."""
+        if self.opened is None or not self.opened.in_place:
+            return False
+        return not (self.in_work.by_peft or self.is_run)  # what PEFT merged is read again to be checked
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the whole merged checkpoint is run, to be asked or compared."""
+        return self.request.parity.level == "full" or self.request.compare
+
+    @property
     def running(self) -> bool:
         """Whether it has neither failed nor found its release there already."""
         return self.error is None and self.release is None
 
-    def ship(self, uploads: ThreadPoolExecutor, file: HashedFile | Artifact) -> None:
+    def ship(self, file: HashedFile | Artifact) -> None:
         """Have a finished file sent on its way, beside what goes on here."""
+        if self.compared_in is not None:
+            return
+        assert self.carriers is not None
         artifact, state = (file.artifact, file.state) if isinstance(file, HashedFile) else (file, None)
-        self.uploads.append(uploads.submit(self._put, artifact, state))
+        self.uploads.append(self.carriers.submit(self._put, artifact, state))
 
     def _put(self, artifact: Artifact, state: FileState | None) -> Receipt:
         receipt = self.staging.put(artifact, state)
@@ -127,45 +161,4 @@ class Job:
             release=self.release,
             parity=self.parity,
             report_path=self.report_path,
-        )
-
-
-def own_failure(job: Job) -> contextlib.AbstractContextManager[None]:
-    """Whatever goes wrong inside is the failure of this job."""
-
-    def fail(error: MergefleetError) -> None:
-        job.error = error
-
-    return _failures(fail)
-
-
-def shared_failures(jobs: Sequence[Job]) -> contextlib.AbstractContextManager[None]:
-    """Whatever goes wrong inside is the failure of all jobs that are still running."""
-
-    def fail(error: MergefleetError) -> None:
-        for job in jobs:
-            if job.running:
-                job.error = error
-
-    return _failures(fail)
-
-
-@contextlib.contextmanager
-def _failures(fail: Callable[[MergefleetError], None]) -> Iterator[None]:
-    """Turn whatever goes wrong inside into an error of ours: this is the edge of the worker."""
-    try:
-        yield
-    except MergefleetError as error:
-        fail(error)
-    except Exception as error:
-        if is_of_memory(error):
-            fail(OutOfMemoryError(f"memory ran out: {error}; use a worker with more, or parity level 'arithmetic'"))
-            return
-        if is_of_the_device(error):
-            first_line = next(iter(str(error).splitlines()), "")
-            fail(DeviceLostError(f"the GPU failed at work: {first_line}; another worker has to do it"))
-            return
-        logger.exception("a fault of mergefleet, or one it does not know")
-        fail(
-            InternalError(f"{type(error).__name__}: {error}; a fault of mergefleet: the worker's log has the traceback")
         )

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from jobs.errors import CancelledError
-from workers.unit.progress import Tracker
+from workers.merging.tracker import Tracker
 
 NOBODY = frozenset[str]
 

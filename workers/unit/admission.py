@@ -1,0 +1,79 @@
+"""Whether a pass fits into the memory that is free, of the machine and of its GPU."""
+
+from collections.abc import Sequence
+
+from jobs.errors import OutOfMemoryError
+from workers.bases.resident_bases import ResidentBases
+from workers.files.memory import available_device_bytes, available_host_bytes
+from workers.merging.base_plan import BasePlan
+from workers.merging.context import Context
+from workers.merging.failures import own_failure
+from workers.merging.job import Job
+from workers.merging.plan import MergePlan
+from workers.unit.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
+
+
+class Admission:
+    """The memory of one pass over one base."""
+
+    def __init__(self, context: Context, base: BasePlan, residents: ResidentBases, pass_key: str) -> None:
+        self._device = context.device
+        self._num_threads = context.num_threads
+        self._base = base
+        self._residents = residents
+        self._pass_key = pass_key
+
+    def admit(self, jobs: Sequence[Job]) -> None:
+        """Refuse jobs, the last ones first, until the pass fits into the memory that is free."""
+        free = available_host_bytes()
+        free_on_device = self.make_room(jobs)
+        on_device = self._base_bytes(jobs, free_on_device)
+        admitted: list[MergePlan] = []
+        for job in jobs:
+            with own_failure(job):
+                plans = [*admitted, job.plan]
+                takes = {"memory": (pass_bytes(plans, self._num_threads, self._device.type), free)}
+                if free_on_device is not None:
+                    needed = on_device + device_bytes(plans, self._num_threads)
+                    takes["GPU memory"] = needed, free_on_device
+                for what, (needed, available) in takes.items():
+                    if needed > available:
+                        beside = f" beside {len(admitted)} others" if admitted else ""
+                        raise OutOfMemoryError(
+                            f"merging {job.request.adapter}{beside} takes {needed / 1e6:.0f} MB of {what}, and "
+                            f"{available / 1e6:.0f} MB are free; lower max_jobs_per_pass or num_threads, run fewer "
+                            "workers on this machine, or wait until others have ended"
+                        )
+                admitted.append(job.plan)
+
+    def fits(self, jobs: Sequence[Job], room: int | None) -> bool:
+        """Whether the GPU has room for the whole base in 4-bit beside some jobs; what it has not comes tile by tile."""
+        if room is None:
+            return True
+        return resident_bytes(self._base) + self._bytes_of(jobs) <= room
+
+    def make_room(self, jobs: Sequence[Job]) -> int | None:
+        """Let go of bases that other passes left on the GPU, if they have to.
+
+        They stay where this pass's own would not fit beside it even without them.
+
+        Returns:
+            Bytes of the GPU that this pass may take, the base it holds included; None on the CPU.
+        """
+        if self._device.type == "cpu" or not jobs:
+            return None
+        held = self._residents.num_device_bytes(self._pass_key)
+        free = available_device_bytes(self._device) + held
+        beside = self._residents.num_device_bytes_beside(self._pass_key)
+        wanted = self._base_bytes(jobs, free + beside) + self._bytes_of(jobs)
+        self._residents.make_room(self._pass_key, wanted - free)
+        return available_device_bytes(self._device) + held
+
+    def _base_bytes(self, jobs: Sequence[Job], room: int | None) -> int:
+        """Return what the base takes of the GPU: whole, where it fits beside one job, or tile by tile."""
+        if jobs and not self.fits(jobs[:1], room):
+            return passing_bytes(self._base, self._num_threads)
+        return resident_bytes(self._base)
+
+    def _bytes_of(self, jobs: Sequence[Job]) -> int:
+        return device_bytes([job.plan for job in jobs], self._num_threads)
