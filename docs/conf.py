@@ -12,6 +12,7 @@ html_title = project
 myst_heading_anchors = 3
 myst_fence_as_directive = ["mermaid"]
 
+default_role = "code"  # docstrings write names between single backticks
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": True}

@@ -28,7 +28,7 @@ class Thresholds(Frozen):
     """What a merge may differ by and still be published."""
 
     max_rounding_excess: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """Largest |merged - exact| per element over the bound that one correct rounding allows (arithmetic check)."""
+    """Largest `|merged - exact|` per element over the bound that one correct rounding allows (arithmetic check)."""
     max_mean_kl: float = Field(default=5e-3, gt=0, allow_inf_nan=False)
     """Mean KL divergence in nats, reference to merged, over all positions of prompts and continuations."""
     min_top1_agreement: float = Field(default=0.97, ge=0, le=1)

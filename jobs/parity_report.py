@@ -20,9 +20,9 @@ class TensorCheck(Frozen):
     targeted: bool = False
     """Whether it was compared with what the adapter says of it; every other tensor has to be W, bit for bit."""
     max_abs_error: float
-    """Largest |merged - exact|, exact in float64."""
+    """Largest `|merged - exact|`, exact in float64."""
     rounding_excess: float
-    """Largest |merged - exact| over what one correct rounding may leave: at most 1 when right, and 1 where each element
+    """Largest `|merged - exact|` over what one correct rounding may leave: at most 1 when right, and 1 where each element
     is the value nearest to the exact one."""
     num_bad_elements: Annotated[int, Field(ge=0)] = 0
     """Elements whose error is above the bound."""
