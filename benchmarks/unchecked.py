@@ -5,10 +5,9 @@ from collections.abc import Iterator
 
 import torch
 
-from workers.merging.arithmetic import ArithmeticCheck
+from workers.merging.arithmetic import ArithmeticCheck, Expected
 from workers.merging.output import OutputTensor
 from workers.merging.tally import Tally
-from workers.numerics.products import Comparison
 from workers.unit import unit
 
 
@@ -18,12 +17,10 @@ class _NoCheck(ArithmeticCheck):
     def weight(self, *_: OutputTensor | slice) -> torch.Tensor:
         return torch.empty(0)
 
-    def on_the_way(self, *_: Tally | torch.Tensor) -> None:
-        return None
+    def expect(self, tally: Tally, rows: slice, weight_OI: torch.Tensor, **_: bool) -> Expected:
+        return Expected(tally, rows, weight_OI, None)
 
-    def compare(
-        self, tally: Tally, rows: slice, place: tuple[str, int], *_: torch.Tensor, found: Comparison | None = None
-    ) -> None:
+    def judge(self, *_: Expected | torch.Tensor | tuple[str, int]) -> None:
         pass
 
 

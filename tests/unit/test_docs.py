@@ -31,10 +31,7 @@ def blocks(language):
 
 REQUEST_FILES = blocks("yaml")
 COMMANDS = [
-    line.split("#")[0]
-    for _, block in blocks("sh")
-    for line in block.splitlines()
-    if line.startswith("mergefleet ")
+    line.split("#")[0] for _, block in blocks("sh") for line in block.splitlines() if line.startswith("mergefleet ")
 ]
 
 
