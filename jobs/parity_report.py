@@ -22,8 +22,8 @@ class TensorCheck(Frozen):
     max_abs_error: float
     """Largest `|merged - exact|`, exact in float64."""
     rounding_excess: float
-    """Largest `|merged - exact|` over what one correct rounding may leave: at most 1 when right, and 1 where each element
-    is the value nearest to the exact one."""
+    """Largest `|merged - exact|` over what one correct rounding may leave: at most 1 when right, and 1 where each
+    element is the value nearest to the exact one."""
     num_bad_elements: Annotated[int, Field(ge=0)] = 0
     """Elements whose error is above the bound."""
     weight_norm: float = 0.0
