@@ -1,7 +1,7 @@
 """Which base to merge into: adapters trained on 16-bit and on NF4 weights, each merged into both, on held-out chats.
 
 The packaged real model, the habits of `examples/chats.py`, each trained both ways; the texts are chats on questions
-that no training set has. Prints a Markdown table; the README says what follows from it.
+that no training set has. Prints a Markdown table; docs/which-base.md says what follows from it.
 """
 
 import argparse

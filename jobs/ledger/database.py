@@ -4,7 +4,7 @@ import contextlib
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,13 +61,14 @@ class Database:
     Args:
         url: `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql://user@host/name`. A missing SQLite file
             is made, with its directory; missing tables are made, and those of an older version brought up to this one.
+        clock: seconds since 1970; None for the database's own, which all who share it have.
 
     Raises:
         BadInputError: the URL is of no known kind, what it names is no ledger, or it is one of a newer version.
         TransientIOError: the database does not answer.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, clock: Callable[[], float] | None = None) -> None:
         parsed = _parse(url)
         self.name = parsed.render_as_string(hide_password=True)
         try:
@@ -77,7 +78,8 @@ class Database:
         except OSError as error:
             raise BadInputError(f"store {self.name}: cannot make its directory: {error}") from error
         self._writer = self._engine.execution_options(writes=True)
-        self._clock = select(text(_CLOCKS[parsed.get_backend_name()]))
+        self._own_time = select(text(_CLOCKS[parsed.get_backend_name()]))
+        self._clock = clock
         try:
             self._prepare()
         except DatabaseError as error:
@@ -110,8 +112,8 @@ class Database:
             connection.execute(select(func.pg_advisory_xact_lock(_ADMISSION_LOCK)))
 
     def now(self, connection: Connection) -> float:
-        """Return the time of the database, in seconds since 1970. Ask after taking locks: waiting takes time."""
-        return float(connection.execute(self._clock).scalar_one())
+        """Return the time, in seconds since 1970. Ask after taking locks: waiting takes time."""
+        return float(connection.execute(self._own_time).scalar_one()) if self._clock is None else self._clock()
 
     def close(self) -> None:
         """Close all connections."""

@@ -82,3 +82,9 @@ def test_links_lead_somewhere(name):
 def anchors(text):
     headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_files_that_are_named_exist(name):
+    places = re.findall(r"`((?:jobs|workers|cluster|tests|benchmarks|examples|docs)/[\w./-]*)`", TEXTS[name])
+    assert [place for place in places if not (ROOT / place).exists()] == []

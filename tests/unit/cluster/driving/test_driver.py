@@ -4,7 +4,7 @@ What Ray does is in tests/integration/test_driver.py.
 """
 
 import random
-import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -192,11 +192,34 @@ def failed(name, failure_class):
     return JobOutcome(job_id=name, merge_key=None, failure=failure, release=None, parity=None, report_path=None)
 
 
-class SilentMetrics:
-    """Takes every figure; the real ones need a Ray session and are scraped in the integration tests."""
+class CountedMetrics:
+    """Counts what a driver tells; the real ones need a Ray session and are scraped in the integration tests."""
 
-    def __getattr__(self, name):
-        return lambda *_args, **_kwargs: None
+    def __init__(self):
+        self.settlements = Counter()
+        self.counts = Counter()
+        self.gauges = {}
+
+    def observe(self, *, jobs, num_waiting, num_in_flight, residents):
+        self.gauges = {"jobs": jobs, "waiting": num_waiting, "in flight": num_in_flight, "residents": residents}
+
+    def unit_finished(self, _outcome):
+        self.counts["units"] += 1
+
+    def used(self, _usage):
+        self.counts["calls with usage"] += 1
+
+    def publish_finished(self, _outcome):
+        self.counts["publications"] += 1
+
+    def settled(self, outcome):
+        self.settlements[outcome] += 1
+
+    def worker_lost(self):
+        self.counts["deaths"] += 1
+
+    def worker_benched(self):
+        self.counts["benched"] += 1
 
 
 class Clock:
@@ -209,16 +232,18 @@ class Clock:
 
 class Fixture:
     def __init__(self, path, num_workers=1, **settings):
-        self.store = JobStore(f"sqlite:///{path}/jobs.db")
+        self.ledger_time = 1e9
+        self.store = JobStore(f"sqlite:///{path}/jobs.db", clock=lambda: self.ledger_time)
         self.pool = ScriptedPool(num_workers)
         self.events = []
         self.clock = Clock()
         self.sleeps = []
+        self.metrics = CountedMetrics()
         self.driver = Driver(
             self.store,
             self.pool,
             Settings(poll_seconds=0.01, retry_delay_seconds=0.0, **settings),
-            SilentMetrics(),
+            self.metrics,
             owner="driver-a",
             listener=self.events.append,
             clock=self.clock,
@@ -241,6 +266,7 @@ class Fixture:
     def step(self, times=1):
         for _ in range(times):
             self.clock.now += 0.02  # longer than one round may wait
+            self.ledger_time += 0.02
             self.driver.step()
 
 
@@ -281,6 +307,11 @@ def test_a_batch_goes_from_queue_to_release(fleet):
     ]
     assert it.pool.discarded == [("merge-worker-0", "one"), ("merge-worker-0", "two")]
     assert it.driver.summary().published == 2
+    assert it.metrics.settlements == {"published": 2}
+    assert it.metrics.counts == {"units": 1, "calls with usage": 1, "publications": 2}
+    it.clock.now += 60
+    it.step()
+    assert {state: num for state, num in it.metrics.gauges["jobs"].items() if num} == {JobState.PUBLISHED: 2}
 
 
 def test_a_job_that_fails_fails_alone(fleet):
@@ -298,6 +329,7 @@ def test_a_job_that_fails_fails_alone(fleet):
     assert it.job("bad").failure_class is FailureClass.PARITY_FAILED
     assert it.job("bad").failure_message == "parity_failed it is"
     assert it.driver.summary().failures == {FailureClass.PARITY_FAILED: 1}
+    assert it.metrics.settlements == {"parity_failed": 1, "transient_io": 1}
 
 
 def test_a_release_that_is_there_already_is_settled_and_nothing_published(fleet):
@@ -370,6 +402,7 @@ def test_a_worker_that_is_lost_with_several_jobs_is_charged_to_none_of_them(flee
     last = it.store.events("one")[-1]
     assert last.detail["reason"] == "its unit failed as a whole: not charged, runs alone next"
     assert last.detail["message"] == "merge-worker-0 was lost with 2 jobs: killed by signal 9"
+    assert it.metrics.counts["deaths"] == 1
 
 
 def test_suspects_run_alone_beside_the_rest_and_the_one_that_kills_again_is_quarantined(fleet):
@@ -448,7 +481,7 @@ def test_a_job_that_was_at_work_when_four_drivers_were_lost_is_not_tried_again(f
     for number in range(4):
         [lease] = it.store.claim(f"driver-{number}", 1, 0.05)
         assert it.store.advance({"one": lease.token}, JobState.PLANNING) == {}
-        time.sleep(0.06)
+        it.ledger_time += 0.06
     it.step()
     assert (it.states(), it.pool.units) == ({"one": JobState.QUARANTINED}, [])
     assert "4 workers or drivers were lost" in it.job("one").failure_message
@@ -503,7 +536,7 @@ def test_a_listener_that_raises_changes_nothing(tmp_path):
         "\udcff".encode()
 
     driver = Driver(
-        it.store, it.pool, Settings(poll_seconds=0.01), SilentMetrics(), owner="driver-b", listener=listener
+        it.store, it.pool, Settings(poll_seconds=0.01), CountedMetrics(), owner="driver-b", listener=listener
     )
     it.submit(request("one"), request("two", base="/bases/b"))
     it.pool.on_poll = lambda: [
@@ -600,7 +633,7 @@ def test_a_job_whose_lease_was_lost_is_stopped_and_nothing_is_written_for_it(fle
     it = fleet(lease_seconds=1.0)
     it.submit(request("one"))
     it.step()
-    time.sleep(1.1)
+    it.ledger_time += 1.1
     assert [lease.job_id for lease in it.store.claim("driver-b", 8, 60)] == ["one"]
     it.clock.now = 5.0
     it.step()
@@ -617,7 +650,7 @@ def test_the_fence_keeps_a_driver_without_a_lease_from_publishing(fleet):
     it = fleet(lease_seconds=1.0)
     it.submit(request("one"))
     it.step()
-    time.sleep(1.1)
+    it.ledger_time += 1.1
     it.pool.finish("merge-worker-0", staged("one"))
     it.step()
     assert it.pool.published == []
@@ -630,7 +663,7 @@ def test_a_driver_that_claims_its_own_lost_job_stops_the_run_that_lost_it(fleet)
     it.step()
     it.pool.finish("merge-worker-1", failed("two", FailureClass.BAD_INPUT))
     it.step()
-    time.sleep(1.1)
+    it.ledger_time += 1.1
     it.step(2)
     assert it.pool.cancelled[0] == ("merge-worker-0", ("one",))
     assert [unit[2] for unit in it.pool.units if unit[0] == "merge-worker-1"] == [("two",), ("one",)]
