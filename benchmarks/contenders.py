@@ -109,7 +109,7 @@ class Copy:
         copies = " && ".join(f'cp -r "$0" "$1/{number}"' for number in range(self.times))
         command = ["sh", "-c", f'{copies} && sync -f "$1"', site.base, out]
         measurement = measure(command, plain_environment(), site.log(self.name))
-        shutil.rmtree(out)  # nobody compares it, and eight of them take much room
+        shutil.rmtree(out)  # not compared, and eight of them take much room
         return measurement
 
 
@@ -144,7 +144,7 @@ class Ours:
         if not self.keeps_cache:
             self.resident.forget(home)
         if self.adapters == EIGHT or not self.checked:
-            shutil.rmtree(out)  # nobody compares it
+            shutil.rmtree(out)  # not compared
         return measurement
 
 
@@ -176,7 +176,7 @@ class OurCommand:
         measurement = measure([*command, *options], environment, site.log(self.name))
         shutil.rmtree(home)
         if self.base_quantization != "none":
-            shutil.rmtree(out)  # nobody compares it
+            shutil.rmtree(out)  # not compared
         return measurement
 
 

@@ -68,7 +68,7 @@ class Load:
         return cls(base_bytes, requests)
 
     def least_seconds(self, num_workers: int, max_jobs_per_pass: int, costs: Costs) -> float:
-        """Return what no schedule can go below: every base loaded once, the fewest passes, nobody ever idle."""
+        """Return what no schedule can go below: every base loaded once, the fewest passes, no worker ever idle."""
         work = 0.0
         for base, count in collections.Counter(str(request.base) for request in self.requests).items():
             size = self.base_bytes[base]

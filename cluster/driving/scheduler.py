@@ -208,7 +208,7 @@ def _spread(units: list[UnitAssignment], idle: list[WorkerView], devices: Mappin
 def share_out(passes: Sequence[OpenPass], workers: Sequence[WorkerView]) -> tuple[PieceAssignment, ...]:
     """Assign pieces of open passes to idle workers.
 
-    A leader works on its own pass. Everybody else goes where most is left for each worker that is there, among passes
+    A leader works on its own pass. The others go where most is left for each worker that is there, among passes
     of its kind, and where the base is held before others. What is handed out at once shrinks with what is left, so that
     all end together.
 

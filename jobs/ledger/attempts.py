@@ -158,7 +158,7 @@ class Attempts:
 
         Raises:
             LeaseLostError: the token is stale or the lease has expired.
-            InternalError: the decision is none of these, or CANCELLED without anybody having asked.
+            InternalError: the decision is none of these, or CANCELLED although no one asked for it.
         """
         if decision.state not in _FAILURE_STATES:
             raise InternalError(f"job '{job_id}': expected a state that follows from failure, found {decision.state}")

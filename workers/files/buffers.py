@@ -22,7 +22,7 @@ _KEPT_BYTES = 4 * TILE_ELEMENTS["cpu"] + 2 * PAGE_BYTES
 
 
 class Buffer:
-    """Memory for one range of bytes of a file. It goes back to its pool when everybody who holds it has let go.
+    """Memory for one range of bytes of a file. It goes back to its pool when all holders have let go.
 
     Its taker uses it as a context, and holds it until the end of that.
     """

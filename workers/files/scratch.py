@@ -27,7 +27,7 @@ _NUM_RANDOM_BYTES = 8
 class OwnedDirectory:
     """A directory `<parent>/<prefix><random>`, locked for as long as an owner lives that has not left it.
 
-    Whoever makes it is its first owner; others who know its path can join.
+    Its maker is its first owner; others that know its path can join.
     """
 
     def __init__(self, path: Path, lock: int) -> None:

@@ -2,7 +2,7 @@
 
 What the merge takes as it is stored is mapped from the base's own shards. What it takes otherwise (dequantized, cast to
 another dtype, or put together of several stored tensors) is written to a file of its own first, and mapped from there.
-Whoever changes a mapped weight changes a copy of those pages, never a file. Names are those of the model.
+A change of a mapped weight changes a copy of those pages, never a file. Names are those of the model.
 """
 
 import contextlib

@@ -56,11 +56,15 @@ class Comparison:
             return None  # infinity equals itself, and is as wrong as NaN
         return torch.from_numpy(self.places[: self.num_different])
 
-    def arrays(self, rows: slice) -> tuple[np.ndarray, np.floating, np.ndarray, np.ndarray, np.ndarray]:
-        """Return what `merging.merge` takes of some rows: W, scaling, factors, and where projections and places go."""
-        projections, places = self.projections_OC[rows].reshape(-1), self.places[self.num_different :]
-        scale = self.factors_I.dtype.type(self.scaling)
-        return array(lifted(self.weight_OI[rows])), scale, self.factors_I, projections, places
+    def known(self, rows: slice) -> merging.Known:
+        """Return what some rows are compared with."""
+        return merging.Known(
+            weight=array(lifted(self.weight_OI[rows])),
+            scaling=self.factors_I.dtype.type(self.scaling),
+            factors=self.factors_I,
+            projections=self.projections_OC[rows].reshape(-1),
+            places=self.places[self.num_different :],
+        )
 
     def add(self, rows: slice, found: tuple[float, float, float, float, int]) -> None:
         """Add what `merging.merge` found in some of the rows."""
@@ -124,20 +128,18 @@ def merge(
             torch.mm(b_OR[rows], a_RI, out=product)
         merged = array(merged_OI[rows])
         nothing = merged[:0]
-        of_comparison = (nothing, scale, scale[None], scale[None], _NO_PLACES)
+        known = merging.Known(nothing, scale, scale[None], scale[None], _NO_PLACES)
         if comparison is not None:
-            of_comparison = comparison.arrays(rows)
+            known = comparison.known(rows)
         are_finite, *found = merging.merge(
-            sgemm,
-            array(b_OR[rows]),
-            array(a_RI),
-            num_columns,
-            scale,
-            array(product),
-            nothing if weight_OI is None or in_place else array(lifted(weight_OI[rows])),
-            in_place,
-            merged,
-            *of_comparison,
+            merging.Product(sgemm, array(b_OR[rows]), array(a_RI), num_columns, array(product)),
+            merging.Sums(
+                scaling=scale,
+                weight=nothing if weight_OI is None or in_place else array(lifted(weight_OI[rows])),
+                in_place=in_place,
+                merged=merged,
+            ),
+            known,
         )
         is_finite &= are_finite
         if comparison is not None:

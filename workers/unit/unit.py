@@ -173,7 +173,7 @@ class Unit:
                 for job in self.jobs:
                     job.cancel_uploads()
                 raise
-            # Nobody waits for the uploads of a job that failed.
+            # The uploads of a job that failed are not waited for.
             for job in self.jobs:
                 if not job.running:
                     job.cancel_uploads()

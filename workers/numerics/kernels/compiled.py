@@ -48,7 +48,7 @@ class Kernel:
 
     def __call__(self, *arguments: Any) -> Any:
         """Run it."""
-        kinds = tuple(getattr(argument, "dtype", type(argument)) for argument in arguments)
+        kinds = tuple(_kind(argument) for argument in arguments)
         if kinds in self._seen:
             return self._loop(*arguments)
         try:
@@ -59,6 +59,12 @@ class Kernel:
             result = self._loop(*arguments)
         self._seen.add(kinds)
         return result
+
+
+def _kind(argument: Any) -> object:
+    if isinstance(argument, tuple):
+        return type(argument), *map(_kind, argument)
+    return getattr(argument, "dtype", type(argument))
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Adding B @ A and rounding, and comparing what was added and rounded."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,44 +77,61 @@ def _compare(  # noqa: PLR0917 - compiled code passes by position
     return weight_square, delta_square, error_delta, largest, num_different
 
 
+class Product(NamedTuple):
+    """What B @ A of some rows comes from."""
+
+    sgemm: int
+    """Address of the SGEMM that multiplies; 0 if `values` already holds the product of all rows."""
+    b: np.ndarray
+    """float32, rows of B; anything where it is not multiplied."""
+    a: np.ndarray
+    """float32, A; anything where it is not multiplied."""
+    num_columns: int
+    """Of W."""
+    values: np.ndarray
+    """Gets B @ A of the rows of a piece; float32, or float64 for a comparison of float32."""
+
+
+class Sums(NamedTuple):
+    """What the product is added to."""
+
+    scaling: np.floating
+    """Multiplied into the product; of its dtype."""
+    weight: np.ndarray
+    """Elements of W; empty if nothing is added to them."""
+    in_place: bool
+    """Whether it is added to what is in `merged`."""
+    merged: np.ndarray
+    """Elements of the sums, rounded: gets them, or has them if nothing is added."""
+
+
+class Known(NamedTuple):
+    """What the sums are compared with."""
+
+    weight: np.ndarray
+    """Elements of W, read once more; empty if nothing is compared."""
+    scaling: np.floating
+    """What the product is multiplied by in the comparison; of its dtype."""
+    factors: np.ndarray
+    """Of the dtype of the product, one for each column."""
+    projections: np.ndarray
+    """Of the dtype of the product: gets the sums of the product times the factors, over each row and its chunks of
+    `CHUNK` columns."""
+    places: np.ndarray
+    """int64, gets the places of elements that are not the sum rounded to nearest, as far as there is room."""
+
+
 @Kernel
-def merge(  # noqa: PLR0917 - compiled code passes by position
-    sgemm: Any,
-    b: Any,
-    a: Any,
-    num_columns: Any,
-    scaling: Any,
-    product: Any,
-    weight: Any,
-    in_place: Any,
-    merged: Any,
-    known: Any,
-    known_scaling: Any,
-    factors: Any,
-    projections: Any,
-    places: Any,
-) -> Any:
+def merge(product: Any, sums: Any, known: Any) -> Any:
     """Add scaling * B @ A to rows of W and round the sums once, or compare such sums with what they should be, or both.
 
-    It goes through the rows in pieces, as many at once as `product` has room for, so that what is compared is still in
-    the caches.
+    It goes through the rows in pieces, as many at once as `product.values` has room for, so that what is compared is
+    still in the caches.
 
     Args:
-        sgemm: address of the SGEMM that multiplies; 0 if `product` already holds B @ A of all rows.
-        b: float32, rows of B; anything where it is not multiplied.
-        a: float32, A; anything where it is not multiplied.
-        num_columns: of W.
-        scaling: multiplied into the product; of its dtype.
-        product: gets B @ A of the rows of a piece; float32, or float64 for a comparison of float32.
-        weight: elements of W; empty if nothing is added to them.
-        in_place: whether it is added to what is in `merged`.
-        merged: elements of the sums, rounded: gets them, or has them if nothing is added.
-        known: elements of W, read once more; empty if nothing is compared.
-        known_scaling: what the product is multiplied by in the comparison; of its dtype.
-        factors: of the dtype of the product, one for each column.
-        projections: of the dtype of the product: gets the sums of the product times the factors, over each row and its
-            chunks of `CHUNK` columns.
-        places: int64, gets the places of elements that are not the sum rounded to nearest, as far as there is room.
+        product: a `Product`.
+        sums: `Sums`.
+        known: a `Known`.
 
     Returns:
         Whether all sums are finite. Then, of what was compared: the squared norms of W and of the delta,
@@ -123,32 +140,33 @@ def merge(  # noqa: PLR0917 - compiled code passes by position
     """
     is_finite = True
     weight_square, delta_square, error_delta, num_different = 0.0, 0.0, 0.0, 0
-    largest = magnitude_bits(product.dtype.type(0))
+    values, merged, num_columns = product.values, sums.merged, product.num_columns
+    largest = magnitude_bits(values.dtype.type(0))
     num_rows = merged.size // num_columns
     num_chunks = (num_columns + CHUNK - 1) // CHUNK
-    for row in range(0, num_rows, product.size // num_columns):
-        count = min(product.size // num_columns, num_rows - row)
+    for row in range(0, num_rows, values.size // num_columns):
+        count = min(values.size // num_columns, num_rows - row)
         first, last = row * num_columns, (row + count) * num_columns
-        delta = product[: last - first]
-        if sgemm:
-            num_inner = a.size // num_columns
-            multiply(sgemm, b[row * num_inner :], a, delta, count, num_inner, num_columns)
-        if in_place:
+        delta = values[: last - first]
+        if product.sgemm:
+            num_inner = product.a.size // num_columns
+            multiply(product.sgemm, product.b[row * num_inner :], product.a, delta, count, num_inner, num_columns)
+        if sums.in_place:
             piece = merged[first:last]
-            is_finite &= _add(piece, delta, scaling, piece)
-        elif weight.size:
-            is_finite &= _add(weight[first:last], delta, scaling, merged[first:last])
-        if known.size:
+            is_finite &= _add(piece, delta, sums.scaling, piece)
+        elif sums.weight.size:
+            is_finite &= _add(sums.weight[first:last], delta, sums.scaling, merged[first:last])
+        if known.weight.size:
             weight_part, delta_part, error_part, largest_part, num_different_part = _compare(
-                known[first:last],
+                known.weight[first:last],
                 merged[first:last],
                 delta,
-                known_scaling,
-                factors,
-                projections[row * num_chunks : (row + count) * num_chunks],
-                places[min(num_different, places.size) :],
+                known.scaling,
+                known.factors,
+                known.projections[row * num_chunks : (row + count) * num_chunks],
+                known.places[min(num_different, known.places.size) :],
             )
-            places[num_different : num_different + num_different_part] += first
+            known.places[num_different : num_different + num_different_part] += first
             weight_square += weight_part
             delta_square += delta_part
             error_delta += error_part

@@ -40,11 +40,14 @@ NO_PLACES = np.empty(0, np.int64)
 def add(weight, delta, scaling, dtype):
     """Round W + scaling * delta; in its own dtype both beside W and in its place."""
     rounded, in_place, scale = torch.empty(weight.shape, dtype=dtype), weight.clone(), np.float32(scaling)
-    product = (0, NO_OPERANDS, NO_OPERANDS, weight.numel(), scale, array(delta))
-    no_comparison = (array(weight)[:0], scale, scale[None], scale[None], NO_PLACES)
-    finite, *_ = merging.merge(*product, array(weight), False, array(rounded), *no_comparison)
+    product = merging.Product(0, NO_OPERANDS, NO_OPERANDS, weight.numel(), array(delta))
+    nothing = array(weight)[:0]
+    no_comparison = merging.Known(nothing, scale, scale[None], scale[None], NO_PLACES)
+    beside = merging.Sums(scaling=scale, weight=array(weight), in_place=False, merged=array(rounded))
+    finite, *_ = merging.merge(product, beside, no_comparison)
     if weight.dtype == dtype:
-        also_finite, *_ = merging.merge(*product, array(weight)[:0], True, array(in_place), *no_comparison)
+        in_its_place = merging.Sums(scaling=scale, weight=nothing, in_place=True, merged=array(in_place))
+        also_finite, *_ = merging.merge(product, in_its_place, no_comparison)
         assert also_finite == finite
         assert torch.equal(bits(in_place), bits(rounded))
     return bool(finite), rounded
@@ -54,8 +57,11 @@ def compare(weight, merged, product, scaling, factors, projections, places):
     """Compare with a product that is at hand; all tensors, [rows, columns] or of a single row."""
     num_columns, scale = factors.numel(), array(product).dtype.type(scaling)
     known, *arrays = (array(each) for each in (weight, factors, projections))
-    given = (0, NO_OPERANDS, NO_OPERANDS, num_columns, scale, array(product), known[:0], False, array(merged))
-    finite, *found = merging.merge(*given, known, scale, *arrays, places.numpy())
+    finite, *found = merging.merge(
+        merging.Product(0, NO_OPERANDS, NO_OPERANDS, num_columns, array(product)),
+        merging.Sums(scaling=scale, weight=known[:0], in_place=False, merged=array(merged)),
+        merging.Known(known, scale, *arrays, places.numpy()),
+    )
     assert finite
     return found
 
