@@ -83,7 +83,11 @@ class Database:
         try:
             self._prepare()
         except DatabaseError as error:
+            self.close()
             raise BadInputError(f"store {self.name} is not a database of mergefleet: {error.orig}") from error
+        except BaseException:
+            self.close()
+            raise
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
