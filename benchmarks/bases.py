@@ -18,7 +18,7 @@ from examples.training import train_adapter
 from jobs.parity_policy import HeldOutText, ParityPolicy
 from jobs.parity_report import ParityReport, Way
 from jobs.request import BaseQuantization, MergeRequest
-from workers.merging.outcomes import WorkerSettings
+from workers.merging.settings import WorkerSettings
 from workers.worker import MergeWorker
 
 HELD_OUT = (

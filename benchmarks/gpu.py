@@ -31,7 +31,7 @@ from benchmarks.unchecked import check_left_out
 from cluster.commands.plan import preview
 from jobs.parity_policy import ParityPolicy
 from jobs.request import BaseQuantization, MergeRequest
-from workers.merging.outcomes import WorkerSettings
+from workers.merging.settings import WorkerSettings
 from workers.numerics.rounding import half_ulp
 from workers.unit.estimate import Estimate
 from workers.worker import MergeWorker

@@ -17,7 +17,7 @@ from benchmarks.measurement import Measurement, PeakMemory, bytes_moved
 from benchmarks.unchecked import check_left_out
 from jobs.parity_policy import ParityPolicy
 from jobs.request import BaseQuantization, MergeRequest
-from workers.merging.outcomes import WorkerSettings
+from workers.merging.settings import WorkerSettings
 from workers.worker import MergeWorker
 
 

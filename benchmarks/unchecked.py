@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import torch
 
-from workers.merging.arithmetic import ArithmeticCheck, Expected
+from workers.merging.checks.arithmetic import ArithmeticCheck, Expected
+from workers.merging.checks.tally import Tally
 from workers.merging.output import OutputTensor
-from workers.merging.tally import Tally
 from workers.unit import unit
 
 

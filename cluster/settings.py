@@ -21,7 +21,7 @@ from jobs.errors import BadInputError, InvalidValueError
 from jobs.locations import normal_path
 from jobs.request import NumBytes
 from jobs.states import RetryPolicy
-from workers.merging.outcomes import WorkerSettings
+from workers.merging.settings import WorkerSettings
 
 ENV_PREFIX = "MERGEFLEET_"
 CONFIG_VARIABLE = "MERGEFLEET_CONFIG"

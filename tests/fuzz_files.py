@@ -120,7 +120,7 @@ class Judge:
     """Runs rounds in this process, one after the other, and says what is wrong with each."""
 
     def __init__(self, sound: Path, scratch: Path) -> None:
-        from workers.merging.outcomes import WorkerSettings
+        from workers.merging.settings import WorkerSettings
         from workers.unit import vetting
         from workers.worker import MergeWorker
 

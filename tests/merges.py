@@ -22,13 +22,13 @@ from workers.bases.model import load_config, model_class
 from workers.bases.quantized_base import QuantizedBase
 from workers.bases.quantized_cache import QuantizedCache
 from workers.files.shard import HashedFile
-from workers.merging.arithmetic import ArithmeticCheck
 from workers.merging.base_plan import BasePlan, plan_base
+from workers.merging.checks.arithmetic import ArithmeticCheck
+from workers.merging.checks.evidence import Evidence
+from workers.merging.checks.module_checks import check_modules
 from workers.merging.context import Context
-from workers.merging.evidence import Evidence
 from workers.merging.job import Job
 from workers.merging.merge import PassBytes, run_pass
-from workers.merging.module_checks import check_modules
 from workers.merging.module_weights import ModuleWeights
 from workers.merging.plan import MergePlan, plan_merge
 from workers.merging.tracker import Tracker

@@ -30,7 +30,7 @@ from cluster.ray_fleet.pool import WorkerPool
 from cluster.ray_fleet.session import Session, close_session, open_session
 from cluster.settings import Settings, load_settings, worker_settings
 from jobs.ledger.store import JobStore
-from workers.merging.outcomes import WorkerSettings
+from workers.merging.settings import WorkerSettings
 
 
 def main() -> None:

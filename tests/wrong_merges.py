@@ -25,7 +25,7 @@ import torch
 import workers.adapters.wearing
 import workers.merging.merge
 import workers.merging.peft_lane
-import workers.merging.walk
+import workers.merging.stream_lane
 import workers.unit.unit
 from jobs.errors import FailureClass
 from jobs.parity_report import ParityReport
@@ -34,8 +34,9 @@ from jobs.request import MergeRequest
 from tests import architectures
 from tests.methods import make_method_adapter, save_old_adapter
 from tests.models import build_llama, build_qwen2, make_adapter
-from workers.merging.outcomes import JobOutcome, WorkerSettings
+from workers.merging.outcomes import JobOutcome
 from workers.merging.plan import MergePlan
+from workers.merging.settings import WorkerSettings
 from workers.worker import MergeWorker
 
 STREAMED: Mapping[str, Mapping[str, Any]] = {
@@ -105,7 +106,9 @@ def break_streamed(plan: MergePlan, rng: random.Random) -> Broken:
             spec = rng.choice([delta.a_RI, delta.b_OR])
             if words == "drop where it is added":
                 return Broken(words, (name,), lambda: _merging_nothing(name))
-            return Broken(words, (name,), lambda: _reading(workers.merging.walk, "read_operand", spec.name, factor))
+            return Broken(
+                words, (name,), lambda: _reading(workers.merging.stream_lane, "read_operand", spec.name, factor)
+            )
     words = "drop, halve, swap or move in the plan"
     return Broken(words, (name,), lambda: in_the_plan(lambda made: dataclasses.replace(made, deltas=deltas)))
 
@@ -165,13 +168,13 @@ def _reading(module: Any, function: str, name: str, factor: float) -> Iterator[N
 
 @contextmanager
 def _merging_nothing(name: str) -> Iterator[None]:
-    really = workers.merging.walk.Walk._operands
+    really = workers.merging.stream_lane.Walk._operands
 
     def operands(self: Any, tile: Any, job: Any) -> tuple[torch.Tensor, torch.Tensor]:
         a_RI, b_OR = really(self, tile, job)
         return (a_RI, torch.zeros_like(b_OR)) if tile.weight.tensor.name == name else (a_RI, b_OR)
 
-    with mock.patch.object(workers.merging.walk.Walk, "_operands", operands):
+    with mock.patch.object(workers.merging.stream_lane.Walk, "_operands", operands):
         yield
 
 

@@ -25,8 +25,8 @@ from workers.merging.outcomes import (
     ShardsOutcome,
     UnitOutcome,
     Unreachable,
-    WorkerSettings,
 )
+from workers.merging.settings import WorkerSettings
 from workers.merging.tracker import Tracker
 from workers.numerics.device import device_fault
 from workers.unit.unit import Unit

@@ -1,1 +1,1 @@
-"""What the command line does: run, merge, plan, watch."""
+"""Commands that are too long for `cli.py`; the others are whole there."""

@@ -21,8 +21,9 @@ from jobs.parity_report import ParityReport, Way
 from jobs.release import REPORT_NAME, Release
 from jobs.request import BaseQuantization, Dtype, MergeRequest
 from jobs.request_files.problems import expectation, mistakes
-from workers.merging.outcomes import Failure, JobOutcome, Usage, WorkerSettings
+from workers.merging.outcomes import Failure, JobOutcome, Usage
 from workers.merging.outcomes import Progress as UnitProgress
+from workers.merging.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from workers.worker import MergeWorker

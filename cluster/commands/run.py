@@ -26,7 +26,7 @@ from cluster.ray_fleet.session import Session, close_session, open_session
 from cluster.settings import Settings, load_settings, worker_settings
 from jobs.errors import FailureClass
 from jobs.ledger.store import JobStore
-from workers.merging.outcomes import WorkerSettings
+from workers.merging.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
 

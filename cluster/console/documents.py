@@ -11,7 +11,7 @@ from jobs.errors import MergefleetError
 from jobs.ledger.records import Event, JobRecord
 from jobs.release import Manifest, Release
 from jobs.request import MergeRequest
-from jobs.request_files.problems import ManifestError
+from jobs.request_files.problems import RequestFileError
 from workers.merging.outcomes import Failure
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def progress_document(progress: Sequence[BaseProgress], seconds_left: float | No
 def error_document(error: MergefleetError) -> dict[str, Any]:
     """Return an error; a request file's with every problem by itself."""
     document: dict[str, Any] = {"class": error.failure_class.value, "message": str(error)}
-    if isinstance(error, ManifestError):
+    if isinstance(error, RequestFileError):
         document["problems"] = [plain(problem) for problem in error.problems]
     return {"error": document}
 

@@ -37,7 +37,7 @@ class Problem:
         return f"{place}:{field} expected {self.expected}, found {self.found}"
 
 
-class ManifestError(BadInputError):
+class RequestFileError(BadInputError):
     """A request file has mistakes; none of its requests is used.
 
     Args:
@@ -72,9 +72,9 @@ class ProblemList:
         problem = Problem(shown(self._file), line, shown(field, _MAX_FIELD), *words)
         self._problems.setdefault((line, field, expected), problem)
 
-    def error(self) -> ManifestError:
+    def error(self) -> RequestFileError:
         """Return all problems, in the order of the file, as the error to raise."""
-        return ManifestError(tuple(sorted(self._problems.values(), key=lambda problem: problem.line or 0)))
+        return RequestFileError(tuple(sorted(self._problems.values(), key=lambda problem: problem.line or 0)))
 
 
 def show(value: Any) -> str:

@@ -18,10 +18,10 @@ from jobs.request import MergeRequest
 from jobs.request_files.documents import DocumentTooLargeError, joined, read_csv, read_jsonl
 from jobs.request_files.drafts import DraftCheck
 from jobs.request_files.matrix import MAX_REQUESTS, Expansion, expand
-from jobs.request_files.problems import ManifestError, Problem, ProblemList, show
+from jobs.request_files.problems import Problem, ProblemList, RequestFileError, show
 from jobs.request_files.yaml_tree import read_yaml
 
-__all__ = ["MAX_FILE_BYTES", "MAX_REQUESTS", "ManifestError", "Problem", "load_requests"]
+__all__ = ["MAX_FILE_BYTES", "MAX_REQUESTS", "Problem", "RequestFileError", "load_requests"]
 
 MAX_FILE_BYTES = 16 * 1024**2
 _EVERYWHERE = Allowance()
@@ -39,7 +39,7 @@ def load_requests(path: Path, allowance: Allowance = _EVERYWHERE) -> tuple[Merge
         At least one request; ids and destinations are unique within the file, and no destination lies inside another.
 
     Raises:
-        ManifestError: anything is wrong; lists every mistake with its line.
+        RequestFileError: anything is wrong; lists every mistake with its line.
     """
     problems = ProblemList(path)
     expansion = Expansion()

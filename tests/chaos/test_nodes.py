@@ -14,7 +14,7 @@ from jobs.ledger.store import JobStore
 from jobs.request import MergeRequest
 from jobs.states import JobState
 from tests.models import build_llama, make_adapter
-from workers.merging.outcomes import WorkerSettings
+from workers.merging.settings import WorkerSettings
 from workers.worker import MergeWorker
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow, pytest.mark.timeout(900)]

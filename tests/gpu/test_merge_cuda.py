@@ -8,7 +8,7 @@ import torch
 from jobs.request import MergeRequest
 from tests.merges import read_tensors
 from tests.models import build_llama, make_adapter, merge_with_peft
-from workers.merging.outcomes import WorkerSettings
+from workers.merging.settings import WorkerSettings
 from workers.unit import unit
 from workers.unit.footprint import resident_bytes
 from workers.worker import MergeWorker

@@ -2,7 +2,7 @@
 
 import pytest
 
-from workers.merging.outcomes import WorkerSettings
+from workers.merging.settings import WorkerSettings
 from workers.worker import MergeWorker
 
 

@@ -15,12 +15,12 @@ from jobs.errors import UnsupportedError
 from workers.bases.conversions import Conversions
 from workers.bases.declarations import DECLARING_FIELDS, DECLARING_FILES
 from workers.files.layout import CheckpointLayout, TensorSpec
-from workers.sources.forms import FORMS, Form
+from workers.sources.refused_forms import FORMS, Form
 
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 """Codes of numbers that are what they say."""
 
-_PIECES: Mapping[str, tuple[str, str]] = {
+_PART_ENDINGS: Mapping[str, tuple[str, str]] = {
     "_scale_inv": ("", "fp8"),
     "_blocks": ("", "mxfp4"),
     "_packed": ("", "compressed-tensors"),
@@ -111,7 +111,7 @@ def _pieces(specs: Mapping[str, TensorSpec], taken: Mapping[str, str]) -> dict[s
         if name in taken:
             continue
         ending = _ending(name)
-        weight = None if ending is None else name.removesuffix(ending) + _PIECES[ending][0]
+        weight = None if ending is None else name.removesuffix(ending) + _PART_ENDINGS[ending][0]
         if weight not in specs:
             weight = next((each for each in _scaled_by(name) if each in specs and each in taken), weight)
         if weight is not None:
@@ -121,7 +121,7 @@ def _pieces(specs: Mapping[str, TensorSpec], taken: Mapping[str, str]) -> dict[s
 
 def _ending(name: str) -> str | None:
     """Return the ending that says what piece of a weight a tensor is; None where its name has none of them."""
-    return max((end for end in _PIECES if name.endswith(end)), key=len, default=None)
+    return max((end for end in _PART_ENDINGS if name.endswith(end)), key=len, default=None)
 
 
 def _scaled_by(name: str) -> Iterator[str]:
@@ -135,8 +135,8 @@ def _scaled_by(name: str) -> Iterator[str]:
 
 
 def _form_of(pieces: Iterable[TensorSpec]) -> Form:
-    endings = {end for spec in pieces for end in _PIECES if spec.name.endswith(end)}
-    methods = sorted({_PIECES[end][1] for end in endings} - {""})
+    endings = {end for spec in pieces for end in _PART_ENDINGS if spec.name.endswith(end)}
+    methods = sorted({_PART_ENDINGS[end][1] for end in endings} - {""})
     if not methods:
         return Form("GPTQ or AWQ") if ".qweight" in endings else Form("no number but a code")
     return FORMS[methods[0]]

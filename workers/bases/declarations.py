@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs.errors import BadInputError, UnsupportedError
 from workers.files.checkpoint import read_json
-from workers.sources.forms import FORMS, Form
+from workers.sources.refused_forms import FORMS, Form
 
 DECLARING_FIELDS = ("quantization_config", "compression_config")
 DECLARING_FILES: Mapping[str, str] = {

@@ -21,8 +21,8 @@ from workers.bases.conversions import Conversions, relate
 from workers.bases.declarations import declared_4bit
 from workers.bases.four_bit import quantized_names, quantized_owner
 from workers.bases.model import answers_prompts, check_depth, skeleton, token_embedding
-from workers.bases.quantization_task import QuantizationTask
-from workers.bases.stored_four_bit import plan_quantization, stored_as_asked
+from workers.bases.quantization_task import QuantizationTask, plan_quantization
+from workers.bases.stored_four_bit import stored_as_asked
 from workers.bases.ties import COMPUTES_WITH_FLAG, come_apart, stored_apart, tied_names
 from workers.files.checkpoint import read_checkpoint, read_json
 from workers.files.layout import CheckpointLayout

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 from workers.bases.quantized_base import QuantizedBase
 from workers.files.shard import Conveyor
-from workers.merging.arithmetic import ArithmeticCheck
 from workers.merging.base_plan import BasePlan
+from workers.merging.checks.arithmetic import ArithmeticCheck
 from workers.merging.context import Context
 from workers.merging.job import Job
 from workers.merging.module_weights import ModuleWeights
 from workers.merging.passes import PassState, check_range
 from workers.merging.peft_lane import merge_modules
-from workers.merging.walk import Walk
+from workers.merging.stream_lane import Walk
 from workers.numerics.tiles import single_threads
 
 

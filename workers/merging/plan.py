@@ -15,13 +15,13 @@ from jobs.parity_report import CombinedAdapter
 from jobs.request import MergeRequest
 from jobs.text import MAX_MESSAGE, shown
 from workers.adapters.adapter import Adapter, LoraDelta, open_adapter
+from workers.adapters.expert_files import add_to_files
 from workers.adapters.fitting import fit
-from workers.adapters.lora import plan_lora
 from workers.adapters.methods import UNSTABLE
-from workers.adapters.stored import add_to_files
+from workers.adapters.plain_lora import plan_lora
 from workers.files.layout import CheckpointLayout
+from workers.merging.assignment import all_apart, made_by_peft
 from workers.merging.base_plan import TORCH_DTYPES, BasePlan
-from workers.merging.lanes import all_apart, made_by_peft
 from workers.merging.output import OutputTensor
 from workers.merging.output_layout import output_layout, output_tensors
 from workers.releases.base_card import BaseCard, read_base_card

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from workers.bases.four_bit import QuantizedWeight
+from workers.merging.checks.tally import Tally
 from workers.merging.output import OutputTensor
-from workers.merging.tally import Tally
 
 _MAX_OPEN_SHARDS = 256
 """Shards of all jobs that are written at one time; each holds two descriptors, and 1024 is a common limit."""

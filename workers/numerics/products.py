@@ -13,7 +13,7 @@ import torch
 from workers.numerics.kernels import merging
 from workers.numerics.kernels.blas import sgemm_address
 from workers.numerics.kernels.elements import ARRAY_DTYPES, array
-from workers.numerics.tiles import TileBuffers, pieces_of
+from workers.numerics.tiles import TileBuffers, strips_of
 
 _NUM_PLACES = 1 << 17
 """Elements of a tile whose places are kept; where more are in doubt, it is all of them."""
@@ -111,8 +111,8 @@ def merge(
         Whether all sums are finite in the dtype they are rounded to.
     """
     num_rows, num_columns = merged_OI.shape
-    pieces = tuple(pieces_of(num_rows, num_columns))
-    product_OI = buffers.get("product", b_OR.dtype, (pieces[0].stop, num_columns), host=True)
+    strips = tuple(strips_of(num_rows, num_columns))
+    product_OI = buffers.get("product", b_OR.dtype, (strips[0].stop, num_columns), host=True)
     scale = array(product_OI).dtype.type(scaling)
     # Of a single element torch takes the product by another routine.
     sgemm = sgemm_address() if b_OR.dtype is torch.float32 and merged_OI.numel() > 1 else 0
@@ -121,7 +121,7 @@ def merge(
     # Each call from here, into torch or into what is compiled, hands the interpreter's lock to another thread.
     at_once = sgemm and all(weight is None or weight.dtype in ARRAY_DTYPES for weight in weights)
     is_finite = True
-    for rows in (slice(0, num_rows),) if at_once else pieces:
+    for rows in (slice(0, num_rows),) if at_once else strips:
         product = product_OI
         if not sgemm:
             product = product_OI[: rows.stop - rows.start]

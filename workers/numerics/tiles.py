@@ -1,4 +1,4 @@
-"""Tiles: how a weight is cut into pieces that many threads work on at once, and the memory they work in."""
+"""Tiles: how a weight is cut into rows that many threads work on at once, and the memory they work in."""
 
 import contextlib
 import math
@@ -18,7 +18,7 @@ what is done with them. For a GPU, a little less than a power of two, since torc
 two pages longer than its tile."""
 
 
-_PIECE_ELEMENTS = 1 << 19
+_STRIP_ELEMENTS = 1 << 19
 """Elements of a tile whose delta is computed at once on the CPU: it stays in the caches until it is added."""
 
 
@@ -59,9 +59,9 @@ def rows_per_tile(num_rows: int, num_columns: int, alignment: int, tile_elements
     return math.ceil(math.ceil(num_rows / num_tiles) / alignment) * alignment
 
 
-def pieces_of(num_rows: int, num_columns: int) -> Iterator[slice]:
-    """Yield the rows of a tile in pieces whose deltas are computed one after the other."""
-    step = rows_per_tile(num_rows, num_columns, 1, _PIECE_ELEMENTS)
+def strips_of(num_rows: int, num_columns: int) -> Iterator[slice]:
+    """Yield the rows of a tile in strips whose deltas are computed one after the other."""
+    step = rows_per_tile(num_rows, num_columns, 1, _STRIP_ELEMENTS)
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
 

@@ -21,8 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from workers.adapters.adapter import PREFIX, Adapter
+from workers.adapters.expert_files import put_on_files
 from workers.adapters.resizing import resize_vocabulary
-from workers.adapters.stored import put_on_files
 from workers.adapters.wearing import put_on
 from workers.bases.model import quiet_transformers
 

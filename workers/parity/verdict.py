@@ -8,8 +8,8 @@ from jobs.parity_report import BehaviourCheck, ParityReport, ParitySummary, Tens
 from jobs.release import REPORT_NAME, REPORT_PAGE_NAME
 from workers.files.checkpoint import read_shard
 from workers.files.local import file_errors
-from workers.merging.evidence import Evidence
-from workers.merging.judgement import failures as arithmetic_failures
+from workers.merging.checks.evidence import Evidence
+from workers.merging.checks.judgement import failures as arithmetic_failures
 from workers.merging.plan import MergePlan
 from workers.merging.sidecars import write_text
 from workers.parity.effect import allowed_share, keeps_effect, rounding_share

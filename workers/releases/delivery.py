@@ -12,7 +12,7 @@ from workers.files.layout import INDEX_FILE
 from workers.files.local import FileState, file_errors
 from workers.files.scratch import OwnedDirectory, sweep
 from workers.releases.agreement import disagreements, missing_parts, missing_shards
-from workers.releases.places import occupied
+from workers.releases.occupied import occupied
 from workers.releases.released import MAX_MANIFEST_BYTES, MAX_REPORT_BYTES, ManifestFile, decode_manifest
 from workers.releases.sinks.directory import DirectorySink, DirectoryStaging
 from workers.sources.contents import Contents, LocalContents, open_contents

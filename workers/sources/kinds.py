@@ -9,8 +9,8 @@ from jobs.errors import NotFoundError, UnsupportedError
 from jobs.locations import Location
 from workers.sources.adapter_files import weight_files
 from workers.sources.belongings import belongings
-from workers.sources.forms import form_of_files
 from workers.sources.listing import Files, LocalFiles
+from workers.sources.refused_forms import form_of_files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,16 +19,17 @@ from workers.bases.resident_bases import ResidentBases
 from workers.files.local import file_errors
 from workers.files.memory import give_back, hold_little
 from workers.files.scratch import sweep
-from workers.merging.arithmetic import ArithmeticCheck
 from workers.merging.base_plan import BasePlan, PlannedBases
+from workers.merging.checks.arithmetic import ArithmeticCheck
 from workers.merging.context import Context
 from workers.merging.failures import own_failure
 from workers.merging.job import Job
 from workers.merging.merge import run_pass
 from workers.merging.module_weights import ModuleWeights, module_weights
-from workers.merging.outcomes import MergedShards, Piece, Usage, WorkerSettings
+from workers.merging.outcomes import MergedShards, Piece, Usage
 from workers.merging.pieces import pieces_of
 from workers.merging.plan import plan_merge
+from workers.merging.settings import WorkerSettings
 from workers.merging.tracker import Tracker
 from workers.numerics.device import resolve_device
 from workers.releases.sinks import Ticket

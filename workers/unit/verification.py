@@ -8,13 +8,13 @@ from jobs.errors import InternalError, MergefleetError, ParityFailedError
 from jobs.parity_report import TensorCheck
 from jobs.release import REPORT_NAME
 from workers.files.scratch import OwnedDirectory
-from workers.merging.arithmetic import ArithmeticCheck
 from workers.merging.base_plan import BasePlan
+from workers.merging.checks.arithmetic import ArithmeticCheck
+from workers.merging.checks.evidence import Evidence
+from workers.merging.checks.module_checks import ModuleChecks, check_modules
 from workers.merging.context import Context
-from workers.merging.evidence import Evidence
 from workers.merging.failures import own_failure, shared_failures
 from workers.merging.job import Job
-from workers.merging.module_checks import ModuleChecks, check_modules
 from workers.merging.module_weights import ModuleWeights
 from workers.numerics.tiles import single_threads
 from workers.parity.asking import Subject

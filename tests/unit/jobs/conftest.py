@@ -17,7 +17,7 @@ from jobs.locations import LocalPath
 from jobs.parity_report import ParitySummary
 from jobs.release import Artifact, Manifest, Release
 from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
-from jobs.request_files.problems import ManifestError
+from jobs.request_files.problems import RequestFileError
 from jobs.request_files.reading import load_requests
 from jobs.states import Decision, JobState
 from tests.releases import advance
@@ -143,7 +143,7 @@ def refuse(write: Callable[[str, str | bytes], Path]) -> Callable[[str, str | by
 
     def refuse(name: str, text: str | bytes) -> tuple[list[Any], str]:
         path = write(name, text)
-        with pytest.raises(ManifestError) as caught:
+        with pytest.raises(RequestFileError) as caught:
             load_requests(path)
         error = caught.value
         assert pickle.loads(pickle.dumps(error)).problems == error.problems

@@ -7,7 +7,7 @@ import pytest
 from jobs.allowance import Allowance, Pattern
 from jobs.errors import BadInputError, InvalidValueError
 from jobs.locations import parse_location
-from jobs.request_files.problems import ManifestError
+from jobs.request_files.problems import RequestFileError
 from jobs.request_files.reading import load_requests
 
 
@@ -107,7 +107,7 @@ def test_a_request_file_is_refused_with_its_lines(tmp_path):
         "    adapter: /models/a\n"
         "    destination: s3://out-2/b\n"
     )
-    with pytest.raises(ManifestError) as caught:
+    with pytest.raises(RequestFileError) as caught:
         load_requests(tmp_path / "batch.yaml", allowance(["/models"], ["s3://out"]))
     assert [(problem.line, problem.field, problem.expected) for problem in caught.value.problems] == [
         (3, "requests[1].base", "a source that this fleet reads: /models"),

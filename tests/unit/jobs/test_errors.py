@@ -4,7 +4,7 @@ import pytest
 
 from jobs import errors
 from jobs.errors import FailureClass, InvalidValueError, MergefleetError
-from jobs.request_files.problems import ManifestError, Problem
+from jobs.request_files.problems import Problem, RequestFileError
 
 
 def all_errors(root=MergefleetError):
@@ -12,7 +12,7 @@ def all_errors(root=MergefleetError):
 
 
 def an_error(kind):
-    if issubclass(kind, ManifestError):
+    if issubclass(kind, RequestFileError):
         return kind((Problem("batch.yaml", 3, "base", "a path", "'ftp://x'"),))
     if issubclass(kind, InvalidValueError):
         return kind("a path", "'ftp://x'")
@@ -48,8 +48,8 @@ def test_every_failure_class_belongs_to_an_error():
     assert {kind.failure_class for kind in all_errors()} == set(FailureClass)
 
 
-def test_a_manifest_error_keeps_its_problems():
-    again = pickle.loads(pickle.dumps(an_error(ManifestError)))
+def test_a_request_file_error_keeps_its_problems():
+    again = pickle.loads(pickle.dumps(an_error(RequestFileError)))
     assert again.problems == (Problem("batch.yaml", 3, "base", "a path", "'ftp://x'"),)
     assert str(again) == "batch.yaml:3: base: expected a path, found 'ftp://x'"
 

@@ -11,7 +11,7 @@ from jobs.locations import LocalPath
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
 from workers.files.local import FileState, file_errors, sync, sync_tree
 from workers.files.scratch import OwnedDirectory, sweep
-from workers.releases.places import holds_below, lies_inside, occupied
+from workers.releases.occupied import holds_below, lies_inside, occupied
 from workers.releases.released import (
     ManifestFile,
     check_all_put,

@@ -13,7 +13,7 @@ from jobs.locations import HubRepo
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
 from workers.files.local import FileState, file_errors
 from workers.files.scratch import OwnedDirectory, sweep
-from workers.releases.places import occupied
+from workers.releases.occupied import occupied
 from workers.releases.released import (
     MAX_MANIFEST_BYTES,
     ManifestFile,

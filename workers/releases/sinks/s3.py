@@ -13,7 +13,7 @@ from jobs.locations import S3Prefix
 from jobs.release import Manifest
 from workers.files.local import file_errors
 from workers.files.scratch import OwnedDirectory, sweep
-from workers.releases.places import occupied
+from workers.releases.occupied import occupied
 from workers.releases.sinks import Ticket
 from workers.releases.sinks.s3_records import abort_recorded
 from workers.releases.sinks.s3_staging import S3Staging

@@ -11,7 +11,7 @@ from jobs.errors import DestinationOccupiedError, TransientIOError
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
 from workers.files.local import FileState
 from workers.files.scratch import OwnedDirectory
-from workers.releases.places import occupied
+from workers.releases.occupied import occupied
 from workers.releases.released import ManifestFile, check_all_put, encode_manifest
 from workers.releases.sinks import Receipt, Ticket
 from workers.releases.sinks.s3_objects import Mark, StoredObject, StoredParts, create_whole, destination_digest, look_at

@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 from jobs.errors import AuthError
 from jobs.release import MANIFEST_NAME
-from workers.releases.places import holds_below, lies_inside, occupied
+from workers.releases.occupied import holds_below, lies_inside, occupied
 from workers.releases.released import MAX_MANIFEST_BYTES, ManifestFile, decode_existing, is_release
 from workers.releases.sinks.s3_objects import StoredObject, destination_digest, look_at
 from workers.sources.s3_client import S3Store

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 
 from jobs.locations import LocalPath, S3Prefix
 from jobs.request import BaseQuantization
-from jobs.request_files import documents, matrix
-from jobs.request_files import reading as manifest
-from jobs.request_files.problems import ManifestError
+from jobs.request_files import documents, matrix, reading
+from jobs.request_files.problems import RequestFileError
 from jobs.request_files.reading import load_requests
 
 yaml_like = st.text(st.sampled_from("ab:{}[]&*!#-?|>'\",\n \t%~<.0123"), max_size=60)
@@ -28,7 +27,7 @@ file_like = st.sampled_from(
 def test_any_file_loads_or_is_refused(tmp_path_factory, suffix, content):
     path = tmp_path_factory.mktemp("fuzz") / f"batch{suffix}"
     path.write_bytes(content)
-    with contextlib.suppress(ManifestError):
+    with contextlib.suppress(RequestFileError):
         assert load_requests(path)
 
 
@@ -177,10 +176,10 @@ def test_yaml_reads_the_core_schema(write):
 
 
 def test_files_that_cannot_be_read(refuse, tmp_path):
-    with pytest.raises(ManifestError, match="found No such file or directory"):
+    with pytest.raises(RequestFileError, match="found No such file or directory"):
         load_requests(tmp_path / "no.yaml")
     (tmp_path / "directory.yaml").mkdir()
-    with pytest.raises(ManifestError, match="expected a regular file"):
+    with pytest.raises(RequestFileError, match="expected a regular file"):
         load_requests(tmp_path / "directory.yaml")
     assert refuse("batch.txt", "requests: []")[0] == [(None, "")]
     places, message = refuse("batch.yaml", b"requests:\n  - id: \xff\n")
@@ -200,14 +199,14 @@ def test_files_beyond_the_limits(refuse, monkeypatch):
         nested = '{"a": ' * 60 + "1" + "}" * 60
         assert "nested at most" in refuse(name, nested)[1]
     assert "JSON object of reasonable values" in refuse("deepest.jsonl", "[" * 200_000)[1]
-    monkeypatch.setattr(manifest, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(reading, "MAX_FILE_BYTES", 10)
     assert "at most 10 bytes" in refuse("batch.yaml", "requests: []")[1]
     monkeypatch.undo()
     monkeypatch.setattr(documents, "MAX_VALUES", 5)
     row = "id,base,adapter,destination\n" + "a,b,c,d\n" * 2
     assert "at most 5 values" in refuse("batch.csv", row)[1]
     monkeypatch.undo()
-    monkeypatch.setattr(manifest, "MAX_REQUESTS", 1)
+    monkeypatch.setattr(reading, "MAX_REQUESTS", 1)
     monkeypatch.setattr(matrix, "MAX_REQUESTS", 1)
     assert "at most 1 requests in one file, found 2" in refuse("batch.csv", row)[1]
     text = "matrix: {bases: [/b, /c], adapters: [/x], destination: '/o/{base}'}\n"

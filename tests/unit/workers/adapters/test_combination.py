@@ -22,7 +22,7 @@ from tests.models import build_llama, load_plain, make_adapter
 from workers.adapters.adapter import ADAPTER_WEIGHTS, open_adapter
 from workers.adapters.config import ADAPTER_CONFIG
 from workers.merging.base_plan import plan_base
-from workers.merging.evidence import Evidence
+from workers.merging.checks.evidence import Evidence
 from workers.merging.plan import plan_merge
 from workers.parity.inference import quiet_libraries
 from workers.sources.fetch import fetch_base

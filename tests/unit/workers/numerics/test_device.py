@@ -15,7 +15,7 @@ from jobs.request import MergeRequest
 from workers.adapters.adapter import Adapter, refusals
 from workers.merging.failures import shared_failures
 from workers.merging.job import Job
-from workers.merging.outcomes import WorkerSettings
+from workers.merging.settings import WorkerSettings
 from workers.numerics import device
 from workers.numerics.device import device_fault
 from workers.parity.foreign_models import model_of

@@ -18,7 +18,7 @@ from tests.merges import different, merge, merge_by_peft, plan_pass, read_tensor
 from tests.models import build_llama, make_adapter
 from workers.adapters.adapter import ADAPTER_WEIGHTS, open_adapter
 from workers.adapters.config import ADAPTER_CONFIG
-from workers.merging.evidence import Evidence
+from workers.merging.checks.evidence import Evidence
 from workers.sources.adapter_files import weight_files
 from workers.sources.fetch import fetch_adapter
 from workers.sources.foreign_adapters import foreign_kind

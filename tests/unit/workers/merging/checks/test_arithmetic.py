@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import workers.merging.arithmetic
+import workers.merging.checks.arithmetic
 import workers.numerics.tiles
 from jobs.errors import CancelledError, InternalError
 from jobs.parity_policy import Thresholds
@@ -23,9 +23,9 @@ from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
 from workers.adapters.adapter import ADAPTER_WEIGHTS
 from workers.bases.quantized_cache import QuantizedCache
 from workers.files.layout import DTYPES
-from workers.merging.arithmetic import ArithmeticCheck
-from workers.merging.judgement import failures
-from workers.merging.proof import Operands
+from workers.merging.checks.arithmetic import ArithmeticCheck
+from workers.merging.checks.judgement import failures
+from workers.merging.checks.proof import Operands
 from workers.numerics import products
 from workers.numerics.kernels import blas, merging
 from workers.parity.verdict import wrong_headers
@@ -372,7 +372,7 @@ def test_a_check_of_files_can_be_stopped(merged):
 def small_tiles(monkeypatch):
     """Tiles and pieces so small that many threads add to what is known of a tensor, in any order."""
     monkeypatch.setitem(workers.numerics.tiles.TILE_ELEMENTS, "cpu", 1 << 9)
-    monkeypatch.setattr(workers.numerics.tiles, "_PIECE_ELEMENTS", 1 << 7)
+    monkeypatch.setattr(workers.numerics.tiles, "_STRIP_ELEMENTS", 1 << 7)
     merge = products.merge
 
     def slow(*arguments, **options):

@@ -14,7 +14,7 @@ from tests.merges import different, merge, merge_by_peft, plan_pass, read_tensor
 from tests.methods import make_method_adapter, save_old_adapter
 from tests.models import load_plain
 from workers.adapters.wearing import take_off, wrapped_modules
-from workers.merging.evidence import Evidence
+from workers.merging.checks.evidence import Evidence
 from workers.parity.loading import Room, load_model
 
 LINEARS = {

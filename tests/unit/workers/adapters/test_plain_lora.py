@@ -16,7 +16,7 @@ from tests.models import build_llama, build_qwen2, load_plain, make_adapter
 from workers.adapters.adapter import ADAPTER_WEIGHTS, open_adapter
 from workers.adapters.config import ADAPTER_CONFIG
 from workers.adapters.coverage import cover
-from workers.adapters.lora import plan_lora
+from workers.adapters.plain_lora import plan_lora
 from workers.bases.model import quiet_transformers, skeleton
 
 # PEFT tells whoever trains the head that it keeps a copy of it.

@@ -25,15 +25,15 @@ from workers.bases.four_bit import QuantizedWeight
 from workers.bases.quantized_base import QuantizedBase
 from workers.files.tensor_io import opened, read_into
 from workers.merging.base_plan import BasePlan
-from workers.merging.evidence import Evidence
-from workers.merging.judgement import check_equal, differs, judge
+from workers.merging.checks.evidence import Evidence
+from workers.merging.checks.judgement import check_equal, differs, judge
+from workers.merging.checks.proof import Operands
+from workers.merging.checks.tally import Sums, Tally
 from workers.merging.output import OutputTensor
 from workers.merging.plan import MergePlan
-from workers.merging.proof import Operands
-from workers.merging.tally import Sums, Tally
 from workers.numerics import products
 from workers.numerics.rounding import precision_for
-from workers.numerics.tiles import TILE_ELEMENTS, TileBuffers, Tiling, columns_of, pieces_of, single_threads
+from workers.numerics.tiles import TILE_ELEMENTS, TileBuffers, Tiling, columns_of, single_threads, strips_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +241,7 @@ class ArithmeticCheck:
         """Check rows that are to be W in another dtype: W and zero times zero."""
         sums = Sums()
         merged, weight = merged_OI.view(-1), weight_OI.view(-1)
-        for part in pieces_of(len(weight), 1):
+        for part in strips_of(len(weight), 1):
             nothing = torch.zeros(1, part.stop - part.start, dtype=precision_for(merged.dtype))
             found = products.Comparison.of(weight[part].view(1, -1), nothing.view(-1).numpy(), 1.0)
             piece = merged[part].view(1, -1)

@@ -18,9 +18,9 @@ from jobs.errors import CancelledError
 from tests.merges import plan_pass, read_tensors
 from tests.methods import make_method_adapter
 from tests.models import build_llama, build_qwen2, make_adapter
-from workers.merging.evidence import Evidence
-from workers.merging.judgement import failures
-from workers.merging.module_checks import check_modules
+from workers.merging.checks.evidence import Evidence
+from workers.merging.checks.judgement import failures
+from workers.merging.checks.module_checks import check_modules
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 

@@ -6,9 +6,9 @@ import threading
 from dataclasses import dataclass
 
 from jobs.parity_report import TensorCheck
-from workers.merging.evidence import Evidence
+from workers.merging.checks.evidence import Evidence
+from workers.merging.checks.proof import Operands
 from workers.merging.plan import MergePlan
-from workers.merging.proof import Operands
 from workers.numerics.rounding import precision_for
 
 

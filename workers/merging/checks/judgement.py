@@ -5,14 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from jobs.parity_report import TensorCheck
-from workers.merging.proof import SPARSE, Operands
-from workers.merging.tally import Sums, finite
+from workers.merging.checks.proof import SPARSE, Operands
+from workers.merging.checks.tally import Sums, finite
 from workers.numerics import products
 from workers.numerics.kernels import merging
 from workers.numerics.kernels.elements import ARRAY_DTYPES, array
 from workers.numerics.products import lifted
 from workers.numerics.rounding import BITS, EXPONENT_BITS, MANTISSA_BITS, half_ulp
-from workers.numerics.tiles import pieces_of, rows_per_tile
+from workers.numerics.tiles import rows_per_tile, strips_of
 
 _JUDGED_ELEMENTS = 1 << 16
 """Elements that are held against the exact sum at the same time."""
@@ -75,7 +75,7 @@ def differs(merged_OI: torch.Tensor, weight_OI: torch.Tensor) -> bool:
     """Whether some element is not W; a few rows at a time, as the first ones tell where anything was added."""
     return any(
         not torch.equal(_bits(merged_OI[rows]), _bits(weight_OI[rows].to(merged_OI.dtype)))
-        for rows in pieces_of(*weight_OI.shape)
+        for rows in strips_of(*weight_OI.shape)
     )
 
 
@@ -86,7 +86,7 @@ def check_equal(merged_OI: torch.Tensor, weight_OI: torch.Tensor) -> Sums:
         sums.weight_square, is_equal = merging.compare_unchanged(array(weight_OI), array(merged_OI))
         if is_equal:
             return sums
-    for part in pieces_of(*weight_OI.shape):
+    for part in strips_of(*weight_OI.shape):
         sums.add(_differences(merged_OI[part], weight_OI[part]))
     return sums
 

@@ -21,12 +21,12 @@ from torch import nn
 from jobs.parity_report import TensorCheck
 from workers.bases.model import input_embedding
 from workers.files.tensor_io import read_rows
-from workers.merging.evidence import Evidence
-from workers.merging.factors import Factors, Judgement, factors_of
+from workers.merging.checks.evidence import Evidence
+from workers.merging.checks.factors import Factors, Judgement, factors_of
+from workers.merging.checks.probes import Probe, Verdict, ask, base_of
 from workers.merging.module_weights import ModuleWeights
 from workers.merging.peft_lane import MergedModule, merge_modules
 from workers.merging.plan import MergePlan
-from workers.merging.probes import Probe, Verdict, ask, base_of
 from workers.numerics.rounding import BITS, EXPONENT_BITS, half_ulp
 
 _MAX_RMS = 4.0

@@ -16,21 +16,21 @@ import threading
 import torch
 
 from jobs.errors import BadInputError
-from workers.adapters.lora import read_operand
+from workers.adapters.plain_lora import read_operand
 from workers.bases.quantized_base import QuantizedBase
 from workers.files.foreign import open_foreign
 from workers.files.tensor_io import read_into
-from workers.merging.arithmetic import ArithmeticCheck, Expected
 from workers.merging.base_plan import BasePlan
+from workers.merging.checks.arithmetic import ArithmeticCheck, Expected
+from workers.merging.checks.tally import Tally
 from workers.merging.context import Context
 from workers.merging.job import Job
 from workers.merging.output import OutputTensor
 from workers.merging.passes import PassState, check_range
-from workers.merging.tally import Tally
 from workers.merging.work import Tile, WeightInWork, tiles_of_shards
 from workers.numerics import products
 from workers.numerics.products import Comparison
-from workers.numerics.tiles import TILE_ELEMENTS, TileBuffers, Tiling, pieces_of
+from workers.numerics.tiles import TILE_ELEMENTS, TileBuffers, Tiling, strips_of
 
 
 class Walk:
@@ -269,7 +269,7 @@ class Walk:
         ):
             if weight_OI is None:
                 weight_OI = self._read(tile)
-            for rows in pieces_of(*tile.shape):
+            for rows in strips_of(*tile.shape):
                 check_range(tensor, torch.mm(b_OR[rows], a_RI).mul_(scaling).add_(weight_OI[rows]))
 
     def _add_on_device(
