@@ -42,6 +42,14 @@ def test_a_request_without_id_is_named_by_its_content():
     assert labelled.id == MergeRequest(**PLACES, labels={"b": "2", "a": "1"}).id
 
 
+def test_new_fields_that_say_nothing_do_not_change_the_name_of_a_request():
+    """As the first version named them: the same file submitted again must be the same jobs."""
+    places = {"base": "/b", "adapter": "/a", "destination": "/d"}
+    assert MergeRequest(**places).id == "merge-ba9e95f3d2936096"
+    asked = {"base_quantization": "none", "parity": {"level": "arithmetic"}, "labels": {"team": "x"}}
+    assert MergeRequest(**places, **asked).id == "merge-146261388226de8e"
+
+
 def test_silent_requests_merge_into_nf4_with_full_parity():
     request = MergeRequest(**PLACES)
     assert request.base_quantization is BaseQuantization.NF4
