@@ -84,7 +84,7 @@ bases: setup  ## 16-bit or 4-bit base: adapters trained on each, merged into bot
 wrong-merges: setup  ## break the merge at one place after the other; the proof has to find and name each; ROUNDS=200
 	$(BIN)/python -m tests.wrong_merges --rounds $(ROUNDS)
 
-chaos: setup  ## kill -9 of a worker and of the driver in the middle of a batch; then run it to its end
+chaos: setup  ## kill -9 in the middle of a batch, jobs that kill their workers, merges over several nodes
 	$(BIN)/python -m pytest tests/chaos
 
 fuzz: setup  ## the property tests with new random input each round; ROUNDS=10
