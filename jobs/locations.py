@@ -146,6 +146,13 @@ def parse_location(text: str, relative_to: Path | None = None) -> Location:
     Raises:
         InvalidValueError: the text is no location; says what was expected.
     """
+    directory = os.path.join(os.getcwd(), relative_to or "")  # noqa: PTH109, PTH118
+    # A bulk file names the same base and adapters again and again; whose home `~` is may change.
+    return _parse.__wrapped__(text, directory) if text[:1] == "~" else _parse(text, directory)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse(text: str, directory: str) -> Location:
     if not text or text != text.strip() or _UNPRINTABLE.search(text):
         raise InvalidValueError("a path, s3://bucket/prefix or hf://owner/name@revision", repr(text))
     if text.startswith("s3://"):
@@ -166,7 +173,7 @@ def parse_location(text: str, relative_to: Path | None = None) -> Location:
         return HubRepo(repo_id, revision or "main")
     if "://" in text or _SCHEME.match(text):
         raise InvalidValueError("a path, s3://bucket/prefix or hf://owner/name@revision", f"another URL, {text!r}")
-    return LocalPath(normal_path(_from_home(text) if text[0] == "~" else text, relative_to))
+    return LocalPath(normal_path(_from_home(text) if text[0] == "~" else text, Path(directory)))
 
 
 def _from_home(text: str) -> Path:
@@ -185,13 +192,8 @@ def normal_path(path: str | Path, relative_to: Path | None = None) -> Path:
         path: absolute or relative.
         relative_to: directory that a relative path is taken from; the working directory when None.
     """
-    # As text, and once: a request has six, a file 100,000 requests, and most name the same base.
-    return _normal(os.path.join(os.getcwd(), relative_to or "", path))  # noqa: PTH109, PTH118
-
-
-@functools.lru_cache(maxsize=4096)
-def _normal(path: str) -> Path:
-    return Path("/" + os.path.normpath(path).lstrip("/"))
+    whole = os.path.join(os.getcwd(), relative_to or "", path)  # noqa: PTH109, PTH118
+    return Path("/" + os.path.normpath(whole).lstrip("/"))
 
 
 def _validate(value: Any, info: ValidationInfo) -> Location:
