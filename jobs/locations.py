@@ -146,15 +146,16 @@ def parse_location(text: str, relative_to: Path | None = None) -> Location:
     Raises:
         InvalidValueError: the text is no location; says what was expected.
     """
-    directory = os.path.join(os.getcwd(), relative_to or "")  # noqa: PTH109, PTH118
-    # A bulk file names the same base and adapters again and again; whose home `~` is may change.
-    return _parse.__wrapped__(text, directory) if text[:1] == "~" else _parse(text, directory)
+    if not text or text != text.strip() or _UNPRINTABLE.search(text):
+        raise InvalidValueError("a path, s3://bucket/prefix or hf://owner/name@revision", repr(text))
+    if text.startswith("~"):
+        return LocalPath(normal_path(_from_home(text), relative_to))
+    return _parse(text, os.path.join(os.getcwd(), relative_to or ""))  # noqa: PTH109, PTH118
 
 
 @functools.lru_cache(maxsize=4096)
 def _parse(text: str, directory: str) -> Location:
-    if not text or text != text.strip() or _UNPRINTABLE.search(text):
-        raise InvalidValueError("a path, s3://bucket/prefix or hf://owner/name@revision", repr(text))
+    """Parse a location that names no home; a bulk file names the same base and adapters again and again."""
     if text.startswith("s3://"):
         bucket, _, prefix = text.removeprefix("s3://").partition("/")
         if not _BUCKET.fullmatch(bucket):
@@ -173,7 +174,7 @@ def _parse(text: str, directory: str) -> Location:
         return HubRepo(repo_id, revision or "main")
     if "://" in text or _SCHEME.match(text):
         raise InvalidValueError("a path, s3://bucket/prefix or hf://owner/name@revision", f"another URL, {text!r}")
-    return LocalPath(normal_path(_from_home(text) if text[0] == "~" else text, Path(directory)))
+    return LocalPath(normal_path(text, Path(directory)))
 
 
 def _from_home(text: str) -> Path:

@@ -194,7 +194,7 @@ class MergeWorker:
         )
 
     def publish(self, job_id: str) -> PublishOutcome:
-        """Make one staged job visible; afterwards nothing of it is left here, whatever came of it."""
+        """Make one staged job visible. Afterwards nothing of it is left here, published or failed."""
         begin = time.perf_counter()
         job = self._staged.pop(job_id, None)
         if job is None:

@@ -69,7 +69,7 @@ def refuse_codes(
 ) -> None:
     """Check that what the model takes as weights are numbers, not the codes of some form that nothing declares.
 
-    A tensor that the model does not take is none of its weights, whatever it holds.
+    A tensor that the model does not take is none of its weights, so its values do not matter.
 
     Args:
         directory: of the base, for messages.

@@ -160,7 +160,7 @@ def foreign_sha256(path: Path, *, num_parts: int = 1) -> str:
 
 
 def check_inside(folder: Path, *, num_parts: int = 1) -> None:
-    """Check that a folder, where there is one, lies in its directory, whatever links are on the way.
+    """Check that a folder, where there is one, lies in its directory, with the links on the way followed.
 
     Args:
         folder: `<directory>/<name>`.

@@ -91,7 +91,7 @@ class Conveyor:
     threads: ThreadPoolExecutor
     """Each writes one buffer at a time, and hashes what is due of its file. They never wait for a buffer themselves."""
     num_spare: int
-    """Buffers that stay free for those who compute, whatever waits to be hashed."""
+    """Buffers that stay free for the threads that compute, however many wait to be hashed."""
 
     @classmethod
     def of_threads(cls, num_threads: int, *, pin: bool = False) -> Self:

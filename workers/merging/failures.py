@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def own_failure(job: Job) -> contextlib.AbstractContextManager[None]:
-    """Whatever goes wrong inside is the failure of this job."""
+    """An error inside is the failure of this job."""
 
     def fail(error: MergefleetError) -> None:
         job.error = error
@@ -21,7 +21,7 @@ def own_failure(job: Job) -> contextlib.AbstractContextManager[None]:
 
 
 def shared_failures(jobs: Sequence[Job]) -> contextlib.AbstractContextManager[None]:
-    """Whatever goes wrong inside is the failure of all jobs that are still running."""
+    """An error inside is the failure of all jobs that are still running."""
 
     def fail(error: MergefleetError) -> None:
         for job in jobs:
@@ -33,7 +33,7 @@ def shared_failures(jobs: Sequence[Job]) -> contextlib.AbstractContextManager[No
 
 @contextlib.contextmanager
 def _failures(fail: Callable[[MergefleetError], None]) -> Iterator[None]:
-    """Turn whatever goes wrong inside into an error of ours: this is the edge of the worker."""
+    """Turn every error inside into one of ours: this is the edge of the worker."""
     try:
         yield
     except MergefleetError as error:

@@ -13,7 +13,7 @@ from jobs.release import MadeWith
 from workers.adapters.methods import REMADE, UNSTABLE
 
 _NUM_THREADS = 1
-"""Of torch while PEFT merges, whatever a worker has: `workers.numerics.tiles.single_threads`."""
+"""Of torch while PEFT merges, however many threads a worker has: `workers.numerics.tiles.single_threads`."""
 
 _BLAS_SETTINGS = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "OPENBLAS_CORETYPE")
 

@@ -63,7 +63,7 @@ class _Sets:
         self._parents: dict[str, str] = {}
 
     def join(self, names: Iterable[str]) -> None:
-        """Put names, and whatever they are with, into one set."""
+        """Put names, and those that share a set with them, into one set."""
         roots = [self._root(name) for name in names]
         for root in roots[1:]:
             self._parents[root] = roots[0]

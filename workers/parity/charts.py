@@ -114,7 +114,7 @@ class RowChart:
 
 
 def kind_of(tensor: str) -> str:
-    """Return what a tensor is, whatever the layer: `self_attn.q_proj` for `model.layers.3.self_attn.q_proj.weight`."""
+    """Return what a tensor is in its layer: `self_attn.q_proj` for `model.layers.3.self_attn.q_proj.weight`."""
     inner = tensor[match.end() + 1 :] if (match := _NUMBER.search(tensor)) else tensor
     return _NUMBER.sub("*", inner).removesuffix(".weight")
 

@@ -97,7 +97,7 @@ def _placements(room: Room, *, in_4bit: bool) -> list[tuple[torch.device, dict[i
 
 def _prepare(model: PreTrainedModel, info: dict[str, Any], *, device: torch.device) -> RunningModel:
     for parameter in model.parameters():
-        # Of a checkpoint stored in 4-bit, transformers loads the other weights in their own dtype, whatever it is told.
+        # Of a checkpoint stored in 4-bit, transformers loads the other weights in their own dtype, not in that given.
         # Codes may have a float dtype, too (`bnb_4bit_quant_storage`): those are bytes, not numbers.
         if parameter.dtype in (torch.bfloat16, torch.float16) and getattr(parameter, "quant_state", None) is None:
             parameter.data = parameter.data.float()
@@ -116,7 +116,7 @@ def _prepare(model: PreTrainedModel, info: dict[str, Any], *, device: torch.devi
     # PEFT would place a model with this attribute anew, and write to its files; the hooks are where they belong.
     model.__dict__.pop("hf_device_map", None)
     stop = model.generation_config.eos_token_id if model.generation_config is not None else None
-    # Nothing but greedy search, whatever penalty or sampling the checkpoint's own generation_config.json asks for.
+    # Greedy search alone; penalties and sampling of the checkpoint's own generation_config.json do not count.
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=stop, pad_token_id=0)
     return RunningModel(
         model=model.eval(),

@@ -1,6 +1,6 @@
 """Base + adapter as one correct rounding leaves it, by PEFT's deltas and torch alone: what no merge can keep.
 
-A delta that is smaller than the steps of the output's dtype is lost in part, in whatever way it is merged. How far that
+A delta that is smaller than the steps of the output's dtype is lost in part, in every way to merge it. How far that
 alone moves the model is the measure for what a merged checkpoint may lose
 (docs/decisions/0018-what-an-adapter-does.md).
 """

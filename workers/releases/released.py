@@ -157,7 +157,7 @@ def decode_existing(data: bytes, location: Location) -> ManifestFile:
 
 
 def is_release(data: bytes) -> bool:
-    """Whether a `manifest.json` is that of a release, of whatever version: other programs use the name, too."""
+    """Whether a `manifest.json` is that of a release, of any version: other programs use the name, too."""
     try:
         found = from_json(data) if len(data) <= MAX_MANIFEST_BYTES else None
     except ValueError:

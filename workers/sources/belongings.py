@@ -115,7 +115,7 @@ _NO_TEXT = re.compile(
     r"\.(py|ipynb|sh|cpp|cu|so|safetensors|bin|pt|pth|ckpt|h5|msgpack|ot|onnx|gguf|pkl|npz|npy|zip|tar|gz|7z"
     r"|png|jpe?g|gif|svg|webp|mp4)"
 )
-"""Suffixes of what is no licence, whatever its name."""
+"""Suffixes of files that are no licence under any name."""
 _OTHER_FORMATS = (".onnx", ".onnx_data", ".h5", ".msgpack", ".ot", ".gguf", ".mlmodel", ".tflite", ".xml")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 

@@ -94,8 +94,8 @@ def run_isolated(
 ) -> Ended:
     """Run a Python program in a process of its own that inherits no variables, no descriptors and no home.
 
-    It imports the modules of this process: from the same path, whatever its environment says. Closing itself in is
-    its own first deed, once it has imported what it needs.
+    It imports the modules of this process, from the same path. Closing itself in is its own first deed, once it has
+    imported what it needs.
 
     Args:
         program: Python code.
@@ -125,7 +125,7 @@ def run_isolated(
 
 
 def isolated_command(program: str, arguments: Sequence[str] = ()) -> list[str]:
-    """Return a command that runs a Python program with the modules of this process, whatever its environment says."""
+    """Return a command that runs a Python program with the modules of this process; its environment changes none."""
     start = f"import json, sys; sys.path[:] = json.loads(sys.argv.pop()); {program}"
     path = json.dumps([os.path.abspath(entry) for entry in sys.path])  # noqa: PTH100 - an empty entry is a directory
     return [sys.executable, "-I", "-c", start, *arguments, path]

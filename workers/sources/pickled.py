@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def _rehearse() -> None:
-    """Read and write a tensor, so that whatever is imported at first use is there before no file can be opened."""
+    """Read and write a tensor, so that all imports of a first use are done before no file can be opened."""
     example = io.BytesIO()
     torch.save({"tensor": torch.zeros(2, 2).t()}, example)
     example.seek(0)

@@ -58,7 +58,7 @@ def pass_bytes(plans: Sequence[MergePlan], num_threads: int, device: str) -> int
     """Return the host memory that a pass takes at its peak, on top of the libraries and without the behavioural check.
 
     Streaming is bounded by tiles and by the adapter tensors of the weights in work, and merging by PEFT by the adapter
-    and one module, whatever the model's size.
+    and one module, for a model of any size.
 
     Args:
         plans: of the jobs of the pass.

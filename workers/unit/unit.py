@@ -65,8 +65,7 @@ class Unit:
         self._settings = settings
         self._planned = planned
         self._residents = residents
-        num_threads = settings.num_threads or len(os.sched_getaffinity(0))
-        device = resolve_device(settings.device)
+        num_threads, device = settings.num_threads or len(os.sched_getaffinity(0)), resolve_device(settings.device)
         self._context = Context(
             device=device,
             num_threads=num_threads,
@@ -103,7 +102,7 @@ class Unit:
 
     def open(self) -> None:
         """Plan the jobs, and open their staging."""
-        self._prepare(lambda job: open_destination(job, self._settings.scratch))
+        self._prepare(lambda job: open_destination(job, self._context.scratch))
 
     def join(self, tickets: Mapping[str, Ticket]) -> None:
         """Plan the jobs, and join their staging.
@@ -113,7 +112,7 @@ class Unit:
 
         A job whose staging cannot be joined from here fails with NotFoundError.
         """
-        self._prepare(lambda job: join_destination(job, tickets[job.id], self._settings.scratch))
+        self._prepare(lambda job: join_destination(job, tickets[job.id], self._context.scratch))
 
     def pieces(self) -> tuple[Piece, ...]:
         """Return what the pass falls into."""
@@ -181,7 +180,7 @@ class Unit:
 
     def _prepare(self, enter: Callable[[Job], None]) -> None:
         """Fetch the base, plan every job on it, and enter its destination."""
-        sweep(self._settings.scratch)
+        sweep(self._context.scratch)
         # Several workers share the cores of a machine; threads of theirs that wait for each other would stand still.
         torch.set_num_threads(self._context.num_threads)
         hold_little()
@@ -260,7 +259,7 @@ class Unit:
         with contextlib.ExitStack() as stack:
             with self.tracker.timed("merge"):
                 weights = stack.enter_context(
-                    module_weights(self._base, quantized, plans, self._settings.scratch, on_bytes)
+                    module_weights(self._base, quantized, plans, self._context.scratch, on_bytes)
                 )
             yield weights
 

@@ -1,8 +1,8 @@
 """Parity of what PEFT merged: bit by bit against a merge of each layer by itself, and by its answers.
 
 What is expected begins at the adapter's own files (`evidence.py`): PEFT has to hold their values, every layer it has
-put on the model is merged once more by itself, whatever the plan says of it, and what ships under the names of its
-module has to have these bits and to answer as the layer did before (docs/decisions/0006-peft-lane.md).
+put on the model is merged once more by itself, planned or not, and the tensors that ship under the names of its
+module have to have these bits and to answer as the layer did before (docs/decisions/0006-peft-lane.md).
 """
 
 import copy

@@ -104,7 +104,7 @@ class Upload:
                 ChecksumType="FULL_OBJECT",
                 Metadata=self._mark.metadata(),
             )["UploadId"]
-            # Before any byte is sent: whatever ends this process, the bytes can be found again.
+            # Before any byte is sent, so that the bytes can be found again after any end of this process.
             self._record_id = begin_record(self._store, self._mark.attempt, self.artifact.path, self._upload_id)
             waiting: deque[Future[CompletedPartTypeDef]] = deque()
             self._parts = []

@@ -23,22 +23,6 @@ from workers.adapters.coverage import cover
 from workers.bases.model import skeleton
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return build_llama(tmp_path_factory.mktemp("base") / "llama", tokenizer=False)
-
-
-@pytest.fixture(scope="module")
-def plain_adapter(base, tmp_path_factory):
-    return make_adapter(base, tmp_path_factory.mktemp("adapter") / "plain")
-
-
-@pytest.fixture
-def adapter(plain_adapter, tmp_path):
-    """A copy of an adapter, to be damaged."""
-    return shutil.copytree(plain_adapter, tmp_path / "adapter")
-
-
 def plan(base, adapter):
     """Return the names of the tensors that the adapter changes."""
     return cover(open_adapter(adapter), skeleton(base)).shapes

@@ -1,7 +1,6 @@
 """What is streamed is what PEFT says: which weights, with which rank and scaling; the rest is left to PEFT."""
 
 import json
-import shutil
 import warnings
 
 import pytest
@@ -36,22 +35,6 @@ KINDS = {
     "alpha of zero": {"alpha": 0},
     "negative alpha": {"alpha": -4},
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return build_llama(tmp_path_factory.mktemp("base") / "llama", tokenizer=False)
-
-
-@pytest.fixture(scope="module")
-def plain_adapter(base, tmp_path_factory):
-    return make_adapter(base, tmp_path_factory.mktemp("adapter") / "plain")
-
-
-@pytest.fixture
-def adapter(plain_adapter, tmp_path):
-    """A copy of an adapter, to be damaged."""
-    return shutil.copytree(plain_adapter, tmp_path / "adapter")
 
 
 def plan(base, adapter):
