@@ -66,6 +66,9 @@ class ProblemList:
     def __bool__(self) -> bool:
         return bool(self._problems)
 
+    def __len__(self) -> int:
+        return len(self._problems)
+
     def add(self, line: int | None, field: str, expected: str, found: str) -> None:
         """Note one problem."""
         words = shown(expected, _MAX_EXPECTED), shown(found, _MAX_EXPECTED)

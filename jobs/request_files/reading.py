@@ -24,6 +24,8 @@ from jobs.request_files.yaml_tree import read_yaml
 __all__ = ["MAX_FILE_BYTES", "MAX_REQUESTS", "Problem", "RequestFileError", "load_requests"]
 
 MAX_FILE_BYTES = 16 * 1024**2
+MAX_PROBLEMS = 1_000
+"""More are of no use to a person, and each takes time to find and to show."""
 _EVERYWHERE = Allowance()
 _SUFFIXES = (".yaml", ".yml", ".jsonl", ".csv")
 
@@ -56,7 +58,15 @@ def load_requests(path: Path, allowance: Allowance = _EVERYWHERE) -> tuple[Merge
     check = DraftCheck(path.absolute().parent, problems, strict=suffix != ".csv", allowance=allowance)
     for node in expansion.shared:
         check.shared(node)
-    requests = [check.request(node) for node in expansion.requests]
+    requests = list[MergeRequest | None]()
+    for number, node in enumerate(expansion.requests):
+        if len(problems) > MAX_PROBLEMS:
+            rest = len(expansion.requests) - number
+            problems.add(
+                None, "", f"at most {MAX_PROBLEMS} mistakes", f"more; the last {rest} requests were not looked at"
+            )
+            break
+        requests.append(check.request(node))
     if not requests and not problems:
         problems.add(None, "", "at least one request", "none")
     if problems:

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import re
 import time
 
 import pytest
@@ -221,3 +222,11 @@ def test_thousands_of_requests_load_in_seconds(write):
     start = time.monotonic()
     assert len(load_requests(path)) == 5000
     assert time.monotonic() - start < 20
+
+
+def test_a_file_of_mistakes_is_not_read_to_its_end(refuse):
+    rows = '{"base": 7, "adapter": "/a", "destination": "/r"}\n' * 3000
+    problems, text = refuse("many.jsonl", rows)
+    assert len(problems) == 1002
+    num_read = 3000 - int(re.search(r"more; the last (\d+) requests were not looked at", text)[1])
+    assert num_read <= 1001
