@@ -27,11 +27,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.simulation import Clock, Costs, SimulatedMetrics, SimulatedPool
+from benchmarks.simulation import Clock, Costs, SimulatedFleet, SimulatedMetrics
 from cluster.driving.driver import Driver
 from cluster.driving.events import DriverEvent, JobSettled, ShardsStarted, UnitStarted, WorkerReplaced
 from cluster.driving.scheduler import WorkerView
-from cluster.ray_fleet.pool import MAX_PINGS_PER_SECOND
+from cluster.fleet.crews import Crew
+from cluster.fleet.in_memory import InMemoryActors
+from cluster.fleet.pool import WorkerPool
 from cluster.settings import Settings
 from jobs.ledger.store import JobStore
 from jobs.request import MergeRequest
@@ -159,15 +161,16 @@ def simulate(load: Load, num_workers: int, *, hours_between_deaths: float | None
     with contextlib.closing(JobStore(f"sqlite:///{store}")) as ledger:
         for start in range(0, len(load.requests), _SUBMITTED_AT_ONCE):
             ledger.submit(load.requests[start : start + _SUBMITTED_AT_ONCE])
-        pool = SimulatedPool(
-            num_workers,
-            load.base_bytes,
-            costs,
-            clock,
-            ping_seconds=max(settings.poll_seconds, num_workers / MAX_PINGS_PER_SECOND),
-            hours_between_deaths=hours_between_deaths,
-            rng=rng,
+        fleet = SimulatedFleet(load.base_bytes, costs, clock, hours_between_deaths=hours_between_deaths, rng=rng)
+        pool = WorkerPool(
+            InMemoryActors(fleet.start, fleet.wait),
+            [Crew(num_workers=num_workers, device="cpu", num_threads=1)],
+            ping_seconds=settings.poll_seconds,
+            unresponsive_seconds=settings.unresponsive_seconds,
+            clock=clock,
         )
+        pool.poll(0.0)  # they are up
+        fleet.seconds_to_start = costs.seconds_to_start
         observer = Observer(clock)
         driver = WatchedDriver(
             ledger,
@@ -180,23 +183,23 @@ def simulate(load: Load, num_workers: int, *, hours_between_deaths: float | None
             sleep=clock.skip,
             rng=rng,
         )
-        begin, cpu_begin = clock(), time.process_time()
+        begin, cpu_begin = clock(), time.process_time() - fleet.cpu_seconds
         driver.run(drain=True)
-        cpu = time.process_time() - cpu_begin - pool.cpu_seconds
+        cpu = time.process_time() - cpu_begin - fleet.cpu_seconds
     makespan = observer.ended_at - begin
     return Result(
         num_workers=num_workers,
         num_jobs=len(load.requests),
-        deaths=pool.num_deaths,
+        deaths=fleet.num_deaths,
         published=observer.num_published,
         quarantined=observer.num_quarantined,
         makespan_seconds=makespan,
         least_seconds=load.least_seconds(num_workers, settings.max_jobs_per_pass, costs),
         driver_cpu_ms_per_job=1000 * cpu / len(load.requests),
         claim_ms=1000 * statistics.median(driver.claim_seconds),
-        loads_per_job=pool.num_loads / len(load.requests),
-        jobs_per_unit=len(load.requests) / pool.num_units,
-        busy_share=pool.busy_seconds / (num_workers * makespan),
+        loads_per_job=fleet.num_loads / len(load.requests),
+        jobs_per_unit=len(load.requests) / fleet.num_units,
+        busy_share=fleet.busy_seconds / (num_workers * makespan),
         longest_wait_units=driver.longest_wait,
         wait_bound_units=settings.max_units_of_other_bases * num_workers + driver.num_bases_waiting - 1,
         real_seconds=time.perf_counter() - real_begin,

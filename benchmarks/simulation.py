@@ -1,30 +1,23 @@
-"""A fleet of workers that spend modelled time instead of moving tensors, behind the interface of `WorkerPool`.
+"""Workers that spend modelled time instead of moving tensors, for a real pool.
 
-The clock is that of the machine, so whatever the driver and the store take is taken; when all wait for a worker, it
-jumps to the moment at which the next one answers.
+The clock is that of the machine, so whatever the driver, the pool and the store take is taken; when all wait for a
+worker, it jumps to the moment at which the next one answers.
 """
 
-import functools
+import contextlib
 import heapq
 import itertools
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any
 
-from cluster.driving.replies import (
-    PassBegun,
-    PoolEvent,
-    ProgressSeen,
-    PublishFinished,
-    ShardsMerged,
-    UnitFinished,
-    WorkerLost,
-)
-from cluster.driving.scheduler import WorkerView
+from cluster.fleet.actors import ActorGoneError
+from cluster.fleet.crews import Crew
 from jobs.parity_report import ParitySummary
 from jobs.release import Artifact, Manifest, Release
 from jobs.request import MergeRequest, QuantizationOptions
@@ -36,6 +29,7 @@ from workers.merging.outcomes import (
     Piece,
     Progress,
     PublishOutcome,
+    Readiness,
     ShardsOutcome,
     UnitOutcome,
     Usage,
@@ -84,24 +78,6 @@ class Costs:
         return num_bytes / _GB / self.write + num_bytes / _GB / self.check
 
 
-_Parameters = ParamSpec("_Parameters")
-_Result = TypeVar("_Result")
-
-
-def _apart(method: Callable[Concatenate["SimulatedPool", _Parameters], _Result]) -> Callable[..., _Result]:
-    """Count a method's time as the simulation's own, not the driver's that calls it."""
-
-    @functools.wraps(method)
-    def counted(self: "SimulatedPool", *arguments: _Parameters.args, **options: _Parameters.kwargs) -> _Result:
-        begin = time.process_time()
-        try:
-            return method(self, *arguments, **options)
-        finally:
-            self.cpu_seconds += time.process_time() - begin
-
-    return counted
-
-
 class Clock:
     """Seconds that pass as they do, and jump where nothing would happen."""
 
@@ -117,124 +93,96 @@ class Clock:
         self._skipped += max(0.0, seconds)
 
 
-@dataclass(slots=True)
-class _Worker:
-    name: str
-    residents: OrderedDict[str, None] = field(default_factory=OrderedDict)
-    up_at: float = 0.0
-    unit: str | None = None
-    jobs: tuple[str, ...] = ()
-    started_at: float = 0.0
-    ends_at: float = 0.0
-    publishing: set[str] = field(default_factory=set)
-    life: int = 0
-    """Counts deaths: what a former life was at does not end any more."""
-    busy_since: float | None = None
+class SimulatedActor:
+    """A worker that works off its calls one after the other."""
 
-    @property
-    def busy(self) -> bool:
-        return self.unit is not None or bool(self.publishing)
+    node = None
 
+    def __init__(self, fleet: "SimulatedFleet") -> None:
+        self._fleet = fleet
+        self._residents: OrderedDict[str, None] = OrderedDict()
+        self._free_at = 0.0
+        self._unit: tuple[str, tuple[str, ...], float, float] = ("", (), 0.0, 0.0)
+        """Name, jobs, begin and end of what it was given last."""
+        self._gone: ActorGoneError | None = None
+        self._pending: dict[Future[Any], tuple[float, float]] = {}
+        """What it has yet to answer, with its begin and its end."""
 
-class SimulatedPool:
-    """The workers of one driver."""
+    def call(self, method: str, *arguments: Any, task_name: str) -> Future[Any]:  # noqa: ARG002 - nobody looks on
+        """Take a call, and have it answered when its time has come."""
+        with self._fleet.apart():
+            future: Future[Any] = Future()
+            if self._gone is not None:
+                future.set_exception(self._gone)
+            elif method == "progress":
+                future.set_result(self._progress())
+            else:
+                seconds, value = getattr(self, method)(*arguments)
+                self._answer_in(seconds, future, value)
+            return future
 
-    def __init__(
-        self,
-        num_workers: int,
-        base_bytes: Mapping[str, float],
-        costs: Costs,
-        clock: Clock,
-        *,
-        ping_seconds: float,
-        hours_between_deaths: float | None,
-        rng: random.Random,
-    ) -> None:
-        """Start the workers.
+    def kill(self) -> None:
+        """End it: nothing it was at is answered."""
+        self.die("it was killed", self._fleet.now())
 
-        Args:
-            num_workers: how many.
-            base_bytes: size of each base, by its location.
-            costs: what work takes.
-            clock: that the driver has, too.
-            ping_seconds: how often a busy worker tells its progress.
-            hours_between_deaths: mean time a worker lives; None for ever.
-            rng: source of the deaths.
-        """
-        self._workers = {name: _Worker(name) for name in (f"merge-worker-{n}" for n in range(num_workers))}
-        self._base_bytes = base_bytes
-        self._costs = costs
-        self._clock = clock
-        self._ping_seconds = ping_seconds
-        self._hours_between_deaths = hours_between_deaths
-        self._rng = rng
-        self._numbers = itertools.count()
-        self._answers: dict[str, PoolEvent] = {}
-        """What each worker will say when it is done."""
-        self._agenda: list[tuple[float, int, str, int, str, str]] = []
-        """When, number, worker, its life, what, and of which job."""
-        self.num_loads = 0
-        self.num_units = 0
-        self.num_deaths = 0
-        self.cpu_seconds = 0.0
-        """CPU time of the simulation itself."""
-        self.busy_seconds = 0.0
-        """Of all workers, work that a death undid included."""
-        self._pinged_at = clock()
-        for worker in self._workers.values():
-            self._plan_death(worker, self._pinged_at)
+    def die(self, reason: str, when: float) -> None:
+        """End it, and say so to all who wait for it."""
+        self._gone = ActorGoneError(reason)
+        for future, (begin, end) in self._pending.items():
+            self._fleet.busy_seconds += max(0.0, min(when, end) - begin)
+            future.set_exception(self._gone)
+        self._pending.clear()
 
-    @_apart
-    def views(self) -> tuple[WorkerView, ...]:
-        """Return what the scheduler needs to know."""
-        now = self._clock()
-        return tuple(
-            WorkerView(
-                name=worker.name,
-                idle=not worker.busy and worker.up_at <= now,
-                residents=frozenset(worker.residents),
-            )
-            for worker in self._workers.values()
-        )
+    def end(self, future: Future[Any], value: object) -> None:
+        """Answer, if it still lives."""
+        if future in self._pending:
+            begin, end = self._pending.pop(future)
+            self._fleet.busy_seconds += end - begin
+            future.set_result(value)
 
-    @_apart
-    def run_unit(self, worker: str, name: str, requests: tuple[MergeRequest, ...]) -> None:
-        """Start a unit."""
-        chosen = self._workers[worker]
-        size = self._base_bytes[str(requests[0].base)]
+    def _answer_in(self, seconds: float, future: Future[Any], value: object) -> None:
+        now = self._fleet.now()
+        begin = max(now, self._free_at)
+        if begin + seconds <= now:
+            future.set_result(value)
+            return
+        self._free_at = begin + seconds
+        self._pending[future] = begin, self._free_at
+        self._fleet.plan(self._free_at, lambda _: self.end(future, value))
+
+    def ready(self) -> tuple[float, Readiness]:
+        """Come up: the first ones were there before the simulation began."""
+        return self._fleet.seconds_to_start, Readiness(host="simulated")
+
+    def run_unit(self, name: str, requests: tuple[MergeRequest, ...]) -> tuple[float, UnitOutcome]:
+        """Do a unit."""
+        costs, size = self._fleet.costs, self._fleet.size_of(requests)
+        seconds = costs.pass_seconds(size) + len(requests) * (costs.job_seconds(size) - costs.seconds_to_publish)
         key = requests[0].pass_key()
-        seconds = self._costs.pass_seconds(size)
-        seconds += len(requests) * (self._costs.job_seconds(size) - self._costs.seconds_to_publish)
-        if key not in chosen.residents:
-            seconds += self._costs.load_seconds(size)
-            self.num_loads += 1
-        chosen.residents[key] = None
-        chosen.residents.move_to_end(key)
-        if len(chosen.residents) > self._costs.num_resident:
-            chosen.residents.popitem(last=False)
-        self.num_units += 1
-        self._start(worker, name, requests, seconds)
-        self._answers[worker] = self._finished(chosen)
+        if key not in self._residents:
+            seconds += costs.load_seconds(size)
+            self._fleet.num_loads += 1
+        self._residents[key] = None
+        self._residents.move_to_end(key)
+        if len(self._residents) > costs.num_resident:
+            self._residents.popitem(last=False)
+        self._fleet.num_units += 1
+        self._note(name, requests, seconds)
+        return seconds, self._outcome(requests)
 
-    def _start(self, worker: str, name: str, requests: tuple[MergeRequest, ...], seconds: float) -> None:
-        chosen = self._workers[worker]
-        chosen.unit, chosen.jobs = name, tuple(request.id for request in requests)
-        chosen.started_at = self._clock()
-        chosen.ends_at = chosen.started_at + seconds
-        self._begin_work(chosen)
-        self._plan(chosen.ends_at, chosen, "unit")
+    def _note(self, name: str, requests: tuple[MergeRequest, ...], seconds: float) -> None:
+        now = self._fleet.now()
+        self._unit = name, tuple(request.id for request in requests), now, now + seconds
 
-    def _finished(self, worker: _Worker) -> UnitFinished:
-        outcomes = tuple(JobOutcome(job_id=job, merge_key="a" * 64) for job in worker.jobs)
-        outcome = UnitOutcome(jobs=outcomes, usage=Usage(), residents=tuple(worker.residents))
-        return UnitFinished(worker=worker.name, outcome=outcome)
+    def _outcome(self, requests: tuple[MergeRequest, ...]) -> UnitOutcome:
+        outcomes = tuple(JobOutcome(job_id=request.id, merge_key="a" * 64) for request in requests)
+        return UnitOutcome(jobs=outcomes, usage=Usage(), residents=tuple(self._residents))
 
-    @_apart
-    def open_pass(self, worker: str, pass_id: str, name: str, requests: tuple[MergeRequest, ...]) -> None:
-        """Have a pass planned that several workers will work on."""
-        self.num_units += 1
-        size = self._base_bytes[str(requests[0].base)]
-        num_pieces = max(1, round(size / _GB / _SHARD_GIGABYTES))
+    def open_pass(self, pass_id: str, name: str, requests: tuple[MergeRequest, ...]) -> tuple[float, PassOpened]:
+        """Plan a pass that several workers will work on."""
+        self._fleet.num_units += 1
+        size = self._fleet.size_of(requests)
+        num_pieces = _num_shards(size)
         pieces = tuple(
             Piece(shards=(f"model-{n}.safetensors",), num_bytes=int(len(requests) * size / num_pieces))
             for n in range(num_pieces)
@@ -242,122 +190,138 @@ class SimulatedPool:
         ticket = Ticket(directory=Path("/staging"), attempt=pass_id, merge_key="a" * 64)
         tickets = {request.id: ticket for request in requests}
         opened = PassOpened(ended=(), tickets=tickets, pieces=pieces, bytes_total=2 * int(size), usage=Usage())
-        self._start(worker, name, requests, self._costs.seconds_per_unit)
-        self._answers[worker] = PassBegun(worker=worker, pass_id=pass_id, outcome=opened)
+        self._note(name, requests, self._fleet.costs.seconds_per_unit)
+        return self._fleet.costs.seconds_per_unit, opened
 
-    @_apart
-    def merge_shards(self, worker: str, work: PassWork, shards: frozenset[str]) -> None:
-        """Have some pieces of a pass merged."""
-        size = self._base_bytes[str(work.requests[0].base)]
-        part = len(shards) / max(1, round(size / _GB / _SHARD_GIGABYTES)) * size
-        seconds = part / _GB / self._costs.read
-        seconds += len(work.requests) * self._costs.merge_seconds(part)
-        if work.requests[0].pass_key() not in self._workers[worker].residents:
-            seconds += self._costs.load_seconds(part)
+    def merge_shards(self, work: PassWork, shards: frozenset[str]) -> tuple[float, ShardsOutcome]:
+        """Merge some pieces of a pass."""
+        costs, size = self._fleet.costs, self._fleet.size_of(work.requests)
+        part = len(shards) / _num_shards(size) * size
+        seconds = part / _GB / costs.read
+        seconds += len(work.requests) * costs.merge_seconds(part)
+        if work.requests[0].pass_key() not in self._residents:
+            seconds += costs.load_seconds(part)
         merged = MergedShards(receipts=(), checks=(), wrong=())
         outcome = ShardsOutcome(
             merged={request.id: merged for request in work.requests},
             ended=(),
             usage=Usage(),
-            residents=tuple(self._workers[worker].residents),
+            residents=tuple(self._residents),
         )
-        self._start(worker, work.name, work.requests, seconds)
-        self._answers[worker] = ShardsMerged(worker=worker, pass_id=work.pass_id, outcome=outcome)
+        self._note(work.name, work.requests, seconds)
+        return seconds, outcome
 
-    @_apart
-    def finish_pass(self, worker: str, work: PassWork, _merged: Mapping[str, tuple[MergedShards, ...]]) -> None:
-        """Have a pass finished that is merged."""
-        self._start(worker, work.name, work.requests, len(work.requests) * self._costs.seconds_per_job)
-        self._answers[worker] = self._finished(self._workers[worker])
+    def finish_pass(self, work: PassWork, _merged: Mapping[str, tuple[MergedShards, ...]]) -> tuple[float, UnitOutcome]:
+        """Finish a pass that is merged."""
+        seconds = len(work.requests) * self._fleet.costs.seconds_per_job
+        self._note(work.name, work.requests, seconds)
+        return seconds, self._outcome(work.requests)
 
-    @_apart
-    def publish(self, worker: str, job_id: str) -> None:
-        """Have a staged job published."""
-        chosen = self._workers[worker]
-        chosen.publishing.add(job_id)
-        self._begin_work(chosen)
-        # One after the other, as an actor's calls are.
-        self._plan(self._clock() + len(chosen.publishing) * self._costs.seconds_to_publish, chosen, "publish", job_id)
+    def publish(self, job_id: str) -> tuple[float, PublishOutcome]:
+        """Publish a job."""
+        seconds = self._fleet.costs.seconds_to_publish
+        return seconds, PublishOutcome(job_id=job_id, release=_release(job_id), seconds=seconds)
 
-    def discard(self, worker: str, job_id: str) -> None:
+    def discard(self, _job_id: str) -> tuple[float, None]:
         """Take no time: what a job left is gone."""
+        return 0.0, None
 
-    def cancel(self, worker: str, job_ids: Iterable[str]) -> None:
+    def cancel(self, _job_ids: frozenset[str]) -> tuple[float, None]:
         """Take no time: nobody cancels in a simulation but those who helped with a job that has ended."""
+        return 0.0, None
 
-    @_apart
-    def poll(self, timeout_seconds: float) -> tuple[PoolEvent, ...]:
-        """Let time pass until something happens, at most `timeout_seconds`, and return what did."""
-        now = self._clock()
-        wake = now + timeout_seconds
-        wake = min(wake, self._pinged_at + self._ping_seconds)
-        if self._agenda:
-            wake = min(wake, self._agenda[0][0])
-        wake = min([wake, *(worker.up_at for worker in self._workers.values() if worker.up_at > now)])
-        self._clock.skip(wake - now)
-        events: list[PoolEvent] = []
-        if self._clock() >= self._pinged_at + self._ping_seconds:
-            self._pinged_at = self._clock()
-            at_work = [worker for worker in self._workers.values() if worker.unit is not None]
-            events += [ProgressSeen(worker=each.name, progress=self._progress(each)) for each in at_work]
-        while self._agenda and self._agenda[0][0] <= self._clock():
-            when, _, name, life, what, job_id = heapq.heappop(self._agenda)
-            worker = self._workers[name]
-            if life == worker.life:
-                events.extend(self._happen(when, worker, what, job_id))
-        return tuple(events)
+    def residents(self) -> tuple[float, tuple[str, ...]]:
+        """Take no time."""
+        return 0.0, tuple(self._residents)
 
-    def _happen(self, when: float, worker: _Worker, what: str, job_id: str) -> Iterable[PoolEvent]:
-        match what:
-            case "death":
-                yield from self._die(worker, when)
-            case "unit":
-                worker.unit, worker.jobs = None, ()
-                self._end_work(worker, when)
-                yield self._answers.pop(worker.name)
-            case "publish":
-                worker.publishing.discard(job_id)
-                self._end_work(worker, when)
-                published = PublishOutcome(job_id=job_id, release=_release(job_id), seconds=0.5)
-                yield PublishFinished(worker=worker.name, outcome=published)
-
-    def _progress(self, worker: _Worker) -> Progress:
-        share = min(1.0, (self._pinged_at - worker.started_at) / (worker.ends_at - worker.started_at))
+    def _progress(self) -> Progress:
+        name, jobs, begin, end = self._unit
+        share = min(1.0, (self._fleet.now() - begin) / (end - begin)) if end > begin else 1.0
         stage = "plan" if share < 0.05 else "merge" if share < 0.7 else "verify"
-        assert worker.unit is not None
-        return Progress(
-            unit=worker.unit,
-            stages=dict.fromkeys(worker.jobs, stage),
-            bytes_done=int(share * 1e9),
-            bytes_total=int(1e9),
-        )
+        return Progress(unit=name, stages=dict.fromkeys(jobs, stage), bytes_done=int(share * 1e9), bytes_total=int(1e9))
 
-    def _die(self, worker: _Worker, when: float) -> Iterable[PoolEvent]:
-        self.num_deaths += 1
-        worker.life += 1
-        worker.unit, worker.jobs = None, ()
-        worker.publishing.clear()
-        worker.residents.clear()
-        self._end_work(worker, when)
-        worker.up_at = when + self._costs.seconds_to_start
-        self._plan_death(worker, worker.up_at)
-        yield WorkerLost(worker=worker.name, reason="it died in the simulation")
 
-    def _plan_death(self, worker: _Worker, now: float) -> None:
+class SimulatedFleet:
+    """Starts simulated workers, and lets time pass for them: what `InMemoryActors` takes."""
+
+    def __init__(
+        self,
+        base_bytes: Mapping[str, float],
+        costs: Costs,
+        clock: Clock,
+        *,
+        hours_between_deaths: float | None,
+        rng: random.Random,
+    ) -> None:
+        """Take what work costs.
+
+        Args:
+            base_bytes: size of each base, by its location.
+            costs: what work takes.
+            clock: that the driver and the pool have, too.
+            hours_between_deaths: mean time a worker lives; None for ever.
+            rng: source of the deaths.
+        """
+        self.costs = costs
+        self.now = clock
+        self.seconds_to_start = 0.0
+        """Of the next worker that starts; those of the beginning are up at once."""
+        self.num_loads = 0
+        self.num_units = 0
+        self.num_deaths = 0
+        self.busy_seconds = 0.0
+        """Of all workers, work that a death undid included."""
+        self.cpu_seconds = 0.0
+        """CPU time of the simulation itself, which is not the driver's."""
+        self._base_bytes = base_bytes
+        self._clock = clock
+        self._hours_between_deaths = hours_between_deaths
+        self._rng = rng
+        self._numbers = itertools.count()
+        self._agenda: list[tuple[float, int, Callable[[float], None]]] = []
+        """When, number, and what happens then."""
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Count the time that this takes as the simulation's own."""
+        begin = time.process_time()
+        yield
+        self.cpu_seconds += time.process_time() - begin
+
+    def size_of(self, requests: tuple[MergeRequest, ...]) -> float:
+        """Return the bytes of the base of some requests."""
+        return self._base_bytes[str(requests[0].base)]
+
+    def start(self, _name: str, _crew: Crew) -> SimulatedActor:
+        """Start a worker."""
+        actor = SimulatedActor(self)
         if self._hours_between_deaths is not None:
-            self._plan(now + self._rng.expovariate(1 / (3600 * self._hours_between_deaths)), worker, "death")
+            life = self._rng.expovariate(1 / (3600 * self._hours_between_deaths))
+            self.plan(self.now() + self.seconds_to_start + life, lambda when: self._kill(actor, when))
+        return actor
 
-    def _plan(self, when: float, worker: _Worker, what: str, job_id: str = "") -> None:
-        heapq.heappush(self._agenda, (when, next(self._numbers), worker.name, worker.life, what, job_id))
+    def _kill(self, actor: SimulatedActor, when: float) -> None:
+        self.num_deaths += 1
+        actor.die("it died in the simulation", when)
 
-    def _begin_work(self, worker: _Worker) -> None:
-        if worker.busy_since is None:
-            worker.busy_since = self._clock()
+    def plan(self, when: float, happens: Callable[[float], None]) -> None:
+        """Have something happen when its time has come."""
+        heapq.heappush(self._agenda, (when, next(self._numbers), happens))
 
-    def _end_work(self, worker: _Worker, when: float) -> None:
-        if worker.busy_since is not None and not worker.busy:
-            self.busy_seconds += when - worker.busy_since
-            worker.busy_since = None
+    def wait(self, futures: Sequence[Future[Any]], timeout_seconds: float, *, for_all: bool) -> None:
+        """Let time pass until something happens, at most so long."""
+        assert not for_all
+        with self.apart():
+            if not any(future.done() for future in futures):
+                wake = min([self.now() + timeout_seconds, *(when for when, _, _ in self._agenda[:1])])
+                self._clock.skip(wake - self.now())
+            while self._agenda and self._agenda[0][0] <= self.now():
+                when, _, happens = heapq.heappop(self._agenda)
+                happens(when)
+
+
+def _num_shards(size: float) -> int:
+    return max(1, round(size / _GB / _SHARD_GIGABYTES))
 
 
 class SimulatedMetrics:

@@ -3,10 +3,13 @@
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from cluster.ray_fleet.session import Session, close_session, open_session
+from cluster.settings import Settings
 from tests.servers.hub import Hub, serve_hub
 from tests.servers.s3 import S3Server, serve_s3
 
@@ -58,3 +61,19 @@ def hub(hub_server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
     for name, value in hub_server.environment().items():
         monkeypatch.setenv(name, value)
     return hub_server
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[Session]:
+    """A local Ray, as `mergefleet run` starts it. Mark tests that use it with `ray`."""
+    home = Path(_home.name)  # one for all: Ray reads the token that lies there once
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(prefix="mf-", ignore_cleanup_errors=True) as short,
+    ):
+        patch.setenv("HOME", str(home))
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+            patch.delenv(name, raising=False)
+        settings = Settings(home=home, ray_directory=short)
+        yield open_session(settings, namespace="test", address=None, log_format="json")
+        close_session()

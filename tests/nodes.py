@@ -24,9 +24,10 @@ from cluster.console.documents import plain
 from cluster.driving.driver import Driver
 from cluster.driving.events import DriverEvent, ShardsStarted, WorkerBenched, event_name
 from cluster.driving.replies import WorkerUnfit
-from cluster.ray_fleet.crews import Crew, plan_crews
+from cluster.fleet.crews import Crew, plan_crews
+from cluster.fleet.pool import WorkerPool
+from cluster.ray_fleet.actors import RayActors
 from cluster.ray_fleet.metrics import FleetMetrics
-from cluster.ray_fleet.pool import WorkerPool
 from cluster.ray_fleet.session import Session, close_session, open_session
 from cluster.settings import Settings, load_settings, worker_settings
 from jobs.ledger.store import JobStore
@@ -112,7 +113,7 @@ def drain_on_nodes(num_nodes: int, *, by: str, kill: bool, mixed: bool) -> None:
 
     with (
         contextlib.closing(JobStore(settings.store)) as store,
-        contextlib.closing(WorkerPool(LocatedWorker, arguments, crews, ping_seconds=0.1)) as pool,
+        contextlib.closing(WorkerPool(RayActors(LocatedWorker, arguments), crews, ping_seconds=0.1)) as pool,
     ):
         while not all(view.idle or (mixed and view.device == "cuda") for view in pool.views()):
             for event in [event for event in pool.poll(0.1) if isinstance(event, WorkerUnfit)]:

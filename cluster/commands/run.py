@@ -18,10 +18,11 @@ from cluster.console.documents import plain
 from cluster.console.terminal import Terminal
 from cluster.driving.driver import Driver, stop_on_signals
 from cluster.driving.events import DriverEvent, event_name
+from cluster.fleet.crews import Crew, plan_crews
+from cluster.fleet.pool import WorkerPool
 from cluster.logs import LogFormat
-from cluster.ray_fleet.crews import Crew, plan_crews
+from cluster.ray_fleet.actors import RayActors
 from cluster.ray_fleet.metrics import FleetMetrics
-from cluster.ray_fleet.pool import WorkerPool
 from cluster.ray_fleet.session import Session, close_session, open_session
 from cluster.settings import Settings, load_settings, worker_settings
 from jobs.errors import FailureClass
@@ -88,8 +89,7 @@ def _open_pool(session: Session, settings: Settings) -> Iterator[WorkerPool]:
         return (worker_settings(settings, device=crew.device, num_threads=crew.num_threads),)
 
     pool = WorkerPool(
-        MergeWorker,
-        arguments,
+        RayActors(MergeWorker, arguments),
         crews,
         ping_seconds=settings.poll_seconds,
         unresponsive_seconds=settings.unresponsive_seconds,

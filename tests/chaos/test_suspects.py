@@ -18,9 +18,10 @@ import pytest
 
 from cluster.driving.driver import Driver
 from cluster.driving.events import JobSettled, UnitStarted, WorkerReplaced
-from cluster.ray_fleet.crews import Crew
+from cluster.fleet.crews import Crew
+from cluster.fleet.pool import WorkerPool
+from cluster.ray_fleet.actors import RayActors
 from cluster.ray_fleet.metrics import FleetMetrics
-from cluster.ray_fleet.pool import WorkerPool
 from cluster.ray_fleet.session import close_session, open_session
 from cluster.settings import Settings, worker_settings
 from jobs.errors import FailureClass
@@ -129,8 +130,10 @@ def test_a_poisoned_and_a_bombed_job_cost_twenty_good_ones_nothing(session, requ
     watch = Watch()
     crew = Crew(num_workers=2, device="cpu", num_threads=1)
     pool = WorkerPool(
-        mortal_worker(),
-        lambda crew: (worker_settings(session, device=crew.device, num_threads=crew.num_threads),),
+        RayActors(
+            mortal_worker(),
+            lambda crew: (worker_settings(session, device=crew.device, num_threads=crew.num_threads),),
+        ),
         (crew,),
         ping_seconds=0.2,
         unresponsive_seconds=session.unresponsive_seconds,

@@ -1,10 +1,11 @@
-"""The driver against a real store, with a pool that answers what the test says instead of running anything.
+"""The driver against a real store and a real pool, in memory, of workers that answer what the test says.
 
 What Ray does is in tests/integration/test_driver.py.
 """
 
 import random
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -12,18 +13,10 @@ import pytest
 from cluster.console.display import event_line
 from cluster.driving.driver import Driver
 from cluster.driving.events import JobSettled, WorkerBenched, WorkerReplaced
-from cluster.driving.replies import (
-    CallFailed,
-    PassBegun,
-    ProgressSeen,
-    PublishFinished,
-    ShardsMerged,
-    TurnedDown,
-    UnitFinished,
-    WorkerLost,
-    WorkerUnfit,
-)
-from cluster.driving.scheduler import WorkerView
+from cluster.fleet.actors import ActorGoneError
+from cluster.fleet.crews import Crew
+from cluster.fleet.in_memory import InMemoryActors
+from cluster.fleet.pool import WorkerPool
 from cluster.settings import Settings
 from jobs.errors import FailureClass, LeaseLostError, TransientIOError
 from jobs.ledger.store import JobStore
@@ -41,12 +34,15 @@ from workers.merging.outcomes import (
     Piece,
     Progress,
     PublishOutcome,
+    Readiness,
     ShardsOutcome,
     UnitOutcome,
+    Unreachable,
     Usage,
 )
 from workers.releases.sinks import Ticket
 
+PENDING = object()
 NOTHING_USED = Usage(bytes_read=0, bytes_written=0, bytes_uploaded=0, seconds={})
 
 
@@ -80,95 +76,67 @@ def release(name, *, created=True):
     return Release(location=f"/releases/{name}", manifest=manifest, manifest_sha256="e" * 64, created=created)
 
 
-class ScriptedPool:
-    """Stands for the Ray actors: keeps what it is told, and returns from `poll` what the test put in."""
+class ScriptedWorkers:
+    """The workers of a pool: they keep what they are told, and answer when and what the test says.
 
-    def __init__(self, num_workers=1):
-        self.names = [f"merge-worker-{n}" for n in range(num_workers)]
-        self.busy = {}  # worker -> ids of the unit it is at
+    What they are asked at the side (whether they are ready, which bases they hold, to discard, to cancel) they answer
+    at once.
+    """
+
+    def __init__(self):
+        self.actors = {}  # worker -> the actor in its place
         self.units = []
         self.opened = []
         self.given = []
         self.finishing = []
-        self.events = []
         self.published = []
         self.discarded = []
         self.cancelled = []
         self.on_poll = lambda: None
-        self.down = set()
-        self.devices = {}
+        self.down = set()  # those that never come up
+        self.unfit = {}  # worker -> what is wrong with its GPU
+        self.progress = {}  # worker -> what it tells
 
-    def views(self):
-        return tuple(
-            WorkerView(
-                name=name,
-                idle=name not in self.busy and name not in self.down,
-                residents=frozenset(),
-                up=name not in self.down,
-                device=self.devices.get(name, "cpu"),
-            )
-            for name in self.names
-        )
+    def start(self, name, _crew):
+        self.actors[name] = ScriptedActor(name, self)
+        return self.actors[name]
 
-    def run_unit(self, worker, name, requests):
-        assert worker not in self.busy
-        self.busy[worker] = [each.id for each in requests]
-        self.units.append((worker, name, tuple(each.id for each in requests)))
-
-    def open_pass(self, worker, pass_id, _name, requests):
-        assert worker not in self.busy
-        self.busy[worker] = [each.id for each in requests]
-        self.opened.append((worker, pass_id, tuple(each.id for each in requests)))
-
-    def merge_shards(self, worker, work, shards):
-        assert worker not in self.busy
-        self.busy[worker] = [each.id for each in work.requests]
-        assert work.tickets.keys() == {each.id for each in work.requests}
-        self.given.append((worker, tuple(sorted(shards))))
-
-    def finish_pass(self, worker, work, merged):
-        self.busy[worker] = [each.id for each in work.requests]
-        self.finishing.append((worker, {job: [each.checks for each in parts] for job, parts in merged.items()}))
-
-    def publish(self, worker, job_id):
-        self.published.append((worker, job_id))
-
-    def discard(self, worker, job_id):
-        self.discarded.append((worker, job_id))
-
-    def cancel(self, worker, job_ids):
-        self.cancelled.append((worker, tuple(job_ids)))
-
-    def poll(self, _timeout_seconds):
+    def wait(self, _futures, _timeout_seconds, *, for_all):
+        assert not for_all
         self.on_poll()
-        events, self.events = self.events, []
-        for event in events:
-            if isinstance(event, UnitFinished | PassBegun | ShardsMerged | TurnedDown | CallFailed | WorkerLost):
-                self.busy.pop(event.worker, None)
-        return tuple(events)
+
+    @property
+    def busy(self):
+        """Worker to the ids of the jobs of the unit it is at."""
+        return {name: actor.jobs for name, actor in self.actors.items() if actor.unit is not None}
+
+    def _answer(self, worker, value):
+        self.actors[worker].end_unit().set_result(value)
+
+    def fail(self, worker, error):
+        """Have what it is at raise."""
+        self.actors[worker].end_unit().set_exception(error)
 
     def finish(self, worker, *outcomes):
-        outcome = UnitOutcome(jobs=tuple(outcomes), usage=NOTHING_USED, residents=())
-        self.events.append(UnitFinished(worker=worker, outcome=outcome))
+        self._answer(worker, UnitOutcome(jobs=tuple(outcomes), usage=NOTHING_USED, residents=()))
 
     def begin(self, worker, *names, num_pieces=4, ended=()):
         """Answer `open_pass`: so many pieces of one shard."""
         pieces = tuple(Piece(shards=(f"shard-{n}",), num_bytes=100) for n in range(num_pieces))
         ticket = Ticket(directory=Path("/staging"), attempt="x", merge_key="a" * 64)
-        outcome = PassOpened(
-            ended=ended, tickets=dict.fromkeys(names, ticket), pieces=pieces, bytes_total=800, usage=NOTHING_USED
+        tickets = dict.fromkeys(names, ticket)
+        self._answer(
+            worker, PassOpened(ended=ended, tickets=tickets, pieces=pieces, bytes_total=800, usage=NOTHING_USED)
         )
-        self.events.append(PassBegun(worker=worker, pass_id=self.opened[-1][1], outcome=outcome))
 
     def merge(self, worker, *names, ended=()):
         """Answer `merge_shards`: what was given last to this worker; its checks stand for the shards."""
         shards = [shards for each, shards in self.given if each == worker][-1]
-        merged = MergedShards(receipts=(), checks=shards, wrong=())
-        outcome = ShardsOutcome(merged=dict.fromkeys(names, merged), ended=ended, usage=NOTHING_USED, residents=())
-        self.events.append(ShardsMerged(worker=worker, pass_id=self.opened[-1][1], outcome=outcome))
+        merged = dict.fromkeys(names, MergedShards(receipts=(), checks=shards, wrong=()))
+        self._answer(worker, ShardsOutcome(merged=merged, ended=ended, usage=NOTHING_USED, residents=()))
 
     def refuse(self, worker):
-        self.events.append(TurnedDown(worker=worker, pass_id=self.opened[-1][1], reason="it sees no such directory"))
+        self._answer(worker, Unreachable(reason="it sees no such directory"))
 
     def finish_publish(self, worker, name, failure=None):
         outcome = PublishOutcome(
@@ -177,10 +145,94 @@ class ScriptedPool:
             release=None if failure else release(name),
             seconds=0.0,
         )
-        self.events.append(PublishFinished(worker=worker, outcome=outcome))
+        self.actors[worker].publishing.pop(name).set_result(outcome)
 
-    def lose(self, worker, *, device_failed=False):
-        self.events.append(WorkerLost(worker=worker, reason="killed by signal 9", device_failed=device_failed))
+    def lose(self, worker):
+        self.actors[worker].die("killed by signal 9")
+
+    def lose_gpu(self, worker):
+        """Have the GPU of a worker fail under its unit."""
+        self.finish(worker, *(failed(job, FailureClass.WORKER_LOST) for job in self.busy[worker]))
+
+
+class ScriptedActor:
+    node = None
+
+    def __init__(self, name, script):
+        self.name = name
+        self.script = script
+        self.unit = None
+        self.jobs = ()
+        self.publishing = {}
+        self.gone = None
+
+    def call(self, method, *arguments, task_name):
+        future = Future()
+        if self.gone is not None:
+            future.set_exception(self.gone)
+        elif (answer := getattr(self, method)(future, task_name, *arguments)) is not PENDING:
+            future.set_result(answer)
+        return future
+
+    def kill(self):
+        self.unit = None
+
+    def die(self, reason):
+        self.gone = ActorGoneError(reason)
+        pending = [*self.publishing.values(), *([self.end_unit()] if self.unit else ())]
+        for future in pending:
+            future.set_exception(self.gone)
+
+    def end_unit(self):
+        future, self.unit = self.unit, None
+        return future
+
+    def _begin(self, future, requests):
+        assert self.unit is None
+        self.unit = future
+        self.jobs = tuple(each.id for each in requests)
+        return PENDING
+
+    def ready(self, *_):
+        if self.name in self.script.down:
+            return PENDING
+        return Readiness(host="here", fault=self.script.unfit.get(self.name))
+
+    def run_unit(self, future, task_name, name, requests):
+        assert task_name == name
+        self.script.units.append((self.name, name, tuple(each.id for each in requests)))
+        return self._begin(future, requests)
+
+    def open_pass(self, future, _, pass_id, _name, requests):
+        self.script.opened.append((self.name, pass_id, tuple(each.id for each in requests)))
+        return self._begin(future, requests)
+
+    def merge_shards(self, future, _, work, shards):
+        assert work.tickets.keys() == {each.id for each in work.requests}
+        self.script.given.append((self.name, tuple(sorted(shards))))
+        return self._begin(future, work.requests)
+
+    def finish_pass(self, future, _, work, merged):
+        checks = {job: [each.checks for each in parts] for job, parts in merged.items()}
+        self.script.finishing.append((self.name, checks))
+        return self._begin(future, work.requests)
+
+    def publish(self, future, _, job_id):
+        self.script.published.append((self.name, job_id))
+        self.publishing[job_id] = future
+        return PENDING
+
+    def discard(self, _future, _, job_id):
+        self.script.discarded.append((self.name, job_id))
+
+    def cancel(self, _future, _, job_ids):
+        self.script.cancelled.append((self.name, tuple(sorted(job_ids))))
+
+    def progress(self, *_):
+        return self.script.progress.pop(self.name, Progress(unit="", stages={}, bytes_done=0, bytes_total=0))
+
+    def residents(self, *_):
+        return ()
 
 
 def staged(name):
@@ -231,12 +283,18 @@ class Clock:
 
 
 class Fixture:
-    def __init__(self, path, num_workers=1, **settings):
+    def __init__(self, path, num_workers=1, num_gpus=0, **settings):
         self.ledger_time = 1e9
         self.store = JobStore(f"sqlite:///{path}/jobs.db", clock=lambda: self.ledger_time)
-        self.pool = ScriptedPool(num_workers)
+        self.workers = ScriptedWorkers()
         self.events = []
         self.clock = Clock()
+        crews = [Crew(num_workers=num_workers - num_gpus, device="cpu", num_threads=1)]
+        if num_gpus:
+            crews.insert(0, Crew(num_workers=num_gpus, device="cuda", num_threads=1))
+        actors = InMemoryActors(self.workers.start, self.workers.wait)
+        self.pool = WorkerPool(actors, crews, ping_seconds=0.0, clock=self.clock)
+        self.pool.poll(0.0)  # they come up
         self.sleeps = []
         self.metrics = CountedMetrics()
         self.driver = Driver(
@@ -287,13 +345,13 @@ def test_a_batch_goes_from_queue_to_release(fleet):
     it = fleet()
     it.submit(request("one"), request("two"))
     it.step()
-    assert it.pool.units == [("merge-worker-0", "merge:a:2 adapters", ("one", "two"))]
-    it.pool.finish("merge-worker-0", staged("one"), staged("two"))
+    assert it.workers.units == [("merge-worker-0", "merge:a:2 adapters", ("one", "two"))]
+    it.workers.finish("merge-worker-0", staged("one"), staged("two"))
     it.step()
-    assert it.pool.published == [("merge-worker-0", "one"), ("merge-worker-0", "two")]
+    assert it.workers.published == [("merge-worker-0", "one"), ("merge-worker-0", "two")]
     assert it.states() == {"one": JobState.PUBLISHING, "two": JobState.PUBLISHING}
-    it.pool.finish_publish("merge-worker-0", "one")
-    it.pool.finish_publish("merge-worker-0", "two")
+    it.workers.finish_publish("merge-worker-0", "one")
+    it.workers.finish_publish("merge-worker-0", "two")
     it.step()
     assert it.states() == {"one": JobState.PUBLISHED, "two": JobState.PUBLISHED}
     assert it.history("one") == [
@@ -305,7 +363,7 @@ def test_a_batch_goes_from_queue_to_release(fleet):
         JobState.PUBLISHING,
         JobState.PUBLISHED,
     ]
-    assert it.pool.discarded == [("merge-worker-0", "one"), ("merge-worker-0", "two")]
+    assert it.workers.discarded == [("merge-worker-0", "one"), ("merge-worker-0", "two")]
     assert it.driver.summary().published == 2
     assert it.metrics.settlements == {"published": 2}
     assert it.metrics.counts == {"units": 1, "calls with usage": 1, "publications": 2}
@@ -318,7 +376,7 @@ def test_a_job_that_fails_fails_alone(fleet):
     it = fleet()
     it.submit(request("good"), request("bad"), request("slow"))
     it.step()
-    it.pool.finish(
+    it.workers.finish(
         "merge-worker-0",
         staged("good"),
         failed("bad", FailureClass.PARITY_FAILED),
@@ -344,10 +402,10 @@ def test_a_release_that_is_there_already_is_settled_and_nothing_published(fleet)
         parity=None,
         report_path=None,
     )
-    it.pool.finish("merge-worker-0", there)
+    it.workers.finish("merge-worker-0", there)
     it.step()
     assert it.states() == {"one": JobState.PUBLISHED}
-    assert it.pool.published == []
+    assert it.workers.published == []
     assert (it.driver.summary().published, it.driver.summary().unchanged) == (0, 1)
 
 
@@ -358,7 +416,7 @@ def test_what_should_be_known_of_a_release_is_told_with_it(fleet):
     found = release("one")
     manifest = found.manifest.model_copy(update={"notes": ("the tokenizer ends elsewhere",)})
     told = JobOutcome(job_id="one", merge_key="a" * 64, release=found.model_copy(update={"manifest": manifest}))
-    it.pool.finish("merge-worker-0", told)
+    it.workers.finish("merge-worker-0", told)
     it.step()
     [event] = [event for event in it.events if isinstance(event, JobSettled)]
     assert event_line(event).plain == "one  published: /releases/one\none  note: the tokenizer ends elsewhere"
@@ -368,13 +426,13 @@ def test_publishing_that_fails_is_decided_like_any_failure(fleet):
     it = fleet()
     it.submit(request("one"))
     it.step()
-    it.pool.finish("merge-worker-0", staged("one"))
+    it.workers.finish("merge-worker-0", staged("one"))
     it.step()
     failure = Failure(failure_class=FailureClass.AUTH, message="no credentials")
-    it.pool.finish_publish("merge-worker-0", "one", failure)
+    it.workers.finish_publish("merge-worker-0", "one", failure)
     it.step()
     assert it.job("one").state is JobState.FAILED
-    assert it.pool.discarded == [("merge-worker-0", "one")]
+    assert it.workers.discarded == [("merge-worker-0", "one")]
 
 
 def test_progress_is_shared_out_and_moves_jobs_through_every_state_between(fleet):
@@ -383,7 +441,8 @@ def test_progress_is_shared_out_and_moves_jobs_through_every_state_between(fleet
     it.step()
     stages = {"one": "merge", "two": "failed"}
     seen = Progress(unit="u", stages=stages, bytes_done=100, bytes_total=1000)
-    it.pool.events.append(ProgressSeen(worker="merge-worker-0", progress=seen))
+    it.workers.progress["merge-worker-0"] = seen
+    it.clock.now += 1  # they are asked again
     it.step()
     assert it.history("one")[1:] == [JobState.LEASED, JobState.PLANNING, JobState.MERGING]
     assert (it.job("one").stage, it.job("one").bytes_done, it.job("one").bytes_total) == ("merge", 50, 500)
@@ -394,7 +453,7 @@ def test_a_worker_that_is_lost_with_several_jobs_is_charged_to_none_of_them(flee
     it = fleet()
     it.submit(request("one"), request("two"))
     it.step()
-    it.pool.lose("merge-worker-0")
+    it.workers.lose("merge-worker-0")
     it.step()
     assert it.states() == {"one": JobState.QUEUED, "two": JobState.QUEUED}
     assert [(it.job(name).attempts, it.job(name).worker_losses) for name in ("one", "two")] == [(0, 0)] * 2
@@ -410,31 +469,31 @@ def test_suspects_run_alone_beside_the_rest_and_the_one_that_kills_again_is_quar
     names = ("one", "killer", "two", "three", "four", "five")
     it.submit(*(request(name) for name in names))
     it.step()
-    assert [jobs for _, _, jobs in it.pool.units] == [("one", "killer", "two"), ("three", "four", "five")]
-    it.pool.units.clear()
+    assert [jobs for _, _, jobs in it.workers.units] == [("one", "killer", "two"), ("three", "four", "five")]
+    it.workers.units.clear()
     it.submit(request("six"), request("seven"))
-    it.pool.lose("merge-worker-0")
+    it.workers.lose("merge-worker-0")
 
     def answer():
         """End every unit in a round: with the loss of its worker where the killer is in it."""
-        for worker, jobs in list(it.pool.busy.items()):
+        for worker, jobs in list(it.workers.busy.items()):
             if "killer" in jobs:
-                it.pool.lose(worker)
+                it.workers.lose(worker)
             else:
-                it.pool.finish(worker, *(staged(job) for job in jobs))
-        for worker, job in it.pool.published[answer.num_published :]:
-            it.pool.finish_publish(worker, job)
-        answer.num_published = len(it.pool.published)
+                it.workers.finish(worker, *(staged(job) for job in jobs))
+        for worker, job in it.workers.published[answer.num_published :]:
+            it.workers.finish_publish(worker, job)
+        answer.num_published = len(it.workers.published)
 
     answer.num_published = 0
-    it.pool.on_poll = answer
+    it.workers.on_poll = answer
     it.driver.run(drain=True)
     assert it.states() == {
         name: JobState.QUARANTINED if name == "killer" else JobState.PUBLISHED for name in (*names, "six", "seven")
     }
     good = [it.job(name) for name in it.states() if name != "killer"]
     assert {(record.attempts, record.worker_losses) for record in good} == {(1, 0)}
-    units = [jobs for _, _, jobs in it.pool.units]
+    units = [jobs for _, _, jobs in it.workers.units]
     # The suspects alone, the others together; the killer twice.
     assert sorted(unit for unit in units if len(unit) == 1) == [("killer",), ("killer",), ("one",), ("two",)]
     assert ("six", "seven") in units
@@ -450,17 +509,19 @@ def test_a_gpu_that_fails_is_not_charged_to_its_job_which_goes_to_another_worker
     it = fleet(num_workers=2)
     it.submit(request("one"), request("two", base="/bases/b"))
     it.step()
-    [(worker, _, _), (other, _, jobs)] = it.pool.units
-    it.pool.lose(worker, device_failed=True)
+    [(worker, _, _), (other, _, jobs)] = it.workers.units
+    it.workers.lose_gpu(worker)
+    it.step()
+    it.clock.now += 2  # its place has rested
     it.step(3)
     assert it.states()["one"] is JobState.LEASED  # it waits: the worker that is idle is the one whose GPU failed
-    assert (it.job("one").attempts, it.job("one").worker_losses, len(it.pool.units)) == (1, 0, 2)
+    assert (it.job("one").attempts, it.job("one").worker_losses, len(it.workers.units)) == (1, 0, 2)
     assert it.store.events("one")[-2].detail["reason"] == "the GPU failed: not charged, runs alone next"
-    it.pool.finish(other, *(staged(job) for job in jobs))
+    it.workers.finish(other, *(staged(job) for job in jobs))
     it.step(2)
-    it.pool.finish_publish(other, jobs[0])
-    it.step(2)
-    assert it.pool.units[-1][::2] == (other, ("one",))
+    it.workers.finish_publish(other, jobs[0])
+    it.step(3)
+    assert it.workers.units[-1][::2] == (other, ("one",))
 
 
 def test_a_job_under_which_gpus_fail_again_and_again_is_charged_in_the_end(fleet):
@@ -468,8 +529,9 @@ def test_a_job_under_which_gpus_fail_again_and_again_is_charged_in_the_end(fleet
     it.submit(request("one"))
     num_faults = 0
     while it.states()["one"] is not JobState.QUARANTINED and num_faults < 20:
-        it.step(2)
-        it.pool.lose("merge-worker-0", device_failed=True)
+        it.clock.now += 400  # its place has rested
+        it.step(3)
+        it.workers.lose_gpu("merge-worker-0")
         it.step()
         num_faults += 1
     assert num_faults == 3 + 2  # those it is excused from, and max_worker_losses
@@ -483,7 +545,7 @@ def test_a_job_that_was_at_work_when_four_drivers_were_lost_is_not_tried_again(f
         assert it.store.advance({"one": lease.token}, JobState.PLANNING) == {}
         it.ledger_time += 0.06
     it.step()
-    assert (it.states(), it.pool.units) == ({"one": JobState.QUARANTINED}, [])
+    assert (it.states(), it.workers.units) == ({"one": JobState.QUARANTINED}, [])
     assert "4 workers or drivers were lost" in it.job("one").failure_message
     assert it.driver.summary().failures == {FailureClass.WORKER_LOST: 1}
 
@@ -492,7 +554,7 @@ def test_a_suspect_stays_one_for_the_next_driver(fleet):
     it = fleet()
     it.submit(request("one"), request("two"))
     it.step()
-    it.pool.lose("merge-worker-0")
+    it.workers.lose("merge-worker-0")
     it.step()
     leases = it.store.claim("driver-b", 8, 60)
     assert [(lease.job_id, lease.suspect) for lease in leases] == [("one", True), ("two", True)]
@@ -505,7 +567,7 @@ def test_a_job_cancelled_before_its_worker_was_lost_ends_cancelled(fleet):
     it.submit(request("one"), request("two"))
     it.step()
     it.store.cancel(["two"])
-    it.pool.lose("merge-worker-0")
+    it.workers.lose("merge-worker-0")
     it.step()
     assert it.states() == {"one": JobState.QUEUED, "two": JobState.CANCELLED}
 
@@ -514,15 +576,15 @@ def test_a_fault_that_ends_a_whole_unit_is_held_against_a_job_that_has_it_alone(
     it = fleet()
     it.submit(request("one"), request("two"))
     it.step()
-    it.pool.events.append(CallFailed(worker="merge-worker-0", call="run_unit", job_id=None, message="boom"))
+    it.workers.fail("merge-worker-0", ValueError("boom"))
     it.step()
     assert it.job("two").attempts == 0
-    it.step()
-    assert it.pool.units[-1][2] == ("one",)
-    it.pool.finish("merge-worker-0", failed("one", FailureClass.INTERNAL))
     it.step(2)
-    assert it.pool.units[-1][2] == ("two",)
-    it.pool.finish("merge-worker-0", staged("two"))
+    assert it.workers.units[-1][2] == ("one",)
+    it.workers.finish("merge-worker-0", failed("one", FailureClass.INTERNAL))
+    it.step(3)
+    assert it.workers.units[-1][2] == ("two",)
+    it.workers.finish("merge-worker-0", staged("two"))
     it.step()
     assert it.states() == {"one": JobState.FAILED, "two": JobState.PUBLISHING}
 
@@ -539,9 +601,9 @@ def test_a_listener_that_raises_changes_nothing(tmp_path):
         it.store, it.pool, Settings(poll_seconds=0.01), CountedMetrics(), owner="driver-b", listener=listener
     )
     it.submit(request("one"), request("two", base="/bases/b"))
-    it.pool.on_poll = lambda: [
-        it.pool.finish(worker, *(failed(job, FailureClass.BAD_INPUT) for job in jobs))
-        for worker, jobs in it.pool.busy.items()
+    it.workers.on_poll = lambda: [
+        it.workers.finish(worker, *(failed(job, FailureClass.BAD_INPUT) for job in jobs))
+        for worker, jobs in it.workers.busy.items()
     ]
     assert driver.run(drain=True).failures == {FailureClass.BAD_INPUT: 2}
     assert len(said) == 4
@@ -552,7 +614,7 @@ def test_an_exception_out_of_a_worker_fails_the_unit_as_a_fault(fleet):
     it = fleet()
     it.submit(request("one"))
     it.step()
-    it.pool.events.append(CallFailed(worker="merge-worker-0", call="run_unit", job_id=None, message="boom"))
+    it.workers.fail("merge-worker-0", ValueError("boom"))
     it.step()
     assert it.job("one").failure_class is FailureClass.INTERNAL
     assert "boom" in it.job("one").failure_message
@@ -562,7 +624,7 @@ def test_a_job_without_an_outcome_fails_as_a_fault(fleet):
     it = fleet()
     it.submit(request("one"), request("two"))
     it.step()
-    it.pool.finish("merge-worker-0", staged("one"))
+    it.workers.finish("merge-worker-0", staged("one"))
     it.step()
     assert it.states() == {"one": JobState.PUBLISHING, "two": JobState.FAILED}
 
@@ -582,8 +644,8 @@ def test_a_job_cancelled_while_it_runs_is_told_to_stop_and_ends_cancelled(fleet)
     it.step()
     it.store.cancel(["two"])
     it.step(2)
-    assert set(it.pool.cancelled) == {("merge-worker-0", ("two",))}
-    it.pool.finish("merge-worker-0", staged("one"), failed("two", FailureClass.CANCELLED))
+    assert set(it.workers.cancelled) == {("merge-worker-0", ("two",))}
+    it.workers.finish("merge-worker-0", staged("one"), failed("two", FailureClass.CANCELLED))
     it.step()
     assert it.states() == {"one": JobState.PUBLISHING, "two": JobState.CANCELLED}
 
@@ -592,12 +654,12 @@ def test_a_job_cancelled_after_its_last_tensor_is_not_published(fleet):
     it = fleet()
     it.submit(request("one"))
     it.step()
-    it.pool.finish("merge-worker-0", staged("one"))
-    it.pool.on_poll = lambda: it.store.cancel(["one"])
+    it.workers.finish("merge-worker-0", staged("one"))
+    it.workers.on_poll = lambda: it.store.cancel(["one"])
     it.step()
     assert it.job("one").state is JobState.CANCELLED
-    assert it.pool.published == []
-    assert it.pool.discarded == [("merge-worker-0", "one")]
+    assert it.workers.published == []
+    assert it.workers.discarded == [("merge-worker-0", "one")]
 
 
 def test_a_lease_that_runs_out_while_a_cancellation_is_written_ends_no_driver(fleet, monkeypatch):
@@ -610,10 +672,10 @@ def test_a_lease_that_runs_out_while_a_cancellation_is_written_ends_no_driver(fl
         raise LeaseLostError("job 'one': lease lost")
 
     monkeypatch.setattr(it.store, "fail", fail)
-    it.pool.finish("merge-worker-0", staged("one"))
-    it.step(2)
-    assert it.pool.discarded == [("merge-worker-0", "one")]
-    assert it.pool.units[-1][2] == ("two",)
+    it.workers.finish("merge-worker-0", staged("one"))
+    it.step(3)
+    assert it.workers.discarded == [("merge-worker-0", "one")]
+    assert it.workers.units[-1][2] == ("two",)
 
 
 def test_leases_are_extended_every_third_of_their_length(fleet):
@@ -637,11 +699,11 @@ def test_a_job_whose_lease_was_lost_is_stopped_and_nothing_is_written_for_it(fle
     assert [lease.job_id for lease in it.store.claim("driver-b", 8, 60)] == ["one"]
     it.clock.now = 5.0
     it.step()
-    assert it.pool.cancelled == [("merge-worker-0", ("one",))]
-    it.pool.finish("merge-worker-0", staged("one"))
+    assert it.workers.cancelled == [("merge-worker-0", ("one",))]
+    it.workers.finish("merge-worker-0", staged("one"))
     it.step()
-    assert it.pool.published == []
-    assert it.pool.discarded == [("merge-worker-0", "one")]
+    assert it.workers.published == []
+    assert it.workers.discarded == [("merge-worker-0", "one")]
     assert (it.job("one").owner, it.job("one").state) == ("driver-b", JobState.LEASED)
 
 
@@ -651,28 +713,28 @@ def test_the_fence_keeps_a_driver_without_a_lease_from_publishing(fleet):
     it.submit(request("one"))
     it.step()
     it.ledger_time += 1.1
-    it.pool.finish("merge-worker-0", staged("one"))
+    it.workers.finish("merge-worker-0", staged("one"))
     it.step()
-    assert it.pool.published == []
-    assert it.pool.discarded == [("merge-worker-0", "one")]
+    assert it.workers.published == []
+    assert it.workers.discarded == [("merge-worker-0", "one")]
 
 
 def test_a_driver_that_claims_its_own_lost_job_stops_the_run_that_lost_it(fleet):
     it = fleet(num_workers=2, lease_seconds=1.0)
     it.submit(request("one"), request("two", base="/bases/b"))
     it.step()
-    it.pool.finish("merge-worker-1", failed("two", FailureClass.BAD_INPUT))
+    it.workers.finish("merge-worker-1", failed("two", FailureClass.BAD_INPUT))
     it.step()
     it.ledger_time += 1.1
     it.step(2)
-    assert it.pool.cancelled[0] == ("merge-worker-0", ("one",))
-    assert [unit[2] for unit in it.pool.units if unit[0] == "merge-worker-1"] == [("two",), ("one",)]
-    it.pool.finish("merge-worker-0", staged("one"))
+    assert it.workers.cancelled[0] == ("merge-worker-0", ("one",))
+    assert [unit[2] for unit in it.workers.units if unit[0] == "merge-worker-1"] == [("two",), ("one",)]
+    it.workers.finish("merge-worker-0", staged("one"))
     it.step()
-    assert it.pool.published == []
-    it.pool.finish("merge-worker-1", staged("one"))
+    assert it.workers.published == []
+    it.workers.finish("merge-worker-1", staged("one"))
     it.step()
-    assert it.pool.published == [("merge-worker-1", "one")]
+    assert it.workers.published == [("merge-worker-1", "one")]
 
 
 def test_stopping_gives_everything_back_and_counts_no_attempt(fleet):
@@ -680,9 +742,11 @@ def test_stopping_gives_everything_back_and_counts_no_attempt(fleet):
     it.submit(request("one"), request("two", base="/bases/b"))
     it.step()
     it.driver.stop()
-    it.pool.on_poll = lambda: it.pool.busy and it.pool.finish("merge-worker-0", failed("one", FailureClass.CANCELLED))
+    it.workers.on_poll = lambda: (
+        it.workers.busy and it.workers.finish("merge-worker-0", failed("one", FailureClass.CANCELLED))
+    )
     it.driver.run(drain=False)
-    assert it.pool.cancelled == [("merge-worker-0", ("one",))]
+    assert it.workers.cancelled == [("merge-worker-0", ("one",))]
     assert it.states() == {"one": JobState.QUEUED, "two": JobState.QUEUED}
     assert [it.job(name).attempts for name in ("one", "two")] == [0, 0]
 
@@ -691,10 +755,10 @@ def test_what_is_staged_when_the_driver_stops_is_still_published(fleet):
     it = fleet()
     it.submit(request("one"))
     it.step()
-    it.pool.finish("merge-worker-0", staged("one"))
+    it.workers.finish("merge-worker-0", staged("one"))
     it.step()
     it.driver.stop()
-    it.pool.finish_publish("merge-worker-0", "one")
+    it.workers.finish_publish("merge-worker-0", "one")
     it.driver.run(drain=False)
     assert it.job("one").state is JobState.PUBLISHED
 
@@ -703,7 +767,7 @@ def test_a_driver_claims_what_its_workers_can_soon_take_and_leaves_the_rest(flee
     it = fleet(num_workers=2, max_jobs_per_pass=2)
     it.submit(*(request(f"job-{n}") for n in range(9)))
     it.step(3)
-    assert [len(ids) for _, _, ids in it.pool.units] == [2, 2]
+    assert [len(ids) for _, _, ids in it.workers.units] == [2, 2]
     assert it.store.counts()[JobState.QUEUED] == 5
 
 
@@ -723,7 +787,7 @@ def test_draining_waits_for_jobs_of_other_drivers(fleet):
         if len(rounds) == 3:
             settle(it.store, "one", lease.token, release("one"), None)
 
-    it.pool.on_poll = end_after_three
+    it.workers.on_poll = end_after_three
     it.driver.run(drain=True)
     assert len(rounds) == 3
 
@@ -732,7 +796,7 @@ def test_an_answer_is_not_lost_while_the_store_does_not_answer(fleet, monkeypatc
     it = fleet()
     it.submit(request("one"), request("two"))
     it.step()
-    it.pool.finish("merge-worker-0", staged("one"), failed("two", FailureClass.BAD_INPUT))
+    it.workers.finish("merge-worker-0", staged("one"), failed("two", FailureClass.BAD_INPUT))
     advance = it.store.advance
     faults = iter([TransientIOError("store: locked")])
 
@@ -745,21 +809,21 @@ def test_an_answer_is_not_lost_while_the_store_does_not_answer(fleet, monkeypatc
     answers = iter(["one"])
 
     def publish_once():
-        for name in answers if it.pool.published else ():
-            it.pool.finish_publish("merge-worker-0", name)
+        for name in answers if it.workers.published else ():
+            it.workers.finish_publish("merge-worker-0", name)
 
-    it.pool.on_poll = publish_once
+    it.workers.on_poll = publish_once
     it.driver.run(drain=True)
     assert it.sleeps == [0.01]
     assert it.states() == {"one": JobState.PUBLISHED, "two": JobState.FAILED}
-    assert it.pool.published == [("merge-worker-0", "one")]
+    assert it.workers.published == [("merge-worker-0", "one")]
 
 
 def test_events_tell_what_became_of_each_job(fleet):
     it = fleet()
     it.submit(request("one"))
     it.step()
-    it.pool.finish("merge-worker-0", failed("one", FailureClass.NOT_FOUND))
+    it.workers.finish("merge-worker-0", failed("one", FailureClass.NOT_FOUND))
     it.step()
     [event] = [event for event in it.events if isinstance(event, JobSettled)]
     assert (event.job_id, event.state, event.failure_class) == ("one", JobState.FAILED, FailureClass.NOT_FOUND)
@@ -770,67 +834,69 @@ def shared(fleet, *names, num_workers=3, num_pieces=4, **settings):
     it = fleet(num_workers=num_workers, max_jobs_per_pass=4, **settings)
     it.submit(*(request(name) for name in names))
     it.step()
-    assert [(worker, jobs) for worker, _, jobs in it.pool.opened] == [("merge-worker-0", names)]
-    it.pool.begin("merge-worker-0", *names, num_pieces=num_pieces)
+    assert [(worker, jobs) for worker, _, jobs in it.workers.opened] == [("merge-worker-0", names)]
+    it.workers.begin("merge-worker-0", *names, num_pieces=num_pieces)
     it.step(2)
     return it
 
 
 def test_one_pass_is_shared_by_all_who_would_be_idle(fleet):
     it = shared(fleet, "one")
-    assert it.pool.units == []
-    assert sorted(it.pool.given) == [
+    assert it.workers.units == []
+    assert sorted(it.workers.given) == [
         ("merge-worker-0", ("shard-0",)),
         ("merge-worker-1", ("shard-1",)),
         ("merge-worker-2", ("shard-2",)),
     ]
-    it.pool.merge("merge-worker-1", "one")
+    it.workers.merge("merge-worker-1", "one")
     it.step(2)
-    assert it.pool.given[-1] == ("merge-worker-1", ("shard-3",))
-    assert it.pool.finishing == []
+    assert it.workers.given[-1] == ("merge-worker-1", ("shard-3",))
+    assert it.workers.finishing == []
     for worker in ("merge-worker-0", "merge-worker-1", "merge-worker-2"):
-        it.pool.merge(worker, "one")
+        it.workers.merge(worker, "one")
     it.step(2)
     # shards in the order in which they were answered
-    assert it.pool.finishing == [("merge-worker-0", {"one": [("shard-1",), ("shard-0",), ("shard-3",), ("shard-2",)]})]
-    it.pool.finish("merge-worker-0", staged("one"))
+    assert it.workers.finishing == [
+        ("merge-worker-0", {"one": [("shard-1",), ("shard-0",), ("shard-3",), ("shard-2",)]})
+    ]
+    it.workers.finish("merge-worker-0", staged("one"))
     it.step()
-    assert it.pool.published == [("merge-worker-0", "one")]
-    it.pool.finish_publish("merge-worker-0", "one")
+    assert it.workers.published == [("merge-worker-0", "one")]
+    it.workers.finish_publish("merge-worker-0", "one")
     it.step(2)
     assert it.states() == {"one": JobState.PUBLISHED}
     # Those who helped let go of it.
-    assert {("merge-worker-1", "one"), ("merge-worker-2", "one")} <= set(it.pool.discarded)
+    assert {("merge-worker-1", "one"), ("merge-worker-2", "one")} <= set(it.workers.discarded)
 
 
 def test_what_a_dead_worker_was_at_is_done_by_others(fleet):
     it = shared(fleet, "one")
-    it.pool.lose("merge-worker-1")
+    it.workers.lose("merge-worker-1")
     it.step(2)
-    assert len(it.pool.given) == 3  # from now on one worker at a time
+    assert len(it.workers.given) == 3  # from now on one worker at a time
     for worker in ("merge-worker-0", "merge-worker-2"):
-        it.pool.merge(worker, "one")
+        it.workers.merge(worker, "one")
     it.step(2)
     for left in ("shard-1", "shard-3"):
-        assert it.pool.given[-1] == ("merge-worker-0", (left,))
-        it.pool.merge("merge-worker-0", "one")
+        assert it.workers.given[-1] == ("merge-worker-0", (left,))
+        it.workers.merge("merge-worker-0", "one")
         it.step(2)
-    ((_, merged),) = it.pool.finishing
+    ((_, merged),) = it.workers.finishing
     assert sorted(merged["one"]) == [("shard-0",), ("shard-1",), ("shard-2",), ("shard-3",)]
     assert it.job("one").worker_losses == 0
 
 
 def test_a_pass_outlives_the_worker_that_opened_it(fleet):
     it = shared(fleet, "one", num_pieces=3)
-    it.pool.lose("merge-worker-0")
-    it.pool.merge("merge-worker-1", "one")
-    it.pool.merge("merge-worker-2", "one")
+    it.workers.lose("merge-worker-0")
+    it.workers.merge("merge-worker-1", "one")
+    it.workers.merge("merge-worker-2", "one")
     it.step(2)
-    assert it.pool.given[-1][1] == ("shard-0",)
-    it.pool.merge(it.pool.given[-1][0], "one")
+    assert it.workers.given[-1][1] == ("shard-0",)
+    it.workers.merge(it.workers.given[-1][0], "one")
     it.step(2)
-    assert [worker for worker, _ in it.pool.finishing] == ["merge-worker-0"]
-    it.pool.lose("merge-worker-0")
+    assert [worker for worker, _ in it.workers.finishing] == ["merge-worker-0"]
+    it.workers.lose("merge-worker-0")
     it.step()
     assert it.job("one").worker_losses == 1  # the second loss is the end of it
     assert it.states() == {"one": JobState.RETRY_WAIT}
@@ -839,40 +905,40 @@ def test_a_pass_outlives_the_worker_that_opened_it(fleet):
 def test_finishing_a_pass_is_asked_for_again_once(fleet):
     it = shared(fleet, "one")
     for _ in range(2):
-        for worker in sorted(it.pool.busy):
-            it.pool.merge(worker, "one")
+        for worker in sorted(it.workers.busy):
+            it.workers.merge(worker, "one")
         it.step(2)
-    assert len(it.pool.finishing) == 1
-    it.pool.lose("merge-worker-0")
-    it.step(2)
-    assert len(it.pool.finishing) == 2
-    it.pool.lose("merge-worker-0")
+    assert len(it.workers.finishing) == 1
+    it.workers.lose("merge-worker-0")
+    it.step(3)
+    assert [worker for worker, _ in it.workers.finishing] == ["merge-worker-0", "merge-worker-1"]
+    it.workers.lose("merge-worker-1")
     it.step()
     assert (it.job("one").worker_losses, it.states()) == (1, {"one": JobState.RETRY_WAIT})
 
 
 def test_a_pass_that_kills_the_next_who_has_it_alone_is_charged(fleet):
     it = shared(fleet, "one", num_pieces=8)
-    it.pool.lose("merge-worker-1")
+    it.workers.lose("merge-worker-1")
     for worker in ("merge-worker-0", "merge-worker-2"):
-        it.pool.merge(worker, "one")
+        it.workers.merge(worker, "one")
     it.step(2)
-    assert list(it.pool.busy) == ["merge-worker-0"]
-    it.pool.lose("merge-worker-0")  # at other pieces than the first
+    assert list(it.workers.busy) == ["merge-worker-0"]
+    it.workers.lose("merge-worker-0")  # at other pieces than the first
     it.step()
     assert (it.job("one").worker_losses, it.job("one").state) == (1, JobState.RETRY_WAIT)
     it.step()
-    assert {("merge-worker-1", "one"), ("merge-worker-2", "one")} <= set(it.pool.discarded)
+    assert {("merge-worker-1", "one"), ("merge-worker-2", "one")} <= set(it.workers.discarded)
 
 
 def test_workers_that_die_together_end_a_pass_and_are_charged_to_no_job(fleet):
     it = shared(fleet, "one")
     for worker in ("merge-worker-1", "merge-worker-2"):  # a machine is gone
-        it.pool.lose(worker)
+        it.workers.lose(worker)
     it.step()
     assert (it.states(), it.job("one").worker_losses, it.job("one").attempts) == ({"one": JobState.QUEUED}, 0, 0)
-    it.step()
-    assert it.pool.units[-1][2] == ("one",)
+    it.step(2)
+    assert it.workers.units[-1][2] == ("one",)
 
 
 @pytest.mark.parametrize("num_workers", [4, 16])
@@ -880,15 +946,15 @@ def test_a_job_that_kills_every_worker_costs_a_fleet_four_of_them_however_large_
     it = fleet(num_workers=num_workers)
     it.submit(request("poison"))
     it.step()
-    it.pool.begin("merge-worker-0", "poison", num_pieces=2 * num_workers)
+    it.workers.begin("merge-worker-0", "poison", num_pieces=2 * num_workers)
     it.step(2)
     for worker in ("merge-worker-0", "merge-worker-1"):
-        it.pool.lose(worker)
+        it.workers.lose(worker)
         it.step(2)
     for _ in range(2):  # max_worker_losses
-        worker, _, jobs = it.pool.units[-1]
+        worker, _, jobs = it.workers.units[-1]
         assert jobs == ("poison",)
-        it.pool.lose(worker)
+        it.workers.lose(worker)
         it.step(2)
     assert it.states() == {"poison": JobState.QUARANTINED}
 
@@ -897,88 +963,94 @@ def test_a_worker_that_dies_while_it_opens_a_pass_ends_the_attempt(fleet):
     it = fleet(num_workers=2)
     it.submit(request("one"))
     it.step()
-    it.pool.lose("merge-worker-0")
+    it.workers.lose("merge-worker-0")
     it.step()
     assert it.job("one").worker_losses == 1
 
 
 def test_a_worker_that_cannot_take_part_gets_no_more_of_it(fleet):
     it = shared(fleet, "one")
-    it.pool.refuse("merge-worker-1")
+    it.workers.refuse("merge-worker-1")
     it.step(2)
-    assert [worker for worker, _ in it.pool.given] == ["merge-worker-0", "merge-worker-1", "merge-worker-2"]
-    it.pool.merge("merge-worker-0", "one")
+    assert [worker for worker, _ in it.workers.given] == ["merge-worker-0", "merge-worker-1", "merge-worker-2"]
+    it.workers.merge("merge-worker-0", "one")
     it.step(2)
-    assert it.pool.given[-1] == ("merge-worker-0", ("shard-1",))
+    assert it.workers.given[-1] == ("merge-worker-0", ("shard-1",))
     assert it.states() == {"one": JobState.LEASED}
 
 
 def test_when_the_leader_cannot_go_on_a_helper_leads(fleet):
     it = shared(fleet, "one", num_pieces=3)
-    it.pool.lose("merge-worker-0")
+    it.workers.lose("merge-worker-0")
     it.step(2)
-    it.pool.refuse("merge-worker-0")  # the one in its place
-    it.pool.merge("merge-worker-1", "one")
-    it.pool.merge("merge-worker-2", "one")
+    it.workers.merge("merge-worker-1", "one")
+    it.workers.merge("merge-worker-2", "one")
     it.step(2)
-    assert it.pool.given[-1] == ("merge-worker-1", ("shard-0",))
-    it.pool.merge("merge-worker-1", "one")
+    assert it.workers.given[-1] == ("merge-worker-0", ("shard-0",))
+    it.workers.refuse("merge-worker-0")  # the one in its place
     it.step(2)
-    assert [worker for worker, _ in it.pool.finishing] == ["merge-worker-1"]
-    it.pool.finish("merge-worker-1", staged("one"))
+    assert it.workers.given[-1] == ("merge-worker-1", ("shard-0",))
+    it.workers.merge("merge-worker-1", "one")
+    it.step(2)
+    assert [worker for worker, _ in it.workers.finishing] == ["merge-worker-1"]
+    it.workers.finish("merge-worker-1", staged("one"))
     it.step()
-    assert it.pool.published == [("merge-worker-1", "one")]
+    assert it.workers.published == [("merge-worker-1", "one")]
 
 
 def test_a_pass_whose_leader_is_not_replaced_is_finished_by_another(fleet):
     it = shared(fleet, "one", num_pieces=3)
-    it.pool.lose("merge-worker-0")
-    it.pool.events.append(WorkerUnfit(worker="merge-worker-0", reason="ECC error"))
-    it.pool.down.add("merge-worker-0")
-    it.pool.merge("merge-worker-1", "one")
+    it.workers.lose("merge-worker-0")
+    it.workers.unfit["merge-worker-0"] = "ECC error"
+    it.workers.merge("merge-worker-1", "one")
     it.step(2)
-    assert [event.reason for event in it.events if isinstance(event, WorkerBenched)] == ["ECC error"]
-    it.pool.merge("merge-worker-2", "one")
+    assert [event.reason for event in it.events if isinstance(event, WorkerBenched)] == ["here: ECC error"]
+    it.workers.merge("merge-worker-2", "one")
     it.step(2)
-    it.pool.merge(it.pool.given[-1][0], "one")
+    it.workers.merge(it.workers.given[-1][0], "one")
     it.step(2)
-    [(worker, merged)] = it.pool.finishing
+    [(worker, merged)] = it.workers.finishing
     assert worker != "merge-worker-0"
     assert sorted(merged["one"]) == [("shard-0",), ("shard-1",), ("shard-2",)]
-    it.pool.finish(worker, staged("one"))
+    it.workers.finish(worker, staged("one"))
     it.step()
-    it.pool.finish_publish(worker, "one")
+    it.workers.finish_publish(worker, "one")
     it.step(2)
     assert it.states() == {"one": JobState.PUBLISHED}
     assert (it.job("one").attempts, it.job("one").worker_losses) == (1, 0)
 
 
 def test_a_pass_whose_kind_of_worker_is_gone_begins_anew_on_another_kind(fleet):
-    it = fleet(num_workers=3)
-    it.pool.devices = dict.fromkeys(("merge-worker-0", "merge-worker-1"), "cuda")
+    it = fleet(num_workers=3, num_gpus=2)
     it.submit(request("one"))
     it.step()
-    it.pool.begin("merge-worker-0", "one", num_pieces=2)
+    it.workers.begin("merge-worker-0", "one", num_pieces=2)
     it.step(2)
-    it.pool.merge("merge-worker-1", "one")
+    it.workers.merge("merge-worker-1", "one")
     it.step(2)
-    for worker in ("merge-worker-0", "merge-worker-1"):  # the second one is idle
-        it.pool.down.add(worker)
-        it.pool.lose(worker)
-    it.step(3)
-    assert (it.states(), it.pool.units) == ({"one": JobState.LEASED}, [])  # they may come back
+    for worker in ("merge-worker-1", "merge-worker-0"):
+        it.workers.down.add(worker)
+        it.workers.lose(worker)
+        it.clock.now += 1  # the first one is idle, and is missed when it is asked how it is doing
+        it.step()
+    it.step(2)
+    assert (it.states(), it.workers.units) == ({"one": JobState.LEASED}, [])  # they may come back
     it.clock.now += 200
     it.step(2)
-    assert it.pool.units[-1][::2] == ("merge-worker-2", ("one",))
+    assert it.workers.units[-1][::2] == ("merge-worker-2", ("one",))
     assert (it.job("one").attempts, it.job("one").worker_losses) == (1, 0)
     assert it.store.events("one")[-2].detail["reason"] == "no worker of the kind that began it is left"
 
 
 def test_a_pass_that_nobody_can_go_on_with_is_tried_again(fleet):
     it = shared(fleet, "one", num_workers=2, num_pieces=1)
-    it.pool.lose("merge-worker-0")
+    it.workers.lose("merge-worker-0")
     it.step(2)
-    it.pool.refuse("merge-worker-0")
+    assert it.workers.given[-1] == ("merge-worker-1", ("shard-0",))
+    it.workers.refuse("merge-worker-1")
+    it.step(2)
+    assert it.workers.given[-1] == ("merge-worker-0", ("shard-0",))  # the one in the place of the first
+    it.workers.refuse("merge-worker-0")
     it.step()
     assert it.job("one").worker_losses == 1
     assert it.states() == {"one": JobState.RETRY_WAIT}
@@ -988,29 +1060,29 @@ def test_a_fleet_with_jobs_for_everybody_shares_nothing(fleet):
     it = fleet(num_workers=2, max_jobs_per_pass=4)
     it.submit(request("one"), request("two"))
     it.step()
-    assert it.pool.opened == []
-    assert len(it.pool.units) == 2
+    assert it.workers.opened == []
+    assert len(it.workers.units) == 2
 
 
 def test_a_job_that_fails_while_a_pass_is_opened_is_not_merged(fleet):
     it = fleet(num_workers=2)
     it.submit(request("one"))
     it.step()
-    it.pool.begin("merge-worker-0", ended=(failed("one", FailureClass.BAD_INPUT),))
+    it.workers.begin("merge-worker-0", ended=(failed("one", FailureClass.BAD_INPUT),))
     it.step()
     assert it.states() == {"one": JobState.FAILED}
-    assert it.pool.given == []
+    assert it.workers.given == []
 
 
 def test_a_cancelled_job_stops_on_every_worker(fleet):
     it = shared(fleet, "one")
     it.store.cancel(["one"])
     it.step()
-    assert {worker for worker, _ in it.pool.cancelled} == {"merge-worker-0", "merge-worker-1", "merge-worker-2"}
-    it.pool.merge("merge-worker-1", ended=(failed("one", FailureClass.CANCELLED),))
+    assert {worker for worker, _ in it.workers.cancelled} == {"merge-worker-0", "merge-worker-1", "merge-worker-2"}
+    it.workers.merge("merge-worker-1", ended=(failed("one", FailureClass.CANCELLED),))
     it.step(2)
     assert it.states() == {"one": JobState.CANCELLED}
-    assert {worker for worker, _ in it.pool.discarded} == {"merge-worker-0", "merge-worker-1", "merge-worker-2"}
+    assert {worker for worker, _ in it.workers.discarded} == {"merge-worker-0", "merge-worker-1", "merge-worker-2"}
 
 
 def test_a_driver_that_stops_gives_shared_passes_back(fleet):
@@ -1018,19 +1090,20 @@ def test_a_driver_that_stops_gives_shared_passes_back(fleet):
     it.driver.stop()
     it.step()
     for worker in ("merge-worker-0", "merge-worker-1", "merge-worker-2"):
-        it.pool.merge(worker, "one")
+        it.workers.merge(worker, "one")
     it.step(2)
     # Nobody is at it any more, and a shard is left: it is not handed out.
     assert it.states() == {"one": JobState.QUEUED}
     assert it.job("one").attempts == 0
-    assert len(it.pool.given) == 3
+    assert len(it.workers.given) == 3
 
 
 def test_a_shared_pass_tells_how_far_all_are(fleet):
     it = shared(fleet, "one")
     for worker, done in (("merge-worker-0", 100), ("merge-worker-1", 50)):
         progress = Progress(unit="u", stages={"one": "merge"}, bytes_done=done, bytes_total=200)
-        it.pool.events.append(ProgressSeen(worker=worker, progress=progress))
+        it.workers.progress[worker] = progress
+    it.clock.now += 1
     it.step()
     record = it.job("one")
     assert (record.state, record.bytes_done, record.bytes_total) == (JobState.MERGING, 150, 800)
@@ -1038,10 +1111,7 @@ def test_a_shared_pass_tells_how_far_all_are(fleet):
 
 def test_an_exception_in_a_piece_is_a_fault(fleet):
     it = shared(fleet, "one")
-    fault = CallFailed(
-        worker="merge-worker-1", call="merge_shards", job_id=None, pass_id=it.pool.opened[0][1], message="boom"
-    )
-    it.pool.events.append(fault)
+    it.workers.fail("merge-worker-1", ValueError("boom"))
     it.step(2)
     assert it.states() == {"one": JobState.FAILED}
 
@@ -1049,9 +1119,9 @@ def test_an_exception_in_a_piece_is_a_fault(fleet):
 def test_jobs_that_wait_go_before_help(fleet):
     it = shared(fleet, "one", num_workers=2)
     it.submit(request("two", base="/bases/b"))
-    it.pool.merge("merge-worker-1", "one")
+    it.workers.merge("merge-worker-1", "one")
     it.step(2)
-    assert [worker for worker, _, _ in it.pool.units] == ["merge-worker-1"]
+    assert [worker for worker, _, _ in it.workers.units] == ["merge-worker-1"]
 
 
 def test_releases_are_written_down_together_and_in_time(fleet, monkeypatch):
@@ -1062,10 +1132,10 @@ def test_releases_are_written_down_together_and_in_time(fleet, monkeypatch):
     really = it.store.settle
     monkeypatch.setattr(it.store, "settle", lambda each: written.append(len(each)) or really(each))
     for worker, name in (("merge-worker-0", "one"), ("merge-worker-1", "two")):
-        it.pool.finish(worker, staged(name))
+        it.workers.finish(worker, staged(name))
     it.driver.step()
     for worker, name in (("merge-worker-0", "one"), ("merge-worker-1", "two")):
-        it.pool.finish_publish(worker, name)
+        it.workers.finish_publish(worker, name)
         it.driver.step()  # no time passes, and something happens in every round
     assert written == []
     it.step()
@@ -1077,7 +1147,7 @@ def test_a_release_that_cannot_be_stored_is_the_failure_of_its_job_alone(fleet, 
     it = fleet()
     it.submit(request("one"), request("two"))
     it.step()
-    it.pool.finish("merge-worker-0", staged("one"), staged("two"))
+    it.workers.finish("merge-worker-0", staged("one"), staged("two"))
     it.step()
     really = it.store.settle
 
@@ -1088,6 +1158,6 @@ def test_a_release_that_cannot_be_stored_is_the_failure_of_its_job_alone(fleet, 
 
     monkeypatch.setattr(it.store, "settle", settle_all)
     for name in ("one", "two"):
-        it.pool.finish_publish("merge-worker-0", name)
+        it.workers.finish_publish("merge-worker-0", name)
     it.step(2)
     assert it.states() == {"one": JobState.FAILED, "two": JobState.PUBLISHED}

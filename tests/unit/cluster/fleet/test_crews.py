@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.ray_fleet.crews import plan_crews
+from cluster.fleet.crews import plan_crews
 from jobs.errors import NoCapacityError
 
 

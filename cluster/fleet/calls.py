@@ -1,4 +1,4 @@
-"""Calls to workers, and what their answers and Ray's errors mean to a driver."""
+"""Calls to workers, and what their answers mean to a driver."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -38,20 +38,6 @@ class Call:
     def is_work(self) -> bool:
         """Whether the worker is not idle while it lasts."""
         return self.method in WORK
-
-
-def errors_of_the_gone(ray: Any) -> tuple[type[Exception], ...]:
-    """Return what Ray raises for a call to an actor that is no more."""
-    exceptions = ray.exceptions
-    return (
-        exceptions.RayActorError,
-        # What Ray's memory monitor, a dead machine and a lost answer leave are no errors of an actor.
-        exceptions.OutOfMemoryError,
-        exceptions.NodeDiedError,
-        exceptions.LocalRayletDiedError,
-        exceptions.WorkerCrashedError,
-        exceptions.ObjectLostError,
-    )
 
 
 def event_of(call: Call, value: Any) -> PoolEvent | None:

@@ -1,7 +1,6 @@
-"""Workers as Ray actors: start, calls, health and replacement. The only place that holds actor handles.
+"""The workers of one driver: start, calls, health and replacement. The only place that holds actors.
 
-`MergeWorker` is a plain class and is wrapped here. Actors are never restarted by Ray, nor are calls repeated by it: a
-death is an event the driver decides on. They are not detached: they end with the driver, however it ends.
+A worker's death is an event the driver decides on. Where workers run, `Actors` knows: on Ray, or in memory.
 """
 
 import logging
@@ -11,22 +10,18 @@ from typing import Any
 
 from cluster.driving.replies import CallFailed, PoolEvent, WorkerLost, WorkerUnfit
 from cluster.driving.scheduler import WorkerView
-from cluster.ray_fleet.calls import Call, errors_of_the_gone, event_of
-from cluster.ray_fleet.crews import Crew
-from cluster.ray_fleet.members import Member, device_fault, one_line, tell_slow_start
-from cluster.ray_fleet.placement import Placement
+from cluster.fleet.actors import ActorGoneError, Actors, Answer, CallRaisedError
+from cluster.fleet.calls import Call, event_of
+from cluster.fleet.crews import Crew
+from cluster.fleet.members import Member, device_fault, one_line, tell_slow_start
 from jobs.errors import DeviceLostError, WorkerLostError
 from jobs.request import MergeRequest
 from workers.merging.outcomes import MergedShards, PassWork, Readiness, ShardsOutcome, UnitOutcome
 
 logger = logging.getLogger(__name__)
 
-
-_CONTROL = "control"
-"""Concurrency group that answers while a unit runs."""
 _POLLS = frozenset({"progress", "residents"})
-"""Asked again and again; on the dashboard they would bury the tasks that a person looks for."""
-MAX_PINGS_PER_SECOND = 10.0
+_MAX_PINGS_PER_SECOND = 10.0
 """Of the whole fleet: what a driver does about each answer must leave it time for its work."""
 _MAX_FAILED_STARTS = 3
 """In a row, of every place of the fleet: then there is no fleet."""
@@ -38,46 +33,31 @@ class WorkerPool:
 
     def __init__(
         self,
-        worker_class: type,
-        arguments: Callable[[Crew], tuple[Any, ...]],
+        actors: Actors,
         crews: Sequence[Crew],
         *,
         ping_seconds: float,
         unresponsive_seconds: float = 120.0,
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Start the workers; returns at once, they come up as they are ready.
 
         Args:
-            worker_class: `MergeWorker`, or a class with its methods.
-            arguments: for the `__init__` of the workers of a crew.
+            actors: where they run.
             crews: how many, on what.
             ping_seconds: how often each worker is asked how it is doing; in a large fleet less often.
             unresponsive_seconds: a worker that has not answered for so long is killed and replaced.
             clock: seconds that only go forward.
-            sleep: waits so many seconds.
         """
-        import ray.util.scheduling_strategies  # noqa: PLC0415 - reads the environment: see `session.py`
-
-        self._ray: Any = ray
-        self._gone = errors_of_the_gone(ray)
-        options: dict[str, Any] = {
-            "num_cpus": 0,  # else num_gpus=1 also takes a CPU, and a replacement could wait for it forever
-            "max_restarts": 0,
-            "max_task_retries": 0,
-            "concurrency_groups": {_CONTROL: 2},
-        }
-        self._actor_class = self._ray.remote(**options)(worker_class)
-        self._arguments = arguments
+        self._actors = actors
         places = [crew for crew in crews for _ in range(crew.num_workers)]
-        self._ping_seconds = max(ping_seconds, len(places) / MAX_PINGS_PER_SECOND)
+        self._ping_seconds = max(ping_seconds, len(places) / _MAX_PINGS_PER_SECOND)
         self._unresponsive_seconds = unresponsive_seconds
         self._clock = clock
         self._pinged_at = clock()
-        self._sleep = sleep
         self._members = {f"merge-worker-{n}": Member(f"merge-worker-{n}", crew) for n, crew in enumerate(places)}
-        self._placement = Placement(ray, clock)
+        self._node_rests: dict[str, float] = {}
+        """Until when nodes where a worker did not start come after others."""
         self._fill_places()
 
     def views(self) -> tuple[WorkerView, ...]:
@@ -112,7 +92,7 @@ class WorkerPool:
         """Ask a worker to stop some of the jobs of the unit it is at; their outcomes say so."""
         if any(call.method == "cancel" for call in self._members[worker].calls.values()):
             return  # one at a time: a worker that does not answer is not asked more and more
-        self._call(worker, "cancel", frozenset(job_ids), task_name="cancel", group=_CONTROL)
+        self._call(worker, "cancel", frozenset(job_ids), task_name="cancel")
 
     def poll(self, timeout_seconds: float) -> tuple[PoolEvent, ...]:
         """Wait until something happens, at most `timeout_seconds`, and return what did.
@@ -122,13 +102,9 @@ class WorkerPool:
         """
         self._fill_places()
         self._ping()
-        references = [reference for member in self._members.values() for reference in member.calls]
-        if not references:
-            self._sleep(timeout_seconds)
-            return ()
-        self._ray.wait(references, num_returns=1, timeout=timeout_seconds)
-        finished, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
-        events = [event for reference in finished for event in self._collect(reference)]
+        awaited = {answer: member for member in self._members.values() for answer in member.calls}
+        there = self._actors.wait(list(awaited), timeout_seconds)
+        events = [event for answer in there for event in self._collect(awaited[answer], answer)]
         events.extend(self._kill_unresponsive())
         return tuple(events)
 
@@ -137,47 +113,33 @@ class WorkerPool:
 
         One that takes too long is ended all the same; what it leaves, the next run sweeps.
         """
-        calls = [each for member in self._members.values() for each in member.calls.items()]
-        work = [reference for reference, call in calls if call.is_work]
-        if work:
-            finished, _ = self._ray.wait(work, num_returns=len(work), timeout=_CLOSE_SECONDS)
-            for reference in finished:
-                next(each for each in self._members.values() if reference in each.calls).calls.pop(reference)
-        idle = [self._members[view.name] for view in self.views() if view.idle]
-        closing = [member.handle.close.options(name="close").remote() for member in idle]
+        members = self._members.values()
+        work = {answer: member for member in members for answer, call in member.calls.items() if call.is_work}
+        for answer in self._actors.wait(list(work), _CLOSE_SECONDS, for_all=True) if work else ():
+            work[answer].calls.pop(answer)
+        closing = [
+            member.actor.call("close", task_name="close")
+            for member in members
+            if member.actor is not None and member.view.idle
+        ]
         if closing:
-            self._ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_SECONDS)
-        for member in self._members.values():
-            if member.handle is not None:
-                self._ray.kill(member.handle)
-            member.handle = None
-            member.ready = False
-            member.calls.clear()
+            self._actors.wait(closing, _CLOSE_SECONDS, for_all=True)
+        for member in members:
+            if member.actor is not None:
+                member.actor.kill()
+            member.leave()
 
     def _fill_places(self) -> None:
         """Put an actor into every empty place."""
+        now = self._clock()
+        avoid = frozenset(node for node, until in self._node_rests.items() if now < until)
         for member in self._members.values():
-            if member.handle is not None or self._clock() < member.rests_until:
+            if member.actor is not None or now < member.rests_until:
                 continue
-            try:
-                member.node = self._placement.choose(member.crew, self._members.values())
-                if member.node is None and member.crew.without_gpus:
-                    continue  # the machines it belongs on are gone, for now
-                options = {
-                    "name": member.name,
-                    "num_gpus": member.crew.num_gpus_each,
-                    "scheduling_strategy": self._placement.near(member.node),
-                    # With num_cpus=0 Ray would force one OpenMP thread, which bitsandbytes computes with.
-                    "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(member.crew.num_threads)}},
-                }
-                member.handle = self._actor_class.options(**options).remote(*self._arguments(member.crew))
-            except self._ray.exceptions.ActorAlreadyExistsError:
-                continue  # the name is free once Ray has noticed that no process holds the dead actor's handle
-            member.ready = False
-            member.residents = frozenset()
-            member.awaited = False
-            member.created_at = self._clock()
-            self._call(member.name, "ready", task_name="ready")
+            actor = self._actors.start(member.name, member.crew, avoid)
+            if actor is not None:
+                member.take(actor, now)
+                self._call(member.name, "ready", task_name="ready")
 
     def _call(
         self,
@@ -187,16 +149,12 @@ class WorkerPool:
         task_name: str,
         job_id: str | None = None,
         pass_id: str | None = None,
-        group: str | None = None,
     ) -> None:
         member = self._members[worker]
-        if member.handle is None:
+        if member.actor is None:
             return  # it died in this very step, and WorkerLost says what that means for its jobs
-        options: dict[str, Any] = {"name": task_name} | ({"concurrency_group": group} if group else {})
-        if method in _POLLS:
-            options["enable_task_events"] = False
-        reference = getattr(member.handle, method).options(**options).remote(*arguments)
-        member.calls[reference] = Call(
+        answer = member.actor.call(method, *arguments, task_name=task_name)
+        member.calls[answer] = Call(
             worker=worker, method=method, job_id=job_id, pass_id=pass_id, started_at=self._clock()
         )
 
@@ -211,22 +169,21 @@ class WorkerPool:
             if not member.ready or any(call.method in _POLLS for call in member.calls.values()):
                 continue
             if any(call.is_work for call in member.calls.values()):
-                self._call(member.name, "progress", task_name="progress", group=_CONTROL)
+                self._call(member.name, "progress", task_name="progress")
             else:
                 self._call(member.name, "residents", task_name="residents")
 
-    def _collect(self, reference: Any) -> Iterable[PoolEvent]:
-        member = next((each for each in self._members.values() if reference in each.calls), None)
-        if member is None:
+    def _collect(self, member: Member, answer: Answer) -> Iterable[PoolEvent]:
+        call = member.calls.pop(answer, None)
+        if call is None:
             return  # its worker was lost while this batch of answers was read
-        call = member.calls.pop(reference)
         try:
-            value = self._ray.get(reference)
-        except self._gone as error:
+            value = self._actors.take(answer)
+        except ActorGoneError as error:
             yield from self._lose(member, one_line(error))
             return
-        except self._ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", error)  # what the worker raised, without Ray's account of where
+        except CallRaisedError as error:
+            cause = error.__cause__ or error
             if call.method == "ready" or isinstance(cause, DeviceLostError):
                 yield from self._lose(member, one_line(cause), device_failed=isinstance(cause, DeviceLostError))
                 return
@@ -263,18 +220,18 @@ class WorkerPool:
         Its calls are forgotten: an actor's name is free when nothing refers to it.
         """
         # It may be alive and only out of reach, and must not go on beside its replacement.
-        self._ray.kill(member.handle)
-        was_ready, member.ready = member.ready, False
-        member.handle = None
-        member.calls.clear()
+        assert member.actor is not None
+        member.actor.kill()
+        was_ready, node = member.ready, member.actor.node
+        member.leave()
         if was_ready:
             logger.warning("worker lost", extra={"worker": member.name, "reason": reason})
             yield WorkerLost(worker=member.name, reason=reason, device_failed=device_failed)
             return
         member.failed_starts += 1
         self._rest(member)
-        if member.node is not None:
-            self._placement.leave_alone(member.node, member.rests_until)
+        if node is not None:
+            self._node_rests[node] = member.rests_until
         logger.warning("worker does not start", extra={"worker": member.name, "reason": reason})
         members = self._members.values()
         if all(not each.ready and each.failed_starts >= _MAX_FAILED_STARTS for each in members):

@@ -2,11 +2,11 @@
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
 
 from cluster.driving.scheduler import WorkerView
-from cluster.ray_fleet.calls import Call
-from cluster.ray_fleet.crews import Crew
+from cluster.fleet.actors import Actor, Answer
+from cluster.fleet.calls import Call
+from cluster.fleet.crews import Crew
 from jobs.errors import FailureClass
 from workers.merging.outcomes import PassOpened, PublishOutcome, ShardsOutcome, UnitOutcome
 
@@ -25,9 +25,7 @@ class Member:
 
     name: str
     crew: Crew
-    handle: Any = None
-    node: str | None = None
-    """Where it is to be; None where Ray decides."""
+    actor: Actor | None = None
     ready: bool = False
     residents: frozenset[str] = frozenset()
     created_at: float = 0.0
@@ -39,7 +37,7 @@ class Member:
     """At work, in a row."""
     rests_until: float = 0.0
     """When its place is filled again."""
-    calls: dict[Any, Call] = field(default_factory=dict)
+    calls: dict[Answer, Call] = field(default_factory=dict)
 
     @property
     def view(self) -> WorkerView:
@@ -52,6 +50,19 @@ class Member:
             up=self.ready,
             has_failed=self.device_faults > 0,
         )
+
+    def take(self, actor: Actor, now: float) -> None:
+        """Have an actor in this place that has yet to say that it is ready."""
+        self.actor = actor
+        self.residents = frozenset()
+        self.awaited = False
+        self.created_at = now
+
+    def leave(self) -> None:
+        """Empty the place. Its calls are forgotten: Ray keeps an actor's name as long as anything refers to it."""
+        self.actor = None
+        self.ready = False
+        self.calls.clear()
 
     @property
     def pause_seconds(self) -> float:

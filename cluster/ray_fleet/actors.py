@@ -1,0 +1,122 @@
+"""Workers as Ray actors: each in a process of its own, on any node of the cluster.
+
+`MergeWorker` is a plain class and is wrapped here. Actors are never restarted by Ray, nor are calls repeated by it: a
+death is an event the driver decides on. They are not detached: they end with the driver, however it ends.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cluster.fleet.actors import ActorGoneError, Answer, CallRaisedError
+from cluster.fleet.crews import Crew
+from cluster.ray_fleet.placement import choose_node, near
+
+_CONTROL = "control"
+"""Concurrency group that answers while a unit runs."""
+_BESIDE_WORK = frozenset({"progress", "cancel"})
+_NOT_SHOWN = frozenset({"progress", "residents"})
+"""Asked again and again; on the dashboard they would bury the tasks that a person looks for."""
+
+
+class RayActor:
+    """A Ray actor, by its handle."""
+
+    def __init__(self, ray: Any, handle: Any, node: str | None) -> None:
+        self._ray = ray
+        self._handle = handle
+        self.node = node
+        self.killed = False
+
+    def call(self, method: str, *arguments: Any, task_name: str) -> Answer:
+        """Have a method called; the dashboard shows the call under `task_name`."""
+        options: dict[str, Any] = {"name": task_name}
+        if method in _BESIDE_WORK:
+            options["concurrency_group"] = _CONTROL
+        if method in _NOT_SHOWN:
+            options["enable_task_events"] = False
+        answer: Answer = getattr(self._handle, method).options(**options).remote(*arguments)
+        return answer
+
+    def kill(self) -> None:
+        """End its process."""
+        self._ray.kill(self._handle)
+        self.killed = True
+
+
+class RayActors:
+    """The actors of one driver, in the session that is open."""
+
+    def __init__(self, worker_class: type, arguments: Callable[[Crew], tuple[Any, ...]]) -> None:
+        """Take the class of the workers.
+
+        Args:
+            worker_class: `MergeWorker`, or a class with its methods.
+            arguments: for the `__init__` of the workers of a crew.
+        """
+        import ray  # noqa: PLC0415 - reads the environment: see `session.py`
+
+        self._ray: Any = ray
+        exceptions = self._ray.exceptions
+        self._gone = (
+            exceptions.RayActorError,
+            # What Ray's memory monitor, a dead machine and a lost answer leave are no errors of an actor.
+            exceptions.OutOfMemoryError,
+            exceptions.NodeDiedError,
+            exceptions.LocalRayletDiedError,
+            exceptions.WorkerCrashedError,
+            exceptions.ObjectLostError,
+        )
+        options: dict[str, Any] = {
+            "num_cpus": 0,  # else num_gpus=1 also takes a CPU, and a replacement could wait for it forever
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "concurrency_groups": {_CONTROL: 2},
+        }
+        self._actor_class = self._ray.remote(**options)(worker_class)
+        self._arguments = arguments
+        self._actors: list[RayActor] = []
+
+    def start(self, name: str, crew: Crew, avoid: frozenset[str]) -> RayActor | None:
+        """Start an actor under a name; None while no node may take it, or Ray still knows one of that name."""
+        self._actors = [actor for actor in self._actors if not actor.killed]
+        node = None
+        if crew.num_gpus_each == 0:
+            counts = Counter(actor.node for actor in self._actors)
+            node = choose_node(self._ray.nodes(), counts, avoid, without_gpus=crew.without_gpus)
+            if node is None and crew.without_gpus:
+                return None  # the machines it belongs on are gone, for now
+        options = {
+            "name": name,
+            "num_gpus": crew.num_gpus_each,
+            "scheduling_strategy": near(node),
+            # With num_cpus=0 Ray would force one OpenMP thread, which bitsandbytes computes with.
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(crew.num_threads)}},
+        }
+        try:
+            handle = self._actor_class.options(**options).remote(*self._arguments(crew))
+        except self._ray.exceptions.ActorAlreadyExistsError:
+            return None  # the name is free once Ray has noticed that no process holds the dead actor's handle
+        self._actors.append(RayActor(self._ray, handle, node))
+        return self._actors[-1]
+
+    def wait(self, answers: Sequence[Answer], timeout_seconds: float, *, for_all: bool = False) -> list[Answer]:
+        """Wait until one of some answers is there, or all are, and return those that are there."""
+        references = list(answers)
+        if not references:
+            time.sleep(timeout_seconds)
+            return []
+        self._ray.wait(references, num_returns=len(references) if for_all else 1, timeout=timeout_seconds)
+        finished, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
+        return list(finished)
+
+    def take(self, answer: Answer) -> Any:
+        """Return an answer that is there."""
+        try:
+            return self._ray.get(answer)
+        except self._gone as error:
+            raise ActorGoneError(str(error)) from error
+        except self._ray.exceptions.RayError as error:
+            # What the worker raised, without Ray's account of where.
+            raise CallRaisedError from getattr(error, "cause", error)
