@@ -15,12 +15,13 @@ from cluster.console.documents import adapter_document, failure_document, plain,
 from cluster.console.terminal import Terminal
 from cluster.settings import load_settings, worker_settings
 from jobs.errors import BadInputError, FailureClass
-from jobs.locations import Location, parse_location
+from jobs.locations import LocalPath, Location, parse_location
 from jobs.parity_policy import ParityPolicy
 from jobs.parity_report import ParityReport, Way
 from jobs.release import REPORT_NAME, Release
 from jobs.request import BaseQuantization, Dtype, MergeRequest
 from jobs.request_files.problems import expectation, mistakes
+from workers.files.ahead import read_ahead
 from workers.merging.outcomes import Failure, JobOutcome, Usage
 from workers.merging.outcomes import Progress as UnitProgress
 from workers.merging.settings import WorkerSettings
@@ -107,9 +108,12 @@ def merge_and_show(output: Terminal, requests: tuple[MergeRequest, ...]) -> tupl
     Returns:
         The classes of the failures.
     """
+    settings = load_settings()
+    base = requests[0].base
+    if isinstance(base, LocalPath) and requests[0].base_quantization == "none":  # else what is read is in the cache
+        read_ahead(base.path)
     from workers.unit.vetting import server  # noqa: PLC0415 - takes seconds to load, and wrong arguments are told before
 
-    settings = load_settings()
     server.start()  # before the progress bar has its thread: then it is a fork of this process
     with Progress(*_COLUMNS, console=output.out, transient=True, disable=output.as_json) as bar:
         task = bar.add_task("merge", total=None, stages="")
