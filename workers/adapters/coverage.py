@@ -1,5 +1,6 @@
 """What an adapter changes in a base, found by PEFT on the base's skeleton: names and shapes, no weights are read."""
 
+import functools
 import hashlib
 import inspect
 import re
@@ -96,23 +97,22 @@ def _bypassed(model: nn.Module, names: Sequence[str]) -> frozenset[str]:
     An adapter acts when its module is called: there, base + adapter computes what the base alone does. Only the source
     of the owner's class in transformers tells.
     """
-    places = {name: name.rpartition(".") for name in names}
-    owners = {name: type(model.get_submodule(owner)) for name, (owner, _, _) in places.items()}
-    sources = {owner: _source(owner) for owner in set(owners.values())}
-    kinds = {(owners[name], attribute) for name, (_, _, attribute) in places.items()}
-    found = {(owner, attribute) for owner, attribute in kinds if _reads_alone(sources[owner], attribute)}
-    return frozenset(name for name in names if (owners[name], places[name][2]) in found)
+    owners: dict[str, Any] = {name: type(model.get_submodule(name.rpartition(".")[0])) for name in names}
+    return frozenset(name for name, owner in owners.items() if _reads_alone(owner, name.rpartition(".")[2]))
 
 
-def _source(owner: type[nn.Module]) -> str:
+@functools.cache
+def _reads_alone(owner: Any, attribute: str) -> bool:
+    module = rf"\bself\.{re.escape(attribute)}\b"
+    reads = re.search(rf"{module}\.weight\b(?!\.(?:device|dtype|shape))", _source(owner))
+    return bool(reads) and not re.search(rf"{module}(?!\.|\s*=[^=]|\s*:)", _source(owner))
+
+
+@functools.cache
+def _source(owner: Any) -> str:
+    """Return the source of a class: finding it parses its whole module."""
     own = (each for each in owner.__mro__ if each.__module__.startswith("transformers.models."))
     return "\n".join(map(inspect.getsource, own))
-
-
-def _reads_alone(source: str, attribute: str) -> bool:
-    module = rf"\bself\.{re.escape(attribute)}\b"
-    reads = re.search(rf"{module}\.weight\b(?!\.(?:device|dtype|shape))", source)
-    return bool(reads) and not re.search(rf"{module}(?!\.|\s*=[^=]|\s*:)", source)
 
 
 def _way(adapter: Adapter, name: str, layers: Mapping[str, Any]) -> object:
