@@ -1,7 +1,6 @@
 """Three kinds of destination, seen with other eyes than the sink's: the file system, plain boto3, the Hub's state."""
 
 import contextlib
-import os
 import shutil
 import subprocess
 import sys
@@ -177,10 +176,8 @@ staging.put(Artifact(path="model.safetensors", num_bytes=1 << 30, sha256="0" * 6
 @contextlib.contextmanager
 def putting_process(place: Place) -> Iterator[subprocess.Popen[bytes]]:
     """Run a process that takes seconds to put one large file."""
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root)}
     command = [sys.executable, "-c", _PUTTING, str(place.location), str(place.scratch)]
-    process = subprocess.Popen(command, env=environment)
+    process = subprocess.Popen(command)
     try:
         yield process
     finally:

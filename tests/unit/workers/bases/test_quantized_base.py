@@ -34,8 +34,6 @@ from workers.merging.base_plan import plan_base
 from workers.sources.fetch import fetch_base
 from workers.unit.footprint import passing_bytes, resident_bytes
 
-REPOSITORY = Path(__file__).parents[4]
-
 MAKE = """
 import pickle, sys
 from pathlib import Path
@@ -243,7 +241,7 @@ def test_a_base_whose_weights_were_written_again_has_another_key(tmp_path):
 def test_two_processes_make_it_once_and_a_killed_one_leaves_nothing_half_made(task, tmp_path):
     (tmp_path / "task").write_bytes(pickle.dumps(task))
     root = tmp_path / "cache"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def start(mode):
         return subprocess.Popen(

@@ -29,13 +29,11 @@ sys.stdin.read()
 
 
 def start_owner(parent: Path, prefix: str) -> tuple[subprocess.Popen[str], Path]:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[4])}
     process = subprocess.Popen(
         [sys.executable, "-c", _OWNER, str(parent), prefix],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=environment,
     )
     return process, Path(process.stdout.readline().strip())
 

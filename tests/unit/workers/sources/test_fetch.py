@@ -20,8 +20,6 @@ from tests.servers.hub import Hub
 from tests.servers.s3 import S3Server
 from workers.sources.fetch import Source, fetch_adapter, fetch_base
 
-ROOT = Path(__file__).parents[4]
-
 
 def safetensors(data: bytes, name: str = "w") -> bytes:
     header = json.dumps({name: {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
@@ -387,8 +385,7 @@ class TestHub:
             "from workers.sources.fetch import fetch_base; "
             "print(fetch_base(parse_location(sys.argv[1]), Path(sys.argv[2])))"
         )
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        environment |= {"HF_ENDPOINT": endpoint} if endpoint else {"HF_HUB_OFFLINE": "1"}
+        environment = os.environ | ({"HF_ENDPOINT": endpoint} if endpoint else {"HF_HUB_OFFLINE": "1"})
         command = [sys.executable, "-c", code, str(place), str(tmp_path)]
         found = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
         assert found.stdout.strip() == str(source)

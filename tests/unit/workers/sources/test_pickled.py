@@ -11,7 +11,6 @@ import threading
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import psutil
 import pytest
@@ -29,8 +28,6 @@ from workers.parity.inference import quiet_libraries
 from workers.sources.confinement import Ended
 from workers.sources.fetch import fetch_adapter
 from workers.sources.pickled import _failure, convert
-
-ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture(scope="module")
@@ -186,9 +183,7 @@ class TestCache:
             "from workers.sources.fetch import fetch_adapter; "
             "fetch_adapter(LocalPath(Path(sys.argv[1])), Path(sys.argv[2]))"
         )
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, adapter, cache], env=os.environ | {"PYTHONPATH": str(ROOT)}
-        )
+        process = subprocess.Popen([sys.executable, "-c", code, adapter, cache])
         deadline = time.monotonic() + 60
         while not list(cache.glob("gathered/*.part-*/adapter_model.safetensors")) and time.monotonic() < deadline:
             time.sleep(0.01)
