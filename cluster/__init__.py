@@ -1,1 +1,1 @@
-"""The driving: settings, scheduler, Ray pool, driver, metrics and the command line."""
+"""The driving: settings, driver and scheduler, the pool of workers and Ray below it, the console, the commands."""

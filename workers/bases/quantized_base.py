@@ -1,4 +1,4 @@
-"""Bases in 4-bit: made once, kept on disk in the bnb-4bit checkpoint format, mapped or held by workers."""
+"""One base in 4-bit, as a worker has it: mapped from a checkpoint in the bnb-4bit format, or held in memory."""
 
 import dataclasses
 from collections.abc import Collection, Mapping

@@ -1,4 +1,4 @@
-"""Quantizing a base: what decides the bits, and the 4-bit tensors of its weights."""
+"""Quantizing a base by bitsandbytes, a strip of a weight after the other, on several threads."""
 
 import math
 import threading

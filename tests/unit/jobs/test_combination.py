@@ -1,3 +1,5 @@
+"""How several adapters may be combined, and what is refused."""
+
 import json
 from pathlib import Path
 

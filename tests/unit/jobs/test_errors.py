@@ -1,3 +1,5 @@
+"""The tree of errors: classes, what is tried again, and pickling across processes."""
+
 import pickle
 
 import pytest

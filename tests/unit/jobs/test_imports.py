@@ -1,3 +1,5 @@
+"""What importing the vocabulary loads, and what it must not."""
+
 import subprocess
 import sys
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Locations: directories, S3 prefixes and Hub repositories, parsed, joined and nested."""
+
 from pathlib import Path
 
 import pytest

@@ -1,3 +1,5 @@
+"""Merge requests: ids, keys, defaults, and the fields that are refused."""
+
 import json
 
 import pytest

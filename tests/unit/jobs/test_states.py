@@ -1,3 +1,5 @@
+"""States of a job, their transitions, and the policy of retries."""
+
 import random
 
 import pytest

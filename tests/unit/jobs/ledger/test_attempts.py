@@ -1,3 +1,5 @@
+"""What the ledger keeps of an attempt: states, progress, failures, and the fence around them."""
+
 import pytest
 
 from jobs.errors import BadInputError, CancelledError, FailureClass, InternalError, LeaseLostError, NotFoundError

@@ -1,3 +1,5 @@
+"""The database below the ledger: locks, its clock, schema versions, and what its faults become."""
+
 import json
 import sqlite3
 import stat

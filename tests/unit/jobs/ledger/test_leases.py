@@ -1,3 +1,5 @@
+"""Claiming, extending and losing leases."""
+
 import time
 
 import pytest

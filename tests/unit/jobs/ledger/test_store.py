@@ -1,3 +1,5 @@
+"""The ledger as its users see it: queries, cancelling, retrying, pruning."""
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,3 +1,5 @@
+"""Submitting: twice, in bulk, with ids that are taken, to places that are."""
+
 import time
 
 import pytest

@@ -1,3 +1,5 @@
+"""What `matrix` and `defaults` of a request file spell out."""
+
 import pytest
 
 AXES = "matrix:\n  bases: [/b]\n  adapters: [/a, /c]\n"

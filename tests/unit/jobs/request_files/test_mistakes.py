@@ -1,3 +1,5 @@
+"""Every mistake of a request file, told at once, with its line and what to do."""
+
 import json
 
 import pytest

@@ -1,3 +1,5 @@
+"""Request files in YAML, JSON lines and CSV: the same requests from each."""
+
 import contextlib
 import json
 import re

@@ -1,3 +1,5 @@
+"""KL divergence, agreement and quantiles against float64 by hand."""
+
 import numpy as np
 import pytest
 import torch

@@ -1,3 +1,5 @@
+"""Prompts: those of a request, the built-in ones, and the chat template around them."""
+
 import json
 import shutil
 from pathlib import Path
