@@ -281,7 +281,7 @@ def test_the_page_shows_how_plain_weights_are_made_of_codes(tmp_path, monkeypatc
     }
     (base / "config.json").write_text(json.dumps(config))
     assert "docs/stored-forms.md" in refusal(base, tmp_path)
-    page = (Path(__file__).parents[4] / "docs" / "stored-forms.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "stored-forms.md").read_text()
     monkeypatch.chdir(tmp_path)
     exec(page.split("```python\n")[1].split("```")[0], {})  # as people do
     made = load_file(tmp_path / "base-16-bit" / "model.safetensors")
