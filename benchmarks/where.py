@@ -1,13 +1,14 @@
 """Where the time of a merge goes: a flame graph of the process that merges, by py-spy, which asks it from outside."""
 
+import shutil
 import signal
 import subprocess
-import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
 _SAMPLES_PER_SECOND = 200
-_PY_SPY = Path(sys.executable).with_name("py-spy")
+_PY_SPY = shutil.which("py-spy", path=sysconfig.get_path("scripts")) or "py-spy"
 
 
 def draw(pid: int, work: Callable[[], object], path: Path) -> None:
