@@ -17,6 +17,7 @@ from jobs.errors import BadInputError
 from jobs.locations import Location, parse_location
 from jobs.request import BaseQuantization, Dtype
 from jobs.states import JobState
+from workers.files.collector import paused_collections
 
 if TYPE_CHECKING:
     from jobs.ledger.records import JobRecord
@@ -47,7 +48,8 @@ def plan(file: RequestFile, *, as_json: AsJson = False, debug: Debug = False) ->
 
         settings = load_settings()
         requests = load_requests(file, settings.allowance)
-        from cluster.commands.plan import preview  # takes seconds to load, and a wrong file is told before
+        with paused_collections():  # it takes seconds to load, and a wrong file is told before
+            from cluster.commands.plan import preview
 
         previews = preview(
             requests,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from jobs.errors import InternalError
 from jobs.request import MergeRequest
 from workers.bases.resident_bases import ResidentBases
-from workers.files.memory import pass_over_modules
+from workers.files.collector import pass_over_modules
 from workers.merging.base_plan import PlannedBases
 from workers.merging.failures import own_failure, shared_failures
 from workers.merging.job import Job

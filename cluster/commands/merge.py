@@ -22,9 +22,9 @@ from jobs.release import REPORT_NAME, Release
 from jobs.request import BaseQuantization, Dtype, MergeRequest
 from jobs.request_files.problems import expectation, mistakes
 from workers.files.ahead import read_ahead
+from workers.files.collector import paused_collections
 from workers.merging.outcomes import Failure, JobOutcome, Usage
 from workers.merging.outcomes import Progress as UnitProgress
-from workers.merging.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from workers.worker import MergeWorker
@@ -112,9 +112,10 @@ def merge_and_show(output: Terminal, requests: tuple[MergeRequest, ...]) -> tupl
     base = requests[0].base
     if isinstance(base, LocalPath) and requests[0].base_quantization == "none":  # else what is read is in the cache
         read_ahead(base.path)
-    from workers.unit.vetting import server  # noqa: PLC0415 - takes seconds to load, and wrong arguments are told before
-
-    server.start()  # before the progress bar has its thread: then it is a fork of this process
+    with paused_collections():  # it takes seconds to load, and wrong arguments are told before
+        from workers.worker import MergeWorker  # noqa: PLC0415
+    # Before the progress bar has its thread: what tries files out is then a fork of this process.
+    worker = MergeWorker(worker_settings(settings, device=settings.device, num_threads=settings.num_threads))
     with Progress(*_COLUMNS, console=output.out, transient=True, disable=output.as_json) as bar:
         task = bar.add_task("merge", total=None, stages="")
 
@@ -122,9 +123,7 @@ def merge_and_show(output: Terminal, requests: tuple[MergeRequest, ...]) -> tupl
             stages = "  ".join(f"{n} {stage}" for stage, n in sorted(Counter(progress.stages.values()).items()))
             bar.update(task, total=progress.bytes_total or None, completed=progress.bytes_done, stages=stages)
 
-        results, usage = merge_now(
-            requests, worker_settings(settings, device=settings.device, num_threads=settings.num_threads), on_progress
-        )
+        results, usage = merge_now(worker, requests, on_progress)
     output.document({"merges": [_document(result) for result in results], "usage": plain(usage)})
     for result in results:
         if result.release is not None:
@@ -153,13 +152,13 @@ def _document(result: MergeResult) -> dict[str, Any]:
 
 
 def merge_now(
-    requests: tuple[MergeRequest, ...], settings: WorkerSettings, on_progress: Callable[[UnitProgress], None]
+    worker: "MergeWorker", requests: tuple[MergeRequest, ...], on_progress: Callable[[UnitProgress], None]
 ) -> tuple[tuple[MergeResult, ...], Usage]:
     """Merge, verify and publish; a request that fails fails alone.
 
     Args:
+        worker: is closed in the end.
         requests: with equal pass keys.
-        settings: of the worker.
         on_progress: called a few times a second, in this thread.
 
     Returns:
@@ -168,9 +167,6 @@ def merge_now(
     Raises:
         KeyboardInterrupt: as it came; what was staged is gone.
     """
-    from workers.worker import MergeWorker  # noqa: PLC0415 - takes seconds to load, and wrong arguments are told before
-
-    worker = MergeWorker(settings)
     try:
         with ThreadPoolExecutor(max_workers=1) as executor:
             future = executor.submit(worker.run_unit, "merge", requests)

@@ -27,6 +27,7 @@ from cluster.ray_fleet.session import Session, close_session, open_session
 from cluster.settings import Settings, load_settings, worker_settings
 from jobs.errors import FailureClass
 from jobs.ledger.store import JobStore
+from workers.files.collector import paused_collections
 from workers.merging.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,8 @@ def drive(
 
 @contextlib.contextmanager
 def _open_pool(session: Session, settings: Settings) -> Iterator[WorkerPool]:
-    from workers.worker import MergeWorker  # noqa: PLC0415 - takes seconds to load, and wrong settings are told before
+    with paused_collections():  # it takes seconds to load, and wrong settings are told before
+        from workers.worker import MergeWorker  # noqa: PLC0415
 
     crews = plan_crews(
         num_cpus=session.num_cpus,

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import functools
 import gc
 from pathlib import Path
 
@@ -19,17 +18,6 @@ def release_memory() -> None:
     give_back()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-@functools.cache
-def pass_over_modules() -> None:
-    """Have collections pass over what there is by now, once in a process: half a million objects of imported modules.
-
-    They stay anyway, and looking through them takes longer than planning a merge. For processes of workers, which hold
-    nothing else when they begin.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def available_host_bytes() -> int:

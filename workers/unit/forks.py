@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from jobs.errors import MergefleetError, TransientIOError
+from workers.files.collector import pass_over_modules, paused_collections
 from workers.sources.confinement import Limits, bare_environment, bound, die_with_parent, isolated_command
 
 _LENGTH = struct.Struct("<Q")
@@ -164,12 +165,14 @@ def main() -> NoReturn:
     import importlib  # noqa: PLC0415
     import sys  # noqa: PLC0415
 
-    for name in sys.argv[1].split(","):
-        importlib.import_module(name)
+    with paused_collections():
+        for name in sys.argv[1].split(","):
+            importlib.import_module(name)
     _serve()
 
 
 def _serve() -> NoReturn:
+    pass_over_modules()
     with socket.socket(fileno=0) as served, contextlib.suppress(OSError, EOFError):
         while True:
             name, arguments, bounds = pickle.loads(_receive(served))  # noqa: S301 - from the process that started it

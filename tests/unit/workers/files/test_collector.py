@@ -1,0 +1,46 @@
+"""Collections: none while libraries load, and none of what they brought afterwards."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import gc
+from workers.files.collector import pass_over_modules, paused_collections
+
+class Node:
+    pass
+
+def cycle():
+    node = Node()
+    node.itself = node
+
+def num_kept():
+    return sum(isinstance(each, Node) for each in gc.get_objects())
+
+gc.freeze()  # what came with this program
+before = gc.get_freeze_count()
+try:
+    with paused_collections():
+        assert not gc.isenabled()
+        kept = [[] for _ in range(5_000)]  # more than a collection is due for
+        {raises}
+except KeyError:
+    pass
+assert gc.isenabled()
+assert gc.get_freeze_count() >= before + 5_000
+cycle()
+assert num_kept() == 1
+gc.collect()
+assert num_kept() == 0  # what came later is looked through
+count = gc.get_freeze_count()
+kept.append([])
+pass_over_modules()
+assert gc.get_freeze_count() > count
+"""
+
+
+@pytest.mark.parametrize("raises", ["", "raise KeyError('a library that is not there')"])
+def test_collections_go_on_after_the_libraries_and_pass_over_them(raises):
+    subprocess.run([sys.executable, "-c", PROGRAM.replace("{raises}", raises)], check=True)
