@@ -1,6 +1,7 @@
 """The garbage collector, kept from looking at what stays anyway: half a million objects come with the libraries."""
 
 import contextlib
+import functools
 import gc
 from collections.abc import Iterator
 
@@ -19,8 +20,9 @@ def paused_collections() -> Iterator[None]:
         gc.enable()
 
 
+@functools.cache
 def pass_over_modules() -> None:
-    """Have collections pass over all there is by now: for processes that hold nothing but modules when they begin.
+    """Have collections pass over all there is by now, once in a process: when it holds nothing but modules yet.
 
     Looking through these takes longer than planning a merge, and in a fork it copies the memory they share.
     """

@@ -37,7 +37,7 @@ assert num_kept() == 0  # what came later is looked through
 count = gc.get_freeze_count()
 kept.append([])
 pass_over_modules()
-assert gc.get_freeze_count() > count
+assert gc.get_freeze_count() == count  # once: by now there may be what has to go
 """
 
 
