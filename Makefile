@@ -50,7 +50,8 @@ lint: setup  ## style, types and import rules
 .PHONY: $(WHEEL)
 $(WHEEL): setup
 	$(BIN)/python -m venv --clear --without-pip $(WHEEL)
-	$(WHEEL)/bin/python -c "import site; open(site.getsitepackages()[0] + '/behind.pth', 'w').write('$(LIBRARIES)\n$(CURDIR)\n')"
+	$(WHEEL)/bin/python -c "import site; import sys; \
+	    open(site.getsitepackages()[0] + '/behind.pth', 'w').write('\n'.join(sys.argv[1:]))" "$(LIBRARIES)" "$(CURDIR)"
 	$(PIP) --python $(WHEEL)/bin/python install --quiet --no-deps --no-index --no-build-isolation .
 
 # Two at a time: whole files, in order, since the tests of a file share their models; each on threads of its own.
@@ -60,7 +61,7 @@ coverage: export OMP_NUM_THREADS = 1
 
 # The wheel, as users have it: no test sees the checkout's own modules.
 test: lint $(WHEEL)  ## lint, then every test but the slowest, on the built wheel
-	PYTHONSAFEPATH=1 PATH=$(CURDIR)/$(BIN):$$PATH $(WHEEL)/bin/python -m $(PYTEST)
+	PYTHONSAFEPATH=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(WHEEL)/bin/python -m $(PYTEST)
 
 coverage: setup  ## the same tests with branch coverage: what none of them goes through; fails below 90 %
 	rm -rf .coverage

@@ -1,5 +1,6 @@
 """The `merge` command: one pass here and now, through a worker in this process; no queue, no Ray."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -21,7 +22,7 @@ from jobs.parity_report import ParityReport, Way
 from jobs.release import REPORT_NAME, Release
 from jobs.request import BaseQuantization, Dtype, MergeRequest
 from jobs.request_files.problems import expectation, mistakes
-from workers.files.ahead import read_ahead
+from workers.files.ahead import reading_ahead
 from workers.files.collector import paused_collections
 from workers.merging.outcomes import Failure, JobOutcome, Usage
 from workers.merging.outcomes import Progress as UnitProgress
@@ -110,9 +111,10 @@ def merge_and_show(output: Terminal, requests: tuple[MergeRequest, ...]) -> tupl
     """
     settings = load_settings()
     base = requests[0].base
-    if isinstance(base, LocalPath) and requests[0].base_quantization == "none":  # else what is read is in the cache
-        read_ahead(base.path)
-    with paused_collections():  # it takes seconds to load, and wrong arguments are told before
+    with contextlib.ExitStack() as stack:  # it takes seconds to load, and wrong arguments are told before
+        if isinstance(base, LocalPath) and requests[0].base_quantization == "none":  # else it is in the cache, mostly
+            stack.enter_context(reading_ahead(base.path))
+        stack.enter_context(paused_collections())
         from workers.worker import MergeWorker  # noqa: PLC0415
     # Before the progress bar has its thread: what tries files out is then a fork of this process.
     worker = MergeWorker(worker_settings(settings, device=settings.device, num_threads=settings.num_threads))

@@ -1,7 +1,7 @@
 """Workers in the memory of this process: a fleet without Ray, for tests, simulations and a debugger.
 
-They run in threads, so that nothing but the interpreter ends one that hangs, and a worker that is killed takes the
-driver with it. That is why `mergefleet run` has its workers on Ray.
+They run in threads, so that nothing ends one that hangs: the interpreter waits for it, too. And a worker that is killed
+takes the driver with it. That is why `mergefleet run` has its workers on Ray.
 """
 
 import concurrent.futures

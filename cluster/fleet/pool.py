@@ -1,4 +1,4 @@
-"""The workers of one driver: start, calls, health and replacement. The only place that holds actors.
+"""The workers of one driver: start, calls, health and replacement. No other file holds actors for long.
 
 A worker's death is an event the driver decides on. Where workers run, `Actors` knows: on Ray, or in memory.
 """
@@ -215,10 +215,7 @@ class WorkerPool:
         member.failed_starts = 0
 
     def _lose(self, member: Member, reason: str, *, device_failed: bool = False) -> Iterable[PoolEvent]:
-        """Empty the place of a worker that is dead or cannot work, and say so; of one that never could, once.
-
-        Its calls are forgotten: an actor's name is free when nothing refers to it.
-        """
+        """Empty the place of a worker that is dead or cannot work, and say so; of one that never could, once."""
         # It may be alive and only out of reach, and must not go on beside its replacement.
         assert member.actor is not None
         member.actor.kill()
@@ -249,7 +246,8 @@ class WorkerPool:
         now = self._clock()
         for member in self._members.values():
             if not member.ready:
-                tell_slow_start(member, now)
+                if member.actor is not None:
+                    tell_slow_start(member, now)
                 continue
             pings = [call.started_at for call in member.calls.values() if not call.is_work]
             if pings and now - min(pings) > self._unresponsive_seconds:

@@ -27,7 +27,11 @@ class RayActor:
         self._ray = ray
         self._handle = handle
         self.node = node
-        self.killed = False
+
+    @property
+    def killed(self) -> bool:
+        """Whether it was ended."""
+        return self._handle is None
 
     def call(self, method: str, *arguments: Any, task_name: str) -> Answer:
         """Have a method called; the dashboard shows the call under `task_name`."""
@@ -40,9 +44,9 @@ class RayActor:
         return answer
 
     def kill(self) -> None:
-        """End its process."""
+        """End its process, and let go of it: its name is free when nobody holds its handle."""
         self._ray.kill(self._handle)
-        self.killed = True
+        self._handle = None
 
 
 class RayActors:

@@ -172,6 +172,14 @@ def test_a_worker_that_cannot_use_its_gpu_gets_no_work_is_told_once_and_tried_ag
     ready(pool)
 
 
+def test_closing_lets_a_worker_finish_its_unit_and_sweep(make_pool, tmp_path):
+    pool = make_pool()
+    ready(pool)
+    pool.run_unit("merge-worker-0", "u", (request(seconds="0.5"),))
+    pool.close()
+    assert len(list(tmp_path.glob("closed-*"))) == CREW.num_workers
+
+
 def test_closing_lets_idle_workers_sweep(make_pool, tmp_path):
     pool = make_pool()
     ready(pool)

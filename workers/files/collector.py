@@ -16,7 +16,7 @@ def paused_collections() -> Iterator[None]:
     try:
         yield
     finally:
-        pass_over_modules()
+        gc.freeze()
         gc.enable()
 
 
@@ -26,4 +26,5 @@ def pass_over_modules() -> None:
 
     Looking through these takes longer than planning a merge, and in a fork it copies the memory they share.
     """
+    gc.collect()  # quick after `paused_collections`; elsewhere there may be more than modules
     gc.freeze()

@@ -3,13 +3,14 @@
 import ctypes
 import mmap
 import os
+import threading
 import time
 
 import pytest
 
-from workers.files.ahead import read_ahead
+from workers.files.ahead import reading_ahead
 
-NUM_BYTES = 8 << 20
+NUM_BYTES = 64 << 20  # more than the system reads for one request
 NUM_PAGES = NUM_BYTES // mmap.PAGESIZE
 
 
@@ -39,19 +40,20 @@ def base(tmp_path):
 
 
 def test_weights_are_in_the_cache_before_anybody_reads_them(base):
-    read_ahead(base)
-    end = time.monotonic() + 30
-    while any(num_cached_pages(path) < NUM_PAGES for path in base.glob("*.safetensors")):
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    num_threads = threading.active_count()
+    end = time.monotonic() + 60
+    with reading_ahead(base):
+        while any(num_cached_pages(path) < NUM_PAGES for path in base.glob("*.safetensors")):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    assert threading.active_count() == num_threads
     assert num_cached_pages(base / "optimizer.bin") == 0
 
 
 def test_no_more_is_read_than_half_of_the_memory_that_is_free(base, monkeypatch):
-    sizes = {"SC_AVPHYS_PAGES": NUM_PAGES, "SC_PAGE_SIZE": mmap.PAGESIZE}
-    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
-    read_ahead(base)
-    time.sleep(0.5)
+    monkeypatch.setattr("workers.files.ahead.available_main_memory", lambda: NUM_BYTES)
+    with reading_ahead(base):
+        time.sleep(1)
     assert 0 < num_cached_pages(base / "model-00001-of-00002.safetensors") < NUM_PAGES
     assert num_cached_pages(base / "model-00002-of-00002.safetensors") == 0
 
@@ -59,5 +61,6 @@ def test_no_more_is_read_than_half_of_the_memory_that_is_free(base, monkeypatch)
 def test_what_cannot_be_read_is_left_alone(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
     (tmp_path / "other.safetensors").symlink_to("/etc/passwd")
-    read_ahead(tmp_path)
-    read_ahead(tmp_path / "nothing")
+    for place in (tmp_path, tmp_path / "nothing"):
+        with reading_ahead(place):
+            time.sleep(0.1)
