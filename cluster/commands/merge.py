@@ -1,6 +1,5 @@
 """The `merge` command: one pass here and now, through a worker in this process; no queue, no Ray."""
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -16,13 +15,12 @@ from cluster.console.documents import adapter_document, failure_document, plain,
 from cluster.console.terminal import Terminal
 from cluster.settings import load_settings, worker_settings
 from jobs.errors import BadInputError, FailureClass
-from jobs.locations import LocalPath, Location, parse_location
+from jobs.locations import Location, parse_location
 from jobs.parity_policy import ParityPolicy
 from jobs.parity_report import ParityReport, Way
 from jobs.release import REPORT_NAME, Release
 from jobs.request import BaseQuantization, Dtype, MergeRequest
 from jobs.request_files.problems import expectation, mistakes
-from workers.files.ahead import reading_ahead
 from workers.files.collector import paused_collections
 from workers.merging.outcomes import Failure, JobOutcome, Usage
 from workers.merging.outcomes import Progress as UnitProgress
@@ -110,11 +108,7 @@ def merge_and_show(output: Terminal, requests: tuple[MergeRequest, ...]) -> tupl
         The classes of the failures.
     """
     settings = load_settings()
-    base = requests[0].base
-    with contextlib.ExitStack() as stack:  # it takes seconds to load, and wrong arguments are told before
-        if isinstance(base, LocalPath) and requests[0].base_quantization == "none":  # else it is in the cache, mostly
-            stack.enter_context(reading_ahead(base.path))
-        stack.enter_context(paused_collections())
+    with paused_collections():  # it takes seconds to load, and wrong arguments are told before
         from workers.worker import MergeWorker  # noqa: PLC0415
     # Before the progress bar has its thread: what tries files out is then a fork of this process.
     worker = MergeWorker(worker_settings(settings, device=settings.device, num_threads=settings.num_threads))

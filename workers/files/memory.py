@@ -1,11 +1,11 @@
 """The memory of this process: what is free for it, and what it gives back."""
 
+import contextlib
 import ctypes
 import gc
+from pathlib import Path
 
 import torch
-
-from workers.files.available import available_main_memory
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """Parameters of mallopt(3)."""
@@ -25,8 +25,16 @@ def available_host_bytes() -> int:
 
     Beside a GPU that is what is free, and what torch has pinned: it stays pinned, and is used again.
     """
+    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(memory["MemAvailable"].removesuffix("kB")) * 1024
+    limits = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        limit = int((limits / "memory.max").read_text())
+        statistics = dict(line.split() for line in (limits / "memory.stat").read_text().splitlines())
+        in_use = int((limits / "memory.current").read_text()) - int(statistics["inactive_file"])
+        available = min(available, limit - in_use)
     pinned: int = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) if torch.cuda.is_available() else 0
-    return available_main_memory() + pinned
+    return max(available, 0) + pinned
 
 
 def available_device_bytes(device: torch.device) -> int:
