@@ -50,7 +50,7 @@ lint: setup  ## style, types and import rules
 .PHONY: $(WHEEL)
 $(WHEEL): setup
 	$(BIN)/python -m venv --clear --without-pip $(WHEEL)
-	$(WHEEL)/bin/python -c "import site; import sys; \
+	$(WHEEL)/bin/python -c "import site, sys; \
 	    open(site.getsitepackages()[0] + '/behind.pth', 'w').write('\n'.join(sys.argv[1:]))" "$(LIBRARIES)" "$(CURDIR)"
 	$(PIP) --python $(WHEEL)/bin/python install --quiet --no-deps --no-index --no-build-isolation .
 

@@ -108,7 +108,7 @@ class SimulatedActor:
         self._pending: dict[Future[Any], tuple[float, float]] = {}
         """What it has yet to answer, with its begin and its end."""
 
-    def call(self, method: str, *arguments: Any, task_name: str) -> Future[Any]:  # noqa: ARG002 - nobody looks on
+    def call(self, method: str, *arguments: Any, task_name: str) -> Future[Any]:  # noqa: ARG002 - there is no dashboard
         """Take a call, and have it answered when its time has come."""
         with self._fleet.apart():
             future: Future[Any] = Future()

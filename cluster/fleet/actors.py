@@ -1,13 +1,17 @@
 """What a pool asks of the place its workers run in: to start them, to call them, to wait for answers, to end them.
 
-An actor is a worker that was started. Its `ready`, `run_unit`, `open_pass`, `merge_shards`, `finish_pass`, `publish`,
-`discard`, `residents` and `close` run one after the other; `progress` and `cancel` are answered beside them.
+An actor is a worker that was started. It runs its methods one after the other, but those of `BESIDE_WORK`.
 """
 
 from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 from cluster.fleet.crews import Crew
+
+BESIDE_WORK = frozenset({"progress", "cancel"})
+"""Methods that are answered while another one runs."""
+POLLS = frozenset({"progress", "residents"})
+"""Methods that are asked again and again."""
 
 Answer = Hashable
 """Stands for what a call will return."""
@@ -26,7 +30,7 @@ class Actor(Protocol):
 
     @property
     def node(self) -> str | None:
-        """The machine it was put on; None where nobody chose one."""
+        """The machine it was put on; None where the place chooses by itself."""
 
     def call(self, method: str, *arguments: Any, task_name: str) -> Answer:
         """Have a method called; returns at once.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
-from cluster.fleet.actors import Actor, ActorGoneError, Answer, CallRaisedError
+from cluster.fleet.actors import BESIDE_WORK, Actor, ActorGoneError, Answer, CallRaisedError
 from cluster.fleet.crews import Crew
 
 
@@ -75,9 +75,9 @@ class ThreadActor:
         self._beside = ThreadPoolExecutor(1)
         self._worker = self._at_work.submit(worker_class, *arguments)
 
-    def call(self, method: str, *arguments: Any, task_name: str) -> Future[Any]:  # noqa: ARG002 - nobody looks on
+    def call(self, method: str, *arguments: Any, task_name: str) -> Future[Any]:  # noqa: ARG002 - there is no dashboard
         """Have a method called in the thread it belongs to."""
-        executor = self._beside if method in ("progress", "cancel") else self._at_work
+        executor = self._beside if method in BESIDE_WORK else self._at_work
         return executor.submit(self._run, method, arguments)
 
     def _run(self, method: str, arguments: tuple[Any, ...]) -> Any:
@@ -86,6 +86,6 @@ class ThreadActor:
         return getattr(self._worker.result(), method)(*arguments)
 
     def kill(self) -> None:
-        """Take no more from it; what its thread is at, it ends for nobody."""
+        """Take no more from it; its thread ends what it is at, and no answer is read."""
         for executor in (self._at_work, self._beside):
             executor.shutdown(wait=False, cancel_futures=True)

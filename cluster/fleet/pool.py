@@ -1,4 +1,4 @@
-"""The workers of one driver: start, calls, health and replacement. No other file holds actors for long.
+"""The workers of one driver: start, calls, health and replacement.
 
 A worker's death is an event the driver decides on. Where workers run, `Actors` knows: on Ray, or in memory.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.driving.replies import CallFailed, PoolEvent, WorkerLost, WorkerUnfit
 from cluster.driving.scheduler import WorkerView
-from cluster.fleet.actors import ActorGoneError, Actors, Answer, CallRaisedError
+from cluster.fleet.actors import POLLS, ActorGoneError, Actors, Answer, CallRaisedError
 from cluster.fleet.calls import Call, event_of
 from cluster.fleet.crews import Crew
 from cluster.fleet.members import Member, device_fault, one_line, tell_slow_start
@@ -20,7 +20,6 @@ from workers.merging.outcomes import MergedShards, PassWork, Readiness, ShardsOu
 
 logger = logging.getLogger(__name__)
 
-_POLLS = frozenset({"progress", "residents"})
 _MAX_PINGS_PER_SECOND = 10.0
 """Of the whole fleet: what a driver does about each answer must leave it time for its work."""
 _MAX_FAILED_STARTS = 3
@@ -166,7 +165,7 @@ class WorkerPool:
         # All at the same time, so that what they answer is written down at once.
         self._pinged_at = now
         for member in self._members.values():
-            if not member.ready or any(call.method in _POLLS for call in member.calls.values()):
+            if not member.ready or any(call.method in POLLS for call in member.calls.values()):
                 continue
             if any(call.is_work for call in member.calls.values()):
                 self._call(member.name, "progress", task_name="progress")

@@ -9,15 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cluster.fleet.actors import ActorGoneError, Answer, CallRaisedError
+from cluster.fleet.actors import BESIDE_WORK, POLLS, ActorGoneError, Answer, CallRaisedError
 from cluster.fleet.crews import Crew
 from cluster.ray_fleet.placement import choose_node, near
 
 _CONTROL = "control"
 """Concurrency group that answers while a unit runs."""
-_BESIDE_WORK = frozenset({"progress", "cancel"})
-_NOT_SHOWN = frozenset({"progress", "residents"})
-"""Asked again and again; on the dashboard they would bury the tasks that a person looks for."""
 
 
 class RayActor:
@@ -36,15 +33,15 @@ class RayActor:
     def call(self, method: str, *arguments: Any, task_name: str) -> Answer:
         """Have a method called; the dashboard shows the call under `task_name`."""
         options: dict[str, Any] = {"name": task_name}
-        if method in _BESIDE_WORK:
+        if method in BESIDE_WORK:
             options["concurrency_group"] = _CONTROL
-        if method in _NOT_SHOWN:
+        if method in POLLS:  # on the dashboard they would bury the tasks that a person looks for
             options["enable_task_events"] = False
         answer: Answer = getattr(self._handle, method).options(**options).remote(*arguments)
         return answer
 
     def kill(self) -> None:
-        """End its process, and let go of it: its name is free when nobody holds its handle."""
+        """End its process, and let go of it: Ray frees its name when no process holds its handle."""
         self._ray.kill(self._handle)
         self._handle = None
 
