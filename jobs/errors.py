@@ -4,7 +4,7 @@ Every error takes positional arguments only, so that it survives pickling betwee
 """
 
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class FailureClass(StrEnum):
@@ -16,27 +16,28 @@ class FailureClass(StrEnum):
     TRANSIENT_IO = "transient_io"
     NO_CAPACITY = "no_capacity"
     OUT_OF_MEMORY = "out_of_memory"
+    TOO_LARGE = "too_large"
     PARITY_FAILED = "parity_failed"
     WORKER_LOST = "worker_lost"
+    TIMED_OUT = "timed_out"
+    DEADLINE_PASSED = "deadline_passed"
+    REJECTED = "rejected"
     CANCELLED = "cancelled"
     LEASE_LOST = "lease_lost"
     INTERNAL = "internal"
-
-    @property
-    def retryable(self) -> bool:
-        """Whether it may go away by itself."""
-        return self in {
-            FailureClass.TRANSIENT_IO,
-            FailureClass.NO_CAPACITY,
-            FailureClass.OUT_OF_MEMORY,
-            FailureClass.WORKER_LOST,
-        }
 
 
 class MergefleetError(Exception):
     """Base of every error mergefleet raises on purpose. The message says what was expected, found, and what to do."""
 
     failure_class: ClassVar[FailureClass] = FailureClass.INTERNAL
+    place: str | None = None
+    """Whose fault it is, where many jobs depend on it (`jobs.places`); None when it is no fault of a place."""
+
+    def at(self, place: str | None) -> Self:
+        """Name the place whose fault it is."""
+        self.place = place
+        return self
 
 
 class BadInputError(MergefleetError):
@@ -94,6 +95,16 @@ class NoCapacityError(MergefleetError):
     failure_class = FailureClass.NO_CAPACITY
 
 
+class NotNowError(NoCapacityError):
+    """Others have what this job needs, on the machine that it was given to; it waits for them."""
+
+
+class TooLargeError(MergefleetError):
+    """It needs more than the machine has in all; a larger one may do it."""
+
+    failure_class = FailureClass.TOO_LARGE
+
+
 class OutOfMemoryError(MergefleetError):
     """Host or device memory ran out."""
 
@@ -114,6 +125,12 @@ class WorkerLostError(MergefleetError):
 
 class DeviceLostError(WorkerLostError):
     """The worker cannot use its GPU, at its start or any more. Other workers can do its work."""
+
+
+class TimedOutError(MergefleetError):
+    """The attempt took longer than its request allows."""
+
+    failure_class = FailureClass.TIMED_OUT
 
 
 class CancelledError(MergefleetError):

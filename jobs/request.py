@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AwareDatetime,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -101,6 +102,10 @@ class MergeRequest(Frozen):
     on other methods, so that a file may give it to all of its requests."""
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
     """Higher goes first."""
+    deadline: AwareDatetime | None = Field(default=None, exclude_if=is_none)
+    """When it is too late to begin: a job that still waits then fails."""
+    timeout_seconds: Annotated[float, Field(gt=0)] | None = Field(default=None, exclude_if=is_none)
+    """How long one attempt may take before it is stopped, and has failed."""
     labels: Annotated[dict[str, str], PlainSerializer(lambda labels: dict(sorted(labels.items())))] = Field(default={})
 
     model_config = ConfigDict(populate_by_name=True)

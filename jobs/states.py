@@ -1,6 +1,5 @@
 """The states of a job, the transitions between them, and what an error leads to."""
 
-import random
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -46,13 +45,15 @@ STAGES = (JobState.PLANNING, JobState.MERGING, JobState.VERIFYING, JobState.PUBL
 
 CLAIMABLE_STATES = frozenset({JobState.QUEUED, JobState.RETRY_WAIT})
 FINAL_STATES = frozenset({JobState.PUBLISHED, JobState.CANCELLED, JobState.FAILED, JobState.QUARANTINED})
+UNSUCCESSFUL_STATES = frozenset({JobState.FAILED, JobState.QUARANTINED})
+"""States of jobs that failed for good."""
 RETRYABLE_STATES = frozenset({JobState.RETRY_WAIT, JobState.CANCELLED, JobState.FAILED, JobState.QUARANTINED})
 """States that a person's retry leads out of, back to QUEUED."""
 
 LIVE_STATES = frozenset(JobState) - {JobState.CANCELLED, JobState.FAILED, JobState.QUARANTINED}
 """States in which a job has, or may still write, its destination: no other job may be given the same one."""
 
-SUSPICIOUS_FAILURES = frozenset({FailureClass.WORKER_LOST, FailureClass.INTERNAL})
+SUSPICIOUS_FAILURES = frozenset({FailureClass.WORKER_LOST, FailureClass.OUT_OF_MEMORY, FailureClass.INTERNAL})
 """Failures that end a whole unit, whichever of its jobs is at fault. Where there were several, none of them is charged;
 each runs alone, and what goes wrong then is its own."""
 
@@ -71,8 +72,8 @@ _ENDINGS = frozenset(
     }
 )
 TRANSITIONS: dict[JobState, frozenset[JobState]] = {
-    JobState.QUEUED: frozenset({JobState.LEASED, JobState.CANCELLED}),
-    JobState.RETRY_WAIT: frozenset({JobState.LEASED, JobState.CANCELLED, JobState.QUEUED}),
+    JobState.QUEUED: frozenset({JobState.LEASED, JobState.CANCELLED, JobState.FAILED}),
+    JobState.RETRY_WAIT: frozenset({JobState.LEASED, JobState.CANCELLED, JobState.QUEUED, JobState.FAILED}),
     JobState.LEASED: _ENDINGS | {JobState.PLANNING},
     JobState.PLANNING: _ENDINGS | {JobState.MERGING},
     JobState.MERGING: _ENDINGS | {JobState.VERIFYING},
@@ -84,8 +85,9 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     JobState.FAILED: frozenset({JobState.QUEUED}),
     JobState.QUARANTINED: frozenset({JobState.QUEUED}),
 }
-"""Allowed transitions. A lease that expires, or a driver that lets go of a job, leads back to QUEUED; while CANCELLING
-every way to end an attempt leads to CANCELLED, except that a release which is already visible is PUBLISHED."""
+"""Allowed transitions. What waits fails when its deadline passes. A lease that expires, or a driver that lets go of a
+job, leads back to QUEUED; while CANCELLING every way to end an attempt leads to CANCELLED, except that a release which
+is already visible is PUBLISHED."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,34 +96,5 @@ class Decision:
 
     state: JobState
     delay_seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RetryPolicy:
-    """When a failed job is tried again: exponential backoff with full jitter, and a limit per kind of failure."""
-
-    max_attempts: int = 5
-    max_worker_losses: int = 2
-    base_delay_seconds: float = 2.0
-    max_delay_seconds: float = 300.0
-
-    def decide(self, failure: FailureClass, *, attempts: int, worker_losses: int, rng: random.Random) -> Decision:
-        """Decide what follows the failure of one attempt.
-
-        Args:
-            failure: the class of the error.
-            attempts: attempts made so far, this one included.
-            worker_losses: workers this job has cost so far while it ran alone, this one included.
-            rng: source of the jitter.
-
-        Returns:
-            The next state and the delay before it may be claimed.
-        """
-        if failure is FailureClass.CANCELLED:
-            return Decision(state=JobState.CANCELLED)
-        if failure is FailureClass.WORKER_LOST and worker_losses >= self.max_worker_losses:
-            return Decision(state=JobState.QUARANTINED)
-        if not failure.retryable or attempts >= self.max_attempts:
-            return Decision(state=JobState.FAILED)
-        ceiling = min(self.max_delay_seconds, self.base_delay_seconds * 2 ** (attempts - 1))
-        return Decision(state=JobState.RETRY_WAIT, delay_seconds=rng.uniform(0, ceiling))
+    alone: bool = False
+    """Whether the job runs in a pass of its own from then on."""

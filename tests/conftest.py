@@ -11,6 +11,7 @@ from hypothesis import settings
 from cluster.ray_fleet.session import Session, close_session, open_session
 from cluster.settings import Settings
 from tests.servers.hub import Hub, serve_hub
+from tests.servers.postgres import PostgresServer, serve_postgres
 from tests.servers.s3 import S3Server, serve_s3
 
 # One commit gets one answer, however often it is tested; `make fuzz` is for looking further.
@@ -45,6 +46,23 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A running Postgres. Mark tests that use it with `postgres`."""
+    with serve_postgres() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of a ledger that is not there yet: a test with it runs on both kinds of stores."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/ledger/jobs.db"
+        return
+    with request.getfixturevalue("postgres_server").database() as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

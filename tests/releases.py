@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
-from jobs.ledger.records import ProgressReport, Publication
+from jobs.ledger.records import Beginning, ProgressReport, Publication
 from jobs.ledger.store import JobStore
 from jobs.locations import LocalPath
 from jobs.parity_report import ParitySummary
@@ -105,8 +105,17 @@ def progress_of(leases: Mapping[str, int], *, stage: str, bytes_done: int, bytes
     return [ProgressReport(job_id=job_id, token=token, **how_far) for job_id, token in leases.items()]
 
 
+def begin(store: JobStore, job_id: str, token: int, worker: str = "merge-worker-0", node: str = "node") -> None:
+    """Start work on one job; what the store says against it is raised."""
+    for error in store.begin([Beginning(job_id=job_id, token=token, worker=worker, node=node)]).values():
+        raise error
+
+
 def advance(store: JobStore, job_id: str, token: int, state: JobState, merge_key: str | None = None) -> None:
     """Move one job on; what the store says against it is raised."""
+    if state is JobState.PLANNING:
+        begin(store, job_id, token)
+        return
     keys = None if merge_key is None else {job_id: merge_key}
     for error in store.advance({job_id: token}, state, keys).values():
         raise error

@@ -11,9 +11,10 @@ from sqlalchemy import Connection, insert, select
 from jobs.errors import BadInputError
 from jobs.ledger.database import rows_where_in
 from jobs.ledger.journal import Step, event_values
+from jobs.ledger.options import LABEL_OPTION, read_option
 from jobs.ledger.records import SubmitResult
 from jobs.ledger.rows import request_of
-from jobs.ledger.schema import events, jobs, labels
+from jobs.ledger.schema import batches, events, jobs, labels
 from jobs.locations import enclosing
 from jobs.request import MergeRequest
 from jobs.states import LIVE_STATES, JobState
@@ -34,12 +35,13 @@ def candidate_of(request: MergeRequest) -> Candidate:
     return Candidate(request, request.model_dump_json(by_alias=True), str(request.destination))
 
 
-def admit(connection: Connection, candidates: Sequence[Candidate], now: float) -> SubmitResult:
+def admit(connection: Connection, candidates: Sequence[Candidate], batch: str, now: float) -> SubmitResult:
     """Insert the jobs that are new.
 
     Args:
         connection: in a transaction under the admission lock.
         candidates: to become jobs; one that is a job already changes nothing.
+        batch: that the new jobs join; made when it is missing.
         now: time of the submission, seconds.
 
     Raises:
@@ -65,8 +67,8 @@ def admit(connection: Connection, candidates: Sequence[Candidate], now: float) -
     conflicts += destination_conflicts(connection, ((job_id, each.destination) for job_id, each in new.items()))
     if conflicts:
         raise BadInputError("\n".join(conflicts))
-    _insert(connection, list(new.values()), now)
-    return SubmitResult(created=tuple(new), unchanged=tuple(unchanged))
+    _insert(connection, list(new.values()), batch, now)
+    return SubmitResult(batch=batch, created=tuple(new), unchanged=tuple(unchanged))
 
 
 def destination_conflicts(connection: Connection, claims: Iterable[tuple[str, str]]) -> list[str]:
@@ -121,17 +123,24 @@ def _difference(known: MergeRequest, request: MergeRequest) -> str:
     )
 
 
-def _insert(connection: Connection, candidates: Sequence[Candidate], now: float) -> None:
+def _insert(connection: Connection, candidates: Sequence[Candidate], batch: str, now: float) -> None:
     if not candidates:
         return
+    if connection.execute(select(batches.c.name).where(batches.c.name == batch)).first() is None:
+        connection.execute(insert(batches).values(name=batch, created_at=now))
+    label = read_option(connection, LABEL_OPTION)
     connection.execute(
         insert(jobs),
         [
             {
                 "id": each.request.id,
                 "request": each.text,
+                "batch": batch,
+                "base": str(each.request.base),
                 "destination": each.destination,
+                "share": each.request.labels.get(label, ""),
                 "priority": each.request.priority,
+                "deadline": None if each.request.deadline is None else each.request.deadline.timestamp(),
                 "state": JobState.QUEUED.value,
                 "num_events": 1,
                 "created_at": now,

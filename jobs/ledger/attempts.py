@@ -1,91 +1,27 @@
-"""The attempts of the ledger: how far a leased job is, and how an attempt ends."""
+"""How attempts end in the ledger: published, failed, given back."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from pydantic import JsonValue
-from sqlalchemy import bindparam, insert, update
+from sqlalchemy import insert
 
-from jobs.errors import CancelledError, FailureClass, InternalError, MergefleetError
+from jobs.errors import FailureClass, InternalError, MergefleetError
 from jobs.ledger.database import Database
 from jobs.ledger.journal import Move, Step, make_moves, take_steps
-from jobs.ledger.leases import NO_LEASE, held_jobs, lock_held, lock_jobs, lost_lease
-from jobs.ledger.records import ProgressReport, Publication
-from jobs.ledger.schema import jobs, releases
-from jobs.states import STAGES, SUSPICIOUS_FAILURES, Decision, JobState
+from jobs.ledger.leases import NO_LEASE, lock_held, lock_jobs, lost_lease
+from jobs.ledger.records import Fault, Publication
+from jobs.ledger.rows import JobRow
+from jobs.ledger.schema import releases
+from jobs.states import SUSPICIOUS_FAILURES, Decision, JobState
 
 _FAILURE_STATES = frozenset({JobState.RETRY_WAIT, JobState.FAILED, JobState.QUARANTINED, JobState.CANCELLED})
 
 
 class Attempts:
-    """The side of the ledger that the holder of a lease writes."""
+    """The side of the ledger that the holder of a lease writes when its work has ended."""
 
     _database: Database
-
-    def advance(
-        self, leases: Mapping[str, int], state: JobState, merge_keys: Mapping[str, str | None] | None = None
-    ) -> dict[str, MergefleetError]:
-        """Move jobs on to a stage of the work, through those between, each of which is logged.
-
-        Args:
-            leases: the token of each job.
-            state: PLANNING, MERGING, VERIFYING or PUBLISHING; a job that is there already, or further, stays.
-            merge_keys: of the releases to come, by job, when they have become known.
-
-        Returns:
-            Why jobs were not moved, by id: LeaseLostError when the token is stale or the lease has expired, so that the
-            driver must not write for this job; CancelledError when a user asked to cancel it: stop, then `fail` or
-            `let_go`.
-
-        Raises:
-            NotFoundError: some ids are no jobs; lists them. Nothing was changed.
-            InternalError: the state is no stage of the work.
-        """
-        if state not in STAGES:
-            raise InternalError(f"expected a stage of the work to advance to, found {state}")
-        order = (JobState.LEASED, *STAGES)
-        errors: dict[str, MergefleetError] = {}
-        moves = []
-        with self._database.write() as connection:
-            rows, now = lock_jobs(self._database, connection, leases)
-            for row in rows:
-                if lost := lost_lease(row, leases[row.id], now):
-                    errors[row.id] = lost
-                elif row.state == JobState.CANCELLING:
-                    errors[row.id] = CancelledError(f"job '{row.id}': asked to stop before {state}")
-                elif steps := order[order.index(JobState(row.state)) + 1 : order.index(state) + 1]:
-                    columns = {"merge_key": merge_keys[row.id]} if merge_keys is not None else {}
-                    moves.append(Move(row, [Step(each) for each in steps], columns))
-            make_moves(connection, moves, now)
-        return errors
-
-    def report_progress(self, reports: Iterable[ProgressReport]) -> frozenset[str]:
-        """Note how far the work on some jobs is; makes no event.
-
-        Args:
-            reports: at most one for each job.
-
-        Returns:
-            Ids whose lease is lost: expired, taken over, or ended.
-        """
-        by_id = {report.job_id: report for report in reports}
-        if not by_id:
-            return frozenset()
-        with self._database.write() as connection:
-            leases = {job_id: report.token for job_id, report in by_id.items()}
-            held, now = held_jobs(self._database, connection, leases)
-            rows = [
-                {
-                    "in_row": number,
-                    "stage": by_id[job_id].stage,
-                    "bytes_done": by_id[job_id].bytes_done,
-                    "bytes_total": by_id[job_id].bytes_total,
-                    "updated_at": now,
-                }
-                for job_id, number in held.items()
-            ]
-            if rows:
-                connection.execute(update(jobs).where(jobs.c.number == bindparam("in_row")), rows)
-            return frozenset(by_id) - held.keys()
 
     def settle(self, publications: Sequence[Publication]) -> dict[str, MergefleetError]:
         """Record releases: their jobs are PUBLISHED from then on, also those that a user asked to cancel.
@@ -121,6 +57,7 @@ class Attempts:
                     "merge_key": merge_key,
                     "report_path": each.report_path,
                     "excused_losses": 0,
+                    "excused_faults": 0,
                     "suspect": False,
                     "failure_class": None,
                     "failure_message": None,
@@ -184,7 +121,7 @@ class Attempts:
                 **NO_LEASE,
                 not_before=not_before,
                 worker_losses=row.worker_losses + worker_lost,
-                suspect=row.suspect or failure in SUSPICIOUS_FAILURES,
+                suspect=row.suspect or decision.alone,
                 failure_class=failure.value,
                 failure_message=message,
                 report_path=report_path,
@@ -226,15 +163,21 @@ class Attempts:
                 now,
                 Step(state, detail),
                 **NO_LEASE,
-                attempts=row.attempts - 1,
+                attempts=row.attempts - _has_begun(row),
                 excused_losses=row.excused_losses + 1,
                 suspect=True,
                 failure_class=failure.value,
                 failure_message=message,
             )
 
-    def let_go(self, job_id: str, token: int, reason: str) -> None:
+    def let_go(self, job_id: str, token: int, reason: str, fault: Fault | None = None) -> None:
         """Give a job back to the queue, as if this attempt had not been; CANCELLED when a user asked for that.
+
+        Args:
+            job_id: of the job.
+            token: of the lease.
+            reason: why the attempt does not count.
+            fault: of a place, where that is what ended the attempt.
 
         Raises:
             LeaseLostError: the token is stale or the lease has expired.
@@ -242,8 +185,27 @@ class Attempts:
         with self._database.write() as connection:
             row, now = lock_held(self._database, connection, job_id, token)
             state = JobState.CANCELLED if row.state == JobState.CANCELLING else JobState.QUEUED
-            step = Step(state, {"reason": reason})
-            take_steps(connection, row, now, step, **NO_LEASE, attempts=row.attempts - 1)
+            detail: dict[str, JsonValue] = {"reason": reason}
+            columns: dict[str, Any] = {}
+            if fault is not None:
+                if fault.delay_seconds is not None and state is JobState.QUEUED:
+                    state = JobState.RETRY_WAIT
+                    columns = {"not_before": now + fault.delay_seconds}
+                    detail["delay_seconds"] = fault.delay_seconds
+                message = _storable(fault.message)
+                detail |= {"place": fault.place, "failure": fault.failure.value, "message": message}
+                columns |= {
+                    "excused_faults": row.excused_faults + 1,
+                    "failure_class": fault.failure.value,
+                    "failure_message": message,
+                }
+            columns |= {**NO_LEASE, "attempts": row.attempts - _has_begun(row)}
+            take_steps(connection, row, now, Step(state, detail), **columns)
+
+
+def _has_begun(row: JobRow) -> bool:
+    """Whether the attempt at hand has been counted."""
+    return row.state not in (JobState.LEASED, JobState.CANCELLING)
 
 
 def _storable(message: str) -> str:

@@ -1,53 +1,40 @@
 """The database under the ledger: opening it, its transactions, its clock. SQLite and Postgres, told apart only here."""
 
 import contextlib
-import os
-import sqlite3
-import time
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from sqlalchemy import (
-    URL,
-    ColumnElement,
-    Connection,
-    Engine,
-    Row,
-    Select,
-    create_engine,
-    event,
-    func,
-    insert,
-    inspect,
-    make_url,
-    select,
-    text,
-    update,
+from sqlalchemy import URL, ColumnElement, Connection, Row, Select, Table, func, make_url, select, text
+from sqlalchemy.dialects import postgresql as postgresql_dialect
+from sqlalchemy.dialects import sqlite as sqlite_dialect
+from sqlalchemy.exc import (
+    ArgumentError,
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    NoSuchModuleError,
+    NotSupportedError,
+    ProgrammingError,
 )
-from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
 
-from jobs.errors import BadInputError, NoCapacityError, TransientIOError
-from jobs.ledger.schema import SCHEMA_VERSION, UPGRADES, metadata, versions
+from jobs.errors import BadInputError, MergefleetError, NotFoundError
+from jobs.ledger import postgres, sqlite
+from jobs.ledger.migration import make_tables, schema_of, upgrade
+from jobs.ledger.schema import SCHEMA
+from jobs.ledger.sqlite import SqliteFile
 
-_CLOCKS = {
-    "sqlite": "(julianday('now') - 2440587.5) * 86400.0",  # unixepoch('subsec') needs SQLite 3.42
-    "postgresql": "CAST(extract(epoch FROM clock_timestamp()) AS double precision)",
-}
+_CLOCKS = {"sqlite": sqlite.CLOCK, "postgresql": postgres.CLOCK}
 """The databases that can hold a ledger, and seconds since 1970, now, on the clock of each."""
 
-_BUSY_SECONDS = 10.0
-"""How long one writer of SQLite waits for another: a third of a lease, so that a driver that was kept waiting has time
-to extend its leases before they run out."""
+_INSERTS: Mapping[str, Callable[[Table], Any]] = {
+    "sqlite": sqlite_dialect.insert,
+    "postgresql": postgresql_dialect.insert,
+}
 
 _ADMISSION_LOCK = 7_236_441
 """Number of the Postgres advisory lock under which jobs are let in: any number that no other program locks."""
 
-_FULL = frozenset({"SQLITE_FULL", "53100"})
-"""How SQLite and Postgres say that the disk is full."""
-
-_REFUSED = ("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM")
-"""How SQLite says that this process may not use the file, or that it is none."""
+_EXTRA = "install it with `pip install 'mergefleet[postgres]'`"
 
 _Value = TypeVar("_Value")
 
@@ -59,44 +46,54 @@ class Database:
     """An open database with the tables of the ledger. Safe for several threads; other processes open their own.
 
     Args:
-        url: `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql://user@host/name`. A missing SQLite file
-            is made, with its directory; missing tables are made, and those of an older version brought up to this one.
+        url: `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql://user@host/name`.
         clock: seconds since 1970; None for the database's own, which all who share it have.
+        create: whether a missing ledger is made. One of an older schema is brought up by `upgrade` alone.
 
     Raises:
-        BadInputError: the URL is of no known kind, what it names is no ledger, or it is one of a newer version.
-        TransientIOError: the database does not answer.
+        BadInputError: the URL is of no known kind, what it names is no ledger, is damaged, or has another schema.
+        NotFoundError: there is none, and none is to be made.
+        AuthError, TransientIOError: the server does not let this user in, or does not answer.
     """
 
-    def __init__(self, url: str, clock: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        clock: Callable[[], float] | None = None,
+        *,
+        create: bool = True,
+        upgrade: bool = False,
+    ) -> None:
         parsed = _parse(url)
-        self.name = parsed.render_as_string(hide_password=True)
+        # libpq takes passwords in the query, too.
+        secret = [key for key in parsed.query if "password" in key]
+        self.name = parsed.difference_update_query(secret).render_as_string(hide_password=True)
+        self._was_open = False
+        self._file = SqliteFile(parsed) if parsed.get_backend_name() == "sqlite" else None
         try:
-            self._engine = _sqlite_engine(parsed) if parsed.get_backend_name() == "sqlite" else create_engine(parsed)
+            self._engine = postgres.open_engine(parsed) if self._file is None else self._file.open(create=create)
         except (ModuleNotFoundError, NoSuchModuleError) as error:
-            raise BadInputError(f"store {self.name}: its driver is not installed ({error})") from error
-        except OSError as error:
-            raise BadInputError(f"store {self.name}: cannot make its directory: {error}") from error
+            raise BadInputError(f"store {self.name}: its driver is not installed ({error}); {_EXTRA}") from error
         self._writer = self._engine.execution_options(writes=True)
+        self._reader = self._engine if self._file is not None else postgres.reader(self._engine)
         self._own_time = select(text(_CLOCKS[parsed.get_backend_name()]))
         self._clock = clock
         try:
-            self._prepare()
-        except DatabaseError as error:
-            self.close()
-            raise BadInputError(f"store {self.name} is not a database of mergefleet: {error.orig}") from error
+            self.was_schema = self._prepare(create=create, may_upgrade=upgrade)
         except BaseException:
             self.close()
             raise
+        self._was_open = True
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
-        """Open a transaction that only reads; in SQLite it sees one moment and does not wait.
+        """Open a transaction that only reads: all of it sees one moment, and it does not wait.
 
         Raises:
             TransientIOError: the database does not answer.
+            BadInputError: it is damaged, or its file was moved.
         """
-        with self._faults(), self._engine.begin() as connection:
+        with self._faults(), self._reader.begin() as connection:
             yield connection
 
     @contextlib.contextmanager
@@ -106,13 +103,22 @@ class Database:
         Raises:
             TransientIOError: the database does not answer, or other writers held it for too long.
             NoCapacityError: its disk is full.
+            BadInputError: it is damaged, or its file was moved.
         """
         with self._faults(), self._writer.begin() as connection:
             yield connection
 
+    def one_driver(self, who: str) -> contextlib.AbstractContextManager[None]:
+        """Be the only driver while this lasts, where the database takes one alone.
+
+        Raises:
+            BadInputError: it has one already.
+        """
+        return contextlib.nullcontext() if self._file is None else self._file.one_driver(who)
+
     def lock_admission(self, connection: Connection) -> None:
         """Keep other processes from letting jobs in until the transaction ends. SQLite has one writer anyway."""
-        if connection.dialect.name == "postgresql":
+        if self._file is None:
             connection.execute(select(func.pg_advisory_xact_lock(_ADMISSION_LOCK)))
 
     def now(self, connection: Connection) -> float:
@@ -125,48 +131,52 @@ class Database:
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
+        if self._file is not None:
+            self._file.check_in_place()
         try:
             yield
-        except OperationalError as error:
-            cause = error.orig
-            code = getattr(cause, "sqlite_errorname", None) or getattr(cause, "sqlstate", None) or ""
-            if code.startswith(_REFUSED):
-                raise BadInputError(f"store {self.name} cannot be opened for writing: {cause}") from error
-            if code in _FULL:
-                raise NoCapacityError(f"store {self.name}: its disk is full; nothing was written: {cause}") from error
-            raise TransientIOError(f"store {self.name} does not answer; nothing was written: {cause}") from error
+        except DBAPIError as error:
+            # A broken constraint or a wrong statement is a fault of ours, and stays what it is.
+            if isinstance(error, IntegrityError | DataError | NotSupportedError):
+                raise
+            if isinstance(error, ProgrammingError) and not postgres.is_refusal(error.orig):
+                if error.statement is not None:
+                    raise
+                raise BadInputError(
+                    f"store {self.name}: it cannot be connected to as its URL says: {error.orig}"
+                ) from error
+            raise self._error_of(error) from error
 
-    def _prepare(self) -> None:
-        """Make the tables, or what an older version lacks of them."""
+    def _error_of(self, error: DBAPIError) -> MergefleetError:
+        if self._file is None:
+            return postgres.error_of(self.name, error.orig)
+        return self._file.error_of(error.orig, was_open=self._was_open)
+
+    def _prepare(self, *, create: bool, may_upgrade: bool) -> str:
+        """Make the tables where there are none, or bring them up where that is allowed; return the schema found."""
         with self.read() as connection:
-            if self._version(connection) == SCHEMA_VERSION:
-                return
+            found = schema_of(connection, self.name)
+        if found == SCHEMA:
+            return found
+        if found is None and not create:
+            raise NotFoundError(f"store {self.name} has no ledger yet; `mergefleet submit` makes one")
+        if found is not None and (found > SCHEMA or not may_upgrade):
+            self._refuse(found)
         with self.write() as connection:
             self.lock_admission(connection)
-            found = self._version(connection)
+            found = schema_of(connection, self.name)
             if found is None:
-                metadata.create_all(connection)
-                connection.execute(insert(versions).values(version=SCHEMA_VERSION))
-                return
-            for version in range(found, SCHEMA_VERSION):
-                for statement in UPGRADES[version]:
-                    connection.exec_driver_sql(statement)
-            connection.execute(update(versions).values(version=SCHEMA_VERSION))
+                make_tables(connection)
+            elif found != SCHEMA:
+                upgrade(connection, found)
+        return found or SCHEMA
 
-    def _version(self, connection: Connection) -> int | None:
-        """Return the version of the tables, or None where there are none."""
-        tables = set(inspect(connection).get_table_names())
-        if versions.name not in tables:
-            if foreign := tables & metadata.tables.keys():
-                raise BadInputError(f"store {self.name} has tables of another program: {', '.join(sorted(foreign))}")
-            return None
-        version: int | None = connection.scalar(select(func.max(versions.c.version)))
-        if version != SCHEMA_VERSION and version not in UPGRADES:
-            raise BadInputError(
-                f"store {self.name}: expected schema {SCHEMA_VERSION}, found {version}; "
-                "open it with the mergefleet that wrote it, or a newer one"
-            )
-        return version
+    def _refuse(self, found: str) -> None:
+        if found > SCHEMA:
+            do = "open it with the mergefleet that wrote it, or a newer one"
+        else:
+            do = "stop its drivers, back it up, and run `mergefleet store upgrade`"
+        raise BadInputError(f"store {self.name}: expected schema {SCHEMA}, found {found}; {do}")
 
 
 def _parse(url: str) -> URL:
@@ -182,51 +192,22 @@ def _parse(url: str) -> URL:
     return parsed
 
 
-def _sqlite_engine(url: URL) -> Engine:
-    """Return an engine for a file in WAL mode whose commits are on the disk when they return."""
-    path = Path(str(url.database)).absolute()
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Requests and failures are for those who run the fleet. SQLite gives its other files the mode of this one.
-    # What is there keeps its own, and what cannot be made SQLite has words for.
-    with contextlib.suppress(OSError):
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-    engine = create_engine(url.set(database=str(path)), connect_args={"timeout": _BUSY_SECONDS})
-    event.listen(engine, "connect", _set_up_sqlite)
-    event.listen(engine, "begin", _begin_sqlite)
-    return engine
-
-
-def _set_up_sqlite(connection: sqlite3.Connection, _record: object) -> None:
-    connection.isolation_level = None  # Python's sqlite3 begins no transactions: `_begin_sqlite` does
-    connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA synchronous = FULL")
-    deadline = time.monotonic() + _BUSY_SECONDS
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.OperationalError as error:
-            # SQLite does not wait for other openers of a new file here: the timeout of the connection does not count.
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-        else:
-            return
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    """Begin a transaction; one that writes takes its lock at once, as a later upgrade could not be waited for."""
-    writes = connection.get_execution_options().get("writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+def put(connection: Connection, table: Table, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Write one row: a new one, or over the one with this key, which another process may be writing just now."""
+    row = _INSERTS[connection.dialect.name](table).values(**key, **values)
+    connection.execute(row.on_conflict_do_update(index_elements=list(key), set_=dict(values)))
 
 
 def rows_where_in(
     connection: Connection, query: Select[*tuple[Any, ...]], column: ColumnElement[Any], values: Iterable[str]
 ) -> list[Row[*tuple[Any, ...]]]:
     """Return the rows of a query where a column has one of many values."""
-    return [row for some in batches(dict.fromkeys(values)) for row in connection.execute(query.where(column.in_(some)))]
+    return [
+        row for some in in_pieces(dict.fromkeys(values)) for row in connection.execute(query.where(column.in_(some)))
+    ]
 
 
-def batches(values: Iterable[_Value]) -> Iterator[list[_Value]]:
+def in_pieces(values: Iterable[_Value]) -> Iterator[list[_Value]]:
     """Yield many values in pieces that any database takes in one statement."""
     left = list(values)
     for start in range(0, len(left), _MAX_IN):

@@ -6,77 +6,16 @@ All times are the database's. A lease is lost the moment it expires, even when n
 from collections.abc import Iterable, Mapping
 
 from pydantic import JsonValue
-from sqlalchemy import Connection, and_, or_, select
+from sqlalchemy import Connection, select
 
 from jobs.errors import LeaseLostError, NotFoundError
 from jobs.ledger.database import Database, rows_where_in
-from jobs.ledger.journal import Move, Step, make_moves
-from jobs.ledger.records import Lease
-from jobs.ledger.rows import JobRow, lease_of
+from jobs.ledger.rows import JobRow
 from jobs.ledger.schema import jobs
-from jobs.states import ACTIVE_STATES, CLAIMABLE_STATES, JobState
+from jobs.states import ACTIVE_STATES
 
 NO_LEASE = {"owner": None, "lease_expires_at": None}
 """Columns of a job without a lease."""
-
-
-def finish_lost_cancellations(connection: Connection, now: float) -> None:
-    """Make the jobs CANCELLED whose drivers were lost before they could stop."""
-    query = select(jobs).where(jobs.c.state == JobState.CANCELLING, jobs.c.lease_expires_at <= now)
-    rows = connection.execute(query.order_by(jobs.c.number).with_for_update(skip_locked=True)).all()
-    make_moves(connection, [Move(row, [Step(JobState.CANCELLED, loss(row))], NO_LEASE) for row in rows], now)
-
-
-def lease_due_jobs(connection: Connection, now: float, owner: str, limit: int, expires_at: float) -> tuple[Lease, ...]:
-    """Lease up to `limit` jobs that wait for nothing, or whose lease has expired: by priority, then by age.
-
-    An attempt whose driver was lost does not count. A job that was at work when that happened for the second time runs
-    alone from then on.
-
-    Args:
-        connection: in a transaction that may write.
-        now: time of the claim, seconds.
-        owner: names the driver.
-        limit: most jobs to lease.
-        expires_at: when the leases end, seconds.
-    """
-    is_due = or_(jobs.c.not_before.is_(None), jobs.c.not_before <= now)
-    kinds = [and_(jobs.c.state == state, is_due) for state in CLAIMABLE_STATES]
-    kinds.append(and_(jobs.c.lease_expires_at <= now, jobs.c.state != JobState.CANCELLING))
-    # Each kind by itself, in the order of an index: together, databases would look at every job that waits.
-    in_turn = (
-        select(jobs).order_by(jobs.c.priority.desc(), jobs.c.number).limit(limit).with_for_update(skip_locked=True)
-    )
-    due = [row for kind in kinds for row in connection.execute(in_turn.where(kind))]
-    due.sort(key=lambda row: (-row.priority, row.number))
-    leases, moves = [], []
-    for row in due[:limit]:
-        steps = []
-        attempts, excused_losses, suspect = row.attempts + 1, row.excused_losses, row.suspect
-        if row.owner is not None:
-            steps.append(Step(JobState.QUEUED, loss(row)))
-            attempts = row.attempts
-            if row.state != JobState.LEASED:  # it had begun, and may be what took the driver's machine down
-                excused_losses += 1
-                suspect = suspect or excused_losses > 1
-        lease = lease_of(row, row.token + 1, attempts, excused_losses=excused_losses, suspect=suspect)
-        steps.append(Step(JobState.LEASED, {"owner": owner, "token": lease.token, "attempt": attempts}))
-        columns = {
-            "owner": owner,
-            "token": lease.token,
-            "attempts": attempts,
-            "excused_losses": excused_losses,
-            "suspect": suspect,
-            "lease_expires_at": expires_at,
-            "not_before": None,
-            "stage": None,
-            "bytes_done": 0,
-            "bytes_total": 0,
-        }
-        moves.append(Move(row, steps, columns))
-        leases.append(lease)
-    make_moves(connection, moves, now)
-    return tuple(leases)
 
 
 def held_jobs(database: Database, connection: Connection, leases: Mapping[str, int]) -> tuple[dict[str, int], float]:

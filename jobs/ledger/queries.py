@@ -1,15 +1,25 @@
 """The questions to the ledger; they change nothing."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
 from sqlalchemy import case, func, select
 
+from jobs.errors import FailureClass
 from jobs.ledger.database import Database, rows_where_in
-from jobs.ledger.records import Event, JobRecord
+from jobs.ledger.pauses import Cause, Scope, read_pauses
+from jobs.ledger.records import BatchRecord, Event, JobRecord, Work
 from jobs.ledger.rows import JobRow, event_of, record_of
-from jobs.ledger.schema import events, jobs, releases
-from jobs.ledger.schema import labels as label_table
+from jobs.ledger.schema import batches, events, jobs, releases
+from jobs.ledger.selection import ALL, Selection
 from jobs.states import ACTIVE_STATES, FINAL_STATES, JobState
+
+Order = Literal["submitted", "updated", "priority"]
+_ORDERS = {
+    "submitted": (jobs.c.number,),
+    "updated": (jobs.c.updated_at.desc(), jobs.c.number),
+    "priority": (jobs.c.priority.desc(), jobs.c.number),
+}
 
 
 class Queries:
@@ -19,52 +29,132 @@ class Queries:
 
     def jobs(
         self,
+        selection: Selection = ALL,
         *,
-        ids: Collection[str] | None = None,
-        states: Collection[JobState] | None = None,
-        labels: Mapping[str, str] | None = None,
+        order: Order = "submitted",
+        limit: int | None = None,
+        skip: int = 0,
     ) -> tuple[JobRecord, ...]:
-        """Return jobs in the order of their submission.
+        """Return jobs: a page of them where there is a limit.
 
         Args:
-            ids: only these; unknown ones are left out.
-            states: only jobs in one of these.
-            labels: only jobs that have all of these labels.
+            selection: which.
+            order: by submission, by last change (newest first), or by priority (highest first).
+            limit: how many at most.
+            skip: how many of the first are left out.
         """
-        query = select(jobs, releases.c.release).outerjoin(releases).order_by(jobs.c.number)
-        if states is not None:
-            query = query.where(jobs.c.state.in_(states))
-        for name, value in (labels or {}).items():
-            has = select(label_table.c.job_id).where(label_table.c.name == name, label_table.c.value == value)
-            query = query.where(jobs.c.id.in_(has))
+        query = selection.narrow(select(jobs, releases.c.release).outerjoin(releases)).order_by(*_ORDERS[order])
         with self._database.read() as connection:
-            if ids is None:
-                rows: Sequence[JobRow] = connection.execute(query).all()
+            if selection.ids is None:
+                rows: Sequence[JobRow] = connection.execute(query.limit(limit).offset(skip)).all()
             else:
-                rows = sorted(rows_where_in(connection, query, jobs.c.id, ids), key=lambda row: row.number)
+                # Many ids are asked for in pieces: each is in order, and all of them are not.
+                found = rows_where_in(connection, query, jobs.c.id, selection.ids)
+                keys = {
+                    "submitted": lambda row: row.number,
+                    "updated": lambda row: (-row.updated_at, row.number),
+                    "priority": lambda row: (-row.priority, row.number),
+                }
+                found.sort(key=keys[order])
+                rows = found[skip : None if limit is None else skip + limit]
         return tuple(record_of(row) for row in rows)
 
-    def events(self, job_id: str) -> tuple[Event, ...]:
-        """Return everything that happened to a job, oldest first; nothing for an unknown one."""
-        query = select(events).where(events.c.job_id == job_id).order_by(events.c.sequence)
+    def ids(self, selection: Selection = ALL) -> tuple[str, ...]:
+        """Return the ids of jobs in the order of their submission."""
+        query = selection.narrow(select(jobs.c.id, jobs.c.number)).order_by(jobs.c.number)
+        with self._database.read() as connection:
+            if selection.ids is None:
+                return tuple(row.id for row in connection.execute(query))
+            rows = rows_where_in(connection, query, jobs.c.id, selection.ids)
+        return tuple(row.id for row in sorted(rows, key=lambda row: row.number))
+
+    def events(self, job_id: str, after: int = 0) -> tuple[Event, ...]:
+        """Return what happened to a job, oldest first; nothing for an unknown one.
+
+        Args:
+            job_id: of the job.
+            after: only events with a higher number than this.
+        """
+        query = select(events).where(events.c.job_id == job_id, events.c.sequence > after).order_by(events.c.sequence)
         with self._database.read() as connection:
             return tuple(event_of(row) for row in connection.execute(query))
 
-    def counts(self) -> dict[JobState, int]:
-        """Return the number of jobs in each state, zeros included."""
-        query = select(jobs.c.state, func.count()).group_by(jobs.c.state)
+    def counts(self, selection: Selection = ALL) -> dict[JobState, int]:
+        """Return the number of jobs in each state, zeros included; of `selection` all but ids count."""
+        query = selection.narrow(select(jobs.c.state, func.count())).group_by(jobs.c.state)
         with self._database.read() as connection:
             found = {JobState(state): count for state, count in connection.execute(query)}
         return {state: found.get(state, 0) for state in JobState}
 
+    def num_held(self, selection: Selection = ALL) -> dict[str, int]:
+        """Return how many jobs that wait are known to be held, by the pause that holds them."""
+        query = selection.narrow(select(jobs.c.held_by, func.count())).where(jobs.c.held_by != "")
+        with self._database.read() as connection:
+            return {row[0]: row[1] for row in connection.execute(query.group_by(jobs.c.held_by))}
+
+    def batches(self) -> tuple[BatchRecord, ...]:
+        """Return all batches, oldest first, with their counts."""
+        query = select(jobs.c.batch, jobs.c.state, func.count()).group_by(jobs.c.batch, jobs.c.state)
+        with self._database.read() as connection:
+            rows = connection.execute(select(batches).order_by(batches.c.created_at, batches.c.name)).all()
+            found = {row.name: dict.fromkeys(JobState, 0) for row in rows}
+            for batch, state, count in connection.execute(query):
+                found[batch][JobState(state)] = count
+        return tuple(BatchRecord(name=row.name, created_at=row.created_at, counts=found[row.name]) for row in rows)
+
+    def work(self, selection: Selection = ALL) -> tuple[Work, ...]:
+        """Return how far the work on each base is; of `selection` all but ids count."""
+        columns = (jobs.c.base, jobs.c.state, jobs.c.stage)
+        num_planned = func.sum(case((jobs.c.bytes_total > 0, 1), else_=0))
+        sums = (func.count(), num_planned, func.sum(jobs.c.bytes_done), func.sum(jobs.c.bytes_total))
+        query = selection.narrow(select(*columns, *sums)).group_by(*columns).order_by(*columns)
+        with self._database.read() as connection:
+            return tuple(
+                Work(
+                    base=base,
+                    state=JobState(state),
+                    stage=stage if state in ACTIVE_STATES else None,
+                    num_jobs=count,
+                    num_planned=int(planned),
+                    bytes_done=int(done),
+                    bytes_total=int(total),
+                )
+                for base, state, stage, count, planned, done, total in connection.execute(query)
+            )
+
+    def failures(self, selection: Selection = ALL) -> tuple[tuple[str, FailureClass, str], ...]:
+        """Return id, class and message of jobs that failed for good, oldest first; of `selection` all but ids count."""
+        query = selection.narrow(select(jobs.c.id, jobs.c.failure_class, jobs.c.failure_message)).where(
+            jobs.c.state.in_([JobState.FAILED, JobState.QUARANTINED])
+        )
+        with self._database.read() as connection:
+            rows = connection.execute(query.order_by(jobs.c.number)).all()
+        return tuple((row.id, FailureClass(row.failure_class), row.failure_message) for row in rows)
+
+    def now(self) -> float:
+        """Return the time on the store's clock, seconds since 1970."""
+        with self._database.read() as connection:
+            return self._database.now(connection)
+
     def seconds_until_due(self) -> float | None:
         """Return how long until something can be claimed, counting leases that would have to expire first.
+
+        What an operator has paused does not count; a place that is paused for a fault is tried when its rest is over.
 
         Returns:
             0 when something can be claimed now; None when nothing is left that ever could be.
         """
         due_at = case((jobs.c.state.in_(ACTIVE_STATES), jobs.c.lease_expires_at), else_=jobs.c.not_before)
-        query = select(func.min(func.coalesce(due_at, 0.0))).where(jobs.c.state.not_in(FINAL_STATES))
+        query = select(jobs.c.held_by, func.min(func.coalesce(due_at, 0.0))).where(jobs.c.state.not_in(FINAL_STATES))
         with self._database.read() as connection:
-            earliest = connection.scalar(query)
+            found = {row[0]: row[1] for row in connection.execute(query.group_by(jobs.c.held_by))}
+            all_pauses = read_pauses(connection)
+            by_people = [pause for pause in all_pauses if pause.cause is Cause.OPERATOR]
+            if any(pause.scope is Scope.QUEUE for pause in by_people):
+                query = query.where(jobs.c.state.in_(ACTIVE_STATES))
+                found = {row[0]: row[1] for row in connection.execute(query.group_by(jobs.c.held_by))}
+            keys = {pause.key for pause in by_people}
+            rests = {pause.key: pause.probe_at or 0.0 for pause in all_pauses if pause.cause is Cause.FAULT}
+            due = (max(at, rests.get(key, 0.0)) for key, at in found.items() if key not in keys)
+            earliest = min(due, default=None)
             return None if earliest is None else max(0.0, earliest - self._database.now(connection))

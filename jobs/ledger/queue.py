@@ -6,13 +6,21 @@ from sqlalchemy import select, update
 
 from jobs.errors import BadInputError
 from jobs.ledger.admission import admit, candidate_of, destination_conflicts
-from jobs.ledger.database import Database, batches
+from jobs.ledger.claims import Claim, fail_overdue, queue_orphans
+from jobs.ledger.database import Database, in_pieces
 from jobs.ledger.journal import Move, Step, make_moves
-from jobs.ledger.leases import finish_lost_cancellations, lease_due_jobs, lock_jobs
+from jobs.ledger.leases import lock_jobs
+from jobs.ledger.pauses import keep_pauses
 from jobs.ledger.records import Lease, SubmitResult
 from jobs.ledger.schema import jobs
+from jobs.ledger.shares import ShareRules
 from jobs.request import MergeRequest
 from jobs.states import ACTIVE_STATES, CLAIMABLE_STATES, RETRYABLE_STATES, JobState
+
+_MAX_ORPHANS = 500
+"""Jobs of lost drivers that are queued again in one transaction."""
+
+ONE_SHARE = ShareRules()
 
 
 class JobQueue:
@@ -20,10 +28,14 @@ class JobQueue:
 
     _database: Database
 
-    def submit(self, requests: Sequence[MergeRequest]) -> SubmitResult:
+    def submit(self, requests: Sequence[MergeRequest], batch: str = "default") -> SubmitResult:
         """Make jobs of requests: all or none. Returns when they are on the disk.
 
         A request that is a job already changes nothing, in any state of that job.
+
+        Args:
+            requests: to become jobs.
+            batch: that the new jobs join; made when it is missing.
 
         Raises:
             BadInputError: an id has other content, or a destination belongs to another live or published job; lists
@@ -32,24 +44,28 @@ class JobQueue:
         candidates = [candidate_of(request) for request in requests]
         with self._database.write() as connection:
             self._database.lock_admission(connection)
-            return admit(connection, candidates, self._database.now(connection))
+            return admit(connection, candidates, batch, self._database.now(connection))
 
-    def claim(self, owner: str, limit: int, lease_seconds: float) -> tuple[Lease, ...]:
-        """Lease jobs that are due, those of lost drivers included: higher priority first, then older submission.
+    def claim(self, owner: str, limit: int, lease_seconds: float, rules: ShareRules = ONE_SHARE) -> tuple[Lease, ...]:
+        """Lease jobs that wait for nothing: shares in turn, inside of each by priority, then by age.
 
-        Cancelled jobs of lost drivers become CANCELLED on the way.
+        On the way, jobs of lost drivers are queued again, cancelled ones of theirs become CANCELLED, and jobs whose
+        deadline has passed become FAILED.
 
         Args:
             owner: names the driver, for people.
-            limit: most jobs to lease.
+            limit: most jobs to lease, beside one for each place that is tried again.
             lease_seconds: time until the leases expire, unless they are extended.
+            rules: weights and quotas of shares.
         """
         if limit <= 0:
             return ()
         with self._database.write() as connection:
+            keep_pauses(connection)
             now = self._database.now(connection)
-            finish_lost_cancellations(connection, now)
-            return lease_due_jobs(connection, now, owner, limit, now + lease_seconds)
+            queue_orphans(connection, now, _MAX_ORPHANS)
+            fail_overdue(connection, now)
+            return Claim(connection, now, owner, limit, rules).lease(now + lease_seconds)
 
     def extend(self, owner: str, leases: Mapping[str, int], lease_seconds: float) -> frozenset[str]:
         """Let leases expire `lease_seconds` from now.
@@ -72,7 +88,7 @@ class JobQueue:
                 .values(lease_expires_at=now + lease_seconds)
                 .returning(jobs.c.id, jobs.c.token)
             )
-            for ids in batches(leases):
+            for ids in in_pieces(leases):
                 for job_id, token in connection.execute(extended.where(jobs.c.id.in_(ids))):
                     if token == leases[job_id]:
                         held.add(job_id)
@@ -99,11 +115,11 @@ class JobQueue:
             moves = []
             for row in rows:
                 if row.state in CLAIMABLE_STATES:
-                    moves.append(Move(row, [Step(JobState.CANCELLED)], {"not_before": None}))
+                    moves.append(Move(row, [Step(JobState.CANCELLED)], {"not_before": None, "held_by": ""}))
                 elif row.state in ACTIVE_STATES and row.state != JobState.CANCELLING:
-                    moves.append(Move(row, [Step(JobState.CANCELLING)], {"not_before": None}))
+                    moves.append(Move(row, [Step(JobState.CANCELLING)], {"not_before": None, "held_by": ""}))
             make_moves(connection, moves, now)
-            finish_lost_cancellations(connection, now)
+            queue_orphans(connection, now, _MAX_ORPHANS)
             return tuple(move.row.id for move in moves)
 
     def retry(self, ids: Iterable[str]) -> tuple[str, ...]:
@@ -126,8 +142,10 @@ class JobQueue:
                 "attempts": 0,
                 "worker_losses": 0,
                 "excused_losses": 0,
+                "excused_faults": 0,
                 "suspect": False,
                 "not_before": None,
+                "held_by": "",
                 "failure_class": None,
                 "failure_message": None,
             }

@@ -14,9 +14,10 @@ from jobs.states import JobState
 class SubmitResult:
     """What a submission changed; ids in the order of the requests."""
 
+    batch: str
     created: tuple[str, ...]
     unchanged: tuple[str, ...]
-    """Jobs that were there already with the same content, in any state."""
+    """Jobs that were there already with the same content, in any state; they stay in the batch they are in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,13 +29,42 @@ class Lease:
     token: int
     """Fencing token: grows with every claim of the job; every write names it."""
     attempts: int
-    """Attempts so far, this one included."""
+    """Attempts that count so far, the one that this lease is for included."""
     worker_losses: int
     """Workers the job has cost so far, each while it was the only job there."""
     excused_losses: int
     """Workers and drivers it was lost with and was not charged with, as others were likely at fault."""
+    excused_faults: int
+    """Faults of places that it was not charged with."""
     suspect: bool
     """Whether it, or a job beside it, may have been what ended an attempt: it must not take other jobs with it."""
+    share: str = ""
+    """The share that it belongs to."""
+    is_probe: bool = False
+    """Whether it was sent ahead to find out whether a place works again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beginning:
+    """Work on one job that starts now."""
+
+    job_id: str
+    token: int
+    worker: str
+    node: str | None
+    """Machine of the worker, where it is known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """What ended an attempt that does not count: a fault of a place, or that others had what it needs."""
+
+    place: str | None
+    """None where it only has to wait for others."""
+    failure: FailureClass
+    message: str
+    delay_seconds: float | None = None
+    """How long the job waits by itself; None where the place is paused, and all that need it wait for that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +73,11 @@ class JobRecord:
 
     id: str
     request: MergeRequest
+    batch: str
+    share: str
     state: JobState
+    held_by: str
+    """The pause that keeps a job that waits from being claimed; nothing where there is none."""
     attempts: int
     worker_losses: int
     owner: str | None
@@ -53,6 +87,11 @@ class JobRecord:
     not_before: float | None
     """When a job in RETRY_WAIT may be claimed."""
     merge_key: str | None
+    worker: str | None
+    """Worker of the last attempt."""
+    node: str | None
+    started_at: float | None
+    """When the last attempt began."""
     stage: str | None
     """Stage, and bytes, of the last attempt."""
     bytes_done: int
@@ -101,3 +140,42 @@ class Publication:
     release: Release
     report_path: str | None
     """Parity report of the attempt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchRecord:
+    """A batch as it stands: how many of its jobs are in each state."""
+
+    name: str
+    created_at: float
+    counts: dict[JobState, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverRecord:
+    """A driver that has worked on this ledger. Times are seconds since 1970 on the store's clock."""
+
+    owner: str
+    host: str
+    pid: int
+    started_at: float
+    seen_at: float
+    """When it last claimed or extended leases."""
+    ended_at: float | None
+    """When it ended in order; None while it works, and of one that was killed."""
+    num_leases: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """How many jobs of one base are at the same point."""
+
+    base: str
+    state: JobState
+    stage: str | None
+    """Of the attempt, where there is one."""
+    num_jobs: int
+    num_planned: int
+    """Those of which the bytes are known."""
+    bytes_done: int
+    bytes_total: int

@@ -15,16 +15,18 @@ JobRow: TypeAlias = Row[*tuple[Any, ...]]
 """One row of the table of jobs; records also need `release`, of the table of releases."""
 
 
-def lease_of(row: JobRow, token: int, attempts: int, *, excused_losses: int, suspect: bool) -> Lease:
-    """Return the lease that a claim of this row gives."""
+def lease_of(row: JobRow, request: MergeRequest, token: int) -> Lease:
+    """Return the lease that a claim of this row gives, whose request has been read."""
     return Lease(
         job_id=row.id,
-        request=request_of(row),
+        request=request,
         token=token,
-        attempts=attempts,
+        attempts=row.attempts + 1,
         worker_losses=row.worker_losses,
-        excused_losses=excused_losses,
-        suspect=suspect,
+        excused_losses=row.excused_losses,
+        excused_faults=row.excused_faults,
+        suspect=row.suspect,
+        share=row.share,
     )
 
 
@@ -38,7 +40,10 @@ def record_of(row: JobRow) -> JobRecord:
     return JobRecord(
         id=row.id,
         request=request_of(row),
+        batch=row.batch,
+        share=row.share,
         state=JobState(row.state),
+        held_by=row.held_by,
         attempts=row.attempts,
         worker_losses=row.worker_losses,
         owner=row.owner,
@@ -46,6 +51,9 @@ def record_of(row: JobRow) -> JobRecord:
         lease_expires_at=row.lease_expires_at,
         not_before=row.not_before,
         merge_key=row.merge_key,
+        worker=row.worker,
+        node=row.node,
+        started_at=row.started_at,
         stage=row.stage,
         bytes_done=row.bytes_done,
         bytes_total=row.bytes_total,

@@ -1,17 +1,18 @@
 """Requests, request files, releases and stores for the tests of the ledger."""
 
-import contextlib
 import pickle
-import sqlite3
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from jobs.errors import FailureClass
 from jobs.ledger.records import JobRecord, Lease
+from jobs.ledger.schema import jobs, pauses
+from jobs.ledger.selection import Selection
 from jobs.ledger.store import JobStore
 from jobs.locations import LocalPath
 from jobs.parity_report import ParitySummary
@@ -20,7 +21,7 @@ from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
 from jobs.request_files.problems import RequestFileError
 from jobs.request_files.reading import load_requests
 from jobs.states import Decision, JobState
-from tests.releases import advance
+from tests.releases import advance, begin
 
 STAGES = (JobState.PLANNING, JobState.MERGING, JobState.VERIFYING, JobState.PUBLISHING)
 
@@ -71,7 +72,16 @@ def database(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(database: Path) -> Iterator[JobStore]:
+def store(store_url: str) -> Iterator[JobStore]:
+    """An empty ledger, on SQLite and on Postgres."""
+    store = JobStore(store_url)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def sqlite_store(database: Path) -> Iterator[JobStore]:
+    """An empty ledger in a file."""
     store = JobStore(f"sqlite:///{database}")
     yield store
     store.close()
@@ -80,12 +90,11 @@ def store(database: Path) -> Iterator[JobStore]:
 class Driver:
     """Does to the jobs of one store what a driver, or the death of one, would do."""
 
-    def __init__(self, store: JobStore, database: Path) -> None:
+    def __init__(self, store: JobStore) -> None:
         self._store = store
-        self._database = database
 
     def record(self, job_id: str) -> JobRecord:
-        (found,) = self._store.jobs(ids=[job_id])
+        (found,) = self._store.jobs(Selection(ids=[job_id]))
         return found
 
     def states(self, job_id: str) -> list[JobState]:
@@ -98,10 +107,21 @@ class Driver:
         assert lease.job_id == job_id
         return lease
 
+    def begin(self, job_id: str, owner: str = "driver") -> int:
+        """Claim the job that is expected to be next, and start work on it; return its token."""
+        token = self.claim(job_id, owner).token
+        begin(self._store, job_id, token)
+        return token
+
     def expire(self, job_id: str) -> None:
         """Let the lease of a job run out now, rather than wait for it."""
-        with contextlib.closing(sqlite3.connect(self._database)) as connection, connection:
-            connection.execute("UPDATE jobs SET lease_expires_at = 1 WHERE id = ?", (job_id,))
+        with self._store._database.write() as connection:
+            connection.execute(update(jobs).where(jobs.c.id == job_id).values(lease_expires_at=1))
+
+    def probe_now(self) -> None:
+        """Let the rests of all places at fault be over now, rather than wait for it."""
+        with self._store._database.write() as connection:
+            connection.execute(update(pauses).where(pauses.c.probe_at.is_not(None)).values(probe_at=1))
 
     def lead_to(self, job_id: str, state: JobState) -> int:
         """Bring a fresh job into a state; return its token."""
@@ -121,8 +141,8 @@ class Driver:
 
 
 @pytest.fixture
-def driver(store: JobStore, database: Path) -> Driver:
-    return Driver(store, database)
+def driver(store: JobStore) -> Driver:
+    return Driver(store)
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@
 import pytest
 
 from jobs.errors import BadInputError, CancelledError, FailureClass, InternalError, LeaseLostError, NotFoundError
+from jobs.ledger.records import Beginning, Fault
 from jobs.states import ACTIVE_STATES, CLAIMABLE_STATES, Decision, JobState
-from tests.releases import advance, progress_of, settle
+from tests.releases import advance, begin, progress_of, settle
 
 STAGES = (JobState.PLANNING, JobState.MERGING, JobState.VERIFYING, JobState.PUBLISHING)
 GIVE_UP = Decision(state=JobState.FAILED)
@@ -33,16 +34,59 @@ class TestAttempt:
     def test_work_moves_through_stages_only(self, store, driver, make_request):
         store.submit([make_request("a")])
         token = driver.claim("a").token
-        for state in set(JobState) - set(STAGES):
-            with pytest.raises(InternalError, match=f"a stage of the work.*{state}"):
-                advance(store, "a", token, state)
-        assert driver.record("a").state is JobState.LEASED
+        begin(store, "a", token)
+        for state in set(JobState) - set(STAGES[1:]):
+            with pytest.raises(InternalError, match=f"a stage to advance to.*{state}"):
+                store.advance({"a": token}, state)
+        assert driver.record("a").state is JobState.PLANNING
+
+    def test_work_that_has_not_begun_does_not_move(self, store, driver, make_request):
+        store.submit([make_request("a"), make_request("b")])
+        tokens = {name: driver.claim(name).token for name in ("a", "b")}
+        begin(store, "a", tokens["a"])
+        with pytest.raises(InternalError, match="job 'b': expected `begin`"):
+            store.advance(tokens, JobState.MERGING)
+        assert driver.record("a").state is JobState.PLANNING
+        with pytest.raises(InternalError, match="no way leads from PLANNING to PLANNING"):
+            begin(store, "a", tokens["a"])
+        assert driver.record("a").attempts == 1
+
+    def test_an_attempt_counts_from_its_beginning_which_says_where_it_runs(self, store, driver, make_request):
+        names = ("a", "cancelling", "expired", "taken")
+        store.submit([make_request(name) for name in names])
+        tokens = {lease.job_id: lease.token for lease in store.claim("driver", len(names), 60)}
+        assert {job.attempts for job in store.jobs()} == {0}
+        store.cancel(["cancelling"])
+        driver.expire("expired")
+        tokens["taken"] -= 1
+        beginnings = [
+            Beginning(job_id=name, token=token, worker="worker-3", node="10.0.0.7") for name, token in tokens.items()
+        ]
+        errors = store.begin(beginnings)
+        assert {name: type(error) for name, error in errors.items()} == {
+            "cancelling": CancelledError,
+            "expired": LeaseLostError,
+            "taken": LeaseLostError,
+        }
+        job = driver.record("a")
+        assert (job.state, job.attempts, job.worker, job.node) == (JobState.PLANNING, 1, "worker-3", "10.0.0.7")
+        assert abs(job.started_at - store.now()) < 60
+        assert store.events("a")[-1].detail == {
+            "attempt": 1,
+            "owner": "driver",
+            "worker": "worker-3",
+            "node": "10.0.0.7",
+        }
+        for name in ("expired", "taken"):
+            assert (driver.record(name).state, driver.record(name).attempts) == (JobState.LEASED, 0)
+        with pytest.raises(NotFoundError, match="no job unknown"):
+            store.begin([Beginning(job_id="unknown", token=1, worker="w", node=None)])
 
     def test_a_unit_moves_at_once_and_every_state_is_logged(self, store, driver, make_request):
-        names = ("leased", "merging", "verifying", "publishing", "cancelling", "expired", "taken")
+        names = ("planning", "merging", "verifying", "publishing", "cancelling", "expired", "taken")
         store.submit([make_request(name) for name in names])
         leases = {lease.job_id: lease.token for lease in store.claim("driver", len(names), 60)}
-        for name, reached in (("merging", 2), ("verifying", 3), ("publishing", 4)):
+        for name, reached in (("planning", 1), ("merging", 2), ("verifying", 3), ("publishing", 4)):
             for stage in STAGES[:reached]:
                 advance(store, name, leases[name], stage)
         store.cancel(["cancelling"])
@@ -56,22 +100,22 @@ class TestAttempt:
             "expired": LeaseLostError,
             "taken": LeaseLostError,
         }
-        for name in ("leased", "merging"):
+        for name in ("planning", "merging"):
             assert driver.states(name) == [JobState.QUEUED, JobState.LEASED, *STAGES[:3]]
             assert [event.sequence for event in store.events(name)] == [1, 2, 3, 4, 5]
             assert driver.record(name).merge_key == keys[name]
-        for name in set(names) - {"leased", "merging"}:
+        for name in set(names) - {"planning", "merging"}:
             assert store.events(name) == before[name]
             assert driver.record(name).merge_key is None
         assert store.advance(leases, JobState.VERIFYING).keys() == errors.keys()
-        assert driver.record("leased").merge_key == keys["leased"]
+        assert driver.record("planning").merge_key == keys["planning"]
         with pytest.raises(NotFoundError, match="no job unknown"):
             store.advance(leases | {"unknown": 1}, JobState.PUBLISHING)
-        assert driver.record("leased").state is JobState.VERIFYING
+        assert driver.record("planning").state is JobState.VERIFYING
 
     def test_failing_and_waiting(self, store, driver, make_request):
         store.submit([make_request("a")])
-        token = driver.claim("a").token
+        token = driver.begin("a")
         later = Decision(state=JobState.RETRY_WAIT, delay_seconds=100)
         store.fail("a", token, FailureClass.WORKER_LOST, "died", later, worker_lost=True, report_path="/r")
         job = driver.record("a")
@@ -83,6 +127,7 @@ class TestAttempt:
         assert store.retry(["a"]) == ("a",)
         lease = driver.claim("a")
         assert (lease.attempts, lease.worker_losses, lease.token) == (1, 0, 2)
+        begin(store, "a", lease.token)
         store.fail("a", lease.token, FailureClass.TRANSIENT_IO, "again", RETRY_NOW)
         lease = driver.claim("a")
         assert lease.attempts == 2
@@ -110,23 +155,50 @@ class TestAttempt:
 
     def test_letting_go_costs_no_attempt(self, store, driver, make_request):
         store.submit([make_request("a")])
-        store.let_go("a", driver.claim("a").token, "no worker is large enough")
+        store.let_go("a", driver.claim("a").token, "drain")
+        store.let_go("a", driver.begin("a"), "no worker is large enough")
         job = driver.record("a")
         assert (job.state, job.attempts, job.owner) == (JobState.QUEUED, 0, None)
         assert store.events("a")[-1].detail == {"reason": "no worker is large enough"}
-        assert driver.claim("a").token == 2
+        assert driver.claim("a").token == 3
+
+    @pytest.mark.parametrize("delay", [None, 100])
+    def test_a_fault_of_others_costs_no_attempt_and_is_remembered(
+        self, store, driver, make_request, make_release, delay
+    ):
+        store.submit([make_request("a")])
+        fault = Fault(place="s3://b", failure=FailureClass.TRANSIENT_IO, message="gone \udcff", delay_seconds=delay)
+        store.let_go("a", driver.begin("a"), "s3://b is at fault", fault)
+        job = driver.record("a")
+        assert (job.attempts, job.failure_class, job.failure_message) == (0, FailureClass.TRANSIENT_IO, "gone \\udcff")
+        said = {"reason": "s3://b is at fault", "place": "s3://b", "failure": "transient_io", "message": "gone \\udcff"}
+        if delay:
+            assert job.state is JobState.RETRY_WAIT
+            assert 90 < store.seconds_until_due() <= 100
+            assert store.events("a")[-1].detail == said | {"delay_seconds": 100}
+            assert store.claim("driver", 1, 60) == ()
+            store.retry(["a"])
+            assert driver.claim("a").excused_faults == 0
+            return
+        assert (job.state, job.not_before) == (JobState.QUEUED, None)
+        assert store.events("a")[-1].detail == said
+        lease = driver.claim("a")
+        assert (lease.excused_faults, lease.attempts) == (1, 1)
+        settle(store, "a", lease.token, make_release("a"), None)
+        assert driver.record("a").failure_class is None
 
     def test_isolating_costs_no_attempt_and_marks_the_job_until_it_is_published_or_retried(
         self, store, driver, make_request, make_release
     ):
         store.submit([make_request("a"), make_request("b")])
-        tokens = {name: driver.claim(name).token for name in ("a", "b")}
+        tokens = {"a": driver.begin("a"), "b": driver.claim("b").token}
         for name in ("a", "b"):
             store.isolate(name, tokens[name], FailureClass.WORKER_LOST, "died \udcff", "why")
             assert (driver.record(name).state, driver.record(name).attempts) == (JobState.QUEUED, 0)
             assert (driver.record(name).worker_losses, driver.record(name).failure_message) == (0, "died \\udcff")
         lease = driver.claim("a")
         assert (lease.suspect, lease.attempts, lease.excused_losses) == (True, 1, 1)
+        begin(store, "a", lease.token)
         store.fail("a", lease.token, FailureClass.TRANSIENT_IO, "no answer", RETRY_NOW)
         lease = driver.claim("a")
         assert (lease.suspect, lease.attempts) == (True, 2)

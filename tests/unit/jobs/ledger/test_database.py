@@ -1,35 +1,37 @@
-"""The database below the ledger: locks, its clock, schema versions, and what its faults become."""
+"""The database below the ledger: its URL, its file, locks and its clock, and what its faults become."""
 
 import json
+import os
 import sqlite3
 import stat
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from cluster.settings import Settings
-from jobs.errors import BadInputError, FailureClass, TransientIOError
+from jobs.errors import BadInputError, TransientIOError
 from jobs.ledger.store import JobStore
 from tests.releases import settle
 
 
 class TestOpening:
-    def test_the_directory_is_made_and_commits_reach_the_disk(self, store, database):
+    def test_the_directory_is_made_and_commits_reach_the_disk(self, sqlite_store, database):
         assert database.is_file()
-        store.counts()
+        sqlite_store.counts()
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in database.parent.glob(f"{database.name}*")}
         assert len(modes) > 1
         assert set(modes.values()) == {0o600}
-        with store._database.read() as connection:
+        with sqlite_store._database.read() as connection:
             assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
             assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
             assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
 
-    def test_what_is_there_is_kept(self, store, database, make_request):
-        store.submit([make_request("a")])
+    def test_what_is_there_is_kept(self, sqlite_store, database, make_request):
+        sqlite_store.submit([make_request("a")])
         again = JobStore(f"sqlite:///{database}")
-        assert again.jobs() == store.jobs()
+        assert again.jobs() == sqlite_store.jobs()
         again.close()
 
     def test_a_relative_path_stays_where_it_was(self, tmp_path, monkeypatch, make_request):
@@ -39,42 +41,6 @@ class TestOpening:
         store.submit([make_request("a")])
         store.close()
         assert (tmp_path / "here" / "jobs.db").is_file()
-
-    def test_a_newer_schema_is_refused(self, store, database):
-        store.close()
-        with sqlite3.connect(database) as connection:
-            connection.execute("UPDATE mergefleet_schema SET version = 99")
-        connection.close()
-        with pytest.raises(BadInputError, match="expected schema 2, found 99"):
-            JobStore(f"sqlite:///{database}")
-
-    def test_an_older_schema_is_brought_up_to_this_one(self, store, driver, make_request, database):
-        store.submit([make_request(name) for name in ("died", "good")])
-        store.isolate("died", driver.claim("died").token, FailureClass.WORKER_LOST, "lost", "why")
-        store.close()
-        with sqlite3.connect(database) as connection:  # as version 1 had it
-            for column in ("suspect", "excused_losses"):
-                connection.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
-            connection.execute("UPDATE mergefleet_schema SET version = 1")
-        connection.close()
-        for _ in range(2):
-            again = JobStore(f"sqlite:///{database}")
-            assert [(job.id, job.failure_class) for job in again.jobs()] == [("died", "worker_lost"), ("good", None)]
-            again.close()
-        again = JobStore(f"sqlite:///{database}")
-        assert [(lease.job_id, lease.suspect) for lease in again.claim("driver", 2, 60)] == [
-            ("died", True),
-            ("good", False),
-        ]
-        again.close()
-
-    def test_the_tables_of_another_program_are_left_alone(self, tmp_path):
-        path = tmp_path / "other.db"
-        with sqlite3.connect(path) as connection:
-            connection.execute("CREATE TABLE jobs (x)")
-        connection.close()
-        with pytest.raises(BadInputError, match="tables of another program: jobs"):
-            JobStore(f"sqlite:///{path}")
 
     def test_a_file_that_is_no_database(self, tmp_path):
         path = tmp_path / "notes.txt"
@@ -108,8 +74,72 @@ class TestOpening:
         with pytest.raises(BadInputError, match="cannot be opened"):
             JobStore(f"sqlite:///{tmp_path}")
         (tmp_path / "file").touch()
-        with pytest.raises(BadInputError, match="cannot make its directory"):
+        with pytest.raises(BadInputError, match="cannot be made or opened"):
             JobStore(f"sqlite:///{tmp_path}/file/jobs.db")
+
+
+class TestFile:
+    """What may happen to the file of a ledger."""
+
+    def test_a_missing_one_is_not_made_by_commands_that_only_read(self, database):
+        with pytest.raises(BadInputError, match=r"no ledger here; `mergefleet submit` makes one, or set MERGEFLEET_"):
+            JobStore(f"sqlite:///{database}", create=False)
+        assert not database.parent.exists()
+
+    def test_a_new_one_appears_whole_and_leaves_nothing_beside_it(self, sqlite_store, database):
+        sqlite_store.close()
+        assert [path.name for path in database.parent.iterdir()] == [database.name]
+        assert database.stat().st_size > 0
+
+    @pytest.mark.parametrize("create", [True, False])
+    def test_an_empty_one_is_refused_and_stays(self, database, create):
+        database.parent.mkdir()
+        database.touch()
+        with pytest.raises(BadInputError, match=r"is an empty file, .* restore it .* or delete it to begin anew"):
+            JobStore(f"sqlite:///{database}", create=create)
+        assert database.stat().st_size == 0
+
+    def test_one_with_overwritten_pages_is_refused_at_the_first_page_that_is_wrong(
+        self, sqlite_store, database, make_request
+    ):
+        sqlite_store.submit([make_request(f"r{index}") for index in range(500)])
+        sqlite_store.close()
+        num_bytes = database.stat().st_size
+        with database.open("r+b") as file:  # all but the page that names the tables
+            file.seek(num_bytes // 4)
+            file.write(b"\xa5" * (num_bytes // 2))
+        again = JobStore(f"sqlite:///{database}")
+        with pytest.raises(
+            BadInputError, match=r"is damaged, .*; restore it from a backup \(docs/operations.md, Backup\)"
+        ):
+            again.jobs()
+        again.close()
+
+    def test_one_that_was_cut_off_is_refused(self, sqlite_store, database, make_request):
+        sqlite_store.submit([make_request(f"r{index}") for index in range(500)])
+        sqlite_store.close()
+        os.truncate(database, 100)
+        with pytest.raises(BadInputError, match="is damaged"):
+            JobStore(f"sqlite:///{database}")
+
+    @pytest.mark.parametrize("verb", ["read", "write"])
+    def test_one_that_is_deleted_while_it_is_open(self, sqlite_store, database, make_request, verb):
+        database.rename(database.with_name("elsewhere.db"))
+        with pytest.raises(BadInputError, match="was moved or deleted while it was open; put it back"):
+            sqlite_store.jobs() if verb == "read" else sqlite_store.submit([make_request("a")])
+        assert not database.exists()
+        database.with_name("elsewhere.db").rename(database)
+        assert sqlite_store.submit([make_request("a")]).created == ("a",)
+
+    @pytest.mark.parametrize("verb", ["read", "write"])
+    def test_one_that_is_replaced_while_it_is_open(self, sqlite_store, database, make_request, verb):
+        JobStore(f"sqlite:///{database}.new").close()
+        Path(f"{database}.new").replace(database)
+        with pytest.raises(BadInputError, match="was replaced by another file while it was open; start again"):
+            sqlite_store.jobs() if verb == "read" else sqlite_store.submit([make_request("a")])
+        again = JobStore(f"sqlite:///{database}")
+        assert again.jobs() == ()
+        again.close()
 
 
 class TestDatabase:
@@ -123,36 +153,36 @@ class TestDatabase:
             settle(store, "a", token, release, None)
         assert (driver.record("a"), store.events("a")) == before
 
-    def test_the_database_itself_refuses_two_jobs_for_one_destination(self, store, make_request, database):
-        store.submit([make_request("a"), make_request("b")])
+    def test_the_database_itself_refuses_two_jobs_for_one_destination(self, sqlite_store, make_request, database):
+        sqlite_store.submit([make_request("a"), make_request("b")])
         with sqlite3.connect(database) as connection, pytest.raises(sqlite3.IntegrityError, match="destination"):
             connection.execute("UPDATE jobs SET destination = '/releases/a' WHERE id = 'b'")
         connection.close()
 
-    def test_a_writer_that_holds_on_for_too_long_is_a_transient_fault(self, store, make_request, database):
-        with store._database.write() as connection:
+    def test_a_writer_that_holds_on_for_too_long_is_a_transient_fault(self, sqlite_store, make_request, database):
+        with sqlite_store._database.write() as connection:
             connection.exec_driver_sql("PRAGMA busy_timeout = 50")
         holder = sqlite3.connect(database, isolation_level=None)
         holder.execute("BEGIN IMMEDIATE")
-        with pytest.raises(TransientIOError, match="database is locked"):
-            store.submit([make_request("a")])
-        assert store.jobs() == ()
+        with pytest.raises(TransientIOError, match="locked by another process that does not go on"):
+            sqlite_store.submit([make_request("a")])
+        assert sqlite_store.jobs() == ()
         holder.execute("ROLLBACK")
         holder.close()
-        assert store.submit([make_request("a")]).created == ("a",)
+        assert sqlite_store.submit([make_request("a")]).created == ("a",)
 
-    def test_a_driver_that_waits_for_a_writer_can_still_keep_its_leases(self, store):
-        with store._database.read() as connection:
+    def test_a_driver_that_waits_for_a_writer_can_still_keep_its_leases(self, sqlite_store):
+        with sqlite_store._database.read() as connection:
             wait_milliseconds = connection.exec_driver_sql("PRAGMA busy_timeout").scalar()
         # Leases are extended every third of their length.
         assert wait_milliseconds / 1000 <= Settings().lease_seconds / 3
 
-    def test_readers_do_not_wait_for_a_writer(self, store, make_request, database):
-        store.submit([make_request("a")])
+    def test_readers_do_not_wait_for_a_writer(self, sqlite_store, make_request, database):
+        sqlite_store.submit([make_request("a")])
         holder = sqlite3.connect(database, isolation_level=None)
         holder.execute("BEGIN IMMEDIATE")
         start = time.monotonic()
-        assert [job.id for job in store.jobs()] == ["a"]
+        assert [job.id for job in sqlite_store.jobs()] == ["a"]
         assert time.monotonic() - start < 5
         holder.close()
 
@@ -171,9 +201,9 @@ class TestDatabase:
             thread.join()
         assert sorted(taken) == sorted(f"r{index}" for index in range(40))
 
-    def test_events_are_readable_by_any_tool(self, store, driver, make_request, database):
-        store.submit([make_request("a")])
-        driver.claim("a")
+    def test_events_are_readable_by_any_tool(self, sqlite_store, make_request, database):
+        sqlite_store.submit([make_request("a")])
+        sqlite_store.claim("driver", 1, 60)
         with sqlite3.connect(database) as connection:
             rows = connection.execute("SELECT sequence, state, detail FROM events ORDER BY sequence").fetchall()
         connection.close()

@@ -6,7 +6,7 @@ import pytest
 
 from jobs.errors import FailureClass, LeaseLostError, NotFoundError
 from jobs.states import ACTIVE_STATES, Decision, JobState
-from tests.releases import advance, progress_of, settle
+from tests.releases import advance, begin, progress_of, settle
 
 GIVE_UP = Decision(state=JobState.FAILED)
 
@@ -29,7 +29,7 @@ class TestClaim:
         job = driver.record("a")
         assert (job.state, job.owner, job.token) == (JobState.LEASED, "driver-1", 1)
         assert 50 < job.lease_expires_at - time.time() < 70
-        assert store.events("a")[-1].detail == {"owner": "driver-1", "token": 1, "attempt": 1}
+        assert store.events("a")[-1].detail == {"owner": "driver-1", "token": 1}
 
     @pytest.mark.parametrize("state", sorted(ACTIVE_STATES - {JobState.CANCELLING}))
     def test_the_job_of_a_lost_driver_is_claimed_again(self, store, driver, make_request, state):
@@ -42,6 +42,17 @@ class TestClaim:
         *_, lost, leased = store.events("a")
         assert (lost.state, leased.state) == (JobState.QUEUED, JobState.LEASED)
         assert lost.detail == {"reason": "lease expired", "owner": "driver", "token": token, "state": state}
+
+    def test_a_lost_job_is_queued_by_the_next_claim_of_anyone(self, store, driver, make_request):
+        store.submit([make_request("a"), make_request("b", priority=1)])
+        driver.lead_to("b", JobState.MERGING)
+        driver.expire("b")
+        assert driver.record("b").state is JobState.MERGING
+        assert [lease.job_id for lease in store.claim("other", 1, 60)] == ["b"]
+        driver.expire("b")
+        store.submit([make_request("c", priority=2)])
+        assert [lease.job_id for lease in store.claim("third", 1, 60)] == ["c"]
+        assert (driver.record("b").state, driver.record("b").owner) == (JobState.QUEUED, None)
 
     def test_jobs_that_never_began_are_not_charged_with_their_drivers(self, store, driver, make_request):
         store.submit([make_request("a")])
@@ -105,23 +116,25 @@ class TestFencing:
         """Tokens of jobs named by what became of their lease."""
         store.submit([make_request(name) for name in ("held", "expired", "taken", "ended", "cancelling")])
         leases = {lease.job_id: lease.token for lease in store.claim("driver", 5, 60)}
+        store.let_go("ended", leases["ended"], "drain")
+        store.cancel(["cancelling"])  # which would queue jobs again whose leases had expired
         driver.expire("expired")
         driver.expire("taken")
-        store.let_go("ended", leases["ended"], "drain")
-        store.cancel(["cancelling"])
         leases["taken"] -= 1
         return leases
 
     @pytest.fixture
     def writes(self, store, make_release):
         return {
-            "advance": lambda token: advance(store, "a", token, JobState.PLANNING),
+            "begin": lambda token: begin(store, "a", token),
+            "advance": lambda token: advance(store, "a", token, JobState.MERGING),
             "settle": lambda token: settle(store, "a", token, make_release("a"), None),
             "fail": lambda token: store.fail("a", token, FailureClass.INTERNAL, "x", GIVE_UP),
             "let_go": lambda token: store.let_go("a", token, "x"),
+            "isolate": lambda token: store.isolate("a", token, FailureClass.WORKER_LOST, "x", "x"),
         }
 
-    @pytest.mark.parametrize("verb", ["advance", "settle", "fail", "let_go"])
+    @pytest.mark.parametrize("verb", ["begin", "advance", "settle", "fail", "let_go", "isolate"])
     def test_no_write_without_the_lease(self, store, driver, make_request, writes, verb):
         store.submit([make_request("a")])
         with pytest.raises(LeaseLostError, match="the job is QUEUED"):
@@ -136,9 +149,29 @@ class TestFencing:
             with pytest.raises(LeaseLostError, match=f"its token is 2 by now, not {stale}"):
                 writes[verb](stale)
         assert (driver.record("a"), store.events("a")) == before
+        if verb == "advance":
+            begin(store, "a", second.token)
         writes[verb](second.token)
 
-    @pytest.mark.parametrize("end", ["settle", "fail", "let_go"])
+    def test_leases_that_are_released_are_lost_at_once(self, store, make_request, writes):
+        store.submit([make_request("a"), make_request("b")])
+        store.register_driver("driver", "host", 1, "")
+        tokens = {lease.job_id: lease.token for lease in store.claim("driver", 2, 600)}
+        begin(store, "b", tokens["b"])
+        assert store.release_leases("driver") == 2
+        for write in writes.values():
+            with pytest.raises(LeaseLostError, match="it expired"):
+                write(tokens["a"])
+        assert store.extend("driver", tokens, 600) == tokens.keys()
+        assert store.report_progress(progress_of(tokens, stage="merge", bytes_done=1, bytes_total=2)) == tokens.keys()
+        assert store.release_leases("driver") == 0
+        assert {lease.job_id: lease.token for lease in store.claim("other", 2, 60)} == {"a": 2, "b": 2}
+        assert store.release_leases("driver") == 0
+        begin(store, "a", 2)
+        with pytest.raises(NotFoundError, match="has no driver nobody; `mergefleet status`"):
+            store.release_leases("nobody")
+
+    @pytest.mark.parametrize("end", ["settle", "fail", "let_go", "isolate"])
     def test_no_write_after_the_end_of_the_attempt(self, store, driver, make_request, writes, end):
         store.submit([make_request("a")])
         token = driver.claim("a").token

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.errors import FailureClass
+from jobs.ledger.selection import Selection
 from jobs.ledger.store import JobStore
 from jobs.states import Decision, JobState
 from tests.releases import settle
@@ -17,7 +18,9 @@ class TestReading:
         store.cancel(["b"])
 
         def ids(**filters):
-            return [job.id for job in store.jobs(**filters)]
+            found = [job.id for job in store.jobs(Selection(**filters))]
+            assert store.ids(Selection(**filters)) == tuple(found)
+            return found
 
         assert ids() == ["a", "b", "c", "d"]
         assert ids(ids=["d", "a", "nope", "d"]) == ["a", "d"]
@@ -73,10 +76,10 @@ class TestStoredValues:
         name = f"r{len(shared_store.jobs())}"
         request = make_request(name, labels=labels, parity={"prompts": prompts}, priority=1000)
         shared_store.submit([request])
-        (job,) = shared_store.jobs(ids=[name])
+        (job,) = shared_store.jobs(Selection(ids=[name]))
         assert job.request == request
         for label, value in labels.items():
-            assert name in [job.id for job in shared_store.jobs(labels={label: value})]
+            assert name in [job.id for job in shared_store.jobs(Selection(labels={label: value}))]
         (lease,) = shared_store.claim("driver", 1, 60)
         assert lease.request == request
 
@@ -90,9 +93,9 @@ class TestStoredValues:
         assert shared_store.events(name)[-1].detail == {"reason": message}
         (lease,) = shared_store.claim("driver", 1, 60)
         shared_store.fail(name, lease.token, FailureClass.INTERNAL, message, Decision(state=JobState.RETRY_WAIT))
-        assert shared_store.jobs(ids=[name])[0].failure_message == message
+        assert shared_store.jobs(Selection(ids=[name]))[0].failure_message == message
         (lease,) = shared_store.claim("driver", 1, 60)
         manifest = make_release(name).manifest.model_copy(update={"versions": {message: message}})
         release = make_release(name).model_copy(update={"manifest": manifest})
         settle(shared_store, name, lease.token, release, None)
-        assert shared_store.jobs(ids=[name])[0].release == release
+        assert shared_store.jobs(Selection(ids=[name]))[0].release == release

@@ -1,0 +1,1 @@
+"""One migration each, named after the schema it leads to."""
