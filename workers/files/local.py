@@ -10,13 +10,31 @@ from pathlib import Path
 from typing import Self
 
 from jobs.errors import AuthError, BadInputError, MergefleetError, NoCapacityError, NotFoundError, TransientIOError
+from jobs.places import file_place
 
 CHUNK_BYTES = 8 << 20
 """How much of a file is in memory at a time."""
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-_DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
-_PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EMFILE, errno.ENFILE})
+_DENIED = frozenset({errno.EACCES, errno.EPERM})
+_PASSING = frozenset(
+    {
+        errno.EAGAIN,
+        errno.EBUSY,
+        errno.EHOSTDOWN,
+        errno.EINTR,
+        errno.EIO,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENODEV,
+        errno.ENOTCONN,
+        errno.EROFS,  # a file system that found itself damaged, or is being moved, is mounted anew
+        errno.ESHUTDOWN,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.EUCLEAN,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +69,36 @@ def file_errors(doing: str) -> Iterator[None]:
 
 
 def translate_os_error(error: OSError, doing: str) -> MergefleetError:
-    """Return our error for an OSError of local files, by errno."""
+    """Return our error for an OSError of local files, by errno; it names the file system where that is at fault."""
     where = f"{doing}: {error.strerror or error}" + (f": {error.filename}" if error.filename else "")
     if isinstance(error, FileNotFoundError):  # some libraries raise it without an errno
         return NotFoundError(where)
     if error.errno in _DENIED:
-        return AuthError(f"{where}; give this process permission, or choose another place")
+        return AuthError(f"{where}; give this process permission, or choose another place").at(_place_of(error))
     if error.errno in _FULL:
-        return NoCapacityError(f"{where}; free some space")
+        return NoCapacityError(f"{where}; free some space").at(_place_of(error))
     if error.errno in _PASSING:
-        return TransientIOError(where)
+        return TransientIOError(where).at(_place_of(error))
     return BadInputError(where)
+
+
+def is_of_the_place(error: OSError) -> bool:
+    """Whether an error is that of a file system or a machine, and not of what was asked of it."""
+    return error.errno in _FULL | _PASSING
+
+
+def _place_of(error: OSError) -> str | None:
+    """Return the file system that an error is about, by where it is mounted; None where no file is named."""
+    name = error.filename2 or error.filename
+    return file_place(mount_point(Path(os.fsdecode(name)))) if isinstance(name, str | bytes | os.PathLike) else None
+
+
+def mount_point(path: Path) -> Path:
+    """Return the directory that the file system of a path is mounted at; what cannot be looked at counts as a part."""
+    path = path.absolute()
+    while not os.path.ismount(path) and path != path.parent:
+        path = path.parent
+    return path
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:

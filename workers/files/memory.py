@@ -10,6 +10,7 @@ import torch
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """Parameters of mallopt(3)."""
 _LARGE_BYTES = 4 << 20
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def release_memory() -> None:
@@ -25,9 +26,8 @@ def available_host_bytes() -> int:
 
     Beside a GPU that is what is free, and what torch has pinned: it stays pinned, and is used again.
     """
-    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(memory["MemAvailable"].removesuffix("kB")) * 1024
-    limits = Path("/sys/fs/cgroup")
+    available = _meminfo("MemAvailable")
+    limits = _CGROUP
     with contextlib.suppress(OSError, ValueError, KeyError):
         limit = int((limits / "memory.max").read_text())
         statistics = dict(line.split() for line in (limits / "memory.stat").read_text().splitlines())
@@ -35,6 +35,25 @@ def available_host_bytes() -> int:
         available = min(available, limit - in_use)
     pinned: int = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) if torch.cuda.is_available() else 0
     return max(available, 0) + pinned
+
+
+def total_host_bytes() -> int:
+    """Return the main memory of this machine, or what its container may have of it."""
+    total = _meminfo("MemTotal")
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, int((_CGROUP / "memory.max").read_text()))
+    return total
+
+
+def _meminfo(name: str) -> int:
+    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(memory[name].removesuffix("kB")) * 1024
+
+
+def total_device_bytes(device: torch.device) -> int:
+    """Return the memory of a GPU."""
+    _, total = torch.cuda.mem_get_info(device)
+    return total
 
 
 def available_device_bytes(device: torch.device) -> int:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 
 from jobs.errors import DeviceLostError, InternalError, MergefleetError, OutOfMemoryError
+from workers.files.local import is_of_the_place, translate_os_error
 from workers.merging.job import Job
 from workers.numerics.device import is_of_memory, is_of_the_device
 
@@ -45,6 +46,9 @@ def _failures(fail: Callable[[MergefleetError], None]) -> Iterator[None]:
         if is_of_the_device(error):
             first_line = next(iter(str(error).splitlines()), "")
             fail(DeviceLostError(f"the GPU failed at work: {first_line}; another worker has to do it"))
+            return
+        if isinstance(error, OSError) and is_of_the_place(error):
+            fail(translate_os_error(error, "at work"))
             return
         logger.exception("a fault of mergefleet, or one it does not know")
         fail(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jobs.errors import FailureClass, MergefleetError
+from jobs.errors import FailureClass, MergefleetError, NotNowError
 from jobs.parity_report import ParitySummary, TensorCheck
 from jobs.release import Release
 from jobs.request import MergeRequest
@@ -28,12 +28,21 @@ class Failure:
 
     failure_class: FailureClass
     message: str
+    place: str | None = None
+    """Whose fault it is, where many jobs depend on it (`jobs.places`)."""
+    waits: bool = False
+    """Whether nothing failed: others have what the job needs, and it waits for them."""
 
     @classmethod
     def of(cls, error: MergefleetError) -> "Failure":
         """Return the failure an error stands for."""
         message = shown(error, MAX_MESSAGE, lines=True)
-        return cls(failure_class=error.failure_class, message=message)
+        return cls(
+            failure_class=error.failure_class,
+            message=message,
+            place=error.place,
+            waits=isinstance(error, NotNowError),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

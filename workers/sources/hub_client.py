@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
 
 import httpx2
@@ -27,6 +28,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from jobs.errors import AuthError, BadInputError, MergefleetError, NoCapacityError, NotFoundError, TransientIOError
 from jobs.locations import HubRepo
+from jobs.places import HUB
 from workers.files.local import translate_os_error
 
 _QUERY = re.compile(r"\?[^\s'\")]+")
@@ -161,4 +163,15 @@ class HubStore:
                 "; check HF_TOKEN, and what it is allowed to do" if kind is AuthError else ""
             )
         text = " ".join(_QUERY.sub("", str(error)).split())
-        return kind(f"{self.place} at {self.api.endpoint} {hint} ({text})")
+        ours = kind(f"{self.place} at {self.api.endpoint} {hint} ({text})")
+        return ours.at(HUB) if _is_of_the_hub(error, ours) else ours
+
+
+def _is_of_the_hub(error: Exception, ours: MergefleetError) -> bool:
+    """Whether an error is the Hub's, and not that of one repository."""
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+    is_of_the_repository = isinstance(error, GatedRepoError) or status in (
+        HTTPStatus.CONFLICT,
+        HTTPStatus.PRECONDITION_FAILED,
+    )
+    return isinstance(ours, AuthError | NoCapacityError | TransientIOError) and not is_of_the_repository

@@ -30,6 +30,7 @@ from jobs.errors import (
     UnsupportedError,
 )
 from jobs.locations import S3Prefix
+from jobs.places import bucket_place
 from workers.files.local import CHUNK_BYTES
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ _BY_CODE: dict[str, type[MergefleetError]] = {
     "RequestTimeTooSkewed": TransientIOError,
     "XAmzContentChecksumMismatch": TransientIOError,
 }
+_OF_THE_STORE = frozenset({"RequestTimeout", "RequestTimeTooSkewed", "SlowDown", "Throttling", "ThrottlingException"})
 _BY_STATUS: dict[int, type[MergefleetError]] = {
     401: AuthError,
     403: AuthError,
@@ -213,6 +215,10 @@ class S3Store:
         return data
 
     def _translate(self, error: Exception) -> MergefleetError:
+        ours = self._ours(error)
+        return ours.at(bucket_place(self.place.bucket)) if _is_of_the_store(error, ours) else ours
+
+    def _ours(self, error: Exception) -> MergefleetError:
         if isinstance(error, botocore_errors.ClientError):
             return self._translate_answer(error)
         if isinstance(error, _DENIED):
@@ -235,6 +241,15 @@ class S3Store:
         message = error.response["Error"].get("Message", "")
         said = f"{self.place}: {error.operation_name} answered {status} {code}: {message}"
         return kind(f"{said}; {_HINTS[kind]}" if kind in _HINTS else said)
+
+
+def _is_of_the_store(error: Exception, ours: MergefleetError) -> bool:
+    """Whether an error is the bucket's or the store's, and not that of one object or of what was asked."""
+    if isinstance(ours, TransientIOError) and isinstance(error, botocore_errors.ClientError):
+        status = error_status(error)
+        is_busy = status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        return is_busy or error_code(error) in _OF_THE_STORE
+    return isinstance(ours, AuthError | NoCapacityError | TransientIOError)
 
 
 def error_code(error: botocore_errors.ClientError) -> str:

@@ -1,20 +1,20 @@
-"""Whether a pass fits into the memory that is free, of the machine and of its GPU."""
+"""Whether a pass fits into what is free: memory of the machine and of its GPU, and room on disks."""
 
 from collections.abc import Sequence
 
-from jobs.errors import OutOfMemoryError
 from workers.bases.resident_bases import ResidentBases
-from workers.files.memory import available_device_bytes, available_host_bytes
+from workers.files.memory import available_device_bytes, available_host_bytes, total_device_bytes, total_host_bytes
 from workers.merging.base_plan import BasePlan
 from workers.merging.context import Context
 from workers.merging.failures import own_failure
 from workers.merging.job import Job
 from workers.merging.plan import MergePlan
 from workers.unit.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
+from workers.unit.room import Disks, Room
 
 
 class Admission:
-    """The memory of one pass over one base."""
+    """What one pass over one base takes."""
 
     def __init__(self, context: Context, base: BasePlan, residents: ResidentBases, pass_key: str) -> None:
         self._device = context.device
@@ -24,26 +24,27 @@ class Admission:
         self._pass_key = pass_key
 
     def admit(self, jobs: Sequence[Job]) -> None:
-        """Refuse jobs, the last ones first, until the pass fits into the memory that is free."""
-        free = available_host_bytes()
+        """Refuse jobs, the last ones first, until the pass fits into what is free: memory, and room on disks.
+
+        What never fits fails with TooLargeError, with the numbers. What does not fit now waits (NotNowError), or its
+        disk is called full (NoCapacityError).
+        """
         free_on_device = self.make_room(jobs)
         on_device = self._base_bytes(jobs, free_on_device)
+        memory = Room("memory", available_host_bytes(), total_host_bytes())
+        device_memory = None
+        if free_on_device is not None:
+            device_memory = Room("GPU memory", free_on_device, total_device_bytes(self._device))
+        disks = Disks()
         admitted: list[MergePlan] = []
         for job in jobs:
             with own_failure(job):
                 plans = [*admitted, job.plan]
-                takes = {"memory": (pass_bytes(plans, self._num_threads, self._device.type), free)}
-                if free_on_device is not None:
+                memory.check(pass_bytes(plans, self._num_threads, self._device.type), job, len(admitted))
+                if device_memory is not None:
                     needed = on_device + device_bytes(plans, self._num_threads)
-                    takes["GPU memory"] = needed, free_on_device
-                for what, (needed, available) in takes.items():
-                    if needed > available:
-                        beside = f" beside {len(admitted)} others" if admitted else ""
-                        raise OutOfMemoryError(
-                            f"merging {job.request.adapter}{beside} takes {needed / 1e6:.0f} MB of {what}, and "
-                            f"{available / 1e6:.0f} MB are free; lower max_jobs_per_pass or num_threads, run fewer "
-                            "workers on this machine, or wait until others have ended"
-                        )
+                    device_memory.check(needed, job, len(admitted))
+                disks.take(job.directory, job.plan.output.total_size)
                 admitted.append(job.plan)
 
     def fits(self, jobs: Sequence[Job], room: int | None) -> bool:
