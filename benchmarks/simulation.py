@@ -10,7 +10,7 @@ import itertools
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -347,6 +347,12 @@ class SimulatedMetrics:
 
     def worker_benched(self) -> None:
         """Count nothing."""
+
+    def paused(self, _places: Collection[str]) -> None:
+        """Nothing."""
+
+    def excused(self, _failure: str) -> None:
+        """Nothing."""
 
 
 def _release(job_id: str) -> Release:

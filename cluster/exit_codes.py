@@ -1,4 +1,4 @@
-"""Exit codes of the command line: 0 done, 1 some job failed, 2 bad input, 3 parity failed."""
+"""Exit codes of the command line: 0 done, 1 some job failed, 2 bad input, 3 parity failed, 4 stopped with work left."""
 
 from collections.abc import Iterable
 
@@ -8,6 +8,8 @@ DONE = 0
 FAILED = 1
 BAD_INPUT = 2
 PARITY_FAILED = 3
+WORK_LEFT = 4
+"""A driver was stopped, or people have paused what is left; no job failed."""
 INTERRUPTED = 130
 """As shells have it: 128 + SIGINT."""
 
@@ -18,8 +20,12 @@ EXIT_CODES = {
     FailureClass.TRANSIENT_IO: FAILED,
     FailureClass.NO_CAPACITY: FAILED,
     FailureClass.OUT_OF_MEMORY: FAILED,
+    FailureClass.TOO_LARGE: FAILED,
     FailureClass.PARITY_FAILED: PARITY_FAILED,
     FailureClass.WORKER_LOST: FAILED,
+    FailureClass.TIMED_OUT: FAILED,
+    FailureClass.DEADLINE_PASSED: FAILED,
+    FailureClass.REJECTED: FAILED,
     FailureClass.CANCELLED: FAILED,
     FailureClass.LEASE_LOST: FAILED,
     FailureClass.INTERNAL: FAILED,

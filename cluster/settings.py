@@ -8,19 +8,21 @@ import difflib
 import os
 import tempfile
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.sources import InitSettingsSource
 
 from cluster.logs import DEBUG_VARIABLE
 from jobs.allowance import Allowance, Pattern
-from jobs.errors import BadInputError, InvalidValueError
+from jobs.errors import BadInputError, FailureClass, InvalidValueError
+from jobs.ledger.shares import ShareRules
 from jobs.locations import normal_path
+from jobs.policy import FailurePolicy, failure_policy
 from jobs.request import NumBytes
-from jobs.states import RetryPolicy
 from workers.merging.settings import WorkerSettings
 
 ENV_PREFIX = "MERGEFLEET_"
@@ -103,13 +105,21 @@ class Settings(BaseSettings):
     """How long a job stays with a driver that no longer says that it lives."""
     poll_seconds: Annotated[float, Field(gt=0, le=10)] = 1.0
     """How often the store is asked for work and the workers for progress."""
-    unresponsive_seconds: Annotated[float, Field(ge=1)] = 120.0
+    unresponsive_seconds: Annotated[float, Field(ge=1)] = 60.0
     """How long a worker may answer nothing before it is ended and replaced."""
     max_jobs_per_pass: Annotated[int, Field(ge=1)] = 8
     """Most adapters merged in one read of a base."""
     max_units_of_other_bases: Annotated[int, Field(ge=0)] = 4
     """How many units of other bases may go before one that waits, for each worker of the fleet; bounds what residency
     and priority may cost a base."""
+
+    share_label: str = ""
+    """The label whose values share the fleet; without one, all jobs are one share."""
+    shares: Mapping[str, Annotated[float, Field(gt=0)]] = {}
+    """By value of `share_label`, its weight: with 3 and 1, three jobs of the one go for each of the other; 1 where it
+    is not named."""
+    quotas: Mapping[str, Annotated[int, Field(ge=0)]] = {}
+    """By value of `share_label`, most of its jobs that are claimed at one time."""
 
     max_attempts: Annotated[int, Field(ge=1)] = 5
     """Attempts before a failure that may go away is final."""
@@ -119,7 +129,13 @@ class Settings(BaseSettings):
     retry_delay_seconds: Annotated[float, Field(ge=0)] = 2.0
     """Longest wait before the second attempt; doubles with each one."""
     max_retry_delay_seconds: Annotated[float, Field(ge=0)] = 300.0
-    """Longest wait before any attempt."""
+    """Longest wait before any attempt, and longest pause of a place."""
+    policy: Mapping[FailureClass, Mapping[str, float | bool]] = {}
+    """By class of failure, what differs from the table that `mergefleet policy` prints: attempts, delay_seconds,
+    max_delay_seconds, pauses_place, alone."""
+    stop_seconds: Annotated[float, Field(ge=0)] = 30.0
+    """How long a driver that was told to stop waits for releases that are being published; all else is given back at
+    once."""
 
     dashboard: bool = True
     """Whether the local Ray serves its dashboard."""
@@ -141,15 +157,33 @@ class Settings(BaseSettings):
             raise ValueError(f"dashboard is off, which would ignore {' and '.join(ignored)}")
         return self
 
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        if not self.share_label and (self.shares or self.quotas):
+            raise ValueError("shares and quotas are of values of share_label, which is not set")
+        return self
+
+    @field_validator("policy")
+    @classmethod
+    def _check_policy(cls, value: Mapping[FailureClass, Mapping[str, Any]]) -> Mapping[FailureClass, Mapping[str, Any]]:
+        failure_policy(overrides=value)
+        return value
+
     @property
-    def retry_policy(self) -> RetryPolicy:
-        """When a failed job is tried again."""
-        return RetryPolicy(
+    def failure_policy(self) -> FailurePolicy:
+        """What follows a failure, by its class."""
+        return failure_policy(
             max_attempts=self.max_attempts,
             max_worker_losses=self.max_worker_losses,
-            base_delay_seconds=self.retry_delay_seconds,
+            delay_seconds=self.retry_delay_seconds,
             max_delay_seconds=self.max_retry_delay_seconds,
+            overrides=self.policy,
         )
+
+    @property
+    def share_rules(self) -> ShareRules:
+        """How the fleet is shared."""
+        return ShareRules(label=self.share_label, weights=self.shares, quotas=self.quotas)
 
     @property
     def allowance(self) -> Allowance:

@@ -12,20 +12,21 @@ from typing import Any
 from rich.console import RenderableType
 from rich.live import Live
 
+from cluster import exit_codes
 from cluster.commands.watch import LiveBoard
 from cluster.console.display import event_line, summary_line
 from cluster.console.documents import plain
 from cluster.console.terminal import Terminal
-from cluster.driving.driver import Driver, stop_on_signals
+from cluster.driving.driver import Driver
 from cluster.driving.events import DriverEvent, event_name
+from cluster.driving.signals import stop_on_signals
 from cluster.fleet.crews import Crew, plan_crews
 from cluster.fleet.pool import WorkerPool
 from cluster.logs import LogFormat
 from cluster.ray_fleet.actors import RayActors
 from cluster.ray_fleet.metrics import FleetMetrics
-from cluster.ray_fleet.session import Session, close_session, open_session
+from cluster.ray_fleet.session import Session, close_session, lost_sessions, open_session
 from cluster.settings import Settings, load_settings, worker_settings
-from jobs.errors import FailureClass
 from jobs.ledger.store import JobStore
 from workers.files.collector import paused_collections
 from workers.merging.settings import WorkerSettings
@@ -34,8 +35,15 @@ logger = logging.getLogger(__name__)
 
 
 def drive(
-    output: Terminal, *, drain: bool, num_workers: int | None, address: str | None, log_format: LogFormat
-) -> tuple[FailureClass, ...]:
+    output: Terminal,
+    *,
+    drain: bool,
+    num_workers: int | None,
+    address: str | None,
+    log_format: LogFormat,
+    predecessor: str | None,
+    tell_name: Callable[[str], None],
+) -> int:
     """Run a driver until it is drained or stopped.
 
     Args:
@@ -44,16 +52,25 @@ def drive(
         num_workers: worker processes; None for what the settings say.
         address: of a Ray cluster to join; None starts a local one.
         log_format: how the workers write their logs.
+        predecessor: name of a driver that has ended without a word; its jobs are free at once.
+        tell_name: told the name of this driver.
 
     Returns:
-        The classes of the jobs that failed for good.
+        The exit code: what became of the jobs that this driver ended, or that some are left.
 
     Raises:
         MergefleetError: settings, Ray or the store are not usable.
+        SessionLostError: Ray's own services are gone.
     """
     settings = load_settings() if num_workers is None else load_settings(workers=num_workers)
-    owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    host = socket.gethostname()
+    owner = f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
     with contextlib.closing(JobStore(settings.store)) as store, contextlib.ExitStack() as stack:
+        stack.enter_context(store.one_driver(owner))
+        store.register_driver(owner, host, os.getpid(), settings.share_label)
+        tell_name(owner)
+        if predecessor is not None:
+            store.release_leases(predecessor)
         session = open_session(settings, namespace=f"mergefleet-{owner}", address=address, log_format=log_format)
         stack.callback(close_session)
         _introduce(output, session, settings)
@@ -66,11 +83,12 @@ def drive(
             listener=stack.enter_context(_listening(output, store)),
         )
         began = time.monotonic()
-        with stop_on_signals(driver):
+        with stop_on_signals(driver), lost_sessions():
             summary = driver.run(drain=drain)
         seconds = time.monotonic() - began
+        store.see_driver(owner, ended=True)
     _tell(output, [summary_line(summary, seconds)], {"event": "summary", **plain(summary), "seconds": seconds})
-    return tuple(summary.failures)
+    return exit_codes.of_jobs(summary.failures) or (exit_codes.WORK_LEFT if summary.left else exit_codes.DONE)
 
 
 @contextlib.contextmanager

@@ -3,81 +3,93 @@
 import contextlib
 import logging
 import time
-from collections import Counter
-from collections.abc import Collection
 
 from rich.console import RenderableType
 from rich.live import Live
 
-from cluster.console.display import board, job_table, state_counts
-from cluster.console.documents import progress_document
-from cluster.console.progress import Batch, ByteClock, by_base
+from cluster.console.display import board
+from cluster.console.documents import plain, progress_document
+from cluster.console.failures import group_failures
+from cluster.console.progress import ByteClock, by_base
+from cluster.console.queue_views import failure_table, pause_line, state_counts
 from cluster.console.terminal import Terminal
 from jobs.errors import FailureClass, MergefleetError
-from jobs.ledger.records import JobRecord
+from jobs.ledger.selection import Selection
 from jobs.ledger.store import JobStore
-from jobs.states import FINAL_STATES, JobState
 
 logger = logging.getLogger(__name__)
 
-_UNSUCCESSFUL = frozenset({JobState.FAILED, JobState.QUARANTINED})
+_MAX_ASKING = 20.0
+"""A long ledger is asked so seldom that this many times as long passes between two answers as one takes."""
 
 
-def watch_batch(output: Terminal, store: JobStore, poll_seconds: float) -> tuple[FailureClass, ...]:
-    """Show how far the batch is until all its jobs are final.
+def watch_jobs(
+    output: Terminal, store: JobStore, selection: Selection, poll_seconds: float
+) -> tuple[FailureClass, ...]:
+    """Show how far jobs are until all of them are final.
 
     Args:
         output: a live board for a person, or a JSON line whenever something has changed.
         store: the ledger.
-        poll_seconds: how often it is asked.
+        selection: which jobs.
+        poll_seconds: how often the ledger is asked; less often where its answers take long.
 
     Returns:
-        The failures of jobs that failed while they were watched.
+        The classes of those among them that failed.
 
     Raises:
         KeyboardInterrupt: as it came.
     """
-    batch, clock, last = Batch(store), ByteClock(), None
-    live = Live(console=output.out, refresh_per_second=4, transient=True)
+    clock, last = ByteClock(), None
+    live = Live(console=output.out, refresh_per_second=1, transient=True)
     with contextlib.nullcontext() if output.as_json else live:  # a live display hides the cursor, even an empty one
         while True:
-            records = batch.refresh()
-            progress = by_base(records)
-            document = progress_document(progress, clock.seconds_left(time.monotonic(), progress))
-            if document["bases"] != last:
+            begin = time.monotonic()
+            progress, pauses = by_base(store.work(selection)), store.pauses()
+            document = progress_document(progress, clock.seconds_left(begin, progress), pauses)
+            shown = {name: value for name, value in document.items() if name != "seconds_left"}
+            if shown != last:
                 output.document(document)
-                last = document["bases"]
+                last = shown
             if not output.as_json:
-                live.update(board(progress, document["seconds_left"]))
-            if all(record.state in FINAL_STATES for record in records):
+                live.update(board(progress, document["seconds_left"], [pause_line(each) for each in pauses]))
+            if all(each.num_final == each.num_jobs for each in progress):
                 break
-            time.sleep(poll_seconds)
-    failed = _unsuccessful(records)
-    if failed:
-        output.show(job_table(failed))
-    counts = Counter(record.state for record in records)
+            time.sleep(max(poll_seconds, (time.monotonic() - begin) * _MAX_ASKING))
+    failures = group_failures(store.failures(selection))
+    counts = store.counts(selection)
+    if failures:
+        output.show(failure_table(failures))
     output.show(state_counts(counts))
-    output.document({"event": "done", "counts": {state.value: count for state, count in counts.items()}})
-    return tuple(record.failure_class for record in failed if record.failure_class is not None)
-
-
-def _unsuccessful(records: Collection[JobRecord]) -> list[JobRecord]:
-    return [record for record in records if record.state in _UNSUCCESSFUL]
+    output.document(
+        {
+            "event": "done",
+            "counts": {state.value: count for state, count in counts.items() if count},
+            "failures": [plain(each) for each in failures],
+        }
+    )
+    return tuple(each.failure_class for each in failures)
 
 
 class LiveBoard:
-    """The board of a batch, asked for anew each time it is drawn, in any thread."""
+    """The board of what is not final yet, asked for anew when it is drawn, in any thread; rarely if that takes long."""
 
     def __init__(self, store: JobStore) -> None:
-        self._batch = Batch(store)
+        self._store = store
+        self._selection = Selection(unfinished_at=store.now())
         self._clock = ByteClock()
         self._last: RenderableType = ""
+        self._ask_at = 0.0
         self._failed = False
 
     def __rich__(self) -> RenderableType:
+        begin = time.monotonic()
+        if begin < self._ask_at:
+            return self._last
         try:
-            progress = by_base(self._batch.refresh())
-            self._last = board(progress, self._clock.seconds_left(time.monotonic(), progress))
+            progress = by_base(self._store.work(self._selection))
+            pauses = [pause_line(each) for each in self._store.pauses()]
+            self._last = board(progress, self._clock.seconds_left(begin, progress), pauses)
         except MergefleetError:
             pass  # the store does not answer for a moment; the driver says so
         except Exception:
@@ -85,4 +97,6 @@ class LiveBoard:
             if not self._failed:
                 logger.exception("the board cannot be drawn")
             self._failed = True
+        now = time.monotonic()
+        self._ask_at = now + (now - begin) * _MAX_ASKING
         return self._last

@@ -1,7 +1,6 @@
 """Views for a person at a terminal. They take values and return Rich renderables; they decide and fetch nothing."""
 
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -10,27 +9,26 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cluster.console.progress import BaseProgress, base_name
-from cluster.driving.events import DriverEvent, JobSettled, ShardsStarted, Summary, UnitStarted, WorkerBenched
-from jobs.ledger.records import Event, JobRecord
+from cluster.console.progress import BaseProgress
+from cluster.driving.events import (
+    DriverEvent,
+    JobSettled,
+    PlacePaused,
+    PlaceResumed,
+    ShardsStarted,
+    Summary,
+    UnitStarted,
+    WorkerBenched,
+)
 from jobs.parity_report import Way
 from jobs.release import Manifest
 from jobs.request import BaseQuantization
-from jobs.states import ACTIVE_STATES, JobState
+from jobs.states import JobState
 from jobs.text import MAX_MESSAGE, shown
 
 if TYPE_CHECKING:
     from workers.unit.estimate import Estimate, Preview
 
-_STYLES = {
-    JobState.PUBLISHED: "green",
-    JobState.FAILED: "red",
-    JobState.QUARANTINED: "red",
-    JobState.CANCELLED: "yellow",
-    JobState.CANCELLING: "yellow",
-    JobState.RETRY_WAIT: "yellow",
-    JobState.QUEUED: "dim",
-}
 _MAX_MESSAGE = 200
 _MAX_CELL = 400
 
@@ -46,12 +44,12 @@ def preview_table(previews: "Sequence[Preview]") -> Table:
         if each.estimate is not None:
             it = each.estimate
             table.add_row(
-                _cell(
+                cell(
                     each.request.id
                     if each.request.combination is None
                     else f"{each.request.id}: {each.request.adapter_words}"
                 ),
-                _cell(it.merges_into),
+                cell(it.merges_into),
                 f"{it.num_changed_tensors} of {it.num_tensors}",
                 f"{it.num_changed_parameters / it.num_parameters:.1%}",
                 decimal(it.bytes_read),
@@ -72,90 +70,35 @@ def _memory(estimate: "Estimate") -> str:
     return decimal(estimate.peak_memory_bytes) + on_gpu
 
 
-def state_counts(counts: Mapping[JobState, int]) -> Text:
-    """Return one line: how many jobs are in each state."""
-    parts = [(f"{count} {state.value}", _STYLES.get(state, "cyan")) for state, count in counts.items() if count]
-    if not parts:
-        return Text("no jobs")
-    return Text("  ").join(Text(text, style) for text, style in parts)
-
-
-def job_table(records: Sequence[JobRecord]) -> Table:
-    """Return one row for each job: where it is, how far, and what came of it."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("job", "base", "adapter", "state", "stage", "done", "release or error"):
-        table.add_column(name, overflow="fold", justify="right" if name == "done" else "left")
-    for record in records:
-        table.add_row(
-            _cell(record.id),
-            _cell(base_name(record.request)),
-            _cell(record.request.adapter_name),
-            Text(record.state.value, _STYLES.get(record.state, "cyan")),
-            _cell(record.stage or "" if record.state in ACTIVE_STATES else ""),
-            _percent(record),
-            _cell(_result(record)),
-        )
-    return table
-
-
-def event_table(events: Sequence[Event]) -> Table:
-    """Return one row for each step in the life of jobs: when, into what state, and what is known of it."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("job", "at (UTC)", "state", "detail"):
-        table.add_column(name, overflow="fold")
-    for event in events:
-        detail = ", ".join(f"{name}: {value}" for name, value in event.detail.items())
-        table.add_row(
-            _cell(event.job_id),
-            f"{datetime.fromtimestamp(event.at, UTC):%Y-%m-%d %H:%M:%S}",
-            Text(event.state.value, _STYLES.get(event.state, "cyan")),
-            Text(shown(detail, MAX_MESSAGE)),
-        )
-    return table
-
-
-def _percent(record: JobRecord) -> str:
-    if record.state is JobState.PUBLISHED:
-        return "100%"
-    return f"{100 * record.bytes_done // record.bytes_total}%" if record.bytes_total else ""
-
-
-def _result(record: JobRecord) -> str:
-    if record.release is not None:
-        return str(record.release.location)
-    if record.failure_class is None:
-        return ""
-    return f"{record.failure_class}: {shorten(record.failure_message or '')}"
-
-
 def shorten(message: str) -> str:
     """Return a message cut to what fits a table."""
     text = shown(message, _MAX_MESSAGE + 1)
     return text if len(message) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}…"
 
 
-def _cell(text: str) -> Text:
+def cell(text: str) -> Text:
     """Return text from outside as a cell of a table: neither markup nor control characters act."""
     return Text(shown(text, _MAX_CELL))
 
 
-def _line(text: str, style: str) -> Text:
+def line(text: str, style: str) -> Text:
+    """Return a line with text from outside."""
     return Text(shown(text, MAX_MESSAGE, lines=True), style)
 
 
-def board(progress: Sequence[BaseProgress], seconds_left: float | None) -> RenderableType:
-    """Return a bar for each base, what its jobs are at, and the time left."""
+def board(progress: Sequence[BaseProgress], seconds_left: float | None, beside: Sequence[Text] = ()) -> RenderableType:
+    """Return a bar for each base, what its jobs are at, lines about what else matters, and the time left."""
     table = Table(box=None, pad_edge=False, show_header=False)
     for each in progress:
         table.add_row(
-            _cell(each.name),
+            cell(each.name),
             ProgressBar(total=each.bytes_total, completed=each.bytes_done, width=30, pulse=each.bytes_total is None),
             _bytes(each.bytes_done, each.bytes_total),
             f"{each.num_final}/{each.num_jobs} jobs",
-            _line("  ".join(f"{count} {stage}" for stage, count in sorted(each.stages.items())), "dim"),
+            line("  ".join(f"{count} {stage}" for stage, count in sorted(each.stages.items())), "dim"),
         )
     left = "time left: not known yet" if seconds_left is None else f"time left: about {duration(seconds_left)}"
-    return Group(table, Text(left, "dim"))
+    return Group(table, *beside, Text(left, "dim"))
 
 
 def _bytes(done: int, total: int | None) -> str:
@@ -173,32 +116,39 @@ def duration(seconds: float) -> str:
 def event_line(event: DriverEvent) -> Text:
     """Return one line for one event of a driver."""
     if isinstance(event, UnitStarted | ShardsStarted):
-        return _line(f"{event.worker}  {event.name}", "dim")
+        return line(f"{event.worker}  {event.name}", "dim")
     if isinstance(event, JobSettled):
         return _settled_line(event)
     if isinstance(event, WorkerBenched):
-        return _line(f"{event.worker}  gets no jobs for now: {shorten(event.reason)}", "yellow")
-    return _line(f"{event.worker}  lost with {len(event.job_ids)} job(s), replaced: {shorten(event.reason)}", "yellow")
+        return line(f"{event.worker}  gets no jobs for now: {shorten(event.reason)}", "yellow")
+    if isinstance(event, PlacePaused):
+        return line(f"{event.place}  paused: {event.failure_class}: {event.reason}", "yellow")
+    if isinstance(event, PlaceResumed):
+        return line(f"{event.place}  works again", "green")
+    return line(f"{event.worker}  lost with {len(event.job_ids)} job(s), replaced: {shorten(event.reason)}", "yellow")
 
 
 def _settled_line(event: JobSettled) -> Text:
+    if event.state is JobState.PUBLISHED:
+        note = "" if event.created else "  (was there already)"
+        first = line(f"{event.job_id}  published: {event.location}{note}", "green")
+        return Text("\n").join([first, *(note_line(event.job_id, each) for each in event.notes)])
+    failure = f"{event.failure_class}: {event.message}"
     match event.state:
-        case JobState.PUBLISHED:
-            note = "" if event.created else "  (was there already)"
-            line = _line(f"{event.job_id}  published: {event.location}{note}", "green")
-            return Text("\n").join([line, *(note_line(event.job_id, each) for each in event.notes)])
         case JobState.RETRY_WAIT:
-            wait = duration(event.retry_seconds or 0)
-            return _line(f"{event.job_id}  again in {wait}: {event.failure_class}: {event.message}", "yellow")
+            text = f"again in {duration(event.retry_seconds or 0)}: {failure}"
+        case JobState.QUEUED if event.place is not None:
+            text = f"waits for {event.place}, not charged"
         case JobState.QUEUED if event.failure_class is not None:
-            return _line(f"{event.job_id}  not charged, runs alone next: {event.message}", "yellow")
+            text = f"not charged, runs alone next: {event.message}"
         case JobState.QUEUED:
-            return _line(f"{event.job_id}  given back", "yellow")
+            text = "given back"
         case JobState.CANCELLED:
-            return _line(f"{event.job_id}  cancelled", "yellow")
+            text = "cancelled"
         case _:
             report = f"  report: {event.report_path}" if event.report_path else ""
-            return _line(f"{event.job_id}  {event.state}: {event.failure_class}: {event.message}{report}", "red")
+            return line(f"{event.job_id}  {event.state}: {failure}{report}", "red")
+    return line(f"{event.job_id}  {text}", "yellow")
 
 
 def manifest_line(place: object, manifest: Manifest) -> Text:
@@ -211,7 +161,7 @@ def manifest_line(place: object, manifest: Manifest) -> Text:
     if parity.top1_agreement is not None:
         figures.append(f"top-1 {parity.top1_agreement:.3f}")
     size = f"{len(manifest.files)} files, {decimal(manifest.num_bytes)}"
-    return _line(f"{place}  {size}  parity ({parity.level}): {', '.join(figures)}", "green")
+    return line(f"{place}  {size}  parity ({parity.level}): {', '.join(figures)}", "green")
 
 
 def comparison_table(ways: Sequence[Way]) -> Table:
@@ -225,8 +175,8 @@ def comparison_table(ways: Sequence[Way]) -> Table:
         into = "own weights" if way.base_quantization is BaseQuantization.NONE else way.base_quantization.value
         held_out = way.check.held_out
         table.add_row(
-            _cell(way.check.reference),
-            _cell(f"{into} (this release)" if way.published else into),
+            cell(way.check.reference),
+            cell(f"{into} (this release)" if way.published else into),
             f"{way.check.mean_kl:.2g}",
             f"{way.check.top1_agreement:.3f}",
             *(
@@ -248,6 +198,8 @@ def summary_line(summary: Summary, seconds: float) -> Text:
     parts = [Text(f"{summary.published} published", "green")]
     if summary.unchanged:
         parts.append(Text(f"{summary.unchanged} published before", "green"))
+    if summary.left:
+        parts.append(Text(f"{summary.left} left", "yellow"))
     if summary.cancelled:
         parts.append(Text(f"{summary.cancelled} cancelled", "yellow"))
     parts += [Text(f"{count} failed: {failure}", "red") for failure, count in summary.failures.items()]

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.console.progress import BaseProgress
 from jobs.errors import MergefleetError
-from jobs.ledger.records import Event, JobRecord
+from jobs.ledger.pauses import Pause
+from jobs.ledger.records import BatchRecord, Event, JobRecord
 from jobs.release import Manifest, Release
 from jobs.request import MergeRequest
 from jobs.request_files.problems import RequestFileError
+from jobs.states import JobState
 from workers.merging.outcomes import Failure
 
 if TYPE_CHECKING:
@@ -31,7 +33,12 @@ def job_document(record: JobRecord) -> dict[str, Any]:
         "destination": str(request.destination),
         "priority": request.priority,
         "labels": request.labels,
+        "batch": record.batch,
+        "held_by": record.held_by or None,
         "attempts": record.attempts,
+        "worker": record.worker,
+        "node": record.node,
+        "started_at": record.started_at,
         "worker_losses": record.worker_losses,
         "bytes_done": record.bytes_done,
         "bytes_total": record.bytes_total,
@@ -42,6 +49,22 @@ def job_document(record: JobRecord) -> dict[str, Any]:
         "report_path": record.report_path,
         "created_at": record.created_at,
         "updated_at": record.updated_at,
+    }
+
+
+def batch_document(batch: BatchRecord) -> dict[str, Any]:
+    """Return a batch, with its counts as batch APIs have them, and by state."""
+    counts = batch.counts
+    return {
+        "name": batch.name,
+        "created_at": batch.created_at,
+        "request_counts": {
+            "total": sum(counts.values()),
+            "completed": counts[JobState.PUBLISHED],
+            "failed": counts[JobState.FAILED] + counts[JobState.QUARANTINED],
+            "cancelled": counts[JobState.CANCELLED],
+        },
+        "counts": {state.value: count for state, count in counts.items() if count},
     }
 
 
@@ -97,9 +120,16 @@ def preview_document(each: "Preview") -> dict[str, Any]:
     }
 
 
-def progress_document(progress: Sequence[BaseProgress], seconds_left: float | None) -> dict[str, Any]:
-    """Return how far a batch is, as `watch` shows it."""
-    return {"event": "progress", "bases": [plain(each) for each in progress], "seconds_left": seconds_left}
+def progress_document(
+    progress: Sequence[BaseProgress], seconds_left: float | None, pauses: Sequence[Pause]
+) -> dict[str, Any]:
+    """Return how far jobs are, as `watch` shows it."""
+    return {
+        "event": "progress",
+        "bases": [plain(each) for each in progress],
+        "paused": [plain(each) for each in pauses],
+        "seconds_left": seconds_left,
+    }
 
 
 def error_document(error: MergefleetError) -> dict[str, Any]:

@@ -3,22 +3,18 @@
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from jobs.ledger.records import JobRecord
+from jobs.ledger.records import Work
+from jobs.locations import parse_location
 from jobs.request import BaseQuantization, MergeRequest
-from jobs.states import FINAL_STATES, JobState
-
-if TYPE_CHECKING:
-    from jobs.ledger.store import JobStore
+from jobs.states import FINAL_STATES
 
 _WINDOW_SECONDS = 60.0
-_NOT_FINAL = frozenset(JobState) - FINAL_STATES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseProgress:
-    """The jobs of one base and quantization."""
+    """The jobs of one base."""
 
     name: str
     num_jobs: int
@@ -37,37 +33,42 @@ def base_name(request: MergeRequest) -> str:
     return f"{request.base.name} ({request.base_quantization})"
 
 
-def by_base(records: Sequence[JobRecord]) -> tuple[BaseProgress, ...]:
-    """Return the progress of each base, in the order of their first jobs.
+def by_base(work: Sequence[Work]) -> tuple[BaseProgress, ...]:
+    """Return the progress of each base, by name.
 
     A job that has not been planned counts with the mean size of its base's other jobs.
     """
-    groups: dict[str, list[JobRecord]] = defaultdict(list)
-    for record in records:
-        groups[record.request.pass_key()].append(record)
-    return tuple(_progress(group) for group in groups.values())
+    groups: dict[str, list[Work]] = defaultdict(list)
+    for each in work:
+        groups[each.base].append(each)
+    return tuple(_progress(base, group) for base, group in groups.items())
 
 
-def _progress(records: list[JobRecord]) -> BaseProgress:
-    known = [record.bytes_total for record in records if record.bytes_total > 0]
-    mean = sum(known) // len(known) if known else None
-    done = sum(
-        (record.bytes_total or mean or 0) if record.state in FINAL_STATES else record.bytes_done for record in records
-    )
+def _progress(base: str, group: list[Work]) -> BaseProgress:
+    num_planned = sum(each.num_planned for each in group)
+    known = sum(each.bytes_total for each in group)
+    mean = known // num_planned if num_planned else None
+    num_jobs = sum(each.num_jobs for each in group)
+    done = 0
+    for each in group:
+        is_final = each.state in FINAL_STATES
+        whole = each.bytes_total + (mean or 0) * (each.num_jobs - each.num_planned)
+        done += whole if is_final else each.bytes_done
+    stages: Counter[str] = Counter()
+    for each in group:
+        stages[_stage(each)] += each.num_jobs
     return BaseProgress(
-        name=base_name(records[0].request),
-        num_jobs=len(records),
-        num_final=sum(record.state in FINAL_STATES for record in records),
+        name=parse_location(base).name,
+        num_jobs=num_jobs,
+        num_final=sum(each.num_jobs for each in group if each.state in FINAL_STATES),
         bytes_done=done,
-        bytes_total=None if mean is None else sum(record.bytes_total or mean for record in records),
-        stages=Counter(_stage(record) for record in records),
+        bytes_total=None if mean is None else known + mean * (num_jobs - num_planned),
+        stages=stages,
     )
 
 
-def _stage(record: JobRecord) -> str:
-    if record.state in FINAL_STATES or record.state in (JobState.QUEUED, JobState.RETRY_WAIT) or record.stage is None:
-        return record.state.value.lower()
-    return record.stage
+def _stage(work: Work) -> str:
+    return work.state.value.lower() if work.stage is None else work.stage
 
 
 class ByteClock:
@@ -94,19 +95,3 @@ class ByteClock:
             return None
         left = sum(each.bytes_total - each.bytes_done for each in progress if each.bytes_total is not None)
         return left * (at - begun_at) / (done - begun_with)
-
-
-class Batch:
-    """The jobs on display: all that were not final when first seen, and what became of them."""
-
-    def __init__(self, store: "JobStore") -> None:
-        self._store = store
-        self._records: dict[str, JobRecord] = {}
-
-    def refresh(self) -> tuple[JobRecord, ...]:
-        """Return the jobs as they stand, in the order of their submission. Final ones are not asked for again."""
-        live = {record.id: record for record in self._store.jobs(states=_NOT_FINAL)}
-        ended = [id_ for id_, record in self._records.items() if record.state in _NOT_FINAL and id_ not in live]
-        self._records |= live
-        self._records |= {record.id: record for record in self._store.jobs(ids=ended)}
-        return tuple(sorted(self._records.values(), key=lambda record: (record.created_at, record.id)))

@@ -70,6 +70,7 @@ class AnswerHandler:
             case UnitFinished():
                 self._take_all(event.worker, event.outcome.jobs)
                 self._fail_unanswered(event.worker)
+                self._holdings.let_go(event.worker, [job.job_id for job in event.outcome.jobs])
                 self._metrics.unit_finished(event.outcome)
                 self._metrics.used(event.outcome.usage)
             case PassBegun():
@@ -119,10 +120,22 @@ class AnswerHandler:
     def _settle(self, held: Held, outcome: JobOutcome) -> None:
         """End a job that failed, or whose release was there already."""
         report_path = _text(outcome.report_path)
-        if outcome.failure is not None:
+        if outcome.failure is not None and self._is_for_larger(held, outcome.failure):
+            self._settlement.let_go(held, f"too large for {held.host}, not charged: {outcome.failure.message}")
+        elif outcome.failure is not None:
             self._settlement.unit_failure(held, outcome.failure, report_path)
         elif outcome.release is not None:
             self._settlement.release(held, outcome.release, report_path)
+
+    def _is_for_larger(self, held: Held, failure: Failure) -> bool:
+        """Whether a job that is too large for one machine has others to go to, which it then does."""
+        if failure.failure_class is not FailureClass.TOO_LARGE:
+            return False
+        views = [view for view in self._pool.views() if view.up]
+        tried = self._holdings.shunned.get(held.job_id, frozenset())
+        tried |= {view.name for view in views if view.host == held.host}
+        self._holdings.shunned[held.job_id] = tried
+        return any(view.name not in tried for view in views)
 
     def _take_published(self, worker: str, outcome: PublishOutcome) -> None:
         held = self._holdings.find(worker, outcome.job_id)
@@ -132,7 +145,7 @@ class AnswerHandler:
                 self._settlement.release(held, outcome.release, report_path)
             elif outcome.failure is not None:
                 self._settlement.failure(held, outcome.failure, report_path)
-        self._pool.discard(worker, outcome.job_id)
+        self._holdings.let_go(worker, [outcome.job_id])  # the worker has, whatever came of it
 
     def _fail_unanswered(self, worker: str) -> None:
         """Fail the jobs of a finished unit that its outcome does not name, rather than wait for them forever."""
@@ -150,18 +163,21 @@ class AnswerHandler:
             shared.open(event.outcome)
         self._end(event.worker, event.outcome.ended)
         self._discard(event.worker, event.outcome.tickets.keys() - flight.held.keys())
+        self._holdings.let_go(event.worker, [job.job_id for job in event.outcome.ended])
         unanswered = [held for job_id, held in flight.held.items() if job_id not in event.outcome.tickets]
         for held in unanswered:
             self._settlement.failure(held, _fault(f"{event.worker} returned no outcome for it"))
 
     def _take_merged(self, event: ShardsMerged) -> None:
         found = self._holdings.shared(event.pass_id)
+        ended = [job.job_id for job in event.outcome.ended]
         if found is None:
             self._discard(event.worker, event.outcome.merged)
-            return
-        leader, _, shared = found
-        shared.take(event.worker, event.outcome)
-        self._end(leader, event.outcome.ended)
+        else:
+            leader, _, shared = found
+            shared.take(event.worker, event.outcome)
+            self._end(leader, event.outcome.ended)
+        self._holdings.let_go(event.worker, ended)
 
     def _take_refusal(self, event: TurnedDown) -> None:
         """Do without a worker that cannot take part; one that leads hands on to one that can."""
@@ -191,8 +207,10 @@ class AnswerHandler:
                 self._settle(held, outcome)
 
     def _discard(self, worker: str, job_ids: Iterable[str]) -> None:
-        for job_id in job_ids:
+        ids = list(job_ids)
+        for job_id in ids:
             self._pool.discard(worker, job_id)
+        self._holdings.let_go(worker, ids)
 
     def _take_fault(self, event: CallFailed) -> None:
         """Turn an exception that came out of a worker into the failure of the jobs it was about."""
@@ -209,6 +227,7 @@ class AnswerHandler:
                 self._pool.discard(event.worker, held.job_id)
 
     def _take_loss(self, event: WorkerLost) -> None:
+        self._holdings.dropped.pop(event.worker, None)
         lost: list[Held] = []
         for leader, flight, shared in list(self._holdings.shared_passes()):
             if event.worker == leader or event.worker in shared.at_work:
@@ -229,13 +248,13 @@ class AnswerHandler:
         ids = tuple(held.job_id for held in lost)
         self._listener(WorkerReplaced(worker=event.worker, reason=event.reason, job_ids=ids))
         failure = Failure(
-            failure_class=FailureClass.WORKER_LOST,
+            failure_class=FailureClass.OUT_OF_MEMORY if event.out_of_memory else FailureClass.WORKER_LOST,
             message=f"{event.worker} was lost with {len(lost)} job{'' if len(lost) == 1 else 's'}: {event.reason}",
         )
         for held in lost:
             self._settlement.unit_failure(held, failure, device_failed=event.device_failed)
             if event.device_failed:
-                self._holdings.shunned[held.job_id] = event.worker
+                self._holdings.shunned[held.job_id] = frozenset({event.worker})
 
 
 def _fault(message: str) -> Failure:

@@ -4,30 +4,31 @@ One `step` is: keep leases, claim, schedule, collect, settle. It waits for worke
 this process knows can be lost: leases run out, and the next driver goes on.
 """
 
-import contextlib
 import dataclasses
 import logging
 import math
-import os
 import random
-import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
+from collections.abc import Callable, Sequence
 
 from cluster.driving.answers import AnswerHandler
+from cluster.driving.drops import drop
+from cluster.driving.endings import Endings
 from cluster.driving.events import DriverEvent, Shielded, Summary, UnitStarted
 from cluster.driving.helping import Helping
-from cluster.driving.holdings import Held, Holdings
+from cluster.driving.holdings import Holdings
+from cluster.driving.places import Places
 from cluster.driving.ports import Clock, Metrics, Pool
 from cluster.driving.progress import ProgressNotes
 from cluster.driving.replies import PoolEvent
 from cluster.driving.scheduler import Limits, WorkerView, schedule
 from cluster.driving.settlement import CANCELLED, STORE_FAULTS, Settlement
 from cluster.settings import Settings
+from jobs.errors import FailureClass
 from jobs.ledger.store import JobStore
-from jobs.states import MAX_EXCUSED_LOSSES
+from jobs.states import FINAL_STATES, MAX_EXCUSED_LOSSES, JobState
+from workers.merging.outcomes import Failure
 
 logger = logging.getLogger(__name__)
 
@@ -73,16 +74,21 @@ class Driver:
         self._clock = clock
         self._sleep = sleep
         self._holdings = Holdings()
-        self._settlement = Settlement(
+        rng = rng or random.Random()  # noqa: S311 - jitter, not secrets
+        policy = settings.failure_policy
+        self._places = Places(store, policy, owner=owner, metrics=metrics, listener=listener, clock=clock, rng=rng)
+        self._endings = Endings(
             store,
             self._holdings,
-            policy=settings.retry_policy,
+            places=self._places,
+            policy=policy,
             metrics=metrics,
             listener=listener,
-            rng=rng or random.Random(),  # noqa: S311 - jitter, not secrets
+            rng=rng,
         )
+        self._settlement = Settlement(store, self._holdings, self._places, self._endings)
         self._helping = Helping(self._holdings, pool, owner=owner, listener=listener)
-        self._progress = ProgressNotes(self._holdings, pool, self._settlement)
+        self._progress = ProgressNotes(self._holdings, self._settlement)
         self._answers = AnswerHandler(
             self._holdings, pool, self._settlement, progress=self._progress, metrics=metrics, listener=listener
         )
@@ -90,15 +96,17 @@ class Driver:
         self._events: deque[PoolEvent] = deque()
         self._leases_kept_at = clock()
         self._releases_written_at = -math.inf
-        self._cancellations_asked_at = -math.inf
+        self._asked_at = -math.inf
         self._observe_at = -math.inf
         self._stopping = False
+        self._stopping_since: float | None = None
 
     def run(self, *, drain: bool) -> Summary:
         """Step until stopped, or, when draining, until nothing is left that could still become claimable.
 
-        Draining waits for jobs that other drivers hold and for jobs that wait to be tried again. A store that does not
-        answer is asked again, until the driver is stopped.
+        Draining waits for jobs that other drivers hold, for jobs that wait to be tried again and for places to work
+        again; not for what people have paused. A store that does not answer is asked again, until the driver is
+        stopped.
 
         Raises:
             WorkerLostError: the workers do not start.
@@ -107,7 +115,7 @@ class Driver:
         while True:
             try:
                 self.step()
-                done = not self._holdings and (self._stopping or (drain and self._store.seconds_until_due() is None))
+                done = self._has_stopped() or (drain and not self._holdings and self._store.seconds_until_due() is None)
             except STORE_FAULTS as error:
                 if self._stopping:
                     raise
@@ -134,13 +142,15 @@ class Driver:
         """
         self._handle_events()  # those that the last round could not write down
         self._keep_leases()
-        self._pass_on_cancellations()
+        self._look_around()
+        self._stop_late()
         views = self._pool.views()
         if self._stopping:
-            self._let_go()
-        else:
-            for held in self._helping.stranded(views, self._clock()):
-                self._settlement.let_go(held, "no worker of the kind that began it is left")
+            self._hand_back()
+        for held in self._helping.stranded(views, self._clock()):
+            self._settlement.let_go(held, "no worker of the kind that began it is left")
+        drop(self._holdings, self._pool, views)
+        if not self._stopping:
             self._claim(views)
             self._start_units(views)
         self._helping.step(() if self._stopping else views)
@@ -154,54 +164,62 @@ class Driver:
         self._observe()
 
     def summary(self) -> Summary:
-        """Return what became of the jobs so far."""
-        return self._settlement.summary()
+        """Return what became of the jobs so far, and what is left of the ledger."""
+        counts = self._store.counts()
+        return self._endings.tally.summary(sum(count for state, count in counts.items() if state not in FINAL_STATES))
 
     def _keep_leases(self) -> None:
         if not self._holdings or self._clock() - self._leases_kept_at < self._settings.lease_seconds / 3:
             return
         for job_id in self._store.extend(self._owner, self._holdings.tokens, self._settings.lease_seconds):
-            self._drop(job_id)
+            self._forget(job_id)
+        self._store.see_driver(self._owner)
         self._leases_kept_at = self._clock()
 
-    def _drop(self, job_id: str) -> None:
-        """Forget a job that another driver may hold by now; what a worker still does for it is stopped."""
+    def _forget(self, job_id: str) -> None:
+        """Forget a job that another driver may hold by now; its workers are told to drop it."""
         logger.warning("lease lost", extra={"job_id": job_id})
-        worker = self._holdings.remove(job_id)
-        if worker is not None:
-            self._pool.cancel(worker, (job_id,))
+        self._holdings.remove(job_id)
 
-    def _pass_on_cancellations(self) -> None:
-        if not self._holdings or self._clock() - self._cancellations_asked_at < self._settings.poll_seconds:
+    def _look_around(self) -> None:
+        """Read what people and other drivers have changed: cancellations, and what is paused."""
+        if self._clock() - self._asked_at < self._settings.poll_seconds:
             return
-        self._cancellations_asked_at = self._clock()
-        asked = self._store.cancelling(self._holdings.tokens)
-        if not asked:
-            return
-        for held in [held for held in self._holdings.waiting.values() if held.job_id in asked]:
-            self._settlement.failure(held, CANCELLED)
-        for worker in list(self._holdings.flights):
-            self._cancel(worker, [held for held in self._holdings.at_work(worker) if held.job_id in asked])
+        self._asked_at = self._clock()
+        self._places.refresh()
+        if self._holdings:
+            asked = self._store.cancelling(self._holdings.tokens)
+            for held in self._holdings.not_staged():
+                if held.job_id in asked:
+                    self._settlement.failure(held, CANCELLED)
 
-    def _let_go(self) -> None:
-        for held in list(self._holdings.waiting.values()):
-            self._settlement.failure(held, CANCELLED)
-        for worker in list(self._holdings.flights):
-            self._cancel(worker, self._holdings.at_work(worker))
+    def _stop_late(self) -> None:
+        """End attempts that take longer than their requests allow."""
+        now = self._clock()
+        for held in self._holdings.not_staged():
+            limit = held.lease.request.timeout_seconds
+            if limit is not None and held.state is not JobState.LEASED and now - held.began_at > limit:
+                message = f"its attempt took longer than timeout_seconds of its request, {limit:g}"
+                self._settlement.failure(held, Failure(failure_class=FailureClass.TIMED_OUT, message=message))
 
-    def _cancel(self, worker: str, jobs: list[Held]) -> None:
-        """Tell those at a unit to stop jobs; said again in every round, since it only reaches a unit that has begun."""
-        if not jobs:
-            return
-        shared = self._holdings.flights[worker].shared
-        if shared is not None and shared.is_open and not shared.at_work and not shared.finishing:
-            for held in jobs:  # no worker is left that could say that it stopped
-                self._settlement.failure(held, CANCELLED)
-            return
-        for held in jobs:
-            held.cancel_sent = True
-        for each in self._holdings.crew(worker):
-            self._pool.cancel(each, [held.job_id for held in jobs])
+    def _hand_back(self) -> None:
+        """Give back what is not being published: nothing that workers still do for it can become visible."""
+        if self._stopping_since is None:
+            self._stopping_since = self._clock()
+        for held in self._holdings.not_staged():
+            self._settlement.let_go(held, "the driver stopped")
+
+    def _has_stopped(self) -> bool:
+        """Whether it was stopped and holds nothing more, or has waited long enough for what is being published."""
+        if self._stopping_since is None:
+            return False
+        is_late = self._clock() - self._stopping_since > self._settings.stop_seconds
+        if self._holdings and is_late:
+            logger.warning(
+                "stopped with releases on their way; their leases run out",
+                extra={"job_ids": sorted(self._holdings.tokens)},
+            )
+        return not self._holdings or is_late
 
     def _claim(self, views: Sequence[WorkerView]) -> None:
         """Lease what the workers can soon take; the rest stays with the store, for other drivers too."""
@@ -214,10 +232,10 @@ class Driver:
         else:  # there is no hurry: a claim costs the same for many
             limit = room if num_idle and room >= wanted / 4 else 0
         if limit > 0:
-            leases = self._store.claim(self._owner, limit, self._settings.lease_seconds)
+            leases = self._store.claim(self._owner, limit, self._settings.lease_seconds, self._settings.share_rules)
             for lease in leases:
                 if lease.job_id in self._holdings.tokens:  # its last lease ran out before it was extended
-                    self._drop(lease.job_id)
+                    self._forget(lease.job_id)
             self._holdings.add(leases)
             for lease in leases:
                 if lease.excused_losses > MAX_EXCUSED_LOSSES:
@@ -225,8 +243,11 @@ class Driver:
 
     def _start_units(self, pool_views: Sequence[WorkerView]) -> None:
         # Who leads a unit is not idle, whether it is at it just now or not.
+        resting = self._places.resting_hosts()
         views = [
-            dataclasses.replace(view, idle=False) if view.idle and view.name in self._holdings.flights else view
+            dataclasses.replace(view, idle=False)
+            if view.idle and (view.name in self._holdings.flights or view.host in resting)
+            else view
             for view in pool_views
         ]
         if not self._holdings.waiting or not any(view.idle for view in views):
@@ -236,9 +257,19 @@ class Driver:
             max_units_of_other_bases=self._settings.max_units_of_other_bases * len(views),
         )
         plan = schedule(self._holdings.waiting_jobs(), views, self._passed_over, limits)
+        # Begun in the ledger first: a fault of it leaves everything as it was.
+        workers = {view.name: view for view in views}
+        begun = self._settlement.begin(
+            {job_id: workers[unit.worker] for unit in plan.units for job_id in unit.job_ids}, self._clock()
+        )
         self._passed_over = plan.passed_over
-        for unit in plan.units:
+        for planned in plan.units:
+            job_ids = tuple(job_id for job_id in planned.job_ids if job_id in begun)
+            if not job_ids:
+                continue
+            unit = dataclasses.replace(planned, job_ids=job_ids)
             flight = self._holdings.start(unit)
+            self._places.try_hosts(flight.held.values())
             name = flight.name("plan" if unit.shared else "merge")
             if unit.shared:
                 self._helping.open(unit.worker, flight, name)
@@ -266,20 +297,3 @@ class Driver:
         # Counting a long ledger takes a while, and must not become what a driver does.
         seconds = self._clock() - begin
         self._observe_at = begin + max(self._settings.poll_seconds, seconds / _MAX_OBSERVING)
-
-
-@contextlib.contextmanager
-def stop_on_signals(driver: Driver) -> Iterator[None]:
-    """While this lasts, SIGINT and SIGTERM stop the driver in order; the second one ends the process at once."""
-
-    def on_signal(number: int, _: FrameType | None) -> None:
-        if driver.stopping:
-            os._exit(128 + number)
-        driver.stop()
-
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -44,6 +44,8 @@ class JobSettled:
     message: str | None = None
     retry_seconds: float | None = None
     """How long it waits before it may be tried again."""
+    place: str | None = None
+    """Whose fault it was; the attempt does not count then."""
     report_path: str | None = None
     notes: tuple[str, ...] = ()
     """What a person should know before the release is used."""
@@ -67,7 +69,23 @@ class WorkerBenched:
     reason: str
 
 
-DriverEvent = UnitStarted | ShardsStarted | JobSettled | WorkerReplaced | WorkerBenched
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacePaused:
+    """A place (bucket, Hub, file system, machine) is at fault: what depends on it waits. Told once until it works."""
+
+    place: str
+    failure_class: FailureClass
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaceResumed:
+    """A job got past a place that was paused."""
+
+    place: str
+
+
+DriverEvent = UnitStarted | ShardsStarted | JobSettled | WorkerReplaced | WorkerBenched | PlacePaused | PlaceResumed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,21 +98,24 @@ class Summary:
     cancelled: int
     failures: Mapping[FailureClass, int]
     """Jobs that failed for good, by class."""
+    left: int = 0
+    """Jobs of the ledger that are not final, when the driver ended."""
+
+
+_NAMES: dict[type, str] = {
+    UnitStarted: "unit_started",
+    ShardsStarted: "shards_started",
+    JobSettled: "job_settled",
+    WorkerReplaced: "worker_replaced",
+    WorkerBenched: "worker_benched",
+    PlacePaused: "place_paused",
+    PlaceResumed: "place_resumed",
+}
 
 
 def event_name(event: DriverEvent) -> str:
     """Return what JSON lines call an event."""
-    match event:
-        case UnitStarted():
-            return "unit_started"
-        case ShardsStarted():
-            return "shards_started"
-        case JobSettled():
-            return "job_settled"
-        case WorkerReplaced():
-            return "worker_replaced"
-        case WorkerBenched():
-            return "worker_benched"
+    return _NAMES[type(event)]
 
 
 class Shielded:

@@ -1,7 +1,6 @@
 """Several workers on one pass: pieces are handed out, what is merged is finished, and helpers are let go of."""
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from cluster.driving.events import DriverEvent, ShardsStarted
@@ -50,7 +49,6 @@ class Helping:
         self._give_pieces(views)
         self._replace_leaders(views)
         self._finish_passes()
-        self._release_helpers()
 
     def stranded(self, views: Sequence[WorkerView], now: float) -> list[Held]:
         """Return the jobs of passes for which no worker of their kind has been up for some time.
@@ -127,17 +125,6 @@ class Helping:
                 shared.finishing = True
                 work = shared.work(flight.name("verify"), flight.requests)
                 self._pool.finish_pass(leader, work, shared.merged(flight.requests))
-
-    def _release_helpers(self) -> None:
-        """Tell those who helped that jobs have ended; what they still do for them is stopped."""
-        leaving: dict[str, list[str]] = defaultdict(list)
-        for worker, job_id in self._holdings.leaving:
-            leaving[worker].append(job_id)
-        self._holdings.leaving.clear()
-        for worker, job_ids in leaving.items():
-            self._pool.cancel(worker, job_ids)
-            for job_id in job_ids:
-                self._pool.discard(worker, job_id)
 
 
 def _barred(shared: SharedPass, leader: str, able: Sequence[WorkerView]) -> frozenset[str]:

@@ -23,10 +23,14 @@ class Held:
     """As this driver last wrote it."""
     beside: bool = False
     """Whether what ended its unit may not be its doing: other jobs were in it, or others died at the same pass."""
-    cancel_sent: bool = False
-    """Whether its worker was told to stop it."""
     outcome: JobOutcome | None = None
     """Set when it is staged, and is being published."""
+    began_at: float = 0.0
+    """When its attempt began, on the driver's clock."""
+    host: str | None = None
+    """Machine of the worker that it was given to."""
+    is_probe: bool = False
+    """Whether it tells whether a place works again."""
 
     @property
     def job_id(self) -> str:
@@ -63,11 +67,11 @@ class Holdings:
     published: dict[str, tuple[Held, Publication]] = field(default_factory=dict)
     """Releases that are visible and not in the store yet, by job."""
     num_claimed: int = 0
-    leaving: list[tuple[str, str]] = field(default_factory=list)
-    """Helpers, each with a job that has ended: they are still to be told to let go of it."""
-    shunned: dict[str, str] = field(default_factory=dict)
-    """By job, the worker whose GPU failed under it: its next attempt is to be elsewhere. Not in the store: names of
-    workers mean nothing to other drivers."""
+    dropped: dict[str, set[str]] = field(default_factory=dict)
+    """By worker, jobs that have ended and that it may still be at: it is told until it has let go of them."""
+    shunned: dict[str, frozenset[str]] = field(default_factory=dict)
+    """By job, workers that cannot do it: its next attempt is to be elsewhere. Not in the store: names of workers mean
+    nothing to other drivers."""
     _tokens: dict[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
@@ -82,9 +86,9 @@ class Holdings:
                 priority=lease.request.priority,
                 sequence=self.num_claimed,
                 alone=lease.suspect,
-                not_on=self.shunned.pop(lease.job_id, None),
+                not_on=self.shunned.get(lease.job_id, frozenset()),
             )
-            self.waiting[lease.job_id] = Held(lease, waiting)
+            self.waiting[lease.job_id] = Held(lease, waiting, is_probe=lease.is_probe)
             self._tokens[lease.job_id] = lease.token
             self.num_claimed += 1
 
@@ -114,6 +118,11 @@ class Holdings:
     def at_work(self, worker: str) -> list[Held]:
         """Return the jobs on a worker that are not staged yet."""
         return [held for held in self.on_worker(worker) if held.outcome is None]
+
+    def not_staged(self) -> list[Held]:
+        """Return the jobs that wait or are on a worker and are not being published."""
+        on_workers = [held for flight in self.flights.values() for held in flight.held.values()]
+        return [*self.waiting.values(), *(held for held in on_workers if held.outcome is None)]
 
     def shared(self, pass_id: str) -> tuple[str, Flight, SharedPass] | None:
         """Return a shared pass with the worker that leads it, or None when none of its jobs is held any more."""
@@ -159,12 +168,19 @@ class Holdings:
         flight = self.flights.get(worker)
         return flight.held.get(job_id) if flight else None
 
-    def remove(self, job_id: str) -> str | None:
-        """Forget a job, and the flight it was the last of; return the worker it was on, or None."""
+    def remove(self, job_id: str) -> None:
+        """Forget a job, and the flight it was the last of."""
         self._tokens.pop(job_id, None)
         self.waiting.pop(job_id, None)
         self.published.pop(job_id, None)
-        return self._land(job_id)
+        self._land(job_id)
+
+    def let_go(self, worker: str, job_ids: Iterable[str]) -> None:
+        """Take in that a worker has let go of jobs."""
+        if worker in self.dropped:
+            self.dropped[worker].difference_update(job_ids)
+            if not self.dropped[worker]:
+                del self.dropped[worker]
 
     def publish(self, held: Held, release: Release, report_path: str | None) -> None:
         """Take a job off its worker: its release is visible, and only the store does not know it yet."""
@@ -173,12 +189,12 @@ class Holdings:
         publication = Publication(job_id=held.job_id, token=held.lease.token, release=release, report_path=report_path)
         self.published[held.job_id] = held, publication
 
-    def _land(self, job_id: str) -> str | None:
+    def _land(self, job_id: str) -> None:
         for worker, flight in list(self.flights.items()):
             if flight.held.pop(job_id, None) is not None:
-                if flight.shared is not None:
-                    self.leaving += [(helper, job_id) for helper in sorted(flight.shared.takers)]
+                takers = set[str]() if flight.shared is None else flight.shared.takers
+                for each in {worker} | takers:
+                    self.dropped.setdefault(each, set()).add(job_id)
                 if not flight.held:
                     del self.flights[worker]
-                return worker
-        return None
+                return

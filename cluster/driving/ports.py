@@ -1,6 +1,6 @@
 """What a driver knows of its surroundings: the workers it gives work to, the metrics it tells, and the clock."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Protocol
 
 from cluster.driving.replies import PoolEvent
@@ -80,3 +80,9 @@ class Metrics(Protocol):
 
     def worker_benched(self) -> None:
         """Count a worker that cannot work."""
+
+    def paused(self, places: Collection[str]) -> None:
+        """Say which places are paused."""
+
+    def excused(self, failure: str) -> None:
+        """Count an attempt that a fault of a place ended, by the class of the fault."""

@@ -1,17 +1,12 @@
 """How far jobs are, as their workers tell it: noted with each answer, written down all at once."""
 
-from collections import defaultdict
-
 from cluster.driving.holdings import Held, Holdings
-from cluster.driving.ports import Pool
 from cluster.driving.settlement import Settlement
 from jobs.ledger.records import ProgressReport
 from jobs.states import STAGES, JobState
 from workers.merging.outcomes import Progress
 
 _STATE_OF_STAGE = {
-    "fetch": JobState.PLANNING,
-    "plan": JobState.PLANNING,
     "quantize": JobState.MERGING,
     "merge": JobState.MERGING,
     "verify": JobState.VERIFYING,
@@ -24,23 +19,18 @@ _STATE_OF_STAGE = {
 class ProgressNotes:
     """What was told since it was last written down."""
 
-    def __init__(self, holdings: Holdings, pool: Pool, settlement: Settlement) -> None:
+    def __init__(self, holdings: Holdings, settlement: Settlement) -> None:
         self._holdings = holdings
-        self._pool = pool
         self._settlement = settlement
-        self._progress: dict[str, tuple[str, Held, ProgressReport]] = {}
-        """Of each job the worker that leads, and what was told last."""
+        self._progress: dict[str, tuple[Held, ProgressReport]] = {}
+        """Of each job what was told last."""
 
     def note(self, worker: str, progress: Progress) -> None:
         """Note how far the jobs of a unit are; each has its share of the unit's bytes."""
         leader = self._holdings.led_by(worker)
         if leader is None:
             return
-        told = {
-            held.job_id: held
-            for held in self._holdings.at_work(leader)
-            if held.job_id in progress.stages and not held.cancel_sent
-        }
+        told = {held.job_id: held for held in self._holdings.at_work(leader) if held.job_id in progress.stages}
         bytes_done, bytes_total = progress.bytes_done, progress.bytes_total
         shared = self._holdings.flights[leader].shared
         if shared is not None and shared.is_open:
@@ -56,7 +46,7 @@ class ProgressNotes:
                 bytes_done=bytes_done // num_jobs,
                 bytes_total=bytes_total // num_jobs,
             )
-            self._progress[job_id] = leader, held, report
+            self._progress[job_id] = held, report
 
     def write(self) -> None:
         """Write down how far the work is that was told of since the last time: all of it at once.
@@ -66,14 +56,9 @@ class ProgressNotes:
         """
         reports, self._progress = self._progress, {}
         told = {job_id: each for job_id, each in reports.items() if job_id in self._holdings.tokens}
-        ended: dict[str, list[str]] = defaultdict(list)
         for state in STAGES:
-            jobs = [held for _, held, report in told.values() if _STATE_OF_STAGE.get(report.stage) is state]
+            jobs = [held for held, report in told.values() if _STATE_OF_STAGE.get(report.stage) is state]
             for job_id in {held.job_id for held in jobs} - self._settlement.advance(jobs, state):
-                leader, _, _ = told.pop(job_id)
-                ended[leader].append(job_id)
-        for leader, job_ids in ended.items():
-            for each in self._holdings.crew(leader):
-                self._pool.cancel(each, sorted(job_ids))
+                told.pop(job_id)
         if told:
-            self._settlement.note_progress({job_id: (held, report) for job_id, (_, held, report) in told.items()})
+            self._settlement.note_progress(told)

@@ -77,6 +77,8 @@ class WorkerLost:
     reason: str
     device_failed: bool = False
     """Whether its GPU failed at work, as the worker itself says."""
+    out_of_memory: bool = False
+    """Whether it was ended because the memory of its machine ran out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,8 +23,8 @@ class WaitingJob:
     """Lower is older; unique."""
     alone: bool = False
     """It may be what has cost workers, and must not take other jobs with it."""
-    not_on: str | None = None
-    """The worker whose GPU failed under it: it goes to another, as long as there is one."""
+    not_on: frozenset[str] = frozenset()
+    """Workers that cannot do it (a GPU failed, a machine is too small): it goes to another, as long as there is one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,8 @@ class WorkerView:
     """Whether it has started, and is neither lost nor benched."""
     has_failed: bool = False
     """Whether its GPU failed at work, and has done none since."""
+    host: str | None = None
+    """Its machine, once it has started."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,11 +120,11 @@ def schedule(
     """
     up = {worker.name for worker in workers if worker.up}
     left = sorted(waiting, key=lambda job: (-job.priority, job.sequence))
-    left = [job if job.not_on is None or up - {job.not_on} else dataclasses.replace(job, not_on=None) for job in left]
+    left = [job if up - job.not_on else dataclasses.replace(job, not_on=frozenset()) for job in left]
     idle = sorted((worker for worker in workers if worker.idle), key=lambda worker: worker.name)
     counts = {job.pass_key: passed_over.get(job.pass_key, 0) for job in left}
     units: list[UnitAssignment] = []
-    while idle and (able := [job for job in left if any(worker.name != job.not_on for worker in idle)]):
+    while idle and (able := [job for job in left if any(worker.name not in job.not_on for worker in idle)]):
         worker, first = _next(able, idle, counts, limits)
         jobs = _fill(first, left, limits)
         units.append(UnitAssignment(worker=worker.name, pass_key=first.pass_key, job_ids=jobs))
@@ -152,11 +154,11 @@ def _next(
     overdue = [job for job in left if counts[job.pass_key] >= limits.max_units_of_other_bases]
     if overdue:
         oldest = min(overdue, key=lambda job: (-counts[job.pass_key], job.sequence))
-        return _best_worker(oldest.pass_key, left, [each for each in idle if each.name != oldest.not_on]), oldest
+        return _best_worker(oldest.pass_key, left, [each for each in idle if each.name not in oldest.not_on]), oldest
     urgent = [job for job in left if job.priority == left[0].priority]
     held = frozenset[str]().union(*(worker.residents for worker in idle))
     first = next((job for job in urgent if job.pass_key in held), urgent[0])
-    return _best_worker(first.pass_key, left, [each for each in idle if each.name != first.not_on]), first
+    return _best_worker(first.pass_key, left, [each for each in idle if each.name not in first.not_on]), first
 
 
 def _best_worker(pass_key: str, left: Collection[WaitingJob], idle: Sequence[WorkerView]) -> WorkerView:

@@ -2,18 +2,17 @@
 
 import contextlib
 import logging
-import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from cluster.driving.events import DriverEvent, JobSettled, Summary
+from cluster.driving.endings import Endings
 from cluster.driving.holdings import Held, Holdings
-from cluster.driving.ports import Metrics
+from cluster.driving.places import Places
+from cluster.driving.scheduler import WorkerView
 from jobs.errors import CancelledError, FailureClass, LeaseLostError, NoCapacityError, TransientIOError
-from jobs.ledger.records import ProgressReport, Publication
+from jobs.ledger.records import Beginning, ProgressReport, Publication
 from jobs.ledger.store import JobStore
 from jobs.release import Release
-from jobs.states import MAX_EXCUSED_LOSSES, STAGES, SUSPICIOUS_FAILURES, Decision, JobState, RetryPolicy
+from jobs.states import MAX_EXCUSED_LOSSES, STAGES, SUSPICIOUS_FAILURES, JobState
 from workers.merging.outcomes import Failure
 
 logger = logging.getLogger(__name__)
@@ -32,33 +31,43 @@ class Settlement:
     Raises, from every method that writes: one of `STORE_FAULTS`; the same call can be made again.
     """
 
-    def __init__(
-        self,
-        store: JobStore,
-        holdings: Holdings,
-        *,
-        policy: RetryPolicy,
-        metrics: Metrics,
-        listener: Callable[[DriverEvent], None],
-        rng: random.Random,
-    ) -> None:
-        """Take what it writes to and whom it tells.
+    def __init__(self, store: JobStore, holdings: Holdings, places: Places, endings: Endings) -> None:
+        """Take what it writes to.
 
         Args:
             store: the ledger.
             holdings: jobs that end are removed from it.
-            policy: decides what follows a failure.
-            metrics: counts attempts.
-            listener: told of every attempt that ended.
-            rng: source of the jitter between attempts.
+            places: told how far jobs get.
+            endings: ends attempts.
         """
         self._store = store
         self._holdings = holdings
-        self._policy = policy
-        self._metrics = metrics
-        self._listener = listener
-        self._rng = rng
-        self._ended: dict[str, JobSettled] = {}
+        self._places = places
+        self._endings = endings
+
+    def begin(self, jobs: Mapping[str, WorkerView], now: float) -> frozenset[str]:
+        """Start the attempts of jobs that wait: they count from now on.
+
+        Args:
+            jobs: by id, the worker that each is for.
+            now: on the driver's clock.
+
+        Returns:
+            Ids of those that may be worked on. The others have ended: the lease is lost, or a user cancelled them.
+        """
+        held = {job_id: self._holdings.waiting[job_id] for job_id in jobs}
+        errors = self._store.begin(
+            Beginning(job_id=job_id, token=each.lease.token, worker=jobs[job_id].name, node=jobs[job_id].host)
+            for job_id, each in held.items()
+        )
+        begun = set()
+        for job_id, each in held.items():
+            with self._guarded(each):
+                if job_id in errors:
+                    raise errors[job_id]
+                each.state, each.began_at, each.host = JobState.PLANNING, now, jobs[job_id].host
+                begun.add(job_id)
+        return frozenset(begun)
 
     def advance(
         self, jobs: Iterable[Held], target: JobState, merge_keys: Mapping[str, str | None] | None = None
@@ -86,7 +95,9 @@ class Settlement:
             with self._guarded(held):
                 if held.job_id in errors:
                     raise errors[held.job_id]
-                held.state = target
+                if _PATH.index(held.state) < _PATH.index(target):
+                    held.state = target
+                    self._places.got_to(held, target)
                 passed.add(held.job_id)
         return frozenset(passed.union({held.job_id for held in wanted} - {held.job_id for held in asked}))
 
@@ -121,20 +132,12 @@ class Settlement:
             with self._guarded(held):
                 if held.job_id in errors:
                     raise errors[held.job_id]
-                event = JobSettled(
-                    job_id=held.job_id,
-                    state=JobState.PUBLISHED,
-                    location=str(publication.release.location),
-                    created=publication.release.created,
-                    report_path=publication.report_path,
-                    notes=publication.release.manifest.notes,
-                )
-                self._end(held, event)
+                self._endings.published(held, publication)
 
     def failure(self, held: Held, failure: Failure, report_path: str | None = None) -> None:
         """End an attempt that failed. One that was stopped without a cancellation does not count."""
         with self._guarded(held):
-            self._write_failure(held, failure, report_path)
+            self._endings.failed(held, failure, report_path)
 
     def unit_failure(
         self, held: Held, failure: Failure, report_path: str | None = None, *, device_failed: bool = False
@@ -145,110 +148,22 @@ class Settlement:
         `MAX_EXCUSED_LOSSES`: it runs alone next.
         """
         with self._guarded(held):
-            if held.beside and failure.failure_class in SUSPICIOUS_FAILURES:
-                self._isolate(held, failure, "its unit failed as a whole")
+            if held.beside and failure.failure_class in SUSPICIOUS_FAILURES and not failure.waits:
+                self._endings.isolate(held, failure, "its unit failed as a whole")
             elif device_failed and held.lease.excused_losses < MAX_EXCUSED_LOSSES:
-                self._isolate(held, failure, "the GPU failed")
+                self._endings.isolate(held, failure, "the GPU failed")
             else:
-                self._write_failure(held, failure, report_path)
+                self._endings.failed(held, failure, report_path)
 
     def quarantine(self, held: Held) -> None:
         """End a job that was at work too often when workers and drivers were lost, before it is tried again."""
-        message = (
-            f"{held.lease.excused_losses} workers or drivers were lost with it at work, so it is not tried again; "
-            "its events have each"
-        )
         with self._guarded(held):
-            decision = Decision(state=JobState.QUARANTINED)
-            self._store.fail(held.job_id, held.lease.token, FailureClass.WORKER_LOST, message, decision)
-            event = JobSettled(
-                job_id=held.job_id, state=decision.state, failure_class=FailureClass.WORKER_LOST, message=message
-            )
-            self._end(held, event)
+            self._endings.quarantine(held)
 
     def let_go(self, held: Held, reason: str) -> None:
         """Give a job back to the queue, as if this attempt had not been."""
         with self._guarded(held):
-            self._let_go(held, reason)
-
-    def summary(self) -> Summary:
-        """Return what became of the jobs so far."""
-        ended = self._ended.values()
-        return Summary(
-            published=sum(event.state is JobState.PUBLISHED and event.created for event in ended),
-            unchanged=sum(event.state is JobState.PUBLISHED and not event.created for event in ended),
-            cancelled=sum(event.state is JobState.CANCELLED for event in ended),
-            failures=Counter(
-                event.failure_class
-                for event in ended
-                if event.failure_class is not None and event.state in (JobState.FAILED, JobState.QUARANTINED)
-            ),
-        )
-
-    def _write_failure(self, held: Held, failure: Failure, report_path: str | None = None) -> None:
-        cancelled = held.job_id in self._store.cancelling({held.job_id: held.lease.token})
-        if failure.failure_class is FailureClass.CANCELLED and not cancelled:
-            self._let_go(held, "the driver stopped")
-            return
-        worker_lost = failure.failure_class is FailureClass.WORKER_LOST
-        decision = self._policy.decide(
-            failure.failure_class,
-            attempts=held.lease.attempts,
-            worker_losses=held.lease.worker_losses + worker_lost,
-            rng=self._rng,
-        )
-        if cancelled:
-            decision = Decision(state=JobState.CANCELLED)
-        message = failure.message
-        if decision.state is JobState.QUARANTINED:
-            message += (
-                f"; {held.lease.worker_losses + 1} workers were lost while it ran alone, so it is not tried again; its "
-                "events have the reason of each"
-            )
-        self._store.fail(
-            held.job_id,
-            held.lease.token,
-            failure.failure_class,
-            message,
-            decision,
-            report_path=report_path,
-            worker_lost=worker_lost,
-        )
-        self._end(
-            held,
-            JobSettled(
-                job_id=held.job_id,
-                state=decision.state,
-                failure_class=failure.failure_class,
-                message=message,
-                retry_seconds=decision.delay_seconds if decision.state is JobState.RETRY_WAIT else None,
-                report_path=report_path,
-            ),
-        )
-
-    def _let_go(self, held: Held, reason: str) -> None:
-        self._store.let_go(held.job_id, held.lease.token, reason)
-        self._end(held, JobSettled(job_id=held.job_id, state=JobState.QUEUED))
-
-    def _isolate(self, held: Held, failure: Failure, reason: str) -> None:
-        cancelled = held.job_id in self._store.cancelling({held.job_id: held.lease.token})
-        self._store.isolate(held.job_id, held.lease.token, failure.failure_class, failure.message, reason)
-        self._end(
-            held,
-            JobSettled(
-                job_id=held.job_id,
-                state=JobState.CANCELLED if cancelled else JobState.QUEUED,
-                failure_class=failure.failure_class,
-                message=failure.message,
-            ),
-        )
-
-    def _end(self, held: Held, event: JobSettled) -> None:
-        self._holdings.remove(held.job_id)
-        self._ended[held.job_id] = event
-        self._metrics.settled((event.failure_class or event.state).value.lower())
-        logger.info("job settled", extra={"job_id": event.job_id, "state": event.state.value, "reason": event.message})
-        self._listener(event)
+            self._endings.let_go(held, reason)
 
     @contextlib.contextmanager
     def _guarded(self, held: Held) -> Iterator[None]:
@@ -269,7 +184,7 @@ class Settlement:
     def _end_guarded(self, held: Held, failure: Failure) -> None:
         """End a job whose settling was cut short; where that fails too, drop it."""
         try:
-            self._write_failure(held, failure)
+            self._endings.failed(held, failure)
         except STORE_FAULTS:
             raise
         except LeaseLostError:

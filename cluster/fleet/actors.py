@@ -18,7 +18,19 @@ Answer = Hashable
 
 
 class ActorGoneError(Exception):
-    """The actor that was called is no more, or never came up; the text says why."""
+    """The actor that was called is no more, or never came up; the text says why.
+
+    Args:
+        reason: the text.
+        out_of_memory: whether it was ended because memory ran out.
+    """
+
+    def __init__(self, reason: str, out_of_memory: bool = False) -> None:
+        super().__init__(reason, out_of_memory)
+        self.out_of_memory = out_of_memory
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class CallRaisedError(Exception):

@@ -27,6 +27,8 @@ class Member:
     crew: Crew
     actor: Actor | None = None
     ready: bool = False
+    host: str | None = None
+    """Name of the machine it is on, as it said itself."""
     residents: frozenset[str] = frozenset()
     created_at: float = 0.0
     awaited: bool = False
@@ -49,6 +51,7 @@ class Member:
             device=self.crew.device,
             up=self.ready,
             has_failed=self.device_faults > 0,
+            host=self.host,
         )
 
     def take(self, actor: Actor, now: float) -> None:
@@ -62,6 +65,7 @@ class Member:
         """Empty the place. Its calls are forgotten: Ray keeps an actor's name as long as anything refers to it."""
         self.actor = None
         self.ready = False
+        self.host = None
         self.calls.clear()
 
     @property

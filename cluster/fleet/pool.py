@@ -81,11 +81,12 @@ class WorkerPool:
 
     def publish(self, worker: str, job_id: str) -> None:
         """Have a staged job published; `PublishFinished` follows."""
-        self._call(worker, "publish", job_id, job_id=job_id, task_name=f"publish:{job_id}")
+        # No name of a task holds that of a job: Ray keeps a series of metrics for each.
+        self._call(worker, "publish", job_id, job_id=job_id, task_name="publish")
 
     def discard(self, worker: str, job_id: str) -> None:
         """Have what a job left dropped."""
-        self._call(worker, "discard", job_id, job_id=job_id, task_name=f"discard:{job_id}")
+        self._call(worker, "discard", job_id, job_id=job_id, task_name="discard")
 
     def cancel(self, worker: str, job_ids: Iterable[str]) -> None:
         """Ask a worker to stop some of the jobs of the unit it is at; their outcomes say so."""
@@ -179,7 +180,7 @@ class WorkerPool:
         try:
             value = self._actors.take(answer)
         except ActorGoneError as error:
-            yield from self._lose(member, one_line(error))
+            yield from self._lose(member, one_line(error), out_of_memory=error.out_of_memory)
             return
         except CallRaisedError as error:
             cause = error.__cause__ or error
@@ -211,9 +212,12 @@ class WorkerPool:
             yield from self._lose(member, f"{said.host}: {said.fault}")
             return
         member.ready = True
+        member.host = said.host
         member.failed_starts = 0
 
-    def _lose(self, member: Member, reason: str, *, device_failed: bool = False) -> Iterable[PoolEvent]:
+    def _lose(
+        self, member: Member, reason: str, *, device_failed: bool = False, out_of_memory: bool = False
+    ) -> Iterable[PoolEvent]:
         """Empty the place of a worker that is dead or cannot work, and say so; of one that never could, once."""
         # It may be alive and only out of reach, and must not go on beside its replacement.
         assert member.actor is not None
@@ -222,7 +226,9 @@ class WorkerPool:
         member.leave()
         if was_ready:
             logger.warning("worker lost", extra={"worker": member.name, "reason": reason})
-            yield WorkerLost(worker=member.name, reason=reason, device_failed=device_failed)
+            yield WorkerLost(
+                worker=member.name, reason=reason, device_failed=device_failed, out_of_memory=out_of_memory
+            )
             return
         member.failed_starts += 1
         self._rest(member)

@@ -16,6 +16,9 @@ from cluster.ray_fleet.placement import choose_node, near
 _CONTROL = "control"
 """Concurrency group that answers while a unit runs."""
 
+_PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+"""Threads that wait for others sleep. Spinning, those of two drivers on one machine make each other 12 times slower."""
+
 
 class RayActor:
     """A Ray actor, by its handle."""
@@ -59,16 +62,6 @@ class RayActors:
         import ray  # noqa: PLC0415 - reads the environment: see `session.py`
 
         self._ray: Any = ray
-        exceptions = self._ray.exceptions
-        self._gone = (
-            exceptions.RayActorError,
-            # What Ray's memory monitor, a dead machine and a lost answer leave are no errors of an actor.
-            exceptions.OutOfMemoryError,
-            exceptions.NodeDiedError,
-            exceptions.LocalRayletDiedError,
-            exceptions.WorkerCrashedError,
-            exceptions.ObjectLostError,
-        )
         options: dict[str, Any] = {
             "num_cpus": 0,  # else num_gpus=1 also takes a CPU, and a replacement could wait for it forever
             "max_restarts": 0,
@@ -93,7 +86,7 @@ class RayActors:
             "num_gpus": crew.num_gpus_each,
             "scheduling_strategy": near(node),
             # With num_cpus=0 Ray would force one OpenMP thread, which bitsandbytes computes with.
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(crew.num_threads)}},
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(crew.num_threads), **_PASSIVE}},
         }
         try:
             handle = self._actor_class.options(**options).remote(*self._arguments(crew))
@@ -116,8 +109,10 @@ class RayActors:
         """Return an answer that is there."""
         try:
             return self._ray.get(answer)
-        except self._gone as error:
-            raise ActorGoneError(str(error)) from error
-        except self._ray.exceptions.RayError as error:
+        except self._ray.exceptions.RayTaskError as error:
             # What the worker raised, without Ray's account of where.
             raise CallRaisedError from getattr(error, "cause", error)
+        except self._ray.exceptions.RayError as error:
+            # Whatever else Ray says in the place of an answer, there will be none: its memory monitor, a dead machine
+            # or raylet and a lost object have errors of their own, which are no errors of an actor.
+            raise ActorGoneError(str(error), isinstance(error, self._ray.exceptions.OutOfMemoryError)) from error

@@ -3,7 +3,7 @@
 No label takes as many values as there are jobs. History is in the store: these are for the dashboard and for alarms.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from jobs.errors import FailureClass
 from jobs.states import JobState
@@ -32,6 +32,13 @@ class FleetMetrics:
         self._settled = Counter("mergefleet_settled_total", "Attempts settled, by what came of them.", ("outcome",))
         self._worker_deaths = Counter("mergefleet_worker_deaths_total", "Workers that died and were replaced.")
 
+        self._paused = Gauge(
+            "mergefleet_paused_places", "Places that are paused for a fault or by a person.", ("place",)
+        )
+        self._excused = Counter(
+            "mergefleet_excused_total", "Attempts that a fault of a place ended, and that do not count.", ("failure",)
+        )
+        self._told_paused: set[str] = set()
         self._workers_benched = Counter(
             "mergefleet_workers_benched_total", "Workers that did not start or could not use their GPU."
         )
@@ -95,6 +102,18 @@ class FleetMetrics:
     def worker_benched(self) -> None:
         """Count a worker that cannot work."""
         self._workers_benched.inc()
+
+    def paused(self, places: Collection[str]) -> None:
+        """Say which places are paused."""
+        for place in self._told_paused - set(places):
+            self._paused.set(0, {"place": place})
+        self._told_paused |= set(places)
+        for place in places:
+            self._paused.set(1, {"place": place})
+
+    def excused(self, failure: str) -> None:
+        """Count an attempt that a fault of a place ended, by the class of the fault."""
+        self._excused.inc(1, {"failure": failure})
 
     def _count_bytes(self, direction: str, count: int) -> None:
         if count > 0:  # a counter refuses to be raised by nothing

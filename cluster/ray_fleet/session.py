@@ -12,6 +12,8 @@ import secrets
 import socket
 import stat
 import sys
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,14 @@ from urllib.parse import urlsplit
 
 from cluster.logs import LogFormat
 from cluster.settings import Settings
-from jobs.errors import AuthError, BadInputError, InternalError, NoCapacityError, NotFoundError
+from jobs.errors import (
+    AuthError,
+    BadInputError,
+    InternalError,
+    MergefleetError,
+    NoCapacityError,
+    NotFoundError,
+)
 
 if TYPE_CHECKING:
     from ray.job_config import JobConfig
@@ -29,6 +38,8 @@ _OBJECT_STORE_BYTES = 100 * 1024**2
 _LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Despite its name, "0" makes every process of a node listen on loopback only, on Linux too. Like the variables of
 token authentication it is read when Ray is imported: nothing imports Ray before a session is opened."""
+_RECONNECT_SECONDS = "RAY_gcs_rpc_server_reconnect_timeout_s"
+"""How long a process of Ray waits for a control service that is gone before it ends; a local one does not come back."""
 _CONNECT_SECONDS = 5.0
 _MAX_SOCKET_PATH = 107
 _PRIVATE = "own/ray"
@@ -73,6 +84,28 @@ def open_session(settings: Settings, *, namespace: str, address: str | None, log
     )
 
 
+class SessionLostError(BaseException):
+    """Ray's own services are gone, and this process cannot go on; a new one can. No error of any job."""
+
+
+@contextlib.contextmanager
+def lost_sessions() -> Iterator[None]:
+    """Tell what Ray itself raises inside from other faults.
+
+    Raises:
+        SessionLostError: an exception came out of Ray.
+    """
+    try:
+        yield
+    except MergefleetError:
+        raise
+    except Exception as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        if any(frame.f_globals.get("__name__", "").partition(".")[0] == "ray" for frame, _ in frames):
+            raise SessionLostError(str(error)) from error
+        raise
+
+
 def close_session() -> None:
     """Leave the cluster; a local Ray ends. Actors of this driver end either way."""
     import ray  # noqa: PLC0415 - see _start
@@ -91,6 +124,7 @@ def _start(settings: Settings, namespace: str, log_format: LogFormat) -> Session
     if "ray" in sys.modules and os.environ.get(_LOOPBACK_ONLY) != "0":
         raise InternalError("Ray was imported before its session was opened, and has read another environment")
     os.environ[_LOOPBACK_ONLY] = "0"
+    os.environ.setdefault(_RECONNECT_SECONDS, "10")
     import ray  # noqa: PLC0415
 
     try:

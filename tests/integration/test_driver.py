@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from jobs.ledger.selection import Selection
 from jobs.ledger.store import JobStore
 from jobs.request import MergeRequest
 from jobs.states import JobState
@@ -100,7 +101,7 @@ class Fleet:
 
     def merging(self):
         """The jobs that a worker is merging just now."""
-        return [record for record in self.store.jobs(states=[JobState.MERGING]) if record.stage == "merge"]
+        return [record for record in self.store.jobs(Selection(states=[JobState.MERGING])) if record.stage == "merge"]
 
     def events(self, process, kind):
         """What a run has told so far, of one kind."""
@@ -180,7 +181,7 @@ def test_a_batch_survives_the_death_of_a_worker(fleet, models):
     assert events[-1]["published"] == 6
     check_releases(fleet, 6)
     charged = int(len(lost["job_ids"]) == 1)  # one of several may not have been at fault, and pays nothing
-    told = {(record.attempts, record.worker_losses) for record in fleet.store.jobs(ids=lost["job_ids"])}
+    told = {(record.attempts, record.worker_losses) for record in fleet.store.jobs(Selection(ids=lost["job_ids"]))}
     assert told == {(1 + charged, charged)}
 
 
@@ -198,7 +199,7 @@ def test_one_merge_is_shared_by_two_workers_and_survives_the_death_of_one(fleet,
 
     (helper,) = fleet.until(helpers, "help")
     os.kill(fleet.pids(run)[helper], signal.SIGKILL)
-    fleet.until(lambda: fleet.store.jobs(states=[JobState.PUBLISHED]), "the release")
+    fleet.until(lambda: fleet.store.jobs(Selection(states=[JobState.PUBLISHED])), "the release")
     given = [name for event in fleet.events(run, "shards_started") for name in event["shards"]]
     assert set(given) == {path.name for path in (models / "base").glob("*.safetensors")}
     assert len(fleet.events(run, "worker_replaced")) == 1
@@ -231,9 +232,9 @@ def test_sigterm_gives_everything_back_and_counts_no_attempt(fleet, models):
     fleet.until(fleet.merging, "a merge")
     run.terminate()
     code, events = fleet.finish(run, seconds=60)
-    assert code == 0
+    assert code == 4  # stopped with work left
     assert {event["state"] for event in events if event["event"] == "job_settled"} <= {"QUEUED", "PUBLISHED"}
-    given_back = fleet.store.jobs(states=[JobState.QUEUED])
+    given_back = fleet.store.jobs(Selection(states=[JobState.QUEUED]))
     assert given_back
     assert {record.attempts for record in given_back} == {0}
 
@@ -244,7 +245,7 @@ def test_exit_codes_tell_parity_from_other_failures(fleet, models):
     assert code == 3
     assert events[-1]["failures"] == {"parity_failed": 2}
     assert not (fleet.home / "releases" / "job-0").exists()
-    record = fleet.store.jobs(ids=["job-0"])[0]
+    record = fleet.store.jobs(Selection(ids=["job-0"]))[0]
     assert (Path(record.report_path) / "parity.json").exists()
 
 

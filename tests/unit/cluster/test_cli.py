@@ -19,7 +19,7 @@ from jobs.states import Decision, JobState
 MAIN = "from cluster.cli import main; main()"
 
 SURFACE = {
-    "cancel": ["[ids]", "--state", "--label", "--json", "--debug"],
+    "cancel": ["[ids]", "--batch", "--state", "--label", "--json", "--debug"],
     "merge": [
         "--base",
         "--adapter",
@@ -33,14 +33,20 @@ SURFACE = {
         "--json",
         "--debug",
     ],
+    "pause": ["what", "[name]", "--reason", "--json", "--debug"],
     "plan": ["file", "--json", "--debug"],
+    "policy": ["--json", "--debug"],
     "pull": ["location", "directory", "--json", "--debug"],
-    "retry": ["[ids]", "--state", "--label", "--json", "--debug"],
+    "purge": ["--older-than", "--dry-run", "--json", "--debug"],
+    "release-leases": ["driver", "--json", "--debug"],
+    "resume": ["what", "[name]", "--json", "--debug"],
+    "retry": ["[ids]", "--batch", "--state", "--label", "--failed", "--class", "--json", "--debug"],
     "run": ["--drain", "--workers", "--address", "--log-format", "--json", "--debug"],
-    "status": ["[ids]", "--state", "--label", "--json", "--debug"],
-    "submit": ["file", "--json", "--debug"],
+    "status": ["[ids]", "--batch", "--state", "--label", "--since", "--limit", "--sort", "--json", "--debug"],
+    "store upgrade": ["--json", "--debug"],
+    "submit": ["file", "--batch", "--json", "--debug"],
     "verify": ["location", "--json", "--debug"],
-    "watch": ["--json", "--debug"],
+    "watch": ["--batch", "--label", "--json", "--debug"],
 }
 """Scripts rely on it: a change here is a change for every user, and belongs in the changelog."""
 
@@ -79,7 +85,9 @@ def requests_file(tmp_path, *ids, **fields):
 
 def test_the_commands_and_their_arguments_are_these():
     found = {}
-    for name, command in get_command(app).commands.items():
+    commands = dict(get_command(app).commands)
+    commands |= {f"store {name}": each for name, each in commands.pop("store").commands.items()}
+    for name, command in commands.items():
         names = []
         for parameter in command.params:
             if parameter.param_type_name == "argument":
@@ -106,9 +114,10 @@ def test_help_comes_at_once_and_loads_nothing_heavy():
 
 def test_submit_queues_and_the_same_file_again_changes_nothing(tmp_path):
     path = requests_file(tmp_path, "one", "two")
-    assert json_of(call("submit", path, "--json")) == {"created": ["one", "two"], "unchanged": []}
-    assert json_of(call("submit", path, "--json")) == {"created": [], "unchanged": ["one", "two"]}
-    assert call("submit", path).stdout == "0 jobs queued, 2 were there already\n"
+    batch = {"batch": "requests"}
+    assert json_of(call("submit", path, "--json")) == batch | {"created": ["one", "two"], "unchanged": []}
+    assert json_of(call("submit", path, "--json")) == batch | {"created": [], "unchanged": ["one", "two"]}
+    assert call("submit", path).stdout == "batch requests: 0 jobs queued, 2 were there already\n"
 
 
 def test_every_problem_of_a_file_is_told_and_nothing_is_queued(tmp_path, store):
@@ -159,11 +168,11 @@ def test_the_status_of_a_job_by_id_has_its_events(tmp_path, store):
     document = json_of(call("status", "one", "two", "--json"))
     one, two = (job["events"] for job in document["jobs"])
     assert [(event["sequence"], event["state"]) for event in one] == [(1, "QUEUED"), (2, "LEASED"), (3, "FAILED")]
-    assert one[1]["detail"] == {"attempt": 1, "owner": "driver", "token": lease.token}
+    assert one[1]["detail"] == {"owner": "driver", "token": lease.token}
     assert [event["state"] for event in two] == ["QUEUED"]
     assert "events" not in json_of(call("status", "--json"))["jobs"][0]
     text = "".join(call("status", "one").stdout.split())
-    assert "attempt:1,owner:driver" in text
+    assert f"owner:driver,token:{lease.token}" in text
     assert f"{'x' * 1000}\\u202eend" in text
     assert "owner:driver" not in "".join(call("status", "--state", "failed").stdout.split())
 
@@ -181,8 +190,16 @@ def test_jobs_are_cancelled_and_retried_by_choice_and_never_by_default(tmp_path)
     [
         (["status", "nobody"], "no such job: nobody"),
         (["retry", "--label", "team"], "--label: expected K=V, found 'team'"),
-        (["status", "a\udcff"], "expected ids and labels in UTF-8, found 'a\\udcff'"),
-        (["cancel", "--label", "a=\udcff"], "expected ids and labels in UTF-8, found 'a=\\udcff'"),
+        (["status", "a\udcff"], "expected ids, labels and batches in UTF-8, found 'a\\udcff'"),
+        (["cancel", "--label", "a=\udcff"], "expected ids, labels and batches in UTF-8, found 'a=\\udcff'"),
+        (["status", "--batch", "nightly"], "no such batch: nightly; there are: none"),
+        (["pause", "everything"], "expected queue, batch, base or place, found 'everything'"),
+        (["pause", "queue", "x"], "expected no name after queue, found 'x'"),
+        (["resume", "batch"], "expected the name of a batch, found ''"),
+        (["pause", "batch", "nightly"], "has no batch nightly"),
+        (["pause", "place", "ftp://x"], "expected a place: s3://bucket, hf://, a directory or node:NAME"),
+        (["release-leases", "me"], "has no driver me"),
+        (["purge", "--older-than", "long"], "expected a number with s, m, h, d or w, found 'long'"),
         (["verify", "ftp://x/y"], "found another URL, 'ftp://x/y'"),
         (["verify", "nothing-here"], "nothing-here"),
         (
@@ -200,6 +217,7 @@ def test_jobs_are_cancelled_and_retried_by_choice_and_never_by_default(tmp_path)
         ),
     ],
 )
+@pytest.mark.usefixtures("store")
 def test_bad_arguments_end_with_one_clear_message(arguments, message):
     result = call(*arguments)
     assert result.exit_code == 2
@@ -209,8 +227,9 @@ def test_bad_arguments_end_with_one_clear_message(arguments, message):
     assert message in json_of(call(*arguments, "--json"))["error"]["message"]
 
 
+@pytest.mark.usefixtures("store")
 def test_a_fault_of_mergefleet_is_one_message_and_a_traceback_for_its_owner(tmp_path, monkeypatch):
-    def fail(_):
+    def fail(*_):
         raise RuntimeError("half a \ud800 pair")
 
     monkeypatch.setattr(JobStore, "counts", fail)
@@ -240,6 +259,7 @@ def test_debug_shows_where_an_error_came_from():
     assert "Traceback" in call("status", "nobody", "--debug").stderr
 
 
+@pytest.mark.usefixtures("store")
 def test_a_fault_is_called_one_and_its_traceback_kept(monkeypatch, tmp_path):
     def broken(*_args, **_kwargs):
         raise ZeroDivisionError("division by zero")
@@ -266,10 +286,99 @@ def test_watch_ends_when_every_job_is_final(tmp_path, store):
         failed = Decision(state=JobState.FAILED)
         store.fail(lease.job_id, lease.token, FailureClass.PARITY_FAILED, "not equal", failed)
         lines = [json.loads(line) for line in watching.stdout]
-    assert lines[-1] == {"event": "done", "counts": {"FAILED": 1}}
+    cause = {"failure_class": "parity_failed", "num_jobs": 1, "message": "not equal", "ids": ["one"]}
+    assert lines[-1] == {"event": "done", "counts": {"FAILED": 1}, "failures": [cause]}
     assert watching.returncode == 3
 
 
+@pytest.mark.usefixtures("store")
 def test_watching_nothing_ends_at_once():
     result = call("watch")
     assert (result.exit_code, result.stdout) == (0, "no jobs\n")
+
+
+@pytest.mark.parametrize("command", ["status", "watch", "cancel", "retry"])
+def test_a_ledger_that_is_not_there_is_told_and_not_made(tmp_path, command):
+    result = call(command, "--batch", "x")
+    assert result.exit_code == 2
+    assert "there is no ledger here; `mergefleet submit` makes one" in result.stderr.replace("\n", " ")
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_batch_is_followed_cancelled_and_tried_again_by_its_name(tmp_path, store):
+    call("submit", requests_file(tmp_path, "one", "two"), "--batch", "nightly")
+    call("submit", requests_file(tmp_path, "three"), "--batch", "other")
+    document = json_of(call("status", "--json"))
+    assert [(each["name"], each["request_counts"]["total"]) for each in document["batches"]] == [
+        ("nightly", 2),
+        ("other", 1),
+    ]
+    assert json_of(call("cancel", "--batch", "nightly", "--json")) == {"cancelled": ["one", "two"]}
+    [_, done] = call("watch", "--batch", "nightly", "--json").stdout.splitlines()
+    assert json.loads(done)["counts"] == {"CANCELLED": 2}
+    lease = store.claim("driver", 1, 60)[0]
+    store.fail("three", lease.token, FailureClass.NOT_FOUND, "gone", Decision(state=JobState.FAILED))
+    assert json_of(call("retry", "--failed", "--class", "auth", "--json")) == {"retried": []}
+    assert json_of(call("retry", "--failed", "--class", "not_found", "--json")) == {"retried": ["three"]}
+    assert call("watch", "--batch", "nightly").exit_code == 0
+
+
+def test_what_is_paused_is_shown_with_its_reason_until_it_goes_on(tmp_path, store):
+    call("submit", requests_file(tmp_path, "one", "two"), "--batch", "nightly")
+    assert "is paused" in call("pause", "batch", "nightly", "--reason", "the base is being replaced").stdout
+    assert "was paused already" in call("pause", "batch", "nightly").stdout
+    assert store.claim("driver", 2, 60) == ()
+    [paused] = json_of(call("status", "--json"))["paused"]
+    assert (paused["scope"], paused["name"], paused["reason"], paused["num_jobs"]) == (
+        "batch",
+        "nightly",
+        "the base is being replaced",
+        2,
+    )
+    assert "the base is being replaced" in call("status").stdout
+    assert "goes on" in call("resume", "batch", "nightly").stdout
+    assert "was not paused" in call("resume", "batch", "nightly").stdout
+    assert len(store.claim("driver", 2, 60)) == 2
+
+
+def test_the_policy_is_that_of_the_settings(monkeypatch):
+    monkeypatch.setenv("MERGEFLEET_MAX_ATTEMPTS", "7")
+    monkeypatch.setenv("MERGEFLEET_POLICY", '{"parity_failed": {"attempts": 2}}')
+    policy = json_of(call("policy", "--json"))["policy"]
+    assert policy.keys() == {each.value for each in FailureClass}
+    assert (policy["transient_io"]["attempts"], policy["transient_io"]["pauses_place"]) == (7, True)
+    assert (policy["parity_failed"]["attempts"], policy["bad_input"]["attempts"]) == (2, 1)
+    monkeypatch.setenv("MERGEFLEET_POLICY", '{"parity_failed": {"attempt": 2}}')
+    result = call("policy")
+    assert result.exit_code == 2
+    assert "MERGEFLEET_POLICY" in result.stderr
+
+
+def test_old_jobs_are_forgotten_with_their_reports(tmp_path, store):
+    call("submit", requests_file(tmp_path, "old", "new"))
+    report = tmp_path / "reports" / "old"
+    report.mkdir(parents=True)
+    for lease in store.claim("driver", 2, 60):
+        failed = Decision(state=JobState.FAILED)
+        store.fail(
+            lease.job_id,
+            lease.token,
+            FailureClass.BAD_INPUT,
+            "x",
+            failed,
+            report_path=str(tmp_path / "reports" / lease.job_id),
+        )
+    assert json_of(call("purge", "--older-than", "1d", "--json"))["jobs"] == 0
+    assert json_of(call("purge", "--older-than", "0s", "--dry-run", "--json")) == {
+        "jobs": 2,
+        "reports": 1,
+        "dry_run": True,
+    }
+    assert report.exists()
+    assert json_of(call("purge", "--older-than", "0s", "--json"))["jobs"] == 2
+    assert (report.exists(), store.jobs(), store.batches()) == (False, (), ())
+
+
+def test_upgrading_a_ledger_of_this_version_changes_nothing(store):
+    assert json_of(call("store", "upgrade", "--json")) == {"from": "0003", "to": "0003"}
+    assert store.jobs() == ()

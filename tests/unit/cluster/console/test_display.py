@@ -9,12 +9,14 @@ import os
 import pytest
 
 from cluster.commands import run as run_command
-from cluster.commands.watch import watch_batch
-from cluster.console.display import event_line, job_table, note_line
+from cluster.commands.watch import watch_jobs
+from cluster.console.display import event_line, note_line
+from cluster.console.queue_views import job_table
 from cluster.console.terminal import Terminal
 from cluster.driving.events import JobSettled, WorkerReplaced
 from cluster.logs import TextFormatter
 from jobs.errors import BadInputError, FailureClass
+from jobs.ledger.selection import ALL
 from jobs.ledger.store import JobStore
 from jobs.request import MergeRequest
 from jobs.states import Decision, JobState
@@ -78,7 +80,7 @@ def test_watching_writes_json_alone_to_a_terminal(monkeypatch, tmp_path):
     monkeypatch.setattr(stdout, "isatty", lambda: True)
     monkeypatch.setattr("sys.stdout", stdout)
     with contextlib.closing(JobStore(f"sqlite:///{tmp_path}/jobs.db")) as store:
-        watch_batch(Terminal(as_json=True), store, poll_seconds=0)
+        watch_jobs(Terminal(as_json=True), store, ALL, poll_seconds=0)
     assert [json.loads(line)["event"] for line in stdout.getvalue().splitlines()] == ["progress", "done"]
 
 

@@ -54,7 +54,7 @@ def test_a_worker_whose_gpu_failed_comes_last():
 
 
 def test_a_job_does_not_go_back_to_the_gpu_that_failed_under_it_where_there_is_another():
-    again = dataclasses.replace(job(0), not_on="merge-worker-0", alone=True)
+    again = dataclasses.replace(job(0), not_on=frozenset({"merge-worker-0"}), alone=True)
     busy = worker(1, idle=False)
     other = job(1, "b")
     assert assigned(schedule([again], [worker(0), busy], {}, limits())) == {}

@@ -1,0 +1,132 @@
+"""Commands about requests and releases themselves: no queue, no Ray."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cluster import exit_codes
+from cluster.console.arguments import AsJson, Debug, LogFormat, Release, RequestFile
+from cluster.console.terminal import terminal
+from jobs.errors import BadInputError
+from jobs.locations import Location, parse_location
+from jobs.request import BaseQuantization, Dtype
+from workers.files.collector import paused_collections
+
+commands = typer.Typer()
+
+
+@commands.command()
+def plan(file: RequestFile, *, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Show what each request of FILE would do, from headers alone: coverage, bytes, memory, time."""
+    with terminal(as_json=as_json, debug=debug) as output:
+        from cluster.console.display import note_line, preview_table
+        from cluster.console.documents import preview_document
+        from cluster.settings import load_settings
+        from jobs.request_files.reading import load_requests
+
+        settings = load_settings()
+        requests = load_requests(file, settings.allowance)
+        with paused_collections():  # it takes seconds to load, and a wrong file is told before
+            from cluster.commands.plan import preview
+
+        previews = preview(
+            requests,
+            settings.cache,
+            settings.num_threads,
+            settings.device,
+            inert_fields=settings.inert_adapter_fields,
+        )
+        output.document({"requests": [preview_document(each) for each in previews]})
+        output.show(preview_table(previews))
+        for each in previews:
+            for note in each.notes:
+                output.show(note_line(each.request.id, note))
+        failures = {each.request.id: each.failure for each in previews if each.failure is not None}
+        for id_, failure in failures.items():
+            output.show_error(f"{id_}: {failure.failure_class}: {failure.message}")
+        raise typer.Exit(exit_codes.of_command(failure.failure_class for failure in failures.values()))
+
+
+@commands.command()
+def merge(
+    *,
+    base: Annotated[str, typer.Option(metavar="LOC", help="Checkpoint to merge into.")],
+    adapter: Annotated[list[str], typer.Option(metavar="LOC", help="Adapter; may be given several times.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="LOC", help="Destination; with several adapters, LOC/<adapter name>, on the Hub LOC-<adapter name>."
+        ),
+    ],
+    base_quantization: Annotated[
+        BaseQuantization, typer.Option(help="What the delta is added to.")
+    ] = BaseQuantization.NF4,
+    dtype: Annotated[Dtype | None, typer.Option(help="Output dtype; the base's own by default.")] = None,
+    parity: Annotated[Literal["full", "arithmetic"], typer.Option(help="How the merge is proven.")] = "full",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Merge into the other base (16-bit, 4-bit) too, and show how both do.")
+    ] = False,
+    accept_unstable: Annotated[
+        bool, typer.Option("--accept-unstable", help="Merge a method whose weights depend on this machine.")
+    ] = False,
+    log_format: LogFormat = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Merge here and now, in one pass: no queue, no Ray."""
+    with terminal(as_json=as_json, debug=debug, log_format=log_format) as output:
+        from cluster.commands.merge import build_requests, merge_and_show
+
+        requests = build_requests(
+            base=base,
+            adapters=adapter,
+            destination=to,
+            base_quantization=base_quantization,
+            dtype=dtype,
+            parity=parity,
+            compare=compare,
+            accept_unstable=accept_unstable,
+        )
+        raise typer.Exit(exit_codes.of_command(merge_and_show(output, requests)))
+
+
+@commands.command()
+def verify(location: Release, *, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Check a release where it is: every file against its manifest. No GPU, no model."""
+    with terminal(as_json=as_json, debug=debug) as output:
+        from cluster.console.display import manifest_line
+        from cluster.console.documents import manifest_document
+        from cluster.settings import load_settings
+        from workers.releases.delivery import verify_release
+
+        place = _parse(location)
+        manifest = verify_release(place, load_settings().scratch)
+        output.document({"location": str(place), **manifest_document(manifest)})
+        output.show(manifest_line(place, manifest))
+
+
+@commands.command()
+def pull(
+    location: Release,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Missing or empty directory.")],
+    *,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Bring a release to a directory, verified on the way; the directory appears whole or not at all."""
+    with terminal(as_json=as_json, debug=debug) as output:
+        from cluster.console.display import manifest_line
+        from cluster.console.documents import manifest_document
+        from workers.releases.delivery import pull_release
+
+        manifest = pull_release(_parse(location), directory)
+        output.document({"location": str(directory.absolute()), **manifest_document(manifest)})
+        output.show(manifest_line(directory, manifest))
+
+
+def _parse(location: str) -> Location:
+    try:
+        return parse_location(location)
+    except ValueError as error:
+        raise BadInputError(str(error)) from error

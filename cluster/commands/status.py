@@ -1,0 +1,103 @@
+"""The `status` command: an overview of the queue, a page of jobs, or one job with all that happened to it."""
+
+from typing import TYPE_CHECKING
+
+from cluster.console.documents import batch_document, event_document, job_document, plain
+from cluster.console.failures import group_failures
+from cluster.console.queue_views import (
+    batch_table,
+    driver_table,
+    event_table,
+    failure_table,
+    job_table,
+    pause_line,
+    state_counts,
+)
+from cluster.console.terminal import Terminal
+from jobs.ledger.queries import Order
+from jobs.ledger.selection import Selection
+
+if TYPE_CHECKING:
+    from jobs.ledger.store import JobStore
+
+
+def show_overview(output: Terminal, store: "JobStore", *, limit: int, order: Order) -> None:
+    """Show batches, drivers, what is paused, what failed why, and the jobs that are not final.
+
+    Args:
+        output: gets it.
+        store: the ledger.
+        limit: most jobs shown.
+        order: of the jobs.
+    """
+    counts, batches, pauses, drivers = store.counts(), store.batches(), store.pauses(), store.drivers()
+    now, held = store.now(), store.num_held()
+    failures = group_failures(store.failures())
+    records = store.jobs(order=order, limit=limit)
+    output.document(
+        {
+            "counts": {state.value: count for state, count in counts.items()},
+            "batches": [batch_document(each) for each in batches],
+            "paused": [plain(each) | {"num_jobs": held.get(each.key, 0)} for each in pauses],
+            "drivers": [plain(each) for each in drivers],
+            "failures": [plain(each) for each in failures],
+            "jobs": [job_document(record) for record in records],
+            "num_jobs": sum(counts.values()),
+        }
+    )
+    if records:
+        output.show(job_table(records))
+        _show_rest(output, sum(counts.values()) - len(records))
+    if len(batches) > 1:
+        output.show(batch_table(batches))
+    if drivers:
+        output.show(driver_table(drivers, now))
+    for pause in pauses:
+        output.show(pause_line(pause, now))
+    if failures:
+        output.show(failure_table(failures))
+    output.show(state_counts(counts))
+
+
+def show_jobs(
+    output: Terminal, store: "JobStore", selection: Selection, *, limit: int, order: Order, with_events: bool
+) -> None:
+    """Show the jobs that were asked for.
+
+    Args:
+        output: gets them.
+        store: the ledger.
+        selection: which jobs.
+        limit: how many at most; all that were named by id.
+        order: of the jobs.
+        with_events: whether all that happened to them is shown, too.
+    """
+    records = store.jobs(selection, order=order, limit=None if selection.ids is not None else limit)
+    documents = [job_document(record) for record in records]
+    events = [store.events(record.id) for record in records] if with_events else []
+    for document, each in zip(documents, events, strict=False):
+        document["events"] = [event_document(event) for event in each]
+    counts = store.counts() if with_events else store.counts(selection)
+    failures = () if with_events else group_failures(store.failures(selection))
+    output.document(
+        {
+            "counts": {state.value: count for state, count in counts.items()},
+            "failures": [plain(each) for each in failures],
+            "jobs": documents,
+            "num_jobs": len(records) if with_events else sum(counts.values()),
+        }
+    )
+    if records:
+        output.show(job_table(records))
+    if events:
+        output.show(event_table([event for each in events for event in each]))
+        return
+    _show_rest(output, sum(counts.values()) - len(records))
+    if failures:
+        output.show(failure_table(failures))
+    output.show(state_counts(counts))
+
+
+def _show_rest(output: Terminal, num_more: int) -> None:
+    if num_more > 0:
+        output.show(f"… and {num_more} more: --limit, --batch, --state, --label, --since and --sort choose")
