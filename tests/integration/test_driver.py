@@ -314,7 +314,7 @@ def test_a_public_dashboard_without_a_token_is_refused(fleet):
     fleet.environment |= {"RAY_AUTH_MODE": "disabled", "MERGEFLEET_DASHBOARD_HOST": "0.0.0.0"}
     code, events = fleet.finish(fleet.start("--drain"))
     assert code == 2
-    assert "open to whoever" in events[-1]["error"]["message"]
+    assert "open to anyone" in events[-1]["error"]["message"]
 
 
 def test_a_ray_directory_too_long_for_its_sockets_is_refused(fleet):
