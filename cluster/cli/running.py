@@ -16,7 +16,9 @@ def run(
     *,
     drain: Annotated[bool, typer.Option("--drain", help="End when the queue is empty.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Worker processes.")] = None,
-    address: Annotated[str | None, typer.Option(help="Join the Ray cluster at host:port.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Join the Ray cluster at host:port; auto: the one that RAY_ADDRESS names.")
+    ] = None,
     log_format: LogFormat = None,
     as_json: AsJson = False,
     debug: Debug = False,

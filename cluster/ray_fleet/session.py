@@ -41,6 +41,9 @@ token authentication it is read when Ray is imported: nothing imports Ray before
 _RECONNECT_SECONDS = "RAY_gcs_rpc_server_reconnect_timeout_s"
 """How long a process of Ray waits for a control service that is gone before it ends; a local one does not come back."""
 _CONNECT_SECONDS = 5.0
+_AUTO = "auto"
+_ADDRESS_VARIABLE = "RAY_ADDRESS"
+"""Ray sets it in the entrypoint of a job; people set it for `ray job submit`, to the URL of a dashboard."""
 _MAX_SOCKET_PATH = 107
 _PRIVATE = "own/ray"
 """Below the directory: Ray opens its own one to all users (0777), so that it lies in one that is closed (0700)."""
@@ -71,14 +74,17 @@ def open_session(settings: Settings, *, namespace: str, address: str | None, log
     Args:
         settings: of the dashboard, the metrics endpoint and the directory of a local Ray.
         namespace: unique to this driver; its actors are named in it.
-        address: of a running cluster, `host:port`; None starts a local Ray that ends with this process.
+        address: of a running cluster, `host:port`, or `auto` for the one that RAY_ADDRESS names, as in the entrypoint
+            of `ray job submit`; None starts a local Ray that ends with this process.
         log_format: how the workers write their logs.
 
     Raises:
-        BadInputError: a setting would be ignored, a path is too long, or the dashboard would be open to all users.
+        BadInputError: a setting or RAY_ADDRESS would be ignored, a path is too long, or the dashboard would be open to
+            all users.
         NotFoundError: no cluster answers at `address`.
         AuthError: the cluster wants another token.
     """
+    address = _resolve(address)
     return (
         _start(settings, namespace, log_format) if address is None else _join(settings, namespace, address, log_format)
     )
@@ -111,6 +117,28 @@ def close_session() -> None:
     import ray  # noqa: PLC0415 - see _start
 
     ray.shutdown()
+
+
+def _resolve(address: str | None) -> str | None:
+    """Return the address of the cluster to join, None for a local one.
+
+    Raises:
+        BadInputError: RAY_ADDRESS is asked for and not set, or set and not asked for.
+    """
+    given = os.environ.get(_ADDRESS_VARIABLE)
+    if address == _AUTO:
+        if not given:
+            raise BadInputError(
+                f"--address auto: expected {_ADDRESS_VARIABLE}, as `ray job submit` sets it for its jobs, found none; "
+                "say --address host:port"
+            )
+        return given
+    if address is None and given:
+        raise BadInputError(
+            f"{_ADDRESS_VARIABLE} is {given}, which a local Ray would ignore; say --address auto to join that cluster, "
+            f"or unset {_ADDRESS_VARIABLE}"
+        )
+    return address
 
 
 def _start(settings: Settings, namespace: str, log_format: LogFormat) -> Session:
@@ -191,8 +219,10 @@ def _reach(address: str) -> str:
         NotFoundError: nothing listens there.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise BadInputError(f"--address: expected host:port of a Ray cluster, found {address!r}")
+    if not host or "/" in host or not port.isdecimal():  # URLs are of a dashboard, or of a client
+        raise BadInputError(
+            f"expected host:port of a Ray cluster, in --address or {_ADDRESS_VARIABLE}, found {address!r}"
+        )
     try:
         socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
