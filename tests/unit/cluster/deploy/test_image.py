@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[4]
 DEPLOY = ROOT / "cluster" / "deploy"
@@ -52,6 +54,15 @@ def test_everything_is_installed_from_the_constraints():
     for install in installs:
         each = install.split("pip install")[1:]
         assert all("--constraint constraints.txt" in words for words in each), install
+
+
+def test_the_extras_it_installs_are_pinned():
+    """Nothing but an image installs them: the test of the other pins does not see these."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (installed,) = re.findall(r"'\.\[(\w+)\]'", DOCKERFILE)
+    pins = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    for requirement in map(Requirement, extras[installed]):
+        assert {requirement.name, *(f"{requirement.name}-{extra}" for extra in requirement.extras)} <= pins
 
 
 def test_it_runs_as_a_user_that_kubernetes_can_tell_from_root():
