@@ -3,7 +3,10 @@
 KubeRay's own schema is in no package: its fields are held to the list below, which `kubectl apply` checks in full.
 """
 
+import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import kubernetes_validate
@@ -157,12 +160,23 @@ def test_the_ledger_is_known_to_the_driver_alone(name):
     }
 
 
+def ray_says(program, *words):
+    """Run a program that imports Ray, in a process of its own: this one imports none."""
+    result = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
 def test_rays_launcher_takes_its_file():
     """By what `ray up` does first: defaults, the schema of Ray, and one node for each address."""
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    config = prepare_config(yaml.safe_load((DEPLOY / "ray-cluster.yaml").read_text()))
-    validate_config(config)
+    program = (
+        "import json, sys, yaml\n"
+        "from ray.autoscaler._private.util import prepare_config, validate_config\n"
+        "config = prepare_config(yaml.safe_load(open(sys.argv[1])))\n"
+        "validate_config(config)\n"
+        "print(json.dumps(config))\n"
+    )
+    config = ray_says(program, DEPLOY / "ray-cluster.yaml")
     (node,) = config["available_node_types"].values()
     assert node["min_workers"] == len(config["provider"]["worker_ips"]) == node["max_workers"]
     assert "--env=RAY_AUTH_MODE=token" in config["docker"]["run_options"]
@@ -170,10 +184,12 @@ def test_rays_launcher_takes_its_file():
 
 @pytest.mark.parametrize("role", ["head", "worker"])
 def test_ray_start_takes_the_options_of_the_launchers_file(role):
-    from ray.scripts.scripts import start
-
+    program = (
+        "import json, sys\n"
+        "from ray.scripts.scripts import start\n"
+        "with start.make_context('start', sys.argv[1:]) as context:\n"
+        "    print(json.dumps([context.params[name] for name in ('head', 'object_store_memory')]))\n"
+    )
     config = yaml.safe_load((DEPLOY / "ray-cluster.yaml").read_text())
-    line = config[f"{role}_start_ray_commands"][-1].split("ray start", 1)[1]
-    with start.make_context("start", shlex.split(line)) as context:
-        assert context.params["object_store_memory"] == 100 * 1024**2
-        assert context.params["head"] is (role == "head")
+    words = shlex.split(config[f"{role}_start_ray_commands"][-1].split("ray start", 1)[1])
+    assert ray_says(program, *words) == [role == "head", 100 * 1024**2]
