@@ -17,7 +17,7 @@ from tests.queries import ALERTS, DASHBOARD, EXPRESSIONS, RULES, TARGETS, parse,
 _TELL_METRICS = """
 import json
 from cluster.ray_fleet.metrics import FleetMetrics
-metrics = vars(FleetMetrics()).values()
+metrics = [each for each in vars(FleetMetrics()).values() if hasattr(each, "info")]
 print(json.dumps({f"ray_{each.info['name']}": each.info["tag_keys"] for each in metrics}))
 """
 
