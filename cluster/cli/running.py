@@ -42,7 +42,8 @@ def run(
         except typer.Exit as ended:
             return ended.exit_code
 
-    with terminal(as_json=as_json, debug=debug, log_format=log_format):
-        from cluster.commands.supervision import Supervisor
+    from cluster.commands.supervision import Supervisor
+    from cluster.logs import configure_logging
 
-        raise typer.Exit(Supervisor(drive_here).run())
+    configure_logging(log_format)
+    raise typer.Exit(Supervisor(drive_here).run())

@@ -379,6 +379,15 @@ def test_old_jobs_are_forgotten_with_their_reports(tmp_path, store):
     assert (report.exists(), store.jobs(), store.batches()) == (False, (), ())
 
 
+def test_a_driver_says_what_is_wrong_where_a_program_reads_it(tmp_path, monkeypatch):
+    """Its process is another one than that of the command."""
+    monkeypatch.setenv("MERGEFLEET_STORE", f"sqlite:///{tmp_path}")
+    done = subprocess.run([sys.executable, "-c", MAIN, "run", "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["error"]["class"] == "bad_input"
+    assert done.stderr == ""
+
+
 def test_upgrading_a_ledger_of_this_version_changes_nothing(store):
     assert json_of(call("store", "upgrade", "--json")) == {"from": "0003", "to": "0003"}
     assert store.jobs() == ()
