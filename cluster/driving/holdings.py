@@ -85,6 +85,7 @@ class Holdings:
                 pass_key=lease.request.pass_key(),
                 priority=lease.request.priority,
                 sequence=self.num_claimed,
+                share=lease.share,
                 alone=lease.suspect,
                 not_on=self.shunned.get(lease.job_id, frozenset()),
             )

@@ -1,7 +1,8 @@
 """Which worker does which jobs next. Pure functions: the same jobs and workers give the same units.
 
-Jobs with equal pass keys share one read of a base. The order is priority, then age; among jobs of the highest priority
-that wait, those whose base a free worker holds go first. What residency and priority may cost a base is bounded: when
+Jobs with equal pass keys share one read of a base. The order is that of the claims, which take from shares in turn, and
+inside of a share priority, then age; among jobs of the highest priority that wait, those whose base a free worker holds
+go first. What residency and priority may cost a base is bounded: when
 `max_units_of_other_bases` units of other bases have gone before it, its oldest job is in the next unit.
 """
 
@@ -20,7 +21,9 @@ class WaitingJob:
     priority: int
     """Higher goes first."""
     sequence: int
-    """Lower is older; unique."""
+    """Lower was claimed before; unique."""
+    share: str = ""
+    """The share that it belongs to; claims took from shares in turn."""
     alone: bool = False
     """It may be what has cost workers, and must not take other jobs with it."""
     not_on: frozenset[str] = frozenset()
@@ -119,7 +122,7 @@ def schedule(
         The units, at most one for each idle worker, and the new counts.
     """
     up = {worker.name for worker in workers if worker.up}
-    left = sorted(waiting, key=lambda job: (-job.priority, job.sequence))
+    left = in_turn(waiting)
     left = [job if up - job.not_on else dataclasses.replace(job, not_on=frozenset()) for job in left]
     idle = sorted((worker for worker in workers if worker.idle), key=lambda worker: worker.name)
     counts = {job.pass_key: passed_over.get(job.pass_key, 0) for job in left}
@@ -147,6 +150,21 @@ def schedule(
     )
 
 
+def in_turn(waiting: Sequence[WaitingJob]) -> list[WaitingJob]:
+    """Return jobs in their order: shares as they were claimed, and inside of each by priority, then by age.
+
+    A job of high priority takes the place of another one of its own share, and never of one of others.
+    """
+    by_share: dict[str, list[WaitingJob]] = {}
+    for job in sorted(waiting, key=lambda job: job.sequence):
+        by_share.setdefault(job.share, []).append(job)
+    placed: list[tuple[int, WaitingJob]] = []
+    for jobs in by_share.values():
+        ranked = sorted(jobs, key=lambda job: (-job.priority, job.sequence))
+        placed += zip((job.sequence for job in jobs), ranked, strict=True)
+    return [job for _, job in sorted(placed, key=lambda place: place[0])]
+
+
 def _next(
     left: Sequence[WaitingJob], idle: Sequence[WorkerView], counts: Mapping[str, int], limits: Limits
 ) -> tuple[WorkerView, WaitingJob]:
@@ -155,7 +173,8 @@ def _next(
     if overdue:
         oldest = min(overdue, key=lambda job: (-counts[job.pass_key], job.sequence))
         return _best_worker(oldest.pass_key, left, [each for each in idle if each.name not in oldest.not_on]), oldest
-    urgent = [job for job in left if job.priority == left[0].priority]
+    highest = {job.share: job.priority for job in reversed(left)}
+    urgent = [job for job in left if job.priority == highest[job.share]]
     held = frozenset[str]().union(*(worker.residents for worker in idle))
     first = next((job for job in urgent if job.pass_key in held), urgent[0])
     return _best_worker(first.pass_key, left, [each for each in idle if each.name not in first.not_on]), first

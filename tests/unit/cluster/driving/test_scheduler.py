@@ -5,13 +5,15 @@ import dataclasses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.driving.scheduler import Limits, OpenPass, WaitingJob, WorkerView, schedule, share_out
+from cluster.driving.scheduler import Limits, OpenPass, WaitingJob, WorkerView, in_turn, schedule, share_out
 
 KEYS = ["a", "b", "c", "d"]
 
 
-def job(number, key="a", priority=0, *, alone=False):
-    return WaitingJob(job_id=f"job-{number}", pass_key=key, priority=priority, sequence=number, alone=alone)
+def job(number, key="a", priority=0, *, alone=False, share=""):
+    return WaitingJob(
+        job_id=f"job-{number}", pass_key=key, priority=priority, sequence=number, alone=alone, share=share
+    )
 
 
 def worker(number, *residents, idle=True, device="cpu"):
@@ -280,3 +282,34 @@ def test_passes_are_shared_when_jobs_are_not_enough():
     assert [unit.shared for unit in enough.units] == [False] * 4
     careful = schedule([job(1, alone=True), job(2)], workers, {}, limits())
     assert {unit.job_ids[0]: unit.shared for unit in careful.units} == {"job-1": False, "job-2": True}
+
+
+def test_priority_counts_inside_of_a_share():
+    """A share with urgent jobs gets no more turns by them: its urgent ones go before its others."""
+    jobs = [
+        job(0, share="a", priority=0),
+        job(1, share="b", priority=0),
+        job(2, share="a", priority=9),
+        job(3, share="b", priority=0),
+        job(4, share="a", priority=5),
+    ]
+    assert [each.sequence for each in in_turn(jobs)] == [2, 1, 4, 3, 0]
+
+
+def test_without_shares_the_order_is_priority_then_age():
+    jobs = [job(number, priority=number % 3) for number in range(9)]
+    assert [each.sequence for each in in_turn(jobs[::-1])] == [2, 5, 8, 1, 4, 7, 0, 3, 6]
+
+
+def test_a_resident_base_goes_first_among_the_most_urgent_of_all_shares():
+    jobs = [
+        job(0, "x", share="a"),
+        job(1, "y", 9, share="b"),
+        job(2, "z", share="b"),
+    ]
+    holds = {"y": 1, "z": 2}
+    for key, first in holds.items():
+        worker_ = dataclasses.replace(worker(0), residents=frozenset({key}))
+        [unit] = schedule(jobs, [worker_], {}, limits(per_pass=1)).units
+        # What is not among the most urgent of its share is no reason to turn from the order.
+        assert unit.job_ids == (f"job-{first if first == 1 else 0}",)
