@@ -13,6 +13,7 @@ from tests.contract.places import HubPlace, content
 from tests.releases import SHARD, fill, make_files
 from tests.servers.hub import Hub
 from workers.releases.delivery import pull_release, verify_release
+from workers.releases.records import ShardRecord
 from workers.releases.sinks.hub import HubSink, HubStaging
 from workers.sources.hub_client import HubStore
 
@@ -99,6 +100,29 @@ def test_large_files_go_through_lfs_where_xet_is_off(place: HubPlace, monkeypatc
     blob = place.hub.repos[place.location.repo_id][-1].files[SHARD]
     assert (blob.xet, blob.path.read_bytes()) == (None, FILES[SHARD])
     verify_release(place.location, place.scratch)
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub 2.4, of httpx2
+def test_a_finished_shard_of_a_dead_attempt_is_not_sent_again(place: HubPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    files = make_files(seed=7)  # that no other test has sent
+    staging = HubSink(place.location, place.scratch).open(KEY)
+    manifest = fill(staging, files)
+    (artifact,) = [artifact for artifact in manifest.files if artifact.path == SHARD]
+    record = ShardRecord(merge_key=KEY, origin="0" * 64, artifact=artifact, checks=())
+    staging.records.keep(record)
+    staging.discard(keep=True)
+    assert place.hub.lfs_puts.count(artifact.sha256) == 1
+
+    staging = HubSink(place.location, place.scratch).open(KEY)
+    assert staging.records.left() == (record,)
+    assert staging.records.claim(record, whole=False) is not None
+    fill(staging, {name: data for name, data in files.items() if name != SHARD})
+    assert staging.publish(manifest).created
+    staging.discard()
+
+    assert place.hub.lfs_puts.count(artifact.sha256) == 1
+    assert content(place) == files
 
 
 def test_lost_answer_is_not_committed_twice(place: HubPlace) -> None:

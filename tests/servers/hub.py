@@ -72,6 +72,8 @@ class Hub:
     repos: dict[str, list[Commit]] = field(default_factory=dict)
     """Commits on `main`, oldest first."""
     faults: list[Fault] = field(default_factory=list)
+    lfs_puts: list[str] = field(default_factory=list)
+    """Digests of the files whose bytes came by LFS, in order."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def environment(self) -> dict[str, str]:
@@ -203,10 +205,13 @@ class _Handler(BaseHTTPRequestHandler):
     def lfs_batch(self) -> None:
         objects = json.loads(self.body)["objects"]
         for each in objects:
+            if (self.hub.directory / "lfs" / each["oid"]).exists():
+                continue  # as git-lfs has it: what the server has, it names no action for
             each["actions"] = {"upload": {"href": f"{self.hub.endpoint}/lfs-put/{each['oid']}"}}
         self.answer({"transfer": "basic", "objects": objects})
 
     def lfs_put(self, sha256: str) -> None:
+        self.hub.lfs_puts.append(sha256)
         if hashlib.sha256(self.body).hexdigest() != sha256:
             return self.refuse(400, "", "these bytes have another SHA-256")
         _write_whole(self.hub.directory / "lfs" / sha256, self.body)

@@ -69,13 +69,27 @@ class OwnedDirectory:
         os.close(self._lock)
         self._lock = -1
 
+    def abandon(self) -> None:
+        """Let go of the directory as a process does that dies: it stays for the next one to sweep. Idempotent."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
-def sweep(parent: Path, prefix: str | None = None) -> list[Path]:
+
+def sweep(
+    parent: Path,
+    prefix: str | None = None,
+    *,
+    spare: Callable[[Path], bool] = lambda _: False,
+    gather: Callable[[Path], None] = lambda _: None,
+) -> list[Path]:
     """Remove the directories below `parent` whose owners are dead.
 
     Args:
         parent: where owned directories are made; may be missing.
         prefix: only directories made with exactly this prefix are looked at; None for any.
+        spare: says of a directory of the dead whether it stays.
+        gather: takes what is of use out of a directory that is about to be removed. Nobody else looks at it meanwhile.
 
     Returns:
         The directories removed.
@@ -92,8 +106,10 @@ def sweep(parent: Path, prefix: str | None = None) -> list[Path]:
             continue  # swept by another process just now, or another user's to sweep
         try:
             directory = lock_path.with_name(lock_path.name.removesuffix(_LOCK_SUFFIX))
-            if _try_lock(lock, fcntl.LOCK_EX) and _remove(directory):
-                removed.append(directory)
+            if _try_lock(lock, fcntl.LOCK_EX) and not spare(directory):
+                gather(directory)
+                if _remove(directory):
+                    removed.append(directory)
         finally:
             os.close(lock)
     return removed

@@ -4,6 +4,7 @@ Extend: write a module with a class that implements `Sink`, add it to the table 
 suite (`tests/contract/test_sinks.py`) over it.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +12,7 @@ from typing import Protocol
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
 from jobs.release import Artifact, Manifest, Release
 from workers.files.local import FileState
+from workers.releases.records import ShardRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,54 @@ class Receipt:
     """Of the sink's own kind, and for it alone."""
 
 
+class Records(Protocol):
+    """What makes finished shards of one staging outlive the processes that take part in it (decision 24)."""
+
+    def keep(self, record: ShardRecord) -> None:
+        """Leave a record of a shard that was put here, is checked, and right. May run in a thread.
+
+        Raises:
+            TransientIOError, AuthError, NoCapacityError: by kind of fault; the release does not need the record.
+        """
+        ...
+
+    def left(self) -> tuple[ShardRecord, ...]:
+        """Return what dead attempts at this release have recorded here. Of their files nothing is believed yet.
+
+        Raises:
+            TransientIOError, AuthError, NoCapacityError: by kind of fault.
+        """
+        ...
+
+    def claim(self, record: ShardRecord, *, whole: bool) -> Receipt | None:
+        """Take over the shard of a record, as if it had been put here, if its bytes are what the record says.
+
+        May run in a thread, several at a time for different shards.
+
+        Args:
+            record: one that was left.
+            whole: whether the file has to be in the staging's directory.
+
+        Returns:
+            None when the bytes are others, or not there.
+
+        Raises:
+            TransientIOError, AuthError, NoCapacityError: by kind of fault.
+        """
+        ...
+
+    def clear(self, besides: Collection[str] = ()) -> None:
+        """Remove what was left, claimed or not, but some shards. Until then, what was not claimed outlives `discard`.
+
+        Args:
+            besides: names of the shards that the release takes.
+
+        Raises:
+            TransientIOError, AuthError: by kind of fault.
+        """
+        ...
+
+
 class Staging(Protocol):
     """One release on its way. It ends with the last process that takes part in it, and leaves nothing visible."""
 
@@ -47,6 +97,11 @@ class Staging(Protocol):
     @property
     def ticket(self) -> Ticket:
         """What another process needs to take part."""
+        ...
+
+    @property
+    def records(self) -> Records:
+        """Records of finished shards: its own, and those that dead attempts left."""
         ...
 
     def put(self, artifact: Artifact, hashed_as: FileState | None = None) -> Receipt:
@@ -88,10 +143,13 @@ class Staging(Protocol):
         """
         ...
 
-    def discard(self) -> None:
+    def discard(self, *, keep: bool = False) -> None:
         """Let go of everything this staging has put or taken, here and at the store. Idempotent.
 
         What others of this release have put stays theirs; after `publish` the release stays.
+
+        Args:
+            keep: leave shards that have records to a later attempt, as a process does that dies.
         """
         ...
 
@@ -110,6 +168,8 @@ class Sink(Protocol):
 
     def open(self, merge_key: str) -> Staging:
         """Start a release. First clears away what dead processes left on their way to this destination.
+
+        Shards that they have recorded under this merge key stay: they are in the `records` of the staging.
 
         One destination has one live staging at a time: the ledger sees to that. A second one may make the first send
         its files again, but no two of them can make anything visible that is not one whole release.

@@ -4,6 +4,7 @@ import errno
 import itertools
 import logging
 import os
+import shutil
 from pathlib import Path
 
 from jobs.errors import BadInputError, DestinationOccupiedError, InternalError, TransientIOError
@@ -22,6 +23,7 @@ from workers.releases.released import (
     read_manifest,
 )
 from workers.releases.sinks import Receipt, Ticket
+from workers.releases.sinks.local_records import RECORDS_DIRECTORY, LocalRecords, verified_state
 
 _log = logging.getLogger(__name__)
 
@@ -58,9 +60,13 @@ class DirectorySink:
             )
         prefix = f".{destination.name}.staging-"
         with file_errors(f"making a staging directory for {self._location}"):
-            sweep(destination.parent, prefix)
-            owned = OwnedDirectory.make(destination.parent, prefix)
-        return DirectoryStaging(self._location, merge_key, owned)
+            staging = DirectoryStaging(self._location, merge_key, OwnedDirectory.make(destination.parent, prefix))
+            try:
+                sweep(destination.parent, prefix, gather=staging.records.gather)
+            except OSError:
+                staging.discard()
+                raise
+        return staging
 
     def join(self, ticket: Ticket) -> "DirectoryStaging | None":
         """Write into the same hidden directory, where this process sees it."""
@@ -82,6 +88,7 @@ class DirectoryStaging:
         self.directory = owned.path
         self._put: dict[str, Artifact] = {}
         self._states: dict[str, FileState] = {}
+        self.records = LocalRecords(self.directory, merge_key, take=self._claim, drop=self._drop)
 
     @property
     def ticket(self) -> Ticket:
@@ -114,6 +121,7 @@ class DirectoryStaging:
         """Publish with a manifest that is in bytes already."""
         check_all_put(manifest.manifest, self._put)
         with file_errors(f"publishing {self._location}"):
+            shutil.rmtree(self.directory / RECORDS_DIRECTORY, ignore_errors=True)
             self._check_untouched()
             (self.directory / MANIFEST_NAME).write_bytes(manifest.data)
             sync_tree(self.directory)
@@ -127,9 +135,27 @@ class DirectoryStaging:
             sync(self._destination.parent)
         return manifest.release(self._location, created=True)
 
-    def discard(self) -> None:
+    def discard(self, *, keep: bool = False) -> None:
         """Leave the hidden directory, which goes with the last that leaves; after `publish` only its lock is left."""
-        self._owned.leave()
+        if self.records.are_untouched or (keep and self.records.are_any):
+            self._owned.abandon()
+        else:
+            self._owned.leave()
+
+    def _claim(self, artifact: Artifact) -> Receipt | None:
+        path = self.directory / artifact.path
+        state = verified_state(path, artifact)
+        if state is None:
+            return None
+        with file_errors(f"syncing {path}"):
+            sync(path)
+        receipt = Receipt(artifact=artifact, stored=state)
+        self.take(receipt)
+        return receipt
+
+    def _drop(self, name: str) -> None:
+        self._states.pop(name, None)
+        self._put.pop(name, None)
 
     def _settle(self) -> Release:
         found = _find(self._location)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd
 
-from jobs.errors import BadInputError, NotFoundError, TransientIOError
+from jobs.errors import BadInputError, InternalError, NotFoundError, TransientIOError
 from jobs.locations import HubRepo
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
 from workers.files.local import FileState, file_errors
@@ -23,6 +23,7 @@ from workers.releases.released import (
     encode_manifest,
 )
 from workers.releases.sinks import Receipt, Ticket
+from workers.releases.sinks.local_records import LocalRecords
 from workers.sources.belongings import CARD_NAME
 from workers.sources.hub_client import HubStore
 
@@ -66,12 +67,11 @@ class HubSink:
             raise _deleted(self._store)
         sizes = self._store.sizes(head)
         existing = _find(self._store, head, sizes)
-        if owned is None:
-            prefix = f"hub-{hashlib.sha256(str(self._store.place).encode()).hexdigest()[:16]}-"
-            with file_errors(f"making a staging directory for {self._store.place}"):
-                sweep(self._scratch, prefix)
-                owned = OwnedDirectory.make(self._scratch, prefix)
-        return HubStaging(
+        prefix = f"hub-{hashlib.sha256(str(self._store.place).encode()).hexdigest()[:16]}-"
+        is_new = owned is None
+        with file_errors(f"making a staging directory for {self._store.place}"):
+            owned = owned or OwnedDirectory.make(self._scratch, prefix)
+        staging = HubStaging(
             self._store,
             owned,
             merge_key=merge_key,
@@ -80,6 +80,10 @@ class HubSink:
             existing=existing,
             has_card=CARD_NAME in sizes,
         )
+        if is_new:
+            with file_errors(f"sweeping staging directories for {self._store.place}"):
+                sweep(self._scratch, prefix, gather=staging.records.gather)
+        return staging
 
 
 class HubStaging:
@@ -119,6 +123,7 @@ class HubStaging:
         self.directory = owned.path
         self._put: dict[str, Artifact] = {}
         self._additions: dict[str, CommitOperationAdd] = {}
+        self.records = LocalRecords(self.directory, merge_key, take=self._claim, drop=self._drop)
 
     @property
     def ticket(self) -> Ticket:
@@ -169,9 +174,23 @@ class HubStaging:
                 if num_tries == _NUM_TRIES:
                     raise
 
-    def discard(self) -> None:
+    def discard(self, *, keep: bool = False) -> None:
         """Leave the scratch directory. Uploaded files that are in no commit are the Hub's to collect."""
-        self._owned.leave()
+        if self.records.are_untouched or (keep and self.records.are_any):
+            self._owned.abandon()
+        else:
+            self._owned.leave()
+
+    def _claim(self, artifact: Artifact) -> Receipt | None:
+        """Put a file once more: it is read and hashed as it was, and the Hub takes nothing that it has."""
+        try:
+            return self.put(artifact)
+        except (InternalError, NotFoundError):
+            return None
+
+    def _drop(self, name: str) -> None:
+        self._additions.pop(name, None)
+        self._put.pop(name, None)
 
     def _commit(self, manifest: ManifestFile) -> Release:
         named = [self._additions[artifact.path] for artifact in manifest.manifest.files]

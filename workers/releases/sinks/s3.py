@@ -6,7 +6,6 @@ the same release at the same destination uses it again, any other is refused. No
 """
 
 import hashlib
-import secrets
 from pathlib import Path
 
 from jobs.locations import S3Prefix
@@ -15,7 +14,8 @@ from workers.files.local import file_errors
 from workers.files.scratch import OwnedDirectory, sweep
 from workers.releases.occupied import occupied
 from workers.releases.sinks import Ticket
-from workers.releases.sinks.s3_records import abort_recorded
+from workers.releases.sinks.s3_kept import find_candidates
+from workers.releases.sinks.s3_records import RECORDS, new_attempt
 from workers.releases.sinks.s3_staging import S3Staging
 from workers.releases.sinks.s3_surroundings import find_release, own_below, refuse_above
 from workers.sources.s3_client import S3Store
@@ -38,6 +38,8 @@ class S3Sink:
     def open(self, merge_key: str) -> S3Staging:
         """Start a release. Aborts the unfinished uploads that earlier attempts at this destination have recorded.
 
+        Those of the same release that are whole and checked stay, in the `records` of the staging.
+
         Raises:
             DestinationOccupiedError: there are files that are not ours, or a crash left those of another release; or
                 a release lies above or below.
@@ -45,18 +47,24 @@ class S3Sink:
         store = self._store
         refuse_above(store)
         leftovers = {} if find_release(store) else own_below(store)
+        for path in [path for path in leftovers if path.startswith(f"{RECORDS}/")]:  # of a kill while it was read
+            store.delete(path, leftovers.pop(path).etag)
         others = [path for path, found in leftovers.items() if found.mark and found.mark.merge_key != merge_key]
         if others:
             raise occupied(store.place, others, "what a crash left of another release")
-        abort_recorded(store)
-        return S3Staging(store, self._make_directory(), leftovers, merge_key=merge_key, attempt=secrets.token_hex(8))
+        candidates = find_candidates(store, merge_key)
+        attempt = new_attempt(merge_key)
+        owned = self._make_directory()
+        staging = S3Staging(store, owned, leftovers, merge_key=merge_key, attempt=attempt, candidates=candidates)
+        self._sweep(staging)
+        return staging
 
     def join(self, ticket: Ticket) -> S3Staging:
         """Take part, in the same scratch directory where this process sees it, else in one of its own."""
         leftovers = {} if find_release(self._store) else own_below(self._store)
         with file_errors(f"joining the staging directory of {self._store.place}"):
             owned = OwnedDirectory.join(ticket.directory)
-        return S3Staging(
+        staging = S3Staging(
             self._store,
             owned or self._make_directory(),
             leftovers,
@@ -64,9 +72,18 @@ class S3Sink:
             attempt=ticket.attempt,
             apart=owned is None,
         )
+        if owned is None:
+            self._sweep(staging)
+        return staging
+
+    @property
+    def _prefix(self) -> str:
+        return f"s3-{hashlib.sha256(str(self._store.place).encode()).hexdigest()[:16]}-"
 
     def _make_directory(self) -> OwnedDirectory:
-        prefix = f"s3-{hashlib.sha256(str(self._store.place).encode()).hexdigest()[:16]}-"
         with file_errors(f"making a staging directory for {self._store.place}"):
-            sweep(self._scratch, prefix)
-            return OwnedDirectory.make(self._scratch, prefix)
+            return OwnedDirectory.make(self._scratch, self._prefix)
+
+    def _sweep(self, staging: S3Staging) -> None:
+        with file_errors(f"sweeping staging directories for {self._store.place}"):
+            sweep(self._scratch, self._prefix, gather=staging.records.gather)

@@ -1,7 +1,7 @@
 """One attempt at a release in an S3 store: its shards wait as unfinished uploads, and manifest.json is created last."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
@@ -14,9 +14,11 @@ from workers.files.scratch import OwnedDirectory
 from workers.releases.occupied import occupied
 from workers.releases.released import ManifestFile, check_all_put, encode_manifest
 from workers.releases.sinks import Receipt, Ticket
+from workers.releases.sinks.local_records import LocalRecords
+from workers.releases.sinks.s3_kept import S3Records
 from workers.releases.sinks.s3_objects import Mark, StoredObject, StoredParts, create_whole, destination_digest, look_at
-from workers.releases.sinks.s3_records import abort_recorded
-from workers.releases.sinks.s3_surroundings import find_release, own_below, refuse_above
+from workers.releases.sinks.s3_records import RECORDS, UploadRecord, abort_recorded
+from workers.releases.sinks.s3_surroundings import delete_unnamed, find_release, own_below, refuse_above
 from workers.releases.sinks.s3_upload import Upload
 from workers.sources.s3_client import S3Store, error_status
 
@@ -40,6 +42,7 @@ class S3Staging:
         *,
         merge_key: str,
         attempt: str,
+        candidates: Collection[UploadRecord] = (),
         apart: bool = False,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -51,6 +54,7 @@ class S3Staging:
             leftovers: what a crash of an attempt at this destination left, by name.
             merge_key: of the release.
             attempt: marks the objects of this release on its way.
+            candidates: uploads of dead attempts that may be finished shards.
             apart: whether the publishing worker does not see the directory, so that all bytes have to be at the store.
             sleep: waits some seconds.
         """
@@ -65,10 +69,23 @@ class S3Staging:
         self._uploads: dict[str, Upload] = {}
         self._etags: dict[str, str] = {}
         """Objects that are in their place."""
+        self._placed: set[str] = set()
+        """Those that were put there by this staging, whichever attempt's mark they bear."""
         self._others_put = False
         self._published = False
         self._in_doubt = False
         """Whether the manifest may still come to be, after a request whose answer never came."""
+        self._local = LocalRecords(self.directory, merge_key, take=lambda _: None, drop=lambda _: None)
+        self.records = S3Records(
+            store,
+            candidates,
+            self._local,
+            mark=self._mark,
+            uploads=self._uploads,
+            take=self._take_over,
+            put=self.put,
+            drop=self._drop,
+        )
 
     @property
     def ticket(self) -> Ticket:
@@ -109,6 +126,8 @@ class S3Staging:
             refuse_above(self._store)
             self._place_all()
             self._clear_others()
+            for path in self._touched():
+                self._place(self._uploads[path])
             release = self._create_manifest(encoded)
         if release.created:
             self._repair()
@@ -117,16 +136,38 @@ class S3Staging:
                 abort_recorded(self._store)  # of a process that died before it could hand them over
         return release
 
-    def discard(self) -> None:
+    def discard(self, *, keep: bool = False) -> None:
         """Drop the uploads, and the objects of this attempt that no manifest names; leave the scratch directory."""
         try:
             for upload in self._uploads.values():
-                upload.abort()
+                if not (keep and upload.is_recorded):
+                    upload.abort()
             # Without its objects, a manifest that comes to be late would be a release with nothing in it.
             if not (self._published or self._in_doubt):
-                self._delete_own()
+                delete_unnamed(self._store, self._uploads.keys(), self._is_own)
         finally:
-            self._owned.leave()
+            if self._local.are_untouched or (keep and self._local.are_any):
+                self._owned.abandon()
+            else:
+                self._owned.leave()
+
+    def _take_over(self, artifact: Artifact, parts: StoredParts) -> Receipt | None:
+        """Go on with an upload of a dead attempt, or with the object that it has become."""
+        leftover = self._leftovers.get(artifact.path)
+        upload = self._upload(artifact, parts)
+        etag = leftover.etag if leftover and not parts.upload_id and upload.is_copy(leftover) else None
+        if not parts.upload_id and etag is None:
+            return None
+        upload.is_recorded = True
+        self._uploads[artifact.path] = upload
+        if etag is not None:
+            self._etags[artifact.path] = etag
+        return Receipt(artifact=artifact, stored=(upload.parts, etag))
+
+    def _drop(self, name: str) -> None:
+        self._etags.pop(name, None)
+        if upload := self._uploads.pop(name, None):
+            upload.abort()
 
     def _mark(self, sha256: str) -> Mark:
         return Mark(
@@ -167,6 +208,7 @@ class S3Staging:
             with self._store.errors():
                 try:
                     self._etags[path] = upload.complete()
+                    self._placed.add(path)
                 except ClientError as error:
                     if error_status(error) not in (_GONE, _CONFLICT, _EXISTS):
                         raise
@@ -188,7 +230,9 @@ class S3Staging:
     def _clear_others(self) -> None:
         """Delete what other attempts at this release left beyond its files; refuse what is not of this release."""
         for path, found in own_below(self._store, besides={*self._uploads, MANIFEST_NAME}).items():
-            if not self._is_of_release(found):  # its publisher will be stopped at a file we share, and clear it away
+            if not self._is_of_release(found) and not path.startswith(
+                f"{RECORDS}/"
+            ):  # its publisher will be stopped at a file we share, and clear it away
                 raise TransientIOError(f"{self._store.place}/{path} is of another release on its way there; try again")
             self._store.delete(path, found.etag)
 
@@ -228,20 +272,26 @@ class S3Staging:
             return manifest.release(self._store.place, created=True)
         return found.settle(self._store.place, self._merge_key)
 
-    def _repair(self) -> None:
-        """Write again what another publisher of this release touched before it saw the manifest."""
+    def _touched(self) -> list[str]:
+        """Return the files that another publisher of this release has removed or replaced since they were placed."""
         objects = self._store.objects()
-        for path, etag in list(self._etags.items()):
-            if path not in objects or objects[path].etag != etag:
-                self._place(self._uploads[path])
+        return [path for path, etag in self._etags.items() if path not in objects or objects[path].etag != etag]
 
-    def _delete_own(self) -> None:
-        try:
-            found = find_release(self._store)
-        except DestinationOccupiedError:  # a manifest that is not ours names nothing of ours
-            found = None
-        named = {artifact.path for artifact in found.manifest.files} if found else set()
-        for path in self._uploads.keys() - named:
-            there = look_at(self._store, path)
-            if there and self._is_of_release(there) and there.mark and there.mark.attempt == self._attempt:
-                self._store.delete(path, there.etag)
+    def _repair(self) -> None:
+        """Write again what another publisher of this release touched before it saw the manifest.
+
+        Without the bytes, which a dead process had, there is no whole release: the manifest goes.
+        """
+        touched = self._touched()
+        if lost := [path for path in touched if not self._uploads[path].is_here]:
+            if there := look_at(self._store, MANIFEST_NAME):
+                self._store.delete(MANIFEST_NAME, there.etag)
+            self._in_doubt = False
+            raise TransientIOError(f"{self._store.place}/{lost[0]} was removed by another publisher; merge again")
+        for path in touched:
+            self._place(self._uploads[path])
+
+    def _is_own(self, path: str, found: StoredObject) -> bool:
+        if found.mark is None or not self._is_of_release(found):
+            return False
+        return found.mark.attempt == self._attempt or path in self._placed

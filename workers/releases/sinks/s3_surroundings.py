@@ -1,9 +1,9 @@
 """What lies at, above and below a prefix of an S3 store: a release, what our own attempts left, or what others keep."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
-from jobs.errors import AuthError
+from jobs.errors import AuthError, DestinationOccupiedError
 from jobs.release import MANIFEST_NAME
 from workers.releases.occupied import holds_below, lies_inside, occupied
 from workers.releases.released import MAX_MANIFEST_BYTES, ManifestFile, decode_existing, is_release
@@ -67,3 +67,22 @@ def own_below(store: S3Store, besides: Collection[str] = ()) -> dict[str, Stored
             raise occupied(store.place, [path], f"files, but no {MANIFEST_NAME}")
         own[path] = found
     return own
+
+
+def delete_unnamed(store: S3Store, names: Collection[str], is_own: Callable[[str, StoredObject], bool]) -> None:
+    """Delete objects of an attempt that no manifest names.
+
+    Args:
+        store: the destination.
+        names: that the attempt may have made.
+        is_own: says of a name, and what the store says of it, whether the attempt has made it.
+    """
+    try:
+        found = find_release(store)
+    except DestinationOccupiedError:  # a manifest that is not ours names nothing of ours
+        found = None
+    named = {artifact.path for artifact in found.manifest.files} if found else set()
+    for path in set(names) - named:
+        there = look_at(store, path)
+        if there is not None and is_own(path, there):
+            store.delete(path, there.etag)

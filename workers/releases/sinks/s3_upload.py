@@ -16,8 +16,9 @@ from awscrt.checksums import crc64nvme
 from jobs.errors import TransientIOError
 from jobs.release import Artifact
 from workers.files.local import file_errors
+from workers.releases.records import RecordedPart, RecordedUpload
 from workers.releases.released import changed
-from workers.releases.sinks.s3_records import abort_upload, begin_record, end_record
+from workers.releases.sinks.s3_records import UploadRecord, abort_upload, begin_record, end_record, fill_record
 from workers.sources.s3_client import S3Store
 
 if TYPE_CHECKING:
@@ -70,12 +71,45 @@ class Upload:
         self.in_parts = bool(self._upload_id) or always_in_parts or wants_parts(artifact.num_bytes)
         self._parts: list[CompletedPartTypeDef] = list(parts.parts) if parts else []
         self._crc = parts.crc if parts else ""
+        self.is_recorded = False
+        """Whether a later attempt can use its parts."""
 
     @property
     def parts(self) -> StoredParts:
         """What another process needs to complete it."""
         return StoredParts(
             upload_id=self._upload_id, record_id=self._record_id, parts=tuple(self._parts), crc=self._crc
+        )
+
+    @property
+    def recorded(self) -> RecordedUpload | None:
+        """What is recorded of its parts; None where it has none at the store."""
+        if not self._upload_id:
+            return None
+        parts = (
+            RecordedPart(number=part["PartNumber"], etag=part["ETag"], crc=part["ChecksumCRC64NVME"])
+            for part in self._parts
+        )
+        return RecordedUpload(parts=tuple(parts), crc=self._crc)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its bytes are here, to be sent again."""
+        return self._path.exists()
+
+    def record(self, data: bytes) -> None:
+        """Put what a later attempt has to know beside its parts."""
+        with self._store.errors():
+            fill_record(self._store, self._record, data)
+        self.is_recorded = True
+
+    @property
+    def _record(self) -> UploadRecord:
+        return UploadRecord(
+            attempt=self._mark.attempt,
+            upload_id=self._upload_id,
+            name=self.artifact.path,
+            record_id=self._record_id,
         )
 
     def send(self) -> None:
@@ -87,7 +121,7 @@ class Upload:
             UnsupportedError: the store computes no checksums to compare with.
         """
         self.abort()
-        if not self._path.exists():
+        if not self.is_here:
             raise TransientIOError(
                 f"{self._store.place}/{self.artifact.path}: its parts are gone from the store, and the process that "
                 "has the file is another one; merge again"
@@ -105,7 +139,7 @@ class Upload:
                 Metadata=self._mark.metadata(),
             )["UploadId"]
             # Before any byte is sent, so that the bytes can be found again after any end of this process.
-            self._record_id = begin_record(self._store, self._mark.attempt, self.artifact.path, self._upload_id)
+            self._record_id = begin_record(self._store, self._mark, self.artifact.path, self._upload_id)
             waiting: deque[Future[CompletedPartTypeDef]] = deque()
             self._parts = []
             for number, data in enumerate(self._checked(), start=1):
@@ -165,13 +199,13 @@ class Upload:
 
     def abort(self) -> None:
         """Drop the parts, unless they have become the object, and the record of them. Idempotent."""
-        name, attempt = self.artifact.path, self._mark.attempt
         with self._store.errors():
             if self._upload_id and not self._is_complete:
-                abort_upload(self._store, name, self._upload_id)
+                abort_upload(self._store, self.artifact.path, self._upload_id)
             if self._record_id:
-                end_record(self._store, attempt, name, self._upload_id, self._record_id)
+                end_record(self._store, self._record)
         self._upload_id = self._record_id = ""
+        self.is_recorded = False
         self._is_complete = False
 
     def _checked(self) -> Iterator[bytes]:
