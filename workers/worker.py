@@ -89,6 +89,7 @@ class MergeWorker:
             ended=ended,
             tickets={job.id: job.staging.ticket for job in unit.jobs},
             pieces=pieces,
+            resumed={job.id: job.resumed for job in unit.jobs if job.resumed is not None},
             bytes_total=unit.tracker.progress().bytes_total,
             usage=unit.usage(),
         )
@@ -105,7 +106,7 @@ class MergeWorker:
             return unit
         merged: Mapping[str, MergedShards] = {}
         with shared_failures(unit.jobs):
-            merged = unit.merge(shards)
+            merged = unit.merge(shards, work.finished)
         ended = self._end_failed(unit)
         self._residents.trim()
         return ShardsOutcome(
@@ -201,9 +202,8 @@ class MergeWorker:
             error = InternalError(f"job {job_id} is not staged here: it was published, discarded, or never got so far")
             return PublishOutcome(job_id=job_id, failure=Failure.of(error))
         self._tracker.enter("publish", [job_id])
-        assert job.manifest is not None
         with own_failure(job):
-            job.release = job.staging.publish(job.manifest)
+            job.publish()
         job.drop()
         self._tracker.enter("failed" if job.error else "published", [job_id])
         return PublishOutcome(

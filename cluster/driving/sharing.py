@@ -29,6 +29,8 @@ class SharedPass:
     _todo: list[Piece] = field(default_factory=list)
     _at_work: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
     _merged: dict[str, list[MergedShards]] = field(default_factory=dict)
+    _finished: dict[str, frozenset[str]] = field(default_factory=dict)
+    """Shards that were there when it was opened, by job."""
     num_losses: int = 0
     """Workers that were lost while they were at it. After the first it is given to one worker at a time."""
     is_blamed: bool = False
@@ -67,6 +69,9 @@ class SharedPass:
         self.bytes_total = outcome.bytes_total
         self._todo = list(outcome.pieces)
         self._merged = {job_id: [] for job_id in outcome.tickets}
+        for job_id, resumed in outcome.resumed.items():
+            self._merged[job_id].append(resumed)
+            self._finished[job_id] = resumed.names
 
     def work(self, name: str, requests: Sequence[MergeRequest]) -> PassWork:
         """Return what a worker needs to work on some of its jobs.
@@ -76,7 +81,9 @@ class SharedPass:
             requests: of the jobs.
         """
         tickets = {request.id: self.tickets[request.id] for request in requests}
-        return PassWork(pass_id=self.pass_id, name=name, requests=tuple(requests), tickets=tickets)
+        return PassWork(
+            pass_id=self.pass_id, name=name, requests=tuple(requests), tickets=tickets, finished=self._finished
+        )
 
     def give(self, worker: str, num_pieces: int) -> tuple[Piece, ...]:
         """Give the next pieces to a worker."""

@@ -1,12 +1,14 @@
 """One job on its way through a unit: the one record of it, from planning to outcome."""
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
-from jobs.errors import MergefleetError
+from jobs.errors import MergefleetError, TransientIOError
 from jobs.parity_report import BehaviourCheck, ParityReport, ParitySummary, TensorCheck
 from jobs.release import Artifact, Manifest, Release
 from jobs.request import MergeRequest
@@ -19,6 +21,22 @@ from workers.releases.sinks import Receipt, Staging
 logger = logging.getLogger(__name__)
 
 
+class Witness(Protocol):
+    """Is told what becomes of a job's files and tensors in a pass, by the threads that do it."""
+
+    def put(self, artifact: Artifact) -> None:
+        """Take in that a file was put."""
+        ...
+
+    def checked(self, check: TensorCheck) -> None:
+        """Take in what the check of a tensor on its way into a file found."""
+        ...
+
+    def settle(self) -> None:
+        """Take in what was found after the pass."""
+        ...
+
+
 @dataclass
 class Job:
     """A job on its way through a unit."""
@@ -26,15 +44,21 @@ class Job:
     request: MergeRequest
     planned: MergePlan | None = None
     part: MergePlan | None = None
-    """What of the plan is merged here, where several workers share it; None for all of it."""
+    """What of the plan is merged here, where several workers share it or some of it is there; None for all of it."""
+    resumed: MergedShards | None = None
+    """What a dead attempt at its release has finished."""
     opened: Staging | None = None
     compared_in: Path | None = None
     """Directory of a merge that is made to be compared: it has no staging, and ships nowhere."""
     carriers: ThreadPoolExecutor | None = None
     """What ships its files, while there is something to ship."""
+    witness: Witness | None = None
+    """Of the pass it is in."""
     files: tuple[HashedFile, ...] = ()
     """What the last pass wrote."""
     uploads: list[Future[Receipt]] = field(default_factory=list)
+    """Of its finished files; several threads append."""
+    recordings: list[Future[None]] = field(default_factory=list)
     """Of its finished files; several threads append."""
     bytes_put: list[int] = field(default_factory=list)
     """Of each file that has been put; several threads append."""
@@ -44,6 +68,8 @@ class Job:
     """The arithmetic check, by tensor."""
     wrong: list[str] = field(default_factory=list)
     """What is wrong about its shards as files, or about what was read of its adapter, a sentence each."""
+    store_failed: bool = False
+    """Whether the place it is shipped to did not answer, or failed."""
     error: MergefleetError | None = None
     release: Release | None = None
     behaviour: tuple[BehaviourCheck, ...] = ()
@@ -108,9 +134,27 @@ class Job:
         self.uploads.append(self.carriers.submit(self._put, artifact, state))
 
     def _put(self, artifact: Artifact, state: FileState | None) -> Receipt:
-        receipt = self.staging.put(artifact, state)
+        with self.shipping():
+            receipt = self.staging.put(artifact, state)
         self.bytes_put.append(artifact.num_bytes)
+        if self.witness is not None:
+            self.witness.put(artifact)
         return receipt
+
+    def publish(self) -> None:
+        """Make its release visible."""
+        assert self.manifest is not None
+        with self.shipping():
+            self.release = self.staging.publish(self.manifest)
+
+    @contextlib.contextmanager
+    def shipping(self) -> Iterator[None]:
+        """Note that what goes wrong inside for a while is the sink's."""
+        try:
+            yield
+        except TransientIOError:
+            self.store_failed = True
+            raise
 
     def cancel_uploads(self) -> None:
         """Give up those that have not begun."""
@@ -119,6 +163,7 @@ class Job:
 
     def all_put(self) -> tuple[Artifact, ...]:
         """Wait for all uploads; return the files of the release, by path."""
+        self._wait_for_records()
         artifacts = [receipt.artifact for receipt in (*self.receipts, *(upload.result() for upload in self.uploads))]
         return tuple(sorted(artifacts, key=lambda artifact: artifact.path))
 
@@ -129,12 +174,18 @@ class Job:
             checks=tuple(self.checks.values()),
             wrong=tuple(self.wrong),
         )
+        self._wait_for_records()
         self.uploads.clear()
         self.checks.clear()
         self.wrong.clear()
         return merged
 
-    def take_over(self, merged: Sequence[MergedShards]) -> None:
+    def _wait_for_records(self) -> None:
+        for recording in self.recordings:
+            recording.result()
+        self.recordings.clear()
+
+    def take_over(self, merged: Iterable[MergedShards]) -> None:
         """Go on with what was handed over, here or elsewhere."""
         for shards in merged:
             for receipt in shards.receipts:
@@ -144,10 +195,14 @@ class Job:
             self.wrong += shards.wrong
 
     def drop(self) -> None:
-        """Remove what it staged. A failure to do so is logged: what is left is invisible."""
+        """Remove what it staged. A failure to do so is logged: what is left is invisible.
+
+        Where a remote store has failed for a while, finished shards stay for the next attempt (decision 24).
+        """
         if self.opened is not None:
+            is_passing = self.store_failed and isinstance(self.error, TransientIOError)
             try:
-                self.opened.discard()
+                self.opened.discard(keep=is_passing and not self.opened.in_place)
             except MergefleetError:
                 # The next attempt at this destination clears it away.
                 logger.warning("a staged release could not be removed", extra={"job": self.id}, exc_info=True)

@@ -54,8 +54,8 @@ class Usage:
     bytes_written: int = 0
     bytes_uploaded: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    """By stage: fetch, plan, quantize, merge, upload, arithmetic, behaviour. Upload runs beside the others: what is
-    told is how long the unit waited for it at the end."""
+    """By stage: fetch, plan, resume, quantize, merge, upload, arithmetic, behaviour. Upload runs beside the others:
+    what is told is how long the unit waited for it at the end."""
 
     def since(self, before: "Usage") -> "Usage":
         """Return what was taken after `before`."""
@@ -102,6 +102,22 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MergedShards:
+    """Some shards of one job: merged, checked and shipped."""
+
+    receipts: tuple[Receipt, ...]
+    checks: tuple[TensorCheck, ...]
+    """Of every tensor in them."""
+    wrong: tuple[str, ...]
+    """What is wrong besides, about the files themselves or what was read of the adapter, a sentence each."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the shards."""
+        return frozenset(receipt.artifact.path for receipt in self.receipts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PassOpened:
     """A pass that several workers can work on."""
 
@@ -110,9 +126,12 @@ class PassOpened:
     tickets: Mapping[str, Ticket]
     """What a worker needs to take part, for each of the other jobs."""
     pieces: tuple[Piece, ...]
+    """What is left to merge."""
     bytes_total: int
     """What all calls together will tell as done."""
     usage: Usage
+    resumed: Mapping[str, MergedShards] = field(default_factory=dict)
+    """What dead attempts had finished, by job; the pieces are what is left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,17 +145,8 @@ class PassWork:
     """Those of its jobs that are still wanted."""
     tickets: Mapping[str, Ticket]
     """By job."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergedShards:
-    """Some shards of one job: merged, checked and shipped."""
-
-    receipts: tuple[Receipt, ...]
-    checks: tuple[TensorCheck, ...]
-    """Of every tensor in them."""
-    wrong: tuple[str, ...]
-    """What is wrong besides, about the files themselves or what was read of the adapter, a sentence each."""
+    finished: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Shards that are there already, by job: no piece of work touches them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +186,6 @@ class Progress:
 
     unit: str
     stages: dict[str, str]
-    """By job: fetch, plan, quantize, merge, verify, staged, publish; published or failed at the end."""
+    """By job: fetch, plan, resume, quantize, merge, verify, staged, publish; published or failed at the end."""
     bytes_done: int
     bytes_total: int

@@ -22,6 +22,7 @@ class PassState:
 
     def __init__(self, jobs: Sequence[Job], conveyor: Conveyor, tracker: Tracker) -> None:
         self.jobs = tuple(jobs)
+        self._witnesses = {job.id: job.witness for job in jobs}
         self.writers = {
             job.id: CheckpointWriter(
                 job.directory,
@@ -81,6 +82,8 @@ class PassState:
         """Keep what the check of a job's tensor found."""
         with self._lock:
             self._checks[job_id][check.tensor] = check
+        if (witness := self._witnesses[job_id]) is not None:
+            witness.checked(check)
 
     def settle(self) -> None:
         """Give each job what came of it, once all is written and hashed."""

@@ -8,7 +8,6 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -18,12 +17,12 @@ from workers.bases.quantized_cache import QuantizedCache
 from workers.bases.resident_bases import ResidentBases
 from workers.files.local import file_errors
 from workers.files.memory import give_back, hold_little
-from workers.files.scratch import sweep
 from workers.merging.base_plan import BasePlan, PlannedBases
 from workers.merging.checks.arithmetic import ArithmeticCheck
 from workers.merging.context import Context
 from workers.merging.failures import own_failure
 from workers.merging.job import Job
+from workers.merging.made_with import origin_of
 from workers.merging.merge import run_pass
 from workers.merging.module_weights import ModuleWeights, module_weights
 from workers.merging.outcomes import MergedShards, Piece, Usage
@@ -36,13 +35,14 @@ from workers.releases.sinks import Ticket
 from workers.sources.fetch import fetch_base
 from workers.unit.admission import Admission
 from workers.unit.destinations import join_destination, open_destination
+from workers.unit.leftovers import make_room, sweep_scratch
+from workers.unit.recording import ShardRecorder
 from workers.unit.request_adapters import fetch_adapters
+from workers.unit.resuming import resume_all
 from workers.unit.sealing import seal, ship_sidecars
+from workers.unit.uploading import uploading
 from workers.unit.verification import Verifier
 from workers.unit.vetting import vet_base
-
-_NUM_UPLOADS = 2
-"""Files shipped at the same time by one worker."""
 
 
 class Unit:
@@ -84,6 +84,11 @@ class Unit:
         return [job for job in self.jobs if job.running]
 
     @property
+    def _merging(self) -> list[Job]:
+        """Those of which something is to be merged."""
+        return [job for job in self._running if job.in_work.output.shards]
+
+    @property
     def _base(self) -> BasePlan:
         assert self._prepared is not None
         return self._prepared
@@ -96,42 +101,45 @@ class Unit:
         """Take all jobs as far as they go."""
         self.open()
         if self._running:
-            with self._uploading():
+            with uploading(self.jobs):
                 self._merge()
+                for job in self._running:
+                    with own_failure(job):
+                        job.take_over(filter(None, [job.resumed]))
                 self._conclude()
 
     def open(self) -> None:
-        """Plan the jobs, and open their staging."""
+        """Plan the jobs, open their staging, and take over what dead attempts have finished."""
         self._prepare(lambda job: open_destination(job, self._context.scratch))
+        resume_all(self._running, self._context)
+        make_room(self._context.scratch, self._running)
 
     def join(self, tickets: Mapping[str, Ticket]) -> None:
-        """Plan the jobs, and join their staging.
-
-        Args:
-            tickets: by job.
-
-        A job whose staging cannot be joined from here fails with NotFoundError.
-        """
+        """Plan the jobs, and join their staging by its ticket; one that cannot be joined fails with NotFoundError."""
         self._prepare(lambda job: join_destination(job, tickets[job.id], self._context.scratch))
 
     def pieces(self) -> tuple[Piece, ...]:
-        """Return what the pass falls into."""
-        return pieces_of([job.plan for job in self._running])
+        """Return what the pass falls into, as far as it is left."""
+        return pieces_of([job.in_work for job in self._running])
 
-    def merge(self, shards: Collection[str]) -> Mapping[str, MergedShards]:
+    def merge(self, shards: Collection[str], finished: Mapping[str, Collection[str]]) -> Mapping[str, MergedShards]:
         """Merge, check and ship some shards of all jobs: those of whole pieces.
+
+        Args:
+            shards: of the pieces.
+            finished: those that are there already, by job.
 
         Returns:
             What came of it, by job; the others have failed.
         """
         for job in self._running:
-            job.part = job.plan.part(shards)
+            job.part = job.plan.part(set(shards).difference(finished.get(job.id, ())))
             with own_failure(job), file_errors(f"clearing {job.directory}"):
                 for shard in job.part.output.shards:
                     # A worker that died in the middle of it may have left a part.
                     (job.directory / shard.name).unlink(missing_ok=True)
         merged = {}
-        with self._uploading():
+        with uploading(self.jobs):
             self._merge()
             with self.tracker.timed("upload"):
                 for job in self._running:
@@ -148,7 +156,7 @@ class Unit:
         for job in self._running:
             with own_failure(job):
                 job.take_over(merged[job.id])
-        with self._uploading():
+        with uploading(self.jobs):
             self._conclude()
 
     def usage(self) -> Usage:
@@ -162,25 +170,9 @@ class Unit:
         told, self._told = self._told, usage
         return usage.since(told)
 
-    @contextlib.contextmanager
-    def _uploading(self) -> Iterator[None]:
-        with ThreadPoolExecutor(_NUM_UPLOADS, thread_name_prefix="upload") as carriers:
-            for job in self.jobs:
-                job.carriers = carriers
-            try:
-                yield
-            except BaseException:
-                for job in self.jobs:
-                    job.cancel_uploads()
-                raise
-            # The uploads of a job that failed are not waited for.
-            for job in self.jobs:
-                if not job.running:
-                    job.cancel_uploads()
-
     def _prepare(self, enter: Callable[[Job], None]) -> None:
         """Fetch the base, plan every job on it, and enter its destination."""
-        sweep(self._context.scratch)
+        sweep_scratch(self._context.scratch)
         # Several workers share the cores of a machine; threads of theirs that wait for each other would stand still.
         torch.set_num_threads(self._context.num_threads)
         hold_little()
@@ -210,19 +202,21 @@ class Unit:
             self.tracker.expect(num_stages * job.plan.output.total_size)
 
     def _merge(self) -> None:
-        """Merge and check all jobs, or the part of them that is in work."""
+        """Merge and check all jobs, or the part of them that is in work; where that is nothing, nothing is read."""
+        if not self._merging:
+            return
         with self._reading():
             quantized = self._open_quantized()
             with self._module_weights(quantized) as weights:
                 check = ArithmeticCheck(self._base, quantized, self._context.device)
                 self._write(quantized, weights, check)
-                self._verifier.check(check, weights, self._running)
+                self._verifier.check(check, weights, self._merging)
 
     def _open_quantized(self) -> QuantizedBase | None:
-        room = self._admission.make_room(self._running)  # others may have been here since this pass was admitted
+        room = self._admission.make_room(self._merging)  # others may have been here since this pass was admitted
         quantized = self._open_mapped()
         if quantized is not None:
-            quantized.hold(whole=self._admission.fits(self._running, room))
+            quantized.hold(whole=self._admission.fits(self._merging, room))
         return quantized
 
     def _open_mapped(self) -> QuantizedBase | None:
@@ -231,7 +225,7 @@ class Unit:
             return QuantizedBase.stored(base.source.directory, base.layout, self._context.device, base.transposed)
         if task is None:
             return None
-        ids = [job.id for job in self._running]
+        ids = [job.id for job in self._merging]
         self.tracker.enter("quantize", ids)
         lock = threading.Lock()
 
@@ -244,14 +238,14 @@ class Unit:
             key = self.jobs[0].request.pass_key()
             cache, device = self._context.cache, self._context.device
             quantized = self._residents.get(key, task.key(device), functools.partial(cache.empty, task))
-            wanted = frozenset[str]().union(*(job.in_work.base_names for job in self._running))
+            wanted = frozenset[str]().union(*(job.in_work.base_names for job in self._merging))
             cache.prepare(quantized, task, wanted, on_bytes)
             give_back()
             return quantized
 
     @contextlib.contextmanager
     def _module_weights(self, quantized: QuantizedBase | None) -> Iterator[ModuleWeights | None]:
-        ids, plans = [job.id for job in self._running], [job.in_work for job in self._running]
+        ids, plans = [job.id for job in self._merging], [job.in_work for job in self._merging]
 
         def on_bytes(_: int) -> None:
             self.tracker.check_all(ids)
@@ -279,7 +273,9 @@ class Unit:
                     job.plan.adapter.check_unchanged()
 
     def _write(self, quantized: QuantizedBase | None, weights: ModuleWeights | None, check: ArithmeticCheck) -> None:
-        jobs = self._running
+        jobs = self._merging
+        for job in jobs:
+            job.witness = ShardRecorder(job, origin_of(job.plan, self._context.device), check.quantization_errors)
         self.tracker.enter("merge", (job.id for job in jobs))
         with self.tracker.timed("merge"):
             took = run_pass(self._base, quantized, weights, jobs, self._context, check=check)

@@ -58,6 +58,8 @@ class Verifier:
                     name: found.model_copy(update={"quantization_error": check.quantization_errors.get(name)})
                     for name, found in job.checks.items()
                 }
+                if job.witness is not None:
+                    job.witness.settle()
 
     def _check_again(self, check: ArithmeticCheck, job: Job) -> dict[str, TensorCheck]:
         """Check what is in files that may have been written to since their bytes were checked."""

@@ -1,0 +1,81 @@
+"""Shards that dead attempts at a release have finished: looked at again, and taken over where nothing has changed."""
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from workers.merging.checks.judgement import failures
+from workers.merging.context import Context
+from workers.merging.failures import own_failure
+from workers.merging.job import Job
+from workers.merging.made_with import origin_of
+from workers.merging.outcomes import MergedShards
+from workers.merging.pieces import pieces_of
+from workers.releases.records import ShardRecord
+from workers.releases.sinks import Receipt
+
+logger = logging.getLogger(__name__)
+
+
+def resume_all(jobs: Sequence[Job], context: Context) -> None:
+    """Take over what dead attempts have finished of jobs; each fails alone."""
+    with context.tracker.timed("resume"):
+        for job in jobs:
+            with own_failure(job), job.shipping():
+                resume(job, origin_of(job.plan, context.device), context)
+
+
+def resume(job: Job, origin: str, context: Context) -> None:
+    """Take over what a dead attempt has finished of a job; what is left becomes its part in work.
+
+    A shard is taken over with all others of its piece, or not at all.
+
+    Args:
+        job: planned, its staging open, nothing merged.
+        origin: as `workers.merging.made_with.origin_of` tells it.
+        context: of the unit.
+
+    Raises:
+        TransientIOError, AuthError, NoCapacityError, CancelledError: by kind of fault.
+    """
+    records, tracker = job.staging.records, context.tracker
+    found = records.left()
+    if not found:
+        return
+    tracker.enter("resume", [job.id])
+    left = {record.artifact.path: record for record in found if _fits(record, job, origin)}
+    pieces = [piece.shards for piece in pieces_of([job.plan]) if left.keys() >= set(piece.shards)]
+    names = [name for shards in pieces for name in shards]
+
+    def claim(name: str) -> Receipt | None:
+        tracker.check(job.id)
+        return records.claim(left[name], whole=job.is_run)
+
+    with ThreadPoolExecutor(context.num_threads, thread_name_prefix="resume") as pool:
+        receipts = dict(zip(names, pool.map(claim, names), strict=True))
+    taken = [name for shards in pieces if all(receipts[name] for name in shards) for name in shards]
+    records.clear(besides=taken)
+    if not taken:
+        return
+    job.resumed = MergedShards(
+        receipts=tuple(receipt for name in taken if (receipt := receipts[name])),
+        checks=tuple(check for name in taken for check in left[name].checks),
+        wrong=(),
+    )
+    job.part = job.plan.part({shard.name for shard in job.plan.output.shards}.difference(taken))
+    num_bytes = sum(left[name].artifact.num_bytes for name in taken)
+    tracker.advance(2 * num_bytes)  # merged and checked
+    logger.info("finished shards are used again", extra={"job": job.id, "shards": len(taken), "num_bytes": num_bytes})
+
+
+def _fits(record: ShardRecord, job: Job, origin: str) -> bool:
+    """Whether a record is of a shard of this job's plan, made in the same way, and of one that is right."""
+    shards = {shard.name: shard for shard in job.plan.output.shards}
+    shard = shards.get(record.artifact.path)
+    return (
+        shard is not None
+        and record.origin == origin
+        and record.artifact.num_bytes == shard.num_bytes
+        and sorted(check.tensor for check in record.checks) == sorted(spec.name for spec in shard.tensors)
+        and not failures(record.checks, job.request.parity.thresholds.max_rounding_excess)
+    )
