@@ -226,6 +226,22 @@ def test_credentials_that_may_not_list_parts_begin_anew(place: S3Place) -> None:
     assert_released(place, staging)
 
 
+def test_what_was_taken_over_is_kept_for_a_third_attempt(place: S3Place) -> None:
+    left_by(place, SHARD)
+    second = next_attempt(place)
+    (record,) = second.records.left()
+    receipt = second.records.claim(record, whole=False)
+    assert receipt is not None
+    second.records.clear(besides={SHARD})
+    second.take(receipt)
+    second.discard(keep=True)
+    assert place.visible() == {}
+    shutil.rmtree(place.scratch)
+    third = next_attempt(place)
+    go_on(third, {SHARD})
+    assert_released(place, third)
+
+
 def test_strangers_uploads_stay(place: S3Place) -> None:
     left_by(place, SHARD)
     theirs = [place.begin_upload(SHARD), place.begin_upload("deeper/weights.bin")]

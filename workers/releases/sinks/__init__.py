@@ -1,7 +1,7 @@
 """Where releases go. One Protocol, three kinds; what is written is invisible until it is published.
 
 Extend: write a module with a class that implements `Sink`, add it to the table in `open_sink`, and run the contract
-suite (`tests/contract/test_sinks.py`) over it.
+suite (`tests/contract/test_sinks.py`, `test_records.py`) over it.
 """
 
 from collections.abc import Collection

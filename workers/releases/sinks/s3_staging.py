@@ -112,6 +112,7 @@ class S3Staging:
         path = receipt.artifact.path
         parts, etag = cast("tuple[StoredParts, str | None]", receipt.stored)
         self._uploads[path] = self._upload(receipt.artifact, parts)
+        self._uploads[path].is_recorded = True
         self._others_put = True
         if etag is not None:
             self._etags[path] = etag

@@ -72,7 +72,7 @@ class Upload:
         self._parts: list[CompletedPartTypeDef] = list(parts.parts) if parts else []
         self._crc = parts.crc if parts else ""
         self.is_recorded = False
-        """Whether a later attempt can use its parts."""
+        """Whether a later attempt can use its parts, as far as this process knows."""
 
     @property
     def parts(self) -> StoredParts:
