@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from workers.bases.resident_bases import ResidentBases
+from workers.files.local import file_errors
 from workers.files.memory import available_device_bytes, available_host_bytes, total_device_bytes, total_host_bytes
 from workers.merging.base_plan import BasePlan
 from workers.merging.context import Context
@@ -11,6 +12,21 @@ from workers.merging.job import Job
 from workers.merging.plan import MergePlan
 from workers.unit.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
 from workers.unit.room import Disks, Room
+
+
+def admit_to_disks(jobs: Sequence[Job]) -> None:
+    """Refuse jobs, the last ones first, until what is left to be written fits onto the disks that it goes to.
+
+    What never fits fails with TooLargeError. What does not fit beside others waits (NotNowError); where it does not
+    fit by itself, its disk is full (NoCapacityError).
+
+    Args:
+        jobs: their stagings are open, and what a dead attempt has finished lies there.
+    """
+    disks = Disks()
+    for job in jobs:
+        with own_failure(job), file_errors(f"looking at {job.directory}"):
+            disks.take(job.directory, job.in_work.output.total_size)
 
 
 class Admission:
@@ -24,10 +40,9 @@ class Admission:
         self._pass_key = pass_key
 
     def admit(self, jobs: Sequence[Job]) -> None:
-        """Refuse jobs, the last ones first, until the pass fits into what is free: memory, and room on disks.
+        """Refuse jobs, the last ones first, until the pass fits into the memory that is free.
 
-        What never fits fails with TooLargeError, with the numbers. What does not fit now waits (NotNowError), or its
-        disk is called full (NoCapacityError).
+        What never fits fails with TooLargeError, with the numbers; what does not fit now waits (NotNowError).
         """
         free_on_device = self.make_room(jobs)
         on_device = self._base_bytes(jobs, free_on_device)
@@ -35,7 +50,6 @@ class Admission:
         device_memory = None
         if free_on_device is not None:
             device_memory = Room("GPU memory", free_on_device, total_device_bytes(self._device))
-        disks = Disks()
         admitted: list[MergePlan] = []
         for job in jobs:
             with own_failure(job):
@@ -44,7 +58,6 @@ class Admission:
                 if device_memory is not None:
                     needed = on_device + device_bytes(plans, self._num_threads)
                     device_memory.check(needed, job, len(admitted))
-                disks.take(job.directory, job.plan.output.total_size)
                 admitted.append(job.plan)
 
     def fits(self, jobs: Sequence[Job], room: int | None) -> bool:

@@ -33,7 +33,7 @@ from workers.merging.tracker import Tracker
 from workers.numerics.device import resolve_device
 from workers.releases.sinks import Ticket
 from workers.sources.fetch import fetch_base
-from workers.unit.admission import Admission
+from workers.unit.admission import Admission, admit_to_disks
 from workers.unit.destinations import join_destination, open_destination
 from workers.unit.leftovers import make_room, sweep_scratch
 from workers.unit.recording import ShardRecorder
@@ -113,6 +113,7 @@ class Unit:
         self._prepare(lambda job: open_destination(job, self._context.scratch))
         resume_all(self._running, self._context)
         make_room(self._context.scratch, self._running)
+        admit_to_disks(self._running)
 
     def join(self, tickets: Mapping[str, Ticket]) -> None:
         """Plan the jobs, and join their staging by its ticket; one that cannot be joined fails with NotFoundError."""

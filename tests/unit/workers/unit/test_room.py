@@ -1,0 +1,48 @@
+"""What is admitted: memory and disks, against the machine's own figures."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from jobs.errors import FailureClass, NoCapacityError, NotNowError, TooLargeError
+from jobs.places import file_place
+from workers.files.local import mount_point
+from workers.merging.outcomes import Failure
+from workers.unit.room import Disks, Room
+
+JOB = SimpleNamespace(request=SimpleNamespace(adapter_words="nice"))
+
+
+def test_what_fits_is_let_in():
+    Room("memory", free=10, total=20).check(10, JOB, 0)
+
+
+def test_what_never_fits_says_the_numbers_and_is_not_tried_again():
+    with pytest.raises(TooLargeError, match=r"nice takes 30 MB of memory, and this machine has 20 MB in all") as caught:
+        Room("memory", free=10_000_000, total=20_000_000).check(30_000_000, JOB, 0)
+    assert Failure.of(caught.value).failure_class is FailureClass.TOO_LARGE
+
+
+@pytest.mark.parametrize(("needed", "beside"), [(15, 0), (15, 2), (30, 2)])
+def test_what_does_not_fit_now_waits(needed, beside):
+    """Beside others it says nothing that all of them together need more than there is."""
+    with pytest.raises(NotNowError) as caught:
+        Room("memory", free=10, total=20).check(needed, JOB, beside)
+    assert Failure.of(caught.value).waits
+
+
+def test_a_disk_takes_what_is_free(tmp_path):
+    status = os.statvfs(tmp_path)
+    free, total = status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
+    disks = Disks()
+    disks.take(tmp_path, 1000)
+    with pytest.raises(NotNowError, match="beside 0 MB of others"):
+        disks.take(tmp_path, free)
+    disks.take(tmp_path, 1000)  # what was refused is not counted
+    with pytest.raises(TooLargeError, match="choose another"):
+        disks.take(tmp_path, total + 1)
+    with pytest.raises(NoCapacityError, match="free some space") as caught:
+        Disks().take(tmp_path, free + (total - free) // 2)
+    assert caught.value.place == file_place(mount_point(tmp_path))
+    assert not Failure.of(caught.value).waits
