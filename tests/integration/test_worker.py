@@ -704,7 +704,7 @@ def test_jobs_that_do_not_fit_into_the_memory_of_the_gpu_wait(worker, settings, 
     assert outcomes["one"].failure is None
     for name in ("two", "three"):
         failure = outcomes[name].failure
-        assert failure.failure_class is FailureClass.OUT_OF_MEMORY
+        assert failure.waits
         assert "MB of GPU memory" in failure.message
     worker.discard("one")
     assert left_over(tmp_path) == []
@@ -748,7 +748,7 @@ def test_jobs_that_do_not_fit_into_memory_wait_and_the_others_do_not(
     monkeypatch.setattr(workers.unit.admission, "available_host_bytes", lambda: room)
     outcomes = run(worker, *requests)
     failure = outcomes["three"].failure
-    assert failure.failure_class is FailureClass.OUT_OF_MEMORY
+    assert failure.waits
     assert "beside 2 others takes" in failure.message
     for name in ("one", "two"):
         assert_published(worker.publish(name).release, base, adapters[name], tmp_path)

@@ -1,5 +1,6 @@
 """Whether a pass fits into what is free: memory of the machine and of its GPU, and room on disks."""
 
+import functools
 from collections.abc import Sequence
 
 from workers.bases.resident_bases import ResidentBases
@@ -46,10 +47,11 @@ class Admission:
         """
         free_on_device = self.make_room(jobs)
         on_device = self._base_bytes(jobs, free_on_device)
-        memory = Room("memory", available_host_bytes(), total_host_bytes())
+        memory = Room("memory", available_host_bytes(), total_host_bytes)
         device_memory = None
         if free_on_device is not None:
-            device_memory = Room("GPU memory", free_on_device, total_device_bytes(self._device))
+            total = functools.partial(total_device_bytes, self._device)
+            device_memory = Room("GPU memory", free_on_device, total)
         admitted: list[MergePlan] = []
         for job in jobs:
             with own_failure(job):

@@ -1,6 +1,7 @@
 """What is free on a machine, and what there is of it in all: memory, and room on file systems."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from jobs.errors import NoCapacityError, NotNowError, TooLargeError
@@ -12,13 +13,13 @@ from workers.merging.job import Job
 class Room:
     """Memory of one kind."""
 
-    def __init__(self, what: str, free: int, total: int) -> None:
+    def __init__(self, what: str, free: int, total: Callable[[], int]) -> None:
         """Take what there is.
 
         Args:
             what: its name.
             free: bytes of it that are free now.
-            total: bytes of it in all.
+            total: returns the bytes of it in all; asked where there is not enough.
         """
         self._what = what
         self._free = free
@@ -40,9 +41,9 @@ class Room:
             return
         beside = f" beside {num_beside} others" if num_beside else ""
         takes = f"merging {job.request.adapter_words}{beside} takes {needed / 1e6:.0f} MB of {self._what}"
-        if not num_beside and needed > self._total:
+        if not num_beside and needed > (total := self._total()):
             raise TooLargeError(
-                f"{takes}, and this machine has {self._total / 1e6:.0f} MB in all; it takes a larger one, or fewer "
+                f"{takes}, and this machine has {total / 1e6:.0f} MB in all; it takes a larger one, or fewer "
                 "num_threads"
             )
         raise NotNowError(

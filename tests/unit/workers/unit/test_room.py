@@ -15,12 +15,12 @@ JOB = SimpleNamespace(request=SimpleNamespace(adapter_words="nice"))
 
 
 def test_what_fits_is_let_in():
-    Room("memory", free=10, total=20).check(10, JOB, 0)
+    Room("memory", free=10, total=lambda: 20).check(10, JOB, 0)
 
 
 def test_what_never_fits_says_the_numbers_and_is_not_tried_again():
     with pytest.raises(TooLargeError, match=r"nice takes 30 MB of memory, and this machine has 20 MB in all") as caught:
-        Room("memory", free=10_000_000, total=20_000_000).check(30_000_000, JOB, 0)
+        Room("memory", free=10_000_000, total=lambda: 20_000_000).check(30_000_000, JOB, 0)
     assert Failure.of(caught.value).failure_class is FailureClass.TOO_LARGE
 
 
@@ -28,7 +28,7 @@ def test_what_never_fits_says_the_numbers_and_is_not_tried_again():
 def test_what_does_not_fit_now_waits(needed, beside):
     """Beside others it says nothing that all of them together need more than there is."""
     with pytest.raises(NotNowError) as caught:
-        Room("memory", free=10, total=20).check(needed, JOB, beside)
+        Room("memory", free=10, total=lambda: 20).check(needed, JOB, beside)
     assert Failure.of(caught.value).waits
 
 
