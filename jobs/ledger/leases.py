@@ -4,15 +4,16 @@ All times are the database's. A lease is lost the moment it expires, even when n
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from pydantic import JsonValue
-from sqlalchemy import Connection, select
+from sqlalchemy import ColumnElement, Connection, select
 
 from jobs.errors import LeaseLostError, NotFoundError
 from jobs.ledger.database import Database, rows_where_in
 from jobs.ledger.rows import JobRow
 from jobs.ledger.schema import jobs
-from jobs.states import ACTIVE_STATES
+from jobs.states import ACTIVE_STATES, JobState
 
 NO_LEASE = {"owner": None, "lease_expires_at": None}
 """Columns of a job without a lease."""
@@ -49,6 +50,25 @@ def lock_jobs(database: Database, connection: Connection, ids: Iterable[str]) ->
     if unknown := set(wanted) - {row.id for row in rows}:
         raise NotFoundError(f"store {database.name} has no job {', '.join(sorted(unknown))}")
     return rows, database.now(connection)
+
+
+def lock_many(
+    database: Database, connection: Connection, ids: Iterable[str], *columns: ColumnElement[Any]
+) -> tuple[dict[JobState, list[JobRow]], float]:
+    """Lock the rows of very many jobs until the transaction ends; return some columns of them by state, and the time.
+
+    Raises:
+        NotFoundError: some ids are no jobs; lists them.
+    """
+    wanted = list(ids)
+    query = select(jobs.c.number, jobs.c.id, jobs.c.state, *columns).order_by(jobs.c.number).with_for_update()
+    rows = rows_where_in(connection, query, jobs.c.id, wanted)
+    if unknown := set(wanted) - {row.id for row in rows}:
+        raise NotFoundError(f"store {database.name} has no job {', '.join(sorted(unknown))}")
+    by_state: dict[JobState, list[JobRow]] = {}
+    for row in sorted(rows, key=lambda row: row.number):
+        by_state.setdefault(JobState(row.state), []).append(row)
+    return by_state, database.now(connection)
 
 
 def lock_held(database: Database, connection: Connection, job_id: str, token: int) -> tuple[JobRow, float]:

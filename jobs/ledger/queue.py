@@ -8,10 +8,11 @@ from jobs.errors import BadInputError
 from jobs.ledger.admission import admit, candidate_of, destination_conflicts
 from jobs.ledger.claims import Claim, fail_overdue, queue_orphans
 from jobs.ledger.database import Database, in_pieces
-from jobs.ledger.journal import Move, Step, make_moves
-from jobs.ledger.leases import lock_jobs
+from jobs.ledger.journal import Step, step_many
+from jobs.ledger.leases import lock_many
 from jobs.ledger.pauses import keep_pauses
 from jobs.ledger.records import Lease, SubmitResult
+from jobs.ledger.rows import JobRow
 from jobs.ledger.schema import jobs
 from jobs.ledger.shares import ShareRules
 from jobs.request import MergeRequest
@@ -21,6 +22,19 @@ _MAX_ORPHANS = 500
 """Jobs of lost drivers that are queued again in one transaction."""
 
 ONE_SHARE = ShareRules()
+
+_FRESH = {
+    "attempts": 0,
+    "worker_losses": 0,
+    "excused_losses": 0,
+    "excused_faults": 0,
+    "suspect": False,
+    "not_before": None,
+    "held_by": "",
+    "failure_class": None,
+    "failure_message": None,
+}
+"""Columns of a job that is tried again by a person."""
 
 
 class JobQueue:
@@ -111,16 +125,20 @@ class JobQueue:
             NotFoundError: some ids are no jobs; lists them. Nothing was changed.
         """
         with self._database.write() as connection:
-            rows, now = lock_jobs(self._database, connection, ids)
-            moves = []
-            for row in rows:
-                if row.state in CLAIMABLE_STATES:
-                    moves.append(Move(row, [Step(JobState.CANCELLED)], {"not_before": None, "held_by": ""}))
-                elif row.state in ACTIVE_STATES and row.state != JobState.CANCELLING:
-                    moves.append(Move(row, [Step(JobState.CANCELLING)], {"not_before": None, "held_by": ""}))
-            make_moves(connection, moves, now)
+            found, now = lock_many(self._database, connection, ids)
+            changed: list[JobRow] = []
+            for state, rows in found.items():
+                if state in CLAIMABLE_STATES:
+                    target = JobState.CANCELLED
+                elif state in ACTIVE_STATES and state is not JobState.CANCELLING:
+                    target = JobState.CANCELLING
+                else:
+                    continue
+                numbers = [row.number for row in rows]
+                step_many(connection, numbers, state, Step(target), now, not_before=None, held_by="")
+                changed += rows
             queue_orphans(connection, now, _MAX_ORPHANS)
-            return tuple(move.row.id for move in moves)
+            return tuple(row.id for row in sorted(changed, key=lambda row: row.number))
 
     def retry(self, ids: Iterable[str]) -> tuple[str, ...]:
         """Queue jobs again that failed, were cancelled or quarantined, or wait for their time; attempts start anew.
@@ -134,21 +152,12 @@ class JobQueue:
         """
         with self._database.write() as connection:
             self._database.lock_admission(connection)
-            rows, now = lock_jobs(self._database, connection, ids)
-            rows = [row for row in rows if row.state in RETRYABLE_STATES]
+            found, now = lock_many(self._database, connection, ids, jobs.c.destination)
+            rows = [row for state in RETRYABLE_STATES for row in found.get(state, ())]
+            rows.sort(key=lambda row: row.number)
             if conflicts := destination_conflicts(connection, ((row.id, row.destination) for row in rows)):
                 raise BadInputError("\n".join(conflicts))
-            fresh = {
-                "attempts": 0,
-                "worker_losses": 0,
-                "excused_losses": 0,
-                "excused_faults": 0,
-                "suspect": False,
-                "not_before": None,
-                "held_by": "",
-                "failure_class": None,
-                "failure_message": None,
-            }
             step = Step(JobState.QUEUED, {"reason": "retried"})
-            make_moves(connection, [Move(row, [step], fresh) for row in rows], now)
+            for state in RETRYABLE_STATES & found.keys():
+                step_many(connection, [row.number for row in found[state]], state, step, now, **_FRESH)
             return tuple(row.id for row in rows)
