@@ -10,6 +10,7 @@ from jobs.request import MergeRequest
 HUB = "hf://"
 _FILES = "file://"
 _NODE = "node:"
+_EXPECTED = "a place: s3://bucket, hf://, a directory or node:NAME"
 
 
 def bucket_place(bucket: str) -> str:
@@ -61,7 +62,9 @@ def parse_place(text: str) -> str:
     """
     if text in (HUB, HUB.removesuffix("://")):
         return HUB
-    if text.startswith(_NODE) and len(text) > len(_NODE):
+    if text == _NODE:
+        raise InvalidValueError(_EXPECTED, repr(text))
+    if text.startswith(_NODE):
         return text
     text = text.removeprefix(_FILES)
     if text.startswith("s3://") and "/" not in text.removeprefix("s3://").rstrip("/"):
@@ -69,4 +72,4 @@ def parse_place(text: str) -> str:
     try:
         return place_of(parse_location(text))
     except InvalidValueError as error:
-        raise InvalidValueError("a place: s3://bucket, hf://, a directory or node:NAME", error.found) from error
+        raise InvalidValueError(_EXPECTED, error.found) from error

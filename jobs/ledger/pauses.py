@@ -102,12 +102,8 @@ class Pauses:
         """
         with self._database.write() as connection:
             self._database.lock_admission(connection)
-            known: ColumnElement[bool] | None = None
-            if scope is Scope.BATCH:
-                known = select(batches.c.name).where(batches.c.name == name).exists()
-            elif scope is Scope.BASE:
-                known = select(jobs.c.number).where(jobs.c.base == name).exists()
-            if known is not None and not connection.scalar(select(known)):
+            known = {Scope.BATCH: batches.c.name == name, Scope.BASE: jobs.c.base == name}.get(scope)
+            if known is not None and connection.execute(select(1).where(known).limit(1)).first() is None:
                 raise NotFoundError(f"store {self._database.name} has no {scope} {name}")
             where = _is(scope, name, Cause.OPERATOR)
             if connection.execute(select(pauses.c.scope).where(where)).first() is not None:
@@ -278,18 +274,23 @@ def _hold(connection: Connection, scope: Scope, name: str) -> None:
     """Mark the jobs that wait and are covered, as far as columns tell; claims mark the others when they meet them."""
     if scope is Scope.QUEUE:
         return  # looked at before anything is claimed
-    if scope is Scope.BATCH:
-        covered: ColumnElement[bool] = jobs.c.batch == name
-    elif scope is Scope.BASE:
-        covered = jobs.c.base == name
+    covered: ColumnElement[bool]
+    if scope in (Scope.BATCH, Scope.BASE):
+        covered = (jobs.c.batch if scope is Scope.BATCH else jobs.c.base) == name
     else:
         below = name.removeprefix("file://").rstrip("/") + "/"
         # Not LIKE, for which SQLite takes capitals and small letters as the same.
         covered = or_(*(func.substr(column, 1, len(below)) == below for column in (jobs.c.destination, jobs.c.base)))
     waiting = and_(jobs.c.state.in_(CLAIMABLE_STATES), jobs.c.held_by == "")
-    connection.execute(update(jobs).where(waiting, covered).values(held_by=key_of(scope, name)))
+    _mark(connection, and_(waiting, covered), key_of(scope, name))
 
 
 def _let_go(connection: Connection, key: str) -> None:
     """Let jobs be claimed that a pause held; claims hold them again where another one does."""
-    connection.execute(update(jobs).where(jobs.c.state.in_(CLAIMABLE_STATES), jobs.c.held_by == key).values(held_by=""))
+    _mark(connection, and_(jobs.c.state.in_(CLAIMABLE_STATES), jobs.c.held_by == key), "")
+
+
+def _mark(connection: Connection, where: ColumnElement[bool], key: str) -> None:
+    """Mark jobs; locked in the order of all who lock several, else two would wait for each other."""
+    numbers = select(jobs.c.number).where(where).order_by(jobs.c.number).with_for_update()
+    connection.execute(update(jobs).where(jobs.c.number.in_(numbers)).values(held_by=key))

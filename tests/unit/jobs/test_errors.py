@@ -1,4 +1,4 @@
-"""The tree of errors: classes, what is tried again, and pickling across processes."""
+"""The tree of errors: classes, places, and pickling across processes."""
 
 import pickle
 
@@ -35,19 +35,15 @@ def test_every_error_has_a_class_people_see(kind):
     assert isinstance(kind.failure_class, FailureClass)
 
 
-def test_only_faults_that_may_go_away_are_retried():
-    retryable = {kind.__name__ for kind in all_errors() if kind.failure_class.retryable}
-    assert retryable == {
-        "TransientIOError",
-        "NoCapacityError",
-        "OutOfMemoryError",
-        "WorkerLostError",
-        "DeviceLostError",
-    }
+def test_every_failure_class_belongs_to_an_error_or_is_what_the_ledger_decides():
+    of_errors = {kind.failure_class for kind in all_errors()}
+    assert set(FailureClass) - of_errors == {FailureClass.DEADLINE_PASSED, FailureClass.REJECTED}
 
 
-def test_every_failure_class_belongs_to_an_error():
-    assert {kind.failure_class for kind in all_errors()} == set(FailureClass)
+def test_the_place_of_a_fault_survives_pickling():
+    error = errors.TransientIOError("no answer").at("s3://bucket")
+    assert pickle.loads(pickle.dumps(error)).place == "s3://bucket"
+    assert errors.TransientIOError("no answer").place is None
 
 
 def test_a_request_file_error_keeps_its_problems():

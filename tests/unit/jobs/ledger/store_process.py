@@ -9,6 +9,7 @@ import sys
 import time
 
 from jobs.errors import FailureClass, LeaseLostError
+from jobs.ledger.records import Fault
 from jobs.ledger.store import JobStore
 from jobs.parity_report import ParitySummary
 from jobs.release import Manifest, Release
@@ -17,6 +18,8 @@ from jobs.states import Decision, JobState
 from tests.releases import advance, progress_of, settle
 
 NUM_REQUESTS = 40
+PLACE = "file:///releases"
+"""What all jobs write to."""
 RETRY_NOW = Decision(state=JobState.RETRY_WAIT)
 STAGES = (JobState.PLANNING, JobState.MERGING, JobState.VERIFYING, JobState.PUBLISHING)
 
@@ -34,13 +37,15 @@ def claim_all(url, name):
 
 def submit(url, _name):
     places = {"base": "/b", "adapter": "/a"}
-    requests = [MergeRequest(id=f"r{index}", destination=f"/o/{index}", **places) for index in range(NUM_REQUESTS)]
+    requests = [
+        MergeRequest(id=f"r{index}", destination=f"/releases/{index}", **places) for index in range(NUM_REQUESTS)
+    ]
     for job_id in JobStore(url).submit(requests).created:
         say("created", job_id)
 
 
 def work(url, name):
-    """Drive every job to its release, with failures and leases that are too short on the way."""
+    """Drive every job to its release, with failures, faults of its place and leases that are too short on the way."""
     store = JobStore(url)
     rng = random.Random(name)
     while store.seconds_until_due() is not None:
@@ -60,9 +65,17 @@ def attempt(store, lease, luck):
         store.fail(lease.job_id, lease.token, FailureClass.TRANSIENT_IO, "bad luck", RETRY_NOW)
     elif luck < 0.4:
         store.let_go(lease.job_id, lease.token, "bad luck")
+    elif luck < 0.5:
+        fault = Fault(place=PLACE, failure=FailureClass.TRANSIENT_IO, message="bad luck")
+        rest = {"first_seconds": 0.02, "max_seconds": 0.05}
+        said = {"by": "driver", "failure": fault.failure, "reason": fault.message, "state": JobState.PUBLISHING}
+        store.pause_place(PLACE, lease.job_id, **said, **rest)
+        store.let_go(lease.job_id, lease.token, "bad luck", fault)
     else:
         settle(store, lease.job_id, lease.token, a_release(lease.request), None)
         say("settled", lease.job_id)
+        if lease.is_probe:
+            store.passed(lease.job_id, JobState.PUBLISHED)
 
 
 def a_release(request):

@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from jobs.errors import FailureClass
+from jobs.ledger.claims import Claim
 from jobs.ledger.pauses import Scope
 from jobs.ledger.shares import ShareRules
 from jobs.ledger.store import JobStore
@@ -30,7 +31,7 @@ def store(url):
 @pytest.fixture
 def other(url, store):
     other = JobStore(url)
-    assert store.ids() == other.ids() == ()
+    assert store.ids() == other.ids()
     yield other
     other.close()
 
@@ -106,38 +107,40 @@ class TestAtTheSameMoment:
         assert store.claim("driver", 9, 60) == ()
 
     @pytest.mark.usefixtures("at_fault")
-    @pytest.mark.parametrize("end", ["resume", "passed"])
+    @pytest.mark.parametrize("end", ["passed", "resumed", "resumed, a person's"])
     def test_a_pause_that_ends_during_a_claim_marks_no_job(self, store, other, make_request, monkeypatch, end):
         """Else a job would be held by a pause that is over, and so for ever."""
+        place = "s3://bucket"
         if end == "passed":
             (probe,) = other.claim("other", 1, 60)
-        store.submit([make_request("new", destination="s3://bucket/new")])  # not marked yet
-        monkeypatch.setattr("jobs.ledger.claims.Claim._in_turn", self._slow_turn(other, end, end == "passed" and probe))
-        assert store.claim("driver", 9, 60) is not None
-        monkeypatch.undo()
-        self.wait()
-        assert store.pauses() == ()
-        assert store.num_held() == {}
-        left = {lease.job_id for _ in range(2) for lease in store.claim("driver", 9, 60)}
-        assert {job.state for job in store.jobs()} == {JobState.LEASED}
-        assert "new" in left
-
-    def _slow_turn(self, other, end, probe):
-        """Return `_in_turn` that lets another driver end the pause once jobs were met, before they are marked."""
-        from jobs.ledger.claims import Claim
-
+            call = functools.partial(other.passed, probe.job_id, JobState.PUBLISHED)
+        else:
+            if end != "resumed":
+                store.resume(Scope.PLACE, place)
+                place = "s3://bucket-2"
+                store.pause(Scope.PLACE, place, "ann", "why")
+            call = functools.partial(other.resume, Scope.PLACE, place)
+        store.submit([make_request("new", destination=f"{place}/new")])  # no pause has marked it
+        waits = []
         in_turn = Claim._in_turn
 
         def slow(claim, probes):
+            """Let another driver end the pause once its jobs were met, and before this is committed."""
             taken = in_turn(claim, probes)
-            if end == "resume":
-                thread, self.wait = self.background(lambda: other.resume(Scope.PLACE, "s3://bucket"))
-            else:
-                thread, self.wait = self.background(lambda: other.passed(probe.job_id, JobState.PUBLISHED))
+            thread, wait = self.background(call)
+            waits.append(wait)
             thread.join(0.3)
             return taken
 
-        return slow
+        monkeypatch.setattr(Claim, "_in_turn", slow)
+        store.claim("driver", 9, 60)
+        monkeypatch.undo()
+        (wait,) = waits
+        assert wait()
+        assert store.pauses() == ()
+        assert store.num_held() == {}
+        store.claim("driver", 9, 60)
+        assert {job.state for job in store.jobs()} == {JobState.LEASED}
 
     def test_two_that_claim_from_shares_for_the_first_time(self, store, other, make_request, monkeypatch):
         store.register_driver("driver", "host", 1, "team")

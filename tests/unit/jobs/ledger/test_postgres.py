@@ -31,7 +31,7 @@ def store(url):
 @pytest.fixture
 def other(url, store):
     other = JobStore(url)
-    assert store.ids() == other.ids() == ()
+    assert store.ids() == other.ids()
     yield other
     other.close()
 

@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import sqlite3
 import subprocess
 import sys
 from collections import Counter
@@ -10,19 +9,22 @@ from pathlib import Path
 
 import pytest
 
+from jobs.errors import BadInputError, NotFoundError
+from jobs.ledger.store import JobStore
 from jobs.states import ACTIVE_STATES, TRANSITIONS, JobState
+from tests.unit.jobs.ledger.conftest import raw
 
 SCRIPT = Path(__file__).with_name("store_process.py")
 
 
 @pytest.fixture
-def start(database):
+def start(store_url):
     """Start processes on the store that have loaded everything and wait for the word to begin."""
     started = []
 
     def start(command, name):
         process = subprocess.Popen(
-            [sys.executable, SCRIPT, command, f"sqlite:///{database}", name],
+            [sys.executable, SCRIPT, command, store_url, name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -66,15 +68,16 @@ def test_four_processes_claim_200_jobs_each_once(store, start, make_request):
     assert {job.token for job in store.jobs()} == {1}
 
 
-def test_processes_that_open_a_new_store_at_once_all_succeed(database, start):
+def test_processes_that_open_a_new_store_at_once_all_succeed(store_url, start):
     processes = [start("submit", f"person-{index}") for index in range(4)]
-    assert not database.exists()
+    with pytest.raises((BadInputError, NotFoundError), match="no ledger"):
+        JobStore(store_url, create=False)
     begin(processes)
     created = Counter(job_id for process in processes for job_id in said(process, "created"))
     assert created == {f"r{index}": 1 for index in range(40)}
 
 
-def test_drivers_killed_at_any_moment_lose_nothing(store, database, start, make_request):
+def test_drivers_killed_at_any_moment_lose_nothing(store, store_url, start, make_request):
     """What a driver said it settled stays settled, the rest is done by the next one, and nothing is done twice."""
     names = {f"r{index}" for index in range(60)}
     store.submit([make_request(name) for name in sorted(names)])
@@ -105,7 +108,9 @@ def test_drivers_killed_at_any_moment_lose_nothing(store, database, start, make_
         assert tokens == list(range(1, job.token + 1))
         assert job.release.manifest.request_id == job.id
     assert any(event.detail.get("reason") == "lease expired" for name in names for event in store.events(name))
-    connection = sqlite3.connect(database)
-    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
-    connection.close()
+    assert store.pauses() == ()
+    assert store.num_held() == {}
+    if store_url.startswith("sqlite"):
+        with raw(store_url) as connection:
+            assert connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
+            assert connection.exec_driver_sql("PRAGMA foreign_key_check").all() == []
