@@ -1,4 +1,7 @@
-"""Logging, configured once by the command line. Workers get the same formats from Ray (see `ray_fleet/session.py`)."""
+"""Logging, configured once by the command line. Workers get the same formats from Ray (see `ray_fleet/session.py`).
+
+What is kept of it in files is written by `log_files.py`.
+"""
 
 import json
 import logging
@@ -22,16 +25,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as one line of JSON."""
-        document: dict[str, Any] = {
-            "at": record.created,
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        document |= _extra(record)
-        if record.exc_info:
-            document["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(document, default=str)
+        return json.dumps(document_of(record), default=str)
 
 
 class TextFormatter(logging.Formatter):
@@ -50,6 +44,20 @@ class TextFormatter(logging.Formatter):
         return shown(super().formatException(ei), _MAX_TRACEBACK, lines=True)
 
 
+def document_of(record: logging.LogRecord) -> dict[str, Any]:
+    """Return a record as a JSON object."""
+    document: dict[str, Any] = {
+        "at": record.created,
+        "level": record.levelname,
+        "logger": record.name,
+        "message": record.getMessage(),
+    }
+    document |= _extra(record)
+    if record.exc_info:
+        document["traceback"] = logging.Formatter().formatException(record.exc_info)
+    return document
+
+
 def _extra(record: logging.LogRecord) -> dict[str, Any]:
     """Return what was given as `extra`; names with an underscore are notes that Ray makes for itself."""
     return {name: value for name, value in vars(record).items() if name not in _STANDARD and name[0] != "_"}
@@ -64,5 +72,12 @@ def configure_logging(log_format: LogFormat | None) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING if log_format is None else logging.INFO, force=True)
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Keep libraries from logging what belongs in no log of ours."""
     # On import it recommends a package that would fetch kernels from a Hub at run time.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # With INFO it logs the URL of every request, and the Hub redirects to signed ones.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)

@@ -82,6 +82,8 @@ class Settings(BaseSettings):
     """Files on their way to a remote destination; needs room for the passes that run at one time."""
     reports: AbsolutePath = Field(default_factory=lambda known: known["home"] / "reports")
     """Parity reports, of releases and of merges that did not pass."""
+    logs: AbsolutePath = Field(default_factory=lambda known: known["home"] / "logs")
+    """Log files of drivers and workers, each on its own machine."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: workers on GPUs on the machines that have some, and on the CPU on those that have none. `cuda`: on GPUs

@@ -1,5 +1,6 @@
 """The worker: takes units of requests as far as staging, and publishes on the word. Knows nothing of what runs it."""
 
+import logging
 import socket
 import threading
 import time
@@ -31,6 +32,8 @@ from workers.merging.tracker import Tracker
 from workers.numerics.device import device_fault
 from workers.unit.unit import Unit
 from workers.unit.vetting import server
+
+logger = logging.getLogger(__name__)
 
 
 class MergeWorker:
@@ -140,6 +143,7 @@ class MergeWorker:
         with self._lock:
             self._cancelled = frozenset()  # what was cancelled before may be asked for again
         self._tracker = Tracker(name, (request.id for request in requests), lambda: self._cancelled)
+        logger.info("unit begun", extra={"unit": name, "job_ids": [request.id for request in requests]})
         jobs = [Job(request) for request in requests]
         return Unit(self._settings, self._planned, self._residents, self._tracker, jobs)
 
@@ -175,7 +179,7 @@ class MergeWorker:
         """Let go of the jobs of a pass that have come to an end, and return what became of them."""
         ended = [job for job in unit.jobs if not job.running]
         for job in ended:
-            self._tracker.enter("failed" if job.error else "published", [job.id])
+            self._end(job)
             self._leave(unit, job)
         self._forget_empty()
         return tuple(job.outcome() for job in ended)
@@ -187,12 +191,21 @@ class MergeWorker:
                 self._staged[job.id] = job
                 self._tracker.enter("staged", [job.id])
             else:
-                self._tracker.enter("failed" if job.error else "published", [job.id])
+                self._end(job)
                 job.drop()
         self._residents.trim()
-        return UnitOutcome(
-            jobs=tuple(job.outcome() for job in unit.jobs), usage=unit.usage(), residents=self._residents.keys
-        )
+        usage = unit.usage()
+        took = {stage: round(seconds, 3) for stage, seconds in usage.seconds.items()}
+        logger.info("unit done", extra={"seconds": took, "job_ids": [job.id for job in unit.jobs]})
+        return UnitOutcome(jobs=tuple(job.outcome() for job in unit.jobs), usage=usage, residents=self._residents.keys)
+
+    def _end(self, job: Job) -> None:
+        """Say what became of a job for which nothing more is done here."""
+        failure = Failure.of(job.error) if job.error else None
+        if failure is not None:
+            said = {"job_id": job.id, "failure": failure.failure_class.value, "reason": failure.message}
+            logger.warning("job failed", extra=said | ({"place": failure.place} if failure.place else {}))
+        self._tracker.enter("failed" if failure else "published", [job.id])
 
     def publish(self, job_id: str) -> PublishOutcome:
         """Make one staged job visible. Afterwards nothing of it is left here, published or failed."""
@@ -205,7 +218,7 @@ class MergeWorker:
         with own_failure(job):
             job.publish()
         job.drop()
-        self._tracker.enter("failed" if job.error else "published", [job_id])
+        self._end(job)
         return PublishOutcome(
             job_id=job_id,
             failure=Failure.of(job.error) if job.error else None,

@@ -90,14 +90,18 @@ def purge(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Forget jobs that ended long ago: their rows, events and parity reports. Releases stay where they are."""
+    """Forget jobs that ended long ago: rows, events, reports; and old logs of this machine. Releases stay."""
     with terminal(as_json=as_json, debug=debug) as output, open_store() as store:
-        from cluster.commands.purge import purge_jobs
+        from cluster.commands.purge import purge_jobs, purge_logs
+        from cluster.settings import load_settings
         from jobs.durations import parse_duration
 
-        num_jobs, num_reports = purge_jobs(store, parse_duration(older_than), dry_run=dry_run)
-        output.document({"jobs": num_jobs, "reports": num_reports, "dry_run": dry_run})
-        output.show(f"{num_jobs} jobs and {num_reports} reports {'would be' if dry_run else 'were'} removed")
+        age = parse_duration(older_than)
+        num_jobs, num_reports = purge_jobs(store, age, dry_run=dry_run)
+        num_logs = purge_logs(store, load_settings().logs, age, dry_run=dry_run)
+        output.document({"jobs": num_jobs, "reports": num_reports, "logs": num_logs, "dry_run": dry_run})
+        done = "would be" if dry_run else "were"
+        output.show(f"{num_jobs} jobs, {num_reports} reports and {num_logs} log files {done} removed")
 
 
 @store_commands.command("upgrade")

@@ -7,6 +7,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
@@ -22,6 +23,7 @@ from cluster.driving.events import DriverEvent, event_name
 from cluster.driving.signals import stop_on_signals
 from cluster.fleet.crews import Crew, plan_crews
 from cluster.fleet.pool import WorkerPool
+from cluster.log_files import driver_log, written_log
 from cluster.logs import LogFormat
 from cluster.ray_fleet.actors import RayActors
 from cluster.ray_fleet.metrics import FleetMetrics
@@ -67,6 +69,7 @@ def drive(
     owner = f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
     with contextlib.closing(JobStore(settings.store)) as store, contextlib.ExitStack() as stack:
         stack.enter_context(store.one_driver(owner))
+        stack.enter_context(_logging(settings, owner, predecessor))
         store.register_driver(owner, host, os.getpid(), settings.share_label)
         tell_name(owner)
         if predecessor is not None:
@@ -76,7 +79,7 @@ def drive(
         _introduce(output, session, settings)
         driver = Driver(
             store,
-            stack.enter_context(_open_pool(session, settings)),
+            stack.enter_context(_open_pool(session, settings, owner)),
             settings,
             FleetMetrics(),
             owner=owner,
@@ -87,14 +90,28 @@ def drive(
             summary = driver.run(drain=drain)
         seconds = time.monotonic() - began
         store.see_driver(owner, ended=True)
+        logger.info("driver done", extra={**plain(summary), "seconds": round(seconds, 3)})
     _tell(output, [summary_line(summary, seconds)], {"event": "summary", **plain(summary), "seconds": seconds})
     return exit_codes.of_jobs(summary.failures) or (exit_codes.WORK_LEFT if summary.left else exit_codes.DONE)
 
 
 @contextlib.contextmanager
-def _open_pool(session: Session, settings: Settings) -> Iterator[WorkerPool]:
+def _logging(settings: Settings, owner: str, predecessor: str | None) -> Iterator[None]:
+    """Keep a log of this driver: from whom it takes over, and how it ends."""
+    with written_log(settings.logs, driver_log(owner)):
+        said = {"driver": owner}
+        logger.info("driver begun", extra=said if predecessor is None else said | {"follows": predecessor})
+        try:
+            yield
+        except BaseException as error:
+            logger.exception("driver ended by a fault", extra={"reason": str(error)})
+            raise
+
+
+@contextlib.contextmanager
+def _open_pool(session: Session, settings: Settings, owner: str) -> Iterator[WorkerPool]:
     with paused_collections():  # it takes seconds to load, and wrong settings are told before
-        from workers.worker import MergeWorker  # noqa: PLC0415
+        from cluster.ray_fleet.worker import MergeWorker  # noqa: PLC0415
 
     crews = plan_crews(
         num_cpus=session.num_cpus,
@@ -105,8 +122,8 @@ def _open_pool(session: Session, settings: Settings) -> Iterator[WorkerPool]:
         num_threads=settings.num_threads,
     )
 
-    def arguments(crew: Crew) -> tuple[WorkerSettings]:
-        return (worker_settings(settings, device=crew.device, num_threads=crew.num_threads),)
+    def arguments(crew: Crew) -> tuple[Path, str, WorkerSettings]:
+        return settings.logs, owner, worker_settings(settings, device=crew.device, num_threads=crew.num_threads)
 
     pool = WorkerPool(
         RayActors(MergeWorker, arguments),
@@ -125,8 +142,10 @@ def _introduce(output: Terminal, session: Session, settings: Settings) -> None:
         f"dashboard  {session.dashboard_url or 'off'}{token}",
         *(f"metrics    {url}" for url in session.metrics_urls),
         f"reports    {settings.reports}",
+        f"logs       {settings.logs}",
     ]
-    _tell(output, lines, {"event": "started", **plain(session), "reports": str(settings.reports)})
+    places = {"reports": str(settings.reports), "logs": str(settings.logs)}
+    _tell(output, lines, {"event": "started", **plain(session), **places})
 
 
 def _tell(output: Terminal, lines: Iterable[RenderableType], document: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from cluster.driving.events import DriverEvent, WorkerBenched, WorkerReplaced
 from cluster.driving.holdings import Held, Holdings
 from cluster.driving.ports import Metrics, Pool
@@ -68,7 +70,7 @@ class AnswerHandler:
             case ProgressSeen():
                 self._progress.note(event.worker, event.progress)
             case UnitFinished():
-                self._take_all(event.worker, event.outcome.jobs)
+                self._take_all(event.worker, event.outcome.jobs, self._used_for(event))
                 self._fail_unanswered(event.worker)
                 self._holdings.let_go(event.worker, [job.job_id for job in event.outcome.jobs])
                 self._metrics.unit_finished(event.outcome)
@@ -94,7 +96,20 @@ class AnswerHandler:
                 self._listener(WorkerBenched(worker=event.worker, reason=event.reason))
                 self._metrics.worker_benched()
 
-    def _take_all(self, worker: str, outcomes: Sequence[JobOutcome]) -> None:
+    def _used_for(self, event: UnitFinished) -> dict[str, JsonValue]:
+        """Return what a unit took, on all workers that shared it, for the events of its jobs."""
+        flight = self._holdings.flights.get(event.worker)
+        shared = flight.shared if flight else None
+        usage = event.outcome.usage if shared is None else shared.usage.plus(event.outcome.usage)
+        return {
+            "jobs": len(event.outcome.jobs),
+            "bytes_read": usage.bytes_read,
+            "bytes_written": usage.bytes_written,
+            "bytes_uploaded": usage.bytes_uploaded,
+            "seconds": {stage: round(seconds, 3) for stage, seconds in usage.seconds.items()},
+        }
+
+    def _take_all(self, worker: str, outcomes: Sequence[JobOutcome], usage: JsonValue) -> None:
         """Act on what became of the jobs of a unit."""
         staged: dict[str, tuple[Held, JobOutcome]] = {}
         for outcome in outcomes:
@@ -109,7 +124,9 @@ class AnswerHandler:
             self._pool.discard(worker, outcome.job_id)
         # The fence: only the holders of the current tokens come past this.
         merge_keys = {job_id: outcome.merge_key for job_id, (_, outcome) in staged.items()}
-        passed = self._settlement.advance((held for held, _ in staged.values()), JobState.PUBLISHING, merge_keys)
+        passed = self._settlement.advance(
+            (held for held, _ in staged.values()), JobState.PUBLISHING, merge_keys, {"unit": usage}
+        )
         for job_id, (held, outcome) in staged.items():
             if job_id in passed:
                 held.outcome = outcome
@@ -214,7 +231,8 @@ class AnswerHandler:
 
     def _take_fault(self, event: CallFailed) -> None:
         """Turn an exception that came out of a worker into the failure of the jobs it was about."""
-        logger.error("call failed", extra={"worker": event.worker, "call": event.call, "reason": event.message})
+        said = {"worker": event.worker, "call": event.call, "reason": event.message}
+        logger.error("call failed", extra=said if event.job_id is None else said | {"job_id": event.job_id})
         if event.call not in ("run_unit", "open_pass", "merge_shards", "finish_pass", "publish"):
             return
         leader: str | None = event.worker
@@ -246,6 +264,8 @@ class AnswerHandler:
         if leads is not None and leads.shared is None:
             lost += self._holdings.on_worker(event.worker)
         ids = tuple(held.job_id for held in lost)
+        said = {"worker": event.worker, "reason": event.reason, "job_ids": list(ids)}
+        logger.warning("worker lost with its jobs", extra=said)
         self._listener(WorkerReplaced(worker=event.worker, reason=event.reason, job_ids=ids))
         failure = Failure(
             failure_class=FailureClass.OUT_OF_MEMORY if event.out_of_memory else FailureClass.WORKER_LOST,

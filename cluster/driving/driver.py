@@ -169,11 +169,12 @@ class Driver:
         return self._endings.tally.summary(sum(count for state, count in counts.items() if state not in FINAL_STATES))
 
     def _keep_leases(self) -> None:
-        if not self._holdings or self._clock() - self._leases_kept_at < self._settings.lease_seconds / 3:
+        if self._clock() - self._leases_kept_at < self._settings.lease_seconds / 3:
             return
-        for job_id in self._store.extend(self._owner, self._holdings.tokens, self._settings.lease_seconds):
-            self._forget(job_id)
-        self._store.see_driver(self._owner)
+        if self._holdings:
+            for job_id in self._store.extend(self._owner, self._holdings.tokens, self._settings.lease_seconds):
+                self._forget(job_id)
+        self._store.see_driver(self._owner)  # one that is idle, too: it is at work for those who ask
         self._leases_kept_at = self._clock()
 
     def _forget(self, job_id: str) -> None:
@@ -275,7 +276,8 @@ class Driver:
                 self._helping.open(unit.worker, flight, name)
             else:
                 self._pool.run_unit(unit.worker, name, flight.requests)
-            logger.info("unit started", extra={"worker": unit.worker, "unit": name, "job_ids": list(unit.job_ids)})
+            said = {"worker": unit.worker, "node": workers[unit.worker].host, "log": workers[unit.worker].log}
+            logger.info("unit started", extra=said | {"unit": name, "job_ids": list(unit.job_ids)})
             self._listener(UnitStarted(worker=unit.worker, name=name, job_ids=unit.job_ids))
 
     def _handle_events(self) -> None:

@@ -173,5 +173,8 @@ class Endings:
             self._holdings.shunned.pop(held.job_id, None)
             self._places.forget(held)
         self._metrics.settled((event.failure_class or event.state).value.lower())
-        logger.info("job settled", extra={"job_id": event.job_id, "state": event.state.value, "reason": event.message})
+        said = {"job_id": event.job_id, "state": event.state.value}
+        if event.failure_class is not None:
+            said |= {"failure": event.failure_class.value, "reason": event.message or ""}
+        logger.info("job settled", extra=said)
         self._listener(event)

@@ -101,7 +101,9 @@ class Helping:
             name = flight.name("merge", f":{len(shards)} shard{'s' if len(shards) > 1 else ''}")
             self._pool.merge_shards(given.worker, shared.work(name, flight.requests), frozenset(shards))
             job_ids = tuple(flight.held)
-            logger.info("shards started", extra={"worker": given.worker, "unit": name, "job_ids": list(job_ids)})
+            (view,) = [view for view in able if view.name == given.worker]
+            said = {"worker": given.worker, "node": view.host, "log": view.log}
+            logger.info("shards started", extra=said | {"unit": name, "job_ids": list(job_ids)})
             self._listener(ShardsStarted(worker=given.worker, name=name, job_ids=job_ids, shards=shards))
 
     def _replace_leaders(self, views: Sequence[WorkerView]) -> None:

@@ -123,7 +123,8 @@ class Places:
             max_seconds=policy.max_delay_seconds,
         )
         if pause is not None:
-            logger.warning("place paused", extra={"place": fault.place, "reason": fault.message})
+            said = {"place": fault.place, "reason": fault.message, "job_id": held.job_id}
+            logger.warning("place paused", extra=said)
             if pause.num_faults == 1:
                 self._listener(PlacePaused(place=fault.place, failure_class=fault.failure, reason=fault.message))
         self.refresh()
@@ -142,7 +143,7 @@ class Places:
                 self._passed_at[place] = now
         if held.is_probe:
             for pause in self._store.passed(held.job_id, state):
-                logger.info("place works again", extra={"place": pause.name})
+                logger.info("place works again", extra={"place": pause.name, "job_id": held.job_id})
                 self._listener(PlaceResumed(place=pause.name))
                 self.refresh()
 

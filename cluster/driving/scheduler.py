@@ -46,6 +46,8 @@ class WorkerView:
     """Whether its GPU failed at work, and has done none since."""
     host: str | None = None
     """Its machine, once it has started."""
+    log: str | None = None
+    """Name of its log file there, where it has one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,8 @@ import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from pydantic import JsonValue
+
 from cluster.driving.endings import Endings
 from cluster.driving.holdings import Held, Holdings
 from cluster.driving.places import Places
@@ -57,7 +59,13 @@ class Settlement:
         """
         held = {job_id: self._holdings.waiting[job_id] for job_id in jobs}
         errors = self._store.begin(
-            Beginning(job_id=job_id, token=each.lease.token, worker=jobs[job_id].name, node=jobs[job_id].host)
+            Beginning(
+                job_id=job_id,
+                token=each.lease.token,
+                worker=jobs[job_id].name,
+                node=jobs[job_id].host,
+                log=jobs[job_id].log,
+            )
             for job_id, each in held.items()
         )
         begun = set()
@@ -70,9 +78,13 @@ class Settlement:
         return frozenset(begun)
 
     def advance(
-        self, jobs: Iterable[Held], target: JobState, merge_keys: Mapping[str, str | None] | None = None
+        self,
+        jobs: Iterable[Held],
+        target: JobState,
+        merge_keys: Mapping[str, str | None] | None = None,
+        detail: Mapping[str, JsonValue] | None = None,
     ) -> frozenset[str]:
-        """Walk jobs to `target`, through the states between that no poll has seen.
+        """Walk jobs to `target`, through the states between that no poll has seen; arguments as the store has them.
 
         Returns:
             Ids of those that got there. The others have ended: the lease is lost, or a user cancelled them.
@@ -85,7 +97,7 @@ class Settlement:
         if asked:
             leases = {held.job_id: held.lease.token for held in asked}
             try:
-                errors = self._store.advance(leases, target, merge_keys)
+                errors = self._store.advance(leases, target, merge_keys, detail)
             except STORE_FAULTS:
                 raise
             except Exception as error:  # noqa: BLE001 - any fault ends these jobs and no others

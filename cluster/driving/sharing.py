@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jobs.request import MergeRequest
-from workers.merging.outcomes import MergedShards, PassOpened, PassWork, Piece, ShardsOutcome
+from workers.merging.outcomes import MergedShards, PassOpened, PassWork, Piece, ShardsOutcome, Usage
 from workers.releases.sinks import Ticket
 
 
@@ -23,6 +23,8 @@ class SharedPass:
     """Workers that cannot take part."""
     stranded_since: float | None = None
     """When the last worker went that could work on it; None while there is one."""
+    usage: Usage = field(default_factory=Usage)
+    """Of the calls before the last one."""
     bytes_total: int = 0
     _bytes_done: dict[str, int] = field(default_factory=dict)
     """By worker, as it last told."""
@@ -66,6 +68,7 @@ class SharedPass:
     def open(self, outcome: PassOpened) -> None:
         """Take in what there is to do."""
         self.tickets = outcome.tickets
+        self.usage = outcome.usage
         self.bytes_total = outcome.bytes_total
         self._todo = list(outcome.pieces)
         self._merged = {job_id: [] for job_id in outcome.tickets}
@@ -98,6 +101,7 @@ class SharedPass:
         """Take in what a worker has merged; for the second time it changes nothing."""
         if self._at_work.pop(worker, None) is None:
             return
+        self.usage = self.usage.plus(outcome.usage)
         for job_id, merged in outcome.merged.items():
             self._merged[job_id].append(merged)
 

@@ -29,6 +29,8 @@ class Member:
     ready: bool = False
     host: str | None = None
     """Name of the machine it is on, as it said itself."""
+    log: str | None = None
+    """Name of its log file there, as it said itself."""
     residents: frozenset[str] = frozenset()
     created_at: float = 0.0
     awaited: bool = False
@@ -52,6 +54,7 @@ class Member:
             up=self.ready,
             has_failed=self.device_faults > 0,
             host=self.host,
+            log=self.log,
         )
 
     def take(self, actor: Actor, now: float) -> None:
@@ -66,6 +69,7 @@ class Member:
         self.actor = None
         self.ready = False
         self.host = None
+        self.log = None
         self.calls.clear()
 
     @property

@@ -212,7 +212,7 @@ class WorkerPool:
             yield from self._lose(member, f"{said.host}: {said.fault}")
             return
         member.ready = True
-        member.host = said.host
+        member.host, member.log = said.host, said.log
         member.failed_starts = 0
 
     def _lose(

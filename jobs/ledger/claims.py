@@ -7,6 +7,7 @@ index leads past them. All times are the database's.
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+from pydantic import JsonValue
 from sqlalchemy import ColumnElement, Connection, and_, bindparam, func, or_, select, update
 
 from jobs.errors import FailureClass
@@ -54,6 +55,8 @@ class Claim:
         self._held: dict[int, str] = {}
         """By number of the job, the pause that keeps it back: what is still to be marked."""
         self._num_marked = 0
+        self._tries: dict[int, list[JsonValue]] = {}
+        """By number of the job, the places that it is sent ahead to try."""
 
     def lease(self, expires_at: float) -> tuple[Lease, ...]:
         """Lease jobs that wait for nothing.
@@ -78,7 +81,10 @@ class Claim:
                 "bytes_done": 0,
                 "bytes_total": 0,
             }
-            moves.append(Move(row, [Step(JobState.LEASED, {"owner": self._owner, "token": lease.token})], columns))
+            detail: dict[str, JsonValue] = {"owner": self._owner, "token": lease.token}
+            if row.number in self._tries:
+                detail["tries"] = self._tries[row.number]
+            moves.append(Move(row, [Step(JobState.LEASED, detail)], columns))
             leases.append(lease)
         make_moves(self._connection, moves, self._now)
         self._mark_held()
@@ -185,6 +191,7 @@ class Claim:
             for each in due:
                 if each.covers(found[1], found[0].batch):
                     tried.add(each.key)
+                    self._tries.setdefault(found[0].number, []).append(each.name)
                     where = and_(pauses.c.scope == each.scope, pauses.c.name == each.name)
                     probed = update(pauses).where(where, pauses.c.cause == Cause.FAULT)
                     self._connection.execute(probed.values(probe=found[0].id))

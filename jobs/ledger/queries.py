@@ -79,6 +79,13 @@ class Queries:
         with self._database.read() as connection:
             return tuple(event_of(row) for row in connection.execute(query))
 
+    def events_of(self, selection: Selection) -> tuple[Event, ...]:
+        """Return what happened to jobs, each job's events in their order; of `selection` all but ids count."""
+        query = selection.narrow(select(events).join(jobs, jobs.c.id == events.c.job_id))
+        with self._database.read() as connection:
+            rows = connection.execute(query.order_by(events.c.job_id, events.c.sequence))
+            return tuple(event_of(row) for row in rows)
+
     def counts(self, selection: Selection = ALL) -> dict[JobState, int]:
         """Return the number of jobs in each state, zeros included; of `selection` all but ids count."""
         query = selection.narrow(select(jobs.c.state, func.count())).group_by(jobs.c.state)

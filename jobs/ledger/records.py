@@ -53,6 +53,8 @@ class Beginning:
     worker: str
     node: str | None
     """Machine of the worker, where it is known."""
+    log: str | None = None
+    """Name of the worker's log file on that machine, where it has one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,6 +47,8 @@ class Stages:
                         "worker": each.worker,
                         "node": each.node,
                     }
+                    if each.log is not None:
+                        detail["log"] = each.log
                     columns = {
                         "attempts": attempts,
                         "worker": each.worker,
@@ -58,7 +60,11 @@ class Stages:
         return errors
 
     def advance(
-        self, leases: Mapping[str, int], state: JobState, merge_keys: Mapping[str, str | None] | None = None
+        self,
+        leases: Mapping[str, int],
+        state: JobState,
+        merge_keys: Mapping[str, str | None] | None = None,
+        detail: Mapping[str, JsonValue] | None = None,
     ) -> dict[str, MergefleetError]:
         """Move jobs that have begun on to a stage of the work, through those between, each of which is logged.
 
@@ -66,6 +72,7 @@ class Stages:
             leases: the token of each job.
             state: MERGING, VERIFYING or PUBLISHING; a job that is there already, or further, stays.
             merge_keys: of the releases to come, by job, when they have become known.
+            detail: what there is to say about the state, of all the jobs.
 
         Returns:
             Why jobs were not moved, by id: LeaseLostError when the token is stale or the lease has expired, so that the
@@ -91,7 +98,8 @@ class Stages:
                     raise InternalError(f"job '{row.id}': expected `begin` before it advances to {state}")
                 elif steps := STAGES[STAGES.index(JobState(row.state)) + 1 : STAGES.index(state) + 1]:
                     columns = {"merge_key": merge_keys[row.id]} if merge_keys is not None else {}
-                    moves.append(Move(row, [Step(each) for each in steps], columns))
+                    between = [Step(each) for each in steps[:-1]]
+                    moves.append(Move(row, [*between, Step(steps[-1], detail or {})], columns))
             make_moves(connection, moves, now)
         return errors
 

@@ -205,7 +205,7 @@ class Job:
                 self.opened.discard(keep=is_passing and not self.opened.in_place)
             except MergefleetError:
                 # The next attempt at this destination clears it away.
-                logger.warning("a staged release could not be removed", extra={"job": self.id}, exc_info=True)
+                logger.warning("a staged release could not be removed", extra={"job_id": self.id}, exc_info=True)
 
     def outcome(self) -> JobOutcome:
         """Return what became of it."""

@@ -20,6 +20,8 @@ class Readiness:
     """Name of its machine."""
     fault: str | None = None
     """Why it cannot work; None when it can."""
+    log: str | None = None
+    """Name of the file on that machine that it logs to; None where it has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,16 @@ class Usage:
             bytes_written=self.bytes_written - before.bytes_written,
             bytes_uploaded=self.bytes_uploaded - before.bytes_uploaded,
             seconds={stage: seconds - before.seconds.get(stage, 0.0) for stage, seconds in self.seconds.items()},
+        )
+
+    def plus(self, other: "Usage") -> "Usage":
+        """Return what both took together."""
+        stages = self.seconds | other.seconds
+        return Usage(
+            bytes_read=self.bytes_read + other.bytes_read,
+            bytes_written=self.bytes_written + other.bytes_written,
+            bytes_uploaded=self.bytes_uploaded + other.bytes_uploaded,
+            seconds={stage: self.seconds.get(stage, 0.0) + other.seconds.get(stage, 0.0) for stage in stages},
         )
 
 

@@ -1,5 +1,6 @@
 """How far a unit is, and which of its jobs should stop: written by the threads that work, read by those that ask."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -7,6 +8,8 @@ from contextlib import contextmanager
 
 from jobs.errors import CancelledError
 from workers.merging.outcomes import Progress
+
+logger = logging.getLogger(__name__)
 
 
 class Tracker:
@@ -49,8 +52,11 @@ class Tracker:
 
     def enter(self, stage: str, job_ids: Iterable[str]) -> None:
         """Say that jobs are in a stage now."""
+        ids = list(job_ids)
         with self._lock:
-            self._stages.update(dict.fromkeys(job_ids, stage))
+            self._stages.update(dict.fromkeys(ids, stage))
+        if ids:
+            logger.info("stage begun", extra={"unit": self._unit, "stage": stage, "job_ids": ids})
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

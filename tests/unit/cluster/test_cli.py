@@ -20,6 +20,7 @@ MAIN = "from cluster.cli import main; main()"
 
 SURFACE = {
     "cancel": ["[ids]", "--batch", "--state", "--label", "--json", "--debug"],
+    "logs": ["job", "--follow", "--json", "--debug"],
     "merge": [
         "--base",
         "--adapter",
@@ -372,6 +373,7 @@ def test_old_jobs_are_forgotten_with_their_reports(tmp_path, store):
     assert json_of(call("purge", "--older-than", "0s", "--dry-run", "--json")) == {
         "jobs": 2,
         "reports": 1,
+        "logs": 0,
         "dry_run": True,
     }
     assert report.exists()
