@@ -1,13 +1,15 @@
 """The `status` command: an overview of the queue, a page of jobs, or one job with all that happened to it."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cluster.console.documents import batch_document, event_document, job_document, plain
+from cluster.console.documents import batch_document, job_document, plain
 from cluster.console.failures import group_failures
+from cluster.console.history import History, Surroundings, history_of
+from cluster.console.history_views import history_document, history_table, next_line
 from cluster.console.queue_views import (
     batch_table,
     driver_table,
-    event_table,
     failure_table,
     job_table,
     pause_line,
@@ -15,6 +17,7 @@ from cluster.console.queue_views import (
 )
 from cluster.console.terminal import Terminal
 from jobs.ledger.queries import Order
+from jobs.ledger.records import JobRecord
 from jobs.ledger.selection import Selection
 
 if TYPE_CHECKING:
@@ -74,9 +77,9 @@ def show_jobs(
     """
     records = store.jobs(selection, order=order, limit=None if selection.ids is not None else limit)
     documents = [job_document(record) for record in records]
-    events = [store.events(record.id) for record in records] if with_events else []
-    for document, each in zip(documents, events, strict=False):
-        document["events"] = [event_document(event) for event in each]
+    histories = _histories(store, records) if with_events else []
+    for document, history in zip(documents, histories, strict=False):
+        document.update(history_document(history))
     counts = store.counts() if with_events else store.counts(selection)
     failures = () if with_events else group_failures(store.failures(selection))
     output.document(
@@ -89,13 +92,20 @@ def show_jobs(
     )
     if records:
         output.show(job_table(records))
-    if events:
-        output.show(event_table([event for each in events for event in each]))
+    if histories:
+        output.show(history_table(histories))
+        for record, history in zip(records, histories, strict=True):
+            output.show(next_line(record, history))
         return
     _show_rest(output, sum(counts.values()) - len(records))
     if failures:
         output.show(failure_table(failures))
     output.show(state_counts(counts))
+
+
+def _histories(store: "JobStore", records: Sequence[JobRecord]) -> list[History]:
+    around = Surroundings(now=store.now(), pauses=store.pauses(), drivers=store.drivers())
+    return [history_of(record, store.events(record.id), around) for record in records]
 
 
 def _show_rest(output: Terminal, num_more: int) -> None:

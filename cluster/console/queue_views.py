@@ -1,4 +1,4 @@
-"""Views of the queue for a person at a terminal: jobs, events, batches, drivers, pauses, policy."""
+"""Views of the queue for a person at a terminal: jobs, batches, drivers, pauses, policy."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -10,10 +10,9 @@ from cluster.console.display import cell, duration, line, shorten
 from cluster.console.failures import FailureGroup
 from cluster.console.progress import base_name
 from jobs.ledger.pauses import Cause, Pause
-from jobs.ledger.records import BatchRecord, DriverRecord, Event, JobRecord
+from jobs.ledger.records import BatchRecord, DriverRecord, JobRecord
 from jobs.policy import FailurePolicy
 from jobs.states import ACTIVE_STATES, CLAIMABLE_STATES, UNSUCCESSFUL_STATES, JobState
-from jobs.text import MAX_MESSAGE, shown
 
 _STYLES = {
     JobState.PUBLISHED: "green",
@@ -26,9 +25,14 @@ _STYLES = {
 }
 
 
+def state_style(state: JobState) -> str:
+    """Return how a state is written."""
+    return _STYLES.get(state, "cyan")
+
+
 def state_counts(counts: Mapping[JobState, int]) -> Text:
     """Return one line: how many jobs are in each state."""
-    parts = [(f"{count} {state.value}", _STYLES.get(state, "cyan")) for state, count in counts.items() if count]
+    parts = [(f"{count} {state.value}", state_style(state)) for state, count in counts.items() if count]
     if not parts:
         return Text("no jobs")
     return Text("  ").join(Text(text, style) for text, style in parts)
@@ -44,26 +48,10 @@ def job_table(records: Sequence[JobRecord]) -> Table:
             cell(record.id),
             cell(base_name(record.request)),
             cell(record.request.adapter_name),
-            Text(record.state.value, _STYLES.get(record.state, "cyan")),
+            Text(record.state.value, state_style(record.state)),
             cell(record.stage or "" if record.state in ACTIVE_STATES else ""),
             _percent(record),
             cell(_result(record)),
-        )
-    return table
-
-
-def event_table(events: Sequence[Event]) -> Table:
-    """Return one row for each step in the life of jobs: when, into what state, and what is known of it."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("job", "at (UTC)", "state", "detail"):
-        table.add_column(name, overflow="fold")
-    for event in events:
-        detail = ", ".join(f"{name}: {value}" for name, value in event.detail.items())
-        table.add_row(
-            cell(event.job_id),
-            _time(event.at),
-            Text(event.state.value, _STYLES.get(event.state, "cyan")),
-            Text(shown(detail, MAX_MESSAGE)),
         )
     return table
 
