@@ -110,23 +110,21 @@ class ScriptedWorkers:
         """Have what it is at raise."""
         self.actors[worker].end_unit().set_exception(error)
 
-    def finish(self, worker, *outcomes):
-        self._answer(worker, UnitOutcome(jobs=tuple(outcomes), usage=NOTHING_USED, residents=()))
+    def finish(self, worker, *outcomes, usage=NOTHING_USED):
+        self._answer(worker, UnitOutcome(jobs=tuple(outcomes), usage=usage, residents=()))
 
-    def begin(self, worker, *names, num_pieces=4, ended=()):
+    def begin(self, worker, *names, num_pieces=4, ended=(), usage=NOTHING_USED):
         """Answer `open_pass`: so many pieces of one shard."""
         pieces = tuple(Piece(shards=(f"shard-{n}",), num_bytes=100) for n in range(num_pieces))
         ticket = Ticket(directory=Path("/staging"), attempt="x", merge_key="a" * 64)
         tickets = dict.fromkeys(names, ticket)
-        self._answer(
-            worker, PassOpened(ended=ended, tickets=tickets, pieces=pieces, bytes_total=800, usage=NOTHING_USED)
-        )
+        self._answer(worker, PassOpened(ended=ended, tickets=tickets, pieces=pieces, bytes_total=800, usage=usage))
 
-    def merge(self, worker, *names, ended=()):
+    def merge(self, worker, *names, ended=(), usage=NOTHING_USED):
         """Answer `merge_shards`: what was given last to this worker; its checks stand for the shards."""
         shards = [shards for each, shards in self.given if each == worker][-1]
         merged = dict.fromkeys(names, MergedShards(receipts=(), checks=shards, wrong=()))
-        self._answer(worker, ShardsOutcome(merged=merged, ended=ended, usage=NOTHING_USED, residents=()))
+        self._answer(worker, ShardsOutcome(merged=merged, ended=ended, usage=usage, residents=()))
 
     def refuse(self, worker):
         self._answer(worker, Unreachable(reason="it sees no such directory"))
@@ -189,7 +187,8 @@ class ScriptedActor:
     def ready(self, *_):
         if self.name in self.script.down:
             return PENDING
-        return Readiness(host=self.script.hosts.get(self.name, "here"), fault=self.script.unfit.get(self.name))
+        host = self.script.hosts.get(self.name, "here")
+        return Readiness(host=host, fault=self.script.unfit.get(self.name), log=f"{self.name}@{host}.jsonl")
 
     def run_unit(self, future, task_name, name, requests):
         assert task_name == name

@@ -13,7 +13,7 @@ from jobs.errors import FailureClass, LeaseLostError, TransientIOError
 from jobs.states import JobState
 from tests.releases import begin, settle
 from tests.unit.cluster.driving.scripted import CountedMetrics, Fleet, failed, release, request, staged
-from workers.merging.outcomes import Failure, JobOutcome, Progress
+from workers.merging.outcomes import Failure, JobOutcome, Progress, Usage
 
 
 def test_a_batch_goes_from_queue_to_release(fleet):
@@ -45,6 +45,58 @@ def test_a_batch_goes_from_queue_to_release(fleet):
     it.clock.now += 60
     it.step()
     assert {state: num for state, num in it.metrics.gauges["jobs"].items() if num} == {JobState.PUBLISHED: 2}
+
+
+def test_events_name_worker_machine_and_log_and_what_the_pass_took(fleet):
+    it = fleet(hosts={"merge-worker-0": "node-7"})
+    it.submit(request("one"), request("two"))
+    it.step()
+    begun = it.store.events("one")[-1].detail
+    assert (begun["worker"], begun["node"], begun["log"]) == (
+        "merge-worker-0",
+        "node-7",
+        "merge-worker-0@node-7.jsonl",
+    )
+    usage = Usage(bytes_read=10, bytes_written=20, bytes_uploaded=5, seconds={"fetch": 0.25, "merge": 1.23456})
+    it.workers.finish("merge-worker-0", staged("one"), failed("two", FailureClass.BAD_INPUT), usage=usage)
+    it.step()
+    assert it.store.events("one")[-1].detail == {
+        "unit": {
+            "jobs": 2,
+            "bytes_read": 10,
+            "bytes_written": 20,
+            "bytes_uploaded": 5,
+            "seconds": {"fetch": 0.25, "merge": 1.235},
+        }
+    }
+
+
+def test_a_pass_that_several_share_took_what_all_of_them_took(fleet):
+    it = fleet(num_workers=2)
+    it.step()
+    it.submit(request("one"))
+    it.step()
+    ((leader, _, _),) = it.workers.opened
+    it.workers.begin(leader, "one", num_pieces=2, usage=Usage(bytes_read=1, seconds={"plan": 1.0}))
+    it.step(2)
+    for worker, _ in list(it.workers.given):
+        it.workers.merge(worker, "one", usage=Usage(bytes_read=10, seconds={"merge": 2.0}))
+    it.step(2)
+    it.workers.finish(leader, staged("one"), usage=Usage(bytes_written=7, seconds={"merge": 0.5, "behaviour": 3.0}))
+    it.step()
+    unit = it.store.events("one")[-1].detail["unit"]
+    assert len(it.workers.given) == 2
+    assert (unit["bytes_read"], unit["bytes_written"]) == (21, 7)
+    assert unit["seconds"] == {"plan": 1.0, "merge": 4.5, "behaviour": 3.0}
+
+
+def test_an_idle_driver_is_seen(fleet):
+    it = fleet()
+    it.store.register_driver("driver-a", "here", 1, "")
+    it.wait(11.0)
+    it.step()
+    (driver,) = it.store.drivers()
+    assert driver.seen_at == it.ledger_time
 
 
 def test_a_job_that_fails_fails_alone(fleet):
