@@ -1,5 +1,6 @@
-"""Commands about what happened."""
+"""Commands about what happened: the log lines of a job, the picture of a batch."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,3 +32,24 @@ def logs(
             show_logs(output, store, settings.logs, job, follow_seconds=settings.poll_seconds if follow else None)
         except KeyboardInterrupt:
             raise typer.Exit(exit_codes.DONE) from None
+
+
+@commands.command()
+def report(
+    batch: Annotated[str, typer.Argument(metavar="BATCH", help="Of which all jobs are shown.")],
+    *,
+    to: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page; by default BATCH.html in the working directory.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write one HTML page about a batch: who was at what when, what failed why, parity, speed."""
+    with terminal(as_json=as_json, debug=debug) as output, open_store() as store:
+        from cluster.commands.report import write_report
+
+        path, num_jobs = write_report(
+            store, select(store, batch=batch), batch, Path(f"{batch}.html") if to is None else to
+        )
+        output.document({"report": str(path), "batch": batch, "num_jobs": num_jobs})
+        output.show(f"{num_jobs} jobs of {batch}: {path}")

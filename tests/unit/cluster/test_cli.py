@@ -40,6 +40,7 @@ SURFACE = {
     "pull": ["location", "directory", "--json", "--debug"],
     "purge": ["--older-than", "--dry-run", "--json", "--debug"],
     "release-leases": ["driver", "--json", "--debug"],
+    "report": ["batch", "--to", "--json", "--debug"],
     "resume": ["what", "[name]", "--json", "--debug"],
     "retry": ["[ids]", "--batch", "--state", "--label", "--failed", "--class", "--json", "--debug"],
     "run": ["--drain", "--workers", "--address", "--log-format", "--json", "--debug"],
