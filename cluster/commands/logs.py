@@ -2,12 +2,12 @@
 
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.commands.log_reading import LogReader
-from cluster.console.log_views import log_line, missing_line
+from cluster.console.log_views import log_line, missing_line, rotated_line
 from cluster.console.terminal import Terminal
 from cluster.log_files import driver_log
 from jobs.ledger.records import Event
@@ -16,6 +16,9 @@ from jobs.states import FINAL_STATES
 
 if TYPE_CHECKING:
     from jobs.ledger.store import JobStore
+
+_SKEW_SECONDS = 60.0
+"""By which the clocks of ledger and workers may differ."""
 
 
 def show_logs(
@@ -50,12 +53,24 @@ def show_logs(
         if record.state in FINAL_STATES:
             follow_seconds = None
         time.sleep(follow_seconds or 1.0)
-    here = socket.gethostname()
-    names = reader.names()
+    _tell_missing(output, reader, writers, events)
+
+
+def _tell_missing(
+    output: Terminal, reader: LogReader, writers: Mapping[str, str | None], events: Iterable[Event]
+) -> None:
+    """Say which files are not to be seen here, and of which the lines of that time are gone."""
+    here, names = socket.gethostname(), reader.names()
     for name, node in writers.items():
         if name not in names:
             output.document({"missing": name, "node": node})
             output.show(missing_line(node, name, is_here=node == here))
+    begun = {str(event.detail["log"]): event.at for event in reversed(tuple(events)) if event.detail.get("log")}
+    for name, at in begun.items():
+        begins = reader.begins.get(name, at)
+        if name in names and begins - at > _SKEW_SECONDS:
+            output.document({"missing": name, "node": writers[name], "before": begins})
+            output.show(rotated_line(name, begins))
 
 
 def _writers(events: Iterable[Event]) -> dict[str, str | None]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup, escape
 from rich.filesize import decimal
 
 from cluster.console import lanes, spreads
@@ -117,6 +118,7 @@ def render_batch(facts: BatchFacts) -> str:
         num_rows=len(rows),
         span=span,
         short=_short,
+        words=_words,
     )
 
 
@@ -130,6 +132,14 @@ def _template() -> Template:
 
 def _visible(value: Any) -> Any:
     return shown(value, _MAX_TEXT) if type(value) is str else value
+
+
+def _words(text: str) -> Markup:
+    """Return text of ours with its commands set as such."""
+    parts = text.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if number % 2 else escape(part) for number, part in enumerate(parts)
+    )
 
 
 def _short(message: str | None) -> str:

@@ -15,9 +15,10 @@ from cluster.console.queue_views import state_style
 from jobs.ledger.records import Event, JobRecord
 from jobs.text import MAX_MESSAGE, shown
 
-_FIRST = ("reason", "message", "failure", "place", "worker", "node", "log")
+_FIRST = ("reason", "failure", "place", "message", "attempt", "worker", "node", "log")
 """What a person looks for first in the detail of an event."""
 _LAST_SECONDS = 10.0
+_LEAST_SECONDS = 0.05
 
 
 def history_document(history: History) -> dict[str, Any]:
@@ -58,13 +59,21 @@ def next_line(record: JobRecord, history: History) -> Text:
 
 def detail_words(event: Event) -> str:
     """Return what is known of an event."""
-    detail = dict(event.detail)
+    detail = {name: value for name, value in event.detail.items() if value not in (None, False)}
     unit = detail.pop("unit", None)
+    if "worker" in detail:
+        detail.pop("owner", None)  # the line above has it
     names = [*(name for name in _FIRST if name in detail), *(name for name in detail if name not in _FIRST)]
-    parts = [f"{name}: {detail[name]}" for name in names if detail[name] is not None]
+    parts = [f"{name}: {_value_words(detail[name])}" for name in names]
     if isinstance(unit, Mapping):
         parts.append(_unit_words(unit))
     return ", ".join(parts)
+
+
+def _value_words(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return f"{value:.3g}" if isinstance(value, float) else "yes" if value is True else str(value)
 
 
 def span(seconds: float) -> str:
@@ -75,7 +84,8 @@ def span(seconds: float) -> str:
 def _unit_words(unit: Mapping[str, Any]) -> str:
     sizes = [f"{unit[f'bytes_{what}']}" for what in ("read", "written", "uploaded")]
     read, written, uploaded = (decimal(int(size)) for size in sizes)
-    stages = ", ".join(f"{stage} {span(seconds)}" for stage, seconds in unit["seconds"].items())
+    told = {stage: seconds for stage, seconds in unit["seconds"].items() if seconds >= _LEAST_SECONDS}
+    stages = ", ".join(f"{stage} {span(seconds)}" for stage, seconds in told.items())
     jobs = f"{unit['jobs']} job{'' if unit['jobs'] == 1 else 's'}"
     return f"its pass ({jobs}): read {read}, wrote {written}, sent {uploaded}; {stages}"
 

@@ -97,6 +97,7 @@ class _Scale:
             margin = max(abs(high) * 0.01, 1e-9)
             self._low, high = self._low - margin, high + margin
         self._span = high - self._low
+        self._num_decimals = max(0, 1 - math.floor(math.log10(self._span)))  # ticks are told apart
         self.width = (WIDTH - _LEFT - _RIGHT) / _NUM_BINS
 
     def _all(self, values: Iterable[float]) -> list[float]:
@@ -126,6 +127,6 @@ class _Scale:
         found = []
         for share in shares:
             value = self._low + self._span * share
-            words = f"{10.0**value:.2g}" if self._is_log else f"{value:.4g}"
+            words = f"{10.0**value:.2g}" if self._is_log else f"{value:.{self._num_decimals}f}"
             found.append((round(_LEFT + share * _NUM_BINS * self.width, 1), words))
         return tuple(found)

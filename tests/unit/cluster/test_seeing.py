@@ -141,6 +141,16 @@ def test_files_of_other_machines_are_named(store, logs):
     assert f"{driver_log(OWNER)} is not on this machine any more" in call("logs", "one").stdout
 
 
+def test_lines_that_made_room_for_later_ones_are_told(store, logs):
+    begin(store)
+    begun = store.events("one")[-1].at
+    write(logs / driver_log(OWNER), {"at": begun, "message": "unit started", "job_id": "one"})
+    write(logs / f"{WORKER}.1", {"at": begun + 500.0, "message": "stage begun", "job_id": "two"})
+    write(logs / WORKER, {"at": begun + 900.0, "message": "stage begun", "job_id": "two"})
+    assert documents("logs", "one")[1:] == [{"missing": WORKER, "node": HERE, "before": begun + 500.0}]
+    assert f"missing: {WORKER} has nothing left from before" in call("logs", "one").stdout
+
+
 def test_a_job_that_is_not_there_has_no_logs(store):
     assert store.ids() == ("one", "two")
     result = call("logs", "three")
@@ -218,7 +228,7 @@ def test_status_says_how_long_each_state_took_and_what_comes_next(tmp_path):
     assert "parity report" in job["next"]["text"]
     text = call("status", "one").stdout
     assert "4.0 s" in text
-    assert f"node: {HERE}, log: {WORKER}" in text
+    assert f"attempt: 1, worker: merge-worker-0, node: {HERE}, log: {WORKER}" in text
     assert "one: next: needs a person: nothing was published" in text
     store.close()
 
