@@ -171,9 +171,8 @@ class Driver:
     def _keep_leases(self) -> None:
         if self._clock() - self._leases_kept_at < self._settings.lease_seconds / 3:
             return
-        if self._holdings:
-            for job_id in self._store.extend(self._owner, self._holdings.tokens, self._settings.lease_seconds):
-                self._forget(job_id)
+        for job_id in self._store.extend(self._owner, self._holdings.tokens, self._settings.lease_seconds):
+            self._forget(job_id)
         self._store.see_driver(self._owner)  # one that is idle, too: it is at work for those who ask
         self._leases_kept_at = self._clock()
 
@@ -276,8 +275,8 @@ class Driver:
                 self._helping.open(unit.worker, flight, name)
             else:
                 self._pool.run_unit(unit.worker, name, flight.requests)
-            said = {"worker": unit.worker, "node": workers[unit.worker].host, "log": workers[unit.worker].log}
-            logger.info("unit started", extra=said | {"unit": name, "job_ids": list(unit.job_ids)})
+            told = {"unit": name, "job_ids": list(unit.job_ids)}
+            logger.info("unit started", extra=workers[unit.worker].named | told)
             self._listener(UnitStarted(worker=unit.worker, name=name, job_ids=unit.job_ids))
 
     def _handle_events(self) -> None:

@@ -102,8 +102,7 @@ class Helping:
             self._pool.merge_shards(given.worker, shared.work(name, flight.requests), frozenset(shards))
             job_ids = tuple(flight.held)
             (view,) = [view for view in able if view.name == given.worker]
-            said = {"worker": given.worker, "node": view.host, "log": view.log}
-            logger.info("shards started", extra=said | {"unit": name, "job_ids": list(job_ids)})
+            logger.info("shards started", extra=view.named | {"unit": name, "job_ids": list(job_ids)})
             self._listener(ShardsStarted(worker=given.worker, name=name, job_ids=job_ids, shards=shards))
 
     def _replace_leaders(self, views: Sequence[WorkerView]) -> None:

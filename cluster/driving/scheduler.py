@@ -9,6 +9,7 @@ go first. What residency and priority may cost a base is bounded: when
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,11 @@ class WorkerView:
     """Its machine, once it has started."""
     log: str | None = None
     """Name of its log file there, where it has one."""
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """What a line of a log says of it."""
+        return {"worker": self.name, "node": self.host, "log": self.log}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
