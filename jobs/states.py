@@ -58,8 +58,12 @@ SUSPICIOUS_FAILURES = frozenset({FailureClass.WORKER_LOST, FailureClass.OUT_OF_M
 each runs alone, and what goes wrong then is its own."""
 
 MAX_EXCUSED_LOSSES = 3
-"""How often a job is not charged with the end of an attempt that is more likely the fault of others: of a GPU, a
-driver, jobs beside it. A job that goes on doing so is no victim."""
+"""How often a job is not charged with the end of an attempt that is more likely the fault of others: of a GPU, or of
+jobs beside it. A job that goes on doing so is no victim."""
+
+MAX_DRIVER_LOSSES = 5
+"""How many drivers in a row, and none in between without it, may be lost while a job is at work. Drivers that are
+killed, drained machines and restarts hit whatever is at work: it takes more than a worker's death to tell."""
 
 _ENDINGS = frozenset(
     {

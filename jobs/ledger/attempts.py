@@ -57,6 +57,8 @@ class Attempts:
                     "merge_key": merge_key,
                     "report_path": each.report_path,
                     "excused_losses": 0,
+                    "driver_losses": 0,
+                    "lost_with": None,
                     "excused_faults": 0,
                     "suspect": False,
                     "failure_class": None,

@@ -13,7 +13,6 @@ from sqlalchemy import ColumnElement, Connection, and_, bindparam, func, or_, se
 from jobs.errors import FailureClass
 from jobs.ledger.database import in_pieces, put
 from jobs.ledger.journal import Move, Step, make_moves
-from jobs.ledger.leases import NO_LEASE, loss
 from jobs.ledger.options import CLOCK_OPTION, set_option
 from jobs.ledger.pauses import Cause, Pause, Scope, pauses_to_try, read_pauses
 from jobs.ledger.records import Lease
@@ -212,33 +211,6 @@ class Claim:
                 return row, request
             self._held[row.number] = other.key
         return None
-
-
-def queue_orphans(connection: Connection, now: float, limit: int) -> None:
-    """Queue the jobs again whose lease has expired, and end those that a user asked to cancel.
-
-    The attempt of a lost driver does not count. A job that was at work when that happened for the second time runs
-    alone from then on.
-
-    Args:
-        connection: in a transaction that may write.
-        now: the time, seconds.
-        limit: how many, at most.
-    """
-    query = select(jobs).where(jobs.c.lease_expires_at <= now).order_by(jobs.c.lease_expires_at).limit(limit)
-    moves = []
-    for row in connection.execute(query.with_for_update(skip_locked=True)).all():
-        is_cancelled = row.state == JobState.CANCELLING
-        has_begun = row.state not in (JobState.LEASED, JobState.CANCELLING)
-        excused_losses = row.excused_losses + has_begun  # it may be what took the driver's machine down
-        columns = {
-            **NO_LEASE,
-            "attempts": row.attempts - has_begun,
-            "excused_losses": excused_losses,
-            "suspect": row.suspect or excused_losses > 1,
-        }
-        moves.append(Move(row, [Step(JobState.CANCELLED if is_cancelled else JobState.QUEUED, loss(row))], columns))
-    make_moves(connection, moves, now)
 
 
 def fail_overdue(connection: Connection, now: float) -> tuple[str, ...]:

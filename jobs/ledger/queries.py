@@ -12,6 +12,8 @@ from jobs.ledger.records import BatchRecord, Event, JobRecord, Work
 from jobs.ledger.rows import JobRow, event_of, record_of
 from jobs.ledger.schema import batches, events, jobs, releases
 from jobs.ledger.selection import ALL, Selection
+from jobs.places import is_covered, locations_of
+from jobs.request import MergeRequest
 from jobs.states import ACTIVE_STATES, FINAL_STATES, JobState
 
 Order = Literal["submitted", "updated", "priority"]
@@ -20,6 +22,10 @@ _ORDERS = {
     "updated": (jobs.c.updated_at.desc(), jobs.c.number),
     "priority": (jobs.c.priority.desc(), jobs.c.number),
 }
+
+
+_MAX_LOOKED_AT = 100
+"""Requests that name a place, and are looked at to see whether they mean it."""
 
 
 class Queries:
@@ -137,6 +143,19 @@ class Queries:
         with self._database.read() as connection:
             rows = connection.execute(query.order_by(jobs.c.number)).all()
         return tuple((row.id, FailureClass(row.failure_class), row.failure_message) for row in rows)
+
+    def has_published(self, place: str) -> bool:
+        """Return whether a job was published, by whichever driver, that reads from a place or writes to it.
+
+        Args:
+            place: as `jobs.places` names it, of a bucket, the Hub or a file system.
+        """
+        below = place.removeprefix("file://").rstrip("/") + "/"
+        named = jobs.c.request.contains(below, autoescape=True)  # capitals or not, in SQLite
+        query = select(jobs.c.request).where(jobs.c.state == JobState.PUBLISHED, named).limit(_MAX_LOOKED_AT)
+        with self._database.read() as connection:
+            requests = (MergeRequest.model_validate_json(text) for text in connection.scalars(query))
+            return any(is_covered(location, place) for request in requests for location in locations_of(request))
 
     def now(self) -> float:
         """Return the time on the store's clock, seconds since 1970."""

@@ -6,10 +6,12 @@ from sqlalchemy import select, update
 
 from jobs.errors import BadInputError
 from jobs.ledger.admission import admit, candidate_of, destination_conflicts
-from jobs.ledger.claims import Claim, fail_overdue, queue_orphans
+from jobs.ledger.claims import Claim, fail_overdue
+from jobs.ledger.clock import follow_clock
 from jobs.ledger.database import Database, in_pieces
 from jobs.ledger.journal import Step, step_many
 from jobs.ledger.leases import lock_many
+from jobs.ledger.orphans import queue_orphans
 from jobs.ledger.pauses import keep_pauses
 from jobs.ledger.records import Lease, SubmitResult
 from jobs.ledger.rows import JobRow
@@ -27,6 +29,8 @@ _FRESH = {
     "attempts": 0,
     "worker_losses": 0,
     "excused_losses": 0,
+    "driver_losses": 0,
+    "lost_with": None,
     "excused_faults": 0,
     "suspect": False,
     "not_before": None,
@@ -77,6 +81,7 @@ class JobQueue:
         with self._database.write() as connection:
             keep_pauses(connection)
             now = self._database.now(connection)
+            follow_clock(connection, now)
             queue_orphans(connection, now, _MAX_ORPHANS)
             fail_overdue(connection, now)
             return Claim(connection, now, owner, limit, rules).lease(now + lease_seconds)

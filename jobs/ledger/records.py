@@ -33,7 +33,9 @@ class Lease:
     worker_losses: int
     """Workers the job has cost so far, each while it was the only job there."""
     excused_losses: int
-    """Workers and drivers it was lost with and was not charged with, as others were likely at fault."""
+    """Workers it was lost with and was not charged with, as others were likely at fault."""
+    driver_losses: int
+    """Drivers that were lost in a row, each while it was at work."""
     excused_faults: int
     """Faults of places that it was not charged with."""
     suspect: bool

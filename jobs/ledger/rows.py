@@ -24,6 +24,7 @@ def lease_of(row: JobRow, request: MergeRequest, token: int) -> Lease:
         attempts=row.attempts + 1,
         worker_losses=row.worker_losses,
         excused_losses=row.excused_losses,
+        driver_losses=row.driver_losses,
         excused_faults=row.excused_faults,
         suspect=row.suspect,
         share=row.share,

@@ -21,7 +21,7 @@ from sqlalchemy import (
 
 from jobs.states import LIVE_STATES, JobState
 
-SCHEMA = "0003"
+SCHEMA = "0004"
 """The last migration; raised with every change of the tables."""
 
 metadata = MetaData()
@@ -58,6 +58,9 @@ jobs = Table(
     Column("worker_losses", Integer, nullable=False, default=0),
     # Losses that were charged to no job, until it is published or retried.
     Column("excused_losses", Integer, nullable=False, default=0, server_default="0"),
+    # Losses of drivers in a row with it at work, and the last of them; until one is lost without it.
+    Column("driver_losses", Integer, nullable=False, default=0, server_default="0"),
+    Column("lost_with", Text),
     # Faults of places that no attempt was counted for, until it is published or retried.
     Column("excused_faults", Integer, nullable=False, default=0, server_default="0"),
     # Whether it, or a job beside it, may have ended a unit: until it is published or retried.

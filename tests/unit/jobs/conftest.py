@@ -118,6 +118,11 @@ class Driver:
         with self._store._database.write() as connection:
             connection.execute(update(jobs).where(jobs.c.id == job_id).values(lease_expires_at=1))
 
+    def be_due(self, job_id: str) -> None:
+        """Let the wait of a job be over now, rather than wait for it."""
+        with self._store._database.write() as connection:
+            connection.execute(update(jobs).where(jobs.c.id == job_id).values(not_before=1))
+
     def probe_now(self) -> None:
         """Let the rests of all places at fault be over now, rather than wait for it."""
         with self._store._database.write() as connection:

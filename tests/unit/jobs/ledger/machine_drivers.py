@@ -30,15 +30,19 @@ class Drivers(People):
     """Claim jobs and work on them."""
 
     def queue_orphans(self):
-        for job in self.model.values():
-            if not job.expired:
-                continue
+        lost = [job for job in self.model.values() if job.expired]
+        for job in lost:
             job.expired = False
-            if job.state is JobState.CANCELLING:
-                job.state = JobState.CANCELLED
+            if job.has_begun:  # those at work for the second time in a row wait
+                job.attempts, job.losses, job.lost_with = job.attempts - 1, job.losses + 1, job.owner
+                job.waits = job.losses > 1
+                job.state = JobState.RETRY_WAIT if job.waits else JobState.QUEUED
             else:
-                job.attempts -= job.has_begun
-                job.state = JobState.QUEUED
+                job.state = JobState.CANCELLED if job.state is JobState.CANCELLING else JobState.QUEUED
+        owners = {job.owner for job in lost}
+        for job in self.model.values() if lost else ():
+            if job.lost_with not in owners and not (job.state in ACTIVE_STATES and job.owner in owners):
+                job.losses = 0
 
     def claim(self, data):
         owner = data.draw(st.sampled_from(OWNERS))
@@ -123,7 +127,7 @@ class Drivers(People):
         job = self.draw_held(data)
         if ending is JobState.PUBLISHED:
             settle(self.store, job.job_id, job.token, a_release(job.job_id), None)
-            job.state, job.was_published, job.excused = ending, True, 0
+            job.state, job.was_published, job.excused, job.losses = ending, True, 0, 0
             if is_told:
                 self.tell_passed(job)
             return

@@ -45,6 +45,9 @@ class Job:
     was_published: bool = False
     tokens: list[int] = field(default_factory=list)
     owner: str = ""
+    losses: int = 0
+    """Losses of drivers in a row with it at work."""
+    lost_with: str | None = None
 
     @property
     def is_held(self):

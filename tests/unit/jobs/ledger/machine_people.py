@@ -101,7 +101,7 @@ class People:
             return
         assert self.store.retry([job_id]) == ((job_id,) if job.state in RETRYABLE_STATES else ())
         if job.state in RETRYABLE_STATES:
-            job.state, job.attempts, job.excused, job.waits = JobState.QUEUED, 0, 0, False
+            job.state, job.attempts, job.excused, job.waits, job.losses = JobState.QUEUED, 0, 0, False, 0
 
     def pause(self, data):
         key = data.draw(st.sampled_from(PAUSABLE))

@@ -60,21 +60,63 @@ class TestClaim:
             driver.claim("a")
             driver.expire("a")
         lease = driver.claim("a")
-        assert (lease.attempts, lease.suspect, lease.excused_losses) == (1, False, 0)
+        assert (lease.attempts, lease.suspect, lease.driver_losses) == (1, False, 0)
 
-    def test_a_job_at_work_whenever_a_driver_is_lost_runs_alone(self, store, driver, make_request):
+    def test_a_job_at_work_whenever_a_driver_is_lost_runs_alone_after_waits(self, store, driver, make_request):
         store.submit([make_request("a")])
-        leases = []
-        for _ in range(4):
-            leases.append(driver.claim("a"))
+        leases, waits = [], []
+        for number in range(5):
+            leases.append(driver.claim("a", f"driver-{number}"))
             advance(store, "a", leases[-1].token, JobState.PLANNING)
             driver.expire("a")
-        assert [(lease.attempts, lease.excused_losses, lease.suspect) for lease in leases] == [
+            store.claim("next", 1, 60) if number else None
+            job = driver.record("a")
+            if job.state is JobState.RETRY_WAIT:
+                waits.append(job.not_before - job.updated_at)
+                driver.be_due("a")
+        assert [(lease.attempts, lease.driver_losses, lease.suspect) for lease in leases] == [
             (1, 0, False),
             (1, 1, False),
             (1, 2, True),
             (1, 3, True),
+            (1, 4, True),
         ]
+        longest = [10, 20, 40, 80]
+        assert all(most / 2 <= wait <= most for wait, most in zip(waits, longest, strict=True))
+
+    def test_a_driver_that_is_lost_without_a_job_acquits_it(self, store, driver, make_request):
+        store.submit([make_request("a", priority=1), make_request("b")])
+        driver.begin("a", "first")
+        driver.expire("a")
+        driver.begin("a", "second")
+        driver.expire("a")
+        driver.begin("b", "third")  # while `a` waits
+        assert driver.record("a").state is JobState.RETRY_WAIT
+        driver.expire("b")
+        assert store.claim("fourth", 1, 60)[0].driver_losses == 1
+        driver.be_due("a")
+        lease = driver.claim("a", "fifth")
+        assert (lease.job_id, lease.driver_losses, lease.suspect) == ("a", 0, True)
+
+    def test_a_driver_that_is_lost_with_two_jobs_acquits_neither(self, store, driver, make_request):
+        store.submit([make_request("a"), make_request("b")])
+        for name in ("a", "b"):
+            driver.begin(name, "first")
+        for name in ("a", "b"):  # found to be lost one after the other, as many are
+            driver.expire(name)
+            store.cancel([])
+        assert [lease.driver_losses for lease in store.claim("second", 2, 60)] == [1, 1]
+
+    def test_a_driver_that_is_lost_before_work_acquits_what_it_did_not_have(self, store, driver, make_request):
+        store.submit([make_request("a", priority=1), make_request("b")])
+        driver.begin("a", "first")
+        driver.expire("a")
+        driver.begin("a", "second")
+        driver.claim("b", "third")
+        driver.expire("b")
+        driver.claim("b", "fourth")
+        driver.expire("a")
+        assert driver.claim("a", "fifth").driver_losses == 1
 
     def test_a_cancelled_job_of_a_lost_driver_is_not(self, store, driver, make_request):
         store.submit([make_request("a")])
