@@ -20,6 +20,7 @@ from cluster.console.documents import plain
 from cluster.console.terminal import Terminal
 from cluster.driving.driver import Driver
 from cluster.driving.events import DriverEvent, event_name
+from cluster.driving.settlement import STORE_FAULTS
 from cluster.driving.signals import stop_on_signals
 from cluster.fleet.crews import Crew, plan_crews
 from cluster.fleet.pool import WorkerPool
@@ -27,7 +28,7 @@ from cluster.log_files import driver_log, written_log
 from cluster.logs import LogFormat
 from cluster.ray_fleet.actors import RayActors
 from cluster.ray_fleet.metrics import FleetMetrics
-from cluster.ray_fleet.session import Session, close_session, lost_sessions, open_session
+from cluster.ray_fleet.session import Session, SessionLostError, close_session, lost_sessions, open_session
 from cluster.settings import Settings, load_settings, worker_settings
 from jobs.ledger.store import JobStore
 from workers.files.collector import paused_collections
@@ -65,16 +66,13 @@ def drive(
         SessionLostError: Ray's own services are gone.
     """
     settings = load_settings() if num_workers is None else load_settings(workers=num_workers)
-    host = socket.gethostname()
-    owner = f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
-    with contextlib.closing(JobStore(settings.store)) as store, contextlib.ExitStack() as stack:
-        stack.enter_context(store.one_driver(owner))
+    owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    with contextlib.ExitStack() as stack:
+        store = _enter(stack, settings, owner, predecessor)
         stack.enter_context(_logging(settings, owner, predecessor))
-        store.register_driver(owner, host, os.getpid(), settings.share_label)
         tell_name(owner)
-        if predecessor is not None:
-            store.release_leases(predecessor)
-        session = open_session(settings, namespace=f"mergefleet-{owner}", address=address, log_format=log_format)
+        with _insisted(predecessor):
+            session = open_session(settings, namespace=f"mergefleet-{owner}", address=address, log_format=log_format)
         stack.callback(close_session)
         _introduce(output, session, settings)
         driver = Driver(
@@ -93,6 +91,44 @@ def drive(
         logger.info("driver done", extra={**plain(summary), "seconds": round(seconds, 3)})
     _tell(output, [summary_line(summary, seconds)], {"event": "summary", **plain(summary), "seconds": seconds})
     return exit_codes.of_jobs(summary.failures) or (exit_codes.WORK_LEFT if summary.left else exit_codes.DONE)
+
+
+def _enter(stack: contextlib.ExitStack, settings: Settings, owner: str, predecessor: str | None) -> JobStore:
+    """Open the store as its driver; a driver that follows another waits until the store answers.
+
+    Its first one says at once what is wrong, to the person who starts it; later no one may be there to start it again.
+    """
+    while True:
+        with contextlib.ExitStack() as opened:
+            try:
+                store = opened.enter_context(contextlib.closing(JobStore(settings.store)))
+                opened.enter_context(store.one_driver(owner))
+                if predecessor is not None:
+                    store.release_leases(predecessor)
+                store.register_driver(owner, socket.gethostname(), os.getpid(), settings.share_label)
+            except STORE_FAULTS as error:
+                if predecessor is None:
+                    raise
+                logger.warning("store does not answer; tried again", extra={"reason": str(error)})
+            else:
+                stack.push(opened.pop_all())
+                return store
+        time.sleep(settings.poll_seconds)
+
+
+@contextlib.contextmanager
+def _insisted(predecessor: str | None) -> Iterator[None]:
+    """Have the supervisor start another driver where Ray cannot start now, and did before.
+
+    Raises:
+        SessionLostError: a full or read-only disk, say; it may be over in a moment.
+    """
+    try:
+        yield
+    except STORE_FAULTS as error:
+        if predecessor is None:
+            raise
+        raise SessionLostError(str(error)) from error
 
 
 @contextlib.contextmanager

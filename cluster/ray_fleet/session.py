@@ -12,6 +12,7 @@ import secrets
 import socket
 import stat
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from jobs.errors import (
     NoCapacityError,
     NotFoundError,
 )
+from workers.files.local import file_errors
 
 if TYPE_CHECKING:
     from ray.job_config import JobConfig
@@ -271,13 +273,21 @@ def _enable_token_auth(home: Path) -> Path | None:
     if not _token_auth_is_on() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         return None
     path = home / "ray_auth_token"
-    home.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, stat.S_IRUSR | stat.S_IWUSR)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32))
+    with file_errors("keeping the token of Ray"):
+        home.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            _make_token(path)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
     return path
+
+
+def _make_token(path: Path) -> None:
+    """Write a token that this user alone can read; a file that is there is whole, and stays."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-") as file:  # 0600
+        file.write(secrets.token_hex(32))
+        file.flush()
+        with contextlib.suppress(FileExistsError):  # another process was first
+            os.link(file.name, path)
 
 
 def _token_auth_is_on() -> bool:
