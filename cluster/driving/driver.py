@@ -27,7 +27,7 @@ from cluster.driving.settlement import CANCELLED, STORE_FAULTS, Settlement
 from cluster.settings import Settings
 from jobs.errors import FailureClass
 from jobs.ledger.store import JobStore
-from jobs.states import FINAL_STATES, MAX_EXCUSED_LOSSES, JobState
+from jobs.states import FINAL_STATES, MAX_DRIVER_LOSSES, JobState
 from workers.merging.outcomes import Failure
 
 logger = logging.getLogger(__name__)
@@ -171,8 +171,9 @@ class Driver:
     def _keep_leases(self) -> None:
         if self._clock() - self._leases_kept_at < self._settings.lease_seconds / 3:
             return
-        for job_id in self._store.extend(self._owner, self._holdings.tokens, self._settings.lease_seconds):
-            self._forget(job_id)
+        if self._holdings:
+            for job_id in self._store.extend(self._owner, self._holdings.tokens, self._settings.lease_seconds):
+                self._forget(job_id)
         self._store.see_driver(self._owner)  # one that is idle, too: it is at work for those who ask
         self._leases_kept_at = self._clock()
 
@@ -238,7 +239,7 @@ class Driver:
                     self._forget(lease.job_id)
             self._holdings.add(leases)
             for lease in leases:
-                if lease.excused_losses > MAX_EXCUSED_LOSSES:
+                if lease.driver_losses > MAX_DRIVER_LOSSES:
                     self._settlement.quarantine(self._holdings.waiting[lease.job_id])
 
     def _start_units(self, pool_views: Sequence[WorkerView]) -> None:

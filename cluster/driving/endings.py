@@ -67,9 +67,9 @@ class Endings:
         self._end(held, event)
 
     def quarantine(self, held: Held) -> None:
-        """End a job that was at work too often when workers and drivers were lost."""
+        """End a job that was at work each time that a driver was lost."""
         message = (
-            f"{held.lease.excused_losses} workers or drivers were lost with it at work, so it is not tried again; "
+            f"{held.lease.driver_losses} drivers in a row were lost, each with it at work, so it is not tried again; "
             "its events have each"
         )
         decision = Decision(state=JobState.QUARANTINED)

@@ -59,6 +59,8 @@ class Places:
         self._rng = rng
         self._passed_at: dict[str, float] = {}
         """By place, when a job was last published that depends on it; remote ones, and file systems once at fault."""
+        self._has_passed: set[str] = set()
+        """Places that jobs were published through, this driver's or those of earlier ones."""
         self._met_at: dict[str, float] = {}
         """By job that met a fault, when it did so first."""
         self._pauses: tuple[Pause, ...] = ()
@@ -94,7 +96,7 @@ class Places:
         passed_at = self._passed_at.setdefault(place, -math.inf)
         met_at = self._met_at.setdefault(held.job_id, held.began_at)
         others_passed = passed_at > met_at
-        if failure.failure_class is FailureClass.AUTH and (others_passed or passed_at == -math.inf):
+        if failure.failure_class is FailureClass.AUTH and (others_passed or not self._has_worked(place)):
             return None  # credentials that never worked are a matter of the request
         if others_passed and held.lease.excused_faults >= MAX_EXCUSED_FAULTS:
             return None
@@ -104,6 +106,12 @@ class Places:
             message=failure.message,
             delay_seconds=self._rng.uniform(0, wait) if others_passed else None,
         )
+
+    def _has_worked(self, place: str) -> bool:
+        """Whether a job got past a place before: with this driver, or one that was here before it."""
+        if place not in self._has_passed and (self._passed_at[place] > -math.inf or self._store.has_published(place)):
+            self._has_passed.add(place)
+        return place in self._has_passed
 
     def pause(self, held: Held, fault: Fault) -> None:
         """Pause the place of a fault, unless others get past it; told once."""

@@ -168,7 +168,7 @@ class Settlement:
                 self._endings.failed(held, failure, report_path)
 
     def quarantine(self, held: Held) -> None:
-        """End a job that was at work too often when workers and drivers were lost, before it is tried again."""
+        """End a job that was at work each time that a driver was lost, before it is tried again."""
         with self._guarded(held):
             self._endings.quarantine(held)
 

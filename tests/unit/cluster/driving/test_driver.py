@@ -263,16 +263,18 @@ def test_a_job_under_which_gpus_fail_again_and_again_is_charged_in_the_end(fleet
     assert num_faults == 3 + 2  # those it is excused from, and max_worker_losses
 
 
-def test_a_job_that_was_at_work_when_four_drivers_were_lost_is_not_tried_again(fleet):
+def test_a_job_that_was_at_work_when_six_drivers_were_lost_in_a_row_is_not_tried_again(fleet):
     it = fleet()
     it.submit(request("one"))
-    for number in range(4):
+    for number in range(6):
         [lease] = it.store.claim(f"driver-{number}", 1, 0.05)
         begin(it.store, "one", lease.token)
         it.ledger_time += 0.06
+        it.store.claim("another", 1, 0.05) if number else None  # finds it lost
+        it.ledger_time += 400
     it.step()
     assert (it.states(), it.workers.units) == ({"one": JobState.QUARANTINED}, [])
-    assert "4 workers or drivers were lost" in it.job("one").failure_message
+    assert "6 drivers in a row were lost" in it.job("one").failure_message
     assert it.driver.summary().failures == {FailureClass.WORKER_LOST: 1}
 
 

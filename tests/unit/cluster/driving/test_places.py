@@ -265,3 +265,19 @@ def test_a_driver_that_is_stopped_waits_only_so_long_for_what_is_being_published
     summary = it.driver.run(drain=False)
     assert summary.left == 1
     assert it.job("one").state is JobState.PUBLISHING
+
+
+def test_credentials_that_worked_for_an_earlier_driver_pause_the_bucket(fleet):
+    before = fleet()
+    before.submit(to_bucket("one"))
+    before.step()
+    publish(before, "merge-worker-0", "one")
+    it = fleet()  # a new driver on the same ledger
+    denied = {"failure_class": FailureClass.AUTH, "place": "s3://bucket"}
+    it.submit(to_bucket("two"))
+    it.step(2)
+    it.workers.finish("merge-worker-0", failed("two", **denied))
+    it.step()
+    assert (it.job("two").state, it.job("two").attempts) == (JobState.QUEUED, 0)
+    [pause] = it.store.pauses()
+    assert (pause.name, pause.failure_class) == ("s3://bucket", FailureClass.AUTH)
