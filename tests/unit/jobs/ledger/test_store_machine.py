@@ -155,9 +155,9 @@ class StoreMachine(Drivers, RuleBasedStateMachine):
             self.resume_by_person(key)
         for owner in OWNERS:
             self.store.release_leases(owner)
-        self.wait_for_retries(None)
         num_open = len(self.model)
         for _ in range(4 * num_open + 4):
+            self.wait_for_retries(None)
             self.end_rests(None)
             for lease in self.store.claim("last", 1, HOUR):
                 settle(self.store, lease.job_id, lease.token, a_release(lease.job_id), None)
