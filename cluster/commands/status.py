@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from cluster.console.documents import batch_document, event_document, job_document, plain
-from cluster.console.failures import group_failures
 from cluster.console.queue_views import (
     batch_table,
     driver_table,
@@ -14,26 +13,27 @@ from cluster.console.queue_views import (
     state_counts,
 )
 from cluster.console.terminal import Terminal
+from jobs.errors import BadInputError
 from jobs.ledger.queries import Order
 from jobs.ledger.selection import Selection
 
 if TYPE_CHECKING:
-    from jobs.ledger.store import JobStore
+    from cluster.front.service import Service
 
 
-def show_overview(output: Terminal, store: "JobStore", *, limit: int, order: Order) -> None:
+def show_overview(output: Terminal, service: "Service", *, limit: int, order: Order) -> None:
     """Show batches, drivers, what is paused, what failed why, and the jobs that are not final.
 
     Args:
         output: gets it.
-        store: the ledger.
+        service: the queue.
         limit: most jobs shown.
         order: of the jobs.
     """
-    counts, batches, pauses, drivers = store.counts(), store.batches(), store.pauses(), store.drivers()
-    now, held = store.now(), store.num_held()
-    failures = group_failures(store.failures())
-    records = store.jobs(order=order, limit=limit)
+    counts, batches, pauses, drivers = service.counts(), service.batches(), service.pauses(), service.drivers()
+    now, held = service.now(), service.num_held()
+    failures = service.failures()
+    records = service.jobs(order=order, limit=limit)
     output.document(
         {
             "counts": {state.value: count for state, count in counts.items()},
@@ -60,25 +60,30 @@ def show_overview(output: Terminal, store: "JobStore", *, limit: int, order: Ord
 
 
 def show_jobs(
-    output: Terminal, store: "JobStore", selection: Selection, *, limit: int, order: Order, with_events: bool
+    output: Terminal, service: "Service", selection: Selection, *, limit: int, order: Order, with_events: bool
 ) -> None:
     """Show the jobs that were asked for.
 
     Args:
         output: gets them.
-        store: the ledger.
+        service: the queue.
         selection: which jobs.
         limit: how many at most; all that were named by id.
         order: of the jobs.
         with_events: whether all that happened to them is shown, too.
+
+    Raises:
+        BadInputError: an id is no job's.
     """
-    records = store.jobs(selection, order=order, limit=None if selection.ids is not None else limit)
+    records = service.jobs(selection, order=order, limit=None if selection.ids is not None else limit)
+    if selection.ids is not None and (unknown := set(selection.ids) - {record.id for record in records}):
+        raise BadInputError(f"no such job: {', '.join(sorted(unknown))}")
     documents = [job_document(record) for record in records]
-    events = [store.events(record.id) for record in records] if with_events else []
+    events = [service.events(record.id) for record in records] if with_events else []
     for document, each in zip(documents, events, strict=False):
         document["events"] = [event_document(event) for event in each]
-    counts = store.counts() if with_events else store.counts(selection)
-    failures = () if with_events else group_failures(store.failures(selection))
+    counts = service.counts() if with_events else service.counts(selection)
+    failures = () if with_events else service.failures(selection)
     output.document(
         {
             "counts": {state.value: count for state, count in counts.items()},

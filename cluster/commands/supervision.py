@@ -32,8 +32,8 @@ class Supervisor:
         """Take what drives.
 
         Args:
-            drive: called in a process of its own, with the name of the driver that it follows, if there was one, and what
-                it tells its own name to. Returns an exit code when it has ended in order.
+            drive: called in a process of its own, with the name of the driver that it follows, if there was one, and
+                what it tells its own name to. Returns an exit code when it has ended in order.
             sleep: waits so many seconds.
         """
         self._drive = drive

@@ -9,6 +9,7 @@ from pydantic import JsonValue
 from sqlalchemy import Connection, bindparam, insert, update
 
 from jobs.errors import InternalError
+from jobs.ledger.deliveries import JOB_MESSAGES, job_message, tell
 from jobs.ledger.rows import JobRow
 from jobs.ledger.schema import events, jobs
 from jobs.states import TRANSITIONS, JobState
@@ -63,19 +64,23 @@ def make_moves(connection: Connection, moves: Sequence[Move], now: float) -> Non
     """
     if not moves:
         return
-    changes, entries = [], []
+    changes, entries, messages = [], [], []
     for move in moves:
         state = JobState(move.row.state)
         for index, step in enumerate(move.steps, start=1):
             if step.state not in TRANSITIONS[state]:
                 raise InternalError(f"job '{move.row.id}': no way leads from {state} to {step.state}")
             state = step.state
-            entries.append(event_values(move.row.id, move.row.num_events + index, now, step))
+            sequence = move.row.num_events + index
+            entries.append(event_values(move.row.id, sequence, now, step))
+            if state in JOB_MESSAGES:
+                messages.append(job_message(move.row, sequence, state, step.detail))
         num_events = move.row.num_events + len(move.steps)
         columns = {"state": state.value, "num_events": num_events, "updated_at": now, **move.columns}
         changes.append({"in_row": move.row.number, **columns})
     connection.execute(update(jobs).where(jobs.c.number == bindparam("in_row")), changes)
     connection.execute(insert(events), entries)
+    tell(connection, messages, now)
 
 
 def event_values(job_id: str, sequence: int, now: float, step: Step) -> dict[str, Any]:
