@@ -4,7 +4,7 @@ import functools
 import importlib.metadata
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import anyio
@@ -55,8 +55,12 @@ class Front:
         self._is_stopping = is_stopping
         self._limiter = anyio.CapacityLimiter(_MAX_AT_ONCE)
 
-    def app(self) -> Starlette:
-        """Return the application."""
+    def app(self, pages: Sequence[BaseRoute] = ()) -> Starlette:
+        """Return the application.
+
+        Args:
+            pages: for people.
+        """
         routes: list[BaseRoute] = [
             Route(each.path, self.guarded(self._handler(each), is_open=each.is_open), methods=[each.method])
             for each in ENDPOINTS
@@ -64,6 +68,7 @@ class Front:
         routes += [
             Route(CHANGES_PATH, self.guarded(self._changes), methods=["GET"]),
             Route("/openapi.json", self.guarded(self._openapi), methods=["GET"]),
+            *pages,
         ]
         handlers: dict[Any, Any] = {HTTPException: self._no_such_route}
         return Starlette(routes=routes, exception_handlers=handlers)

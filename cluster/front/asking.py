@@ -28,11 +28,20 @@ async def call_of(request: Request, endpoint: Endpoint) -> Call:
         RefusedError: the body is too large, or of a kind that is not read.
         BadInputError: a parameter or the body is wrong; names everything that is.
     """
-    path = {name: _checked("path", _NAME, value, name) for name, value in request.path_params.items()}
+    path = read_path(request)
     query = read_query(request, endpoint.query)
     body, media_type = await _read_body(request, endpoint) if endpoint.method == "POST" else (None, "")
     accept = request.headers.get("accept", "")
     return Call(path=path, query=query, body=body, media_type=media_type, accept=accept)
+
+
+def read_path(request: Request) -> dict[str, str]:
+    """Return the parameters of the path.
+
+    Raises:
+        BadInputError: one is none that could be a name.
+    """
+    return {name: _checked("path", _NAME, value, name) for name, value in request.path_params.items()}
 
 
 def read_query(request: Request, model: type[BaseModel] | None) -> Any:
@@ -114,7 +123,10 @@ def _checked(where: str, adapter: TypeAdapter[Any], value: Any, field: str = "")
     except ValidationError as error:
         found = []
         for detail in mistakes(error):
-            expected, what = expectation(detail)
+            if detail["type"] == "json_invalid":
+                expected, what = "a JSON document", detail["msg"]
+            else:
+                expected, what = expectation(detail)
             name = ".".join(map(str, (*([field] if field else []), *detail["loc"])))
             found.append(f"{f'{shown(name, 200)}: ' if name else ''}expected {expected}, found {shown(what, 200)}")
         raise BadInputError(f"{where}: {'; '.join(found[:100])}") from None

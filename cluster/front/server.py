@@ -10,6 +10,8 @@ import uvicorn
 from cluster.front.app import Front
 from cluster.front.door import Door, check_listening
 from cluster.front.ledger import LedgerService
+from cluster.front.pages import Pages
+from cluster.front.sender import Sender
 from cluster.settings import Settings
 from jobs.errors import BadInputError
 
@@ -38,8 +40,13 @@ def serve(settings: Settings, host: str, port: int, tell: Callable[[str], None])
         server = make_server(settings, service, token)
         shown = f"[{host}]" if ":" in host else host
         tell(f"http://{shown}:{listener.getsockname()[1]}")
-        with _quiet_signals():
-            server.run(sockets=[listener])
+        sender = Sender(service.open(), settings.webhooks)
+        sender.start()
+        try:
+            with _quiet_signals():
+                server.run(sockets=[listener])
+        finally:
+            sender.stop()
 
 
 def make_server(settings: Settings, service: LedgerService, token: str | None) -> uvicorn.Server:
@@ -51,14 +58,15 @@ def make_server(settings: Settings, service: LedgerService, token: str | None) -
         token: that is asked for; None for none.
     """
     server: uvicorn.Server | None = None
+    door = Door(token)
     front = Front(
         service,
-        Door(token),
+        door,
         poll_seconds=settings.poll_seconds,
         is_stopping=lambda: server is not None and server.should_exit,
     )
     config = uvicorn.Config(
-        front.app(),
+        front.app(Pages(front, service, door).routes()),
         log_config=None,  # logging is the command line's
         access_log=False,
         lifespan="off",
