@@ -3,6 +3,7 @@
 PYTHON ?= python3.11 python3.12 python3.13
 SHAPE ?= 0.5b
 ROUNDS ?= 10
+CALLS ?= 5000
 NUM_FILES ?= 10000
 VENV := .venv
 WHEEL := $(VENV)/wheel
@@ -12,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 LIBRARIES = $(shell $(BIN)/python -c "import site; print(site.getsitepackages()[0])")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test coverage lint docs bench scale gpu bases fidelity stability wrong-merges slow chaos fuzz fuzz-files
+.PHONY: help setup demo test coverage lint docs bench scale gpu bases fidelity stability wrong-merges slow chaos fuzz fuzz-files api
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -114,3 +115,6 @@ fuzz: setup  ## the property tests with new random input each round; ROUNDS=10
 # Minutes for a thousand; a round that was wrong is repeated with --seed N --rounds 1.
 fuzz-files: setup  ## mutated headers, indexes, configurations, tokenizers and request files; NUM_FILES=10000
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz_files --rounds $(NUM_FILES)
+
+api: setup  ## every endpoint of the API, called with what its own document allows and with what it does not; CALLS=5000
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.api_calls --calls $(CALLS)

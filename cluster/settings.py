@@ -12,15 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.sources import InitSettingsSource
 
 from cluster.logs import DEBUG_VARIABLE
+from cluster.setting_types import AbsolutePath, Patterns, Port, Url, Webhook, names, read_token
 from jobs.allowance import Allowance, Pattern
-from jobs.errors import BadInputError, FailureClass, InvalidValueError
+from jobs.errors import BadInputError, FailureClass
 from jobs.ledger.shares import ShareRules
-from jobs.locations import normal_path
 from jobs.policy import FailurePolicy, failure_policy
 from jobs.request import NumBytes
 from workers.merging.settings import WorkerSettings
@@ -29,36 +29,10 @@ ENV_PREFIX = "MERGEFLEET_"
 CONFIG_VARIABLE = "MERGEFLEET_CONFIG"
 CONFIG_NAME = "mergefleet.toml"
 
+_SECRET = ("", "store", "server", "token", "webhooks")
+"""Settings whose wrong values are not shown: a URL may hold a password."""
+
 _VARIABLES_THAT_ARE_NO_SETTINGS = frozenset({CONFIG_VARIABLE, DEBUG_VARIABLE})
-
-
-def _absolute(value: Any) -> Any:
-    return normal_path(Path(value).expanduser()) if isinstance(value, str | Path) else value
-
-
-def _names(value: Any) -> Any:
-    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
-
-
-AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
-"""`~` is the user's home; a relative path is taken from the working directory."""
-
-
-def _patterns(value: Any) -> Any:
-    if isinstance(value, str):
-        value = [part.strip() for part in value.split(",")]
-    if isinstance(value, list | tuple):
-        if not value:
-            raise InvalidValueError("at least one place; leave it out to allow all", "none")
-        for text in value:
-            Pattern.parse(text if isinstance(text, str) else "")
-    return value
-
-
-Patterns = Annotated[tuple[str, ...] | None, NoDecode, BeforeValidator(_patterns)]
-"""A list of places as `jobs.allowance.Pattern` reads them; in the environment separated by commas."""
-
-Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 def _ray_directory() -> Path:
@@ -95,7 +69,7 @@ class Settings(BaseSettings):
     """Compute threads of each worker; by default the cores, divided among the workers."""
     resident_bytes: NumBytes = 4 * 1024**3
     """Most bytes of quantized bases that one worker keeps in memory between units."""
-    inert_adapter_fields: Annotated[frozenset[str], NoDecode, BeforeValidator(_names)] = frozenset()
+    inert_adapter_fields: Annotated[frozenset[str], NoDecode, BeforeValidator(names)] = frozenset()
     """Fields of `adapter_config.json` that PEFT does not know and that change no merge: names with commas between."""
 
     allowed_sources: Patterns = None
@@ -139,6 +113,16 @@ class Settings(BaseSettings):
     """How long a driver that was told to stop waits for releases that are being published; all else is given back at
     once."""
 
+    server: Url | None = None
+    """Where `mergefleet serve` is: commands about the queue then ask it, and not the ledger."""
+    token: SecretStr | None = None
+    """What the server asks for, and who asks it has to show."""
+    token_path: AbsolutePath | None = None
+    """A file with the token, in its place."""
+    webhooks: Mapping[str, Webhook] = {}
+    """By name, who is told of jobs that ended and of places that are paused: url, secret, kinds. Sent by
+    `mergefleet serve`."""
+
     dashboard: bool = True
     """Whether the local Ray serves its dashboard."""
     dashboard_host: str = "127.0.0.1"
@@ -147,9 +131,7 @@ class Settings(BaseSettings):
     """Port of the local Ray's dashboard; by default the first free one from 8265."""
     metrics_port: Port | None = None
     """Port of the local Ray's Prometheus endpoint; by default a free one."""
-    ray_directory: AbsolutePath = Field(
-        default_factory=lambda _: Path(tempfile.gettempdir()) / f"mergefleet-{os.getuid()}"
-    )
+    ray_directory: AbsolutePath = Field(default_factory=_ray_directory)
     """Sessions and logs of the local Ray. Short: the sockets below it must fit 107 bytes."""
 
     @model_validator(mode="after")
@@ -157,6 +139,12 @@ class Settings(BaseSettings):
         ignored = sorted({"dashboard_host", "dashboard_port"} & self.model_fields_set)
         if ignored and not self.dashboard:
             raise ValueError(f"dashboard is off, which would ignore {' and '.join(ignored)}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_token(self) -> Self:
+        if self.token is not None and self.token_path is not None:
+            raise ValueError("token and token_path are both set; only one can be meant")
         return self
 
     @model_validator(mode="after")
@@ -186,6 +174,14 @@ class Settings(BaseSettings):
     def share_rules(self) -> ShareRules:
         """How the fleet is shared."""
         return ShareRules(label=self.share_label, weights=self.shares, quotas=self.quotas)
+
+    def read_token(self) -> str | None:
+        """Return the token, or None where there is none.
+
+        Raises:
+            BadInputError: its file cannot be read, or it is no token.
+        """
+        return read_token(self.token, self.token_path)
 
     @property
     def allowance(self) -> Allowance:
@@ -288,7 +284,7 @@ def _problems(error: ValidationError) -> list[str]:
         name = str(detail["loc"][0]) if detail["loc"] else ""
         if detail["type"] == "default_factory_not_called":
             continue  # only says that another value is wrong, which has its own line
-        found = "" if name in ("", "store") else f", found {detail['input']!r}"  # a store URL may hold a password
+        found = "" if name in _SECRET else f", found {detail['input']!r}"
         problems.append(f"{_origin(name)}: {detail['msg']}{found}" if name else detail["msg"])
     return problems
 

@@ -71,6 +71,10 @@ class DestinationOccupiedError(BadInputError):
     """The destination holds something other than this release."""
 
 
+class StoreUnusableError(BadInputError):
+    """The ledger is damaged, was moved or replaced, or may not be opened: it stays so until a person acts."""
+
+
 class AuthError(MergefleetError):
     """Credentials are missing, wrong or not allowed to do this."""
 
@@ -81,6 +85,10 @@ class NotFoundError(MergefleetError):
     """A file, repository, revision or bucket does not exist."""
 
     failure_class = FailureClass.NOT_FOUND
+
+
+class StoreMissingError(NotFoundError):
+    """The server has no such database, or no such role, for the ledger."""
 
 
 class TransientIOError(MergefleetError):

@@ -133,7 +133,15 @@ def enclosing(text: str) -> Iterator[str]:
         yield "/"
 
 
-def parse_location(text: str, relative_to: Path | None = None) -> Location:
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """The machine that a text comes from, when it is not this one: its home directories are not known here."""
+
+    directory: Path | None
+    """Absolute; what relative paths are taken from. Without one they are refused."""
+
+
+def parse_location(text: str, relative_to: Path | Elsewhere | None = None) -> Location:
     """Parse a location.
 
     Args:
@@ -148,7 +156,9 @@ def parse_location(text: str, relative_to: Path | None = None) -> Location:
     """
     if not text or text != text.strip() or _UNPRINTABLE.search(text):
         raise InvalidValueError("a path, s3://bucket/prefix or hf://owner/name@revision", repr(text))
-    if text.startswith("~"):
+    if isinstance(relative_to, Elsewhere):
+        relative_to = _directory_of(text, relative_to)
+    elif text.startswith("~"):
         return LocalPath(normal_path(_from_home(text), relative_to))
     return _parse(text, os.path.join(os.getcwd(), relative_to or ""))  # noqa: PTH109, PTH118
 
@@ -175,6 +185,16 @@ def _parse(text: str, directory: str) -> Location:
     if "://" in text or _SCHEME.match(text):
         raise InvalidValueError("a path, s3://bucket/prefix or hf://owner/name@revision", f"another URL, {text!r}")
     return LocalPath(normal_path(text, Path(directory)))
+
+
+def _directory_of(text: str, origin: Elsewhere) -> Path | None:
+    """Return what a path that was written on another machine is taken from."""
+    if text.startswith("~"):
+        raise InvalidValueError("an absolute path: '~' is a home directory of another machine", repr(text))
+    is_relative = not text.startswith("/") and "://" not in text and not _SCHEME.match(text)
+    if is_relative and origin.directory is None:
+        raise InvalidValueError("an absolute path, s3://bucket/prefix or hf://owner/name@revision", repr(text))
+    return origin.directory
 
 
 def _from_home(text: str) -> Path:
@@ -205,7 +225,7 @@ def _validate(value: Any, info: ValidationInfo) -> Location:
     raise InvalidValueError("a location as text", type(value).__name__)
 
 
-# Relative paths are taken from the directory in the validation context, `{"relative_to": Path}`, where there is one.
+# Relative paths are taken from what the validation context says, `{"relative_to": Path | Elsewhere}`, where it does.
 LocationField = Annotated[
     Location,
     BeforeValidator(_validate),

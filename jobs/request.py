@@ -157,6 +157,13 @@ class MergeRequest(Frozen):
             raise InvalidValueError("a repository with its owner, hf://owner/name", f"'{value}'")
         return value
 
+    @field_validator("labels")
+    @classmethod
+    def _check_labels(cls, value: dict[str, str]) -> dict[str, str]:
+        if broken := next((text for pair in value.items() for text in pair if "\0" in text), None):
+            raise InvalidValueError("labels without the character NUL, which no database keeps", repr(broken))
+        return value
+
     @field_validator("quantization_options")
     @classmethod
     def _check_quantization_options(cls, value: QuantizationOptions, info: ValidationInfo) -> QuantizationOptions:

@@ -2,7 +2,7 @@
 
 import typer
 
-from cluster.cli import merging, queue, running, seeing, steering
+from cluster.cli import merging, queue, running, seeing, serving, steering
 from cluster.console.arguments import Version
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ def _every_command(*, _version: Version = False) -> None:
     pass
 
 
-for each in (merging, queue, running, seeing, steering):
+for each in (merging, queue, running, seeing, serving, steering):
     app.add_typer(each.commands)
 
 

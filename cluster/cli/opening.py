@@ -1,4 +1,4 @@
-"""What commands about the queue begin with: the ledger, and which of its jobs are meant."""
+"""What commands about the queue begin with: the queue itself, and which of its jobs are meant."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,26 +8,51 @@ from jobs.errors import BadInputError, FailureClass
 from jobs.states import JobState
 
 if TYPE_CHECKING:
+    from cluster.front.service import Service
     from jobs.ledger.selection import Selection
     from jobs.ledger.store import JobStore
 
 
 @contextlib.contextmanager
-def open_store(*, create: bool = False) -> "Iterator[JobStore]":
-    """Open the ledger of the settings.
+def open_service() -> "Iterator[Service]":
+    """Open the queue of the settings: behind their server where one is set, else over their ledger.
 
-    Args:
-        create: whether one that is missing is made; a question to none is answered so.
+    A ledger that is missing is made by what adds to it alone; a question to none is answered so.
+    """
+    from cluster.settings import load_settings
+
+    settings = load_settings()
+    if settings.server is not None:
+        from cluster.front.client import HttpService
+
+        service: Service = HttpService(settings.server, settings.read_token())
+    else:
+        from cluster.front.ledger import LedgerService
+
+        service = LedgerService(settings)
+    with contextlib.closing(service):
+        yield service
+
+
+@contextlib.contextmanager
+def open_store() -> "Iterator[JobStore]":
+    """Open the ledger of the settings, for its upkeep.
+
+    Raises:
+        BadInputError: the settings name a server, whose ledger is elsewhere.
     """
     from cluster.settings import load_settings
     from jobs.ledger.store import JobStore
 
-    with contextlib.closing(JobStore(load_settings().store, create=create)) as store:
+    settings = load_settings()
+    if settings.server is not None:
+        raise BadInputError("this command works on the ledger itself: run it where that is, without MERGEFLEET_SERVER")
+    with contextlib.closing(JobStore(settings.store, create=False)) as store:
         yield store
 
 
 def select(
-    store: "JobStore",
+    service: "Service | JobStore",
     *,
     ids: list[str] | None = None,
     batch: str | None = None,
@@ -39,7 +64,7 @@ def select(
     """Return the jobs a person asked for; everything when nothing narrows it.
 
     Raises:
-        BadInputError: a label is no K=V, or an id or batch is none.
+        BadInputError: a label is no K=V, or a batch is none.
     """
     from jobs.ledger.selection import Selection
 
@@ -49,9 +74,7 @@ def select(
     pairs = [label.partition("=") for label in labels or ()]
     if wrong := [name for name, equals, _ in pairs if not (name and equals)]:
         raise BadInputError(f"--label: expected K=V, found {wrong[0]!r}")
-    if ids and (unknown := set(ids) - set(store.ids(Selection(ids=ids)))):
-        raise BadInputError(f"no such job: {', '.join(sorted(unknown))}")
-    if batch is not None and batch not in (known := [each.name for each in store.batches()]):
+    if batch is not None and batch not in (known := [each.name for each in service.batches()]):
         raise BadInputError(f"no such batch: {batch}; there are: {', '.join(known[-20:]) or 'none'}")
     return Selection(
         ids=ids or None,
@@ -63,12 +86,12 @@ def select(
     )
 
 
-def choose(store: "JobStore", **narrows: object) -> tuple[str, ...]:
-    """Return the ids of the jobs a person chose to change; arguments as `select` takes them.
+def choose(service: "Service", **narrows: object) -> "Selection":
+    """Return the jobs a person chose to change; arguments as `select` takes them.
 
     Raises:
         BadInputError: nothing was chosen; all jobs are never meant by saying nothing.
     """
     if not any(narrows.values()):
         raise BadInputError("name the jobs: ids, --batch, --state, --label, or for retry --failed and --class")
-    return store.ids(select(store, **narrows))  # type: ignore[arg-type]
+    return select(service, **narrows)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from cluster import exit_codes
-from cluster.cli.opening import choose, open_store, select
+from cluster.cli.opening import choose, open_service, select
 from cluster.console.arguments import (
     AsJson,
     Batch,
@@ -36,14 +36,11 @@ def submit(
 ) -> None:
     """Queue every request of FILE as a batch, or none when one is wrong. The same file twice changes nothing."""
     with terminal(as_json=as_json, debug=debug) as output:
-        from cluster.settings import load_settings
         from jobs.batch import batch_name
-        from jobs.request_files.reading import load_requests
 
         name = batch_name(file.stem if batch is None else batch, given=batch is not None)
-        requests = load_requests(file, load_settings().allowance)
-        with open_store(create=True) as store:
-            result = store.submit(requests, name)
+        with open_service() as service:
+            result = service.submit_file(file, name)
         output.document({"batch": result.batch, "created": list(result.created), "unchanged": list(result.unchanged)})
         there = f", {len(result.unchanged)} were there already" if result.unchanged else ""
         output.show(f"batch {result.batch}: {len(result.created)} jobs queued{there}")
@@ -63,15 +60,15 @@ def status(
     debug: Debug = False,
 ) -> None:
     """Show batches, jobs, what is paused and the drivers; of jobs named by ID, all that happened to them."""
-    with terminal(as_json=as_json, debug=debug) as output, open_store() as store:
+    with terminal(as_json=as_json, debug=debug) as output, open_service() as service:
         from cluster.commands.status import show_jobs, show_overview
 
-        changed_since = None if since is None else store.now() - since
-        selection = select(store, ids=ids, batch=batch, states=state, labels=label, since=changed_since)
+        changed_since = None if since is None else service.now() - since
+        selection = select(service, ids=ids, batch=batch, states=state, labels=label, since=changed_since)
         if ids or batch or state or label or since is not None:
-            show_jobs(output, store, selection, limit=limit, order=sort, with_events=bool(ids))
+            show_jobs(output, service, selection, limit=limit, order=sort, with_events=bool(ids))
         else:
-            show_overview(output, store, limit=limit, order=sort)
+            show_overview(output, service, limit=limit, order=sort)
 
 
 @commands.command()
@@ -80,17 +77,17 @@ def watch(*, batch: Batch = None, label: Labels = None, as_json: AsJson = False,
 
     Of a batch all jobs count; without one those that are not final yet. The exit code is theirs.
     """
-    with terminal(as_json=as_json, debug=debug) as output, open_store() as store:
+    with terminal(as_json=as_json, debug=debug) as output, open_service() as service:
         import dataclasses
 
         from cluster.commands.watch import watch_jobs
         from cluster.settings import load_settings
 
-        selection = select(store, batch=batch, labels=label)
+        selection = select(service, batch=batch, labels=label)
         if batch is None:
-            selection = dataclasses.replace(selection, unfinished_at=store.now())
+            selection = dataclasses.replace(selection, unfinished_at=service.now())
         try:
-            failures = watch_jobs(output, store, selection, load_settings().poll_seconds)
+            failures = watch_jobs(output, service, selection, load_settings().poll_seconds)
         except KeyboardInterrupt:
             raise typer.Exit(exit_codes.DONE) from None
         raise typer.Exit(exit_codes.of_jobs(failures))
@@ -109,11 +106,13 @@ def retry(
     debug: Debug = False,
 ) -> None:
     """Queue jobs again that failed, were cancelled or quarantined, or wait for their time; attempts start anew."""
-    with terminal(as_json=as_json, debug=debug) as output, open_store() as store:
+    with terminal(as_json=as_json, debug=debug) as output, open_service() as service:
         from jobs.states import UNSUCCESSFUL_STATES
 
         states = [*(state or ()), *(UNSUCCESSFUL_STATES if failed else ())]
-        changed = store.retry(choose(store, ids=ids, batch=batch, states=states, labels=label, failures=failure_class))
+        changed = service.retry(
+            choose(service, ids=ids, batch=batch, states=states, labels=label, failures=failure_class)
+        )
         output.document({"retried": list(changed)})
         output.show(f"{len(changed)} jobs queued again")
 
@@ -129,7 +128,7 @@ def cancel(
     debug: Debug = False,
 ) -> None:
     """Cancel jobs: those that wait at once, those at work within seconds. What is being published may still appear."""
-    with terminal(as_json=as_json, debug=debug) as output, open_store() as store:
-        changed = store.cancel(choose(store, ids=ids, batch=batch, states=state, labels=label))
+    with terminal(as_json=as_json, debug=debug) as output, open_service() as service:
+        changed = service.cancel(choose(service, ids=ids, batch=batch, states=state, labels=label))
         output.document({"cancelled": list(changed)})
         output.show(f"{len(changed)} jobs cancelled, or being stopped")

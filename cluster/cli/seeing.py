@@ -9,6 +9,7 @@ from cluster import exit_codes
 from cluster.cli.opening import open_store, select
 from cluster.console.arguments import AsJson, Debug
 from cluster.console.terminal import terminal
+from jobs.errors import BadInputError
 
 commands = typer.Typer()
 
@@ -27,7 +28,8 @@ def logs(
         from cluster.settings import load_settings
 
         settings = load_settings()
-        select(store, ids=[job])
+        if not store.ids(select(store, ids=[job])):
+            raise BadInputError(f"no such job: {job}")
         try:
             show_logs(output, store, settings.logs, job, follow_seconds=settings.poll_seconds if follow else None)
         except KeyboardInterrupt:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.cli.opening import open_store
+from cluster.cli.opening import open_service, open_store
 from cluster.console.arguments import AsJson, Debug
 from cluster.console.terminal import terminal
 from jobs.errors import BadInputError
@@ -39,8 +39,8 @@ def pause(
     """Keep jobs from being started: all, or those of a batch, base or place. Those at work go on."""
     with terminal(as_json=as_json, debug=debug) as output:
         scope, name = _scope(what, name)
-        with open_store() as store:
-            changed = store.pause(scope, name, getpass.getuser(), reason)
+        with open_service() as service:
+            changed = service.pause(scope, name, getpass.getuser(), reason)
         output.document({"scope": scope.value, "name": name, "changed": changed})
         output.show(f"{f'{scope} {name}'.rstrip()} {'is paused' if changed else 'was paused already'}")
 
@@ -50,20 +50,20 @@ def resume(what: What, name: Name = "", *, as_json: AsJson = False, debug: Debug
     """Let jobs be started again; also those of a place that was paused for a fault, before it is tried by itself."""
     with terminal(as_json=as_json, debug=debug) as output:
         scope, name = _scope(what, name)
-        with open_store() as store:
-            ended = store.resume(scope, name)
+        with open_service() as service:
+            ended = service.resume(scope, name)
         output.document({"scope": scope.value, "name": name, "changed": bool(ended)})
         output.show(f"{f'{scope} {name}'.rstrip()} {'goes on' if ended else 'was not paused'}")
 
 
 @commands.command()
 def policy(*, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Show what follows each class of failure, as the settings have it."""
+    """Show what follows each class of failure, as the settings have it; those of the server, where one is set."""
     with terminal(as_json=as_json, debug=debug) as output:
         from cluster.console.queue_views import policy_table
-        from cluster.settings import load_settings
 
-        table = load_settings().failure_policy
+        with open_service() as service:
+            table = service.policy()
         output.document({"policy": table.model_dump(mode="json")["by_class"]})
         output.show(policy_table(table))
 
@@ -76,8 +76,8 @@ def release_leases(
     debug: Debug = False,
 ) -> None:
     """Take the jobs of a driver that is lost or hangs, without waiting for its leases; nothing it still does counts."""
-    with terminal(as_json=as_json, debug=debug) as output, open_store() as store:
-        count = store.release_leases(driver)
+    with terminal(as_json=as_json, debug=debug) as output, open_service() as service:
+        count = service.release_leases(driver)
         output.document({"driver": driver, "released": count})
         output.show(f"{count} leases of {driver} released")
 
@@ -111,7 +111,10 @@ def upgrade(*, as_json: AsJson = False, debug: Debug = False) -> None:
         from cluster.settings import load_settings
         from jobs.ledger.store import upgrade_store
 
-        before, after = upgrade_store(load_settings().store)
+        settings = load_settings()
+        if settings.server is not None:
+            raise BadInputError("the ledger is upgraded where it is: run this there, without MERGEFLEET_SERVER")
+        before, after = upgrade_store(settings.store)
         output.document({"from": before, "to": after})
         output.show(f"schema {after}: nothing to do" if before == after else f"schema {before} is {after} now")
 

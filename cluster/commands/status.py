@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cluster.console.documents import batch_document, job_document, plain
-from cluster.console.failures import group_failures
 from cluster.console.history import History, Surroundings, history_of
 from cluster.console.history_views import history_document, history_table, next_line
 from cluster.console.queue_views import (
@@ -16,27 +15,28 @@ from cluster.console.queue_views import (
     state_counts,
 )
 from cluster.console.terminal import Terminal
+from jobs.errors import BadInputError
 from jobs.ledger.queries import Order
 from jobs.ledger.records import JobRecord
 from jobs.ledger.selection import Selection
 
 if TYPE_CHECKING:
-    from jobs.ledger.store import JobStore
+    from cluster.front.service import Service
 
 
-def show_overview(output: Terminal, store: "JobStore", *, limit: int, order: Order) -> None:
+def show_overview(output: Terminal, service: "Service", *, limit: int, order: Order) -> None:
     """Show batches, drivers, what is paused, what failed why, and the jobs that are not final.
 
     Args:
         output: gets it.
-        store: the ledger.
+        service: the queue.
         limit: most jobs shown.
         order: of the jobs.
     """
-    counts, batches, pauses, drivers = store.counts(), store.batches(), store.pauses(), store.drivers()
-    now, held = store.now(), store.num_held()
-    failures = group_failures(store.failures())
-    records = store.jobs(order=order, limit=limit)
+    counts, batches, pauses, drivers = service.counts(), service.batches(), service.pauses(), service.drivers()
+    now, held = service.now(), service.num_held()
+    failures = service.failures()
+    records = service.jobs(order=order, limit=limit)
     output.document(
         {
             "counts": {state.value: count for state, count in counts.items()},
@@ -63,25 +63,30 @@ def show_overview(output: Terminal, store: "JobStore", *, limit: int, order: Ord
 
 
 def show_jobs(
-    output: Terminal, store: "JobStore", selection: Selection, *, limit: int, order: Order, with_events: bool
+    output: Terminal, service: "Service", selection: Selection, *, limit: int, order: Order, with_events: bool
 ) -> None:
     """Show the jobs that were asked for.
 
     Args:
         output: gets them.
-        store: the ledger.
+        service: the queue.
         selection: which jobs.
         limit: how many at most; all that were named by id.
         order: of the jobs.
         with_events: whether all that happened to them is shown, too.
+
+    Raises:
+        BadInputError: an id is no job's.
     """
-    records = store.jobs(selection, order=order, limit=None if selection.ids is not None else limit)
+    records = service.jobs(selection, order=order, limit=None if selection.ids is not None else limit)
+    if selection.ids is not None and (unknown := set(selection.ids) - {record.id for record in records}):
+        raise BadInputError(f"no such job: {', '.join(sorted(unknown))}")
     documents = [job_document(record) for record in records]
-    histories = _histories(store, records) if with_events else []
+    histories = _histories(service, records) if with_events else []
     for document, history in zip(documents, histories, strict=False):
         document.update(history_document(history))
-    counts = store.counts() if with_events else store.counts(selection)
-    failures = () if with_events else group_failures(store.failures(selection))
+    counts = service.counts() if with_events else service.counts(selection)
+    failures = () if with_events else service.failures(selection)
     output.document(
         {
             "counts": {state.value: count for state, count in counts.items()},
@@ -103,9 +108,9 @@ def show_jobs(
     output.show(state_counts(counts))
 
 
-def _histories(store: "JobStore", records: Sequence[JobRecord]) -> list[History]:
-    around = Surroundings(now=store.now(), pauses=store.pauses(), drivers=store.drivers())
-    return [history_of(record, store.events(record.id), around) for record in records]
+def _histories(service: "Service", records: Sequence[JobRecord]) -> list[History]:
+    around = Surroundings(now=service.now(), pauses=service.pauses(), drivers=service.drivers())
+    return [history_of(record, service.events(record.id), around) for record in records]
 
 
 def _show_rest(output: Terminal, num_more: int) -> None:

@@ -1,4 +1,4 @@
-"""Following a batch, from any terminal that can reach the store."""
+"""Following a batch, from any terminal that can reach the queue."""
 
 import contextlib
 import logging
@@ -9,10 +9,10 @@ from rich.live import Live
 
 from cluster.console.display import board
 from cluster.console.documents import plain, progress_document
-from cluster.console.failures import group_failures
 from cluster.console.progress import ByteClock, by_base
 from cluster.console.queue_views import failure_table, pause_line, state_counts
 from cluster.console.terminal import Terminal
+from cluster.front.service import Service
 from jobs.errors import FailureClass, MergefleetError
 from jobs.ledger.selection import Selection
 from jobs.ledger.store import JobStore
@@ -24,13 +24,13 @@ _MAX_ASKING = 20.0
 
 
 def watch_jobs(
-    output: Terminal, store: JobStore, selection: Selection, poll_seconds: float
+    output: Terminal, service: Service, selection: Selection, poll_seconds: float
 ) -> tuple[FailureClass, ...]:
     """Show how far jobs are until all of them are final.
 
     Args:
         output: a live board for a person, or a JSON line whenever something has changed.
-        store: the ledger.
+        service: the queue.
         selection: which jobs.
         poll_seconds: how often the ledger is asked; less often where its answers take long.
 
@@ -45,7 +45,7 @@ def watch_jobs(
     with contextlib.nullcontext() if output.as_json else live:  # a live display hides the cursor, even an empty one
         while True:
             begin = time.monotonic()
-            progress, pauses = by_base(store.work(selection)), store.pauses()
+            progress, pauses = by_base(service.work(selection)), service.pauses()
             document = progress_document(progress, clock.seconds_left(begin, progress), pauses)
             shown = {name: value for name, value in document.items() if name != "seconds_left"}
             if shown != last:
@@ -56,8 +56,8 @@ def watch_jobs(
             if all(each.num_final == each.num_jobs for each in progress):
                 break
             time.sleep(max(poll_seconds, (time.monotonic() - begin) * _MAX_ASKING))
-    failures = group_failures(store.failures(selection))
-    counts = store.counts(selection)
+    failures = service.failures(selection)
+    counts = service.counts(selection)
     if failures:
         output.show(failure_table(failures))
     output.show(state_counts(counts))

@@ -12,10 +12,10 @@ from markupsafe import Markup, escape
 
 from cluster.console import batch_figures, lanes, spreads
 from cluster.console.attempts import Attempt, Band, Outcome, attempts_of, bands_of
-from cluster.console.failures import group_failures
 from cluster.console.history_views import span
 from cluster.console.remedies import REMEDIES
 from cluster.console.spreads import spread
+from jobs.ledger.causes import group_failures
 from jobs.ledger.records import Event, JobRecord
 from jobs.locations import HubRepo, LocalPath, Location
 from jobs.release import REPORT_PAGE_NAME

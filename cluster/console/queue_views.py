@@ -7,8 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.console.display import cell, duration, line, shorten
-from cluster.console.failures import FailureGroup
 from cluster.console.progress import base_name
+from jobs.ledger.causes import FailureGroup
 from jobs.ledger.pauses import Cause, Pause
 from jobs.ledger.records import BatchRecord, DriverRecord, JobRecord
 from jobs.policy import FailurePolicy

@@ -17,7 +17,7 @@ from sqlalchemy.exc import (
     ProgrammingError,
 )
 
-from jobs.errors import BadInputError, MergefleetError, NotFoundError
+from jobs.errors import BadInputError, MergefleetError, NotFoundError, StoreUnusableError
 from jobs.ledger import postgres, sqlite
 from jobs.ledger.migration import make_tables, schema_of, upgrade
 from jobs.ledger.schema import SCHEMA
@@ -76,6 +76,8 @@ class Database:
             raise BadInputError(f"store {self.name}: its driver is not installed ({error}); {_EXTRA}") from error
         self._writer = self._engine.execution_options(writes=True)
         self._reader = self._engine if self._file is not None else postgres.reader(self._engine)
+        self.settling_seconds = 0.0 if self._file is not None else postgres.LONGEST_WRITE_SECONDS
+        """How long after its time, which a transaction asks for on its way, what it writes may appear to others."""
         self._own_time = select(text(_CLOCKS[parsed.get_backend_name()]))
         self._clock = clock
         try:
@@ -142,7 +144,7 @@ class Database:
             if isinstance(error, ProgrammingError) and not postgres.is_refusal(error.orig):
                 if error.statement is not None:
                     raise
-                raise BadInputError(
+                raise StoreUnusableError(
                     f"store {self.name}: it cannot be connected to as its URL says: {error.orig}"
                 ) from error
             raise self._error_of(error) from error

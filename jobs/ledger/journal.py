@@ -10,9 +10,13 @@ from sqlalchemy import Connection, bindparam, insert, literal, select, update
 
 from jobs.errors import InternalError
 from jobs.ledger.database import in_pieces
+from jobs.ledger.deliveries import JOB_MESSAGES, job_message, tell
 from jobs.ledger.rows import JobRow
 from jobs.ledger.schema import events, jobs
 from jobs.states import TRANSITIONS, JobState
+
+_TOLD = (jobs.c.id, jobs.c.batch, jobs.c.base, jobs.c.destination, jobs.c.num_events)
+"""What messages tell of a job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +68,23 @@ def make_moves(connection: Connection, moves: Sequence[Move], now: float) -> Non
     """
     if not moves:
         return
-    changes, entries = [], []
+    changes, entries, messages = [], [], []
     for move in moves:
         state = JobState(move.row.state)
         for index, step in enumerate(move.steps, start=1):
             if step.state not in TRANSITIONS[state]:
                 raise InternalError(f"job '{move.row.id}': no way leads from {state} to {step.state}")
             state = step.state
-            entries.append(event_values(move.row.id, move.row.num_events + index, now, step))
+            sequence = move.row.num_events + index
+            entries.append(event_values(move.row.id, sequence, now, step))
+            if state in JOB_MESSAGES:
+                messages.append(job_message(move.row, sequence, state, step.detail))
         num_events = move.row.num_events + len(move.steps)
         columns = {"state": state.value, "num_events": num_events, "updated_at": now, **move.columns}
         changes.append({"in_row": move.row.number, **columns})
     connection.execute(update(jobs).where(jobs.c.number == bindparam("in_row")), changes)
     connection.execute(insert(events), entries)
+    tell(connection, messages, now)
 
 
 def step_many(
@@ -110,6 +118,9 @@ def step_many(
         connection.execute(insert(events).from_select(["job_id", "sequence", "at", "state", "detail"], logged))
         changed = {"state": step.state.value, "num_events": jobs.c.num_events + 1, "updated_at": now, **columns}
         connection.execute(update(jobs).where(where).values(changed))
+        if step.state in JOB_MESSAGES:
+            entered = connection.execute(select(*_TOLD).where(where).order_by(jobs.c.number)).all()
+            tell(connection, [job_message(row, row.num_events, step.state, step.detail) for row in entered], now)
 
 
 def event_values(job_id: str, sequence: int, now: float, step: Step) -> dict[str, Any]:

@@ -1,16 +1,19 @@
 """Pauses: what is kept from being claimed, by whom and why; and the jobs that find out whether a place works again."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, insert, select, update
 
 from jobs.errors import BadInputError, FailureClass, NotFoundError
 from jobs.ledger.database import Database
+from jobs.ledger.deliveries import Message, MessageKind, tell
+from jobs.ledger.holding import hold, key_of, let_go
 from jobs.ledger.schema import batches, jobs, pauses
 from jobs.places import is_covered, locations_of
 from jobs.request import MergeRequest
-from jobs.states import ACTIVE_STATES, CLAIMABLE_STATES, STAGES, JobState
+from jobs.states import ACTIVE_STATES, STAGES, JobState
 
 
 class Scope(StrEnum):
@@ -70,11 +73,6 @@ class Pause:
                 return any(is_covered(location, self.name) for location in locations_of(request))
 
 
-def key_of(scope: Scope, name: str) -> str:
-    """Return what jobs held by a pause name: the same for two pauses of one thing, by a person and by a driver."""
-    return f"{scope} {name}".rstrip()
-
-
 class Pauses:
     """The side of the ledger that keeps jobs back."""
 
@@ -110,7 +108,9 @@ class Pauses:
                 return False
             values = {"scope": scope, "name": name, "cause": Cause.OPERATOR, "by": by, "reason": reason}
             connection.execute(insert(pauses).values(**values, since=self._database.now(connection), num_faults=0))
-            _hold(connection, scope, name)
+            hold(connection, scope, name)
+            made = _pause_of(connection.execute(select(pauses).where(where)).one())
+            _tell(connection, MessageKind.PLACE_PAUSED, [made], made.since)
             return True
 
     def resume(self, scope: Scope, name: str) -> tuple[Pause, ...]:
@@ -124,7 +124,8 @@ class Pauses:
             ended = tuple(_pause_of(row) for row in connection.execute(select(pauses).where(where)))
             if ended:
                 connection.execute(delete(pauses).where(where))
-                _let_go(connection, key_of(scope, name))
+                let_go(connection, key_of(scope, name))
+                _tell(connection, MessageKind.PLACE_RESUMED, ended, self._database.now(connection))
             return ended
 
     def pause_place(
@@ -175,10 +176,13 @@ class Pauses:
             if row is None:
                 key = {"scope": Scope.PLACE, "name": place, "cause": Cause.FAULT}
                 connection.execute(insert(pauses).values(**key, since=now, **values))
-                _hold(connection, Scope.PLACE, place)
+                hold(connection, Scope.PLACE, place)
             else:
                 connection.execute(update(pauses).where(where).values(**values))
-            return _pause_of(connection.execute(select(pauses).where(where)).one())
+            made = _pause_of(connection.execute(select(pauses).where(where)).one())
+            if row is None:
+                _tell(connection, MessageKind.PLACE_PAUSED, [made], now)
+            return made
 
     def passed(self, job_id: str, state: JobState) -> tuple[Pause, ...]:
         """End the pauses of places that a job was sent ahead to try, and got past.
@@ -198,7 +202,8 @@ class Pauses:
             for pause in ended:
                 connection.execute(delete(pauses).where(_is(pause.scope, pause.name, pause.cause)))
                 if not _is_paused(connection, pause.scope, pause.name):
-                    _let_go(connection, pause.key)
+                    let_go(connection, pause.key)
+            _tell(connection, MessageKind.PLACE_RESUMED, ended, self._database.now(connection))
             return ended
 
     def send_probe(self, place: str, job_id: str) -> None:
@@ -270,27 +275,21 @@ def _is_paused(connection: Connection, scope: Scope, name: str) -> bool:
     return connection.execute(select(pauses.c.scope).where(where)).first() is not None
 
 
-def _hold(connection: Connection, scope: Scope, name: str) -> None:
-    """Mark the jobs that wait and are covered, as far as columns tell; claims mark the others when they meet them."""
-    if scope is Scope.QUEUE:
-        return  # looked at before anything is claimed
-    covered: ColumnElement[bool]
-    if scope in (Scope.BATCH, Scope.BASE):
-        covered = (jobs.c.batch if scope is Scope.BATCH else jobs.c.base) == name
-    else:
-        below = name.removeprefix("file://").rstrip("/") + "/"
-        # Not LIKE, for which SQLite takes capitals and small letters as the same.
-        covered = or_(*(func.substr(column, 1, len(below)) == below for column in (jobs.c.destination, jobs.c.base)))
-    waiting = and_(jobs.c.state.in_(CLAIMABLE_STATES), jobs.c.held_by == "")
-    _mark(connection, and_(waiting, covered), key_of(scope, name))
-
-
-def _let_go(connection: Connection, key: str) -> None:
-    """Let jobs be claimed that a pause held; claims hold them again where another one does."""
-    _mark(connection, and_(jobs.c.state.in_(CLAIMABLE_STATES), jobs.c.held_by == key), "")
-
-
-def _mark(connection: Connection, where: ColumnElement[bool], key: str) -> None:
-    """Mark jobs; locked in the order of all who lock several, else two would wait for each other."""
-    numbers = select(jobs.c.number).where(where).order_by(jobs.c.number).with_for_update()
-    connection.execute(update(jobs).where(jobs.c.number.in_(numbers)).values(held_by=key))
+def _tell(connection: Connection, kind: MessageKind, some: Iterable[Pause], now: float) -> None:
+    """Tell those who have asked for it of places that rest, or work again."""
+    messages = [
+        Message(
+            kind=kind,
+            data={
+                "place": each.name,
+                "cause": each.cause.value,
+                "since": each.since,
+                "by": each.by,
+                "reason": each.reason,
+                "failure": each.failure_class,
+            },
+        )
+        for each in some
+        if each.scope is Scope.PLACE
+    ]
+    tell(connection, messages, now)

@@ -2,18 +2,28 @@
 
 from sqlalchemy import URL, Engine, create_engine
 
-from jobs.errors import AuthError, BadInputError, MergefleetError, NoCapacityError, NotFoundError, TransientIOError
+from jobs.errors import (
+    AuthError,
+    MergefleetError,
+    NoCapacityError,
+    StoreMissingError,
+    StoreUnusableError,
+    TransientIOError,
+)
 
 CLOCK = "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
 """Seconds since 1970, now: not when the transaction began, as now() has it."""
+
+LONGEST_WRITE_SECONDS = 60.0
+"""No transaction that writes takes longer: the longest is a submission of 100,000 requests."""
 
 _SERVER_SETTINGS = "-c lock_timeout=10s -c idle_in_transaction_session_timeout=30s"
 """A driver that is frozen inside a transaction must not hold its rows for longer than a lease."""
 
 _KINDS: tuple[tuple[str, type[MergefleetError], str], ...] = (
     ("28", AuthError, "refuses this user; check the user, its password and pg_hba.conf"),
-    ("3D000", NotFoundError, "has no such database; create it, or correct its name"),
-    ("3F000", BadInputError, "has no such schema; check search_path"),
+    ("3D000", StoreMissingError, "has no such database; create it, or correct its name"),
+    ("3F000", StoreUnusableError, "has no such schema; check search_path"),
     ("42501", AuthError, "does not let this user do that; grant it what owns the tables"),
     ("53", NoCapacityError, "has no room or no connections left; nothing was written"),
 )
@@ -64,5 +74,5 @@ def error_of(name: str, cause: BaseException | None) -> MergefleetError:
     if not state and ("authentication failed" in words or "no pg_hba.conf entry" in words or "no password" in words):
         return AuthError(f"store {name} refuses this user; check the user, its password and pg_hba.conf: {words}")
     if not state and "does not exist" in words:
-        return NotFoundError(f"store {name} has no such database or role; create it, or correct its name: {words}")
+        return StoreMissingError(f"store {name} has no such database or role; create it, or correct its name: {words}")
     return TransientIOError(f"store {name} does not answer; nothing was written: {words}")

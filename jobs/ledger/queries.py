@@ -1,11 +1,11 @@
 """The questions to the ledger; they change nothing."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
-from sqlalchemy import case, func, select
+from sqlalchemy import ColumnElement, case, func, select
 
-from jobs.errors import FailureClass
+from jobs.errors import FailureClass, NotFoundError
 from jobs.ledger.database import Database, rows_where_in
 from jobs.ledger.pauses import Cause, Scope, read_pauses
 from jobs.ledger.records import BatchRecord, Event, JobRecord, Work
@@ -17,7 +17,7 @@ from jobs.request import MergeRequest
 from jobs.states import ACTIVE_STATES, FINAL_STATES, JobState
 
 Order = Literal["submitted", "updated", "priority"]
-_ORDERS = {
+ORDERS: Mapping[Order, tuple[ColumnElement[Any], ...]] = {
     "submitted": (jobs.c.number,),
     "updated": (jobs.c.updated_at.desc(), jobs.c.number),
     "priority": (jobs.c.priority.desc(), jobs.c.number),
@@ -49,7 +49,7 @@ class Queries:
             limit: how many at most.
             skip: how many of the first are left out.
         """
-        query = selection.narrow(select(jobs, releases.c.release).outerjoin(releases)).order_by(*_ORDERS[order])
+        query = selection.narrow(select(jobs, releases.c.release).outerjoin(releases)).order_by(*ORDERS[order])
         with self._database.read() as connection:
             if selection.ids is None:
                 rows: Sequence[JobRow] = connection.execute(query.limit(limit).offset(skip)).all()
@@ -114,6 +114,21 @@ class Queries:
             for batch, state, count in connection.execute(query):
                 found[batch][JobState(state)] = count
         return tuple(BatchRecord(name=row.name, created_at=row.created_at, counts=found[row.name]) for row in rows)
+
+    def batch(self, name: str) -> BatchRecord:
+        """Return one batch with its counts.
+
+        Raises:
+            NotFoundError: there is none of this name.
+        """
+        query = select(jobs.c.state, func.count()).where(jobs.c.batch == name).group_by(jobs.c.state)
+        with self._database.read() as connection:
+            row = connection.execute(select(batches).where(batches.c.name == name)).first()
+            if row is None:
+                raise NotFoundError(f"no such batch: {name}")
+            found = {JobState(state): count for state, count in connection.execute(query)}
+        counts = {state: found.get(state, 0) for state in JobState}
+        return BatchRecord(name=row.name, created_at=row.created_at, counts=counts)
 
     def work(self, selection: Selection = ALL) -> tuple[Work, ...]:
         """Return how far the work on each base is; of `selection` all but ids count."""

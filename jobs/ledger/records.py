@@ -110,6 +110,15 @@ class JobRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JobPage:
+    """Some jobs of a longer list."""
+
+    jobs: tuple[JobRecord, ...]
+    next_cursor: str | None
+    """Asks for the next ones; None when these are the last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """One step in the life of a job."""
 

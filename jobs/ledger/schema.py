@@ -16,12 +16,13 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    UniqueConstraint,
     false,
 )
 
 from jobs.states import LIVE_STATES, JobState
 
-SCHEMA = "0004"
+SCHEMA = "0005"
 """The last migration; raised with every change of the tables."""
 
 metadata = MetaData()
@@ -115,6 +116,7 @@ events = Table(
     Column("at", Double, nullable=False),
     Column("state", String(20), nullable=False),
     Column("detail", Text, nullable=False),  # JSON
+    Index("events_by_time", "at", "job_id", "sequence"),
 )
 
 labels = Table(
@@ -178,4 +180,29 @@ drivers = Table(
     Column("started_at", Double, nullable=False),
     Column("seen_at", Double, nullable=False),
     Column("ended_at", Double),
+)
+
+subscriptions = Table(
+    "subscriptions",
+    metadata,
+    Column("name", String(128), primary_key=True),
+    Column("kinds", Text, nullable=False),  # kinds of messages, with commas between
+    Column("since", Double, nullable=False),
+)
+"""Receivers of messages. Their addresses and secrets are settings of the server."""
+
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("webhook", String(128), nullable=False),  # one of `subscriptions`
+    Column("message_id", String(64), nullable=False),
+    Column("body", Text, nullable=False),  # JSON
+    Column("created_at", Double, nullable=False),
+    Column("num_tries", Integer, nullable=False, default=0),  # that have failed
+    Column("due_at", Double),  # until it has ended
+    Column("ended_at", Double),
+    Column("failure", Text),  # of the last try; of one that has ended, why it was given up
+    UniqueConstraint("webhook", "message_id", name="deliveries_one_per_message"),
+    Index("deliveries_by_turn", "webhook", "due_at"),
 )

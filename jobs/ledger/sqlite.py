@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 
-from jobs.errors import BadInputError, MergefleetError, NoCapacityError, TransientIOError
+from jobs.errors import BadInputError, MergefleetError, NoCapacityError, StoreUnusableError, TransientIOError
 
 CLOCK = "(julianday('now') - 2440587.5) * 86400.0"
 """Seconds since 1970, now; unixepoch('subsec') needs SQLite 3.42."""
@@ -73,13 +73,13 @@ class SqliteFile:
         try:
             status = self.path.stat()
         except FileNotFoundError:
-            raise BadInputError(
+            raise StoreUnusableError(
                 f"store {self.path} was moved or deleted while it was open; put it back, and start again"
             ) from None
         except OSError:
             return  # SQLite says what is wrong
         if self._opened is not None and (status.st_dev, status.st_ino) != self._opened:
-            raise BadInputError(f"store {self.path} was replaced by another file while it was open; start again")
+            raise StoreUnusableError(f"store {self.path} was replaced by another file while it was open; start again")
 
     def error_of(self, cause: BaseException | None, *, was_open: bool) -> MergefleetError:
         """Return our error for one of SQLite's.
@@ -90,9 +90,9 @@ class SqliteFile:
         """
         code = getattr(cause, "sqlite_errorname", None) or ""
         if code.startswith(_DAMAGED):
-            return BadInputError(f"store {self.path} is damaged, or no ledger at all ({cause}); {_RESTORE}")
+            return StoreUnusableError(f"store {self.path} is damaged, or no ledger at all ({cause}); {_RESTORE}")
         if code.startswith(_REFUSED) and not was_open:
-            return BadInputError(f"store {self.path} cannot be opened for writing: {cause}")
+            return StoreUnusableError(f"store {self.path} cannot be opened for writing: {cause}")
         if code == "SQLITE_FULL":
             return NoCapacityError(f"store {self.path}: its disk is full; nothing was written: {cause}")
         if code.startswith("SQLITE_BUSY"):

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from jobs.ledger.attempts import Attempts
 from jobs.ledger.database import Database
+from jobs.ledger.deliveries import Deliveries
+from jobs.ledger.paging import Paging
 from jobs.ledger.pauses import Pauses
 from jobs.ledger.queries import Queries
 from jobs.ledger.queue import JobQueue
@@ -17,7 +19,7 @@ from jobs.ledger.stages import Stages
 from jobs.ledger.upkeep import Upkeep
 
 
-class JobStore(JobQueue, Stages, Attempts, Pauses, Queries, Upkeep):
+class JobStore(JobQueue, Stages, Attempts, Pauses, Queries, Paging, Deliveries, Upkeep):
     """The ledger behind a URL. Safe for several threads; other processes and machines open their own.
 
     Raises, from every method: TransientIOError when the database does not answer, NoCapacityError when its disk is

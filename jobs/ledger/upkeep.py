@@ -8,7 +8,7 @@ from jobs.errors import NotFoundError
 from jobs.ledger.database import Database, in_pieces
 from jobs.ledger.options import LABEL_OPTION, read_option, set_option
 from jobs.ledger.records import DriverRecord
-from jobs.ledger.schema import batches, drivers, events, jobs, labels, releases
+from jobs.ledger.schema import batches, deliveries, drivers, events, jobs, labels, releases
 from jobs.states import FINAL_STATES, JobState
 
 
@@ -85,6 +85,8 @@ class Upkeep:
     def purge(self, older_than_seconds: float, *, dry_run: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Forget jobs that ended long ago: rows, events, labels and records of releases. Releases stay where they are.
 
+        Messages that were delivered long ago go, too.
+
         The destination of a published job that is forgotten may be given to another one, which is refused when it
         finds the release there.
 
@@ -110,4 +112,5 @@ class Upkeep:
                 full = select(jobs.c.batch).distinct()
                 connection.execute(delete(batches).where(batches.c.name.not_in(full), batches.c.created_at < limit))
                 connection.execute(delete(drivers).where(drivers.c.ended_at < limit))
+                connection.execute(delete(deliveries).where(deliveries.c.ended_at < limit))
         return tuple(ids), tuple(row.report_path for row in rows if row.report_path is not None)

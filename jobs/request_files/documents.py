@@ -178,6 +178,26 @@ def read_jsonl(text: str, problems: ProblemList) -> Iterator[Node]:
             yield _JsonTree(number, limits, problems).build(value)
 
 
+def read_json(text: str, problems: ProblemList) -> Node | None:
+    """Return a JSON document, or None when it is none. Its values have no lines of their own: all are on the first.
+
+    Raises:
+        DocumentTooLargeError: it is beyond the limits.
+    """
+    try:
+        value = _parse_json(text)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        problems.add(None, "", "a JSON document", f"a mistake at {where}: {error.msg}")
+    except UnicodeEncodeError:
+        problems.add(None, "", "text that is valid Unicode", "half of a surrogate pair")
+    except (ValueError, RecursionError) as error:
+        problems.add(None, "", "a JSON document of reasonable values", str(error))
+    else:
+        return _JsonTree(1, Limits(), problems).build(value)
+    return None
+
+
 def read_csv(text: str, columns: Mapping[str, bool], problems: ProblemList) -> Iterator[Node]:
     """Yield the rows of a CSV file. Dots in column names stand for nesting; an empty cell leaves its field out.
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from jobs.allowance import Allowance
 from jobs.errors import InvalidValueError
 from jobs.frozen import inner_model
-from jobs.locations import Location, enclosing, parse_location
+from jobs.locations import Elsewhere, Location, enclosing, parse_location
 from jobs.request import BaseQuantization, MergeRequest, adapter_name
 from jobs.request_files.documents import Node, joined
 from jobs.request_files.problems import ProblemList, closest, expectation, known_name, mistakes, show
@@ -24,14 +24,14 @@ class DraftCheck:
     """Turns the drafts of one file into requests; notes what is wrong within each and between them.
 
     Args:
-        directory: what relative paths are taken from.
+        origin: what relative paths are taken from.
         problems: takes every mistake.
         strict: whether values must have the right type already, or are text to be converted.
         allowance: the places that requests may name.
     """
 
-    def __init__(self, directory: Path, problems: ProblemList, *, strict: bool, allowance: Allowance) -> None:
-        self._directory = directory
+    def __init__(self, origin: Path | Elsewhere, problems: ProblemList, *, strict: bool, allowance: Allowance) -> None:
+        self._origin = origin
         self._problems = problems
         self._strict = strict
         self._allowance = allowance
@@ -93,7 +93,7 @@ class DraftCheck:
 
     def _location(self, text: Any) -> Location | None:
         try:
-            return parse_location(text, self._directory) if isinstance(text, str) else None
+            return parse_location(text, self._origin) if isinstance(text, str) else None
         except InvalidValueError:
             return None
 
@@ -154,7 +154,7 @@ class DraftCheck:
             fields: the values, templates filled in.
             set_aside: fields that may be missing, as they are dealt with elsewhere.
         """
-        context = {"relative_to": self._directory}
+        context = {"relative_to": self._origin}
         try:
             if self._strict:
                 # Strictness of JSON, not of Python: a list is a tuple and text is a member of an enum.

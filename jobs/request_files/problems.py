@@ -3,8 +3,7 @@
 import difflib
 import json
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -59,8 +58,8 @@ class ProblemList:
     was expected in one place is noted once, with what was found there first.
     """
 
-    def __init__(self, file: Path) -> None:
-        self._file = str(file)
+    def __init__(self, file: str) -> None:
+        self._file = file
         self._problems: dict[tuple[int | None, str, str], Problem] = {}
 
     def __bool__(self) -> bool:
@@ -75,9 +74,14 @@ class ProblemList:
         problem = Problem(shown(self._file), line, shown(field, _MAX_FIELD), *words)
         self._problems.setdefault((line, field, expected), problem)
 
-    def error(self) -> RequestFileError:
-        """Return all problems, in the order of the file, as the error to raise."""
-        return RequestFileError(tuple(sorted(self._problems.values(), key=lambda problem: problem.line or 0)))
+    def error(self, *, lines: bool = True) -> RequestFileError:
+        """Return all problems, in the order of the file, as the error to raise.
+
+        Args:
+            lines: whether lines mean something to a person.
+        """
+        found = sorted(self._problems.values(), key=lambda problem: problem.line or 0)
+        return RequestFileError(tuple(each if lines else replace(each, line=None) for each in found))
 
 
 def show(value: Any) -> str:

@@ -6,7 +6,10 @@ YAML has `requests:`, a list; `defaults:`, laid under every request; and `matrix
 paths are taken from the directory of the file. A field that is null or empty takes its built-in default.
 """
 
+import json
 import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args, get_origin
 
@@ -14,20 +17,43 @@ from pydantic import BaseModel
 
 from jobs.allowance import Allowance
 from jobs.frozen import inner_model
+from jobs.locations import Elsewhere
 from jobs.request import MergeRequest
-from jobs.request_files.documents import DocumentTooLargeError, joined, read_csv, read_jsonl
+from jobs.request_files.documents import DocumentTooLargeError, joined, read_csv, read_json, read_jsonl
 from jobs.request_files.drafts import DraftCheck
 from jobs.request_files.matrix import MAX_REQUESTS, Expansion, expand
 from jobs.request_files.problems import Problem, ProblemList, RequestFileError, show
 from jobs.request_files.yaml_tree import read_yaml
 
-__all__ = ["MAX_FILE_BYTES", "MAX_REQUESTS", "Problem", "RequestFileError", "load_requests"]
+__all__ = [
+    "MAX_FILE_BYTES",
+    "MAX_REQUESTS",
+    "Origin",
+    "Problem",
+    "RequestFileError",
+    "document_of",
+    "load_requests",
+    "parse_requests",
+    "read_text",
+]
 
 MAX_FILE_BYTES = 16 * 1024**2
 MAX_PROBLEMS = 1_000
 """More are of no use to a person, and each takes time to find and to show."""
 _EVERYWHERE = Allowance()
 _SUFFIXES = (".yaml", ".yml", ".jsonl", ".csv")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where the text of requests comes from."""
+
+    name: str
+    """What messages call it."""
+    suffix: str
+    """Says what it is: `.yaml`, `.yml`, `.jsonl` or `.csv`; `.json` for a JSON document as YAML would have it."""
+    directory: Path | Elsewhere
+    """What relative paths are taken from."""
 
 
 def load_requests(path: Path, allowance: Allowance = _EVERYWHERE) -> tuple[MergeRequest, ...]:
@@ -43,19 +69,28 @@ def load_requests(path: Path, allowance: Allowance = _EVERYWHERE) -> tuple[Merge
     Raises:
         RequestFileError: anything is wrong; lists every mistake with its line.
     """
-    problems = ProblemList(path)
+    origin = Origin(str(path), path.suffix.lower(), path.absolute().parent)
+    return parse_requests(read_text(path), origin, allowance)
+
+
+def parse_requests(text: str, origin: Origin, allowance: Allowance = _EVERYWHERE) -> tuple[MergeRequest, ...]:
+    """Read the text of requests; returns and raises as `load_requests` does.
+
+    Args:
+        text: of a request file.
+        origin: where it comes from.
+        allowance: the places that requests may name.
+    """
+    problems = ProblemList(origin.name)
     expansion = Expansion()
-    text = _read_text(path, problems)
-    suffix = path.suffix.lower()
     try:
-        if text is not None:
-            expansion = _expansion(suffix, text, problems)
+        expansion = _expansion(origin.suffix, text, problems)
     except DocumentTooLargeError as error:
         problems.add(None, "", str(error), "more")
     if len(expansion.requests) > MAX_REQUESTS:
         problems.add(None, "", f"at most {MAX_REQUESTS} requests in one file", str(len(expansion.requests)))
         expansion = Expansion()
-    check = DraftCheck(path.absolute().parent, problems, strict=suffix != ".csv", allowance=allowance)
+    check = DraftCheck(origin.directory, problems, strict=origin.suffix != ".csv", allowance=allowance)
     for node in expansion.shared:
         check.shared(node)
     requests = list[MergeRequest | None]()
@@ -70,11 +105,43 @@ def load_requests(path: Path, allowance: Allowance = _EVERYWHERE) -> tuple[Merge
     if not requests and not problems:
         problems.add(None, "", "at least one request", "none")
     if problems:
-        raise problems.error()
+        raise problems.error(lines=origin.suffix != ".json")
     return tuple(request for request in requests if request is not None)
 
 
-def _read_text(path: Path, problems: ProblemList) -> str | None:
+def document_of(requests: Sequence[MergeRequest]) -> str:
+    """Return requests as a JSON document that `parse_requests` reads as they are."""
+    fields = [request.model_dump(mode="json", by_alias=True) for request in requests]
+    for each in fields:
+        each["destination"] = each["destination"].replace("{", "{{").replace("}", "}}")  # no templates
+    return json.dumps({"requests": fields})
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a request file.
+
+    Raises:
+        RequestFileError: it cannot be read, is too large, or is no request file by its name.
+    """
+    problems = ProblemList(str(path))
+    content = _read_bytes(path, problems)
+    text = None if content is None else decoded(content, problems)
+    if text is None:
+        raise problems.error()
+    return text
+
+
+def decoded(content: bytes, problems: ProblemList) -> str | None:
+    """Return bytes as text, or None when they are none."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        problems.add(line, "", "text in UTF-8", f"the byte 0x{content[error.start]:02x}")
+        return None
+
+
+def _read_bytes(path: Path, problems: ProblemList) -> bytes | None:
     if path.suffix.lower() not in _SUFFIXES:
         problems.add(None, "", f"a file name that ends in {', '.join(_SUFFIXES)}", show(path.name))
         return None
@@ -90,12 +157,7 @@ def _read_text(path: Path, problems: ProblemList) -> str | None:
     if len(content) > MAX_FILE_BYTES:
         problems.add(None, "", f"at most {MAX_FILE_BYTES} bytes", "more")
         return None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        problems.add(line, "", "text in UTF-8", f"the byte 0x{content[error.start]:02x}")
-        return None
+    return content
 
 
 def _expansion(suffix: str, text: str, problems: ProblemList) -> Expansion:
@@ -103,7 +165,7 @@ def _expansion(suffix: str, text: str, problems: ProblemList) -> Expansion:
         return Expansion(requests=list(read_jsonl(text, problems)))
     if suffix == ".csv":
         return Expansion(requests=list(read_csv(text, _columns(MergeRequest), problems)))
-    root = read_yaml(text, problems)
+    root = read_json(text, problems) if suffix == ".json" else read_yaml(text, problems)
     return Expansion() if root is None else expand(root, problems)
 
 

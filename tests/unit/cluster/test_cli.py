@@ -44,6 +44,7 @@ SURFACE = {
     "resume": ["what", "[name]", "--json", "--debug"],
     "retry": ["[ids]", "--batch", "--state", "--label", "--failed", "--class", "--json", "--debug"],
     "run": ["--drain", "--workers", "--address", "--log-format", "--json", "--debug"],
+    "serve": ["--host", "--port", "--log-format", "--json", "--debug"],
     "status": ["[ids]", "--batch", "--state", "--label", "--since", "--limit", "--sort", "--json", "--debug"],
     "store upgrade": ["--json", "--debug"],
     "submit": ["file", "--batch", "--json", "--debug"],
@@ -392,5 +393,5 @@ def test_a_driver_says_what_is_wrong_where_a_program_reads_it(tmp_path, monkeypa
 
 
 def test_upgrading_a_ledger_of_this_version_changes_nothing(store):
-    assert json_of(call("store", "upgrade", "--json")) == {"from": "0003", "to": "0003"}
+    assert json_of(call("store", "upgrade", "--json")) == {"from": "0004", "to": "0004"}
     assert store.jobs() == ()

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from cluster.console.failures import group_failures
 from cluster.console.progress import ByteClock, by_base
 from jobs.errors import FailureClass
+from jobs.ledger.causes import group_failures
 from jobs.ledger.selection import Selection
 from jobs.ledger.store import JobStore
 from jobs.request import MergeRequest

@@ -66,14 +66,23 @@ def make_old() -> Callable[[str, str], None]:
             config.set_main_option("script_location", str(MIGRATIONS))
             config.attributes["connection"] = connection
             command.upgrade(config, schema)
-            connection.execute(text("DROP TABLE alembic_version"))
-            connection.execute(text("INSERT INTO mergefleet_schema VALUES (:version)"), {"version": int(schema)})
+            is_alembics = schema >= "0003"
+            if is_alembics:
+                _insert(connection, "batches", {"name": "earlier", "created_at": 3.0})
+            else:
+                connection.execute(text("DROP TABLE alembic_version"))
+                connection.execute(text("INSERT INTO mergefleet_schema VALUES (:version)"), {"version": int(schema)})
             for number, (name, columns) in enumerate(OLD_JOBS.items(), start=1):
-                _insert(connection, "jobs", _old_job(name, number) | columns)
+                job = _old_job(name, number) | columns
+                if is_alembics:
+                    job |= {"batch": "earlier", "base": f"/models/{number}"}
+                if is_alembics and name == "leased":
+                    job["attempts"] = 1  # since then an attempt counts when it begins
+                _insert(connection, "jobs", job)
                 event = {"job_id": name, "sequence": 1, "at": 3.0, "state": columns["state"], "detail": "{}"}
                 _insert(connection, "events", event)
                 _insert(connection, "labels", {"job_id": name, "name": "team", "value": "x"})
-            if schema == "0002":
+            if schema >= "0002":
                 connection.execute(text("UPDATE jobs SET suspect = true, excused_losses = 1 WHERE id = 'queued'"))
 
     return make

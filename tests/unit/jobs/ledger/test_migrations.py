@@ -14,7 +14,7 @@ from jobs.ledger.store import JobStore, upgrade_store
 from jobs.states import JobState
 from tests.unit.jobs.ledger.conftest import OLD_JOBS, raw
 
-OLD = ["0001", "0002"]
+OLD = ["0001", "0002", "0003"]
 
 
 def everything(connection: Connection) -> dict[str, list[tuple[object, ...]]]:
