@@ -140,7 +140,9 @@ def _logging(settings: Settings, owner: str, predecessor: str | None) -> Iterato
         try:
             yield
         except BaseException as error:
-            logger.exception("driver ended by a fault", extra={"reason": str(error)})
+            # For the file: a person is told in one clear message, elsewhere.
+            told = f"{type(error).__name__}: {error}"
+            logger.info("driver ended by a fault", extra={"reason": told}, exc_info=True)
             raise
 
 
