@@ -23,13 +23,15 @@ from cluster.front.endpoints import ENDPOINTS, EVENT_STREAM, Call, Endpoint, Wri
 from cluster.front.ledger import LedgerService
 from cluster.front.openapi import CHANGES_PATH, openapi_document
 from cluster.front.problems import MEDIA_TYPE, RETRY_SECONDS, RefusedError, document_of, status_of
-from cluster.front.streams import ChangeFeed, JobFeed, last_event_id, stream
-from jobs.errors import BadInputError, InternalError, MergefleetError, NotFoundError
+from cluster.front.streams import Ask, ChangeFeed, JobFeed, last_event_id, stream
+from jobs.errors import BadInputError, InternalError, MergefleetError, NoCapacityError, NotFoundError
 
 logger = logging.getLogger(__name__)
 
 _MAX_AT_ONCE = 8
 """Questions to the ledger at one time: as many connections as its pool may have."""
+_MAX_STREAMS = 200
+"""Open at one time: each asks the ledger again and again."""
 _REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox; frame-ancestors 'none'"
 """Of the pages that workers write: no script, no other place."""
 
@@ -53,6 +55,7 @@ class Front:
         self._door = door
         self._poll_seconds = poll_seconds
         self._is_stopping = is_stopping
+        self._num_streams = 0
         self._limiter = anyio.CapacityLimiter(_MAX_AT_ONCE)
 
     def app(self, pages: Sequence[BaseRoute] = ()) -> Starlette:
@@ -122,7 +125,7 @@ class Front:
         last = last_event_id(request, int, 2**31 - 1)
         await self.in_thread(self._service.job, call.path["id"])  # else an unknown one is waited for
         feed = JobFeed(self._service.open(), call.path["id"], call.query.after if last is None else last)
-        return stream(feed, self._limiter, self._poll_seconds, self._is_stopping)
+        return self._stream(feed)
 
     async def _changes(self, request: Request) -> Response:
         asked: wire.Since = read_query(request, wire.Since)
@@ -131,7 +134,15 @@ class Front:
         if since is None:
             since = await self.in_thread(self._service.now)
         feed = ChangeFeed(self._service.open(), since, resumes=last is not None)
-        return stream(feed, self._limiter, self._poll_seconds, self._is_stopping)
+        return self._stream(feed)
+
+    def _stream(self, ask: Ask) -> Response:
+        if self._num_streams >= _MAX_STREAMS:
+            raise RefusedError(503, NoCapacityError(f"{_MAX_STREAMS} streams are open, as many as may be"))
+        return stream(ask, self._limiter, self._poll_seconds, self._is_stopping, self._count_streams)
+
+    def _count_streams(self, change: int) -> None:
+        self._num_streams += change
 
     async def _openapi(self, request: Request) -> Response:
         read_query(request, None)

@@ -8,12 +8,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from cluster.front import wire
 from cluster.front.problems import error_of
 from jobs.batch import batch_name
-from jobs.errors import AuthError, BadInputError, InternalError, MergefleetError, NotFoundError, TransientIOError
+from jobs.errors import (
+    AuthError,
+    BadInputError,
+    InternalError,
+    InvalidValueError,
+    MergefleetError,
+    NotFoundError,
+    TransientIOError,
+)
 from jobs.ledger.causes import FailureGroup
 from jobs.ledger.pauses import Pause, Scope
 from jobs.ledger.queries import Order
@@ -71,24 +79,24 @@ class HttpService:
 
     def cancel(self, selection: Selection) -> tuple[str, ...]:
         """Cancel jobs; see `Steering`."""
-        return self._post("/v1/cancel", wire.choice_of(selection), wire.Changed).changed
+        return self._post("/v1/cancel", wire.Changed, _choice(selection)).changed
 
     def retry(self, selection: Selection) -> tuple[str, ...]:
         """Queue jobs again; see `Steering`."""
-        return self._post("/v1/retry", wire.choice_of(selection), wire.Changed).changed
+        return self._post("/v1/retry", wire.Changed, _choice(selection)).changed
 
     def pause(self, scope: Scope, name: str, by: str, reason: str) -> bool:
         """Keep jobs from being started; see `Steering`."""
-        body = wire.PauseBody(scope=scope, name=name, by=by, reason=reason)
-        return self._post("/v1/pause", body, wire.PauseAnswer).changed
+        body = {"scope": scope, "name": name, "by": by, "reason": reason}
+        return self._post("/v1/pause", wire.PauseAnswer, body).changed
 
     def resume(self, scope: Scope, name: str) -> tuple[Pause, ...]:
         """End the pauses of one thing; see `Steering`."""
-        return self._post("/v1/resume", wire.ResumeBody(scope=scope, name=name), wire.Pauses).pauses
+        return self._post("/v1/resume", wire.Pauses, {"scope": scope, "name": name}).pauses
 
     def release_leases(self, driver: str) -> int:
         """Let the leases of a driver run out now; see `Steering`."""
-        return self._post("/v1/release-leases", wire.DriverBody(driver=driver), wire.Released).released
+        return self._post("/v1/release-leases", wire.Released, {"driver": driver}).released
 
     def jobs(
         self, selection: Selection = ALL, *, order: Order = "submitted", limit: int | None = None
@@ -185,9 +193,10 @@ class HttpService:
     def _get(self, path: str, kind: type[_Answer], params: Mapping[str, Any] | None = None) -> _Answer:
         return self._ask("GET", path, kind, params=params or {})
 
-    def _post(self, path: str, body: BaseModel, kind: type[_Answer]) -> _Answer:
+    def _post(self, path: str, kind: type[_Answer], body: Mapping[str, Any]) -> _Answer:
+        """Send a body as it is: the server says what is wrong with it."""
         headers = {"Content-Type": MEDIA_TYPES[".json"]}
-        return self._ask("POST", path, kind, content=body.model_dump_json().encode(), headers=headers)
+        return self._ask("POST", path, kind, content=json.dumps(body).encode(), headers=headers)
 
     def _ask(self, method: str, path: str, kind: type[_Answer], **request: Any) -> _Answer:
         try:
@@ -235,9 +244,27 @@ def _path(parent: str, name: str, *below: str) -> str:
     return "/".join([parent, urllib.parse.quote(name, safe=""), *below])
 
 
+def _choice(selection: Selection) -> dict[str, Any]:
+    """Return a selection as it goes into a body.
+
+    Raises:
+        InvalidValueError: the name of a label cannot be told from its value.
+    """
+    if wrong := [name for name in selection.labels if not name or "=" in name]:
+        raise InvalidValueError("names of labels without '='", repr(wrong[0]))
+    return {"id": list(selection.ids or ()), **_filter(selection)}
+
+
 def _filter(selection: Selection) -> dict[str, Any]:
     """Return the part of an address that says which jobs, but for their ids."""
-    chosen = json.loads(wire.choice_of(selection).model_dump_json(exclude={"id"}))
+    chosen = {
+        "batch": selection.batch,
+        "state": [each.value for each in selection.states or ()],
+        "label": [f"{name}={value}" for name, value in selection.labels.items()],
+        "failure": [each.value for each in selection.failures or ()],
+        "since": selection.since,
+        "unfinished_at": selection.unfinished_at,
+    }
     return {name: value for name, value in chosen.items() if value not in (None, [])}
 
 

@@ -79,7 +79,11 @@ class ChangeFeed:
 
 
 def stream(
-    ask: Ask, limiter: anyio.CapacityLimiter, poll_seconds: float, is_stopping: Callable[[], bool]
+    ask: Ask,
+    limiter: anyio.CapacityLimiter,
+    poll_seconds: float,
+    is_stopping: Callable[[], bool],
+    count: Callable[[int], None],
 ) -> StreamingResponse:
     """Return a stream of events; it ends when the client goes, the server stops, or the ledger does not answer.
 
@@ -88,9 +92,18 @@ def stream(
         limiter: of what asks the ledger at one time.
         poll_seconds: how often it is asked.
         is_stopping: whether the server is about to end.
+        count: is told when a stream begins (1) and ends (-1).
     """
 
     async def parts() -> AsyncIterator[bytes]:
+        count(1)
+        try:
+            async for part in all_parts():
+                yield part
+        finally:
+            count(-1)
+
+    async def all_parts() -> AsyncIterator[bytes]:
         yield b"retry: 2000\n\n"
         said = time.monotonic()
         while not is_stopping():

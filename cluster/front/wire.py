@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints
 
-from jobs.errors import FailureClass, InvalidValueError
+from jobs.errors import FailureClass
 from jobs.frozen import Frozen, is_none
 from jobs.ledger.causes import FailureGroup
 from jobs.ledger.pauses import Pause, Scope
@@ -74,25 +74,6 @@ class Choice(Filter):
     """Jobs that are to be changed: something has to be said."""
 
     id: Annotated[tuple[Name, ...], Field(max_length=MAX_CHOSEN)] = ()
-
-
-def choice_of(selection: Selection) -> Choice:
-    """Return a selection as it goes into a body.
-
-    Raises:
-        InvalidValueError: the name of a label cannot be told from its value.
-    """
-    if wrong := [name for name in selection.labels if not name or "=" in name]:
-        raise InvalidValueError("names of labels without '='", repr(wrong[0]))
-    return Choice(
-        id=tuple(selection.ids or ()),
-        batch=selection.batch,
-        state=tuple(selection.states or ()),
-        label=tuple(f"{name}={value}" for name, value in selection.labels.items()),
-        failure=tuple(selection.failures or ()),
-        since=selection.since,
-        unfinished_at=selection.unfinished_at,
-    )
 
 
 class Submission(Frozen):

@@ -250,6 +250,25 @@ class TestStreams:
         assert [event.job_id for _, event in resumed()] == ["late", "first"]
         store.close()
 
+    def test_more_streams_than_may_be_open_are_told_to_come_again(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("cluster.front.app._MAX_STREAMS", 1)
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        with (
+            serve_front(Settings(home=tmp_path, poll_seconds=0.05)) as server,
+            httpx2.Client(base_url=server.url, headers=headers, timeout=20) as client,
+        ):
+            with client.stream("GET", "/v1/events") as first:
+                lines = first.iter_lines()  # kept: the stream ends with it
+                assert next(lines) == "retry: 2000"
+                answer = client.get("/v1/events")
+                assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+            deadline = time.monotonic() + 20
+            while True:
+                with client.stream("GET", "/v1/events") as second:
+                    if second.status_code == 200:
+                        break
+                assert time.monotonic() < deadline
+
     def test_a_stream_ends_with_the_server(self, tmp_path):
         with serve_front(Settings(home=tmp_path, poll_seconds=0.05)) as server:
             submit(server.store, "one")
@@ -304,6 +323,6 @@ class TestDocument:
 
     def test_answers_are_what_it_says_whatever_is_asked(self, tmp_path):
         with serve_filled(tmp_path) as server:
-            found = call_all(server, 200, seed=0)
+            found = call_all(server, 80, seed=0)
         assert max(status for _, status in found) < 500
         assert {200, 400, 401, 404} <= {status for _, status in found}
