@@ -165,8 +165,7 @@ class Queries:
         Args:
             place: as `jobs.places` names it, of a bucket, the Hub or a file system.
         """
-        below = place.removeprefix("file://").rstrip("/") + "/"
-        named = jobs.c.request.contains(below, autoescape=True)  # capitals or not, in SQLite
+        named = jobs.c.request.contains(place.removeprefix("file://"), autoescape=True)
         query = select(jobs.c.request).where(jobs.c.state == JobState.PUBLISHED, named).limit(_MAX_LOOKED_AT)
         with self._database.read() as connection:
             requests = (MergeRequest.model_validate_json(text) for text in connection.scalars(query))

