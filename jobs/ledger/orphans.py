@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, or_, select, update
 
+from jobs.ledger.database import in_pieces
 from jobs.ledger.journal import Move, Step, make_moves
 from jobs.ledger.leases import NO_LEASE, loss
 from jobs.ledger.rows import JobRow
@@ -66,5 +67,9 @@ def _move(row: JobRow, now: float) -> Move:
 def _acquit(connection: Connection, owners: set[str]) -> None:
     """Forget earlier losses of drivers for the jobs that these drivers did not have at work."""
     elsewhere = and_(jobs.c.lost_with.not_in(owners), or_(jobs.c.owner.is_(None), jobs.c.owner.not_in(owners)))
-    acquitted = update(jobs).where(jobs.c.driver_losses > 0, elsewhere)
-    connection.execute(acquitted.values(driver_losses=0, lost_with=None))
+    query = select(jobs.c.number).where(jobs.c.driver_losses > 0, elsewhere)
+    # Not those that another process writes just now: it may wait for a job that is locked here.
+    numbers = connection.scalars(query.with_for_update(skip_locked=True)).all()
+    for some in in_pieces(numbers):
+        acquitted = update(jobs).where(jobs.c.number.in_(some))
+        connection.execute(acquitted.values(driver_losses=0, lost_with=None))

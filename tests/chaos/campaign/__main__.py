@@ -105,7 +105,7 @@ def _run(arguments: argparse.Namespace, directory: Path, say: Callable[[str], No
             world.settle_spans()
             codes = fleet.stop()
             fleet.clean()
-        say(f"exit codes of runs: {codes}; requests that the proxy failed: {proxy.num_faults}")
+        say(f"exit codes of runs: {codes}")
         problems = [
             *world.problems,
             *checker.check_events(sight, {each["id"] for each in world.requests}, world.cancelled),
@@ -172,6 +172,8 @@ def _print_table(world: World, problems: list[str], arguments: argparse.Namespac
         why = f"  skipped: {tally.why}" if tally.skipped else ""
         print(f"{name:30} {tally.injected:5} {tally.skipped:5} {tally.recovered:5} {times}{within}{calm}{why}")
     print(f"{'in all':30} {sum(each.injected for each in world.tallies.values()):5}")
+    print(f"kills of drivers and of Ray's services that found jobs at work: {world.num_hit}")
+    print(f"requests to S3 that were failed: {world.proxy.num_faults}")
     charged = [row for row in world.sight.jobs() if row.worker_losses]
     print(f"attempts charged for workers that were lost alone with a job: {len(charged)}")
     print(f"contradictions: {len(problems)}")

@@ -11,19 +11,20 @@ from typing import Any
 
 import psutil
 
+from jobs.states import ACTIVE_STATES
 from tests.chaos.campaign.fleet import LEASE_SECONDS, UNRESPONSIVE_SECONDS, Slot
-from tests.chaos.campaign.world import AT_WORK, LATER, World
+from tests.chaos.campaign.world import AT_WORK, LATER, UP_SECONDS, World
 
 _KIND_FOR = {"PLANNING": None, "MERGING": "wide", "VERIFYING": "full", "PUBLISHING": "bucket"}
 _HOG = "import sys, time; held = bytearray({0}); held[::4096] = b'x' * len(held[::4096]); time.sleep(20)"
 _MEMORY_MARGIN = 3 << 30
-_SHARE_AT_WORK = 0.4
+_SHARE_AT_WORK = 0.6
 """Of kills of drivers: those that wait for a job to be at work."""
 
 
 def kill_worker(world: World, state: str) -> str | None:
     """Kill the worker of a job that is at a stage."""
-    if not world.is_up():
+    if not world.is_up(UP_SECONDS):
         return f"{LATER}no worker is up"
     end = time.monotonic() + 25
     world.feed(2, _KIND_FOR[state])
@@ -87,16 +88,24 @@ def _driver_of(world: World, slot: Slot) -> psutil.Process | None:
     return process
 
 
+def _jobs_of(world: World, driver: psutil.Process) -> list[tuple[str, int]]:
+    """Return the jobs that a driver holds, each with its last event."""
+    rows = [each for each in world.sight.jobs(*map(str, ACTIVE_STATES)) if f"-{driver.pid}-" in each.owner]
+    world.num_hit += any(each.state in AT_WORK for each in rows)
+    return [(each.id, each.num_events) for each in rows]
+
+
 def kill_driver(world: World, *, driver: bool = True, supervisor: bool = False) -> str | None:
     """Kill a driver, its supervisor or both: while something is at work, or at whatever it is after its start."""
     world.feed(1)
-    row = world.catch(None) if world.is_up() and world.rng.random() < _SHARE_AT_WORK else None
+    at_work = world.rng.random() < _SHARE_AT_WORK and world.is_up(UP_SECONDS)
+    row = world.catch(None, 20) if at_work else None
     slot = world.slot_of(row)
     if (process := _driver_of(world, slot)) is None or slot.process is None:
         return "no driver was up"
     if row is None:
         time.sleep(world.rng.uniform(0, 6))
-    lost = [(each.id, each.num_events) for each in world.sight.jobs() if f"-{process.pid}-" in str(each.owner)]
+    lost = _jobs_of(world, process)
     if supervisor:
         slot.process.kill()
     if driver:
@@ -110,7 +119,7 @@ def kill_driver(world: World, *, driver: bool = True, supervisor: bool = False) 
 
 def freeze_worker(world: World) -> str | None:
     """Stop a worker for longer than it may answer nothing, then let it go on."""
-    if not world.is_up():
+    if not world.is_up(UP_SECONDS):
         return f"{LATER}no worker is up"
     world.feed(2, "wide")
     end = time.monotonic() + 60
@@ -133,7 +142,7 @@ def freeze_worker(world: World) -> str | None:
 
 def freeze_driver(world: World) -> str | None:
     """Stop a driver until its leases have run out, then let it go on."""
-    if not world.is_up():
+    if not world.is_up(UP_SECONDS):
         return f"{LATER}no worker is up"
     world.feed(3)
     row = world.catch(None)
@@ -154,16 +163,14 @@ def freeze_driver(world: World) -> str | None:
 def kill_part(world: World, part: str) -> str | None:
     """Kill one of Ray's own services."""
     world.feed(2)
-    slot = world.slot_of(world.catch(None) if world.is_up() else None)
+    slot = world.slot_of(world.catch(None, 20) if world.is_up(UP_SECONDS) else None)
     end = time.monotonic() + 15
     while (process := world.fleet.part(slot, part)) is None and time.monotonic() < end:
         time.sleep(0.2)
     if process is None:
         return f"{LATER}no {part} was up"
     driver = world.fleet.driver(slot)
-    lost = [
-        (each.id, each.num_events) for each in world.sight.jobs() if driver and f"-{driver.pid}-" in str(each.owner)
-    ]
+    lost = [] if driver is None else _jobs_of(world, driver)
     with contextlib.suppress(psutil.Error):
         process.kill()
     world.at_work_again(f"{part} killed", lost)

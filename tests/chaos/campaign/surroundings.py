@@ -4,18 +4,30 @@ import subprocess
 import time
 
 from tests.chaos.campaign.proxy import Weather
-from tests.chaos.campaign.world import LATER, World, filled
+from tests.chaos.campaign.world import LATER, UP_SECONDS, World, filled
+
+_MIN_FAULTS = 5
+_MAX_LONGER = 45.0
+"""Requests that must have met a fault of the bucket, and how many seconds longer it lasts for that at most."""
 
 
 def bad_weather(world: World, name: str, weather: Weather, seconds: float) -> str | None:
-    """Have the bucket at fault for a while."""
+    """Have the bucket at fault for a while, and until requests have met it."""
     if any(other.startswith("S3") for other in world.lasting):
         return f"{LATER}the bucket is at fault"
-    world.feed(2, "bucket")
+    if not world.is_up(UP_SECONDS):
+        return f"{LATER}no worker is up"
+    world.feed(3, "bucket")
+    before = world.proxy.num_faults
+    is_told = weather.share > 0 or weather.cut_share > 0
 
     def last() -> None:
+        end = time.monotonic() + seconds
         with world.proxy.turned(weather):
-            time.sleep(seconds)
+            while time.monotonic() < end or (
+                is_told and world.proxy.num_faults - before < _MIN_FAULTS and time.monotonic() < end + _MAX_LONGER
+            ):
+                time.sleep(0.2)
 
     world.beside(name, last)
     return None
@@ -122,7 +134,7 @@ def submit_again(world: World) -> str | None:
 
 def cancel_and_retry(world: World, state: str, *, again: bool = True) -> str | None:
     """Cancel a job at a stage, see how long it takes, and have it tried again."""
-    if not world.is_up():
+    if not world.is_up(UP_SECONDS):
         return f"{LATER}no worker is up"
     world.feed(2, {"MERGING": "wide", "VERIFYING": "full", "PUBLISHING": "bucket"}.get(state))
     row = world.catch(state, 15)

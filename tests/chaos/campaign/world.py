@@ -23,7 +23,9 @@ from tests.servers.s3 import S3Server
 AT_WORK = tuple(STAGES)
 LATER = "later: "
 """How a fault begins to say that another one is in its way."""
-_LATE_SECONDS = 180.0
+_LATE_SECONDS = 300.0
+UP_SECONDS = 90.0
+"""How long a fault waits for the fleet to be up that is to hit it at work."""
 
 
 @dataclass(slots=True)
@@ -86,6 +88,8 @@ class World:
         """Jobs that a person cancelled at any time."""
         self.tallies: dict[str, Tally] = {}
         self.problems: list[str] = []
+        self.num_hit = 0
+        """Kills of drivers, supervisors and Ray's services that found jobs at work."""
         self.lasting: dict[str, int] = {}
         self._watches: list[Watch] = []
         self._threads: list[threading.Thread] = []
@@ -133,9 +137,14 @@ class World:
             time.sleep(0.02)
         return None
 
-    def is_up(self) -> bool:
-        """Whether a worker of the fleet can work, or does."""
-        return any(self.fleet.workers(slot, busy=False) for slot in self.fleet.slots)
+    def is_up(self, seconds: float = 0.0) -> bool:
+        """Whether a worker of the fleet can work, or does; waits for that."""
+        end = time.monotonic() + seconds
+        while not any(self.fleet.workers(slot, busy=False) for slot in self.fleet.slots):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.2)
+        return True
 
     def slot_of(self, row: Any) -> Slot:
         """Return the slot whose driver holds a job; any one where that is gone."""
@@ -146,14 +155,17 @@ class World:
         return self.rng.choice(self.fleet.slots)
 
     def at_work_again(self, name: str, lost: list[tuple[str, int]]) -> None:
-        """Watch for one of some jobs, each with its last event, to be begun again, or to be final."""
+        """Watch for one of some jobs, each with its last event, to be begun again, or any job where there are none."""
+        num_begun = self.sight.count("PLANNING")
 
         def is_back() -> bool:
+            if not lost:
+                return self.sight.count("PLANNING") > num_begun
             for job_id, last in lost:
                 states = [each.state for each in self.sight.events_of(job_id, last)]
                 if "PLANNING" in states or "PUBLISHED" in states:
                     return True
-            return not lost
+            return False
 
         self.watch(name, is_back)
 
