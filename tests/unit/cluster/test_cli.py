@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from cluster.cli import app
 from cluster.settings import Settings
 from jobs.errors import FailureClass
-from jobs.ledger.schema import SCHEMA
 from jobs.ledger.store import JobStore
 from jobs.states import Decision, JobState
 
