@@ -1,6 +1,6 @@
 """A driver in a process of its own, which is started anew when it ends in a way that no one asked for.
 
-Ray ends the process of a driver, without an exception, when its control service or its raylet is gone. This process
+Ray ends the process of a driver, without an exception, when its control service is gone. This process
 knows no Ray: it waits, and begins again, with a new Ray where that is local.
 """
 

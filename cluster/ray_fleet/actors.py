@@ -12,12 +12,17 @@ from typing import Any
 from cluster.fleet.actors import BESIDE_WORK, POLLS, ActorGoneError, Answer, CallRaisedError
 from cluster.fleet.crews import Crew
 from cluster.ray_fleet.placement import choose_node, near
+from cluster.ray_fleet.session import SessionLostError
 
 _CONTROL = "control"
 """Concurrency group that answers while a unit runs."""
 
 _PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 """Threads that wait for others sleep. Spinning, those of two drivers on one machine make each other 12 times slower."""
+
+
+_LOOK_SECONDS = 5.0
+"""How often it is looked whether the cluster has machines."""
 
 
 class RayActor:
@@ -71,6 +76,7 @@ class RayActors:
         self._actor_class = self._ray.remote(**options)(worker_class)
         self._arguments = arguments
         self._actors: list[RayActor] = []
+        self._looked_at = time.monotonic()
 
     def start(self, name: str, crew: Crew, avoid: frozenset[str]) -> RayActor | None:
         """Start an actor under a name; None while no node may take it, or Ray still knows one of that name."""
@@ -96,7 +102,12 @@ class RayActors:
         return self._actors[-1]
 
     def wait(self, answers: Sequence[Answer], timeout_seconds: float, *, for_all: bool = False) -> list[Answer]:
-        """Wait until one of some answers is there, or all are, and return those that are there."""
+        """Wait until one of some answers is there, or all are, and return those that are there.
+
+        Raises:
+            SessionLostError: the cluster has no machine any more.
+        """
+        self._look_for_nodes()
         references = list(answers)
         if not references:
             time.sleep(timeout_seconds)
@@ -104,6 +115,18 @@ class RayActors:
         self._ray.wait(references, num_returns=len(references) if for_all else 1, timeout=timeout_seconds)
         finished, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
         return list(finished)
+
+    def _look_for_nodes(self) -> None:
+        """Look now and then whether a raylet is left. Ray ends a driver without a control service, and not without one.
+
+        Raises:
+            SessionLostError: there is none; actors that are started would wait for one for ever.
+        """
+        if time.monotonic() - self._looked_at < _LOOK_SECONDS:
+            return
+        self._looked_at = time.monotonic()
+        if not any(node["Alive"] for node in self._ray.nodes()):
+            raise SessionLostError("no node of the Ray cluster is alive: its raylets have ended")
 
     def take(self, answer: Answer) -> Any:
         """Return an answer that is there."""

@@ -226,6 +226,24 @@ def test_a_batch_survives_the_death_of_its_driver(fleet, models):
     check_releases(fleet, 6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("service", ["gcs_server", "raylet"])
+def test_a_batch_survives_the_death_of_a_service_of_ray(fleet, models, service):
+    """Without a control service Ray ends the driver; without a raylet it does not, and no worker would ever start."""
+    fleet.environment["MERGEFLEET_MAX_JOBS_PER_PASS"] = "1"
+    fleet.submit(models, 10)  # workers do not end at once
+    run = fleet.start("--drain", "--workers", "1")
+    fleet.until(fleet.merging, "a merge")
+    (process,) = [
+        each for each in psutil.Process(run.pid).children(recursive=True) if Path(each.cmdline()[0]).name == service
+    ]
+    process.kill()
+    code, events = fleet.finish(run, seconds=200)
+    assert code == 0
+    assert len([event for event in events if event["event"] == "started"]) == 2
+    check_releases(fleet, 10)
+
+
 def test_sigterm_gives_everything_back_and_counts_no_attempt(fleet, models):
     fleet.submit(models, 4)
     run = fleet.start("--workers", "1")

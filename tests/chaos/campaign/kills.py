@@ -18,7 +18,7 @@ from tests.chaos.campaign.world import AT_WORK, LATER, UP_SECONDS, World
 _KIND_FOR = {"PLANNING": None, "MERGING": "wide", "VERIFYING": "full", "PUBLISHING": "bucket"}
 _HOG = "import sys, time; held = bytearray({0}); held[::4096] = b'x' * len(held[::4096]); time.sleep(20)"
 _MEMORY_MARGIN = 3 << 30
-_SHARE_AT_WORK = 0.6
+_SHARE_AT_WORK = 0.5
 """Of kills of drivers: those that wait for a job to be at work."""
 
 
