@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from cluster.cli import app
 from cluster.settings import Settings
 from jobs.errors import FailureClass
+from jobs.ledger.schema import SCHEMA
 from jobs.ledger.store import JobStore
 from jobs.states import Decision, JobState
 
@@ -393,5 +394,5 @@ def test_a_driver_says_what_is_wrong_where_a_program_reads_it(tmp_path, monkeypa
 
 
 def test_upgrading_a_ledger_of_this_version_changes_nothing(store):
-    assert json_of(call("store", "upgrade", "--json")) == {"from": "0004", "to": "0004"}
+    assert json_of(call("store", "upgrade", "--json")) == {"from": SCHEMA, "to": SCHEMA}
     assert store.jobs() == ()

@@ -54,6 +54,7 @@ class Drivers(People):
             return
         for fault in self.faults.values():
             if fault.probe is not None and self.model[fault.probe].state not in ACTIVE_STATES:
+                self.seen["probe is lost"] += 1
                 fault.probe = None
         waiting = {name: job for name, job in self.model.items() if job.state in CLAIMABLE_STATES and not job.waits}
         probes = [lease.job_id for lease in leases if lease.is_probe]
@@ -64,6 +65,7 @@ class Drivers(People):
             assert its
             assert all(fault.is_over and fault.probe is None for fault in its)
             assert not any(covers(key, job) for key in self.paused)
+            self.seen["probe"] += 1
             for fault in its:
                 fault.probe = job_id
         keys = self.paused | self.faults.keys()
@@ -119,6 +121,7 @@ class Drivers(People):
         }
         assert {(pause.scope, pause.name) for pause in self.store.passed(job.job_id, job.state)} == passed
         for key in passed:
+            self.seen["place works again"] += 1
             del self.faults[key]
 
     def end_the_attempt(self, data):
@@ -154,6 +157,33 @@ class Drivers(People):
             self.pause_place(job, place, data.draw(st.sampled_from([0.0, 0.0, HOUR])))
         if data.draw(st.booleans()) and data.draw(st.booleans()):
             return  # the driver dies here, or goes on with other things first
+        self.give_back(job, place, delay)
+
+    def try_a_place(self, data):
+        """Go through what rarely comes together: a place at fault, and what becomes of the job that tries it."""
+        job = self.draw_held(data)
+        if job.state is JobState.CANCELLING:
+            return
+        place = data.draw(st.sampled_from([place for place in FAULTY if covers((Scope.PLACE, place), job)]))
+        self.pause_place(job, place, 0.0)
+        self.give_back(job, place, None)
+        self.claim(data)  # which finds that it is covered
+        self.claim(data)
+        probes = {fault.probe for fault in self.faults.values()}
+        for probe in (self.model[name] for name in self.held() if name in probes):
+            become = data.draw(st.sampled_from(["published", "at fault again", "lost", "still at it"]))
+            if become == "published":
+                settle(self.store, probe.job_id, probe.token, a_release(probe.job_id), None)
+                probe.state, probe.was_published, probe.excused, probe.losses = JobState.PUBLISHED, True, 0, 0
+                self.tell_passed(probe)
+            elif become == "at fault again" and probe.state is not JobState.CANCELLING:
+                self.pause_place(probe, place, 0.0)
+                self.give_back(probe, place, None)
+            elif become == "lost":
+                self.expire(probe)
+        self.claim(data)
+
+    def give_back(self, job, place, delay):
         fault = Fault(place=place, failure=FailureClass.TRANSIENT_IO, message="gone", delay_seconds=delay)
         self.store.let_go(job.job_id, job.token, "at fault", fault)
         job.attempts -= job.has_begun
@@ -177,6 +207,7 @@ class Drivers(People):
         is_news = before is None or before.probe == job.job_id
         assert (pause is not None) == is_news
         if is_news:
+            self.seen["place still at fault"] += before is not None
             self.faults[key] = FaultPause(job.state, (before.num_faults if before else 0) + 1, is_over=not rest)
 
     def extend_and_ask(self, _data):

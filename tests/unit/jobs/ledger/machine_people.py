@@ -39,6 +39,8 @@ class People:
     paused: set[tuple[Scope, str]]
     """What people have paused."""
     faults: dict[tuple[Scope, str], FaultPause]
+    seen: Counter[str]
+    """How often rare things have happened, over all examples."""
 
     def sql(self, statement):
         with self.store._database.write() as connection:
@@ -131,9 +133,11 @@ class People:
     # Time.
 
     def lose_a_driver(self, data):
-        job_id = data.draw(st.sampled_from(self.held()))
-        self.sql(update(jobs).where(jobs.c.id == job_id).values(lease_expires_at=1))
-        self.model[job_id].expired = True
+        self.expire(self.model[data.draw(st.sampled_from(self.held()))])
+
+    def expire(self, job):
+        self.sql(update(jobs).where(jobs.c.id == job.job_id).values(lease_expires_at=1))
+        job.expired = True
 
     def release_leases(self, data):
         owner = data.draw(st.sampled_from(OWNERS))

@@ -1,6 +1,5 @@
 """What is so on Postgres alone: what its faults become, and what its reads see."""
 
-import re
 import socket
 
 import pytest
@@ -132,9 +131,9 @@ class TestReads:
 
 
 def test_no_url_shows_its_password(url):
-    shown = make_url(url).update_query_dict({"password": SECRET, "sslpassword": SECRET})
-    store = JobStore(url)
-    name = type(store._database)(shown.set(password=SECRET).render_as_string(hide_password=False)).name
+    full = make_url(url).set(password=SECRET).update_query_dict({"password": SECRET, "sslpassword": SECRET})
+    store = JobStore(full.render_as_string(hide_password=False))
+    name = store._database.name
     store.close()
     assert SECRET not in name
-    assert re.search(r"postgresql://postgres:\*\*\*@", name)
+    assert name.startswith("postgresql://postgres:***@/")
