@@ -63,6 +63,8 @@ class Places:
         """Places that jobs were published through, this driver's or those of earlier ones."""
         self._met_at: dict[str, float] = {}
         """By job that met a fault, when it did so first."""
+        self._denied_at: dict[str, float] = {}
+        """By job that a place denied something, when it did so first."""
         self._pauses: tuple[Pause, ...] = ()
         self._now = 0.0
 
@@ -96,8 +98,11 @@ class Places:
         passed_at = self._passed_at.setdefault(place, -math.inf)
         met_at = self._met_at.setdefault(held.job_id, held.began_at)
         others_passed = passed_at > met_at
-        if failure.failure_class is FailureClass.AUTH and (others_passed or not self._has_worked(place)):
-            return None  # credentials that never worked are a matter of the request
+        if failure.failure_class is FailureClass.AUTH:
+            # Since it was denied, not since it began: credentials may have expired in the meantime.
+            others_passed = passed_at > self._denied_at.setdefault(held.job_id, self._clock())
+            if others_passed or not self._has_worked(place):
+                return None  # credentials that never worked are a matter of the request
         if others_passed and held.lease.excused_faults >= MAX_EXCUSED_FAULTS:
             return None
         return Fault(
@@ -163,6 +168,7 @@ class Places:
     def forget(self, held: Held) -> None:
         """Forget a job that is final."""
         self._met_at.pop(held.job_id, None)
+        self._denied_at.pop(held.job_id, None)
 
     def resting_hosts(self) -> frozenset[str]:
         """Return the machines that get no work now."""

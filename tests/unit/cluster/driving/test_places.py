@@ -281,3 +281,21 @@ def test_credentials_that_worked_for_an_earlier_driver_pause_the_bucket(fleet):
     assert (it.job("two").state, it.job("two").attempts) == (JobState.QUEUED, 0)
     [pause] = it.store.pauses()
     assert (pause.name, pause.failure_class) == ("s3://bucket", FailureClass.AUTH)
+
+
+def test_a_job_that_began_before_its_credentials_expired_is_not_at_fault(fleet):
+    it = fleet(retry_delay_seconds=5.0, num_workers=2)
+    denied = {"failure_class": FailureClass.AUTH, "place": "s3://bucket"}
+    it.submit(to_bucket("long"), to_bucket("short", base="/bases/b"))
+    it.step()
+    at = {name: worker for worker, names in it.workers.busy.items() for name in names}
+    publish(it, at["short"], "short")  # while the other is at work
+    it.workers.finish(at["long"], failed("long", **denied))
+    it.step(2)
+    assert (it.job("long").state, it.job("long").attempts) == (JobState.QUEUED, 0)
+    it.wait(6)
+    it.step(2)
+    [(worker, _)] = it.workers.busy.items()  # it goes ahead, and is denied still
+    it.workers.finish(worker, failed("long", **denied))
+    it.step(2)
+    assert (it.job("long").state, it.store.pauses()[0].num_faults) == (JobState.QUEUED, 2)
