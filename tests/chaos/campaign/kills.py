@@ -18,8 +18,6 @@ from tests.chaos.campaign.world import AT_WORK, LATER, UP_SECONDS, World
 _KIND_FOR = {"PLANNING": None, "MERGING": "wide", "VERIFYING": "full", "PUBLISHING": "bucket"}
 _HOG = "import sys, time; held = bytearray({0}); held[::4096] = b'x' * len(held[::4096]); time.sleep(20)"
 _MEMORY_MARGIN = 3 << 30
-_SHARE_AT_WORK = 0.5
-"""Of kills of drivers: those that wait for a job to be at work."""
 
 
 def kill_worker(world: World, state: str) -> str | None:
@@ -95,11 +93,10 @@ def _jobs_of(world: World, driver: psutil.Process) -> list[tuple[str, int]]:
     return [(each.id, each.num_events) for each in rows]
 
 
-def kill_driver(world: World, *, driver: bool = True, supervisor: bool = False) -> str | None:
-    """Kill a driver, its supervisor or both: while something is at work, or at whatever it is after its start."""
+def kill_driver(world: World, *, at_work: bool, driver: bool = True, supervisor: bool = False) -> str | None:
+    """Kill a driver, its supervisor or both: while something is at work, or at whatever it does when it has started."""
     world.feed(1)
-    at_work = world.rng.random() < _SHARE_AT_WORK and world.is_up(UP_SECONDS)
-    row = world.catch(None, 20) if at_work else None
+    row = world.catch(None, 20) if at_work and world.is_up(UP_SECONDS) else None
     slot = world.slot_of(row)
     if (process := _driver_of(world, slot)) is None or slot.process is None:
         return "no driver was up"

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from tests.chaos.campaign import kills, surroundings
 from tests.chaos.campaign.proxy import Weather
-from tests.chaos.campaign.world import World
 
-Inject = Callable[[World], str | None]
+Inject = Callable[..., str | None]
 """Injects a fault; returns why it could not."""
 
+_KILLS_OF_DRIVERS = frozenset({"driver killed", "supervisor killed", "driver and supervisor killed"})
 _STAGES = ("PLANNING", "MERGING", "VERIFYING", "PUBLISHING")
 
 
@@ -87,4 +87,17 @@ def draw_faults(num_faults: int, rng: random.Random, *, is_sqlite: bool) -> list
         whole[index] += 1
     faults = [(name, inject) for (name, _, inject), count in zip(kinds, whole, strict=True) for _ in range(count)]
     rng.shuffle(faults)
-    return faults
+    return _in_pairs(faults, rng)
+
+
+def _in_pairs(faults: list[tuple[str, Inject]], rng: random.Random) -> list[tuple[str, Inject]]:
+    """Have each second kill of a driver follow the one before it: the fleet is hit again while it comes up."""
+    kills_of_drivers = [fault for fault in faults if fault[0] in _KILLS_OF_DRIVERS]
+    others: list[list[tuple[str, Inject]]] = [[fault] for fault in faults if fault[0] not in _KILLS_OF_DRIVERS]
+    for index in range(0, len(kills_of_drivers), 2):
+        pair = [
+            (name, functools.partial(inject, at_work=number == 0))
+            for number, (name, inject) in enumerate(kills_of_drivers[index : index + 2])
+        ]
+        others.insert(rng.randrange(len(others) + 1), pair)
+    return [fault for group in others for fault in group]
