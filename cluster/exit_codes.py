@@ -25,7 +25,6 @@ EXIT_CODES = {
     FailureClass.WORKER_LOST: FAILED,
     FailureClass.TIMED_OUT: FAILED,
     FailureClass.DEADLINE_PASSED: FAILED,
-    FailureClass.REJECTED: FAILED,
     FailureClass.CANCELLED: FAILED,
     FailureClass.LEASE_LOST: FAILED,
     FailureClass.INTERNAL: FAILED,

@@ -21,7 +21,6 @@ class FailureClass(StrEnum):
     WORKER_LOST = "worker_lost"
     TIMED_OUT = "timed_out"
     DEADLINE_PASSED = "deadline_passed"
-    REJECTED = "rejected"
     CANCELLED = "cancelled"
     LEASE_LOST = "lease_lost"
     INTERNAL = "internal"

@@ -42,7 +42,6 @@ REMEDIES: Mapping[FailureClass, str] = {
         "when the machine has less to do"
     ),
     FailureClass.DEADLINE_PASSED: "submit it again with a later deadline, or a higher priority",
-    FailureClass.REJECTED: "`mergefleet retry` if it should be merged after all",
     FailureClass.CANCELLED: "`mergefleet retry` if it should be merged after all",
     FailureClass.LEASE_LOST: "another driver took it over: `mergefleet status` has the drivers",
     FailureClass.INTERNAL: (

@@ -37,7 +37,7 @@ def test_every_error_has_a_class_people_see(kind):
 
 def test_every_failure_class_belongs_to_an_error_or_is_what_the_ledger_decides():
     of_errors = {kind.failure_class for kind in all_errors()}
-    assert set(FailureClass) - of_errors == {FailureClass.DEADLINE_PASSED, FailureClass.REJECTED}
+    assert set(FailureClass) - of_errors == {FailureClass.DEADLINE_PASSED}
 
 
 def test_the_place_of_a_fault_survives_pickling():
