@@ -24,8 +24,6 @@ from jobs.ledger.store import JobStore
 from jobs.states import JobState
 
 _NUM_BASES = 50
-_NEARLY = 20
-"""Jobs of a share that may be claimed already when it has no more that wait."""
 
 
 def main() -> None:
@@ -38,7 +36,7 @@ def main() -> None:
     served = share_fleet({"ads": 2000, "search": 2000}, weights, arguments.workers, arguments.seed)
     print(f"2 shares, 3:1: {served['search']} and {served['ads']} jobs, {served['search'] / served['ads']:.2f}:1")
     rng = random.Random(arguments.seed)  # noqa: S311 - a simulation, no secrets
-    sizes = {f"team-{number:02}": rng.randrange(200, 1000) for number in range(20)}
+    sizes = {f"team-{number:02}": rng.randrange(400, 1000) for number in range(20)}
     served = share_fleet(sizes, {}, arguments.workers, arguments.seed)
     counts = [served[team] for team in sizes]
     spread = f"{min(counts)} to {max(counts)} served each"
@@ -53,7 +51,7 @@ def jain(counts: Sequence[float]) -> float:
 
 
 def share_fleet(sizes: Mapping[str, int], weights: Mapping[str, float], num_workers: int, seed: int) -> Counter[str]:
-    """Run jobs of several shares until one of them has hardly any left; return what each was served.
+    """Run jobs of several shares until one of them has no more that wait; return what each was served.
 
     Args:
         sizes: how many jobs each share submits, one share after the other, with priorities of their own.
@@ -95,7 +93,9 @@ def share_fleet(sizes: Mapping[str, int], weights: Mapping[str, float], num_work
                 sleep=clock.skip,
                 rng=rng,
             )
-            while not any(served[team] + _NEARLY >= size for team, size in sizes.items()):
+            # So many a driver holds: when all that is left of a share is held, it has no more that wait.
+            held = 2 * num_workers * settings.max_jobs_per_pass
+            while not any(served[team] + held >= size for team, size in sizes.items()):
                 driver.step()
     return served
 

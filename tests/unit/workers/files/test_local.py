@@ -16,7 +16,7 @@ from workers.files.local import file_errors
         (errno.ENOENT, NotFoundError),
         (errno.EACCES, AuthError),
         (errno.EPERM, AuthError),
-        (errno.EROFS, AuthError),
+        (errno.EROFS, TransientIOError),
         (errno.ENOSPC, NoCapacityError),
         (errno.EDQUOT, NoCapacityError),
         (errno.EIO, TransientIOError),
