@@ -38,12 +38,13 @@ def serve(settings: Settings, host: str, port: int, tell: Callable[[str], None])
     with contextlib.closing(LedgerService(settings)) as service, listening(host, port) as listener:
         service.open(create=True)
         server = make_server(settings, service, token)
-        shown = f"[{host}]" if ":" in host else host
-        tell(f"http://{shown}:{listener.getsockname()[1]}")
         sender = Sender(service.open(), settings.webhooks)
         sender.start()
         try:
-            with _quiet_signals():
+            with _stopped_by_signals(server):
+                # Only now: what ends after someone knows the address is told to the webhooks.
+                shown = f"[{host}]" if ":" in host else host
+                tell(f"http://{shown}:{listener.getsockname()[1]}")
                 server.run(sockets=[listener])
         finally:
             sender.stop()
@@ -78,9 +79,13 @@ def make_server(settings: Settings, service: LedgerService, token: str | None) -
 
 
 @contextlib.contextmanager
-def _quiet_signals() -> Iterator[None]:
-    """Let a signal that has stopped the server do no more: uvicorn raises it again when it has ended in order."""
-    before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGINT, signal.SIGTERM)}
+def _stopped_by_signals(server: uvicorn.Server) -> Iterator[None]:
+    """Let a signal stop the server before it runs, too, and do no more when uvicorn raises it again at its end."""
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

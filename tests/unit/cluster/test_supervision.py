@@ -17,7 +17,7 @@ SCRIPT = """
 import os, signal, sys, time
 from cluster.commands.supervision import Supervisor
 
-directory, mode = sys.argv[1:]
+directory, mode, pause = sys.argv[1:]
 
 def drive(predecessor, tell_name):
     number = len(os.listdir(directory))
@@ -38,13 +38,13 @@ def drive(predecessor, tell_name):
         return 40 + len(stopped)
     return 3
 
-print(Supervisor(drive, sleep=lambda _: None).run())
+print(Supervisor(drive, float(pause)).run())
 """
 
 
-def start(directory, mode):
+def start(directory, mode, pause="0.01"):
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(directory), mode],
+        [sys.executable, "-c", SCRIPT, str(directory), mode, pause],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -92,6 +92,15 @@ def test_a_stop_reaches_the_driver_once_and_ends_both(tmp_path, number, to_group
         (os.killpg if to_group else os.kill)(process.pid, number)
         output, _ = process.communicate(timeout=60)
     assert output == "41\n"
+    assert len(drivers(tmp_path)) == 1
+
+
+def test_a_stop_ends_the_pause_before_the_next_driver(tmp_path):
+    with start(tmp_path, "dies", "600") as process:
+        [line] = [next(process.stderr)]
+        assert "starts anew" in line
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
     assert len(drivers(tmp_path)) == 1
 
 
