@@ -217,7 +217,7 @@ class SimulatedActor:
         self._note(work.name, work.requests, seconds)
         return seconds, self._outcome(work.requests)
 
-    def publish(self, job_id: str) -> tuple[float, PublishOutcome]:
+    def publish(self, job_id: str, _approved_by: str | None) -> tuple[float, PublishOutcome]:
         """Publish a job."""
         seconds = self._fleet.costs.seconds_to_publish
         return seconds, PublishOutcome(job_id=job_id, release=_release(job_id), seconds=seconds)

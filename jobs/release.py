@@ -93,6 +93,8 @@ class Manifest(Frozen):
     quantization_options: QuantizationOptions | None
     dtype: Dtype | None
     parity: ParitySummary
+    approved_by: str | None = Field(default=None, exclude_if=is_none)
+    """The person who let it be published, where the request asked for one."""
     notes: tuple[str, ...] = Field(default=(), exclude_if=is_empty)
     """Those of the parity report."""
     files: tuple[Artifact, ...]

@@ -106,6 +106,8 @@ class MergeRequest(Frozen):
     """When it is too late to begin: a job that still waits then fails."""
     timeout_seconds: Annotated[float, Field(gt=0)] | None = Field(default=None, exclude_if=is_none)
     """How long one attempt may take before it is stopped, and has failed."""
+    requires_approval: bool = Field(default=False, exclude_if=is_empty)
+    """Whether a person has to approve the merged and proven release before it is published."""
     labels: Annotated[dict[str, str], PlainSerializer(lambda labels: dict(sorted(labels.items())))] = Field(default={})
 
     model_config = ConfigDict(populate_by_name=True)

@@ -19,6 +19,8 @@ class JobState(StrEnum):
     """Merged shards are being written."""
     VERIFYING = "VERIFYING"
     """Parity is being checked."""
+    AWAITING_APPROVAL = "AWAITING_APPROVAL"
+    """Merged and proven; published once a person has approved it. No driver holds it."""
     PUBLISHING = "PUBLISHING"
     """The release is being made visible."""
     PUBLISHED = "PUBLISHED"
@@ -42,6 +44,9 @@ ACTIVE_STATES = frozenset(
 
 STAGES = (JobState.PLANNING, JobState.MERGING, JobState.VERIFYING, JobState.PUBLISHING)
 """States a driver moves a job through while it works on it, in order."""
+
+WAITING_STATES = frozenset({JobState.QUEUED, JobState.RETRY_WAIT, JobState.AWAITING_APPROVAL})
+"""States in which nobody holds a job that is not final."""
 
 CLAIMABLE_STATES = frozenset({JobState.QUEUED, JobState.RETRY_WAIT})
 FINAL_STATES = frozenset({JobState.PUBLISHED, JobState.CANCELLED, JobState.FAILED, JobState.QUARANTINED})
@@ -81,7 +86,8 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     JobState.LEASED: _ENDINGS | {JobState.PLANNING},
     JobState.PLANNING: _ENDINGS | {JobState.MERGING},
     JobState.MERGING: _ENDINGS | {JobState.VERIFYING},
-    JobState.VERIFYING: _ENDINGS | {JobState.PUBLISHING},
+    JobState.VERIFYING: _ENDINGS | {JobState.PUBLISHING, JobState.AWAITING_APPROVAL},
+    JobState.AWAITING_APPROVAL: frozenset({JobState.QUEUED, JobState.CANCELLED}),
     JobState.PUBLISHING: _ENDINGS,
     JobState.CANCELLING: frozenset({JobState.CANCELLED, JobState.PUBLISHED}),
     JobState.PUBLISHED: frozenset(),

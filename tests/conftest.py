@@ -57,11 +57,11 @@ def postgres_server() -> Iterator[PostgresServer]:
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The URL of a ledger that is not there yet: a test with it runs on both kinds of stores."""
+    """The URL of a ledger without jobs, of SQLite not there yet: a test with it runs on both kinds of stores."""
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path}/ledger/jobs.db"
         return
-    with request.getfixturevalue("postgres_server").database() as url:
+    with request.getfixturevalue("postgres_server").ledger() as url:
         yield url
 
 

@@ -85,10 +85,14 @@ class SleepingWorker:
         assert merged.keys() == work.tickets.keys()
         return UnitOutcome(jobs=(JobOutcome(job_id="one", merge_key="a" * 64),), usage=Usage(), residents=())
 
-    def publish(self, job_id):
+    def publish(self, job_id, approved_by):
+        assert approved_by == ("someone" if job_id == "one" else None)
         if job_id == "raises":
             raise ValueError("no such job")
         return PublishOutcome(job_id=job_id, seconds=0.1)
+
+    def leave(self, job_id):
+        self.unit = f"left {job_id}"
 
     def discard(self, job_id):
         pass

@@ -207,8 +207,13 @@ class MergeWorker:
             logger.warning("job failed", extra=said | ({"place": failure.place} if failure.place else {}))
         self._tracker.enter("failed" if failure else "published", [job.id])
 
-    def publish(self, job_id: str) -> PublishOutcome:
-        """Make one staged job visible. Afterwards nothing of it is left here, published or failed."""
+    def publish(self, job_id: str, approved_by: str | None = None) -> PublishOutcome:
+        """Make one staged job visible. Afterwards nothing of it is left here, published or failed.
+
+        Args:
+            job_id: of the job.
+            approved_by: the person who let it be, where its request asks for one.
+        """
         begin = time.perf_counter()
         job = self._staged.pop(job_id, None)
         if job is None:
@@ -216,7 +221,7 @@ class MergeWorker:
             return PublishOutcome(job_id=job_id, failure=Failure.of(error))
         self._tracker.enter("publish", [job_id])
         with own_failure(job):
-            job.publish()
+            job.publish(approved_by)
         job.drop()
         self._end(job)
         return PublishOutcome(
@@ -225,6 +230,13 @@ class MergeWorker:
             release=job.release,
             seconds=time.perf_counter() - begin,
         )
+
+    def leave(self, job_id: str) -> None:
+        """Let go of a staged job, and leave its finished shards to the attempt that will publish it. Idempotent."""
+        job = self._staged.pop(job_id, None)
+        if job is not None:
+            job.drop(keep=True)
+            self._tracker.enter("left", [job_id])
 
     def discard(self, job_id: str) -> None:
         """Drop a job that is staged, or in a pass, and everything it left. Idempotent."""

@@ -1,5 +1,6 @@
 """Commands about jobs in the queue: submit, look, follow, cancel, try again."""
 
+import getpass
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ from cluster.cli.opening import choose, open_service, select
 from cluster.console.arguments import (
     AsJson,
     Batch,
+    By,
     Debug,
     FailureClasses,
     Ids,
@@ -132,3 +134,39 @@ def cancel(
         changed = service.cancel(choose(service, ids=ids, batch=batch, states=state, labels=label))
         output.document({"cancelled": list(changed)})
         output.show(f"{len(changed)} jobs cancelled, or being stopped")
+
+
+@commands.command()
+def approve(
+    ids: Ids = None,
+    *,
+    batch: Batch = None,
+    label: Labels = None,
+    by: By = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Let jobs that wait for approval be published: what was merged and proven, under the name of who says so."""
+    with terminal(as_json=as_json, debug=debug) as output, open_service() as service:
+        changed = service.approve(choose(service, ids=ids, batch=batch, labels=label), by or getpass.getuser())
+        output.document({"approved": list(changed)})
+        output.show(f"{len(changed)} jobs approved")
+
+
+@commands.command()
+def reject(
+    ids: Ids = None,
+    *,
+    batch: Batch = None,
+    label: Labels = None,
+    by: By = None,
+    reason: Annotated[str, typer.Option(help="In the events of the job.")] = "",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Cancel jobs that wait for approval."""
+    with terminal(as_json=as_json, debug=debug) as output, open_service() as service:
+        chosen = choose(service, ids=ids, batch=batch, labels=label)
+        changed = service.reject(chosen, by or getpass.getuser(), reason)
+        output.document({"rejected": list(changed)})
+        output.show(f"{len(changed)} jobs rejected")

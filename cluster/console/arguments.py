@@ -30,6 +30,7 @@ States = Annotated[
     list[JobState] | None,
     typer.Option("--state", case_sensitive=False, help="Jobs in this state, or in one of several."),
 ]
+By = Annotated[str | None, typer.Option(metavar="PERSON", help="Who decides; by default the user at this terminal.")]
 Batch = Annotated[str | None, typer.Option(metavar="NAME", help="Jobs of this batch.")]
 FailureClasses = Annotated[
     list[FailureClass] | None, typer.Option("--class", help="Jobs whose last failure is of this class.")

@@ -23,6 +23,7 @@ class Outcome(StrEnum):
     """It failed and counts; another follows."""
     GIVEN_BACK = "not charged"
     """A place, a worker or others ended it, and it does not count."""
+    PROVEN = "waits for approval"
     CANCELLED = "cancelled"
     AT_WORK = "at work"
 
@@ -31,6 +32,7 @@ _OUTCOMES = {
     JobState.PUBLISHED: Outcome.PUBLISHED,
     JobState.FAILED: Outcome.FAILED,
     JobState.QUARANTINED: Outcome.FAILED,
+    JobState.AWAITING_APPROVAL: Outcome.PROVEN,
     JobState.CANCELLED: Outcome.CANCELLED,
     JobState.RETRY_WAIT: Outcome.AGAIN,
     JobState.QUEUED: Outcome.GIVEN_BACK,

@@ -24,6 +24,7 @@ _ORDER = (
     JobState.FAILED,
     JobState.QUARANTINED,
     JobState.CANCELLED,
+    JobState.AWAITING_APPROVAL,
     JobState.RETRY_WAIT,
     JobState.QUEUED,
 )
@@ -32,6 +33,7 @@ _KINDS = {
     JobState.FAILED: "failed",
     JobState.QUARANTINED: "failed",
     JobState.CANCELLED: "cancelled",
+    JobState.AWAITING_APPROVAL: "waiting",
     JobState.RETRY_WAIT: "again",
     JobState.QUEUED: "waiting",
 }

@@ -161,6 +161,8 @@ def _headline(jobs: Sequence[JobRecord]) -> str:
         parts.append(f"{cancelled} cancelled")
     if at_work := sum(counts[state] for state in ACTIVE_STATES):
         parts.append(f"{at_work} at work")
+    if to_approve := counts[JobState.AWAITING_APPROVAL]:
+        parts.append(f"{to_approve} to be approved")
     if waiting := sum(counts[state] for state in CLAIMABLE_STATES):
         parts.append(f"{waiting} waiting")
     return ", ".join(parts)

@@ -135,6 +135,8 @@ def _settled_line(event: JobSettled) -> Text:
         return Text("\n").join([first, *(note_line(event.job_id, each) for each in event.notes)])
     failure = f"{event.failure_class}: {event.message}"
     match event.state:
+        case JobState.AWAITING_APPROVAL:
+            text = f"waits for approval  report: {event.report_path}"
         case JobState.RETRY_WAIT:
             text = f"again in {duration(event.retry_seconds or 0)}: {failure}"
         case JobState.QUEUED if event.place is not None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from cluster.console.remedies import REMEDIES
 from jobs.ledger.pauses import Cause, Pause, Scope
 from jobs.ledger.records import DriverRecord, Event, JobRecord
-from jobs.states import CLAIMABLE_STATES, FINAL_STATES, UNSUCCESSFUL_STATES, JobState
+from jobs.states import FINAL_STATES, UNSUCCESSFUL_STATES, WAITING_STATES, JobState
 
 _SILENT_SECONDS = 120.0
 """After which a driver that says nothing counts as lost, for people."""
@@ -75,7 +75,7 @@ def next_step(record: JobRecord, around: Surroundings) -> NextStep:
     """Return what comes next for a job: by itself, or by a person."""
     if record.state in FINAL_STATES:
         return _ended(record)
-    if record.state in CLAIMABLE_STATES:
+    if record.state in WAITING_STATES:
         return _waiting(record, around)
     if record.lease_expires_at is not None and record.lease_expires_at < around.now:
         text = f"its driver {record.owner} says nothing any more: the next one to claim takes it over"
@@ -98,6 +98,9 @@ def _ended(record: JobRecord) -> NextStep:
 
 
 def _waiting(record: JobRecord, around: Surroundings) -> NextStep:
+    if record.state is JobState.AWAITING_APPROVAL:
+        text = "needs a person: look at its parity report, then `mergefleet approve` or `mergefleet reject`"
+        return NextStep(kind="person", text=text)
     covering = [pause for pause in around.pauses if pause.covers(record.request, record.batch)]
     if covering:
         # What a person paused lasts; a place that is at fault is tried by itself.

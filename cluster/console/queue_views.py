@@ -12,7 +12,7 @@ from jobs.ledger.causes import FailureGroup
 from jobs.ledger.pauses import Cause, Pause
 from jobs.ledger.records import BatchRecord, DriverRecord, JobRecord
 from jobs.policy import FailurePolicy
-from jobs.states import ACTIVE_STATES, CLAIMABLE_STATES, UNSUCCESSFUL_STATES, JobState
+from jobs.states import ACTIVE_STATES, UNSUCCESSFUL_STATES, WAITING_STATES, JobState
 
 _STYLES = {
     JobState.PUBLISHED: "green",
@@ -21,6 +21,7 @@ _STYLES = {
     JobState.CANCELLED: "yellow",
     JobState.CANCELLING: "yellow",
     JobState.RETRY_WAIT: "yellow",
+    JobState.AWAITING_APPROVAL: "magenta",
     JobState.QUEUED: "dim",
 }
 
@@ -117,7 +118,7 @@ def batch_table(batches: Sequence[BatchRecord]) -> Table:
             sum(counts[state] for state in UNSUCCESSFUL_STATES),
             counts[JobState.CANCELLED],
             sum(counts[state] for state in ACTIVE_STATES),
-            sum(counts[state] for state in CLAIMABLE_STATES),
+            sum(counts[state] for state in WAITING_STATES),
         )
         table.add_row(cell(each.name), _time(each.created_at), *map(str, numbers))
     return table

@@ -116,7 +116,11 @@ class AnswerHandler:
             held = self._holdings.find(worker, outcome.job_id)
             if held is not None and held.outcome is not None:
                 continue  # this event is handled for the second time
-            if held is not None and outcome.failure is None and outcome.release is None:
+            if held is not None and _needs_approval(held, outcome):
+                waits = self._settlement.await_approval(held, outcome, {"unit": usage})
+                (self._pool.leave if waits else self._pool.discard)(worker, outcome.job_id)
+                continue
+            if held is not None and outcome.is_staged:
                 staged[outcome.job_id] = held, outcome
                 continue
             if held is not None:
@@ -130,7 +134,8 @@ class AnswerHandler:
         for job_id, (held, outcome) in staged.items():
             if job_id in passed:
                 held.outcome = outcome
-                self._pool.publish(worker, job_id)
+                approval = held.lease.approval
+                self._pool.publish(worker, job_id, None if approval is None else approval.by)
             else:
                 self._pool.discard(worker, job_id)
 
@@ -275,6 +280,13 @@ class AnswerHandler:
             self._settlement.unit_failure(held, failure, device_failed=event.device_failed)
             if event.device_failed:
                 self._holdings.shunned[held.job_id] = frozenset({event.worker})
+
+
+def _needs_approval(held: Held, outcome: JobOutcome) -> bool:
+    """Whether a staged release is not the one that a person has approved, where its request asks for that."""
+    approval = held.lease.approval
+    is_approved = approval is not None and approval.merge_key == outcome.merge_key
+    return held.lease.request.requires_approval and outcome.is_staged and not is_approved
 
 
 def _fault(message: str) -> Failure:

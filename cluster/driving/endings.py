@@ -2,7 +2,9 @@
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+from pydantic import JsonValue
 
 from cluster.driving.events import DriverEvent, JobSettled
 from cluster.driving.holdings import Held, Holdings
@@ -65,6 +67,12 @@ class Endings:
         )
         self._places.got_to(held, JobState.PUBLISHED)
         self._end(held, event)
+
+    def awaiting(self, held: Held, merge_key: str, report_path: str | None, detail: Mapping[str, JsonValue]) -> bool:
+        """End an attempt whose release is proven; return whether it waits for a person now, and is not cancelled."""
+        state = self._store.await_approval(held.job_id, held.lease.token, merge_key, report_path, detail)
+        self._end(held, JobSettled(job_id=held.job_id, state=state, report_path=report_path))
+        return state is JobState.AWAITING_APPROVAL
 
     def quarantine(self, held: Held) -> None:
         """End a job that was at work each time that a driver was lost."""

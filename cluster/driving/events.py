@@ -35,7 +35,7 @@ class JobSettled:
 
     job_id: str
     state: JobState
-    """Final, or RETRY_WAIT or QUEUED when it will be tried again."""
+    """Final, AWAITING_APPROVAL, or RETRY_WAIT or QUEUED when it will be tried again."""
     location: str | None = None
     """Where the release is."""
     created: bool = False

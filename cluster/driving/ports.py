@@ -31,8 +31,11 @@ class Pool(Protocol):
     def finish_pass(self, worker: str, work: PassWork, merged: Mapping[str, tuple[MergedShards, ...]]) -> None:
         """Have a pass finished that is merged; `UnitFinished` or `TurnedDown` follows."""
 
-    def publish(self, worker: str, job_id: str) -> None:
-        """Have a staged job published; `PublishFinished` follows."""
+    def publish(self, worker: str, job_id: str, approved_by: str | None) -> None:
+        """Have a staged job published, with the name of who approved it; `PublishFinished` follows."""
+
+    def leave(self, worker: str, job_id: str) -> None:
+        """Have a staged job let go of, and its finished shards left to the attempt that will publish it."""
 
     def discard(self, worker: str, job_id: str) -> None:
         """Have dropped what a job left."""

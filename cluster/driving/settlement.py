@@ -15,7 +15,7 @@ from jobs.ledger.records import Beginning, ProgressReport, Publication
 from jobs.ledger.store import JobStore
 from jobs.release import Release
 from jobs.states import MAX_EXCUSED_LOSSES, STAGES, SUSPICIOUS_FAILURES, JobState
-from workers.merging.outcomes import Failure
+from workers.merging.outcomes import Failure, JobOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +166,19 @@ class Settlement:
                 self._endings.isolate(held, failure, "the GPU failed")
             else:
                 self._endings.failed(held, failure, report_path)
+
+    def await_approval(self, held: Held, outcome: JobOutcome, detail: Mapping[str, JsonValue]) -> bool:
+        """End an attempt whose release is proven, and waits for a person's word.
+
+        Returns:
+            Whether the job waits now. Otherwise it has ended: the lease is lost, or a user cancelled it.
+        """
+        assert outcome.merge_key is not None
+        report_path = None if outcome.report_path is None else str(outcome.report_path)
+        if self.advance([held], JobState.VERIFYING, {held.job_id: outcome.merge_key}):
+            with self._guarded(held):
+                return self._endings.awaiting(held, outcome.merge_key, report_path, detail)
+        return False
 
     def quarantine(self, held: Held) -> None:
         """End a job that was at work each time that a driver was lost, before it is tried again."""

@@ -21,7 +21,7 @@ from workers.merging.outcomes import (
     Unreachable,
 )
 
-WORK = frozenset({"run_unit", "open_pass", "merge_shards", "finish_pass", "publish", "discard"})
+WORK = frozenset({"run_unit", "open_pass", "merge_shards", "finish_pass", "publish", "leave", "discard"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,10 +79,14 @@ class WorkerPool:
         """Have a pass finished that is merged; `UnitFinished` or `TurnedDown` follows."""
         self._call(worker, "finish_pass", work, merged, task_name=work.name, pass_id=work.pass_id)
 
-    def publish(self, worker: str, job_id: str) -> None:
-        """Have a staged job published; `PublishFinished` follows."""
+    def publish(self, worker: str, job_id: str, approved_by: str | None) -> None:
+        """Have a staged job published, with the name of who approved it; `PublishFinished` follows."""
         # No name of a task holds that of a job: Ray keeps a series of metrics for each.
-        self._call(worker, "publish", job_id, job_id=job_id, task_name="publish")
+        self._call(worker, "publish", job_id, approved_by, job_id=job_id, task_name="publish")
+
+    def leave(self, worker: str, job_id: str) -> None:
+        """Have a staged job let go of, and its finished shards left to the attempt that will publish it."""
+        self._call(worker, "leave", job_id, job_id=job_id, task_name="leave")
 
     def discard(self, worker: str, job_id: str) -> None:
         """Have what a job left dropped."""

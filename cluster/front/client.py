@@ -85,6 +85,14 @@ class HttpService:
         """Queue jobs again; see `Steering`."""
         return self._post("/v1/retry", wire.Changed, _choice(selection)).changed
 
+    def approve(self, selection: Selection, by: str) -> tuple[str, ...]:
+        """Let jobs be published that wait for it; see `Steering`."""
+        return self._post("/v1/approve", wire.Changed, _choice(selection) | {"by": by}).changed
+
+    def reject(self, selection: Selection, by: str, reason: str) -> tuple[str, ...]:
+        """Cancel jobs that wait for approval; see `Steering`."""
+        return self._post("/v1/reject", wire.Changed, _choice(selection) | {"by": by, "reason": reason}).changed
+
     def pause(self, scope: Scope, name: str, by: str, reason: str) -> bool:
         """Keep jobs from being started; see `Steering`."""
         body = {"scope": scope, "name": name, "by": by, "reason": reason}

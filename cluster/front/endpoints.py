@@ -222,6 +222,28 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         answer=wire.Changed,
     ),
     Endpoint(
+        method="POST",
+        path="/v1/approve",
+        name="approve",
+        summary="Let jobs that wait for approval be published, in a person's name.",
+        call=lambda service, call: wire.Changed(
+            changed=service.approve(call.body.selection(call.body.id), call.body.by)
+        ),
+        body=wire.Approval,
+        answer=wire.Changed,
+    ),
+    Endpoint(
+        method="POST",
+        path="/v1/reject",
+        name="reject",
+        summary="Cancel jobs that wait for approval, in a person's name.",
+        call=lambda service, call: wire.Changed(
+            changed=service.reject(call.body.selection(call.body.id), call.body.by, call.body.reason)
+        ),
+        body=wire.Rejection,
+        answer=wire.Changed,
+    ),
+    Endpoint(
         method="GET",
         path="/v1/pauses",
         name="pauses",

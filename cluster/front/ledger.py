@@ -81,6 +81,14 @@ class LedgerService:
         """Queue jobs again; see `Steering`."""
         return self.open().retry(self._chosen(selection))
 
+    def approve(self, selection: Selection, by: str) -> tuple[str, ...]:
+        """Let jobs be published that wait for it; see `Steering`."""
+        return self.open().approve(self._chosen(selection), by)
+
+    def reject(self, selection: Selection, by: str, reason: str) -> tuple[str, ...]:
+        """Cancel jobs that wait for approval; see `Steering`."""
+        return self.open().reject(self._chosen(selection), by, reason)
+
     def pause(self, scope: Scope, name: str, by: str, reason: str) -> bool:
         """Keep jobs from being started; see `Steering`."""
         return self.open().pause(scope, _known_name(scope, name), by, reason)

@@ -20,7 +20,7 @@ from cluster.front.problems import RefusedError, status_of
 from jobs.errors import MergefleetError
 from jobs.ledger.records import Event
 from jobs.ledger.selection import Selection
-from jobs.states import ACTIVE_STATES, CLAIMABLE_STATES, UNSUCCESSFUL_STATES, JobState
+from jobs.states import ACTIVE_STATES, UNSUCCESSFUL_STATES, WAITING_STATES, JobState
 from jobs.text import MAX_MESSAGE, shown
 
 _MAX_JOBS = 50
@@ -177,13 +177,13 @@ def _batch_row(batch: wire.BatchAnswer) -> dict[str, Any]:
         "failed": sum(counts[state] for state in UNSUCCESSFUL_STATES),
         "cancelled": batch.request_counts.cancelled,
         "active": sum(counts[state] for state in ACTIVE_STATES),
-        "waiting": sum(counts[state] for state in CLAIMABLE_STATES),
+        "waiting": sum(counts[state] for state in WAITING_STATES),
     }
 
 
 def _steps(events: Sequence[Event], now: float, state: JobState) -> list[dict[str, Any]]:
     """Return events with how long the job stayed in each state; the last one lasts, if work goes on."""
-    ends = [event.at for event in events[1:]] + [now if state in ACTIVE_STATES | CLAIMABLE_STATES else None]
+    ends = [event.at for event in events[1:]] + [now if state in ACTIVE_STATES | WAITING_STATES else None]
     return [
         {
             "event": event,

@@ -59,6 +59,18 @@ class Steering(Protocol):
         """Queue jobs again, with attempts that start anew; returns and raises as `cancel` does."""
         ...
 
+    def approve(self, selection: Selection, by: str) -> tuple[str, ...]:
+        """Let jobs that wait for approval be published, in a person's name; returns and raises as `cancel` does.
+
+        Raises:
+            BadInputError: no one is named, too.
+        """
+        ...
+
+    def reject(self, selection: Selection, by: str, reason: str) -> tuple[str, ...]:
+        """Cancel jobs that wait for approval, in a person's name; returns and raises as `approve` does."""
+        ...
+
     def pause(self, scope: Scope, name: str, by: str, reason: str) -> bool:
         """Keep jobs from being started; returns whether no person did before.
 

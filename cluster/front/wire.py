@@ -76,6 +76,19 @@ class Choice(Filter):
     id: Annotated[tuple[Name, ...], Field(max_length=MAX_CHOSEN)] = ()
 
 
+class Approval(Choice):
+    """Jobs that may be published."""
+
+    by: Name
+    """Who says so; it is in the manifests."""
+
+
+class Rejection(Approval):
+    """Jobs that may not."""
+
+    reason: Words = ""
+
+
 class Submission(Frozen):
     """Where the text of requests comes from."""
 

@@ -215,7 +215,8 @@ class Claim:
 
 def fail_overdue(connection: Connection, now: float) -> tuple[str, ...]:
     """Fail the jobs that wait still although their deadline has passed; return their ids."""
-    where = and_(jobs.c.deadline <= now, jobs.c.state.in_(CLAIMABLE_STATES))
+    # What was approved did begin.
+    where = and_(jobs.c.deadline <= now, jobs.c.state.in_(CLAIMABLE_STATES), jobs.c.approved_by.is_(None))
     rows = connection.execute(select(jobs).where(where).order_by(jobs.c.number).with_for_update(skip_locked=True)).all()
     message = "its deadline passed before work on it began; submit it again with a later one"
     failure = FailureClass.DEADLINE_PASSED.value

@@ -24,6 +24,7 @@ from jobs.states import JobState
 class MessageKind(StrEnum):
     """What a message tells."""
 
+    JOB_AWAITING_APPROVAL = "job.awaiting_approval"
     JOB_PUBLISHED = "job.published"
     JOB_FAILED = "job.failed"
     JOB_QUARANTINED = "job.quarantined"
@@ -33,12 +34,13 @@ class MessageKind(StrEnum):
 
 
 JOB_MESSAGES: Mapping[JobState, MessageKind] = {
+    JobState.AWAITING_APPROVAL: MessageKind.JOB_AWAITING_APPROVAL,
     JobState.PUBLISHED: MessageKind.JOB_PUBLISHED,
     JobState.FAILED: MessageKind.JOB_FAILED,
     JobState.QUARANTINED: MessageKind.JOB_QUARANTINED,
     JobState.CANCELLED: MessageKind.JOB_CANCELLED,
 }
-"""The final states, and what tells them."""
+"""The final states, and that in which a person is asked; and what tells them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,8 @@ ORDERS: Mapping[Order, tuple[ColumnElement[Any], ...]] = {
 }
 
 
+_NEVER_DUE = FINAL_STATES | {JobState.AWAITING_APPROVAL}
+
 _MAX_LOOKED_AT = 100
 """Requests that name a place, and are looked at to see whether they mean it."""
 
@@ -179,13 +181,14 @@ class Queries:
     def seconds_until_due(self) -> float | None:
         """Return how long until something can be claimed, counting leases that would have to expire first.
 
-        What an operator has paused does not count; a place that is paused for a fault is tried when its rest is over.
+        What an operator has paused, or a person has to approve, does not count; a
+        place that is paused for a fault is tried when its rest is over.
 
         Returns:
             0 when something can be claimed now; None when nothing is left that ever could be.
         """
         due_at = case((jobs.c.state.in_(ACTIVE_STATES), jobs.c.lease_expires_at), else_=jobs.c.not_before)
-        query = select(jobs.c.held_by, func.min(func.coalesce(due_at, 0.0))).where(jobs.c.state.not_in(FINAL_STATES))
+        query = select(jobs.c.held_by, func.min(func.coalesce(due_at, 0.0))).where(jobs.c.state.not_in(_NEVER_DUE))
         with self._database.read() as connection:
             found = {row[0]: row[1] for row in connection.execute(query.group_by(jobs.c.held_by))}
             all_pauses = read_pauses(connection)

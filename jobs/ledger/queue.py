@@ -18,7 +18,7 @@ from jobs.ledger.rows import JobRow
 from jobs.ledger.schema import jobs
 from jobs.ledger.shares import ShareRules
 from jobs.request import MergeRequest
-from jobs.states import ACTIVE_STATES, CLAIMABLE_STATES, RETRYABLE_STATES, JobState
+from jobs.states import ACTIVE_STATES, RETRYABLE_STATES, WAITING_STATES, JobState
 
 _MAX_ORPHANS = 500
 """Jobs of lost drivers that are queued again in one transaction."""
@@ -35,6 +35,8 @@ _FRESH = {
     "suspect": False,
     "not_before": None,
     "held_by": "",
+    "approved_by": None,
+    "approved_key": None,
     "failure_class": None,
     "failure_message": None,
 }
@@ -133,7 +135,7 @@ class JobQueue:
             found, now = lock_many(self._database, connection, ids)
             changed: list[JobRow] = []
             for state, rows in found.items():
-                if state in CLAIMABLE_STATES:
+                if state in WAITING_STATES:
                     target = JobState.CANCELLED
                 elif state in ACTIVE_STATES and state is not JobState.CANCELLING:
                     target = JobState.CANCELLING

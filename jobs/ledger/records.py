@@ -21,6 +21,15 @@ class SubmitResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Approval:
+    """A person's word that a release may be published."""
+
+    by: str
+    merge_key: str
+    """Of the release that was approved; it is the word for no other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
     """The right of one driver to work on one job until the lease expires."""
 
@@ -42,6 +51,8 @@ class Lease:
     """Whether it, or a job beside it, may have been what ended an attempt: it must not take other jobs with it."""
     share: str = ""
     """The share that it belongs to."""
+    approval: Approval | None = None
+    """What a person has said of the release that an earlier attempt made."""
     is_probe: bool = False
     """Whether it was sent ahead to find out whether a place works again."""
 
@@ -103,6 +114,7 @@ class JobRecord:
     failure_class: FailureClass | None
     """The last failure, until the job is published or retried."""
     failure_message: str | None
+    approval: Approval | None
     release: Release | None
     report_path: str | None
     created_at: float

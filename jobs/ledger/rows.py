@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 from sqlalchemy import Row
 
 from jobs.errors import FailureClass
-from jobs.ledger.records import Event, JobRecord, Lease
+from jobs.ledger.records import Approval, Event, JobRecord, Lease
 from jobs.release import Release
 from jobs.request import MergeRequest
 from jobs.states import JobState
@@ -28,6 +28,7 @@ def lease_of(row: JobRow, request: MergeRequest, token: int) -> Lease:
         excused_faults=row.excused_faults,
         suspect=row.suspect,
         share=row.share,
+        approval=_approval_of(row),
     )
 
 
@@ -60,11 +61,16 @@ def record_of(row: JobRow) -> JobRecord:
         bytes_total=row.bytes_total,
         failure_class=None if row.failure_class is None else FailureClass(row.failure_class),
         failure_message=row.failure_message,
+        approval=_approval_of(row),
         release=None if row.release is None else Release.model_validate_json(row.release),
         report_path=row.report_path,
         created_at=row.created_at,
         updated_at=row.updated_at,
     )
+
+
+def _approval_of(row: JobRow) -> Approval | None:
+    return None if row.approved_by is None else Approval(by=row.approved_by, merge_key=row.approved_key)
 
 
 def event_of(row: JobRow) -> Event:

@@ -22,7 +22,7 @@ from sqlalchemy import (
 
 from jobs.states import LIVE_STATES, JobState
 
-SCHEMA = "0005"
+SCHEMA = "0006"
 """The last migration; raised with every change of the tables."""
 
 metadata = MetaData()
@@ -72,6 +72,9 @@ jobs = Table(
     Column("lease_expires_at", Double),
     Column("not_before", Double),  # set in RETRY_WAIT
     Column("merge_key", String(64)),
+    # Who approved which merge key, until the job is retried.
+    Column("approved_by", Text),
+    Column("approved_key", String(64)),
     # The attempt at hand, or the last one: where and since when, and how far it is.
     Column("worker", Text),
     Column("node", Text),

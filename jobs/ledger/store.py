@@ -7,6 +7,7 @@ one writer at a time; Postgres locks rows, and drivers that claim at the same mo
 import contextlib
 from collections.abc import Callable
 
+from jobs.ledger.approvals import Approvals
 from jobs.ledger.attempts import Attempts
 from jobs.ledger.database import Database
 from jobs.ledger.deliveries import Deliveries
@@ -19,7 +20,7 @@ from jobs.ledger.stages import Stages
 from jobs.ledger.upkeep import Upkeep
 
 
-class JobStore(JobQueue, Stages, Attempts, Pauses, Queries, Paging, Deliveries, Upkeep):
+class JobStore(JobQueue, Stages, Attempts, Approvals, Pauses, Queries, Paging, Deliveries, Upkeep):
     """The ledger behind a URL. Safe for several threads; other processes and machines open their own.
 
     Raises, from every method: TransientIOError when the database does not answer, NoCapacityError when its disk is

@@ -74,7 +74,7 @@ def test_a_unit_runs_and_is_published(make_pool):
     outcome = last(until(pool, UnitFinished), UnitFinished).outcome
     assert outcome.jobs[0].job_id == "one"
     assert pool.views()[1].residents == {request().pass_key()}
-    pool.publish("merge-worker-1", "one")
+    pool.publish("merge-worker-1", "one", "someone")
     pool.discard("merge-worker-1", "one")
     assert last(until(pool, PublishFinished), PublishFinished).outcome.job_id == "one"
 
@@ -138,7 +138,7 @@ def test_an_exception_out_of_a_worker_is_an_event(make_pool):
     pool.run_unit("merge-worker-0", "u", (request(**{"raise": "what now"}),))
     failed = last(until(pool, CallFailed), CallFailed)
     assert (failed.call, failed.job_id, failed.message) == ("run_unit", None, "what now")
-    pool.publish("merge-worker-0", "raises")
+    pool.publish("merge-worker-0", "raises", None)
     failed = last(until(pool, CallFailed), CallFailed)
     assert (failed.call, failed.job_id, failed.message) == ("publish", "raises", "no such job")
     assert all(view.idle for view in pool.views())

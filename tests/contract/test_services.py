@@ -12,6 +12,7 @@ from cluster.front.service import Service
 from cluster.settings import Settings
 from jobs.errors import AuthError, BadInputError, FailureClass, InvalidValueError, NotFoundError, TransientIOError
 from jobs.ledger.pauses import Scope
+from jobs.ledger.records import Approval
 from jobs.ledger.selection import Selection
 from jobs.ledger.store import JobStore
 from jobs.locations import parse_location
@@ -100,6 +101,7 @@ class TestSubmitting:
             "parity": {"level": "arithmetic"},
             "deadline": "2999-01-02T03:04:05+02:00",
             "timeout_seconds": 1.5,
+            "requires_approval": True,
             "labels": {"ключ": "✓"},
         }
         service.submit([request_of("full", **full)], "b")
@@ -304,6 +306,25 @@ class TestSteering:
         assert service.cancel(Selection(labels={"team": "x"})) == ("c",)
         fail(store, "b", FailureClass.NOT_FOUND, "gone")
         assert service.retry(Selection(failures=[FailureClass.NOT_FOUND])) == ("b",)
+
+    def test_what_waits_for_a_person_is_approved_or_rejected(self, service, store):
+        service.submit([request_of(name, requires_approval=True) for name in ("a", "b", "c")], "nightly")
+        for lease in store.claim("driver", 9, 60):
+            begin(store, lease.job_id, lease.token)
+            advance(store, lease.job_id, lease.token, JobState.VERIFYING)
+            if lease.job_id != "c":
+                store.await_approval(lease.job_id, lease.token, "e" * 64, None, {})
+        assert service.counts()[JobState.AWAITING_APPROVAL] == 2
+        assert service.approve(Selection(ids=["a"]), "ann é") == ("a",)
+        assert service.reject(Selection(batch="nightly"), "bob", "why not") == ("b",)
+        assert service.job("a").approval == Approval(by="ann é", merge_key="e" * 64)
+        assert service.events("b")[-1].detail["reason"] == "rejected by bob: why not"
+        for refused in (
+            lambda: service.approve(Selection(ids=["a"]), " "),
+            lambda: service.approve(Selection(), "ann"),
+        ):
+            with pytest.raises(BadInputError):
+                refused()
 
     @pytest.mark.parametrize("method", ["cancel", "retry"])
     def test_nothing_is_meant_by_saying_nothing(self, service, store, method):

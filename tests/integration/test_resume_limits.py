@@ -18,6 +18,7 @@ from tests.dying import settings_in
 from tests.methods import make_method_adapter
 from tests.models import build_llama, make_adapter
 from workers.files.scratch import OwnedDirectory
+from workers.releases.delivery import verify_release
 from workers.releases.sinks.directory import DirectoryStaging
 from workers.releases.sinks.hub import HubStaging
 from workers.releases.sinks.local_records import RECORDS_DIRECTORY, LocalRecords
@@ -60,7 +61,7 @@ def leave_finished(worker, request):
     """Merge as far as the manifest, and leave what a kill leaves there."""
     (job,) = worker.run_unit("unit", (request,)).jobs
     assert job.failure is None
-    worker._staged.pop("job").opened.discard(keep=True)
+    worker.leave("job")
     return job
 
 
@@ -278,3 +279,16 @@ def test_finished_shards_in_scratch_wait_a_day_for_their_next_attempt(
     elsewhere = f"s3://{place.server.bucket}/other/{name}" if isinstance(place, S3Place) else f"hf://org/other-{name}"
     merge(worker, request_for(base, adapter, elsewhere))
     assert not young.exists()
+
+
+@pytest.mark.parametrize("level", ["arithmetic", "full"])
+def test_what_a_person_approved_is_published_without_being_merged_again(make_worker, place, base, adapter, level):
+    request = request_for(base, adapter, place.location, requires_approval=True, parity={"level": level})
+    first = leave_finished(make_worker(), request)
+    assert place.visible() == {}
+    outcome = (worker := make_worker()).run_unit("unit", (request,))
+    assert (outcome.jobs[0].failure, outcome.jobs[0].merge_key) == (None, first.merge_key)
+    assert outcome.usage.bytes_written == 0
+    release = worker.publish("job", "ann").release
+    assert release.manifest.approved_by == "ann"
+    assert verify_release(release.location, worker._settings.scratch).approved_by == "ann"

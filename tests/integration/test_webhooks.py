@@ -122,10 +122,15 @@ def test_a_server_that_is_killed_after_the_receiver_has_a_message_sends_it_again
         values = {name: value for name, value in os.environ.items() if not name.startswith("MERGEFLEET_")}
         values |= {"MERGEFLEET_HOME": str(tmp_path), "MERGEFLEET_WEBHOOKS": hooks}
 
+        @contextlib.contextmanager
         def start():
-            process = subprocess.Popen([sys.executable, "-c", SERVE], stdout=subprocess.PIPE, env=values)
-            assert process.stdout.readline()
-            return process
+            with subprocess.Popen([sys.executable, "-c", SERVE], stdout=subprocess.PIPE, env=values) as process:
+                try:
+                    assert process.stdout.readline()
+                    yield process
+                    process.wait(60)
+                finally:
+                    process.kill()
 
         with start() as first:
             end_jobs(store, "one", "two", "three")

@@ -141,9 +141,15 @@ class Job:
             self.witness.put(artifact)
         return receipt
 
-    def publish(self) -> None:
-        """Make its release visible."""
+    def publish(self, approved_by: str | None) -> None:
+        """Make its release visible.
+
+        Args:
+            approved_by: the person who let it be, where one was asked for.
+        """
         assert self.manifest is not None
+        if approved_by is not None:
+            self.manifest = self.manifest.model_copy(update={"approved_by": approved_by})
         with self.shipping():
             self.release = self.staging.publish(self.manifest)
 
@@ -194,15 +200,17 @@ class Job:
             self.checks |= {check.tensor: check for check in shards.checks}
             self.wrong += shards.wrong
 
-    def drop(self) -> None:
+    def drop(self, *, keep: bool = False) -> None:
         """Remove what it staged. A failure to do so is logged: what is left is invisible.
 
-        Where a remote store has failed for a while, finished shards stay for the next attempt (decision 24).
+        Args:
+            keep: leave finished shards to the next attempt, as is done where a remote store has failed for a while
+                (decision 24).
         """
         if self.opened is not None:
             is_passing = self.store_failed and isinstance(self.error, TransientIOError)
             try:
-                self.opened.discard(keep=is_passing and not self.opened.in_place)
+                self.opened.discard(keep=keep or (is_passing and not self.opened.in_place))
             except MergefleetError:
                 # The next attempt at this destination clears it away.
                 logger.warning("a staged release could not be removed", extra={"job_id": self.id}, exc_info=True)

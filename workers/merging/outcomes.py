@@ -92,6 +92,11 @@ class JobOutcome:
     report_path: Path | None = None
     """Directory of the parity report."""
 
+    @property
+    def is_staged(self) -> bool:
+        """Whether it waits to be published."""
+        return self.failure is None and self.release is None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitOutcome:

@@ -20,6 +20,8 @@ from jobs.states import Decision, JobState
 MAIN = "from cluster.cli import main; main()"
 
 SURFACE = {
+    "approve": ["[ids]", "--batch", "--label", "--by", "--json", "--debug"],
+    "reject": ["[ids]", "--batch", "--label", "--by", "--reason", "--json", "--debug"],
     "cancel": ["[ids]", "--batch", "--state", "--label", "--json", "--debug"],
     "logs": ["job", "--follow", "--json", "--debug"],
     "merge": [

@@ -9,6 +9,7 @@ from jobs.states import (
     LIVE_STATES,
     RETRYABLE_STATES,
     TRANSITIONS,
+    WAITING_STATES,
     JobState,
 )
 
@@ -23,8 +24,9 @@ def reachable(start):
 
 
 def test_the_kinds_of_states_cover_all_of_them_once():
-    assert set(JobState) == ACTIVE_STATES | CLAIMABLE_STATES | FINAL_STATES
-    assert len(ACTIVE_STATES) + len(CLAIMABLE_STATES) + len(FINAL_STATES) == len(JobState)
+    assert set(JobState) == ACTIVE_STATES | WAITING_STATES | FINAL_STATES
+    assert len(ACTIVE_STATES) + len(WAITING_STATES) + len(FINAL_STATES) == len(JobState)
+    assert {JobState.AWAITING_APPROVAL} == WAITING_STATES - CLAIMABLE_STATES
 
 
 def test_every_state_has_its_transitions_and_can_be_reached():

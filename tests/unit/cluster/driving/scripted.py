@@ -83,6 +83,8 @@ class ScriptedWorkers:
         self.finishing = []
         self.published = []
         self.discarded = []
+        self.left = []
+        self.approved = {}
         self.cancelled = []
         self.on_poll = lambda: None
         self.down = set()  # those that never come up
@@ -209,10 +211,14 @@ class ScriptedActor:
         self.script.finishing.append((self.name, checks))
         return self._begin(future, work.requests)
 
-    def publish(self, future, _, job_id):
+    def publish(self, future, _, job_id, approved_by):
         self.script.published.append((self.name, job_id))
+        self.script.approved[job_id] = approved_by
         self.publishing[job_id] = future
         return PENDING
+
+    def leave(self, _future, _, job_id):
+        self.script.left.append((self.name, job_id))
 
     def discard(self, _future, _, job_id):
         self.script.discarded.append((self.name, job_id))

@@ -3,6 +3,8 @@
 What Ray does is in tests/integration/test_driver.py.
 """
 
+import dataclasses
+
 import pytest
 
 from cluster.console.display import event_line
@@ -391,6 +393,52 @@ def test_a_job_cancelled_after_its_last_tensor_is_not_published(fleet):
     assert it.job("one").state is JobState.CANCELLED
     assert it.workers.published == []
     assert it.workers.discarded == [("merge-worker-0", "one")]
+
+
+def test_a_release_that_needs_approval_waits_for_it_and_is_then_published_under_that_name(fleet):
+    it = fleet()
+    it.submit(request("one", requires_approval=True), request("two"))
+    it.step()
+    it.workers.finish("merge-worker-0", staged("one"), staged("two"))
+    it.step()
+    assert it.states() == {"one": JobState.AWAITING_APPROVAL, "two": JobState.PUBLISHING}
+    assert it.workers.left == [("merge-worker-0", "one")]
+    it.workers.finish_publish("merge-worker-0", "two")
+    assert it.driver.run(drain=True).left == 1  # which it does not wait for
+    it.store.approve(["one"], "ann")
+    it.step()
+    it.workers.finish("merge-worker-0", staged("one"))
+    it.step()
+    assert it.workers.published[-1] == ("merge-worker-0", "one")
+    assert it.workers.approved == {"two": None, "one": "ann"}
+    it.workers.finish_publish("merge-worker-0", "one")
+    it.step()
+    assert it.job("one").state is JobState.PUBLISHED
+
+
+def test_a_release_that_needs_approval_and_was_cancelled_is_dropped(fleet):
+    it = fleet()
+    it.submit(request("one", requires_approval=True))
+    it.step()
+    it.workers.finish("merge-worker-0", staged("one"))
+    it.workers.on_poll = lambda: it.store.cancel(["one"])
+    it.step()
+    assert it.job("one").state is JobState.CANCELLED
+    assert (it.workers.left, it.workers.discarded) == ([], [("merge-worker-0", "one")])
+
+
+def test_a_release_other_than_the_one_that_was_approved_is_asked_for_again(fleet):
+    it = fleet()
+    it.submit(request("one", requires_approval=True))
+    it.step()
+    it.workers.finish("merge-worker-0", dataclasses.replace(staged("one"), merge_key="f" * 64))
+    it.step()
+    it.store.approve(["one"], "ann")
+    it.step(2)
+    it.workers.finish("merge-worker-0", staged("one"))
+    it.step()
+    assert it.job("one").state is JobState.AWAITING_APPROVAL
+    assert it.workers.published == []
 
 
 def test_a_lease_that_runs_out_while_a_cancellation_is_written_ends_no_driver(fleet, monkeypatch):

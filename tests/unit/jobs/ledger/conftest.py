@@ -26,6 +26,22 @@ def open_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Abs
     return lambda: contextlib.nullcontext(f"sqlite:///{tmp_path}/{next(numbers)}/jobs.db")
 
 
+@pytest.fixture
+def new_url(open_url: Callable[[], AbstractContextManager[str]]) -> Iterator[str]:
+    """The URL of a ledger that is not there yet."""
+    with open_url() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def lend_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], AbstractContextManager[str]]:
+    """Lends URLs of ledgers without jobs, as many as a test wants."""
+    if request.param == "postgres":
+        return request.getfixturevalue("postgres_server").ledger
+    numbers = iter(range(10**6))
+    return lambda: contextlib.nullcontext(f"sqlite:///{tmp_path}/{next(numbers)}/jobs.db")
+
+
 def raw_engine(url: str) -> Engine:
     """Return an engine that knows nothing of ledgers."""
     parsed = make_url(url)

@@ -79,6 +79,7 @@ class Drivers(People):
         job = self.model[lease.job_id]
         assert lease.token == job.token + 1
         assert (lease.attempts, lease.excused_faults) == (job.attempts + 1, job.excused)
+        assert (lease.approval is not None) == job.approved
         job.state, job.token, job.owner, job.waits = JobState.LEASED, lease.token, owner, False
         job.tokens.append(lease.token)
 
@@ -146,6 +147,26 @@ class Drivers(People):
             self.store.probe_ended(job.job_id)
             for fault in self.faults.values():
                 fault.probe = None if fault.probe == job.job_id else fault.probe
+
+    def ask_for_approval(self, data):
+        job = self.draw_held(data)
+        if job.state in (JobState.LEASED, JobState.PLANNING, JobState.PUBLISHING):
+            with pytest.raises(InternalError, match="no way leads from"):
+                self.store.await_approval(job.job_id, job.token, "a" * 64, None, {})
+        if job.state is JobState.LEASED:
+            begin(self.store, job.job_id, job.token)
+            job.state, job.attempts = JobState.PLANNING, job.attempts + 1
+        if job.state in (JobState.PLANNING, JobState.MERGING):
+            assert self.store.advance({job.job_id: job.token}, JobState.VERIFYING) == {}
+            job.state = JobState.VERIFYING
+            self.tell_passed(job)
+        if job.state is JobState.PUBLISHING:
+            return
+        is_cancelled = job.state is JobState.CANCELLING
+        job.state = JobState.CANCELLED if is_cancelled else JobState.AWAITING_APPROVAL
+        assert self.store.await_approval(job.job_id, job.token, "a" * 64, None, {}) is job.state
+        job.attempts, job.approved = 0, False
+        self.seen["asked for approval"] += not is_cancelled
 
     def meet_a_fault(self, data):
         job = self.draw_held(data)
@@ -237,6 +258,7 @@ class Drivers(People):
             lambda: self.store.fail(job_id, token, FailureClass.INTERNAL, "x", Decision(state=JobState.FAILED)),
             lambda: self.store.isolate(job_id, token, FailureClass.WORKER_LOST, "x", "x"),
             lambda: self.store.let_go(job_id, token, "x"),
+            lambda: self.store.await_approval(job_id, token, "a" * 64, None, {}),
         ):
             with pytest.raises(LeaseLostError):
                 write()

@@ -43,6 +43,7 @@ class Job:
     expired: bool = False
     waits: bool = False
     was_published: bool = False
+    approved: bool = False
     tokens: list[int] = field(default_factory=list)
     owner: str = ""
     losses: int = 0

@@ -12,9 +12,9 @@ from jobs.ledger.schema import jobs, pauses
 from jobs.ledger.store import JobStore
 from jobs.states import (
     ACTIVE_STATES,
-    CLAIMABLE_STATES,
     LIVE_STATES,
     RETRYABLE_STATES,
+    WAITING_STATES,
     JobState,
 )
 from tests.unit.jobs.ledger.machine_model import (
@@ -86,13 +86,22 @@ class People:
     def cancel(self, data):
         job_id = data.draw(st.sampled_from(sorted(self.model)))
         job = self.model[job_id]
-        changes = job.state in CLAIMABLE_STATES or job.state in ACTIVE_STATES - {JobState.CANCELLING}
+        changes = job.state in WAITING_STATES or job.state in ACTIVE_STATES - {JobState.CANCELLING}
         assert self.store.cancel([job_id]) == ((job_id,) if changes else ())
-        if job.state in CLAIMABLE_STATES:
+        if job.state in WAITING_STATES:
             job.state, job.waits = JobState.CANCELLED, False
         elif job.state in ACTIVE_STATES:
             job.state = JobState.CANCELLING
         self.queue_orphans()
+
+    def answer(self, data):
+        job_id = data.draw(st.sampled_from(sorted(self.model)))
+        job = self.model[job_id]
+        is_yes = data.draw(st.booleans())
+        changed = self.store.approve([job_id], "ann") if is_yes else self.store.reject([job_id], "ann", "no")
+        assert changed == ((job_id,) if job.state is JobState.AWAITING_APPROVAL else ())
+        if changed:
+            job.state, job.approved = JobState.QUEUED if is_yes else JobState.CANCELLED, is_yes
 
     def retry(self, data):
         job_id = data.draw(st.sampled_from(sorted(self.model)))
@@ -104,6 +113,7 @@ class People:
         assert self.store.retry([job_id]) == ((job_id,) if job.state in RETRYABLE_STATES else ())
         if job.state in RETRYABLE_STATES:
             job.state, job.attempts, job.excused, job.waits, job.losses = JobState.QUEUED, 0, 0, False, 0
+            job.approved = False
 
     def pause(self, data):
         key = data.draw(st.sampled_from(PAUSABLE))

@@ -50,24 +50,24 @@ class TestOlder:
     @pytest.mark.parametrize("schema", OLD)
     @pytest.mark.parametrize("create", [True, False])
     def test_it_is_refused_with_the_command_that_brings_it_up_and_stays_as_it_is(
-        self, store_url, make_old, schema, create
+        self, new_url, make_old, schema, create
     ):
-        make_old(store_url, schema)
-        with raw(store_url) as connection:
+        make_old(new_url, schema)
+        with raw(new_url) as connection:
             before = everything(connection)
         with pytest.raises(
             BadInputError, match=rf"expected schema {SCHEMA}, found {schema}; .*mergefleet store upgrade"
         ):
-            JobStore(store_url, create=create)
-        with raw(store_url) as connection:
+            JobStore(new_url, create=create)
+        with raw(new_url) as connection:
             assert everything(connection) == before
 
     @pytest.mark.parametrize("schema", OLD)
-    def test_it_is_brought_up_with_all_that_is_in_it(self, store_url, make_old, schema):
-        make_old(store_url, schema)
-        assert upgrade_store(store_url) == (schema, SCHEMA)
-        assert upgrade_store(store_url) == (SCHEMA, SCHEMA)
-        store = JobStore(store_url, create=False)
+    def test_it_is_brought_up_with_all_that_is_in_it(self, new_url, make_old, schema):
+        make_old(new_url, schema)
+        assert upgrade_store(new_url) == (schema, SCHEMA)
+        assert upgrade_store(new_url) == (SCHEMA, SCHEMA)
+        store = JobStore(new_url, create=False)
         assert {job.id: job.state for job in store.jobs()} == {
             name: JobState(columns["state"]) for name, columns in OLD_JOBS.items()
         }
@@ -106,24 +106,24 @@ class TestOlder:
                 assert {name: found.get(name) for name in expected} == expected
                 assert found.keys() == expected.keys()
 
-    def test_one_without_jobs(self, store_url, make_old):
-        make_old(store_url, "0001")
-        with raw(store_url) as connection:
+    def test_one_without_jobs(self, new_url, make_old):
+        make_old(new_url, "0001")
+        with raw(new_url) as connection:
             for table in ("events", "labels", "jobs"):
                 connection.execute(text(f"DELETE FROM {table}"))
-        upgrade_store(store_url)
-        store = JobStore(store_url)
+        upgrade_store(new_url)
+        store = JobStore(new_url)
         assert store.batches() == ()
         store.close()
 
-    def test_a_migration_that_fails_leaves_it_as_it_was(self, store_url, make_old):
-        make_old(store_url, "0001")
-        with raw(store_url) as connection:
+    def test_a_migration_that_fails_leaves_it_as_it_was(self, new_url, make_old):
+        make_old(new_url, "0001")
+        with raw(new_url) as connection:
             connection.execute(text("UPDATE jobs SET request = '{}' WHERE id = 'failed'"))
             before = everything(connection)
         with pytest.raises(KeyError, match="base"):
-            upgrade_store(store_url)
-        with raw(store_url) as connection:
+            upgrade_store(new_url)
+        with raw(new_url) as connection:
             assert everything(connection) == before
 
 
@@ -141,24 +141,24 @@ class TestNewer:
 
 
 class TestMissing:
-    def test_it_is_not_made_by_commands_that_only_read_or_upgrade(self, store_url):
-        for call in (lambda: JobStore(store_url, create=False), lambda: upgrade_store(store_url)):
+    def test_it_is_not_made_by_commands_that_only_read_or_upgrade(self, new_url):
+        for call in (lambda: JobStore(new_url, create=False), lambda: upgrade_store(new_url)):
             with pytest.raises((NotFoundError, BadInputError), match="no ledger"):
                 call()
 
-    def test_the_tables_of_another_program_are_left_alone(self, store_url):
-        with raw(store_url) as connection:
+    def test_the_tables_of_another_program_are_left_alone(self, new_url):
+        with raw(new_url) as connection:
             connection.execute(text("CREATE TABLE events (x INTEGER)"))
             before = everything(connection)
-        for call in (lambda: JobStore(store_url), lambda: upgrade_store(store_url)):
+        for call in (lambda: JobStore(new_url), lambda: upgrade_store(new_url)):
             with pytest.raises(BadInputError, match="tables of another program: events"):
                 call()
-        with raw(store_url) as connection:
+        with raw(new_url) as connection:
             assert everything(connection) == before
 
-    def test_a_new_one_has_the_tables_as_they_stand(self, store_url):
-        JobStore(store_url).close()
-        with raw(store_url) as connection:
+    def test_a_new_one_has_the_tables_as_they_stand(self, new_url):
+        JobStore(new_url).close()
+        with raw(new_url) as connection:
             assert compare_metadata(MigrationContext.configure(connection), metadata) == []
             assert connection.scalar(text("SELECT version_num FROM alembic_version")) == SCHEMA
             assert connection.execute(select(jobs)).all() == []

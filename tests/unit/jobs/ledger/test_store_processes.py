@@ -68,10 +68,10 @@ def test_four_processes_claim_200_jobs_each_once(store, start, make_request):
     assert {job.token for job in store.jobs()} == {1}
 
 
-def test_processes_that_open_a_new_store_at_once_all_succeed(store_url, start):
+def test_processes_that_open_a_new_store_at_once_all_succeed(new_url, start):
     processes = [start("submit", f"person-{index}") for index in range(4)]
     with pytest.raises((BadInputError, NotFoundError), match="no ledger"):
-        JobStore(store_url, create=False)
+        JobStore(new_url, create=False)
     begin(processes)
     created = Counter(job_id for process in processes for job_id in said(process, "created"))
     assert created == {f"r{index}": 1 for index in range(40)}
