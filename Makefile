@@ -91,6 +91,7 @@ bench: $(VENV)/.mergekit  ## time and memory against the usual merges and cp -r;
 
 scale: setup  ## the real driver, scheduler and ledger with 100,000 jobs on simulated fleets of 1 to 1,024 workers
 	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.fairness
 
 gpu: setup  ## merges on a GPU against what it can copy and a tmpfs can take, and against the CPU's results
 	$(BIN)/python -m benchmarks.gpu

@@ -168,7 +168,13 @@ class SimulatedActor:
             self._residents.popitem(last=False)
         self._fleet.num_units += 1
         self._note(name, requests, seconds)
+        self._merge(requests, seconds)
         return seconds, self._outcome(requests)
+
+    def _merge(self, requests: tuple[MergeRequest, ...], seconds: float) -> None:
+        """Die in the middle of it, where a job is poisonous."""
+        if any(request.id in self._fleet.poisonous for request in requests):
+            self._fleet.plan(self._fleet.now() + seconds / 2, lambda when: self._fleet.kill(self, when))
 
     def _note(self, name: str, requests: tuple[MergeRequest, ...], seconds: float) -> None:
         now = self._fleet.now()
@@ -209,6 +215,7 @@ class SimulatedActor:
             residents=tuple(self._residents),
         )
         self._note(work.name, work.requests, seconds)
+        self._merge(work.requests, seconds)
         return seconds, outcome
 
     def finish_pass(self, work: PassWork, _merged: Mapping[str, tuple[MergedShards, ...]]) -> tuple[float, UnitOutcome]:
@@ -252,6 +259,7 @@ class SimulatedFleet:
         *,
         hours_between_deaths: float | None,
         rng: random.Random,
+        poisonous: Collection[str] = (),
     ) -> None:
         """Take what work costs.
 
@@ -261,8 +269,10 @@ class SimulatedFleet:
             clock: that the driver and the pool have, too.
             hours_between_deaths: mean time a worker lives; None for ever.
             rng: source of the deaths.
+            poisonous: jobs that kill the worker that merges them.
         """
         self.costs = costs
+        self.poisonous = poisonous
         self.now = clock
         self.seconds_to_start = 0.0
         """Of the next worker that starts; those of the beginning are up at once."""
@@ -297,10 +307,11 @@ class SimulatedFleet:
         actor = SimulatedActor(self)
         if self._hours_between_deaths is not None:
             life = self._rng.expovariate(1 / (3600 * self._hours_between_deaths))
-            self.plan(self.now() + self.seconds_to_start + life, lambda when: self._kill(actor, when))
+            self.plan(self.now() + self.seconds_to_start + life, lambda when: self.kill(actor, when))
         return actor
 
-    def _kill(self, actor: SimulatedActor, when: float) -> None:
+    def kill(self, actor: SimulatedActor, when: float) -> None:
+        """Let a worker die."""
         self.num_deaths += 1
         actor.die("it died in the simulation", when)
 

@@ -119,6 +119,8 @@ class Settings(BaseSettings):
     """What the server asks for, and who asks it has to show."""
     token_path: AbsolutePath | None = None
     """A file with the token, in its place."""
+    traces: Url | None = None
+    """Where traces of jobs go, OTLP over HTTP, such as `http://127.0.0.1:4318`; nowhere when it is not set."""
     webhooks: Mapping[str, Webhook] = {}
     """By name, who is told of jobs that ended and of places that are paused: url, secret, kinds. Sent by
     `mergefleet serve`."""

@@ -30,6 +30,7 @@ from cluster.ray_fleet.actors import RayActors
 from cluster.ray_fleet.metrics import FleetMetrics
 from cluster.ray_fleet.session import Session, SessionLostError, close_session, lost_sessions, open_session
 from cluster.settings import Settings, load_settings, worker_settings
+from jobs.errors import BadInputError
 from jobs.ledger.store import JobStore
 from workers.files.collector import paused_collections
 from workers.merging.settings import WorkerSettings
@@ -70,6 +71,7 @@ def drive(
     with contextlib.ExitStack() as stack:
         store = _enter(stack, settings, owner, predecessor)
         stack.enter_context(_logging(settings, owner, predecessor))
+        traced = _tracing(settings, store, owner)
         tell_name(owner)
         with _insisted(predecessor):
             session = open_session(settings, namespace=f"mergefleet-{owner}", address=address, log_format=log_format)
@@ -81,7 +83,7 @@ def drive(
             settings,
             FleetMetrics(),
             owner=owner,
-            listener=stack.enter_context(_listening(output, store)),
+            listener=_each(stack.enter_context(_listening(output, store)), stack.enter_context(traced)),
         )
         began = time.monotonic()
         with stop_on_signals(driver), lost_sessions():
@@ -217,6 +219,33 @@ def _listening(output: Terminal, store: JobStore) -> Iterator[Callable[[DriverEv
         with _only_shown():
             if live is not None:
                 live.stop()
+
+
+def _tracing(
+    settings: Settings, store: JobStore, owner: str
+) -> contextlib.AbstractContextManager[Callable[[DriverEvent], None]]:
+    """Yield what the driver tells its events, for traces.
+
+    Raises:
+        BadInputError: traces are asked for, and what sends them is not installed.
+    """
+    if settings.traces is None:
+        return contextlib.nullcontext(lambda _: None)
+    try:
+        from cluster.traces import tracing  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        raise BadInputError(
+            f"traces: {error}; install what sends them, pip install 'mergefleet[traces]', or do not set it"
+        ) from error
+    return tracing(store, settings.traces, owner)
+
+
+def _each(*listeners: Callable[[DriverEvent], None]) -> Callable[[DriverEvent], None]:
+    def listener(event: DriverEvent) -> None:
+        for each in listeners:
+            each(event)
+
+    return listener
 
 
 @contextlib.contextmanager
