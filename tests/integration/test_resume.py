@@ -55,7 +55,13 @@ def undisturbed(sources, tmp_path_factory):
     return files
 
 
-@pytest.fixture(params=["directory", pytest.param("s3", marks=pytest.mark.s3), "hub"])
+@pytest.fixture(
+    params=[
+        pytest.param("directory", marks=pytest.mark.slow),
+        pytest.param("s3", marks=pytest.mark.s3),
+        pytest.param("hub", marks=pytest.mark.slow),
+    ]
+)
 def place(request, tmp_path, monkeypatch):
     monkeypatch.setattr("workers.releases.sinks.s3_objects.MIN_PART_BYTES", 5 << 20)
     name = tmp_path.name.replace("_", "-")
@@ -110,7 +116,7 @@ def test_a_worker_that_is_killed_again_and_again_gets_on(place, sources, undistu
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize(("die", "after"), [("record", 3), ("complete", 2)])
+@pytest.mark.parametrize(("die", "after"), [("record", 3), pytest.param("complete", 2, marks=pytest.mark.slow)])
 def test_another_machine_goes_on_with_what_is_at_the_store(s3, sources, undisturbed, tmp_path, monkeypatch, die, after):
     monkeypatch.setattr("workers.releases.sinks.s3_objects.MIN_PART_BYTES", 5 << 20)
     place = S3Place(tmp_path / "home", s3, f"resumed/machines-{die}")

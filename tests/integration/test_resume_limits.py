@@ -281,7 +281,7 @@ def test_finished_shards_in_scratch_wait_a_day_for_their_next_attempt(
     assert not young.exists()
 
 
-@pytest.mark.parametrize("level", ["arithmetic", "full"])
+@pytest.mark.parametrize("level", ["arithmetic", pytest.param("full", marks=pytest.mark.slow)])
 def test_what_a_person_approved_is_published_without_being_merged_again(make_worker, place, base, adapter, level):
     request = request_for(base, adapter, place.location, requires_approval=True, parity={"level": level})
     first = leave_finished(make_worker(), request)

@@ -1,8 +1,9 @@
 """What the scheduler promises, over random jobs and workers and in simulations of whole batches."""
 
 import dataclasses
+import random
 
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.driving.scheduler import Limits, OpenPass, WaitingJob, WorkerView, in_turn, schedule, share_out
@@ -101,10 +102,11 @@ def test_an_idle_worker_is_left_without_work_only_when_no_unit_can_be_split(jobs
         assert all(len(unit.job_ids) == 1 for unit in result.units)
 
 
-@settings(deadline=None)
-@given(batches(max_jobs=60), st.integers(1, 3), bounds, st.randoms(use_true_random=False))
-def test_no_base_waits_longer_than_the_bound(jobs, num_workers, bound, rng):
+@settings(deadline=None, max_examples=500, suppress_health_check=[HealthCheck.too_slow])
+@given(batches(max_jobs=60), st.integers(1, 3), bounds, st.integers(0, 10**6))
+def test_no_base_waits_longer_than_the_bound(jobs, num_workers, bound, seed):
     """A whole batch: workers get free in random order and keep what they ran last; jobs arrive as it goes on."""
+    rng = random.Random(seed)  # one drawn by Hypothesis takes most of the time
     arriving = list(jobs)
     waiting, passed_over = [], {}
     workers = {f"merge-worker-{n}": worker(n) for n in range(num_workers)}

@@ -59,6 +59,12 @@ def said(process, word, kill_after=None):
     return [job_id for first, job_id in lines if first == word]
 
 
+@pytest.fixture
+def store_url(new_url):
+    """Not there yet: these processes are what makes it."""
+    return new_url
+
+
 def test_four_processes_claim_200_jobs_each_once(store, start, make_request):
     store.submit([make_request(f"r{index}") for index in range(200)])
     processes = [start("claim_all", f"driver-{index}") for index in range(4)]
@@ -68,10 +74,10 @@ def test_four_processes_claim_200_jobs_each_once(store, start, make_request):
     assert {job.token for job in store.jobs()} == {1}
 
 
-def test_processes_that_open_a_new_store_at_once_all_succeed(new_url, start):
+def test_processes_that_open_a_new_store_at_once_all_succeed(store_url, start):
     processes = [start("submit", f"person-{index}") for index in range(4)]
     with pytest.raises((BadInputError, NotFoundError), match="no ledger"):
-        JobStore(new_url, create=False)
+        JobStore(store_url, create=False)
     begin(processes)
     created = Counter(job_id for process in processes for job_id in said(process, "created"))
     assert created == {f"r{index}": 1 for index in range(40)}
@@ -84,7 +90,7 @@ def test_drivers_killed_at_any_moment_lose_nothing(store, store_url, start, make
     rng = random.Random(0)
     settled = []
     num_kills, was_held = 0, False
-    while num_kills < 4 or not was_held:  # on a busy machine a driver may have claimed nothing yet
+    while num_kills < 3 or not was_held:  # on a busy machine a driver may have claimed nothing yet
         assert num_kills < 30
         process = start("work", f"driver-{num_kills}")
         begin([process])
