@@ -65,7 +65,7 @@ def soak(directory: Path, num_jobs: int, num_workers: int, store_url: str | None
     with contextlib.closing(JobStore(url)) as store:
         store.submit([_request(number, base, adapters, directory) for number in range(num_jobs)])
         samples: list[Sample] = []
-        with _driver(directory, url, num_workers) as (process, started):
+        with driving(directory, url, num_workers) as (process, started):
             first_at = None
             while process.poll() is None:
                 time.sleep(_SAMPLE_SECONDS)
@@ -105,9 +105,17 @@ def _request(number: int, base: Path, adapters: list[Path], directory: Path) -> 
 
 
 @contextlib.contextmanager
-def _driver(
-    directory: Path, url: str, num_workers: int
+def driving(
+    directory: Path, url: str, num_workers: int, **settings: str
 ) -> Iterator[tuple["subprocess.Popen[str]", dict[str, list[str]]]]:
+    """Run a driver in a home of its own until the block ends; yield its process and what it said when it began.
+
+    Args:
+        directory: of the home.
+        url: of the ledger.
+        num_workers: of the driver.
+        settings: others, by the names of their variables.
+    """
     with tempfile.TemporaryDirectory(prefix="mf-", ignore_cleanup_errors=True) as ray_directory:
         environment = {
             **os.environ,
@@ -116,6 +124,7 @@ def _driver(
             "MERGEFLEET_STORE": url,
             "MERGEFLEET_RAY_DIRECTORY": ray_directory,
             "RAY_AUTH_MODE": "token",
+            **settings,
         }
         events = directory / "events.jsonl"
         command = [sys.executable, "-c", _MAIN, "run", "--drain", "--json", "--workers", str(num_workers)]

@@ -168,8 +168,8 @@ class MergeWorker:
         self._passes[work.pass_id] = unit
         return unit
 
-    def _leave(self, unit: Unit, job: Job) -> None:
-        job.drop()
+    def _leave(self, unit: Unit, job: Job, *, keep: bool = False) -> None:
+        job.drop(keep=keep)
         unit.jobs.remove(job)
 
     def _forget_empty(self) -> None:
@@ -232,20 +232,23 @@ class MergeWorker:
         )
 
     def leave(self, job_id: str) -> None:
-        """Let go of a staged job, and leave its finished shards to the attempt that will publish it. Idempotent."""
-        job = self._staged.pop(job_id, None)
-        if job is not None:
-            job.drop(keep=True)
-            self._tracker.enter("left", [job_id])
+        """Let go of a job that is staged, or in a pass; its finished shards stay for the attempt that will publish it.
+
+        Idempotent.
+        """
+        self._let_go(job_id, keep=True)
 
     def discard(self, job_id: str) -> None:
         """Drop a job that is staged, or in a pass, and everything it left. Idempotent."""
+        self._let_go(job_id, keep=False)
+
+    def _let_go(self, job_id: str, *, keep: bool) -> None:
         job = self._staged.pop(job_id, None)
         if job is not None:
-            job.drop()
+            job.drop(keep=keep)
         for unit in self._passes.values():
             for each in [each for each in unit.jobs if each.id == job_id]:
-                self._leave(unit, each)
+                self._leave(unit, each, keep=keep)
         self._forget_empty()
 
     def progress(self) -> Progress:

@@ -112,13 +112,15 @@ class AnswerHandler:
     def _take_all(self, worker: str, outcomes: Sequence[JobOutcome], usage: JsonValue) -> None:
         """Act on what became of the jobs of a unit."""
         staged: dict[str, tuple[Held, JobOutcome]] = {}
+        helpers = self._holdings.helpers(worker)
         for outcome in outcomes:
             held = self._holdings.find(worker, outcome.job_id)
             if held is not None and held.outcome is not None:
                 continue  # this event is handled for the second time
             if held is not None and _needs_approval(held, outcome):
                 waits = self._settlement.await_approval(held, outcome, {"unit": usage})
-                (self._pool.leave if waits else self._pool.discard)(worker, outcome.job_id)
+                for each in (worker, *helpers):  # a helper has finished shards, too
+                    (self._pool.leave if waits else self._pool.discard)(each, outcome.job_id)
                 continue
             if held is not None and outcome.is_staged:
                 staged[outcome.job_id] = held, outcome

@@ -140,6 +140,11 @@ class Holdings:
         flight = self.flights.get(worker)
         return frozenset({worker}) | (flight.shared.at_work if flight and flight.shared else frozenset())
 
+    def helpers(self, worker: str) -> frozenset[str]:
+        """Return the other workers that may know of the unit this worker leads."""
+        flight = self.flights.get(worker)
+        return frozenset(flight.shared.takers) - {worker} if flight and flight.shared else frozenset()
+
     def led_by(self, worker: str) -> str | None:
         """Return the leader of the unit a worker is at: itself, or the one it helps."""
         if worker in self.flights:

@@ -116,6 +116,20 @@ def test_the_bytes_are_those_of_one_worker(worker, make_worker, base, adapters, 
     assert all(each.name in adapters for each in (tmp_path / "together").iterdir())  # nothing hidden is left
 
 
+def test_what_several_leave_until_it_is_approved_is_not_merged_again(make_worker, base, adapters, tmp_path):
+    workers = [make_worker() for _ in range(3)]
+    requests = requests_for(base, adapters, tmp_path / "releases", parity={"level": "arithmetic"})
+    merge_together(workers, requests, finisher=workers[1])
+    for request in requests:
+        for each in (workers[1], workers[0], workers[2]):
+            each.leave(request.id)
+            each.discard(request.id)  # told again, as all are of jobs that have ended
+    publisher = make_worker()
+    outcome = publisher.run_unit("unit", requests)
+    assert (outcome.usage.bytes_read, outcome.usage.bytes_written) == (0, 0)
+    assert {publisher.publish(job.job_id, "ann").release.manifest.approved_by for job in outcome.jobs} == {"ann"}
+
+
 @pytest.mark.parametrize("method", ["LOHA", "IA3", "LN_TUNING", "TRAINABLE_TOKENS", "VERA"])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_what_peft_merges_is_merged_apart_too(worker, make_worker, base, tmp_path, method, quantization):

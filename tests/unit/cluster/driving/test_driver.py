@@ -605,10 +605,10 @@ def test_events_tell_what_became_of_each_job(fleet):
     assert (event.job_id, event.state, event.failure_class) == ("one", JobState.FAILED, FailureClass.NOT_FOUND)
 
 
-def shared(fleet, *names, num_workers=3, num_pieces=4, **settings):
+def shared(fleet, *names, num_workers=3, num_pieces=4, requests=None, **settings):
     """A fleet with one pass that is open, and its pieces given out."""
     it = fleet(num_workers=num_workers, max_jobs_per_pass=4, **settings)
-    it.submit(*(request(name) for name in names))
+    it.submit(*(request(name, **(requests or {})) for name in names))
     it.step()
     assert [(worker, jobs) for worker, _, jobs in it.workers.opened] == [("merge-worker-0", names)]
     it.workers.begin("merge-worker-0", *names, num_pieces=num_pieces)
@@ -643,6 +643,17 @@ def test_one_pass_is_shared_by_all_who_would_be_idle(fleet):
     assert it.states() == {"one": JobState.PUBLISHED}
     # Those who helped let go of it.
     assert {("merge-worker-1", "one"), ("merge-worker-2", "one")} <= set(it.workers.discarded)
+
+
+def test_all_who_merged_leave_their_shards_to_the_attempt_that_is_approved(fleet):
+    it = shared(fleet, "one", num_pieces=3, requests={"requires_approval": True})
+    for worker in ("merge-worker-0", "merge-worker-1", "merge-worker-2"):
+        it.workers.merge(worker, "one")
+    it.step(2)
+    it.workers.finish("merge-worker-0", staged("one"))
+    it.step(2)
+    assert it.states() == {"one": JobState.AWAITING_APPROVAL}
+    assert sorted(it.workers.left) == [(f"merge-worker-{n}", "one") for n in range(3)]
 
 
 def test_what_a_dead_worker_was_at_is_done_by_others(fleet):
