@@ -91,7 +91,8 @@ def next_step(record: JobRecord, around: Surroundings) -> NextStep:
 
 def _ended(record: JobRecord) -> NextStep:
     if record.state in UNSUCCESSFUL_STATES and record.failure_class is not None:
-        return NextStep(kind="person", text=f"needs a person: {REMEDIES[record.failure_class]}")
+        remedy = REMEDIES[record.failure_class].replace("`mergefleet retry`", f"`mergefleet retry {record.id}`")
+        return NextStep(kind="person", text=f"needs a person: {remedy}")
     if record.state is JobState.CANCELLED:
         return NextStep(kind="none", text="nothing: it was cancelled; `mergefleet retry` queues it again")
     return NextStep(kind="none", text="nothing: it is published")

@@ -4,6 +4,7 @@
 death is an event the driver decides on. They are not detached: they end with the driver, however it ends.
 """
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ _CONTROL = "control"
 _PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 """Threads that wait for others sleep. Spinning, those of two drivers on one machine make each other 12 times slower."""
 
+
+_EXIT = re.compile(r"Worker exit type: (\w+) Worker exit detail: (.*?)\s*(?:Some common|There are some|$)", re.DOTALL)
 
 _LOOK_SECONDS = 5.0
 """How often it is looked whether the cluster has machines."""
@@ -138,4 +141,21 @@ class RayActors:
         except self._ray.exceptions.RayError as error:
             # Whatever else Ray says in the place of an answer, there will be none: its memory monitor, a dead machine
             # or raylet and a lost object have errors of their own, which are no errors of an actor.
-            raise ActorGoneError(str(error), isinstance(error, self._ray.exceptions.OutOfMemoryError)) from error
+            raise ActorGoneError(
+                death_of(str(error)), isinstance(error, self._ray.exceptions.OutOfMemoryError)
+            ) from error
+
+
+def death_of(text: str) -> str:
+    """Return what counts in what Ray says of an actor that died: its process, and how that ended.
+
+    Args:
+        text: of Ray; returned as it is where it says nothing of the kind.
+    """
+    process, how = re.search(r"\bpid: (\d+)", text), _EXIT.search(text)
+    if process is None or how is None:
+        return text
+    return (
+        f"its process {process[1]} died ({how[1]}): {how[2]} Its log has what it said, dmesg of its machine whether "
+        "the kernel killed it"
+    )
