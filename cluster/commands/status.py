@@ -51,7 +51,7 @@ def show_overview(output: Terminal, service: "Service", *, limit: int, order: Or
     if records:
         output.show(job_table(records))
         _show_rest(output, sum(counts.values()) - len(records))
-    if len(batches) > 1:
+    if batches:
         output.show(batch_table(batches))
     if drivers:
         output.show(driver_table(drivers, now))

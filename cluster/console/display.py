@@ -116,7 +116,8 @@ def duration(seconds: float) -> str:
 def event_line(event: DriverEvent) -> Text:
     """Return one line for one event of a driver."""
     if isinstance(event, UnitStarted | ShardsStarted):
-        return line(f"{event.worker}  {event.name}", "dim")
+        jobs = f"  {event.job_ids[0]}" if len(event.job_ids) == 1 else ""
+        return line(f"{event.worker}  {event.name}{jobs}", "dim")
     if isinstance(event, JobSettled):
         return _settled_line(event)
     if isinstance(event, WorkerBenched):

@@ -179,7 +179,7 @@ def test_following_goes_on_until_the_job_is_final_and_over_a_rotation(store, log
     assert following.returncode == 0
 
 
-def test_a_hundred_megabytes_are_searched_in_seconds(tmp_path):
+def test_of_a_hundred_megabytes_only_what_may_be_about_a_job_is_read_as_json(tmp_path, monkeypatch):
     filler = "".join(
         json.dumps({"at": float(number), "message": "stage begun", "job_ids": [f"job-{number}", "x" * 150]}) + "\n"
         for number in range(10_000)
@@ -188,9 +188,10 @@ def test_a_hundred_megabytes_are_searched_in_seconds(tmp_path):
         for _ in range(100_000_000 // len(filler) + 1):
             file.write(filler)
     reader = LogReader(tmp_path, "job-77")
-    begun = time.process_time()
+    really, num_read = json.loads, []
+    monkeypatch.setattr(json, "loads", lambda text: num_read.append(1) or really(text))
     found = reader.read({OWNER})
-    assert time.process_time() - begun < 3.0
+    assert len(found) <= len(num_read) <= 12 * len(found)  # job-770 to job-7799, too
     assert {line["at"] for line in found} == {77.0}
     assert reader.read({OWNER}) == []
 
