@@ -100,7 +100,7 @@ class QuantizedBase:
         stored = {}
         for suffix, path in self._files[name].items():
             try:
-                with file_errors(f"reading {path}"):
+                with file_errors(f"reading {path}", path):
                     opened = self._opened.get(path)
                     if opened is None:  # its header is read once, however many weights it has
                         with opened_descriptor(path) as descriptor:

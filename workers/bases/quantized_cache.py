@@ -99,7 +99,7 @@ class QuantizedCache:
     ) -> bool:
         """Make one shard's part unless it is there; False where another process is at it, without waiting for it."""
         with (
-            file_errors(f"keeping a quantized base in {self._root}"),
+            file_errors(f"keeping a quantized base in {self._root}", self._root),
             exclusive(directory.with_suffix(".lock"), wait=wait) as held,
         ):
             if held and not self._is_whole(directory):

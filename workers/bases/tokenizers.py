@@ -113,7 +113,7 @@ def read_tokenizer(files: Mapping[str, Path]) -> TokenizerData | None:
 
 
 def _read(path: Path) -> _Vocabulary:
-    with file_errors(f"reading {path}"):
+    with file_errors(f"reading {path}", path):
         return _read_once(path, FileState.of(path.stat()))
 
 

@@ -66,7 +66,7 @@ def read_shard(path: Path) -> ShardLayout:
         AuthError, TransientIOError: the file cannot be read, by kind of fault.
     """
     where = shown(path)
-    with foreign_file(path, any_size=True) as file, file_errors(f"reading {where}"):
+    with foreign_file(path, any_size=True) as file, file_errors(f"reading {where}", path):
         num_file_bytes = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         num_header_bytes = int.from_bytes(prefix, "little")

@@ -99,7 +99,7 @@ def open_foreign(path: Path, *, num_parts: int = 1, any_size: bool = False) -> F
         AuthError, TransientIOError: it cannot be read, by kind of fault.
     """
     try:
-        with file_errors(f"reading {shown(path)}"):
+        with file_errors(f"reading {shown(path)}", path):
             below, parts = _place(path, num_parts)
             descriptor = _open_below(path, below, parts)
     except NotFoundError as error:
@@ -127,7 +127,7 @@ def foreign_file(path: Path, *, num_parts: int = 1, any_size: bool = False) -> I
 def read_foreign(path: Path, *, num_parts: int = 1) -> bytes:
     """Return the bytes of a small file from outside; raises as `open_foreign`."""
     most = min(_most_bytes(path.name) or _SMALL_BYTES, _SMALL_BYTES)
-    with foreign_file(path, num_parts=num_parts) as file, file_errors(f"reading {shown(path)}"):
+    with foreign_file(path, num_parts=num_parts) as file, file_errors(f"reading {shown(path)}", path):
         content = file.read(most + 1)
     if len(content) > most:  # it has grown since it was opened
         raise _too_large(path, len(content), most)
@@ -155,7 +155,7 @@ def copy_foreign(path: Path, target: Path, *, num_parts: int = 1) -> str:
 
 def foreign_sha256(path: Path, *, num_parts: int = 1) -> str:
     """Return the SHA-256 of a file from outside in hexadecimal; raises as `open_foreign`."""
-    with foreign_file(path, num_parts=num_parts) as file, file_errors(f"reading {shown(path)}"):
+    with foreign_file(path, num_parts=num_parts) as file, file_errors(f"reading {shown(path)}", path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -170,7 +170,7 @@ def check_inside(folder: Path, *, num_parts: int = 1) -> None:
         BadInputError: a link leads out of the directory, or in a circle.
     """
     if os.path.lexists(folder):
-        with file_errors(f"reading {shown(folder)}"):
+        with file_errors(f"reading {shown(folder)}", folder):
             _place(folder, num_parts, "folder")
 
 

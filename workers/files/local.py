@@ -53,11 +53,12 @@ class FileState:
 
 
 @contextlib.contextmanager
-def file_errors(doing: str) -> Iterator[None]:
+def file_errors(doing: str, path: Path | None = None) -> Iterator[None]:
     """Turn an OSError of local files into the error that says what can be done about it.
 
     Args:
         doing: what is being done to what, for the message: "reading adapter /data/a".
+        path: where, for errors that name no file, as those of an open file do: the file system is at fault.
 
     Raises:
         NotFoundError, AuthError, NoCapacityError, TransientIOError, BadInputError: by errno.
@@ -65,20 +66,26 @@ def file_errors(doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise translate_os_error(error, doing) from error
+        raise translate_os_error(error, doing, path) from error
 
 
-def translate_os_error(error: OSError, doing: str) -> MergefleetError:
-    """Return our error for an OSError of local files, by errno; it names the file system where that is at fault."""
+def translate_os_error(error: OSError, doing: str, path: Path | None = None) -> MergefleetError:
+    """Return our error for an OSError of local files, by errno; it names the file system where that is at fault.
+
+    Args:
+        error: as it came.
+        doing: what was being done to what.
+        path: where, should the error not say.
+    """
     where = f"{doing}: {error.strerror or error}" + (f": {error.filename}" if error.filename else "")
     if isinstance(error, FileNotFoundError):  # some libraries raise it without an errno
         return NotFoundError(where)
     if error.errno in _DENIED:
-        return AuthError(f"{where}; give this process permission, or choose another place").at(_place_of(error))
+        return AuthError(f"{where}; give this process permission, or choose another place").at(_place_of(error, path))
     if error.errno in _FULL:
-        return NoCapacityError(f"{where}; free some space").at(_place_of(error))
+        return NoCapacityError(f"{where}; free some space").at(_place_of(error, path))
     if error.errno in _PASSING:
-        return TransientIOError(where).at(_place_of(error))
+        return TransientIOError(where).at(_place_of(error, path))
     return BadInputError(where)
 
 
@@ -87,9 +94,9 @@ def is_of_the_place(error: OSError) -> bool:
     return error.errno in _FULL | _PASSING
 
 
-def _place_of(error: OSError) -> str | None:
+def _place_of(error: OSError, path: Path | None) -> str | None:
     """Return the file system that an error is about, by where it is mounted; None where no file is named."""
-    name = error.filename2 or error.filename
+    name = error.filename2 or error.filename or path
     return file_place(mount_point(Path(os.fsdecode(name)))) if isinstance(name, str | bytes | os.PathLike) else None
 
 

@@ -68,7 +68,7 @@ class HashedFile:
     def is_as_it_was(self, directory: Path) -> bool:
         """Whether the file was not written to since, as far as that can be told."""
         path = directory / self.artifact.path
-        with file_errors(f"checking {path}"):
+        with file_errors(f"checking {path}", path):
             return FileState.of(path.stat()) == self.state
 
 
@@ -137,7 +137,7 @@ class ShardWriter:
         self._origin = Path()
         self._origin_state: FileState | None = None
         self._hashed = FileHash(self._num_bytes, conveyor.buffers, num_spare=conveyor.num_spare, read=self._read_back)
-        with file_errors(f"making {path}"):
+        with file_errors(f"making {path}", path):
             self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
             on_block_device = os.major(os.fstat(self._descriptor).st_dev) > 0
             try:
@@ -274,7 +274,7 @@ class ShardWriter:
         """Whether what was hashed and what was cloned are the same bytes; if not, the file is read again."""
         if not self.cloned:
             return True
-        with file_errors(f"reading {self._origin}"):
+        with file_errors(f"reading {self._origin}", self._origin):
             return FileState.of(self._origin.stat()) == self._origin_state
 
     def _finish(self, digest: str) -> None:

@@ -47,7 +47,7 @@ def read_into(descriptor: int, path: Path, target: torch.Tensor, offset: int) ->
     view = tensor_bytes(target)
     done = 0
     while done < len(view):
-        with file_errors(f"reading {path}"):
+        with file_errors(f"reading {path}", path):
             count = os.preadv(descriptor, [view[done:]], offset + done)
         if count == 0:
             raise BadInputError(
@@ -86,5 +86,5 @@ def write_all(descriptor: int, path: Path, data: memoryview | bytes, offset: int
     view = memoryview(data)
     done = 0
     while done < len(view):
-        with file_errors(f"writing {path}"):
+        with file_errors(f"writing {path}", path):
             done += os.pwrite(descriptor, view[done:], offset + done)

@@ -132,7 +132,7 @@ class ModuleWeights:
     ) -> None:
         specs = {spec.name: spec for spec in layout.tensors}
         in_groups = {name for group in groups for name in group.parameters}
-        with file_errors(f"writing {self._path}"), self._path.open("xb") as file:
+        with file_errors(f"writing {self._path}", self._path), self._path.open("xb") as file:
 
             def write(tiles: Iterable[torch.Tensor], offset: int) -> None:
                 for tile in tiles:

@@ -103,7 +103,7 @@ class PassState:
 def _origin(plan: MergePlan) -> Origin:
     directory = plan.base.source.directory
     names = {plan.output.tensors[name][0].name for name in plan.kept}
-    with file_errors(f"reading {directory}"):
+    with file_errors(f"reading {directory}", directory):
         states = {name: FileState.of((directory / name).stat()) for name in names}
     return Origin(directory, plan.kept, states)
 

@@ -39,7 +39,7 @@ def write_sidecars(plan: MergePlan, directory: Path) -> tuple[Artifact, ...]:
     names = {*written, *plan.shipment.templates}
     for name, source in plan.shipment.files.items():
         names.add(name)
-        with file_errors(f"copying {source} to {directory}"):
+        with file_errors(f"copying {source} to {directory}", directory):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             if plan.shipment.broken and name.endswith("config.json"):
                 document = read_json(source)
@@ -61,7 +61,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         NoCapacityError: the disk is full.
     """
-    with file_errors(f"writing {path}"):
+    with file_errors(f"writing {path}", path):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
@@ -69,7 +69,7 @@ def write_text(path: Path, text: str) -> None:
 def digest_file(directory: Path, name: str) -> Artifact:
     """Return the size and SHA-256 of a file of a release."""
     path = directory / name
-    with file_errors(f"reading {path}"):
+    with file_errors(f"reading {path}", path):
         return Artifact(path=name, num_bytes=path.stat().st_size, sha256=sha256_of(path))
 
 

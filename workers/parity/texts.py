@@ -50,7 +50,8 @@ class Text:
         Raises:
             NoCapacityError: the disk is full.
         """
-        with file_errors(f"writing logits to {self.logits_path}"), self.logits_path.open("wb") as file:
+        path = self.logits_path
+        with file_errors(f"writing logits to {path}", path), path.open("wb") as file:
             file.write(logits_TV.contiguous().numpy().data)
 
     def read_logits(self) -> torch.Tensor:

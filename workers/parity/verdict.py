@@ -117,7 +117,7 @@ def write_report(report: ParityReport, directory: Path) -> None:
     Raises:
         NoCapacityError, AuthError: the disk is full, or the directory cannot be written.
     """
-    with file_errors(f"making {directory}"):
+    with file_errors(f"making {directory}", directory):
         # Prompts and texts of requests are in it: for those who run the fleet.
         directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.mkdir(mode=0o700, exist_ok=True)

@@ -68,7 +68,7 @@ def read_base_card(directory: Path) -> BaseCard:
     path = directory / CARD_NAME
     if not path.is_file():
         return BaseCard()
-    with file_errors(f"reading {path}"):
+    with file_errors(f"reading {path}", path):
         if path.stat().st_size > _MAX_CARD_BYTES:
             return BaseCard(is_readable=False)
     text = read_foreign(path).decode(errors="replace")

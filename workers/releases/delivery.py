@@ -96,7 +96,7 @@ def _refuse_working_directory(destination: LocalPath) -> None:
 
 
 def _owned(parent: Path, prefix: str) -> OwnedDirectory:
-    with file_errors(f"making a directory in {parent}"):
+    with file_errors(f"making a directory in {parent}", parent):
         sweep(parent, prefix)
         return OwnedDirectory.make(parent, prefix)
 
@@ -174,7 +174,7 @@ def _difference(artifact: Artifact, chunks: Iterator[bytes]) -> str | None:
 def _bring(artifact: Artifact, chunks: Iterator[bytes], staging: DirectoryStaging) -> str | None:
     path = staging.directory / artifact.path
     digest = hashlib.sha256()
-    with file_errors(f"writing {path}"):
+    with file_errors(f"writing {path}", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as file:
             for chunk in chunks:

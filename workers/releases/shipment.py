@@ -232,7 +232,7 @@ def _trained(base: Mapping[str, Path], modules: Mapping[str, Path]) -> tuple[str
     trained = []
     for name, path in modules.items():
         num_parts = name.count("/") + 1
-        with file_errors(f"reading {path}"):
+        with file_errors(f"reading {path}", path):
             if is_weights(name) and not (
                 name in base
                 and foreign_sha256(path, num_parts=num_parts) == foreign_sha256(base[name], num_parts=num_parts)

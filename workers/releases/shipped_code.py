@@ -42,7 +42,7 @@ def shipped_code(
     code = {name: path for name, path in of_base.items() if name.endswith(".py") and name not in useless}
     for name in sorted({name for each in named_by_adapter.values() for name in each.files} - useless | of_modules):
         path = (adapter if theirs.has(name) else base) / name
-        with file_errors(f"reading {path}"):
+        with file_errors(f"reading {path}", path):
             num_parts = name.count("/") + 1
             if name in code and foreign_sha256(path, num_parts=num_parts) != foreign_sha256(
                 code[name], num_parts=num_parts

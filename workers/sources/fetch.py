@@ -113,7 +113,7 @@ def fetch_adapter(location: Location, cache: Path) -> Source:
     if files.plain:
         return Source(location=pinned, directory=directory, digest=digest, states=states)
     gathered = cache / "gathered" / digest
-    with file_errors(f"gathering adapter {pinned} in {gathered}"):
+    with file_errors(f"gathering adapter {pinned} in {gathered}", gathered):
         keep_directory(gathered, lambda path: _gather(directory, contents, files, path))
         beside = read_origins(gathered)
     states = _states(ADAPTER, gathered)
@@ -185,7 +185,7 @@ def _bring_from_s3(kind: Kind, location: S3Prefix, cache: Path) -> tuple[Path, L
     wanted = [objects[name] for name in kind.select(ListedFiles(location, frozenset(objects), read))]
     identity = [(entry.name, entry.etag, entry.num_bytes) for entry in wanted]
     directory = cache / "sources" / _digest(identity)
-    with file_errors(f"bringing {kind.name} {location} to {directory}"):
+    with file_errors(f"bringing {kind.name} {location} to {directory}", directory):
         keep_directory(directory, lambda path: _download(store, wanted, path))
     return directory, location, identity
 
@@ -219,7 +219,7 @@ def _bring_from_hub(kind: Kind, location: HubRepo) -> tuple[Path, Location, Any]
 
 
 def _states(kind: Kind, directory: Path) -> dict[Path, FileState]:
-    with file_errors(f"reading {shown(directory)}"):
+    with file_errors(f"reading {shown(directory)}", directory):
         return {path: FileState.of(path.stat()) for path in files_of(kind, directory)}
 
 

@@ -27,7 +27,7 @@ def look_at_base(directory: Path, location: Location) -> list[tuple[str, ...]]:
     """Return what identifies a local base: stat, header and samples of the safetensors, contents of the other files."""
     identity: list[tuple[str, ...]] = []
     blocks: list[tuple[Path, int, int]] = []
-    with file_errors(f"reading base {location}"):
+    with file_errors(f"reading base {location}", directory):
         for path in files_of(BASE, directory):
             name = path.relative_to(directory).as_posix()
             if path.suffix == ".safetensors":

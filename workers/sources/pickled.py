@@ -67,7 +67,7 @@ def convert(path: Path, target: Path, *, beside: bool = False) -> None:
     """
     advice = _MOVE_AWAY if beside else _SAVE_AGAIN
     with (
-        file_errors(f"converting {path}"),
+        file_errors(f"converting {path}", path),
         foreign_file(path, any_size=True) as pickled,
         target.open("xb") as converted,
     ):

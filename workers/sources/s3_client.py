@@ -237,6 +237,8 @@ class S3Store:
             return NotFoundError(
                 f"bucket {self.place.bucket!r} does not exist at {endpoint}: create it, or correct the name"
             )
+        if _says_no_reason(error):
+            return TransientIOError(f"{self.place}: {error.operation_name} answered {status} without a reason")
         kind = _BY_CODE.get(code) or _BY_STATUS.get(status) or (TransientIOError if status >= 500 else BadInputError)
         message = error.response["Error"].get("Message", "")
         said = f"{self.place}: {error.operation_name} answered {status} {code}: {message}"
@@ -248,8 +250,18 @@ def _is_of_the_store(error: Exception, ours: MergefleetError) -> bool:
     if isinstance(ours, TransientIOError) and isinstance(error, botocore_errors.ClientError):
         status = error_status(error)
         is_busy = status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR
-        return is_busy or error_code(error) in _OF_THE_STORE
+        return is_busy or error_code(error) in _OF_THE_STORE or _says_no_reason(error)
     return isinstance(ours, AuthError | NoCapacityError | TransientIOError)
+
+
+def _says_no_reason(error: botocore_errors.ClientError) -> bool:
+    """Whether an answer says no more than its status, where a store says why: nothing follows from it.
+
+    It is half of one, or a gateway's. Answers to HEAD have no body, and those that ask for credentials may have none.
+    """
+    status = error_status(error)
+    may_be_bare = error.operation_name.startswith("Head") or status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+    return error_code(error) in ("", str(status)) and not may_be_bare
 
 
 def error_code(error: botocore_errors.ClientError) -> str:

@@ -26,7 +26,7 @@ def admit_to_disks(jobs: Sequence[Job]) -> None:
     """
     disks = Disks()
     for job in jobs:
-        with own_failure(job), file_errors(f"looking at {job.directory}"):
+        with own_failure(job), file_errors(f"looking at {job.directory}", job.directory):
             disks.take(job.directory, job.in_work.output.total_size)
 
 

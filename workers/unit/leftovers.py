@@ -30,6 +30,6 @@ def make_room(scratch: Path, jobs: Sequence[Job]) -> None:
     needed = sum(job.in_work.output.total_size for job in jobs if not isinstance(job.request.destination, LocalPath))
     if not needed:
         return
-    with file_errors(f"making room in {scratch}"):
+    with file_errors(f"making room in {scratch}", scratch):
         if shutil.disk_usage(scratch).free < needed:
             sweep(scratch)

@@ -68,7 +68,7 @@ class ShardRecorder:
     def _has_header(self, name: str) -> bool:
         """Whether a file has the header and the size that were planned; its tensors are checked elsewhere."""
         path, layout = self._job.directory / name, self._layouts[name]
-        with file_errors(f"reading {path}"), path.open("rb", buffering=0) as file:
+        with file_errors(f"reading {path}", path), path.open("rb", buffering=0) as file:
             header = file.read(len(layout.header))
             return header == layout.header and os.fstat(file.fileno()).st_size == layout.num_bytes
 

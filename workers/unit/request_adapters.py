@@ -46,7 +46,7 @@ def fetch_adapters(
     if request.combination is None:
         return parts[0]
     directory = cache / "combined" / _cache_key(request, base, parts)
-    with file_errors(f"combining adapters in {directory}"):
+    with file_errors(f"combining adapters in {directory}", directory):
         keep_directory(directory, lambda path: _make(request, base, parts, path, inert_fields))
     return _source(directory, parts)
 
@@ -69,7 +69,7 @@ def outline_adapters(
     combined = _combine(request, base, parts, inert_fields, values=False)
     shapes = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in combined.tensors.items()]
     layout = lay_out_shard(ADAPTER_WEIGHTS, shapes)
-    with file_errors(f"outlining adapters in {directory}"):
+    with file_errors(f"outlining adapters in {directory}", directory):
         combined.config.save_pretrained(str(directory))
         with (directory / ADAPTER_WEIGHTS).open("wb") as file:
             file.write(layout.header)
@@ -133,7 +133,7 @@ def _common_files(parts: Sequence[Source]) -> dict[str, Path]:
     for part in parts:
         for name, path in shipped_files(part.directory).items():
             other = files.setdefault(name, path)
-            with file_errors(f"reading {path}"):
+            with file_errors(f"reading {path}", path):
                 num_parts = name.count("/") + 1
                 is_same = foreign_sha256(other, num_parts=num_parts) == foreign_sha256(path, num_parts=num_parts)
             if not is_same:

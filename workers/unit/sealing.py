@@ -26,7 +26,7 @@ def seal(job: Job) -> None:
     assert job.report_path is not None
     plan, directory = job.plan, job.directory
     for name in (REPORT_NAME, REPORT_PAGE_NAME):
-        with file_errors(f"copying the parity report to {directory}"):
+        with file_errors(f"copying the parity report to {directory}", directory):
             shutil.copyfile(job.report_path / name, directory / name)
         job.ship(digest_file(directory, name))
     artifacts = job.all_put()

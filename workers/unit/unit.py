@@ -135,7 +135,7 @@ class Unit:
         """
         for job in self._running:
             job.part = job.plan.part(set(shards).difference(finished.get(job.id, ())))
-            with own_failure(job), file_errors(f"clearing {job.directory}"):
+            with own_failure(job), file_errors(f"clearing {job.directory}", job.directory):
                 for shard in job.part.output.shards:
                     # A worker that died in the middle of it may have left a part.
                     (job.directory / shard.name).unlink(missing_ok=True)

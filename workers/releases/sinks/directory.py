@@ -59,7 +59,7 @@ class DirectorySink:
                 "choose a directory below it"
             )
         prefix = f".{destination.name}.staging-"
-        with file_errors(f"making a staging directory for {self._location}"):
+        with file_errors(f"making a staging directory for {self._location}", self._location.path):
             staging = DirectoryStaging(self._location, merge_key, OwnedDirectory.make(destination.parent, prefix))
             try:
                 sweep(destination.parent, prefix, gather=staging.records.gather)
@@ -70,7 +70,7 @@ class DirectorySink:
 
     def join(self, ticket: Ticket) -> "DirectoryStaging | None":
         """Write into the same hidden directory, where this process sees it."""
-        with file_errors(f"joining the staging directory of {self._location}"):
+        with file_errors(f"joining the staging directory of {self._location}", self._location.path):
             owned = OwnedDirectory.join(ticket.directory)
         return None if owned is None else DirectoryStaging(self._location, ticket.merge_key, owned)
 
@@ -98,7 +98,7 @@ class DirectoryStaging:
     def put(self, artifact: Artifact, hashed_as: FileState | None = None) -> Receipt:
         """Check a finished file against its digest and make it durable; it is in its place already."""
         path = self.directory / artifact.path
-        with file_errors(f"checking {path}"):
+        with file_errors(f"checking {path}", path):
             state = FileState.of(path.stat())
             if state != hashed_as:
                 check_artifact(path, artifact)
@@ -120,7 +120,7 @@ class DirectoryStaging:
     def reveal(self, manifest: ManifestFile) -> Release:
         """Publish with a manifest that is in bytes already."""
         check_all_put(manifest.manifest, self._put)
-        with file_errors(f"publishing {self._location}"):
+        with file_errors(f"publishing {self._location}", self._location.path):
             shutil.rmtree(self.directory / RECORDS_DIRECTORY, ignore_errors=True)
             self._check_untouched()
             (self.directory / MANIFEST_NAME).write_bytes(manifest.data)
@@ -147,7 +147,7 @@ class DirectoryStaging:
         state = verified_state(path, artifact)
         if state is None:
             return None
-        with file_errors(f"syncing {path}"):
+        with file_errors(f"syncing {path}", path):
             sync(path)
         receipt = Receipt(artifact=artifact, stored=state)
         self.take(receipt)
@@ -179,7 +179,7 @@ def _real(location: LocalPath) -> Path:
 
 
 def _find(location: LocalPath) -> ManifestFile | None:
-    with file_errors(f"reading {location}"):
+    with file_errors(f"reading {location}", location.path):
         if not location.path.exists():
             if _real(location).is_symlink():
                 raise DestinationOccupiedError(

@@ -133,7 +133,7 @@ class HubStaging:
     def put(self, artifact: Artifact, hashed_as: FileState | None = None) -> Receipt:  # noqa: ARG002 - it reads the file
         """Upload a file that is too large for git; keep a small one for the commit."""
         path = self.directory / artifact.path
-        with file_errors(f"reading {path}"):
+        with file_errors(f"reading {path}", path):
             content = path.read_bytes() if path.stat().st_size <= _MEMORY_BYTES else path
         addition = CommitOperationAdd(artifact.path, content)
         with self._store.errors():

@@ -84,7 +84,7 @@ class LocalRecords:
     def keep(self, record: ShardRecord) -> None:
         """Write a record. Without a sync: what a power cut takes from it, its digest tells."""
         path = record.artifact.path
-        with file_errors(f"recording {path} in {self._directory}"):
+        with file_errors(f"recording {path} in {self._directory}", self._directory):
             self._write(path, encode_record(record))
 
     def left(self) -> tuple[ShardRecord, ...]:
@@ -105,7 +105,7 @@ class LocalRecords:
         self._is_used = True
         for name in self._gathered.keys() - set(besides):
             self._drop(name)
-            with file_errors(f"clearing {self._directory}"):
+            with file_errors(f"clearing {self._directory}", self._directory):
                 (self._directory / name).unlink(missing_ok=True)
                 self._record_path(name).unlink(missing_ok=True)
             del self._gathered[name]
@@ -126,7 +126,7 @@ def has_records(directory: Path) -> bool:
 
 def verified_state(path: Path, artifact: Artifact) -> FileState | None:
     """Read and hash a file; return the state it has, or None where it is not what an artifact says, or not there."""
-    with file_errors(f"reading {path}"):
+    with file_errors(f"reading {path}", path):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:

@@ -212,7 +212,7 @@ class Upload:
         """Yield the file in parts; at its end, refuse it if it is not what its artifact says."""
         sha256, crc = hashlib.sha256(), 0
         size = part_bytes(self.artifact.num_bytes)
-        with file_errors(f"reading {self._path}"), self._path.open("rb") as file:
+        with file_errors(f"reading {self._path}", self._path), self._path.open("rb") as file:
             data = file.read(size)
             while True:  # an empty file has one part, an empty one
                 sha256.update(data)
