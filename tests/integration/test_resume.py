@@ -150,7 +150,7 @@ def _edit_check(path):
     path.write_bytes(path.read_bytes().replace(b'"rounding_excess":', b'"rounding_excess":0'))
 
 
-@pytest.mark.parametrize("kind", ["directory", "hub"])
+@pytest.mark.parametrize("kind", ["directory", pytest.param("hub", marks=pytest.mark.slow)])
 def test_what_was_tampered_with_is_merged_anew(kind, request, sources, undisturbed, tmp_path):
     if kind == "directory":
         place = DirectoryPlace(tmp_path / "home")
@@ -204,6 +204,7 @@ def test_what_was_tampered_with_at_the_store_is_merged_anew(s3, sources, undistu
     assert_whole(place, undisturbed(), tmp_path)
 
 
+@pytest.mark.slow
 def test_each_job_of_a_pass_uses_its_own_shards(sources, undisturbed, tmp_path):
     places = [DirectoryPlace(tmp_path / name) for name in ("one", "two")]
     base, _ = sources
