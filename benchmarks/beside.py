@@ -10,9 +10,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from benchmarks.soak import driving
+from benchmarks.soak import driving, tiny_request
 from jobs.ledger.store import JobStore
-from jobs.request import MergeRequest
 from jobs.states import JobState
 from tests.models import build_llama, make_adapter
 from tests.servers.postgres import serve_postgres
@@ -33,7 +32,9 @@ def main() -> None:
         for num_drivers in (1, 2):
             with server.database() as url, contextlib.closing(JobStore(url)) as store:
                 place = directory / str(num_drivers)
-                requests = [_request(n, base, adapters, place) for n in range(num_drivers * arguments.jobs)]
+                fields = {"parity": {"level": "full"}}
+                numbers = range(num_drivers * arguments.jobs)
+                requests = [tiny_request(n, base, adapters, place, **fields) for n in numbers]
                 store.submit(requests)
                 with contextlib.ExitStack() as stack:
                     homes = [place / f"driver-{n}" for n in range(num_drivers)]
@@ -48,18 +49,6 @@ def main() -> None:
                 spread = f"{min(times):.2f} to {max(times):.2f}"
                 print(f"{num_drivers} driver(s): {medians[-1]:.2f} s a job ({spread}; {len(times)} jobs)", flush=True)
     print(f"beside another driver each job takes {medians[1] / medians[0]:.2f} times as long")
-
-
-def _request(number: int, base: Path, adapters: list[Path], directory: Path) -> MergeRequest:
-    return MergeRequest.model_validate(
-        {
-            "id": f"job-{number}",
-            "base": str(base),
-            "adapter": str(adapters[number % len(adapters)]),
-            "destination": str(directory / "out" / f"job-{number}"),
-            "base_quantization": "none",
-        }
-    )
 
 
 def _attempt_seconds(store: JobStore, job_id: str) -> float:

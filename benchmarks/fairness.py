@@ -17,12 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scale import Load
-from benchmarks.simulation import Clock, Costs, SimulatedFleet, SimulatedMetrics
+from benchmarks.simulation import Clock, Costs, SimulatedFleet, SimulatedMetrics, open_pool
 from cluster.driving.driver import Driver
 from cluster.driving.events import DriverEvent, JobSettled
-from cluster.fleet.crews import Crew
-from cluster.fleet.in_memory import InMemoryActors
-from cluster.fleet.pool import WorkerPool
 from cluster.settings import Settings
 from jobs.ledger.store import JobStore
 from jobs.states import JobState
@@ -154,15 +151,7 @@ def _simulated(
             fleet = SimulatedFleet(
                 load.base_bytes, costs, clock, hours_between_deaths=None, rng=rng, poisonous=poisonous
             )
-            pool = WorkerPool(
-                InMemoryActors(fleet.start, fleet.wait),
-                [Crew(num_workers=num_workers, device="cpu", num_threads=1)],
-                ping_seconds=settings.poll_seconds,
-                unresponsive_seconds=settings.unresponsive_seconds,
-                clock=clock,
-            )
-            pool.poll(0.0)  # they are up
-            fleet.seconds_to_start = costs.seconds_to_start
+            pool = open_pool(fleet, num_workers, settings, clock)
             yield (
                 Driver(
                     ledger,

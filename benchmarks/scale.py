@@ -27,13 +27,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.simulation import Clock, Costs, SimulatedFleet, SimulatedMetrics
+from benchmarks.simulation import Clock, Costs, SimulatedFleet, SimulatedMetrics, open_pool
 from cluster.driving.driver import Driver
 from cluster.driving.events import DriverEvent, JobSettled, ShardsStarted, UnitStarted, WorkerReplaced
 from cluster.driving.scheduler import WorkerView
-from cluster.fleet.crews import Crew
-from cluster.fleet.in_memory import InMemoryActors
-from cluster.fleet.pool import WorkerPool
 from cluster.settings import Settings
 from jobs.ledger.store import JobStore
 from jobs.request import MergeRequest
@@ -162,15 +159,7 @@ def simulate(load: Load, num_workers: int, *, hours_between_deaths: float | None
         for start in range(0, len(load.requests), _SUBMITTED_AT_ONCE):
             ledger.submit(load.requests[start : start + _SUBMITTED_AT_ONCE])
         fleet = SimulatedFleet(load.base_bytes, costs, clock, hours_between_deaths=hours_between_deaths, rng=rng)
-        pool = WorkerPool(
-            InMemoryActors(fleet.start, fleet.wait),
-            [Crew(num_workers=num_workers, device="cpu", num_threads=1)],
-            ping_seconds=settings.poll_seconds,
-            unresponsive_seconds=settings.unresponsive_seconds,
-            clock=clock,
-        )
-        pool.poll(0.0)  # they are up
-        fleet.seconds_to_start = costs.seconds_to_start
+        pool = open_pool(fleet, num_workers, settings, clock)
         observer = Observer(clock)
         driver = WatchedDriver(
             ledger,

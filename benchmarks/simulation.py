@@ -18,6 +18,9 @@ from typing import Any
 
 from cluster.fleet.actors import ActorGoneError
 from cluster.fleet.crews import Crew
+from cluster.fleet.in_memory import InMemoryActors
+from cluster.fleet.pool import WorkerPool
+from cluster.settings import Settings
 from jobs.parity_report import ParitySummary
 from jobs.release import Artifact, Manifest, Release
 from jobs.request import MergeRequest, QuantizationOptions
@@ -329,6 +332,20 @@ class SimulatedFleet:
             while self._agenda and self._agenda[0][0] <= self.now():
                 when, _, happens = heapq.heappop(self._agenda)
                 happens(when)
+
+
+def open_pool(fleet: SimulatedFleet, num_workers: int, settings: Settings, clock: Clock) -> WorkerPool:
+    """Return the real pool of so many simulated workers, which are up."""
+    pool = WorkerPool(
+        InMemoryActors(fleet.start, fleet.wait),
+        [Crew(num_workers=num_workers, device="cpu", num_threads=1)],
+        ping_seconds=settings.poll_seconds,
+        unresponsive_seconds=settings.unresponsive_seconds,
+        clock=clock,
+    )
+    pool.poll(0.0)
+    fleet.seconds_to_start = fleet.costs.seconds_to_start  # of those that follow
+    return pool
 
 
 def _num_shards(size: float) -> int:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def soak(directory: Path, num_jobs: int, num_workers: int, store_url: str | None
     adapters = [make_adapter(base, directory / f"adapter-{n}", seed=n) for n in range(_NUM_ADAPTERS)]
     url = store_url or f"sqlite:///{directory}/home/mergefleet.db"
     with contextlib.closing(JobStore(url)) as store:
-        store.submit([_request(number, base, adapters, directory) for number in range(num_jobs)])
+        store.submit([tiny_request(number, base, adapters, directory) for number in range(num_jobs)])
         samples: list[Sample] = []
         with driving(directory, url, num_workers) as (process, started):
             first_at = None
@@ -91,7 +91,8 @@ def soak(directory: Path, num_jobs: int, num_workers: int, store_url: str | None
         print(f"| {name} | {min(values)} to {max(values)} |")
 
 
-def _request(number: int, base: Path, adapters: list[Path], directory: Path) -> MergeRequest:
+def tiny_request(number: int, base: Path, adapters: Sequence[Path], directory: Path, **fields: object) -> MergeRequest:
+    """Return the request of one job, which takes the adapters in turn; parity is arithmetic unless other fields say."""
     return MergeRequest.model_validate(
         {
             "id": f"job-{number}",
@@ -100,6 +101,7 @@ def _request(number: int, base: Path, adapters: list[Path], directory: Path) -> 
             "destination": str(directory / "out" / f"{number % 100}" / f"job-{number}"),
             "base_quantization": "none",
             "parity": {"level": "arithmetic"},
+            **fields,
         }
     )
 

@@ -46,7 +46,7 @@ STAGES = (JobState.PLANNING, JobState.MERGING, JobState.VERIFYING, JobState.PUBL
 """States a driver moves a job through while it works on it, in order."""
 
 WAITING_STATES = frozenset({JobState.QUEUED, JobState.RETRY_WAIT, JobState.AWAITING_APPROVAL})
-"""States in which nobody holds a job that is not final."""
+"""States of jobs that no driver holds, and that are not final."""
 
 CLAIMABLE_STATES = frozenset({JobState.QUEUED, JobState.RETRY_WAIT})
 FINAL_STATES = frozenset({JobState.PUBLISHED, JobState.CANCELLED, JobState.FAILED, JobState.QUARANTINED})
@@ -95,9 +95,9 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     JobState.FAILED: frozenset({JobState.QUEUED}),
     JobState.QUARANTINED: frozenset({JobState.QUEUED}),
 }
-"""Allowed transitions. What waits fails when its deadline passes. A lease that expires, or a driver that lets go of a
-job, leads back to QUEUED; while CANCELLING every way to end an attempt leads to CANCELLED, except that a release which
-is already visible is PUBLISHED."""
+"""Allowed transitions. What waits for its turn fails when its deadline passes. A lease that expires, or a driver that
+lets go of a job, leads back to QUEUED; while CANCELLING every way to end an attempt leads to CANCELLED, except that a
+release which is already visible is PUBLISHED."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

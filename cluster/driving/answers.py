@@ -169,7 +169,7 @@ class AnswerHandler:
                 self._settlement.release(held, outcome.release, report_path)
             elif outcome.failure is not None:
                 self._settlement.failure(held, outcome.failure, report_path)
-        self._holdings.let_go(worker, [outcome.job_id])  # the worker has, whatever came of it
+        self._holdings.let_go(worker, [outcome.job_id])  # the worker keeps nothing of it, published or failed
 
     def _fail_unanswered(self, worker: str) -> None:
         """Fail the jobs of a finished unit that its outcome does not name, rather than wait for them forever."""

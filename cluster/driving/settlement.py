@@ -175,7 +175,7 @@ class Settlement:
         """
         assert outcome.merge_key is not None
         report_path = None if outcome.report_path is None else str(outcome.report_path)
-        if self.advance([held], JobState.VERIFYING, {held.job_id: outcome.merge_key}):
+        if self.advance([held], JobState.VERIFYING):
             with self._guarded(held):
                 return self._endings.awaiting(held, outcome.merge_key, report_path, detail)
         return False

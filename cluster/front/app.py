@@ -19,7 +19,8 @@ from starlette.routing import BaseRoute, Route
 from cluster.front import wire
 from cluster.front.asking import call_of, read_query
 from cluster.front.door import HEADERS, Door
-from cluster.front.endpoints import ENDPOINTS, EVENT_STREAM, Call, Endpoint, Written, prefers
+from cluster.front.endpoint import EVENT_STREAM, Call, Endpoint, Written, prefers
+from cluster.front.endpoints import ENDPOINTS
 from cluster.front.ledger import LedgerService
 from cluster.front.openapi import CHANGES_PATH, openapi_document
 from cluster.front.problems import MEDIA_TYPE, RETRY_SECONDS, RefusedError, document_of, status_of

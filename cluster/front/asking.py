@@ -7,7 +7,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.requests import Request
 
 from cluster.front import wire
-from cluster.front.endpoints import FILES, Call, Endpoint
+from cluster.front.endpoint import FILES, Call, Endpoint
 from cluster.front.problems import RefusedError
 from jobs.errors import BadInputError, InvalidValueError
 from jobs.request_files.problems import ProblemList, expectation, mistakes

@@ -1,71 +1,19 @@
 """The API: one entry for each thing that can be asked, from which calls are validated, answered and documented."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from cluster.front import wire
+from cluster.front.endpoint import EVENT_STREAM, FILES, Call, Endpoint, Written, prefers
 from cluster.front.ledger import LedgerService
 from jobs.ledger.records import JobPage, JobRecord, SubmitResult
+from jobs.ledger.selection import Selection
 from jobs.locations import Elsewhere
 from jobs.parity_report import ParityReport
 from jobs.policy import FailurePolicy
 from jobs.release import Release
 from jobs.request_files.reading import Origin
-
-FILES: Mapping[str, str] = {
-    "application/json": ".json",
-    "application/yaml": ".yaml",
-    "application/jsonl": ".jsonl",
-    "text/csv": ".csv",
-}
-"""Media types of request files, and the endings of their names."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """One question, validated."""
-
-    path: Mapping[str, str]
-    query: Any
-    """Of the endpoint's model."""
-    body: Any
-    """Of the endpoint's model; of a request file its text."""
-    media_type: str
-    """Of the body."""
-    accept: str
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """An answer that is written already."""
-
-    content: bytes
-    media_type: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Endpoint:
-    """One thing that can be asked."""
-
-    method: str
-    path: str
-    name: str
-    summary: str
-    call: Callable[[LedgerService, Call], Any]
-    answer: Any
-    """Type of what `call` returns."""
-    query: type[BaseModel] | None = None
-    body: type[BaseModel] | None = None
-    takes_files: bool = False
-    """Whether the body may also be the text of a request file."""
-    also: tuple[str, ...] = ()
-    """Media types that it answers with when they are asked for, beside JSON."""
-    is_open: bool = False
-    """Whether it asks for no token."""
 
 
 def _submit(service: LedgerService, call: Call) -> SubmitResult:
@@ -96,13 +44,28 @@ def _health(service: LedgerService, _call: Call) -> wire.Health:
     return wire.Health()
 
 
-def prefers(accept: str, media_type: str) -> bool:
-    """Whether an Accept header names this type before JSON and before any."""
-    named = [each.partition(";")[0].strip().lower() for each in accept.split(",")]
-    return next((each == media_type for each in named if each in (media_type, "application/json", "*/*")), False)
+def _changing(
+    name: str,
+    summary: str,
+    change: Callable[[LedgerService, Selection, Any], tuple[str, ...]],
+    body: type[wire.Choice] = wire.Choice,
+) -> Endpoint:
+    """Return the endpoint that changes the jobs that its body chooses.
 
+    Args:
+        name: of the endpoint, and of its path.
+        summary: for the document.
+        change: takes the service, the chosen jobs and the body; returns the ids of those that it changed.
+        body: what it takes.
+    """
 
-EVENT_STREAM = "text/event-stream"
+    def call(service: LedgerService, call: Call) -> wire.Changed:
+        return wire.Changed(changed=change(service, call.body.selection(call.body.id), call.body))
+
+    return Endpoint(
+        method="POST", path=f"/v1/{name}", name=name, summary=summary, call=call, body=body, answer=wire.Changed
+    )
+
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint(
@@ -203,45 +166,27 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         query=wire.Filter,
         answer=wire.Failures,
     ),
-    Endpoint(
-        method="POST",
-        path="/v1/cancel",
-        name="cancel",
-        summary="Cancel jobs: those that wait at once, those at work within seconds.",
-        call=lambda service, call: wire.Changed(changed=service.cancel(call.body.selection(call.body.id))),
-        body=wire.Choice,
-        answer=wire.Changed,
+    _changing(
+        "cancel",
+        "Cancel jobs: those that wait at once, those at work within seconds.",
+        lambda service, jobs, _: service.cancel(jobs),
     ),
-    Endpoint(
-        method="POST",
-        path="/v1/retry",
-        name="retry",
-        summary="Queue jobs again that failed, were cancelled or quarantined, or wait for their time.",
-        call=lambda service, call: wire.Changed(changed=service.retry(call.body.selection(call.body.id))),
-        body=wire.Choice,
-        answer=wire.Changed,
+    _changing(
+        "retry",
+        "Queue jobs again that failed, were cancelled or quarantined, or wait for their time.",
+        lambda service, jobs, _: service.retry(jobs),
     ),
-    Endpoint(
-        method="POST",
-        path="/v1/approve",
-        name="approve",
-        summary="Let jobs that wait for approval be published, in a person's name.",
-        call=lambda service, call: wire.Changed(
-            changed=service.approve(call.body.selection(call.body.id), call.body.by)
-        ),
-        body=wire.Approval,
-        answer=wire.Changed,
+    _changing(
+        "approve",
+        "Let jobs that wait for approval be published, in a person's name.",
+        lambda service, jobs, body: service.approve(jobs, body.by),
+        wire.ApprovalBody,
     ),
-    Endpoint(
-        method="POST",
-        path="/v1/reject",
-        name="reject",
-        summary="Cancel jobs that wait for approval, in a person's name.",
-        call=lambda service, call: wire.Changed(
-            changed=service.reject(call.body.selection(call.body.id), call.body.by, call.body.reason)
-        ),
-        body=wire.Rejection,
-        answer=wire.Changed,
+    _changing(
+        "reject",
+        "Cancel jobs that wait for approval, in a person's name.",
+        lambda service, jobs, body: service.reject(jobs, body.by, body.reason),
+        wire.RejectionBody,
     ),
     Endpoint(
         method="GET",

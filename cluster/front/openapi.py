@@ -6,7 +6,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from cluster.front import wire
-from cluster.front.endpoints import ENDPOINTS, EVENT_STREAM, FILES, Endpoint
+from cluster.front.endpoint import EVENT_STREAM, FILES, Endpoint
+from cluster.front.endpoints import ENDPOINTS
 from cluster.front.problems import MEDIA_TYPE
 from jobs.ledger.records import Event
 

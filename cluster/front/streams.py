@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from cluster.front.endpoints import EVENT_STREAM
+from cluster.front.endpoint import EVENT_STREAM
 from jobs.errors import InvalidValueError, MergefleetError
 from jobs.ledger.records import Event
 from jobs.ledger.store import JobStore

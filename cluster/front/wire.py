@@ -76,14 +76,14 @@ class Choice(Filter):
     id: Annotated[tuple[Name, ...], Field(max_length=MAX_CHOSEN)] = ()
 
 
-class Approval(Choice):
+class ApprovalBody(Choice):
     """Jobs that may be published."""
 
     by: Name
     """Who says so; it is in the manifests."""
 
 
-class Rejection(Approval):
+class RejectionBody(ApprovalBody):
     """Jobs that may not."""
 
     reason: Words = ""

@@ -139,8 +139,8 @@ class RayActors:
             # What the worker raised, without Ray's account of where.
             raise CallRaisedError from getattr(error, "cause", error)
         except self._ray.exceptions.RayError as error:
-            # Whatever else Ray says in the place of an answer, there will be none: its memory monitor, a dead machine
-            # or raylet and a lost object have errors of their own, which are no errors of an actor.
+            # With any other error of Ray's no answer will come. Its memory monitor, a dead machine or raylet and a lost
+            # object have errors of their own, which do not derive from those of actors.
             raise ActorGoneError(
                 death_of(str(error)), isinstance(error, self._ray.exceptions.OutOfMemoryError)
             ) from error

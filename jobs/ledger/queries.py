@@ -181,8 +181,8 @@ class Queries:
     def seconds_until_due(self) -> float | None:
         """Return how long until something can be claimed, counting leases that would have to expire first.
 
-        What an operator has paused, or a person has to approve, does not count; a
-        place that is paused for a fault is tried when its rest is over.
+        What an operator has paused, or a person has to approve, does not count. A place that is paused for a fault is
+        tried when its rest is over.
 
         Returns:
             0 when something can be claimed now; None when nothing is left that ever could be.

@@ -237,9 +237,9 @@ class S3Store:
             return NotFoundError(
                 f"bucket {self.place.bucket!r} does not exist at {endpoint}: create it, or correct the name"
             )
-        if _says_no_reason(error):
-            return TransientIOError(f"{self.place}: {error.operation_name} answered {status} without a reason")
         kind = _BY_CODE.get(code) or _BY_STATUS.get(status) or (TransientIOError if status >= 500 else BadInputError)
+        if kind in (NotFoundError, BadInputError) and _says_no_reason(error):
+            return TransientIOError(f"{self.place}: {error.operation_name} answered {status} without a reason")
         message = error.response["Error"].get("Message", "")
         said = f"{self.place}: {error.operation_name} answered {status} {code}: {message}"
         return kind(f"{said}; {_HINTS[kind]}" if kind in _HINTS else said)
@@ -255,13 +255,11 @@ def _is_of_the_store(error: Exception, ours: MergefleetError) -> bool:
 
 
 def _says_no_reason(error: botocore_errors.ClientError) -> bool:
-    """Whether an answer says no more than its status, where a store says why: nothing follows from it.
+    """Whether an answer has no more than its status, where a store says why: it is half of one, or a gateway's.
 
-    It is half of one, or a gateway's. Answers to HEAD have no body, and those that ask for credentials may have none.
+    Nothing follows from it about what was asked for. Answers to HEAD never have a body.
     """
-    status = error_status(error)
-    may_be_bare = error.operation_name.startswith("Head") or status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
-    return error_code(error) in ("", str(status)) and not may_be_bare
+    return error_code(error) in ("", str(error_status(error))) and not error.operation_name.startswith("Head")
 
 
 def error_code(error: botocore_errors.ClientError) -> str:

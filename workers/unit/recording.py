@@ -84,7 +84,7 @@ class ShardRecorder:
         try:
             if not self._has_header(artifact.path):
                 return
-            # The digests in the merge key stand for what was read as long as nobody has written to it.
+            # The digests in the merge key describe the bytes that were merged only if no file was written to since.
             plan.base.source.check_unchanged()
             plan.adapter.check_unchanged()
             record = ShardRecord(merge_key=plan.merge_key, origin=self._origin, artifact=artifact, checks=checks)

@@ -1,6 +1,7 @@
 """Ledgers of older schemas, and places for ledgers on each kind of store."""
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -17,29 +18,32 @@ import jobs.ledger
 MIGRATIONS = Path(jobs.ledger.__file__).with_name("migrations")
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
-def open_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], AbstractContextManager[str]]:
+MakeUrl = Callable[[], AbstractContextManager[str]]
+STORES = ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
+
+
+@pytest.fixture(params=STORES)
+def open_url(request: pytest.FixtureRequest, tmp_path: Path) -> MakeUrl:
     """Makes URLs of ledgers that are not there yet, as many as a test wants."""
-    if request.param == "postgres":
-        return request.getfixturevalue("postgres_server").database
-    numbers = iter(range(10**6))
-    return lambda: contextlib.nullcontext(f"sqlite:///{tmp_path}/{next(numbers)}/jobs.db")
+    return _sqlite_urls(tmp_path) if request.param == "sqlite" else request.getfixturevalue("postgres_server").database
+
+
+@pytest.fixture(params=STORES)
+def lend_url(request: pytest.FixtureRequest, tmp_path: Path) -> MakeUrl:
+    """Lends URLs of ledgers without jobs, as many as a test wants."""
+    return _sqlite_urls(tmp_path) if request.param == "sqlite" else request.getfixturevalue("postgres_server").ledger
+
+
+def _sqlite_urls(directory: Path) -> MakeUrl:
+    numbers = itertools.count()
+    return lambda: contextlib.nullcontext(f"sqlite:///{directory}/{next(numbers)}/jobs.db")
 
 
 @pytest.fixture
-def new_url(open_url: Callable[[], AbstractContextManager[str]]) -> Iterator[str]:
+def new_url(open_url: MakeUrl) -> Iterator[str]:
     """The URL of a ledger that is not there yet."""
     with open_url() as url:
         yield url
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
-def lend_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], AbstractContextManager[str]]:
-    """Lends URLs of ledgers without jobs, as many as a test wants."""
-    if request.param == "postgres":
-        return request.getfixturevalue("postgres_server").ledger
-    numbers = iter(range(10**6))
-    return lambda: contextlib.nullcontext(f"sqlite:///{tmp_path}/{next(numbers)}/jobs.db")
 
 
 def raw_engine(url: str) -> Engine:
