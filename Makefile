@@ -108,7 +108,7 @@ bases: setup  ## 16-bit or 4-bit base: adapters trained on each, merged into bot
 wrong-merges: setup  ## break the merge at one place after the other; the proof has to find and name each; ROUNDS=200
 	$(BIN)/python -m tests.wrong_merges --rounds $(ROUNDS)
 
-# About fifteen minutes for each store on two cores. What a seed finds, it finds again only as far as timing allows.
+# Half an hour for each store on two cores. What a seed finds, it finds again only as far as timing allows.
 chaos: setup  ## kill -9 in the middle of a batch, jobs that kill workers, then 210 seeded faults on both stores; SEED=1
 	$(BIN)/python -m pytest tests/chaos
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.campaign --store sqlite --seed $(SEED)

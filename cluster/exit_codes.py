@@ -1,4 +1,4 @@
-"""Exit codes of the command line: 0 done, 1 some job failed, 2 bad input, 3 parity failed, 4 stopped with work left."""
+"""Exit codes of the command line: 0 done, 1 some job failed, 2 bad input, 3 parity failed, 4 work is left."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ FAILED = 1
 BAD_INPUT = 2
 PARITY_FAILED = 3
 WORK_LEFT = 4
-"""A driver was stopped, or people have paused what is left; no job failed."""
+"""A driver was stopped, or people have paused what is left, or have to approve it; no job failed."""
 INTERRUPTED = 130
 """As shells have it: 128 + SIGINT."""
 

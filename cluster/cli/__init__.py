@@ -1,6 +1,6 @@
 """The command line. It parses, calls and shows; what it calls is imported when it is called.
 
-Exit codes: 0 done, 1 some job failed, 2 bad input, 3 parity failed, 4 stopped with work left.
+Exit codes: 0 done, 1 some job failed, 2 bad input, 3 parity failed, 4 work is left.
 """
 
 from cluster.cli.app import app, main

@@ -10,7 +10,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Merge PEFT adapters into plain checkpoints in bulk: proven, then delivered.",
-    epilog="Exit codes: 0 done, 1 some job failed, 2 bad input, 3 parity failed, 4 stopped with work left.",
+    epilog="Exit codes: 0 done, 1 some job failed, 2 bad input, 3 parity failed, 4 work is left.",
 )
 
 
