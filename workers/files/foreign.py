@@ -61,8 +61,10 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
-    stat.S_IFLNK: "a link",
 }
+
+_LINK_ERRORS = (errno.ELOOP, errno.ENOTDIR)
+"""What opening without following links says of a link: to a file, or where a directory was expected."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +102,7 @@ def open_foreign(path: Path, *, num_parts: int = 1, any_size: bool = False) -> F
     """
     try:
         with file_errors(f"reading {shown(path)}", path):
-            below, parts = _place(path, num_parts)
-            descriptor = _open_below(path, below, parts)
+            descriptor = _open(path, num_parts)
     except NotFoundError as error:
         raise NotFoundError(f"{shown(path)}: expected this file, found nothing; is the directory complete?") from error
     try:
@@ -203,8 +204,26 @@ def _hub_blobs(directory: Path) -> Path | None:
     return None
 
 
-def _open_below(path: Path, directory: Path, parts: tuple[str, ...]) -> int:
-    """Open a file below a directory; no component of the way is a link any more, or it is refused."""
+def _open(path: Path, num_parts: int) -> int:
+    # Most files are no links, and lie where their path says: where that is so, nothing has to be resolved.
+    parts = path.parts[-num_parts:]
+    if ".." not in parts:
+        try:
+            # The directory itself may be a link, which is the operator's.
+            return _open_below(path, f"{path.parents[num_parts - 1]}/.", parts)
+        except OSError as error:
+            if error.errno not in _LINK_ERRORS:
+                raise
+    try:
+        return _open_below(path, *_place(path, num_parts))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise BadInputError(f"{shown(path)}: it became a link while it was opened") from error
+        raise
+
+
+def _open_below(path: Path, directory: str | Path, parts: tuple[str, ...]) -> int:
+    """Open a file below a directory; raise one of `_LINK_ERRORS` where a component of the way is a link."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
     parent = os.open(directory, flags | os.O_DIRECTORY)
     try:
@@ -214,12 +233,11 @@ def _open_below(path: Path, directory: Path, parts: tuple[str, ...]) -> int:
             parent = child
         name = parts[-1] if parts else "."
         # A device may act on being opened, so that it is looked at first; what is there then is looked at once more.
-        _check_kind(path, os.stat(name, dir_fd=parent, follow_symlinks=False))
+        status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        if stat.S_ISLNK(status.st_mode):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+        _check_kind(path, status)
         return os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=parent)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise BadInputError(f"{shown(path)}: it became a link while it was opened") from error
-        raise
     finally:
         os.close(parent)
 

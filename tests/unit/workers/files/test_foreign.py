@@ -26,6 +26,8 @@ def test_a_file_of_the_directory_is_read(base, tmp_path):
     assert read_foreign(tmp_path / "link" / "config.json") == b"{}"
     (base / "other.json").symlink_to("config.json")
     assert foreign_sha256(base / "other.json") == foreign_sha256(base / "config.json")
+    (base / "more").symlink_to("templates")
+    assert read_foreign(base / "more" / "a.jinja", num_parts=2) == b"template"
 
 
 @pytest.mark.parametrize("target", ["../secret", "/etc/passwd", "templates/../../secret"])
@@ -42,6 +44,9 @@ def test_a_folder_that_is_a_link_is_refused(base, tmp_path):
     (base / "more").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(BadInputError, match="found a link to"):
         read_foreign(base / "more" / "a.jinja", num_parts=2)
+    with pytest.raises(BadInputError, match=r"a\.jinja: expected a file of this directory"):
+        read_foreign(base / ".." / "elsewhere" / "a.jinja", num_parts=3)
+    assert read_foreign(base / ".." / "elsewhere" / "a.jinja") == b"secret"  # the operator says where
 
 
 def test_the_links_of_the_hub_cache_are_followed_within_their_repository(tmp_path):
