@@ -69,6 +69,9 @@ class Settings(BaseSettings):
     """Compute threads of each worker; by default the cores, divided among the workers."""
     resident_bytes: NumBytes = 4 * 1024**3
     """Most bytes of quantized bases that one worker keeps in memory between units."""
+    uplink_bytes_per_second: Annotated[NumBytes, Field(gt=0)] | None = None
+    """What each machine can send to remote stores. Jobs with a `timeout_seconds` that their releases cannot be sent in
+    fail at once; when it is not set, they are begun."""
     inert_adapter_fields: Annotated[frozenset[str], NoDecode, BeforeValidator(names)] = frozenset()
     """Fields of `adapter_config.json` that PEFT does not know and that change no merge: names with commas between."""
 
@@ -228,6 +231,7 @@ def worker_settings(settings: Settings, *, device: str, num_threads: int | None)
         device=device,
         num_threads=num_threads,
         resident_bytes=settings.resident_bytes,
+        uplink_bytes_per_second=settings.uplink_bytes_per_second,
         inert_adapter_fields=settings.inert_adapter_fields,
         allowance=settings.allowance,
     )

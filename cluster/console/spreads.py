@@ -66,6 +66,7 @@ def spread(figure: Figure) -> Spread | None:
             x, width = scale.place(number), round(scale.width - 1, 1)
             boxes.append(Box(x=x, y=HEIGHT - _BOTTOM - tall, width=width, height=tall, kind="value", words=words))
     pick = min if figure.is_best_high else max
+    bound = "least" if figure.is_best_high else "most"
     job_id, worst = pick(figure.values, key=lambda one: one[1])
     return Spread(
         title=figure.title,
@@ -74,7 +75,7 @@ def spread(figure: Figure) -> Spread | None:
         ticks=scale.ticks(),
         most=most,
         limit=None if figure.limit is None else scale.at(figure.limit),
-        limit_words="" if figure.limit is None else number_words(figure.limit),
+        limit_words="" if figure.limit is None else f"at {bound} {number_words(figure.limit)}",
         worst=(job_id, number_words(worst)),
         median=number_words(sorted(values)[len(values) // 2]),
         num_releases=len(values),

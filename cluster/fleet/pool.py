@@ -218,6 +218,8 @@ class WorkerPool:
         member.ready = True
         member.host, member.log = said.host, said.log
         member.failed_starts = 0
+        if member.awaited:
+            logger.warning("worker has started after all", extra={"worker": member.name})
 
     def _lose(
         self, member: Member, reason: str, *, device_failed: bool = False, out_of_memory: bool = False

@@ -1,5 +1,6 @@
 """What is not used again, and what an attempt leaves that was not killed."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -41,8 +42,8 @@ def adapter(base, tmp_path_factory):
 def make_worker(tmp_path):
     workers = []
 
-    def make():
-        workers.append(MergeWorker(settings_in(tmp_path / "home")))
+    def make(**settings):
+        workers.append(MergeWorker(dataclasses.replace(settings_in(tmp_path / "home"), **settings)))
         return workers[-1]
 
     yield make
@@ -252,6 +253,20 @@ def test_a_job_that_is_refused_before_it_begins_leaves_what_it_found(make_worker
     assert place.leftovers() != []
     assert merge(make_worker(), request).bytes_written == 0
     assert place.leftovers() == []
+
+
+def test_what_an_uplink_cannot_send_in_time_is_refused_at_once(make_worker, place, base, adapter):
+    """At a byte a second; what is there already, or stays on this machine, does not go over it."""
+    request = request_for(base, adapter, place.location, timeout_seconds=60)
+    if isinstance(place, DirectoryPlace):
+        assert fail(make_worker(uplink_bytes_per_second=1), request) is None
+        return
+    failure = fail(make_worker(uplink_bytes_per_second=1), request)
+    assert failure.failure_class is FailureClass.TOO_LARGE
+    assert "s at the 1e-06 MB/s of this machine's uplink, and timeout_seconds of the request is 60" in failure.message
+    assert place.leftovers() == []
+    leave_finished(make_worker(), request)
+    assert merge(make_worker(uplink_bytes_per_second=1), request).bytes_written == 0
 
 
 def leave_in_scratch(scratch, *, age):

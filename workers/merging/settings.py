@@ -22,6 +22,8 @@ class WorkerSettings:
     """Threads that compute; None for one on each core this process may use."""
     resident_bytes: int = 4 << 30
     """Budget of device memory for quantized bases kept between units."""
+    uplink_bytes_per_second: float | None = None
+    """What the machine sends to remote stores in a second, over all its workers; None where it is not known."""
     inert_adapter_fields: frozenset[str] = frozenset()
     """Fields of adapters' configurations that PEFT may not know, and that change no merge."""
     allowance: Allowance = field(default_factory=Allowance)

@@ -1,4 +1,4 @@
-"""Whether a pass fits into what is free: memory of the machine and of its GPU, and room on disks."""
+"""Whether a pass fits into what is free: memory of the machine and of its GPU, room on disks, and the uplink."""
 
 import functools
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from workers.merging.failures import own_failure
 from workers.merging.job import Job
 from workers.merging.plan import MergePlan
 from workers.unit.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
-from workers.unit.room import Disks, Room
+from workers.unit.room import Disks, Room, Uplink
 
 
 def admit_to_disks(jobs: Sequence[Job]) -> None:
@@ -28,6 +28,24 @@ def admit_to_disks(jobs: Sequence[Job]) -> None:
     for job in jobs:
         with own_failure(job), file_errors(f"looking at {job.directory}", job.directory):
             disks.take(job.directory, job.in_work.output.total_size)
+
+
+def admit_to_uplink(jobs: Sequence[Job], bytes_per_second: float | None) -> None:
+    """Refuse jobs, the last ones first, until the others can be sent to their remote stores in the time they have.
+
+    What could not be sent in time by itself fails with TooLargeError; what cannot be beside others waits (NotNowError).
+
+    Args:
+        jobs: their stagings are open.
+        bytes_per_second: of this machine's uplink; None where it is not known, and nothing is refused.
+    """
+    if bytes_per_second is None:
+        return
+    uplink = Uplink(bytes_per_second)
+    for job in jobs:
+        if not job.staging.in_place:
+            with own_failure(job):
+                uplink.take(job, job.in_work.output.total_size)
 
 
 class Admission:

@@ -1,4 +1,4 @@
-"""What is free on a machine, and what there is of it in all: memory, and room on file systems."""
+"""What is free on a machine, and what there is of it in all: memory, room on file systems, and its uplink."""
 
 import os
 from collections.abc import Callable
@@ -87,3 +87,35 @@ class Disks:
                 raise NotNowError(f"{message}; it waits until the others have ended")
             raise NoCapacityError(f"{message}; free some space").at(file_place(mount))
         self._taken[mount] = taken + num_bytes
+
+
+class Uplink:
+    """What a machine sends to remote stores in a second."""
+
+    def __init__(self, bytes_per_second: float) -> None:
+        self._bytes_per_second = bytes_per_second
+        self._num_bytes = 0
+
+    def take(self, job: Job, num_bytes: int) -> None:
+        """Count what a release will send.
+
+        Args:
+            job: its release goes to a remote store.
+            num_bytes: of its tensors that are not there yet.
+
+        Raises:
+            TooLargeError: sending them alone takes longer than an attempt may.
+            NotNowError: sending them after the others does.
+        """
+        beside = f" after {self._num_bytes / 1e6:.0f} MB of others" if self._num_bytes else ""
+        seconds, limit = (self._num_bytes + num_bytes) / self._bytes_per_second, job.request.timeout_seconds
+        if limit is not None and seconds > limit:
+            message = (
+                f"{job.request.destination}: sending {num_bytes / 1e6:.0f} MB{beside} takes {seconds:.0f} s at the "
+                f"{self._bytes_per_second / 1e6:g} MB/s of this machine's uplink, and timeout_seconds of the request "
+                f"is {limit:g}"
+            )
+            if self._num_bytes:
+                raise NotNowError(f"{message}; it waits until the others have ended")
+            raise TooLargeError(f"{message}; give it more time, or set uplink_bytes_per_second to what it really is")
+        self._num_bytes += num_bytes

@@ -33,7 +33,7 @@ from workers.merging.tracker import Tracker
 from workers.numerics.device import resolve_device
 from workers.releases.sinks import Ticket
 from workers.sources.fetch import fetch_base
-from workers.unit.admission import Admission, admit_to_disks
+from workers.unit.admission import Admission, admit_to_disks, admit_to_uplink
 from workers.unit.destinations import join_destination, open_destination
 from workers.unit.leftovers import make_room, sweep_scratch
 from workers.unit.recording import ShardRecorder
@@ -114,6 +114,7 @@ class Unit:
         resume_all(self._running, self._context)
         make_room(self._context.scratch, self._running)
         admit_to_disks(self._running)
+        admit_to_uplink(self._running, self._settings.uplink_bytes_per_second)
 
     def join(self, tickets: Mapping[str, Ticket]) -> None:
         """Plan the jobs, and join their staging by its ticket; one that cannot be joined fails with NotFoundError."""

@@ -1,4 +1,4 @@
-"""What is admitted: memory and disks, against the machine's own figures."""
+"""What is admitted: memory, disks and the uplink, against the machine's own figures."""
 
 import os
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from jobs.errors import FailureClass, NoCapacityError, NotNowError, TooLargeErro
 from jobs.places import file_place
 from workers.files.local import mount_point
 from workers.merging.outcomes import Failure
-from workers.unit.room import Disks, Room
+from workers.unit.room import Disks, Room, Uplink
 
 JOB = SimpleNamespace(request=SimpleNamespace(adapter_words="nice"))
 
@@ -46,3 +46,18 @@ def test_a_disk_takes_what_is_free(tmp_path):
         Disks().take(tmp_path, free + (total - free) // 2)
     assert caught.value.place == file_place(mount_point(tmp_path))
     assert not Failure.of(caught.value).waits
+
+
+def test_an_uplink_takes_what_it_can_send_in_time():
+    def job(timeout_seconds):
+        return SimpleNamespace(request=SimpleNamespace(destination="s3://b/x", timeout_seconds=timeout_seconds))
+
+    uplink = Uplink(100e6)
+    uplink.take(job(100), 10_000_000_000)  # just so
+    uplink.take(job(None), 10_000_000_000)  # it has all the time there is
+    with pytest.raises(NotNowError, match=r"sending 1 MB after 20000 MB of others takes 200 s at the 100 MB/s") as late:
+        uplink.take(job(200), 1_000_000)
+    assert Failure.of(late.value).waits
+    uplink.take(job(200.01), 1_000_000)  # what was refused is not counted
+    with pytest.raises(TooLargeError, match="timeout_seconds of the request is 100; give it more time"):
+        Uplink(100e6).take(job(100), 10_000_000_001)
