@@ -143,11 +143,10 @@ def driving(
 
 def _sample(process: "subprocess.Popen[str]", store: JobStore, metrics_urls: list[str]) -> Sample | None:
     with contextlib.suppress(psutil.Error, OSError):
-        children = psutil.Process(process.pid).children(recursive=True)
-        driver = children[0]
+        driver, *children = psutil.Process(process.pid).children(recursive=True) or [None]
         workers = [child for child in children if re.match(r"ray::", " ".join(child.cmdline()))]
         private = [worker.memory_full_info().uss for worker in workers]
-        if not private:
+        if driver is None or not private:
             return None
         series = 0
         for url in metrics_urls:

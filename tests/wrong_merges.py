@@ -158,8 +158,8 @@ def break_by_peft(plan: MergePlan, changed: Collection[str], rng: random.Random)
 def _reading(module: Any, function: str, name: str, factor: float) -> Iterator[None]:
     really = getattr(module, function)
 
-    def read(where: Any, spec: Any) -> torch.Tensor:
-        read_tensor: torch.Tensor = really(where, spec)
+    def read(where: Any, spec: Any, *file: int) -> torch.Tensor:
+        read_tensor: torch.Tensor = really(where, spec, *file)
         return read_tensor * factor if spec.name == name else read_tensor
 
     with mock.patch.object(module, function, read):

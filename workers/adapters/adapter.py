@@ -138,13 +138,13 @@ def same_values(path: Path, one: TensorSpec, other: TensorSpec) -> bool:
     )
 
 
-def read_tensor(path: Path, spec: TensorSpec) -> torch.Tensor:
-    """Read one adapter tensor, as stored.
+def read_tensor(path: Path, spec: TensorSpec, descriptor: int | None = None) -> torch.Tensor:
+    """Read one adapter tensor, as stored, from a file that may be open already.
 
     Raises:
         BadInputError: it holds NaN or infinity.
     """
-    stored = read_rows(path, spec, 0, spec.shape[0] if spec.shape else 1)
+    stored = read_rows(path, spec, 0, spec.shape[0] if spec.shape else 1, descriptor)
     if spec.dtype.is_floating_point and stored.numel() and not all(map(math.isfinite, torch.aminmax(stored.float()))):
         raise BadInputError(
             f"{path}: tensor {spec.name}: expected finite numbers, found NaN or infinity; the training diverged: "

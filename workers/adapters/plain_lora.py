@@ -54,13 +54,13 @@ def plan_lora(adapter: Adapter, coverage: Coverage) -> tuple[LoraDelta, ...]:
     return tuple(deltas)
 
 
-def read_operand(adapter: Adapter, spec: TensorSpec) -> torch.Tensor:
-    """Read one adapter tensor, lifted to float32 as `PeftModel` does.
+def read_operand(adapter: Adapter, spec: TensorSpec, descriptor: int | None = None) -> torch.Tensor:
+    """Read one adapter tensor, lifted to float32 as `PeftModel` does, from its file that may be open already.
 
     Raises:
         BadInputError: it holds NaN or infinity.
     """
-    return read_tensor(adapter.weights_path, spec).float()
+    return read_tensor(adapter.weights_path, spec, descriptor).float()
 
 
 def _refuse_delta(adapter: Adapter, name: str) -> None:

@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 
+from workers.files.tensor_io import tensor_bytes
 from workers.numerics.tiles import TILE_ELEMENTS
 
 PAGE_BYTES = mmap.PAGESIZE
@@ -30,10 +31,14 @@ class Buffer:
     def __init__(self, pool: "BufferPool") -> None:
         self._pool = pool
         self._lock = threading.Lock()
-        self._storage = torch.empty(0, dtype=torch.uint8)
         self._num_holders = 0
-        self.values = self._storage
+        self._storage: torch.Tensor
+        self._bytes: memoryview
+        self.values: torch.Tensor
         """The bytes, uint8 [num_bytes], on the CPU."""
+        self.data: memoryview
+        """The same memory."""
+        self._keep(torch.empty(0, dtype=torch.uint8))
 
     def __enter__(self) -> Self:
         return self
@@ -65,19 +70,24 @@ class Buffer:
         # Elements begin at a multiple of their size, in the file, too, unless tensors of different types are mixed.
         begin = offset % PAGE_BYTES if offset % _ELEMENT_BYTES == 0 else 0
         if self._storage.numel() < num_bytes + 2 * PAGE_BYTES:
-            self._storage = torch.empty(num_bytes + 2 * PAGE_BYTES, dtype=torch.uint8, pin_memory=pin)
+            self._keep(torch.empty(num_bytes + 2 * PAGE_BYTES, dtype=torch.uint8, pin_memory=pin))
         begin += -self._storage.data_ptr() % PAGE_BYTES
         self.values = self._storage[begin : begin + num_bytes]
+        self.data = self._bytes[begin : begin + num_bytes]
         self._num_holders = 1
 
     def shrink(self) -> None:
         """Let go of memory that is more than tiles usually take."""
         if self._storage.numel() > _KEPT_BYTES:
-            self._storage = self.values = torch.empty(0, dtype=torch.uint8)
+            self._keep(torch.empty(0, dtype=torch.uint8))
 
     def view(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         """Return the bytes as the elements of a tensor."""
         return self.values.view(dtype).view(shape)
+
+    def _keep(self, storage: torch.Tensor) -> None:
+        self._storage = self.values = storage
+        self._bytes = self.data = tensor_bytes(storage)
 
 
 class BufferPool:

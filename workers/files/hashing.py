@@ -132,7 +132,7 @@ class FileHash:
         """Return bytes from the begin of a range: all of them, or those of one piece that is read back."""
         num_bytes = due.end - due.begin
         if due.buffer is not None:
-            return tensor_bytes(due.buffer.values[-num_bytes:])
+            return due.buffer.data[-num_bytes:]
         piece = torch.empty(min(num_bytes, _PIECE_BYTES), dtype=torch.uint8)
         self._read(piece, due.begin)
         return tensor_bytes(piece)

@@ -24,8 +24,8 @@ from jobs.release import Artifact
 from workers.files.buffers import PAGE_BYTES, Buffer, BufferPool, kept_pool
 from workers.files.hashing import FileHash
 from workers.files.layout import ShardLayout
-from workers.files.local import FileState, file_errors
-from workers.files.tensor_io import read_into, tensor_bytes, write_all
+from workers.files.local import FileState, file_errors, sha256_of
+from workers.files.tensor_io import read_into, write_all
 
 _LARGE_BYTES = 4 << 20
 """From this size on a file's state says whether it was written since."""
@@ -66,10 +66,10 @@ class HashedFile:
     than a fiftieth of a second. None for a small file, which is sooner read again than its times move on."""
 
     def is_as_it_was(self, directory: Path) -> bool:
-        """Whether the file was not written to since, as far as that can be told."""
+        """Whether the file holds what was written: it was not written to since, or has its digest."""
         path = directory / self.artifact.path
         with file_errors(f"checking {path}", path):
-            return FileState.of(path.stat()) == self.state
+            return FileState.of(path.stat()) == self.state or sha256_of(path) == self.artifact.sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +226,7 @@ class ShardWriter:
 
     def _carry(self, offset: int, buffer: Buffer) -> None:
         try:
-            self._put(offset, buffer.values)
+            self._put(offset, buffer)
         except BaseException as error:  # noqa: BLE001 - raised where the pass ends
             buffer.release()
             self._failed(error)
@@ -248,12 +248,12 @@ class ShardWriter:
     def _read_back(self, target: torch.Tensor, offset: int) -> None:
         read_into(self._descriptor, self._path, target, offset)
 
-    def _put(self, offset: int, values: torch.Tensor) -> None:
+    def _put(self, offset: int, buffer: Buffer) -> None:
         """Write bytes; the whole pages among them past the page cache."""
-        data = tensor_bytes(values)
+        data = buffer.data
         begin = -offset % PAGE_BYTES
         end = len(data) - (offset + len(data)) % PAGE_BYTES
-        is_aligned = (values.data_ptr() + begin) % PAGE_BYTES == 0
+        is_aligned = (buffer.values.data_ptr() + begin) % PAGE_BYTES == 0
         if self._past_cache < 0 or not is_aligned or end - begin < _DIRECT_BYTES:
             write_all(self._descriptor, self._path, data, offset)
             return

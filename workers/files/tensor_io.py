@@ -56,8 +56,15 @@ def read_into(descriptor: int, path: Path, target: torch.Tensor, offset: int) ->
         done += count
 
 
-def read_rows(path: Path, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
+def read_rows(path: Path, spec: TensorSpec, start: int, stop: int, descriptor: int | None = None) -> torch.Tensor:
     """Read rows [start, stop) of a tensor; of a tensor without dimensions, all of it.
+
+    Args:
+        path: of the file.
+        spec: of the tensor.
+        start: first row.
+        stop: the row after the last one.
+        descriptor: of the file, where it is open already.
 
     Returns:
         A new CPU tensor [stop - start, ...] of the tensor's dtype.
@@ -65,8 +72,8 @@ def read_rows(path: Path, spec: TensorSpec, start: int, stop: int) -> torch.Tens
     shape = (stop - start, *spec.shape[1:]) if spec.shape else ()
     target = torch.empty(shape, dtype=spec.dtype)
     begin = spec.begin + start * spec.row_bytes if spec.shape else spec.begin
-    with opened(path) as descriptor:
-        read_into(descriptor, path, target, begin)
+    with opened(path) if descriptor is None else contextlib.nullcontext(descriptor) as source:
+        read_into(source, path, target, begin)
     return target
 
 

@@ -12,10 +12,12 @@ import contextlib
 import functools
 import os
 import threading
+from pathlib import Path
 
 import torch
 
 from jobs.errors import BadInputError
+from workers.adapters.adapter import ADAPTER_WEIGHTS
 from workers.adapters.plain_lora import read_operand
 from workers.bases.quantized_base import QuantizedBase
 from workers.files.foreign import open_foreign
@@ -58,7 +60,8 @@ class Walk:
             num_jobs=len(state.jobs),
         )
         self._stopped = False
-        self._descriptors: dict[str, int] = {}
+        self._descriptors: dict[tuple[Path, str], int] = {}
+        """Of the base's shards and the adapters' weights, by directory and name."""
         self._buffers = TileBuffers(self._device)
         on_gpu = self._device.type == "cuda"
         self._streams = iter(_streams(self._device, context.num_threads) if on_gpu else ())
@@ -75,7 +78,7 @@ class Walk:
             raise
 
     def close(self) -> None:
-        """Close the base's files; call once all threads have ended."""
+        """Close the files of base and adapters; call once all threads have ended."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
 
@@ -111,11 +114,11 @@ class Walk:
     def _takers(self, tensor: OutputTensor) -> list[Job]:
         return [job for job in self._state.jobs if job.in_work.streams(tensor.name)]
 
-    def _descriptor(self, shard: str) -> int:
+    def _descriptor(self, directory: Path, name: str) -> int:
         with self._lock:
-            if shard not in self._descriptors:
-                self._descriptors[shard] = open_foreign(self._base.source.directory / shard, any_size=True).descriptor
-            return self._descriptors[shard]
+            if (directory, name) not in self._descriptors:
+                self._descriptors[directory, name] = open_foreign(directory / name, any_size=True).descriptor
+            return self._descriptors[directory, name]
 
     def _finish(self, tile: Tile) -> None:
         """Read a tile once, and make, write and prove it for all jobs that take it."""
@@ -172,7 +175,7 @@ class Walk:
         if self._check is None or tile.num_bytes == 0:
             return None
         tensor = tile.weight.tensor
-        source = self._descriptor(tensor.shard) if tensor.stored is not None else None
+        source = self._descriptor(self._base.source.directory, tensor.shard) if tensor.stored is not None else None
         return self._check.weight(tensor, tile.rows, source)
 
     def _expect(self, tally: Tally | None, tile: Tile, known: torch.Tensor | None) -> Expected | None:
@@ -206,9 +209,9 @@ class Walk:
                 target_OI.copy_(weight_OI)
             return
         assert tensor.stored is not None
-        path = self._base.source.directory / tensor.shard
+        directory = self._base.source.directory
         begin = tensor.stored.begin + tile.rows.start * tile.weight.num_columns * tensor.stored.dtype.itemsize
-        read_into(self._descriptor(tensor.shard), path, target_OI, begin)
+        read_into(self._descriptor(directory, tensor.shard), directory / tensor.shard, target_OI, begin)
         self._state.count(base=tile.num_elements * tensor.stored.dtype.itemsize)
 
     def _make(
@@ -237,8 +240,9 @@ class Walk:
         delta = plan.deltas[tile.weight.tensor.name]
         with tile.weight.lock:
             if job.id not in tile.weight.operands:
-                a_RI = read_operand(plan.opened, delta.a_RI).to(self._device)
-                b_OR = read_operand(plan.opened, delta.b_OR).to(self._device)
+                file = self._descriptor(plan.opened.directory, ADAPTER_WEIGHTS)
+                a_RI = read_operand(plan.opened, delta.a_RI, file).to(self._device)
+                b_OR = read_operand(plan.opened, delta.b_OR, file).to(self._device)
                 tile.weight.operands[job.id] = a_RI, b_OR
                 self._state.count(adapter=delta.a_RI.num_bytes + delta.b_OR.num_bytes)
             return tile.weight.operands[job.id]

@@ -123,7 +123,8 @@ def plan_shipment(base: Path, adapter: Path) -> Shipment:
         BadInputError: a configuration cannot be read, or base and adapter have different code under one name.
         UnsupportedError: weights of a module that was trained with the adapter are pickled.
     """
-    ours, theirs = _shipped(base), shipped_files(adapter)
+    ours, of_adapter = _shipped(base), _shipped(adapter)
+    theirs = _taken(adapter, of_adapter)
     files, from_adapter, left = dict(ours), dict[str, Path](), list[str]()
     if any(name == TOKENIZER_CONFIG or is_vocabulary(name) for name in theirs):
         tokenizer = {name: path for name, path in theirs.items() if is_tokenizer(name)}
@@ -147,7 +148,7 @@ def plan_shipment(base: Path, adapter: Path) -> Shipment:
     for folder in tokenizer_folders(LocalFiles(adapter)):
         files = {name: path for name, path in files.items() if not name.startswith(f"{folder}/")}
         from_adapter |= {name: path for name, path in theirs.items() if name.startswith(f"{folder}/")}
-    for name, path in licences_of(adapter).items():
+    for name, path in _licences(of_adapter).items():
         if name not in ours or foreign_sha256(path) != foreign_sha256(ours[name]):
             from_adapter[f"{name}.adapter"] = path
     modules = _modules(adapter, theirs)
@@ -191,7 +192,15 @@ def shipped_files(adapter: Path) -> Mapping[str, Path]:
 
     Modules of sentence-transformers are among them where they have weights: those may be the base's, or trained.
     """
-    files = _shipped(adapter)
+    return _taken(adapter, _shipped(adapter))
+
+
+def licences_of(adapter: Path) -> Mapping[str, Path]:
+    """Return the licences and notices at the top of an adapter's directory, which a release has beside the base's."""
+    return _licences(_shipped(adapter))
+
+
+def _taken(adapter: Path, files: Mapping[str, Path]) -> Mapping[str, Path]:
     described = [name for name in files if is_tokenizer(name) or is_processor(name) or is_template(name)]
     code = [name for name in files if name.endswith(".py")]
     folders = tuple(f"{folder}/" for folder in tokenizer_folders(LocalFiles(adapter)))
@@ -200,9 +209,8 @@ def shipped_files(adapter: Path) -> Mapping[str, Path]:
     } | _modules(adapter, files)
 
 
-def licences_of(adapter: Path) -> Mapping[str, Path]:
-    """Return the licences and notices at the top of an adapter's directory, which a release has beside the base's."""
-    return {name: path for name, path in _shipped(adapter).items() if "/" not in name and is_legal(name)}
+def _licences(files: Mapping[str, Path]) -> Mapping[str, Path]:
+    return {name: path for name, path in files.items() if "/" not in name and is_legal(name)}
 
 
 def _some(words: Sequence[str]) -> str:

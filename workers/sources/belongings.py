@@ -6,6 +6,7 @@ processor's. Nothing here is run, and the model's weights are not listed.
 """
 
 import fnmatch
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -280,5 +281,9 @@ def _json(files: Files, name: str) -> Any:
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a name is one of some patterns, in any case."""
-    lower = name.lower()
-    return any(fnmatch.fnmatchcase(lower, pattern.lower()) for pattern in patterns)
+    return _any_of(tuple(patterns)).match(name.lower()) is not None
+
+
+@functools.lru_cache(maxsize=64)
+def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(fnmatch.translate(pattern.lower()) for pattern in patterns))

@@ -63,13 +63,11 @@ class LocalFiles:
 
     def top(self) -> Collection[str]:
         """Return the names of the files at the top."""
-        with file_errors(f"reading {self.place}"):
-            return [path.name for path in self.place.iterdir() if not path.is_dir()]
+        return [entry.name for entry in self._entries() if not entry.is_dir()]
 
     def folders(self) -> Collection[str]:
         """Return the names of the folders at the top."""
-        with file_errors(f"reading {self.place}"):
-            return [path.name for path in self.place.iterdir() if path.is_dir()]
+        return [entry.name for entry in self._entries() if entry.is_dir()]
 
     def below(self, folder: str) -> Collection[str]:
         """Return the files in a folder and below, named from the top."""
@@ -91,6 +89,10 @@ class LocalFiles:
     def read(self, name: str) -> bytes:
         """Return the bytes of a small file."""
         return read_foreign(self.place / name, num_parts=name.count("/") + 1)
+
+    def _entries(self) -> list[os.DirEntry[str]]:
+        with file_errors(f"reading {self.place}"), os.scandir(self.place) as entries:
+            return list(entries)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ class Verifier:
                     job.witness.settle()
 
     def _check_again(self, check: ArithmeticCheck, job: Job) -> dict[str, TensorCheck]:
-        """Check what is in files that may have been written to since their bytes were checked."""
+        """Check what is in files that do not hold the bytes that were checked."""
         touched = {file.artifact.path for file in job.files if not file.is_as_it_was(job.directory)}
         stop = functools.partial(self._tracker.check, job.id)
         num_threads = self._context.num_threads
