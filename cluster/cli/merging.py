@@ -11,7 +11,7 @@ from cluster.console.terminal import terminal
 from jobs.errors import BadInputError
 from jobs.locations import Location, parse_location
 from jobs.request import BaseQuantization, Dtype
-from workers.files.collector import paused_collections
+from workers.files.collector import loading
 
 commands = typer.Typer()
 
@@ -27,7 +27,7 @@ def plan(file: RequestFile, *, as_json: AsJson = False, debug: Debug = False) ->
 
         settings = load_settings()
         requests = load_requests(file, settings.allowance)
-        with paused_collections():  # it takes seconds to load, and a wrong file is told before
+        with loading():  # it takes seconds to load, and a wrong file is told before
             from cluster.commands.plan import preview
 
         previews = preview(

@@ -21,7 +21,7 @@ from jobs.parity_report import ParityReport, Way
 from jobs.release import REPORT_NAME, Release
 from jobs.request import BaseQuantization, Dtype, MergeRequest
 from jobs.request_files.problems import expectation, mistakes
-from workers.files.collector import paused_collections
+from workers.files.collector import loading
 from workers.merging.outcomes import Failure, JobOutcome, Usage
 from workers.merging.outcomes import Progress as UnitProgress
 
@@ -108,7 +108,7 @@ def merge_and_show(output: Terminal, requests: tuple[MergeRequest, ...]) -> tupl
         The classes of the failures.
     """
     settings = load_settings()
-    with paused_collections():  # it takes seconds to load, and wrong arguments are told before
+    with loading():  # it takes seconds to load, and wrong arguments are told before
         from workers.worker import MergeWorker  # noqa: PLC0415
     # Before the progress bar has its thread: what tries files out is then a fork of this process.
     worker = MergeWorker(worker_settings(settings, device=settings.device, num_threads=settings.num_threads))

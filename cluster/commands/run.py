@@ -32,7 +32,7 @@ from cluster.ray_fleet.session import Session, SessionLostError, close_session, 
 from cluster.settings import Settings, load_settings, worker_settings
 from jobs.errors import BadInputError
 from jobs.ledger.store import JobStore
-from workers.files.collector import paused_collections
+from workers.files.collector import loading
 from workers.merging.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ def _logging(settings: Settings, owner: str, predecessor: str | None) -> Iterato
 
 @contextlib.contextmanager
 def _open_pool(session: Session, settings: Settings, owner: str) -> Iterator[WorkerPool]:
-    with paused_collections():  # it takes seconds to load, and wrong settings are told before
+    with loading():  # it takes seconds to load, and wrong settings are told before
         from cluster.ray_fleet.worker import MergeWorker  # noqa: PLC0415
 
     crews = plan_crews(
@@ -170,6 +170,7 @@ def _open_pool(session: Session, settings: Settings, owner: str) -> Iterator[Wor
         crews,
         ping_seconds=settings.poll_seconds,
         unresponsive_seconds=settings.unresponsive_seconds,
+        num_spares=settings.spare_workers,
     )
     with contextlib.closing(pool):
         yield pool

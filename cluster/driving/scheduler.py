@@ -1,8 +1,8 @@
 """Which worker does which jobs next. Pure functions: the same jobs and workers give the same units.
 
 Jobs with equal pass keys share one read of a base. The order is that of the claims, which take from shares in turn, and
-inside of a share priority, then age; among jobs of the highest priority that wait, those whose base a free worker holds
-go first. What residency and priority may cost a base is bounded: when
+inside of a share priority, then jobs that lost their worker, then age; among jobs of the highest priority that wait,
+those whose base a free worker holds go first. What residency and priority may cost a base is bounded: when
 `max_units_of_other_bases` units of other bases have gone before it, its oldest job is in the next unit.
 """
 
@@ -26,7 +26,7 @@ class WaitingJob:
     share: str = ""
     """The share that it belongs to; claims took from shares in turn."""
     alone: bool = False
-    """It may be what has cost workers, and must not take other jobs with it."""
+    """It has lost a worker, and may be what has cost it: it must not take other jobs with it."""
     not_on: frozenset[str] = frozenset()
     """Workers that cannot do it (a GPU failed, a machine is too small): it goes to another, as long as there is one."""
 
@@ -161,14 +161,15 @@ def schedule(
 def in_turn(waiting: Sequence[WaitingJob]) -> list[WaitingJob]:
     """Return jobs in their order: shares as they were claimed, and inside of each by priority, then by age.
 
-    A job of high priority takes the place of another one of its own share, and never of one of others.
+    Jobs that have lost a worker go before others of their priority: they were at work already. A job of high priority
+    takes the place of another one of its own share, and never of one of others.
     """
     by_share: dict[str, list[WaitingJob]] = {}
     for job in sorted(waiting, key=lambda job: job.sequence):
         by_share.setdefault(job.share, []).append(job)
     placed: list[tuple[int, WaitingJob]] = []
     for jobs in by_share.values():
-        ranked = sorted(jobs, key=lambda job: (-job.priority, job.sequence))
+        ranked = sorted(jobs, key=lambda job: (-job.priority, not job.alone, job.sequence))
         placed += zip((job.sequence for job in jobs), ranked, strict=True)
     return [job for _, job in sorted(placed, key=lambda place: place[0])]
 

@@ -27,6 +27,8 @@ class Member:
     crew: Crew
     actor: Actor | None = None
     ready: bool = False
+    on_duty: bool = False
+    """Whether it may get work; a worker that is ready and is not on duty stands by."""
     host: str | None = None
     """Name of the machine it is on, as it said itself."""
     log: str | None = None
@@ -48,14 +50,19 @@ class Member:
         """What the scheduler needs to know of it."""
         return WorkerView(
             name=self.name,
-            idle=self.ready and not any(call.is_work for call in self.calls.values()),
+            idle=self.on_duty and not self.at_work,
             residents=self.residents,
             device=self.crew.device,
-            up=self.ready,
+            up=self.on_duty,
             has_failed=self.device_faults > 0,
             host=self.host,
             log=self.log,
         )
+
+    @property
+    def at_work(self) -> bool:
+        """Whether it has a call that is work."""
+        return any(call.is_work for call in self.calls.values())
 
     def take(self, actor: Actor, now: float) -> None:
         """Have an actor in this place that has yet to say that it is ready."""
@@ -67,7 +74,7 @@ class Member:
     def leave(self) -> None:
         """Empty the place. Its calls are forgotten: Ray keeps an actor's name as long as anything refers to it."""
         self.actor = None
-        self.ready = False
+        self.ready = self.on_duty = False
         self.host = None
         self.log = None
         self.calls.clear()

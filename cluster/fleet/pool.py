@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_PINGS_PER_SECOND = 10.0
 """Of the whole fleet: what a driver does about each answer must leave it time for its work."""
+_SPARE_SECONDS = 30.0
+"""After which a spare is started: what there is to do begins before."""
 _MAX_FAILED_STARTS = 3
 """In a row, of every place of the fleet: then there is no fleet."""
 _CLOSE_SECONDS = 10.0
@@ -37,6 +39,7 @@ class WorkerPool:
         *,
         ping_seconds: float,
         unresponsive_seconds: float = 120.0,
+        num_spares: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the workers; returns at once, they come up as they are ready.
@@ -46,10 +49,14 @@ class WorkerPool:
             crews: how many, on what.
             ping_seconds: how often each worker is asked how it is doing; in a large fleet less often.
             unresponsive_seconds: a worker that has not answered for so long is killed and replaced.
+            num_spares: further workers on the CPU, that have loaded everything and stand by until another is lost.
             clock: seconds that only go forward.
         """
         self._actors = actors
         places = [crew for crew in crews for _ in range(crew.num_workers)]
+        self._num_places = len(places)
+        # One on a GPU would take it from a worker.
+        places += [crew for crew in crews if crew.num_gpus_each == 0 for _ in range(num_spares)]
         self._ping_seconds = max(ping_seconds, len(places) / _MAX_PINGS_PER_SECOND)
         self._unresponsive_seconds = unresponsive_seconds
         self._clock = clock
@@ -57,10 +64,12 @@ class WorkerPool:
         self._members = {f"merge-worker-{n}": Member(f"merge-worker-{n}", crew) for n, crew in enumerate(places)}
         self._node_rests: dict[str, float] = {}
         """Until when nodes where a worker did not start come after others."""
+        for member in self._spares:
+            member.rests_until = clock() + _SPARE_SECONDS
         self._fill_places()
 
     def views(self) -> tuple[WorkerView, ...]:
-        """Return what the scheduler needs to know."""
+        """Return what the scheduler needs to know. Who stands by counts as not up."""
         return tuple(member.view for member in self._members.values())
 
     def run_unit(self, worker: str, name: str, requests: tuple[MergeRequest, ...]) -> None:
@@ -124,7 +133,7 @@ class WorkerPool:
         closing = [
             member.actor.call("close", task_name="close")
             for member in members
-            if member.actor is not None and member.view.idle
+            if member.actor is not None and member.ready and not member.at_work
         ]
         if closing:
             self._actors.wait(closing, _CLOSE_SECONDS, for_all=True)
@@ -133,12 +142,34 @@ class WorkerPool:
                 member.actor.kill()
             member.leave()
 
+    @property
+    def _places(self) -> list[Member]:
+        """All but the spares."""
+        return list(self._members.values())[: self._num_places]
+
+    @property
+    def _spares(self) -> list[Member]:
+        return list(self._members.values())[self._num_places :]
+
+    def _call_up(self, crew: Crew) -> None:
+        """Have as many of a crew on duty as it is to have, as far as they are there; the others stand by.
+
+        Who is on duty stays: it may be in the middle of a pass though it is at nothing just now.
+        """
+        ready = [member for member in self._members.values() if member.crew == crew and member.ready]
+        num_wanted = crew.num_workers - sum(member.on_duty for member in ready)
+        for member in [member for member in ready if not member.on_duty][: max(0, num_wanted)]:
+            member.on_duty = True
+
     def _fill_places(self) -> None:
-        """Put an actor into every empty place."""
+        """Put an actor into every empty place; into that of a spare once all others have started."""
         now = self._clock()
+        spares = self._spares
         avoid = frozenset(node for node, until in self._node_rests.items() if now < until)
         for member in self._members.values():
             if member.actor is not None or now < member.rests_until:
+                continue
+            if member in spares and not all(each.ready for each in self._places):
                 continue
             actor = self._actors.start(member.name, member.crew, avoid)
             if actor is not None:
@@ -172,7 +203,7 @@ class WorkerPool:
         for member in self._members.values():
             if not member.ready or any(call.method in POLLS for call in member.calls.values()):
                 continue
-            if any(call.is_work for call in member.calls.values()):
+            if member.at_work:
                 self._call(member.name, "progress", task_name="progress")
             else:
                 self._call(member.name, "residents", task_name="residents")
@@ -216,6 +247,7 @@ class WorkerPool:
             yield from self._lose(member, f"{said.host}: {said.fault}")
             return
         member.ready = True
+        self._call_up(member.crew)
         member.host, member.log = said.host, said.log
         member.failed_starts = 0
         if member.awaited:
@@ -230,6 +262,7 @@ class WorkerPool:
         member.actor.kill()
         was_ready, node = member.ready, member.actor.node
         member.leave()
+        self._call_up(member.crew)
         if was_ready:
             logger.warning("worker lost", extra={"worker": member.name, "reason": reason})
             yield WorkerLost(
@@ -241,10 +274,9 @@ class WorkerPool:
         if node is not None:
             self._node_rests[node] = member.rests_until
         logger.warning("worker does not start", extra={"worker": member.name, "reason": reason})
-        members = self._members.values()
-        if all(not each.ready and each.failed_starts >= _MAX_FAILED_STARTS for each in members):
+        if all(not each.ready and each.failed_starts >= _MAX_FAILED_STARTS for each in self._places):
             raise WorkerLostError(
-                f"none of {len(members)} workers started in {_MAX_FAILED_STARTS} attempts; {member.name}: {reason}"
+                f"none of {self._num_places} workers started in {_MAX_FAILED_STARTS} attempts; {member.name}: {reason}"
             )
         if member.failed_starts == 1:
             yield WorkerUnfit(worker=member.name, reason=reason)

@@ -5,11 +5,14 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import workers.worker
 from cluster.log_files import start_log, worker_log
 from cluster.logs import quiet_libraries
+from workers.files.collector import loading
 from workers.merging.outcomes import Readiness
 from workers.merging.settings import WorkerSettings
+
+with loading():  # first thing in an actor's process
+    import workers.worker
 
 _ENDED = frozenset({"failed", "published"})
 

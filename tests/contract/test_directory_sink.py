@@ -31,6 +31,18 @@ def test_empty_directory_is_taken(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
 
 
+def test_what_an_attempt_leaves_that_dies_when_it_has_published_is_removed(tmp_path: Path) -> None:
+    staging, manifest = stage(tmp_path / "r")
+    staging.publish(manifest)
+    alive, _ = stage(tmp_path / "other")
+    staging._owned.abandon()
+    assert len(list(tmp_path.iterdir())) == 4
+    assert DirectorySink(LocalPath(tmp_path / "r")).existing() == manifest
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"r", alive.directory.name, f"{alive.directory.name}.lock"}
+    alive.discard()
+
+
 def test_directory_filled_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     staging, manifest = stage(tmp_path / "r")
     (tmp_path / "r").mkdir()

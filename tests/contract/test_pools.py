@@ -123,6 +123,31 @@ def test_a_worker_that_dies_is_told_and_replaced_under_its_name(make_pool):
     assert last(until(pool, UnitFinished), UnitFinished).worker == "merge-worker-0"
 
 
+def test_a_spare_takes_over_at_once_and_who_comes_back_stands_by(make_pool):
+    later = [0.0]
+    pool = make_pool(num_spares=1, clock=lambda: time.monotonic() + later[0])
+    ready(pool)
+    assert [view.up for view in pool.views()] == [True, True, False]
+    later[0] = 31.0  # none is started before
+    wait_for(pool, "merge-worker-2")
+    assert [(view.idle, view.up) for view in pool.views()] == [(True, True), (True, True), (False, False)]
+    pool.run_unit("merge-worker-0", "u", (request(dies="1"),))
+    until(pool, WorkerLost)
+    assert [(view.idle, view.up) for view in pool.views()] == [(False, False), (True, True), (True, True)]
+    pool.run_unit("merge-worker-2", "u", (request("two"),))
+    assert last(until(pool, UnitFinished), UnitFinished).worker == "merge-worker-2"
+    wait_for(pool, "merge-worker-0")
+    assert [view.up for view in pool.views()] == [False, True, True]
+
+
+def wait_for(pool, name):
+    """Poll until a worker has started."""
+    end = time.monotonic() + 60
+    while not pool._members[name].ready:
+        assert time.monotonic() < end
+        pool.poll(0.2)
+
+
 def test_a_worker_that_does_not_answer_is_ended_and_replaced(make_pool):
     pool = make_pool(unresponsive_seconds=1.0)
     ready(pool)

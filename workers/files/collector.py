@@ -1,4 +1,4 @@
-"""The garbage collector, kept from looking at what stays anyway: half a million objects come with the libraries."""
+"""Loading the libraries quickly, and the garbage collector kept from what they bring: half a million objects stay."""
 
 import contextlib
 import functools
@@ -7,13 +7,18 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def paused_collections() -> Iterator[None]:
-    """Have no collections while libraries are imported, and have later ones pass over what these brought.
+def loading() -> Iterator[None]:
+    """Have libraries imported without what takes time and is not needed.
 
-    They would find next to nothing, in a fifth of the time that importing takes.
+    Collections would find next to nothing, in a fifth of the time that importing takes; later ones pass over what the
+    libraries brought. Nor is torch's compiler loaded, which bitsandbytes wraps functions with that are for other
+    devices than a CPU or a GPU: they run as they are written.
     """
     gc.disable()
     try:
+        import torch.compiler  # noqa: PLC0415 - one of them
+
+        torch.compiler.set_default_backend("eager")
         yield
     finally:
         gc.freeze()
@@ -26,5 +31,5 @@ def pass_over_modules() -> None:
 
     Looking through these takes longer than planning a merge, and in a fork it copies the memory they share.
     """
-    gc.collect()  # quick after `paused_collections`; elsewhere there may be more than modules
+    gc.collect()  # quick after `loading`; elsewhere there may be more than modules
     gc.freeze()

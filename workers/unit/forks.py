@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from jobs.errors import MergefleetError, TransientIOError
-from workers.files.collector import pass_over_modules, paused_collections
+from workers.files.collector import loading, pass_over_modules
 from workers.sources.confinement import Limits, bare_environment, bound, die_with_parent, isolated_command
 
 _LENGTH = struct.Struct("<Q")
@@ -165,7 +165,7 @@ def main() -> NoReturn:
     import importlib  # noqa: PLC0415
     import sys  # noqa: PLC0415
 
-    with paused_collections():
+    with loading():
         for name in sys.argv[1].split(","):
             importlib.import_module(name)
     _serve()

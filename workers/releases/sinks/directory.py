@@ -1,5 +1,6 @@
 """Releases in a directory: built beside it under a hidden name, made visible by one rename."""
 
+import contextlib
 import errno
 import itertools
 import logging
@@ -39,9 +40,16 @@ class DirectorySink:
         self._location = location
 
     def existing(self) -> Manifest | None:
-        """Return the manifest of the release that is there, or None when the directory is missing or empty."""
+        """Return the manifest of the release that is there, or None when the directory is missing or empty.
+
+        What its attempt has left beside it, should that have died when it had published, is removed.
+        """
         found = _find(self._location)
-        return found.manifest if found else None
+        if found is None:
+            return None
+        with contextlib.suppress(OSError):
+            sweep(_real(self._location).parent, self._prefix)
+        return found.manifest
 
     def open(self, merge_key: str) -> "DirectoryStaging":
         """Start a release in a hidden directory beside the destination, on the same filesystem.
@@ -58,11 +66,10 @@ class DirectorySink:
                 f"{self._location} is a mount point, in whose place no directory can be renamed; "
                 "choose a directory below it"
             )
-        prefix = f".{destination.name}.staging-"
         with file_errors(f"making a staging directory for {self._location}", self._location.path):
-            staging = DirectoryStaging(self._location, merge_key, OwnedDirectory.make(destination.parent, prefix))
+            staging = DirectoryStaging(self._location, merge_key, OwnedDirectory.make(destination.parent, self._prefix))
             try:
-                sweep(destination.parent, prefix, gather=staging.records.gather)
+                sweep(destination.parent, self._prefix, gather=staging.records.gather)
             except OSError:
                 staging.discard()
                 raise
@@ -73,6 +80,10 @@ class DirectorySink:
         with file_errors(f"joining the staging directory of {self._location}", self._location.path):
             owned = OwnedDirectory.join(ticket.directory)
         return None if owned is None else DirectoryStaging(self._location, ticket.merge_key, owned)
+
+    @property
+    def _prefix(self) -> str:
+        return f".{_real(self._location).name}.staging-"
 
 
 class DirectoryStaging:

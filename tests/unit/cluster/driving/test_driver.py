@@ -199,7 +199,8 @@ def test_suspects_run_alone_beside_the_rest_and_the_one_that_kills_again_is_quar
     it.step()
     assert [jobs for _, _, jobs in it.workers.units] == [("one", "killer", "two"), ("three", "four", "five")]
     it.workers.units.clear()
-    it.submit(request("six"), request("seven"))
+    late = ("six", "seven", "eight", "nine")
+    it.submit(*(request(name) for name in late))
     it.workers.lose("merge-worker-0")
 
     def answer():
@@ -217,14 +218,16 @@ def test_suspects_run_alone_beside_the_rest_and_the_one_that_kills_again_is_quar
     it.workers.on_poll = answer
     it.driver.run(drain=True)
     assert it.states() == {
-        name: JobState.QUARANTINED if name == "killer" else JobState.PUBLISHED for name in (*names, "six", "seven")
+        name: JobState.QUARANTINED if name == "killer" else JobState.PUBLISHED for name in (*names, *late)
     }
     good = [it.job(name) for name in it.states() if name != "killer"]
     assert {(record.attempts, record.worker_losses) for record in good} == {(1, 0)}
     units = [jobs for _, _, jobs in it.workers.units]
-    # The suspects alone, the others together; the killer twice.
-    assert sorted(unit for unit in units if len(unit) == 1) == [("killer",), ("killer",), ("one",), ("two",)]
-    assert ("six", "seven") in units
+    # The suspects alone and first, the others together; the killer twice.
+    suspects = [unit for unit in units if not {"one", "killer", "two"}.isdisjoint(unit)]
+    assert sorted(suspects) == [("killer",), ("killer",), ("one",), ("two",)]
+    assert units[: len(suspects)] == suspects
+    assert [unit for unit in units if unit not in suspects][0] == ("six", "seven", "eight")
     killer = it.job("killer")
     assert (killer.attempts, killer.worker_losses) == (2, 2)
     assert killer.failure_message.endswith(

@@ -143,6 +143,14 @@ def test_a_free_worker_keeps_the_base_it_holds():
     assert assigned(result) == {"merge-worker-0": ("b", ("job-1",))}
 
 
+def test_a_job_that_lost_its_worker_goes_before_others_of_its_priority():
+    waiting = [job(0), job(1), job(2, priority=1), job(3, alone=True)]
+    assert [each.job_id for each in in_turn(waiting)] == ["job-2", "job-3", "job-0", "job-1"]
+    assert assigned(schedule(waiting[:2] + waiting[3:], [worker(0)], {}, limits())) == {
+        "merge-worker-0": ("a", ("job-3",))
+    }
+
+
 def test_priority_goes_before_residency():
     result = schedule([job(0, "a"), job(1, "b", priority=1)], [worker(0, "a")], {}, limits())
     assert assigned(result) == {"merge-worker-0": ("b", ("job-1",))}

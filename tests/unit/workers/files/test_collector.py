@@ -7,7 +7,7 @@ import pytest
 
 PROGRAM = """
 import gc
-from workers.files.collector import pass_over_modules, paused_collections
+from workers.files.collector import pass_over_modules, loading
 
 class Node:
     pass
@@ -23,7 +23,7 @@ counts = []
 gc.freeze()  # what came with this program
 before = gc.get_freeze_count()
 try:
-    with paused_collections():
+    with loading():
         assert not gc.isenabled()
         kept = [[] for _ in range(5_000)]  # more than a collection is due for
         {raises}
