@@ -227,7 +227,7 @@ def test_suspects_run_alone_beside_the_rest_and_the_one_that_kills_again_is_quar
     suspects = [unit for unit in units if not {"one", "killer", "two"}.isdisjoint(unit)]
     assert sorted(suspects) == [("killer",), ("killer",), ("one",), ("two",)]
     assert units[: len(suspects)] == suspects
-    assert [unit for unit in units if unit not in suspects][0] == ("six", "seven", "eight")
+    assert next(unit for unit in units if unit not in suspects) == ("six", "seven", "eight")
     killer = it.job("killer")
     assert (killer.attempts, killer.worker_losses) == (2, 2)
     assert killer.failure_message.endswith(
