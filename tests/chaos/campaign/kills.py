@@ -118,10 +118,10 @@ def freeze_worker(world: World) -> str | None:
     """Stop a worker for longer than it may answer nothing, then let it go on."""
     if not world.is_up(UP_SECONDS):
         return f"{LATER}no worker is up"
-    world.feed(2, "wide")
     end = time.monotonic() + 60
     victim = None
     while victim is None and time.monotonic() < end:
+        world.feed(2, "wide")
         row = world.catch("MERGING", 5)
         victim = None if row is None else _worker_of(world, row)
     if victim is None:
