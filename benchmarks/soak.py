@@ -88,7 +88,7 @@ def soak(directory: Path, num_jobs: int, num_workers: int, store_url: str | None
         print(f"| {name}: MB for each 1,000 jobs | {slope:+.2f} (now {getattr(half[-1], field) / unit:.0f}) |")
     for name, field in (("open files", "num_files"), ("metric series", "num_series")):
         values = [getattr(sample, field) for sample in half]
-        print(f"| {name} | {min(values)} to {max(values)} |")
+        print(f"| {name} | {min(values)} to {max(values)}, {_slope(half, field):+.1f} for each 1,000 jobs |")
 
 
 def tiny_request(number: int, base: Path, adapters: Sequence[Path], directory: Path, **fields: object) -> MergeRequest:
