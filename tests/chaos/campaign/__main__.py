@@ -33,7 +33,7 @@ from tests.chaos.campaign.world import LATER, World, tmpfs
 from tests.servers.postgres import serve_postgres
 from tests.servers.s3 import serve_s3
 
-_MOUNTS = {"home": 400, "scratch": 700, "releases": 1500, "ledger": 48}
+_MOUNTS = {"home": 400, "scratch": 700, "releases": 3000, "ledger": 48}
 _MAX_RECOVERY_SECONDS = 600.0
 _MAX_TOLD = 40
 _MAX_TRIES = 12
