@@ -35,10 +35,6 @@ _SECRET = ("", "store", "server", "token", "webhooks")
 _VARIABLES_THAT_ARE_NO_SETTINGS = frozenset({CONFIG_VARIABLE, DEBUG_VARIABLE})
 
 
-def _ray_directory() -> Path:
-    return Path(tempfile.gettempdir()) / f"mergefleet-{os.getuid()}"
-
-
 class Settings(BaseSettings):
     """What an operator can set. `MERGEFLEET_<NAME>` in the environment, `<name>` in the file."""
 
@@ -72,8 +68,7 @@ class Settings(BaseSettings):
     resident_bytes: NumBytes = 4 * 1024**3
     """Most bytes of quantized bases that one worker keeps in memory between units."""
     uplink_bytes_per_second: Annotated[NumBytes, Field(gt=0)] | None = None
-    """What each machine can send to remote stores. Jobs with a `timeout_seconds` that their releases cannot be sent in
-    fail at once; when it is not set, they are begun."""
+    """What each machine can send to remote stores: jobs that cannot be sent within `timeout_seconds` fail at once."""
     inert_adapter_fields: Annotated[frozenset[str], NoDecode, BeforeValidator(names)] = frozenset()
     """Fields of `adapter_config.json` that PEFT does not know and that change no merge: names with commas between."""
 
@@ -138,7 +133,9 @@ class Settings(BaseSettings):
     """Port of the local Ray's dashboard; by default the first free one from 8265."""
     metrics_port: Port | None = None
     """Port of the local Ray's Prometheus endpoint; by default a free one."""
-    ray_directory: AbsolutePath = Field(default_factory=_ray_directory)
+    ray_directory: AbsolutePath = Field(
+        default_factory=lambda: Path(tempfile.gettempdir()) / f"mergefleet-{os.getuid()}"
+    )
     """Sessions and logs of the local Ray. Short: the sockets below it must fit 107 bytes."""
 
     @model_validator(mode="after")

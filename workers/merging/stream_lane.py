@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 from jobs.errors import BadInputError
-from workers.adapters.adapter import ADAPTER_WEIGHTS
 from workers.adapters.plain_lora import read_operand
 from workers.bases.quantized_base import QuantizedBase
 from workers.files.foreign import open_foreign
@@ -60,8 +59,8 @@ class Walk:
             num_jobs=len(state.jobs),
         )
         self._stopped = False
-        self._descriptors: dict[tuple[Path, str], int] = {}
-        """Of the base's shards and the adapters' weights, by directory and name."""
+        self._descriptors: dict[Path, int] = {}
+        """Of the base's shards and the adapters' weights."""
         self._buffers = TileBuffers(self._device)
         on_gpu = self._device.type == "cuda"
         self._streams = iter(_streams(self._device, context.num_threads) if on_gpu else ())
@@ -114,11 +113,11 @@ class Walk:
     def _takers(self, tensor: OutputTensor) -> list[Job]:
         return [job for job in self._state.jobs if job.in_work.streams(tensor.name)]
 
-    def _descriptor(self, directory: Path, name: str) -> int:
+    def _descriptor(self, path: Path) -> int:
         with self._lock:
-            if (directory, name) not in self._descriptors:
-                self._descriptors[directory, name] = open_foreign(directory / name, any_size=True).descriptor
-            return self._descriptors[directory, name]
+            if path not in self._descriptors:
+                self._descriptors[path] = open_foreign(path, any_size=True).descriptor
+            return self._descriptors[path]
 
     def _finish(self, tile: Tile) -> None:
         """Read a tile once, and make, write and prove it for all jobs that take it."""
@@ -175,8 +174,8 @@ class Walk:
         if self._check is None or tile.num_bytes == 0:
             return None
         tensor = tile.weight.tensor
-        source = self._descriptor(self._base.source.directory, tensor.shard) if tensor.stored is not None else None
-        return self._check.weight(tensor, tile.rows, source)
+        path = self._base.source.directory / tensor.shard
+        return self._check.weight(tensor, tile.rows, None if tensor.stored is None else self._descriptor(path))
 
     def _expect(self, tally: Tally | None, tile: Tile, known: torch.Tensor | None) -> Expected | None:
         if self._check is None or tally is None or known is None:
@@ -209,9 +208,9 @@ class Walk:
                 target_OI.copy_(weight_OI)
             return
         assert tensor.stored is not None
-        directory = self._base.source.directory
+        path = self._base.source.directory / tensor.shard
         begin = tensor.stored.begin + tile.rows.start * tile.weight.num_columns * tensor.stored.dtype.itemsize
-        read_into(self._descriptor(directory, tensor.shard), directory / tensor.shard, target_OI, begin)
+        read_into(self._descriptor(path), path, target_OI, begin)
         self._state.count(base=tile.num_elements * tensor.stored.dtype.itemsize)
 
     def _make(
@@ -240,7 +239,7 @@ class Walk:
         delta = plan.deltas[tile.weight.tensor.name]
         with tile.weight.lock:
             if job.id not in tile.weight.operands:
-                file = self._descriptor(plan.opened.directory, ADAPTER_WEIGHTS)
+                file = self._descriptor(plan.opened.weights_path)
                 a_RI = read_operand(plan.opened, delta.a_RI, file).to(self._device)
                 b_OR = read_operand(plan.opened, delta.b_OR, file).to(self._device)
                 tile.weight.operands[job.id] = a_RI, b_OR

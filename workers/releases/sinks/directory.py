@@ -42,7 +42,7 @@ class DirectorySink:
     def existing(self) -> Manifest | None:
         """Return the manifest of the release that is there, or None when the directory is missing or empty.
 
-        What its attempt has left beside it, should that have died when it had published, is removed.
+        What attempts that have died left beside it is removed: no other attempt will come by.
         """
         found = _find(self._location)
         if found is None:
