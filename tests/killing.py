@@ -12,6 +12,7 @@ from safetensors import safe_open
 from jobs.request import MergeRequest
 from tests.contract.places import DirectoryPlace
 from tests.dying import settings_in
+from tests.releases import left_in
 from workers.releases.delivery import pull_release, verify_release
 from workers.releases.sinks.local_records import RECORDS_DIRECTORY
 from workers.worker import MergeWorker
@@ -71,9 +72,8 @@ def assert_whole(place, expected, tmp_path):
     verify_release(place.location, place.scratch)
     pull_release(place.location, tmp_path / "pulled")
     assert files_below(tmp_path / "pulled") == expected
+    assert left_in(place.scratch) == []
     assert place.leftovers() == []
-    scratch = list(place.scratch.iterdir()) if place.scratch.exists() else []
-    assert scratch == []
 
 
 def tensor_bytes(base):

@@ -9,13 +9,15 @@ from pathlib import Path
 from jobs.ledger.records import Beginning, ProgressReport, Publication
 from jobs.ledger.store import JobStore
 from jobs.locations import LocalPath
-from jobs.parity_report import ParitySummary
+from jobs.parity_report import ParitySummary, TensorCheck
 from jobs.release import REPORT_NAME, Artifact, Manifest, Release
 from jobs.request import BaseQuantization
 from jobs.states import JobState
+from workers.releases.records import ShardRecord
 from workers.releases.sinks import Staging
+from workers.releases.trails import TRAILS, follow_trails
 
-SHARD = "model-00001-of-00002.safetensors"
+SHARD, SMALL = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 SHARD_BYTES = (5 << 20) + 12_345
 """More than the smallest part that S3 knows."""
 
@@ -25,7 +27,7 @@ def make_files(seed: int = 0, merge_key: str = "a" * 64) -> dict[str, bytes]:
     rng = random.Random(seed)
     return {
         SHARD: rng.randbytes(SHARD_BYTES),
-        "model-00002-of-00002.safetensors": rng.randbytes(70_000),
+        SMALL: rng.randbytes(70_000),
         "config.json": b'{"seed": %d}\n' % seed,
         REPORT_NAME: make_report(merge_key),
         "tokenizer.json": b"{}\n" * 100,
@@ -82,6 +84,21 @@ def make_manifest(files: dict[str, bytes], *, merge_key: str = "a" * 64, request
     )
 
 
+KEY = "a" * 64
+FILES = make_files()
+
+
+def artifact_of(name: str) -> Artifact:
+    """Return one of `FILES` as a manifest names it."""
+    return next(artifact for artifact in make_manifest(FILES).files if artifact.path == name)
+
+
+def record_of(name: str, merge_key: str = KEY) -> ShardRecord:
+    """Return a record of one of `FILES`."""
+    check = TensorCheck(tensor="x", changed=True, max_abs_error=1 / 3, rounding_excess=0.5, survival=1e-300)
+    return ShardRecord(merge_key=merge_key, origin="0" * 64, artifact=artifact_of(name), checks=(check,))
+
+
 def write_files(directory: Path, files: dict[str, bytes]) -> None:
     """Write files below a directory."""
     for name, data in files.items():
@@ -97,6 +114,12 @@ def fill(staging: Staging, files: dict[str, bytes], merge_key: str = "a" * 64) -
     for artifact in manifest.files:
         staging.put(artifact)
     return manifest
+
+
+def left_in(scratch: Path) -> list[Path]:
+    """Return all that lies in a worker's scratch directory, once the trails of the dead have been followed."""
+    follow_trails(scratch)
+    return sorted(path for path in scratch.rglob("*") if path != scratch / TRAILS)
 
 
 def progress_of(leases: Mapping[str, int], *, stage: str, bytes_done: int, bytes_total: int) -> list[ProgressReport]:

@@ -109,9 +109,12 @@ def merge_and_show(output: Terminal, requests: tuple[MergeRequest, ...]) -> tupl
     """
     settings = load_settings()
     with loading():  # it takes seconds to load, and wrong arguments are told before
+        from workers.unit.leftovers import keep_clear  # noqa: PLC0415
         from workers.worker import MergeWorker  # noqa: PLC0415
-    # Before the progress bar has its thread: what tries files out is then a fork of this process.
-    worker = MergeWorker(worker_settings(settings, device=settings.device, num_threads=settings.num_threads))
+    # Before there is another thread: what tries files out is then a fork of this process.
+    of_worker = worker_settings(settings, device=settings.device, num_threads=settings.num_threads)
+    worker = MergeWorker(of_worker)
+    keep_clear(of_worker.scratch)
     with Progress(*_COLUMNS, console=output.out, transient=True, disable=output.as_json) as bar:
         task = bar.add_task("merge", total=None, stages="")
 

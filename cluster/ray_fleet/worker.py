@@ -13,6 +13,7 @@ from workers.merging.settings import WorkerSettings
 
 with loading():  # first thing in an actor's process
     import workers.worker
+    from workers.unit.leftovers import keep_clear
 
 _ENDED = frozenset({"failed", "published"})
 
@@ -34,6 +35,7 @@ class MergeWorker(workers.worker.MergeWorker):
         self._log = worker_log(ray.get_runtime_context().get_actor_name() or "worker", socket.gethostname(), owner)
         file = start_log(logs, self._log)
         super().__init__(settings)
+        keep_clear(settings.scratch)
         file.beside = self._at_work
 
     def ready(self) -> Readiness:

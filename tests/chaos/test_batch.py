@@ -19,6 +19,7 @@ from jobs.errors import FailureClass
 from jobs.ledger.store import JobStore
 from jobs.states import JobState
 from tests.models import build_tokenizer, make_adapter
+from tests.releases import left_in
 from workers.bases.model import quiet_transformers
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -164,7 +165,7 @@ def test_kill_of_worker_and_driver_mid_batch(fleet, s3):
     assert sorted(path.name for path in (home / "releases").iterdir()) == sorted(
         record.id for record in records if not str(record.release.location).startswith("s3://")
     )
-    assert list((home / "home" / "scratch").iterdir()) == []
+    assert left_in(home / "home" / "scratch") == []
     client = s3.client()
     assert client.list_multipart_uploads(Bucket=s3.bucket).get("Uploads", []) == []
     manifests = [

@@ -14,6 +14,7 @@ from jobs.ledger.store import JobStore
 from jobs.request import MergeRequest
 from jobs.states import JobState
 from tests.models import build_llama, make_adapter
+from tests.releases import left_in
 from workers.merging.settings import WorkerSettings
 from workers.worker import MergeWorker
 
@@ -99,7 +100,7 @@ def test_one_merge_is_spread_over_all_nodes(models, tmp_path, num_nodes, quantiz
     assert (record.state, record.attempts, record.worker_losses) == (JobState.PUBLISHED, 1, 0)
     assert digests(tmp_path / "releases" / "one") == digests(tmp_path / "alone")
     assert [path.name for path in (tmp_path / "releases").iterdir()] == ["one"]
-    assert not (home / "scratch").exists() or list((home / "scratch").iterdir()) == []
+    assert left_in(home / "scratch") == []
 
     names = [name for event in started for name in event["shards"]]
     replaced = [event for event in events if event["event"] == "worker_replaced"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from jobs.release import MANIFEST_NAME
 from tests.servers.hub import Hub
 from tests.servers.s3 import S3Server
 from workers.releases.sinks import Sink, open_sink
+from workers.releases.trails import TRAILS
 
 
 class Place(Protocol):
@@ -155,8 +157,14 @@ def content(place: Place) -> dict[str, bytes]:
     return {name: data for name, data in place.visible().items() if name != MANIFEST_NAME}
 
 
+def trails(place: Place) -> list[str]:
+    """Return the names of trails, without those of their locks."""
+    return [path.name for path in (place.scratch / TRAILS).glob("*") if path.suffix != ".lock"]
+
+
 def _names(directory: Path) -> list[str]:
-    return [path.name for path in directory.iterdir()] if directory.exists() else []
+    """Return what a directory holds, but trails."""
+    return [path.name for path in directory.iterdir() if path.name != TRAILS] if directory.exists() else []
 
 
 _PUTTING = """
@@ -183,6 +191,53 @@ def putting_process(place: Place) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         process.kill()
         process.wait()
+
+
+_DYING = """
+import sys
+from pathlib import Path
+from jobs.locations import parse_location
+from tests.releases import FILES, KEY, fill, record_of
+from workers.releases.sinks import open_sink, s3_objects
+from workers.releases.trails import Trail
+
+s3_objects.MIN_PART_BYTES = 5 << 20
+location, scratch = parse_location(sys.argv[1]), Path(sys.argv[2])
+trail = Trail.begin(scratch, location) if sys.argv[3] == "True" else None
+staging = open_sink(location, scratch).open(KEY)
+if trail is not None:
+    trail.name(staging.ticket.attempt)
+fill(staging, FILES)
+for name in sys.argv[4:]:
+    staging.records.keep(record_of(name))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def dying_process(place: Place, *names: str, trail: bool = False) -> Iterator[Callable[[], None]]:
+    """Run an attempt that has put everything, and recorded some shards; yield what kills it.
+
+    Args:
+        place: where it is on its way to.
+        names: of the shards.
+        trail: whether it leaves a trail.
+    """
+    command = [sys.executable, "-c", _DYING, str(place.location), str(place.scratch), str(trail), *names]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def kill() -> None:
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        try:
+            yield kill
+        finally:
+            process.kill()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:

@@ -37,7 +37,7 @@ def test_what_an_attempt_leaves_that_dies_when_it_has_published_is_removed(tmp_p
     alive, _ = stage(tmp_path / "other")
     staging._owned.abandon()
     assert len(list(tmp_path.iterdir())) == 4
-    assert DirectorySink(LocalPath(tmp_path / "r")).existing() == manifest
+    assert DirectorySink(LocalPath(tmp_path / "r")).clear(staging.directory.name, unused=False)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"r", alive.directory.name, f"{alive.directory.name}.lock"}
     alive.discard()

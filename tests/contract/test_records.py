@@ -3,57 +3,36 @@
 import hashlib
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from jobs.parity_report import TensorCheck
-from jobs.release import Artifact
-from tests.contract.places import DirectoryPlace, Place, S3Place, content, sink_of
-from tests.releases import SHARD, fill, make_files, make_manifest, write_files
+from tests.contract.places import DirectoryPlace, Place, S3Place, content, dying_process, sink_of
+from tests.releases import (
+    FILES,
+    KEY,
+    SHARD,
+    SMALL,
+    artifact_of,
+    fill,
+    make_files,
+    make_manifest,
+    record_of,
+    write_files,
+)
 from workers.releases.delivery import verify_release
-from workers.releases.records import ShardRecord, decode_record, encode_record
+from workers.releases.records import decode_record, encode_record
 from workers.releases.sinks import Staging
 from workers.releases.sinks.local_records import RECORDS_DIRECTORY
 
-KEY, OTHER_KEY = "a" * 64, "d" * 64
-FILES = make_files()
-SMALL = "model-00002-of-00002.safetensors"
-
-_DYING = """
-import os, signal, sys
-from pathlib import Path
-from jobs.locations import parse_location
-from tests.contract.test_records import FILES, KEY, record_of
-from tests.releases import fill
-from workers.releases.sinks import open_sink, s3_objects
-
-s3_objects.MIN_PART_BYTES = 5 << 20
-staging = open_sink(parse_location(sys.argv[1]), Path(sys.argv[2])).open(KEY)
-fill(staging, FILES)
-for name in sys.argv[3:]:
-    staging.records.keep(record_of(name))
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def artifact_of(name: str) -> Artifact:
-    return next(artifact for artifact in make_manifest(FILES).files if artifact.path == name)
-
-
-def record_of(name: str, merge_key: str = KEY) -> ShardRecord:
-    check = TensorCheck(tensor="x", changed=True, max_abs_error=1 / 3, rounding_excess=0.5, survival=1e-300)
-    return ShardRecord(merge_key=merge_key, origin="0" * 64, artifact=artifact_of(name), checks=(check,))
+OTHER_KEY = "d" * 64
 
 
 def kill_after(place: Place, *names: str) -> None:
     """Have an attempt killed when it has put everything, and recorded some shards."""
-    command = [sys.executable, "-c", _DYING, str(place.location), str(place.scratch), *names]
-    assert subprocess.run(command, check=False, timeout=120).returncode == -signal.SIGKILL
+    with dying_process(place, *names) as kill:
+        kill()
     assert place.visible() == {}
 
 

@@ -12,19 +12,8 @@ from botocore.awsrequest import AWSResponse
 from jobs.errors import TransientIOError
 from jobs.release import MANIFEST_NAME
 from tests.contract.places import S3Place, content
-from tests.contract.test_records import (
-    FILES,
-    KEY,
-    OTHER_KEY,
-    SMALL,
-    artifact_of,
-    assert_released,
-    go_on,
-    leave,
-    local_records,
-    record_of,
-)
-from tests.releases import SHARD, fill, make_files, make_manifest
+from tests.contract.test_records import OTHER_KEY, assert_released, go_on, leave, local_records
+from tests.releases import FILES, KEY, SHARD, SMALL, artifact_of, fill, make_files, make_manifest, record_of
 from tests.servers.s3 import S3Server
 from workers.releases.delivery import verify_release
 from workers.releases.records import encode_record

@@ -20,6 +20,7 @@ from jobs.ledger.store import JobStore
 from jobs.request import MergeRequest
 from jobs.states import JobState
 from tests.models import build_llama, make_adapter
+from tests.releases import left_in
 from workers.releases.delivery import verify_release
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -164,7 +165,7 @@ def check_releases(fleet, num_jobs):
         verify_release(record.release.location, fleet.home / "verify")
     assert sorted(path.name for path in (fleet.home / "releases").iterdir()) == sorted(record.id for record in records)
     scratch = fleet.home / "fleet" / "scratch"
-    assert not scratch.exists() or list(scratch.iterdir()) == []
+    assert left_in(scratch) == []
 
 
 @pytest.mark.slow

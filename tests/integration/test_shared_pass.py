@@ -11,6 +11,7 @@ from jobs.errors import FailureClass
 from jobs.request import MergeRequest
 from tests.methods import make_method_adapter
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
+from tests.releases import left_in
 from workers.files.scratch import OwnedDirectory
 from workers.merging.outcomes import PassWork, Unreachable
 from workers.releases.delivery import pull_release
@@ -192,8 +193,7 @@ def test_machines_that_share_nothing_ship_one_release(
     pull_release(asked.destination, pulled)
     assert files_below(pulled) == files_below(tmp_path / "alone" / "all")
     for number in range(2):
-        scratch = tmp_path / f"scratch-{number}"
-        assert not scratch.exists() or list(scratch.iterdir()) == []
+        assert left_in(tmp_path / f"scratch-{number}") == []
 
 
 @pytest.mark.s3

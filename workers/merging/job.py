@@ -17,6 +17,7 @@ from workers.files.shard import HashedFile
 from workers.merging.outcomes import Failure, JobOutcome, MergedShards
 from workers.merging.plan import MergePlan
 from workers.releases.sinks import Receipt, Staging
+from workers.releases.trails import Trail
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class Job:
     """What of the plan is merged here, where several workers share it or some of it is there; None for all of it."""
     resumed: MergedShards | None = None
     """What a dead attempt at its release has finished."""
+    trail: Trail | None = None
+    """Leads to its staging, should this process die or leave something."""
     opened: Staging | None = None
     compared_in: Path | None = None
     """Directory of a merge that is made to be compared: it has no staging, and ships nowhere."""
@@ -207,13 +210,16 @@ class Job:
             keep: leave finished shards to the next attempt, as is done where a remote store has failed for a while
                 (decision 24).
         """
+        left = True  # by an attempt that died on its way to a staging, or cannot be removed
         if self.opened is not None:
             is_passing = self.store_failed and isinstance(self.error, TransientIOError)
             try:
-                self.opened.discard(keep=keep or (is_passing and not self.opened.in_place))
+                left = self.opened.discard(keep=keep or (is_passing and not self.opened.in_place))
             except MergefleetError:
-                # The next attempt at this destination clears it away.
+                # The next attempt at this destination clears it away, or who follows the trail.
                 logger.warning("a staged release could not be removed", extra={"job_id": self.id}, exc_info=True)
+        if self.trail is not None:
+            self.trail.end(left=left)
 
     def outcome(self) -> JobOutcome:
         """Return what became of it."""

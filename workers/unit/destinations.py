@@ -9,6 +9,7 @@ from jobs.locations import LocalPath, Location
 from workers.merging.job import Job
 from workers.releases.released import encode_manifest
 from workers.releases.sinks import Ticket, open_sink
+from workers.releases.trails import Trail
 from workers.sources.fetch import Source
 from workers.unit.vetting import vet_planned_prompts
 
@@ -29,7 +30,9 @@ def open_destination(job: Job, scratch: Path) -> None:
         return
     if job.is_run:
         vet_planned_prompts(plan, scratch)
+    job.trail = Trail.begin(scratch, request.destination)
     job.opened = sink.open(plan.merge_key)
+    job.trail.name(job.opened.ticket.attempt)
 
 
 def join_destination(job: Job, ticket: Ticket, scratch: Path) -> None:
@@ -40,7 +43,9 @@ def join_destination(job: Job, ticket: Ticket, scratch: Path) -> None:
     """
     if job.plan.merge_key != ticket.merge_key:
         raise NotFoundError(f"{job.request.base} or {job.request.adapter} is another one here")
+    job.trail = Trail.begin(scratch, job.request.destination)
     job.opened = open_sink(job.request.destination, scratch).join(ticket)
+    job.trail.name(ticket.attempt)
     # Behaviour is that of a whole checkpoint: the worker that asks must see all files.
     if job.opened is None or (job.is_run and job.opened.directory != ticket.directory):
         raise NotFoundError(f"{ticket.directory}, which the merge is written to, is not to be seen from here")

@@ -1,6 +1,8 @@
-"""What dead processes left in a worker's scratch directory: swept, but for finished shards that are still of use."""
+"""What dead processes left in a worker's scratch directory, or by way of it: finished shards stay while of use."""
 
+import logging
 import shutil
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,15 +11,17 @@ from jobs.locations import LocalPath
 from workers.files.local import file_errors
 from workers.files.scratch import sweep
 from workers.merging.job import Job
+from workers.releases.records import KEPT_SECONDS
 from workers.releases.sinks.local_records import RECORDS_DIRECTORY, has_records
+from workers.releases.trails import follow_trails
 
-_KEPT_SECONDS = 24 * 3600.0
-"""How long finished shards wait for the next attempt at their release."""
+_LOOK_SECONDS = 10.0
+_log = logging.getLogger(__name__)
 
 
 def sweep_scratch(scratch: Path) -> None:
     """Sweep a scratch directory; finished shards of the last day stay."""
-    oldest = time.time() - _KEPT_SECONDS
+    oldest = time.time() - KEPT_SECONDS
 
     def spare(directory: Path) -> bool:
         return has_records(directory) and (directory / RECORDS_DIRECTORY).stat().st_mtime >= oldest
@@ -33,3 +37,20 @@ def make_room(scratch: Path, jobs: Sequence[Job]) -> None:
     with file_errors(f"making room in {scratch}", scratch):
         if shutil.disk_usage(scratch).free < needed:
             sweep(scratch)
+
+
+def keep_clear(scratch: Path) -> None:
+    """Follow the trails of dead attempts from now on, in a thread that ends with this process.
+
+    Beside the work: a place that does not answer holds nobody up.
+    """
+
+    def follow() -> None:
+        while True:
+            try:
+                follow_trails(scratch)
+            except OSError:
+                _log.warning("what dead attempts left could not be looked at", exc_info=True)
+            time.sleep(_LOOK_SECONDS)
+
+    threading.Thread(target=follow, name="leftovers", daemon=True).start()

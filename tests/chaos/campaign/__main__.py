@@ -32,9 +32,11 @@ from tests.chaos.campaign.workload import build_models
 from tests.chaos.campaign.world import LATER, World, tmpfs
 from tests.servers.postgres import serve_postgres
 from tests.servers.s3 import serve_s3
+from workers.releases.trails import TRAILS
 
 _MOUNTS = {"home": 400, "scratch": 700, "releases": 3000, "ledger": 48}
 _MAX_RECOVERY_SECONDS = 600.0
+_MAX_CLEARING_SECONDS = 60.0
 _MAX_TOLD = 40
 _MAX_TRIES = 12
 """How often a fault that others are in the way of is put off."""
@@ -153,9 +155,20 @@ def _recover(world: World) -> None:
         left = [row for row in world.sight.jobs() if row.state not in final]
         if not left:
             world.say("nothing is left to be done")
+            _wait_for_clearing(world)
             return
         time.sleep(1)
     world.problems.append(f"{len(left)} jobs were not done {_MAX_RECOVERY_SECONDS:.0f} s after the last fault")
+
+
+def _wait_for_clearing(world: World) -> None:
+    """Let the workers that live follow the trails of those that died last."""
+    end = time.monotonic() + _MAX_CLEARING_SECONDS
+    while any((world.directory / "scratch" / TRAILS).glob("*")):
+        if time.monotonic() > end:
+            return
+        time.sleep(1)
+    world.say("nothing is left of those that died")
 
 
 def _print_table(world: World, problems: list[str], arguments: argparse.Namespace) -> None:

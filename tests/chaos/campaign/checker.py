@@ -12,6 +12,7 @@ from jobs.states import TRANSITIONS, JobState
 from tests.chaos.campaign.ledger import LedgerSight, Seen
 from tests.servers.s3 import S3Server
 from workers.releases.delivery import verify_release
+from workers.releases.trails import TRAILS
 
 _CHARGED = frozenset({"worker_lost", "out_of_memory"})
 """What an attempt of a good job may be counted for in a campaign: the loss of a worker that it had to itself."""
@@ -114,7 +115,7 @@ def _check_bucket(s3: S3Server, expected: set[str], cancelled: tuple[str, ...]) 
 
 def check_leftovers(scratch: Path) -> Iterator[str]:
     """Yield what is left of work that has ended."""
-    for path in sorted(scratch.iterdir()) if scratch.exists() else ():
+    for path in sorted(path for path in scratch.rglob("*") if path != scratch / TRAILS):
         yield f"{path} was left in the scratch directory"
 
 

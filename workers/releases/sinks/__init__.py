@@ -143,13 +143,16 @@ class Staging(Protocol):
         """
         ...
 
-    def discard(self, *, keep: bool = False) -> None:
+    def discard(self, *, keep: bool = False) -> bool:
         """Let go of everything this staging has put or taken, here and at the store. Idempotent.
 
         What others of this release have put stays theirs; after `publish` the release stays.
 
         Args:
             keep: leave shards that have records to a later attempt, as a process does that dies.
+
+        Returns:
+            Whether there may be something that was left to a later attempt.
         """
         ...
 
@@ -194,6 +197,21 @@ class Sink(Protocol):
 
         Raises:
             AuthError, NotFoundError, TransientIOError, NoCapacityError: by kind of fault.
+        """
+        ...
+
+    def clear(self, attempt: str | None, *, unused: bool) -> bool:
+        """Remove what dead attempts left that no later one will use: all of it, where something is published here.
+
+        Args:
+            attempt: a dead one, by its ticket's name; None for one that ended before it had any.
+            unused: whether its finished shards are of no use to a later attempt.
+
+        Returns:
+            Whether nothing is left of it that a later attempt could use.
+
+        Raises:
+            AuthError, NotFoundError, TransientIOError: by kind of fault.
         """
         ...
 

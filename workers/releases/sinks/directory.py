@@ -1,6 +1,5 @@
 """Releases in a directory: built beside it under a hidden name, made visible by one rename."""
 
-import contextlib
 import errno
 import itertools
 import logging
@@ -24,7 +23,7 @@ from workers.releases.released import (
     read_manifest,
 )
 from workers.releases.sinks import Receipt, Ticket
-from workers.releases.sinks.local_records import RECORDS_DIRECTORY, LocalRecords, verified_state
+from workers.releases.sinks.local_records import RECORDS_DIRECTORY, LocalRecords, sweep_unused, verified_state
 
 _log = logging.getLogger(__name__)
 
@@ -40,16 +39,9 @@ class DirectorySink:
         self._location = location
 
     def existing(self) -> Manifest | None:
-        """Return the manifest of the release that is there, or None when the directory is missing or empty.
-
-        What attempts that have died left beside it is removed: no other attempt will come by.
-        """
+        """Return the manifest of the release that is there, or None when the directory is missing or empty."""
         found = _find(self._location)
-        if found is None:
-            return None
-        with contextlib.suppress(OSError):
-            sweep(_real(self._location).parent, self._prefix)
-        return found.manifest
+        return None if found is None else found.manifest
 
     def open(self, merge_key: str) -> "DirectoryStaging":
         """Start a release in a hidden directory beside the destination, on the same filesystem.
@@ -80,6 +72,16 @@ class DirectorySink:
         with file_errors(f"joining the staging directory of {self._location}", self._location.path):
             owned = OwnedDirectory.join(ticket.directory)
         return None if owned is None else DirectoryStaging(self._location, ticket.merge_key, owned)
+
+    def clear(self, attempt: str | None, *, unused: bool) -> bool:
+        """Remove the hidden directories of the dead, but those with finished shards while nothing is published."""
+        with file_errors(f"clearing what dead attempts left beside {self._location}", self._location.path):
+            try:
+                is_over = _find(self._location) is not None
+            except DestinationOccupiedError:
+                is_over = True
+            parent = _real(self._location).parent
+            return sweep_unused(parent, self._prefix, over=is_over, unused=attempt if unused else None)
 
     @property
     def _prefix(self) -> str:
@@ -146,12 +148,9 @@ class DirectoryStaging:
             sync(self._destination.parent)
         return manifest.release(self._location, created=True)
 
-    def discard(self, *, keep: bool = False) -> None:
+    def discard(self, *, keep: bool = False) -> bool:
         """Leave the hidden directory, which goes with the last that leaves; after `publish` only its lock is left."""
-        if self.records.are_untouched or (keep and self.records.are_any):
-            self._owned.abandon()
-        else:
-            self._owned.leave()
+        return self.records.let_go(self._owned, keep=keep)
 
     def _claim(self, artifact: Artifact) -> Receipt | None:
         path = self.directory / artifact.path

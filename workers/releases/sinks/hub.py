@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd
 
-from jobs.errors import BadInputError, InternalError, NotFoundError, TransientIOError
+from jobs.errors import BadInputError, DestinationOccupiedError, InternalError, NotFoundError, TransientIOError
 from jobs.locations import HubRepo
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
 from workers.files.local import FileState, file_errors
@@ -23,7 +23,7 @@ from workers.releases.released import (
     encode_manifest,
 )
 from workers.releases.sinks import Receipt, Ticket
-from workers.releases.sinks.local_records import LocalRecords
+from workers.releases.sinks.local_records import LocalRecords, sweep_unused
 from workers.sources.belongings import CARD_NAME
 from workers.sources.hub_client import HubStore
 
@@ -61,16 +61,29 @@ class HubSink:
             owned = OwnedDirectory.join(ticket.directory)
         return self._stage(owned, ticket.merge_key, ticket.attempt)
 
+    def clear(self, attempt: str | None, *, unused: bool) -> bool:  # noqa: ARG002 - the Hub tells of no attempt
+        """Remove the scratch directories of the dead, but those with finished shards while nothing is published."""
+        try:
+            is_over = self.existing() is not None
+        except DestinationOccupiedError:
+            is_over = True
+        with file_errors(f"sweeping staging directories for {self._store.place}"):
+            is_clear = sweep_unused(self._scratch, self._prefix, over=is_over)
+        return is_clear or unused  # what waits in the scratch directory goes with the sweep of that
+
+    @property
+    def _prefix(self) -> str:
+        return f"hub-{hashlib.sha256(str(self._store.place).encode()).hexdigest()[:16]}-"
+
     def _stage(self, owned: OwnedDirectory | None, merge_key: str, attempt: str) -> "HubStaging":
         head = self._store.head()
         if head is None:
             raise _deleted(self._store)
         sizes = self._store.sizes(head)
         existing = _find(self._store, head, sizes)
-        prefix = f"hub-{hashlib.sha256(str(self._store.place).encode()).hexdigest()[:16]}-"
         is_new = owned is None
         with file_errors(f"making a staging directory for {self._store.place}"):
-            owned = owned or OwnedDirectory.make(self._scratch, prefix)
+            owned = owned or OwnedDirectory.make(self._scratch, self._prefix)
         staging = HubStaging(
             self._store,
             owned,
@@ -82,7 +95,7 @@ class HubSink:
         )
         if is_new:
             with file_errors(f"sweeping staging directories for {self._store.place}"):
-                sweep(self._scratch, prefix, gather=staging.records.gather)
+                sweep(self._scratch, self._prefix, gather=staging.records.gather)
         return staging
 
 
@@ -174,12 +187,9 @@ class HubStaging:
                 if num_tries == _NUM_TRIES:
                     raise
 
-    def discard(self, *, keep: bool = False) -> None:
+    def discard(self, *, keep: bool = False) -> bool:
         """Leave the scratch directory. Uploaded files that are in no commit are the Hub's to collect."""
-        if self.records.are_untouched or (keep and self.records.are_any):
-            self._owned.abandon()
-        else:
-            self._owned.leave()
+        return self.records.let_go(self._owned, keep=keep)
 
     def _claim(self, artifact: Artifact) -> Receipt | None:
         """Put a file once more: it is read and hashed as it was, and the Hub takes nothing that it has."""

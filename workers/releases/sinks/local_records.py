@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jobs.release import Artifact
 from workers.files.local import FileState, file_errors
+from workers.files.scratch import OwnedDirectory, sweep
 from workers.releases.records import MAX_RECORD_BYTES, ShardRecord, decode_record, encode_record
 from workers.releases.sinks import Receipt
 
@@ -44,15 +45,22 @@ class LocalRecords:
         self._gathered: dict[str, ShardRecord] = {}
         self._is_used = False
 
-    @property
-    def are_untouched(self) -> bool:
-        """Whether something was left that no one has claimed or cleared."""
-        return bool(self._gathered) and not self._is_used
+    def let_go(self, owned: OwnedDirectory, *, keep: bool) -> bool:
+        """Let go of the directory, which stays where something was left that no one has claimed or cleared.
 
-    @property
-    def are_any(self) -> bool:
-        """Whether there are records in the directory, its own or those of others."""
-        return has_records(self._directory)
+        Args:
+            owned: the directory.
+            keep: whether it stays for any record in it, its own or those of others.
+
+        Returns:
+            Whether it stays.
+        """
+        stays = (bool(self._gathered) and not self._is_used) or (keep and has_records(self._directory))
+        if stays:
+            owned.abandon()
+        else:
+            owned.leave()
+        return stays
 
     def gather(self, dead: Path) -> None:
         """Move recorded shards of this release here from the directory of a dead staging.
@@ -122,6 +130,30 @@ class LocalRecords:
 def has_records(directory: Path) -> bool:
     """Whether the directory of a staging has records of finished shards."""
     return bool(_records_of(directory))
+
+
+def sweep_unused(parent: Path, prefix: str, *, over: bool, unused: str | None = None) -> bool:
+    """Remove the directories of dead stagings whose finished shards no later attempt will use.
+
+    Args:
+        parent: as `sweep` takes it.
+        prefix: as `sweep` takes it.
+        over: whether there is no later attempt.
+        unused: name of a directory that is of no use in any case.
+
+    Returns:
+        Whether none was left.
+    """
+    left = []
+
+    def spare(directory: Path) -> bool:
+        is_of_use = not over and directory.name != unused and has_records(directory)
+        if is_of_use:
+            left.append(directory)
+        return is_of_use
+
+    sweep(parent, prefix, spare=spare)
+    return not left
 
 
 def verified_state(path: Path, artifact: Artifact) -> FileState | None:

@@ -8,16 +8,18 @@ the same release at the same destination uses it again, any other is refused. No
 import hashlib
 from pathlib import Path
 
+from jobs.errors import DestinationOccupiedError
 from jobs.locations import S3Prefix
 from jobs.release import Manifest
 from workers.files.local import file_errors
 from workers.files.scratch import OwnedDirectory, sweep
 from workers.releases.occupied import occupied
 from workers.releases.sinks import Ticket
+from workers.releases.sinks.local_records import sweep_unused
 from workers.releases.sinks.s3_kept import find_candidates
-from workers.releases.sinks.s3_records import RECORDS, new_attempt
+from workers.releases.sinks.s3_records import RECORDS, abort_all, abort_recorded, new_attempt, recorded
 from workers.releases.sinks.s3_staging import S3Staging
-from workers.releases.sinks.s3_surroundings import find_release, own_below, refuse_above
+from workers.releases.sinks.s3_surroundings import attempt_below, find_release, own_below, refuse_above
 from workers.sources.s3_client import S3Store
 
 
@@ -75,6 +77,30 @@ class S3Sink:
         if owned is None:
             self._sweep(staging)
         return staging
+
+    def clear(self, attempt: str | None, *, unused: bool) -> bool:
+        """Remove the scratch directories of the dead, and what is at the store of the attempt, while it is of no use.
+
+        Nothing at the store tells the living: beside a release, all unfinished uploads of this destination are aborted.
+        """
+        store = self._store
+        try:
+            is_over = find_release(store) is not None
+        except DestinationOccupiedError:
+            is_over = True
+        with file_errors(f"sweeping staging directories for {store.place}"):
+            is_clear = sweep_unused(self._scratch, self._prefix, over=is_over)
+        if is_over:
+            abort_recorded(store)
+            return True
+        uploads = [record for record in recorded(store) if record.attempt == attempt]
+        objects = attempt_below(store, attempt)
+        if not unused:
+            return is_clear and not uploads and not objects
+        abort_all(store, uploads)
+        for path, found in objects.items():
+            store.delete(path, found.etag)
+        return True  # what waits in the scratch directory goes with the sweep of that
 
     @property
     def _prefix(self) -> str:

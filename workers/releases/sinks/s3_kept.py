@@ -76,6 +76,12 @@ class S3Records:
         self._put = put
         self._drop = drop
         self._found: dict[str, tuple[ShardRecord, UploadRecord]] = {}
+        self._is_cleared = False
+
+    @property
+    def are_untouched(self) -> bool:
+        """Whether uploads were left that no one has claimed or cleared."""
+        return bool(self._waiting or self._found) and not self._is_cleared
 
     def gather(self, dead: Path) -> None:
         """Move finished shards from the scratch directory of a dead staging into this one's."""
@@ -117,6 +123,7 @@ class S3Records:
 
     def clear(self, besides: Collection[str] = ()) -> None:
         """Abort and remove what was left, but some shards."""
+        self._is_cleared = True
         self._local.clear(besides)
         unused = [name for name in self._found if name not in besides]
         for name in unused:

@@ -137,7 +137,7 @@ class S3Staging:
                 abort_recorded(self._store)  # of a process that died before it could hand them over
         return release
 
-    def discard(self, *, keep: bool = False) -> None:
+    def discard(self, *, keep: bool = False) -> bool:
         """Drop the uploads, and the objects of this attempt that no manifest names; leave the scratch directory."""
         try:
             for upload in self._uploads.values():
@@ -147,10 +147,8 @@ class S3Staging:
             if not (self._published or self._in_doubt):
                 delete_unnamed(self._store, self._uploads.keys(), self._is_own)
         finally:
-            if self._local.are_untouched or (keep and self._local.are_any):
-                self._owned.abandon()
-            else:
-                self._owned.leave()
+            left = self._local.let_go(self._owned, keep=keep)
+        return left or keep or self.records.are_untouched
 
     def _take_over(self, artifact: Artifact, parts: StoredParts) -> Receipt | None:
         """Go on with an upload of a dead attempt, or with the object that it has become."""

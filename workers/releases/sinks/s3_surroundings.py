@@ -69,6 +69,17 @@ def own_below(store: S3Store, besides: Collection[str] = ()) -> dict[str, Stored
     return own
 
 
+def attempt_below(store: S3Store, attempt: str | None) -> dict[str, StoredObject]:
+    """Return the objects that one attempt at this destination has made, by name; others are passed over."""
+    digest = destination_digest(store)
+    looked = {path: look_at(store, path) for path in store.objects()} if attempt else {}
+    return {
+        path: found
+        for path, found in looked.items()
+        if found and found.mark and (found.mark.destination, found.mark.attempt) == (digest, attempt)
+    }
+
+
 def delete_unnamed(store: S3Store, names: Collection[str], is_own: Callable[[str, StoredObject], bool]) -> None:
     """Delete objects of an attempt that no manifest names.
 
