@@ -11,9 +11,8 @@ from tests.contract.places import Place, content, dying_process, sink_of, trails
 from tests.contract.test_records import go_on
 from tests.releases import FILES, KEY, SHARD, SMALL, fill, record_of
 from workers.releases.delivery import verify_release
-from workers.releases.records import KEPT_SECONDS
 from workers.releases.sinks import Staging, open_sink
-from workers.releases.trails import TRAILS, Trail, follow_trails
+from workers.releases.trails import KEPT_SECONDS, TRAILS, Trail, follow_trails
 
 
 def begin(place: Place) -> tuple[Trail, Staging]:
@@ -77,7 +76,7 @@ def test_shards_wait_for_the_next_attempt_and_the_trail_with_them(place: Place) 
     assert place.leftovers() == []
 
 
-def test_what_nobody_comes_back_for_goes_after_a_day(place: Place) -> None:
+def test_what_nobody_comes_back_for_goes_after_a_week(place: Place) -> None:
     """A job is rejected or cancelled while its worker dies."""
     kill_after(place, SHARD, SMALL)
     make_older(place, KEPT_SECONDS + 60)
@@ -150,4 +149,4 @@ def test_a_place_that_does_not_answer_is_asked_once_and_again_later(
     for path in (tmp_path / TRAILS).glob("*/*"):
         os.utime(path, (time.time() - KEPT_SECONDS - 60,) * 2)
     assert num_asked() == 1
-    assert len(list((tmp_path / TRAILS).glob("*.lock"))) == 2  # nobody waits for it longer than a day
+    assert len(list((tmp_path / TRAILS).glob("*.lock"))) == 2  # nobody waits for it longer than a week

@@ -14,8 +14,6 @@ from jobs.release import Artifact
 
 MAX_RECORD_BYTES = 64 << 20
 """As a parity report, which holds no less."""
-KEPT_SECONDS = 24 * 3600.0
-"""How long finished shards wait for the next attempt at their release."""
 _DIGEST_CHARACTERS = 64
 
 

@@ -13,13 +13,14 @@ from jobs.locations import Location, parse_location
 from jobs.places import place_of
 from workers.files.local import file_errors
 from workers.files.scratch import OwnedDirectory, sweep
-from workers.releases.records import KEPT_SECONDS
 from workers.releases.sinks import open_sink
 
 _log = logging.getLogger(__name__)
 
 TRAILS = "attempts"
 """Name, in a scratch directory, of what holds trails."""
+KEPT_SECONDS = 7 * 24 * 3600.0
+"""How long finished shards wait at a destination for the next attempt, which may wait for a person's word."""
 _DESTINATION, _ATTEMPT, _LOOKED = "destination", "attempt", "looked"
 _AGAIN_SECONDS = 20.0
 """How long what is of use to a later attempt is left alone at least; an eighth of its age where that is more."""
@@ -70,7 +71,7 @@ class Trail:
 def follow_trails(scratch: Path) -> None:
     """Clear what attempts of this machine have left that are dead, where no later attempt will use it.
 
-    That is all of it where the release is there by now, else what is no finished shard, and after a day that, too. A
+    That is all of it where the release is there by now, else what is no finished shard, and after a week that, too. A
     place that does not answer is asked again later.
     """
     silent: set[str] = set()

@@ -11,17 +11,18 @@ from jobs.locations import LocalPath
 from workers.files.local import file_errors
 from workers.files.scratch import sweep
 from workers.merging.job import Job
-from workers.releases.records import KEPT_SECONDS
 from workers.releases.sinks.local_records import RECORDS_DIRECTORY, has_records
 from workers.releases.trails import follow_trails
 
+_KEPT_SECONDS = 24 * 3600.0
+"""How long finished shards wait here for the next attempt at their release."""
 _LOOK_SECONDS = 10.0
 _log = logging.getLogger(__name__)
 
 
 def sweep_scratch(scratch: Path) -> None:
     """Sweep a scratch directory; finished shards of the last day stay."""
-    oldest = time.time() - KEPT_SECONDS
+    oldest = time.time() - _KEPT_SECONDS
 
     def spare(directory: Path) -> bool:
         return has_records(directory) and (directory / RECORDS_DIRECTORY).stat().st_mtime >= oldest
