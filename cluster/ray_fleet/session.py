@@ -235,8 +235,8 @@ def _reach(address: str) -> str:
 def _describe(address: str, dashboard_url: str | None, token_path: Path | None) -> Session:
     import ray  # noqa: PLC0415
 
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    resources: dict[str, float] = ray.cluster_resources()
+    nodes: list[dict[str, Any]] = ray.nodes()
     endpoints = [(node["NodeManagerAddress"], node["MetricsExportPort"]) for node in nodes if node["Alive"]]
     return Session(
         address=address,
