@@ -187,7 +187,7 @@ def _parse(text: str, directory: str) -> Location:
         return HubRepo(repo_id, revision or "main")
     if "://" in text or _SCHEME.match(text):
         raise InvalidValueError("a path, s3://bucket/prefix or hf://owner/name@revision", f"another URL, {text!r}")
-    return LocalPath(normal_path(text, Path(directory)))
+    return LocalPath(normal_path(text, directory))
 
 
 def _directory_of(text: str, origin: Elsewhere) -> Path | None:
@@ -207,7 +207,7 @@ def _from_home(text: str) -> Path:
         raise InvalidValueError("the home directory of a user of this machine after '~'", repr(text)) from None
 
 
-def normal_path(path: str | Path, relative_to: Path | None = None) -> Path:
+def normal_path(path: str | Path, relative_to: str | Path | None = None) -> Path:
     """Return the one path that stands for a place: absolute, normalized, not resolved through links.
 
     POSIX leaves the meaning of two leading slashes to the system, so `normpath` keeps them; on Linux they are one.

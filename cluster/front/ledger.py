@@ -7,6 +7,7 @@ from typing import Any
 from cluster.front.reports import read_report
 from cluster.settings import Settings
 from jobs.batch import batch_name
+from jobs.collecting import uncollected
 from jobs.errors import BadInputError, NotFoundError
 from jobs.ledger.causes import FailureGroup, group_failures
 from jobs.ledger.pauses import Pause, Scope, check_scope
@@ -70,8 +71,9 @@ class LedgerService:
             batch: that the jobs join.
         """
         name = batch_name(batch, given=True)
-        requests = parse_requests(text, origin, self._settings.allowance)
-        return self.open(create=True).submit(requests, name)
+        with uncollected():
+            requests = parse_requests(text, origin, self._settings.allowance)
+            return self.open(create=True).submit(requests, name)
 
     def cancel(self, selection: Selection) -> tuple[str, ...]:
         """Cancel jobs; see `Steering`."""
