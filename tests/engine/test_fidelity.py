@@ -9,12 +9,12 @@ SAMPLE = [
     ("decoder", "gemma3"),
     ("decoder", "gpt2"),
     pytest.param("decoder", "hrm_text", marks=pytest.mark.slow),
-    ("decoder", "mamba"),
+    pytest.param("decoder", "mamba", marks=pytest.mark.slow),
     ("decoder", "mixtral"),
-    ("decoder", "deepseek_v3"),
-    ("decoder", "phi3"),
+    pytest.param("decoder", "deepseek_v3", marks=pytest.mark.slow),
+    pytest.param("decoder", "phi3", marks=pytest.mark.slow),
     pytest.param("vision-language", "qwen2_5_vl", marks=pytest.mark.slow),
-    ("encoder-decoder", "t5"),
+    pytest.param("encoder-decoder", "t5", marks=pytest.mark.slow),
     ("encoder", "bert"),
 ]
 REFUSED = {("mixtral", "DoRA"), ("deepseek_v3", "DoRA")}

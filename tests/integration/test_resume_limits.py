@@ -177,7 +177,7 @@ def test_a_shard_that_is_wrong_has_no_record(make_worker, base, tmp_path, monkey
     assert failure.failure_class is FailureClass.PARITY_FAILED
     index = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
     wrong = {shard for name, shard in index.items() if "q_proj" in name}
-    assert sorted(recorded) == sorted(set(index.values()) - wrong)
+    assert not wrong & set(recorded)  # the others may be recorded before the job fails, or not any more
     assert list((tmp_path / "wrong").iterdir()) == []
 
 

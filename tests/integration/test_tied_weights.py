@@ -109,7 +109,12 @@ def test_the_release_has_what_base_and_adapter_compute(bases, tmp_path, stored, 
 
 
 @pytest.mark.parametrize(
-    ("kind", "model_type"), [("encoder", "bert"), ("encoder-decoder", "t5"), ("decoder", "gemma3")]
+    ("kind", "model_type"),
+    [
+        ("encoder", "bert"),
+        ("encoder-decoder", "t5"),
+        pytest.param("decoder", "gemma3", marks=pytest.mark.slow),
+    ],
 )
 def test_other_models_that_tie_more_or_otherwise(tmp_path, kind, model_type):
     base = architectures.build(kind, model_type, tmp_path / model_type)

@@ -121,7 +121,12 @@ def broken(tmp_path: Path, merged: Path) -> Callable[[Callable[[dict[str, torch.
 
 @pytest.mark.parametrize(
     ("quantization", "double_quant"),
-    [("none", False), ("nf4", False), ("nf4", True), ("fp4", False)],
+    [
+        ("none", False),
+        ("nf4", False),
+        pytest.param("nf4", True, marks=pytest.mark.slow),
+        pytest.param("fp4", False, marks=pytest.mark.slow),
+    ],
 )
 def test_correct_merge_passes_by_far(places, base, adapter, scratch, quantization, double_quant):
     name = f"right-{quantization}-{double_quant}"
@@ -227,7 +232,12 @@ def scaled(adapter: Path, directory: Path, factor: float) -> Path:
 
 @pytest.mark.parametrize(
     ("dtype", "quantization", "factor"),
-    [("bfloat16", "none", 0.1), ("bfloat16", "nf4", 0.1), ("float16", "none", 0.01), ("float32", "none", 0.003)],
+    [
+        ("bfloat16", "none", 0.1),
+        pytest.param("bfloat16", "nf4", 0.1, marks=pytest.mark.slow),
+        pytest.param("float16", "none", 0.01, marks=pytest.mark.slow),
+        ("float32", "none", 0.003),
+    ],
 )
 def test_a_small_adapter_that_is_dropped_or_halved_fails(tmp_path, scratch, dtype, quantization, factor):
     base = build_llama(tmp_path / "base", dtype=getattr(torch, dtype))
@@ -412,6 +422,7 @@ def test_base_stored_in_4bit_has_one_reference(places, base, scratch, double_qua
     assert "as stored" in checks[0].reference
 
 
+@pytest.mark.slow
 def test_many_in_one_pass_are_as_one_at_a_time(places, base, adapter, merged, merged_nf4, scratch):
     second = make_adapter(base, places / "second", rank=2, targets=["q_proj", "v_proj"], rslora=True, seed=5)
     merged_second = merge_with_peft(base, second, places / "merged-second")
