@@ -44,6 +44,13 @@ class BaseQuantization(StrEnum):
     """Those weights through bitsandbytes NF4 and back: what a QLoRA adapter was trained on."""
     FP4 = "fp4"
     """Those weights through bitsandbytes FP4 and back."""
+    STORED = "stored"
+    """The base's own weights in whatever form they are stored, dequantized where that is none of plain numbers."""
+
+    @property
+    def converts(self) -> bool:
+        """Whether plain weights go through 4 bits."""
+        return self in (BaseQuantization.NF4, BaseQuantization.FP4)
 
 
 def parse_size(value: Any) -> Any:
@@ -169,8 +176,9 @@ class MergeRequest(Frozen):
     @field_validator("quantization_options")
     @classmethod
     def _check_quantization_options(cls, value: QuantizationOptions, info: ValidationInfo) -> QuantizationOptions:
-        if info.data.get("base_quantization") is BaseQuantization.NONE and value != QuantizationOptions():
-            raise InvalidValueError("no options, as base_quantization 'none' would ignore them", "some")
+        found = info.data.get("base_quantization")
+        if found is not None and not found.converts and value != QuantizationOptions():
+            raise InvalidValueError(f"no options, as base_quantization '{found}' would ignore them", "some")
         return value
 
     @field_validator("compare")
@@ -229,7 +237,7 @@ class MergeRequest(Frozen):
         Returns:
             64 hexadecimal digits.
         """
-        quantized = self.base_quantization is not BaseQuantization.NONE
+        quantized = self.base_quantization.converts
         decides = {
             "version": MERGE_KEY_VERSION,
             "base": base_digest,

@@ -198,8 +198,8 @@ def plan_requests(
         for request in requests
     )
     quantized = None
-    if planned.stored_in_4bit:
-        quantized = QuantizedBase.stored(base, planned.layout, CPU, planned.transposed)
+    if planned.form is not None:
+        quantized = planned.stored_weights(CPU)
     elif planned.quantization is not None:
         quantized = QuantizedCache(cache, CPU, 2).open(planned.quantization, lambda _: None)
     weights = None

@@ -22,7 +22,6 @@ from cluster.driving.events import (
 )
 from jobs.parity_report import Way
 from jobs.release import Manifest
-from jobs.request import BaseQuantization
 from jobs.states import JobState
 from jobs.text import MAX_MESSAGE, shown
 
@@ -175,7 +174,7 @@ def comparison_table(ways: Sequence[Way]) -> Table:
     for name in ("KL", "top-1", "held-out KL", "top-1", "NLL", "NLL by base + adapter"):
         table.add_column(name, justify="right")
     for way in ways:
-        into = "own weights" if way.base_quantization is BaseQuantization.NONE else way.base_quantization.value
+        into = way.base_quantization.value if way.base_quantization.converts else "own weights"
         held_out = way.check.held_out
         table.add_row(
             cell(way.check.reference),

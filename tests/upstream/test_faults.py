@@ -14,12 +14,14 @@ import torch
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from tests import architectures
 from tests.combinations import combine_by_peft
 from tests.merges import dequantize_without_kernel, load_dequantized
 from tests.methods import make_method_adapter, save_old_adapter
 from tests.models import build_bnb_4bit, build_llama, load_plain, make_adapter
+from tests.stored_bases import dequantize_fp8
 from workers.parity.inference import quiet_libraries
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -154,6 +156,15 @@ def test_transformers_zeroes_the_row_of_the_padding_token_that_it_loads(places):
     tensors["model.embed_tokens.weight"][0] = 1
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     assert load_plain(base).get_input_embeddings().weight[0].count_nonzero() == 0
+
+
+def test_transformers_scales_cut_blocks_of_fp8_by_those_of_others():
+    codes, scales = torch.ones(24, 16).to(torch.float8_e4m3fn), torch.tensor([[1.0], [2.0]])
+    right = dequantize_fp8(codes, scales, (16, 16), torch.float32)
+    assert right[12, 0] == 1
+    assert Fp8Dequantize(None)._dequantize_one(codes, scales)[12, 0] == 2
+    with pytest.raises(ValueError, match="not divisible by scale grid"):
+        Fp8Dequantize(None)._dequantize_one(torch.ones(40, 16).to(torch.float8_e4m3fn), torch.ones(3, 1))
 
 
 def test_every_fault_is_in_the_table():

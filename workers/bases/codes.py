@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from jobs.errors import UnsupportedError
 from workers.bases.conversions import Conversions
 from workers.bases.declarations import DECLARING_FIELDS, DECLARING_FILES
-from workers.files.layout import CheckpointLayout, TensorSpec
+from workers.files.layout import TensorSpec
 from workers.sources.refused_forms import FORMS, Form
 
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
@@ -64,8 +64,8 @@ def refuse_codes(
     directory: Path,
     model: PreTrainedModel,
     conversions: Conversions,
-    layout: CheckpointLayout,
-    owners: Mapping[str, str | None],
+    tensors: Mapping[str, TensorSpec],
+    owners: Mapping[str, str],
 ) -> None:
     """Check that what the model takes as weights are numbers, not the codes of some form that nothing declares.
 
@@ -75,8 +75,8 @@ def refuse_codes(
         directory: of the base, for messages.
         model: skeleton.
         conversions: between the base's tensors and the model's.
-        layout: of the base.
-        owners: by stored tensor, the weight in 4 bits by bitsandbytes that it is a part of.
+        tensors: of the base, by name.
+        owners: by stored tensor, the weight in a declared form that it is a part of.
 
     Raises:
         UnsupportedError: a weight is stored as codes, in pieces, or beside scales that the model does not take.
@@ -84,7 +84,7 @@ def refuse_codes(
     behind = {stored: name for name, stored in conversions.stored_names.items()}
     behind |= {stored: group.parameters[0] for stored, group in conversions.group_behind.items()}
     numbers = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    specs = {name: spec for name, (_, spec) in layout.tensors.items() if owners[name] is None}
+    specs = {name: spec for name, spec in tensors.items() if name not in owners}
     pieces = _pieces(specs, behind)
     codes = [spec for name, spec in specs.items() if behind.get(name) in numbers and spec.code not in _PLAIN]
     if codes:

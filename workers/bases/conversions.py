@@ -203,7 +203,7 @@ def relate(
         directory: of the checkpoint, for messages.
         model: skeleton on the meta device; kept.
         stored: the checkpoint's tensors by name, on the meta device.
-        in_4bit: those of them that are the codes of weights in 4-bit.
+        in_4bit: those of them that are the codes of weights in 4-bit, whose shape is not theirs.
         check: raises where the checkpoint is of another kind, before the two are held against each other.
 
     Raises:

@@ -1,10 +1,10 @@
 """Where a base declares that its weights are stored in another form than plain numbers.
 
-Merged are weights stored in 16 or 32 bits, and those of bitsandbytes in 4 bits. In all other forms a weight is a code
-that means nothing without its scales: such a base is refused in any case, and called by its name.
+Merged are weights stored in 16 or 32 bits, and those of the forms that are read (`forms/`). In all others a weight is a
+code that means nothing without its scales: such a base is refused in any case, and called by its name.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,12 @@ class Declaration:
         return self.method == "bitsandbytes" and bool(self.content.get("load_in_4bit"))
 
 
-def declared_4bit(directory: Path) -> Mapping[str, Any] | None:
-    """Return what a base declares of its weights in bitsandbytes 4-bit, or None where it declares nothing.
+def declaration(directory: Path, *, read: Collection[str]) -> Declaration | None:
+    """Return what a base declares of the form of its weights, or None where it declares nothing.
+
+    Args:
+        directory: of the base.
+        read: methods of the forms that are read.
 
     Raises:
         UnsupportedError: it declares another form; the message names it, where it is declared, and what to do. Or it
@@ -59,7 +63,7 @@ def declared_4bit(directory: Path) -> Mapping[str, Any] | None:
     """
     found = list(_declarations(directory))
     for declared in found:
-        if not declared.in_4bit:
+        if declared.method not in read or (declared.method == "bitsandbytes" and not declared.in_4bit):
             raise UnsupportedError(
                 f"{declared.place}: declares that the weights are stored in {declared.form.words} (method "
                 f"{declared.method!r}): codes that mean nothing without their scales. {declared.form.advice}. Weights "
@@ -67,10 +71,10 @@ def declared_4bit(directory: Path) -> Mapping[str, Any] | None:
             )
     if found and not found[0].at_the_top:
         raise UnsupportedError(
-            f"{found[0].place}: declares weights in bitsandbytes 4-bit; expected this at the top level of config.json, "
-            "as transformers writes it: move it there"
+            f"{found[0].place}: declares weights in {found[0].form.words}; expected this at the top level of "
+            "config.json, as transformers writes it: move it there"
         )
-    return found[0].content if found else None
+    return found[0] if found else None
 
 
 def without_declarations(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -111,6 +111,10 @@ class QuantizedWeight:
         """Return this weight with its codes and scales on another device."""
         return dataclasses.replace(self, codes=self.codes.to(device), absmax=self.absmax.to(device))
 
+    def brought_to(self, device: torch.device) -> "QuantizedWeight":
+        """Return this weight with tiles of it brought to a device to be dequantized; codes and scales stay."""
+        return dataclasses.replace(self, device=device)
+
 
 def row_alignment(num_columns: int, blocksize: int = BLOCK_SIZE) -> int:
     """Return the smallest number of rows that holds whole blocks."""

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from jobs.errors import BadInputError, NotFoundError, UnsupportedError
 from jobs.request import BaseQuantization, QuantizationOptions
-from workers.bases.declarations import declared_4bit
+from workers.bases.forms.declared import declared
 from workers.files.checkpoint import read_json
 
 _REFUSALS = (
@@ -35,6 +35,8 @@ _REFUSALS = (
 )
 """What transformers raises on a configuration with a wrong value in it, depending on where it stumbles."""
 
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""What weights are merged in, by the words of a request and of `config.json`."""
 _DEPTHS = frozenset({"num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "encoder_layers"})
 """What architectures call the number of their layers."""
 
@@ -73,15 +75,16 @@ def bitsandbytes_config(quantization: BaseQuantization, options: QuantizationOpt
 
 
 def stored_quantization(directory: Path) -> StoredQuantization | None:
-    """Return the 4-bit format a base is stored in, or None for one in plain 16- or 32-bit weights.
+    """Return the 4-bit format a base is stored in, or None for one in plain weights, or in another form.
 
     Raises:
         UnsupportedError: the base is stored in a form that is not merged; the message says what to do.
         BadInputError: the configuration contradicts itself or is none.
     """
-    stored = declared_4bit(directory)
-    if stored is None:
+    found = declared(directory)
+    if found is None or not found.in_4bit:
         return None
+    stored = found.content
     quant_type = stored.get("bnb_4bit_quant_type", "fp4")
     skip = stored.get("llm_int8_skip_modules")
     if quant_type not in ("nf4", "fp4"):
@@ -101,6 +104,18 @@ def stored_quantization(directory: Path) -> StoredQuantization | None:
             llm_int8_skip_modules=None if skip is None else tuple(skip),
         ),
     )
+
+
+def config_dtype(directory: Path) -> torch.dtype:
+    """Return what the weights of a base in a stored form are dequantized to: the dtype that its configuration states.
+
+    What `dequantize()` of transformers casts the weights of a 4-bit checkpoint to.
+    """
+    config = read_json(directory / "config.json")
+    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    if not isinstance(name, str) or name not in TORCH_DTYPES:
+        raise UnsupportedError(f"{directory / 'config.json'}: dtype {name!r}; expected {list(TORCH_DTYPES)}")
+    return TORCH_DTYPES[name]
 
 
 def load_config(directory: Path) -> Any:

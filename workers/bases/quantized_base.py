@@ -1,6 +1,5 @@
-"""One base in 4-bit, as a worker has it: mapped from a checkpoint in the bnb-4bit format, or held in memory."""
+"""One base in a stored form, as a worker has it: mapped from its own files or the cache's, or held in memory."""
 
-import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -9,25 +8,35 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from jobs.errors import BadInputError, InternalError
-from workers.bases.four_bit import QuantizedWeight, quantized_names, quantized_owner, restore
+from workers.bases.forms import StoredForm, StoredWeight
+from workers.bases.forms.bitsandbytes_4bit import BITSANDBYTES_4BIT
 from workers.files.layout import CheckpointLayout
 from workers.files.local import file_errors
 from workers.files.tensor_io import opened as opened_descriptor
 
 
 class QuantizedBase:
-    """The 4-bit weights of one base. On the CPU they are views of mapped files, which all workers of a node share."""
+    """The weights of one base in a stored form. On the CPU: views of mapped files, shared by the workers of a node."""
 
     def __init__(
-        self, key: str, names: Collection[str], device: torch.device, transposed: Collection[str] = ()
+        self,
+        key: str,
+        names: Collection[str],
+        device: torch.device,
+        transposed: Collection[str] = (),
+        *,
+        form: StoredForm = BITSANDBYTES_4BIT,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         """Start without values; `add` brings them.
 
         Args:
-            key: digest of all that decides the bits; of a base stored in 4-bit, its own.
-            names: of all weights in 4-bit, as they are stored.
+            key: digest of all that decides the bits; of a base stored in a form, its own.
+            names: of all weights in the form, as they are stored.
             device: where they are dequantized.
             transposed: those that are converted as their transpose.
+            form: what they are stored in.
+            dtype: what they are dequantized to, where the form does not say.
         """
         self.key = key
         self.names = frozenset(names)
@@ -36,17 +45,29 @@ class QuantizedBase:
         self._device = device
         self._holds = True
         self._transposed = frozenset(transposed)
+        self._form = form
+        self._dtype = dtype
         self._files: dict[str, dict[str, Path]] = {}
         """By weight, where each of its tensors is, by suffix."""
         self._opened: dict[Path, Any] = {}
-        self._held: dict[str, QuantizedWeight] = {}
+        self._held: dict[str, StoredWeight] = {}
         self._directories: set[Path] = set()
 
     @classmethod
-    def stored(cls, base: Path, layout: CheckpointLayout, device: torch.device, transposed: Collection[str]) -> Self:
-        """Return a base that is stored in 4-bit itself."""
-        made = cls(base.name, quantized_names(layout.tensors), device, transposed)
+    def stored(
+        cls,
+        base: Path,
+        layout: CheckpointLayout,
+        device: torch.device,
+        transposed: Collection[str],
+        *,
+        form: StoredForm,
+        dtype: torch.dtype,
+    ) -> Self:
+        """Return a base that is stored in a form itself."""
+        made = cls(base.name, (), device, transposed, form=form, dtype=dtype)
         made.add(base, layout, {})
+        made.names = frozenset(made._files)
         return made
 
     def hold(self, *, whole: bool) -> None:
@@ -77,15 +98,13 @@ class QuantizedBase:
             layout: of the files.
             errors: of their weights.
         """
-        known = quantized_names(layout.tensors)
-        for stored, (shard, _) in layout.tensors.items():
-            name = quantized_owner(stored, known)
-            if name is not None:
-                self._files.setdefault(name, {})[stored.removeprefix(name)] = directory / shard.name
+        for stored, name in self._form.owners({name: spec for name, (_, spec) in layout.tensors.items()}).items():
+            if stored.startswith(name):
+                self._files.setdefault(name, {})[stored.removeprefix(name)] = directory / layout.tensors[stored][0].name
         self.errors |= errors
         self._directories.add(directory)
 
-    def weight(self, name: str) -> QuantizedWeight:
+    def weight(self, name: str) -> StoredWeight:
         """Return one weight, which is dequantized on this base's device.
 
         Raises:
@@ -96,7 +115,7 @@ class QuantizedBase:
         if name in self._held:
             return self._held[name]
         if name not in self._files:
-            raise InternalError(f"the 4-bit values of {name} were not asked for before they were used")
+            raise InternalError(f"the stored values of {name} were not asked for before they were used")
         stored = {}
         for suffix, path in self._files[name].items():
             try:
@@ -109,9 +128,9 @@ class QuantizedBase:
                     stored[suffix] = opened.get_tensor(f"{name}{suffix}")
             except SafetensorError as error:
                 raise BadInputError(f"{path}: tensor {name}{suffix} cannot be read: {error}") from error
-        weight = restore(name, stored, transposed=name in self._transposed)
+        weight = self._form.restore(name, stored, self._dtype, transposed=name in self._transposed)
         if self._device.type != "cpu" and not self._holds:
-            return dataclasses.replace(weight, device=self._device)
+            return weight.brought_to(self._device)
         if self._device.type != "cpu":
             weight = self._held[name] = weight.to(self._device)
             if self._held.keys() >= self._files.keys():

@@ -10,22 +10,23 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from jobs.errors import BadInputError, UnsupportedError
-from jobs.request import BaseQuantization, MergeRequest
+from jobs.errors import BadInputError, MergefleetError, UnsupportedError
+from jobs.request import MergeRequest
 from workers.adapters.adapter import Adapter
 from workers.adapters.coverage import Coverage, cover, ties_by_values
 from workers.adapters.methods import WEIGHED
 from workers.adapters.resizing import check_brought, resize_vocabulary
 from workers.bases.codes import refuse_codes
 from workers.bases.conversions import Conversions, relate
-from workers.bases.declarations import declared_4bit
-from workers.bases.four_bit import quantized_names, quantized_owner
-from workers.bases.model import answers_prompts, check_depth, skeleton, token_embedding
+from workers.bases.forms import StoredForm
+from workers.bases.forms.declared import declared_form
+from workers.bases.model import TORCH_DTYPES, answers_prompts, check_depth, config_dtype, skeleton, token_embedding
 from workers.bases.quantization_task import QuantizationTask, plan_quantization
-from workers.bases.stored_four_bit import stored_as_asked
+from workers.bases.quantized_base import QuantizedBase
+from workers.bases.stored import stored_as_asked
 from workers.bases.ties import COMPUTES_WITH_FLAG, come_apart, stored_apart, tied_names
-from workers.files.checkpoint import read_checkpoint, read_json
-from workers.files.layout import CheckpointLayout
+from workers.files.checkpoint import read_checkpoint
+from workers.files.layout import CheckpointLayout, TensorSpec
 from workers.merging.output import OutputTensor
 from workers.releases.base_card import BaseCard, read_base_card
 from workers.sources.fetch import Source
@@ -33,8 +34,6 @@ from workers.sources.fetch import Source
 _MAX_PLANNED_BASES = 4
 _MAX_RECIPES = 16
 """Of adapters, for each base: a fleet of many bases keeps plans for long."""
-TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""What weights are merged in, by the words of a request and of `config.json`."""
 _NUMBERS = frozenset({torch.float64, *TORCH_DTYPES.values()})
 
 
@@ -47,8 +46,9 @@ class BasePlan:
     tensors: tuple[OutputTensor, ...]
     """In the order in which the base stores them."""
     quantization: QuantizationTask | None
-    """What to convert to 4-bit first; None when nothing is, or when the base is stored in 4-bit."""
-    stored_in_4bit: bool
+    """What to convert to 4-bit first; None when nothing is."""
+    form: StoredForm | None
+    """What its weights are stored in; None for plain numbers."""
     conversions: Conversions
     """Between the names and tensors of its files and those of its model."""
     transposed: frozenset[str]
@@ -108,6 +108,16 @@ class BasePlan:
         task = None if task is None else dataclasses.replace(task, unchanged=source.check_unchanged)
         return dataclasses.replace(self, source=source, quantization=task)
 
+    def stored_weights(self, device: torch.device) -> QuantizedBase:
+        """Open its weights in the form they are stored in.
+
+        Args:
+            device: where they are dequantized.
+        """
+        assert self.form is not None
+        directory, dtype = self.source.directory, config_dtype(self.source.directory)
+        return QuantizedBase.stored(directory, self.layout, device, self.transposed, form=self.form, dtype=dtype)
+
     def skeleton(self) -> PreTrainedModel:
         """Build its model on the meta device, with the ties that its files have."""
         model = skeleton(self.source.directory)
@@ -151,16 +161,17 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
         NotFoundError, BadInputError, UnsupportedError: the base cannot be used, or not as asked.
     """
     directory = source.directory
-    declared_4bit(directory)  # other forms are refused by name, before anything is made of their tensors
+    declared_form(directory)  # other forms are refused by name, before anything is made of their tensors
     layout = read_checkpoint(directory)
     check_depth(directory, len(layout.tensors))
     model = skeleton(directory)
-    stored_weights = quantized_names(layout.tensors)
-    stored_in_4bit = stored_as_asked(source, request, frozenset(stored_weights.values()))
-    owners = {name: quantized_owner(name, stored_weights) for name in layout.tensors}
-    conversions = _conversions(source, layout, owners, model)
+    specs = {name: spec for name, (_, spec) in layout.tensors.items()}
+    form = stored_as_asked(source, request, specs)
+    owners = _owners(source, form, specs)
+    in_form = frozenset(owners.values())
+    conversions = _conversions(source, specs, owners, form, model)
     shapes = {stored: conversions.shapes[name] for name, stored in conversions.stored_names.items()}
-    _check_shapes(source, layout, owners, shapes)
+    _check_shapes(source, specs, owners, form, shapes)
     transposed = frozenset(
         conversions.stored_names[f"{name}.weight"]
         for name, module in model.named_modules()
@@ -168,18 +179,18 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
     )
     asked_dtype = TORCH_DTYPES[request.dtype] if request.dtype else None
     task = None
-    if request.base_quantization is not BaseQuantization.NONE and not stored_in_4bit:
+    if request.base_quantization.converts and form is None:
         task = plan_quantization(
             source, layout, request, conversions=conversions, transposed=transposed, dtype=asked_dtype
         )
-    converted = frozenset(stored_weights) if task is None else task.converted
+    converted = in_form if task is None else task.converted
     apart = stored_apart(directory, layout, conversions.stored_names, model)
     come_apart(model, apart)
     tensors = []
     for name, (shard, spec) in layout.tensors.items():
-        if owners[name] not in (None, name):
-            continue  # the scales and the state of a 4-bit weight become part of the weight
-        own_dtype = _config_dtype(source) if name in stored_weights else spec.dtype
+        if owners.get(name, name) != name:
+            continue  # the scales and the state of a weight become part of it
+        own_dtype = config_dtype(source.directory) if name in in_form else spec.dtype
         tensors.append(
             OutputTensor(
                 name=name,
@@ -196,7 +207,7 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
         layout=layout,
         tensors=tuple(tensors),
         quantization=task,
-        stored_in_4bit=stored_in_4bit,
+        form=form,
         conversions=conversions,
         transposed=transposed,
         tied=tied_names(model),
@@ -227,47 +238,51 @@ class PlannedBases:
         return self._plans[key]
 
 
+def _owners(source: Source, form: StoredForm | None, specs: Mapping[str, TensorSpec]) -> Mapping[str, str]:
+    try:
+        return {} if form is None else form.owners(specs)
+    except MergefleetError as error:
+        raise type(error)(f"{source.directory}: {error}") from error
+
+
 def _conversions(
-    source: Source, layout: CheckpointLayout, owners: Mapping[str, str | None], model: PreTrainedModel
+    source: Source,
+    specs: Mapping[str, TensorSpec],
+    owners: Mapping[str, str],
+    form: StoredForm | None,
+    model: PreTrainedModel,
 ) -> Conversions:
     stored = {
         name: torch.empty(spec.stated.shape if spec.stated else spec.shape, dtype=spec.dtype, device="meta")
-        for name, (_, spec) in layout.tensors.items()
-        if owners[name] in (None, name)
+        for name, spec in specs.items()
+        if owners.get(name, name) == name
     }
     return relate(
         source.directory,
         model,
         stored,
-        [name for name in stored if owners[name] is not None],
-        lambda conversions: refuse_codes(source.directory, model, conversions, layout, owners),
+        frozenset() if form is None or form.knows_shapes else frozenset(owners.values()),
+        lambda conversions: refuse_codes(source.directory, model, conversions, specs, owners),
     )
 
 
 def _check_shapes(
     source: Source,
-    layout: CheckpointLayout,
-    owners: Mapping[str, str | None],
+    specs: Mapping[str, TensorSpec],
+    owners: Mapping[str, str],
+    form: StoredForm | None,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
-    for name, (_, spec) in layout.tensors.items():
+    for name, spec in specs.items():
         shape = spec.stated.shape if spec.stated else spec.shape
-        if owners[name] is None and shape != shapes.get(name, shape):
+        has_shape = name not in owners or (owners[name] == name and form is not None and form.knows_shapes)
+        if has_shape and shape != shapes.get(name, shape):
             raise BadInputError(
                 f"{source.directory}: tensor {name} has shape {list(shape)}, config.json makes it "
                 f"{list(shapes[name])}; weights and configuration are not of the same model"
             )
-        if owners[name] == name and name not in shapes:
+        if not has_shape and owners[name] == name and name not in shapes:
             raise UnsupportedError(
                 f"{source.directory}: tensor {name} is stored in 4-bit and belongs to no module of the model, so "
                 "nothing says what it becomes; store the base without it, or name one in 16 bits"
             )
-
-
-def _config_dtype(source: Source) -> torch.dtype:
-    # What `dequantize()` of transformers casts the weights of a 4-bit checkpoint to.
-    config = read_json(source.directory / "config.json")
-    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    if not isinstance(name, str) or name not in TORCH_DTYPES:
-        raise UnsupportedError(f"{source.directory / 'config.json'}: dtype {name!r}; expected {list(TORCH_DTYPES)}")
-    return TORCH_DTYPES[name]

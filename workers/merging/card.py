@@ -93,4 +93,6 @@ def _adapter_lines(plan: MergePlan) -> list[str]:
 def _merged_into(plan: MergePlan) -> str:
     if not any(tensor.stored is None for tensor in plan.base.tensors):
         return "the base's own weights"
+    if plan.base.form is not None:
+        return f"the base's weights as stored in {plan.base.form.words}, dequantized"
     return f"the base's weights through {plan.request.base_quantization} and back"

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from jobs.errors import BadInputError
 from workers.adapters.names import owner_of
 from workers.bases.conversions import Group
-from workers.bases.four_bit import QuantizedWeight
+from workers.bases.forms import StoredWeight
 from workers.bases.quantized_base import QuantizedBase
 from workers.files.layout import ShardLayout, lay_out_shard
 from workers.files.local import file_errors
@@ -58,6 +58,7 @@ class ModuleWeights:
             NoCapacityError: the disk is full.
         """
         self._base = base
+        self._quantized = quantized
         self._path = directory / _FILE_NAME
         conversions = base.conversions
         names = {self._own_name(name) for name in names}
@@ -155,6 +156,9 @@ class ModuleWeights:
 
     def _read_stored(self, name: str) -> torch.Tensor:
         tensor = self._base.by_name[name]
+        if self._base.form is not None and tensor.stored is None:
+            assert self._quantized is not None
+            return torch.cat(list(_dequantized(self._quantized.weight(name), tensor.dtype)))
         return _mapped(self._base.source.directory / tensor.shard, name).to(tensor.dtype)
 
     def _tiles(self, tensor: OutputTensor, quantized: QuantizedBase | None) -> Iterator[torch.Tensor]:
@@ -212,7 +216,7 @@ def _names(plan: MergePlan) -> Iterator[str]:
         yield from (weight for owner in owners if (weight := f"{owner}.weight") in shapes)
 
 
-def _dequantized(weight: QuantizedWeight, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+def _dequantized(weight: StoredWeight, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     for start, stop in _ranges(*weight.shape, weight.row_alignment):
         yield weight.dequantize_rows(start, stop).cpu().to(dtype)
 

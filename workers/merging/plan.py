@@ -19,9 +19,10 @@ from workers.adapters.expert_files import add_to_files
 from workers.adapters.fitting import fit
 from workers.adapters.methods import UNSTABLE
 from workers.adapters.plain_lora import plan_lora
+from workers.bases.model import TORCH_DTYPES
 from workers.files.layout import CheckpointLayout
 from workers.merging.assignment import all_apart, made_by_peft
-from workers.merging.base_plan import TORCH_DTYPES, BasePlan
+from workers.merging.base_plan import BasePlan
 from workers.merging.output import OutputTensor
 from workers.merging.output_layout import output_layout, output_tensors
 from workers.releases.base_card import BaseCard, read_base_card
@@ -193,9 +194,17 @@ def plan_merge(
             f"{base.source.directory}: its model does not continue text, so parity level full cannot ask "
             "it anything; request parity level: arithmetic, which compares every tensor"
         )
-    if request.compare and base.stored_in_4bit:
+    if request.parity.level == "full" and base.form is not None:
+        misread = base.form.misread({name: spec for name, (_, spec) in base.layout.tensors.items()})
+        if misread is not None:
+            raise UnsupportedError(
+                f"{base.source.directory}: parity level full runs the base by transformers, which does not read "
+                f"{misread}; request parity level: arithmetic, which compares every tensor"
+            )
+    if request.compare and base.form is not None:
         raise UnsupportedError(
-            f"{base.source.directory}: the base is stored in 4-bit and has no other weights to compare with; leave out "
+            f"{base.source.directory}: the base is stored in {base.form.words} and has no other weights to compare "
+            "with; leave out "
             "compare, or name the 16-bit base"
         )
     coverage = base.coverage(opened)
@@ -229,7 +238,7 @@ def plan_merge(
             request,
             base.source,
             parts,
-            stored_in_4bit=base.stored_in_4bit,
+            stored_in_form=base.form is not None,
             card=base.card,
             adapter_cards=adapter_cards,
             shipment=shipment,

@@ -99,7 +99,7 @@ class Walk:
             quantized = self._quantized.weight(tensor.name)
             if quantized.shape != tensor.shape:
                 raise BadInputError(
-                    f"{self._base.source.directory}: tensor {tensor.name} is stored in 4-bit as "
+                    f"{self._base.source.directory}: tensor {tensor.name} is stored as "
                     f"{list(quantized.shape)}, config.json makes it {list(tensor.shape)}; the checkpoint is corrupt"
                 )
         tiling = Tiling.of(tensor.shape, quantized.row_alignment if quantized else 1, num_elements)

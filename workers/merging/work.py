@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from workers.bases.four_bit import QuantizedWeight
+from workers.bases.forms import StoredWeight
 from workers.merging.checks.tally import Tally
 from workers.merging.output import OutputTensor
 
@@ -20,9 +20,7 @@ _MAX_OPEN_SHARDS = 256
 class WeightInWork:
     """What the tiles of one tensor share: loaded with the first, dropped with the last."""
 
-    def __init__(
-        self, tensor: OutputTensor, quantized: QuantizedWeight | None, num_columns: int, num_tiles: int
-    ) -> None:
+    def __init__(self, tensor: OutputTensor, quantized: StoredWeight | None, num_columns: int, num_tiles: int) -> None:
         self.tensor = tensor
         self.quantized = quantized
         self.num_columns = num_columns

@@ -28,7 +28,7 @@ from workers.parity.references import references
 
 def other_way(request: MergeRequest) -> MergeRequest:
     """Return the request for the base in its other weights: 16-bit instead of 4-bit, NF4 instead of 16-bit."""
-    plain = request.base_quantization is BaseQuantization.NONE
+    plain = not request.base_quantization.converts
     return request.model_copy(
         update={
             "base_quantization": BaseQuantization.NF4 if plain else BaseQuantization.NONE,

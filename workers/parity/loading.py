@@ -1,7 +1,7 @@
 """Checkpoints loaded to run: by plain transformers in float32, placed where they fit."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ import torch
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from jobs.errors import NoCapacityError
+from workers.bases.forms.declared import declared_form
 from workers.bases.four_bit import of_state
-from workers.bases.model import load_config, model_class, stored_quantization
+from workers.bases.model import config_dtype, load_config, model_class, stored_quantization
 from workers.files.memory import available_host_bytes, hold_little
 from workers.parity.inference import RunningModel, quiet_libraries
 
@@ -38,25 +39,30 @@ def load_model(
     """Load a checkpoint to run in float32.
 
     Args:
-        directory: a checkpoint in 16 or 32 bits, or one stored in bnb-4bit.
+        directory: a checkpoint in 16 or 32 bits, or one stored in a form that is read.
         room: where it may go. Weights that do not fit the device go to main memory, then stay in their files, and are
-            fetched when they are needed; 4-bit weights go to the device all together, or to main memory.
+            fetched when they are needed; those of a stored form go to the device all together, or to main memory.
         quantization: how linear weights are converted to 4-bit while loading; None takes them as they are stored.
         dequantize: whether weights in 4-bit are turned back, so that any adapter fits on them.
 
     Raises:
-        NoCapacityError: 4-bit weights fit neither the device nor main memory.
+        NoCapacityError: weights of a stored form fit neither the device nor main memory.
     """
     hold_little()
+    form = declared_form(directory)
     in_4bit = quantization is not None or stored_quantization(directory) is not None
-    for device, max_memory in _placements(room, in_4bit=in_4bit):
+    if quantization is not None:
+        converting: Mapping[str, Any] = {"quantization_config": quantization}
+    else:
+        converting = {} if form is None else form.while_loading
+    for device, max_memory in _placements(room, in_form=in_4bit or form is not None):
         try:
             with quiet_libraries():
                 loaded: Any = model_class(load_config(directory)).from_pretrained(
                     directory,
-                    dtype=torch.float32,
-                    # None would make transformers overlook the 4-bit format of a checkpoint that is stored in it.
-                    **({"quantization_config": quantization} if quantization is not None else {}),
+                    # What is stored in a form is rounded to the dtype of its configuration, as the merge rounds it.
+                    dtype=torch.float32 if form is None else config_dtype(directory),
+                    **converting,
                     device_map="sequential",
                     max_memory=max_memory,
                     offload_folder=room.scratch,
@@ -66,7 +72,7 @@ def load_model(
                     trust_remote_code=False,
                 )
         except ValueError as error:
-            if not in_4bit or "dispatched on the CPU or the disk" not in str(error):
+            if not (in_4bit or form) or "dispatched on the CPU or the disk" not in str(error):
                 raise
         else:
             model, info = loaded
@@ -77,12 +83,12 @@ def load_model(
                 model.is_loaded_in_4bit = False
             return _prepare(model, info, device=device)
     raise NoCapacityError(
-        f"{directory}: in 4-bit it fits neither {room.device} nor main memory, and 4-bit weights cannot stay on disk; "
+        f"{directory}: in its stored form it fits neither {room.device} nor main memory, and cannot stay on disk; "
         "use a larger worker, or parity level: arithmetic"
     )
 
 
-def _placements(room: Room, *, in_4bit: bool) -> list[tuple[torch.device, dict[int | str, int]]]:
+def _placements(room: Room, *, in_form: bool) -> list[tuple[torch.device, dict[int | str, int]]]:
     host: dict[int | str, int] = {
         "cpu": room.host_bytes if room.host_bytes is not None else int(available_host_bytes() * _USABLE)
     }
@@ -90,7 +96,7 @@ def _placements(room: Room, *, in_4bit: bool) -> list[tuple[torch.device, dict[i
         return [(room.device, host)]
     index = room.device.index or 0
     on_device: dict[int | str, int] = {index: int(torch.cuda.mem_get_info(index)[0] * _USABLE)}
-    if in_4bit:
+    if in_form:
         return [(room.device, on_device), (torch.device("cpu"), host)]
     return [(room.device, on_device | host)]
 

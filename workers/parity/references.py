@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import BitsAndBytesConfig
 
 from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
+from workers.bases.forms.declared import declared_form
 from workers.bases.model import bitsandbytes_config, stored_quantization
 
 
@@ -28,14 +29,18 @@ def references(base: Path, request: MergeRequest) -> tuple[Reference, ...]:
         request: any request of the pass.
 
     Returns:
-        The one that gates, then the one for information; the latter is missing for a base stored in 4-bit, which has no
-        other weights.
+        The one that gates, then the one for information; the latter is missing for a base in a stored form, which has
+        no other weights.
     """
     stored = stored_quantization(base)
     if stored is not None:
         words = f"the base as stored, in {_in_words(stored.quantization, stored.options)}, + adapter"
         return (Reference(words=words, gates=True, quantization=None),)
-    plain_gates = request.base_quantization is BaseQuantization.NONE
+    form = declared_form(base)
+    if form is not None:
+        words = f"the base as stored, in {form.words}, dequantized, + adapter"
+        return (Reference(words=words, gates=True, quantization=None),)
+    plain_gates = not request.base_quantization.converts
     plain = Reference(words="the base in its own weights + adapter", gates=plain_gates, quantization=None)
     quantization = BaseQuantization.NF4 if plain_gates else request.base_quantization
     options = QuantizationOptions() if plain_gates else request.quantization_options

@@ -34,7 +34,7 @@ def find_notes(
     base: Source,
     adapters: tuple[Source, ...],
     *,
-    stored_in_4bit: bool,
+    stored_in_form: bool,
     card: BaseCard,
     adapter_cards: tuple[BaseCard, ...],
     shipment: Shipment,
@@ -46,7 +46,7 @@ def find_notes(
         request: of the job.
         base: as it was brought.
         adapters: as they were brought.
-        stored_in_4bit: whether the base is.
+        stored_in_form: whether the base is, so that no other weights were asked for.
         card: of the base.
         adapter_cards: of the adapters.
         shipment: the files that the release takes over.
@@ -72,7 +72,7 @@ def find_notes(
             "says license: other and names them"
         )
     for adapter in adapters:
-        notes += _base_notes(request, base, adapter, stored_in_4bit=stored_in_4bit)
+        notes += _base_notes(request, base, adapter, stored_in_form=stored_in_form)
     tokenizer = read_tokenizer(shipment.files)
     if tokenizer is not None:
         tokenizer = replace(tokenizer, templates=(*tokenizer.templates, *shipment.templates.values()))
@@ -83,19 +83,20 @@ def find_notes(
     return tuple(dict.fromkeys(notes))
 
 
-def _base_notes(request: MergeRequest, base: Source, adapter: Source, *, stored_in_4bit: bool) -> Iterator[str]:
+def _base_notes(request: MergeRequest, base: Source, adapter: Source, *, stored_in_form: bool) -> Iterator[str]:
     """Compare what an adapter says it was trained on with what it is merged into."""
     name = read_json(adapter.directory / "adapter_config.json").get("base_model_name_or_path")
-    if not isinstance(name, str) or stored_in_4bit:  # a base in 4 bits was asked for as it is stored
+    if not isinstance(name, str) or stored_in_form:  # it was asked for as it is stored
         return
     cached = _IN_A_CACHE.search(name)
     last = cached[1].rpartition("--")[2] if cached else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
     trained = f"adapter_config.json says that {adapter.location.name} was trained on {show(name)}"
     options = request.quantization_options
     if _BNB_4BIT.search(last):
-        if request.base_quantization is BaseQuantization.NONE:
+        if not request.base_quantization.converts:
             yield (
-                f"{trained}, weights in 4 bits, and it is merged into the base's own (base_quantization: none): what "
+                f"{trained}, weights in 4 bits, and it is merged into the base's own (base_quantization: "
+                f"{request.base_quantization}): what "
                 "it learned corrects other values; request base_quantization: nf4, with quantization_options: "
                 "{bnb_4bit_use_double_quant: true} where that checkpoint has it (those of unsloth do), or name that "
                 "checkpoint as the base"
@@ -113,7 +114,7 @@ def _base_notes(request: MergeRequest, base: Source, adapter: Source, *, stored_
                 "checkpoint as the base"
             )
     elif (found := _OTHER_FORMATS.search(last)) and last != base.location.name:
-        into = "the base's own weights" if request.base_quantization is BaseQuantization.NONE else "other 4-bit weights"
+        into = "other 4-bit weights" if request.base_quantization.converts else "the base's own weights"
         yield (
             f"{trained}, by its name weights in {found[1]}, and it is merged into {into} "
             f"(base_quantization: {request.base_quantization.value}): what it learned corrects other values"

@@ -1,14 +1,14 @@
 """Forms of weights that are not merged: what people call them, and what to do with a base in one.
 
-Merged are weights stored in 16 or 32 bits, and those of bitsandbytes in 4 bits.
+Merged are weights stored in 16 or 32 bits, and those of the forms in `workers/bases/forms`.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 _NAME_PLAIN = (
-    "mergefleet reads safetensors in 16 or 32 bits, or in 4 bits by bitsandbytes: name such a base if its maker "
-    "publishes one"
+    "mergefleet reads safetensors in 16 or 32 bits, in 4 bits by bitsandbytes, or in FP8 that config.json declares: "
+    "name such a base if its maker publishes one"
 )
 
 

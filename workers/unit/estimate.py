@@ -60,8 +60,9 @@ class Preview:
 def merges_into(plan: MergePlan) -> str:
     """Say in words what the delta is added to."""
     quantization = plan.request.base_quantization
-    if plan.base.stored_in_4bit:
-        return f"the base's stored {quantization} weights, dequantized"
+    if plan.base.form is not None:
+        words = quantization if quantization.converts else plan.base.form.words
+        return f"the base's stored {words} weights, dequantized"
     if plan.base.quantization is not None:
         return f"the base's weights through {quantization} and back ({plan.base.quantization.num_weights} tensors)"
     return "the base's own weights"

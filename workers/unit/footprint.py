@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 
 from workers.adapters.adapter import open_adapter
-from workers.bases.four_bit import BLOCK_SIZE
+from workers.bases.forms import StoredForm
+from workers.bases.forms.bitsandbytes_4bit import BITSANDBYTES_4BIT
 from workers.files.shard import num_buffers
 from workers.merging.base_plan import BasePlan
 from workers.merging.plan import MergePlan
@@ -82,13 +83,13 @@ def pass_bytes(plans: Sequence[MergePlan], num_threads: int, device: str) -> int
 
 
 def resident_bytes(base: BasePlan) -> int:
-    """Return the bytes of a base in 4-bit, codes and scales, that a GPU holds as long as jobs use it."""
+    """Return the bytes of a base in a stored form, codes and scales, that a GPU holds as long as jobs use it."""
     sizes = (tensor.num_elements for tensor in base.tensors if tensor.stored is None)
-    return sum(math.ceil(size / 2) + 4 * math.ceil(size / BLOCK_SIZE) for size in sizes)
+    return sum(map(_form(base).held_bytes, sizes))
 
 
 def passing_bytes(base: BasePlan, num_threads: int) -> int:
-    """Return what a GPU takes of a base in 4-bit that it does not hold: codes and scales of the tiles in work.
+    """Return what a GPU takes of a base in a stored form that it does not hold: codes and scales of the tiles in work.
 
     A weight whose transpose is in 4-bit comes whole.
 
@@ -99,7 +100,12 @@ def passing_bytes(base: BasePlan, num_threads: int) -> int:
     sizes = [tensor.num_elements for tensor in base.tensors if tensor.stored is None]
     whole = [tensor.num_elements for tensor in base.tensors if tensor.stored is None and tensor.name in base.transposed]
     size = max([min(max(sizes, default=0), TILE_ELEMENTS["cuda"]), *whole])
-    return num_threads * 2 * (math.ceil(size / 2) + 4 * math.ceil(size / BLOCK_SIZE))
+    return num_threads * 2 * _form(base).held_bytes(size)
+
+
+def _form(base: BasePlan) -> StoredForm:
+    """Return what its weights are in that are not plain: as they are stored, or as they are converted."""
+    return base.form or BITSANDBYTES_4BIT
 
 
 def device_bytes(plans: Sequence[MergePlan], num_threads: int) -> int:

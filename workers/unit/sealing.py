@@ -3,7 +3,6 @@
 import shutil
 
 from jobs.release import REPORT_NAME, REPORT_PAGE_NAME, Manifest
-from jobs.request import BaseQuantization
 from workers.files.local import file_errors
 from workers.merging.card import write_card
 from workers.merging.job import Job
@@ -30,7 +29,6 @@ def seal(job: Job) -> None:
             shutil.copyfile(job.report_path / name, directory / name)
         job.ship(digest_file(directory, name))
     artifacts = job.all_put()
-    quantized = job.request.base_quantization is not BaseQuantization.NONE
     job.manifest = Manifest(
         merge_key=plan.merge_key,
         request_id=job.id,
@@ -41,7 +39,7 @@ def seal(job: Job) -> None:
         combination=job.request.combination,
         adapter_digest=plan.adapter.digest,
         base_quantization=job.request.base_quantization,
-        quantization_options=job.request.quantization_options if quantized else None,
+        quantization_options=job.request.quantization_options if job.request.base_quantization.converts else None,
         dtype=job.request.dtype,
         parity=job.parity,
         notes=job.report.notes,

@@ -223,8 +223,8 @@ class Unit:
 
     def _open_mapped(self) -> QuantizedBase | None:
         base, task = self._base, self._base.quantization
-        if base.stored_in_4bit:
-            return QuantizedBase.stored(base.source.directory, base.layout, self._context.device, base.transposed)
+        if base.form is not None:
+            return base.stored_weights(self._context.device)
         if task is None:
             return None
         ids = [job.id for job in self._merging]

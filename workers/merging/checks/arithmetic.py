@@ -21,7 +21,7 @@ import torch
 
 from jobs.errors import InternalError
 from jobs.parity_report import TensorCheck
-from workers.bases.four_bit import QuantizedWeight
+from workers.bases.forms import StoredWeight
 from workers.bases.quantized_base import QuantizedBase
 from workers.files.tensor_io import opened, read_into
 from workers.merging.base_plan import BasePlan
@@ -203,13 +203,13 @@ class ArithmeticCheck:
         with single_threads(num_threads, "check") as pool:
             return {check.tensor: check for check in pool.map(compared, streamed)}
 
-    def _quantized_weight(self, name: str) -> QuantizedWeight:
+    def _quantized_weight(self, name: str) -> StoredWeight:
         """Return a weight in 4-bit; it is opened once for the tiles of it that a thread takes in a row."""
         assert self._quantized is not None
         if getattr(self._opened, "name", None) != name:
             self._opened.weight = self._quantized.weight(name)
             self._opened.name = name
-        weight: QuantizedWeight = self._opened.weight
+        weight: StoredWeight = self._opened.weight
         return weight
 
     def _took(self, begin: float) -> None:

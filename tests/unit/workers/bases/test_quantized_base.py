@@ -376,7 +376,7 @@ def test_a_checkpoint_stored_in_4_bit_is_read_where_it_is(base, tmp_path):
     request = MergeRequest(base=str(stored), adapter="/adapter", destination="/destination")
     planned = plan_base(fetch_base(LocalPath(stored), tmp_path), request)
     assert planned.quantization is None
-    held = QuantizedBase.stored(stored, planned.layout, CPU, ())
+    held = planned.stored_weights(CPU)
     with safe_open(stored / "model.safetensors", framework="pt") as file:
         names = {name.partition(".quant_state")[0] for name in file.keys() if ".quant_state" in name}  # noqa: SIM118
     assert held.names == names

@@ -12,6 +12,7 @@ from jobs.locations import LocalPath
 from jobs.request import BaseQuantization, MergeRequest
 from tests.merges import merge_by_peft, plan_pass
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
+from workers.bases.forms.bitsandbytes_4bit import BITSANDBYTES_4BIT
 from workers.merging.base_plan import plan_base
 from workers.numerics.tiles import TILE_ELEMENTS
 from workers.sources.fetch import fetch_base
@@ -139,7 +140,7 @@ def test_shards_keep_to_the_size_asked_for_as_those_of_transformers(base, adapte
 def test_a_base_stored_in_4_bit_becomes_plain(stored, adapter, tmp_path, base):
     plan = planned(stored, adapter, tmp_path, base_quantization="nf4")
     assert plan.base.quantization is None
-    assert plan.base.stored_in_4bit
+    assert plan.base.form is BITSANDBYTES_4BIT
     expected = {name: tuple(t.shape) for path in base.glob("*.safetensors") for name, t in load_file(path).items()}
     assert {name: spec.shape for name, (_, spec) in plan.output.tensors.items()} == expected
     assert {spec.dtype for _, spec in plan.output.tensors.values()} == {torch.bfloat16}
@@ -147,7 +148,13 @@ def test_a_base_stored_in_4_bit_becomes_plain(stored, adapter, tmp_path, base):
 
 def test_the_default_quantization_is_what_the_base_is_stored_in(stored, tmp_path):
     assert MergeRequest(base="/b", adapter="/a", destination="/d").base_quantization is BaseQuantization.NF4
-    assert base_plan(stored, tmp_path).stored_in_4bit
+    assert base_plan(stored, tmp_path).form is BITSANDBYTES_4BIT
+
+
+def test_a_declared_form_that_no_tensor_has_is_refused(copy, tmp_path):
+    change_config(copy, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(BadInputError, match=r"declares weights in FP8, and no tensor is stored as F8.*take it away"):
+        base_plan(copy, tmp_path, base_quantization="stored")
 
 
 @pytest.mark.parametrize("quantization", ["none", "fp4"])
@@ -161,14 +168,14 @@ def test_a_base_stored_in_4_bit_has_no_other_weights(stored, tmp_path, quantizat
 
 def test_options_cannot_change_how_a_base_is_stored(stored, tmp_path):
     for options in ({}, {"bnb_4bit_use_double_quant": False}):
-        assert base_plan(stored, tmp_path, quantization_options=options).stored_in_4bit
+        assert base_plan(stored, tmp_path, quantization_options=options).form is BITSANDBYTES_4BIT
     with pytest.raises(UnsupportedError, match="quantization_options cannot change that"):
         base_plan(stored, tmp_path, quantization_options={"bnb_4bit_use_double_quant": True})
     with pytest.raises(UnsupportedError, match="quantization_options cannot change that"):
         base_plan(stored, tmp_path, quantization_options={"llm_int8_skip_modules": ["q_proj"]})
 
 
-@pytest.mark.parametrize("method", ["gptq", "fp8", "awq"])
+@pytest.mark.parametrize("method", ["gptq", "mxfp4", "awq"])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_other_quantized_formats_are_refused_by_name(copy, tmp_path, method, quantization):
     change_config(copy, quantization_config={"quant_method": method, "bits": 4, "group_size": 128})

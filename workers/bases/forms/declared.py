@@ -1,0 +1,32 @@
+"""Which of the forms that are read a base is stored in, by what it declares."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from workers.bases.declarations import Declaration, declaration
+from workers.bases.forms import StoredForm
+from workers.bases.forms.bitsandbytes_4bit import BITSANDBYTES_4BIT
+from workers.bases.forms.fp8_blocks import Fp8Blocks
+
+_FORMS: Mapping[str, Callable[[Declaration], StoredForm]] = {
+    "bitsandbytes": lambda _: BITSANDBYTES_4BIT,
+    "fp8": lambda declared: Fp8Blocks.declared(declared.place, declared.content),
+}
+"""By the method that a base declares."""
+
+
+def declared(directory: Path) -> Declaration | None:
+    """Return what a base declares of the form of its weights; raises as `declared_form`."""
+    return declaration(directory, read=_FORMS.keys())
+
+
+def declared_form(directory: Path) -> StoredForm | None:
+    """Return the form that a base declares for its weights, or None where they are plain numbers.
+
+    Raises:
+        UnsupportedError: it declares one that is not read; the message names it, where it is declared, and what to do.
+            Or it declares several, or in a place where nothing takes it away from a release.
+        NotFoundError, BadInputError: `config.json`, or a file that declares a form, cannot be read.
+    """
+    found = declared(directory)
+    return None if found is None else _FORMS[found.method](found)

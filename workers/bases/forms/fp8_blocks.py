@@ -1,0 +1,197 @@
+"""FP8 with a scale for each block, as DeepSeek-V3 and Qwen3-FP8 are published: `quant_method: fp8` of transformers.
+
+W = codes x scales, in float32, rounded once to the dtype of the model; what transformers 5.23 computes with
+`FineGrainedFP8Config(dequantize=True)`. Blocks at the edges of a weight may be cut; transformers refuses or misreads
+those (docs/upstream-faults.md).
+
+Shape suffixes: O output features, I input features, B blocks.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from transformers import FineGrainedFP8Config
+
+from jobs.errors import BadInputError, UnsupportedError
+from workers.files.layout import TensorSpec
+
+_SCALE = "_scale_inv"
+_CODES = "F8_E4M3"
+_SCALE_CODES = frozenset({"F32", "BF16", "F16"})
+_OF_ACTIVATIONS = ("activation_scale", "input_scale")
+"""Beside a weight, in its module, where the scales of activations are fixed: without meaning for numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockScaledWeight:
+    """A linear weight in FP8."""
+
+    codes: torch.Tensor
+    """float8_e4m3fn [O, I]."""
+    scales: torch.Tensor
+    """float32 [OB, IB]: what the codes of each block are multiplied by."""
+    block: tuple[int, int]
+    """Rows and columns of a block."""
+    dtype: torch.dtype
+    device: torch.device | None = None
+    """Where tiles are brought to be dequantized; None for where the codes are."""
+
+    row_alignment = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[O, I]."""
+        num_rows, num_columns = self.codes.shape
+        return num_rows, num_columns
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return self.codes.numel() + self.scales.numel() * 4
+
+    def dequantize_rows(self, start: int, stop: int, memory: torch.Tensor | None = None) -> torch.Tensor:
+        """Dequantize rows [start, stop); see `StoredWeight`."""
+        num_rows, num_columns = self.block
+        codes_OI = self.codes[start:stop]
+        scales_BB = self.scales[start // num_rows : math.ceil(stop / num_rows)]
+        if self.device is not None:
+            codes_OI, scales_BB = codes_OI.to(self.device), scales_BB.to(self.device)
+        weight_OI = memory
+        if weight_OI is None or weight_OI.device != codes_OI.device:
+            weight_OI = torch.empty(codes_OI.shape, dtype=self.dtype, device=codes_OI.device)
+        row = start
+        for scales_B in scales_BB:  # one row of blocks at a time: no temporary grows with the tile
+            end = min((row // num_rows + 1) * num_rows, stop)
+            scales_I = scales_B.repeat_interleave(num_columns)[: self.codes.shape[1]]
+            weight_OI[row - start : end - start] = codes_OI[row - start : end - start].float().mul_(scales_I)
+            row = end
+        return weight_OI
+
+    def to(self, device: torch.device) -> Self:
+        """Return this weight with its codes and scales on another device."""
+        return dataclasses.replace(self, codes=self.codes.to(device), scales=self.scales.to(device))
+
+    def brought_to(self, device: torch.device) -> Self:
+        """Return this weight with tiles of it brought to a device to be dequantized; codes and scales stay."""
+        return dataclasses.replace(self, device=device)
+
+
+class Fp8Blocks:
+    """The form, with the blocks that a base declares."""
+
+    words = "FP8"
+    knows_shapes = True
+
+    def __init__(self, block: tuple[int, int] | None) -> None:
+        """Take the size of a block in rows and columns; None for a scale for each weight as a whole."""
+        self._block = block
+
+    @classmethod
+    def declared(cls, place: str, content: Mapping[str, Any]) -> Self:
+        """Return the form that a configuration declares.
+
+        Args:
+            place: of the declaration, for messages.
+            content: of it.
+
+        Raises:
+            UnsupportedError: the codes are of another kind than E4M3.
+            BadInputError: the size of the blocks is none.
+        """
+        if content.get("fmt", "e4m3") != "e4m3":
+            raise UnsupportedError(f"{place}.fmt: expected e4m3, found {content['fmt']!r}: FP8 of another kind")
+        block = content.get("weight_block_size", [128, 128])  # transformers' default
+        if block is None:
+            return cls(None)
+        if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
+            raise BadInputError(f"{place}.weight_block_size: expected rows and columns of a block, found {block!r}")
+        return cls((block[0], block[1]))
+
+    @property
+    def while_loading(self) -> Mapping[str, Any]:
+        """Arguments with which transformers dequantizes; see `StoredForm`."""
+        block = None if self._block is None else list(self._block)
+        return {"quantization_config": FineGrainedFP8Config(dequantize=True, weight_block_size=block)}
+
+    def owners(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, str]:
+        """Find the weights, and check their scales; see `StoredForm`."""
+        owners: dict[str, str] = {}
+        for name, spec in specs.items():
+            if spec.code == _CODES:
+                self._check(spec, specs.get(name + _SCALE))
+                owners |= {name: name, name + _SCALE: name}
+                module = name.rpartition(".")[0]
+                owners |= {part: name for each in _OF_ACTIVATIONS if (part := f"{module}.{each}") in specs}
+        for name, spec in specs.items():
+            if name.endswith(_SCALE) and name not in owners:
+                weight = name.removesuffix(_SCALE)
+                found = f"it is stored as {specs[weight].code}" if weight in specs else "no file holds it"
+                raise BadInputError(
+                    f"tensor {name} ({spec.code}) holds the scales of {weight}: expected its codes as {_CODES}, and "
+                    f"{found}; the checkpoint is not whole, or was put together from two"
+                )
+        if not owners:
+            raise BadInputError(
+                f"config.json declares weights in {self.words}, and no tensor is stored as {_CODES}: weights that are "
+                "plain numbers by now need no declaration, take it away"
+            )
+        return owners
+
+    def held_bytes(self, num_elements: int) -> int:
+        """Return what codes and scales take; see `StoredForm`."""
+        num_scales = 1 if self._block is None else math.ceil(num_elements / math.prod(self._block))
+        return num_elements + 4 * num_scales
+
+    def misread(self, specs: Mapping[str, TensorSpec]) -> str | None:
+        """Name a weight with cut blocks: transformers takes as many equal ones as there are scales."""
+        for name, spec in specs.items():
+            if spec.code == _CODES and any(
+                size > step and size % step for size, step in zip(spec.shape, self._block_of(spec.shape), strict=True)
+            ):
+                return f"{name} of shape {list(spec.shape)}, whose last blocks of {list(self._block or ())} are cut"
+        return None
+
+    def restore(
+        self, name: str, stored: Mapping[str, torch.Tensor], dtype: torch.dtype, *, transposed: bool
+    ) -> BlockScaledWeight:
+        """Build a weight from its parts; see `StoredForm`."""
+        if transposed:
+            raise UnsupportedError(f"{name}: codes of a Conv1D in FP8 are not merged; name a base in 16 bits")
+        codes, scales = stored[""], stored[_SCALE].float()
+        return BlockScaledWeight(
+            codes=codes, scales=scales.reshape(self._grid(codes.shape)), block=self._block_of(codes.shape), dtype=dtype
+        )
+
+    def _block_of(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return self._block or (max(shape[0], 1), max(shape[1], 1))
+
+    def _grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        num_rows, num_columns = self._block_of(shape)
+        return math.ceil(shape[0] / num_rows), math.ceil(shape[1] / num_columns)
+
+    def _check(self, codes: TensorSpec, scales: TensorSpec | None) -> None:
+        if len(codes.shape) != 2:
+            raise UnsupportedError(
+                f"tensor {codes.name} is stored as {_CODES} of shape {list(codes.shape)}; expected a matrix: weights "
+                "of several experts in one tensor are not read in this form"
+            )
+        grid = self._grid(codes.shape)
+        expected = f"{list(grid)}" if self._block else "one"
+        if scales is None:
+            raise BadInputError(
+                f"tensor {codes.name} is stored as {_CODES}, and no file holds {codes.name}{_SCALE}: expected "
+                f"{expected} scales, without which the codes are another weight"
+            )
+        if scales.num_elements != math.prod(grid) or (self._block and scales.shape != grid):
+            raise BadInputError(
+                f"tensor {scales.name} has shape {list(scales.shape)}; expected {expected}, for blocks of "
+                f"{list(self._block_of(codes.shape))} of {codes.name} {list(codes.shape)}"
+            )
+        if scales.code not in _SCALE_CODES:
+            raise UnsupportedError(
+                f"tensor {scales.name} is stored as {scales.code}; expected scales in {', '.join(sorted(_SCALE_CODES))}"
+            )
