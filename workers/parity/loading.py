@@ -1,7 +1,7 @@
 """Checkpoints loaded to run: by plain transformers in float32, placed where they fit."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,18 +51,17 @@ def load_model(
     hold_little()
     form = declared_form(directory)
     in_4bit = quantization is not None or stored_quantization(directory) is not None
+    how: dict[str, Any] = {"dtype": torch.float32}
     if quantization is not None:
-        converting: Mapping[str, Any] = {"quantization_config": quantization}
-    else:
-        converting = {} if form is None else form.while_loading
+        how |= {"quantization_config": quantization}
+    elif form is not None and form.while_loading:
+        how = {"dtype": config_dtype(directory), **form.while_loading}  # rounded as the merge rounds it
     for device, max_memory in _placements(room, in_form=in_4bit or form is not None):
         try:
             with quiet_libraries():
                 loaded: Any = model_class(load_config(directory)).from_pretrained(
                     directory,
-                    # What is stored in a form is rounded to the dtype of its configuration, as the merge rounds it.
-                    dtype=torch.float32 if form is None else config_dtype(directory),
-                    **converting,
+                    **how,
                     device_map="sequential",
                     max_memory=max_memory,
                     offload_folder=room.scratch,
