@@ -26,6 +26,7 @@ from jobs.release import Manifest
 from jobs.request import MergeRequest
 from tests.merges import different, merge_by_peft, open_descriptors, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
+from tests.stored_bases import store_fp8
 from workers.adapters.adapter import ADAPTER_WEIGHTS
 from workers.adapters.config import ADAPTER_CONFIG
 from workers.bases.model import quiet_transformers
@@ -179,6 +180,18 @@ def test_a_tied_base_and_a_base_stored_in_4_bits(worker, request_for, base, adap
     request = request_for("stored", adapters["one"], base=str(stored), base_quantization="nf4", parity=FULL)
     assert run(worker, request)["stored"].failure is None
     assert_published(worker.publish("stored").release, stored, adapters["one"], tmp_path, dequantize=True)
+
+
+def test_a_base_in_fp8_is_asked_as_the_library_loads_it(worker, request_for, tmp_path):
+    plain = build_llama(tmp_path / "plain")
+    fp8 = store_fp8(plain, tmp_path / "fp8", block=(32, 32))
+    adapter = make_adapter(plain, tmp_path / "for-fp8")
+    request = request_for("fp8", adapter, base=str(fp8), base_quantization="stored", parity=FULL)
+    outcome = run(worker, request)["fp8"]
+    assert outcome.failure is None
+    report = ParityReport.model_validate_json((outcome.report_path / "parity.json").read_bytes())
+    assert [check.reference for check in report.behaviour] == ["the base as stored, in FP8, dequantized, + adapter"]
+    assert_published(worker.publish("fp8").release, fp8.with_name("fp8-twin"), adapter, tmp_path)
 
 
 def damaged_adapters(adapters, tmp_path):
