@@ -50,6 +50,7 @@ class Fleet:
             "HOME": str(home),
             "MERGEFLEET_HOME": str(home / "home"),
             "MERGEFLEET_SCRATCH": str(home / "scratch"),
+            "MERGEFLEET_LOGS": str(home / "logs" / "fleet"),
             "MERGEFLEET_STORE": store,
             "MERGEFLEET_DASHBOARD": "0",
             "MERGEFLEET_LEASE_SECONDS": str(LEASE_SECONDS),

@@ -57,7 +57,7 @@ def fill_disk(world: World, name: str, directory: str, seconds: float) -> str | 
 
 
 def make_home_read_only(world: World, seconds: float = 20.0) -> str | None:
-    """Have the home read-only for a while; the ledger lies elsewhere, as no file system with open files turns so."""
+    """Have the home read-only for a while; what is kept open for writing, ledger and logs, lies elsewhere."""
     if why := world.mounts.get("home"):
         return why
     home = str(world.directory / "home")
