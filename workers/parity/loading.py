@@ -81,9 +81,10 @@ def load_model(
                 # transformers 5.23 leaves it set, and some of PEFT's methods refuse such a model.
                 model.is_loaded_in_4bit = False
             return _prepare(model, info, device=device)
+    words = "4-bit" if in_4bit or form is None else form.words
     raise NoCapacityError(
-        f"{directory}: in its stored form it fits neither {room.device} nor main memory, and cannot stay on disk; "
-        "use a larger worker, or parity level: arithmetic"
+        f"{directory}: in {words} it fits neither {room.device} nor main memory, and {words} weights cannot stay on "
+        "disk; use a larger worker, or parity level: arithmetic"
     )
 
 
