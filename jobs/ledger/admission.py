@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, insert, select
 
 from jobs.errors import BadInputError
-from jobs.ledger.database import rows_where_in
+from jobs.ledger.database import insert_many, rows_where_in
 from jobs.ledger.journal import Step, event_values
 from jobs.ledger.options import LABEL_OPTION, read_option
 from jobs.ledger.records import SubmitResult
@@ -129,8 +129,9 @@ def _insert(connection: Connection, candidates: Sequence[Candidate], batch: str,
     if connection.execute(select(batches.c.name).where(batches.c.name == batch)).first() is None:
         connection.execute(insert(batches).values(name=batch, created_at=now))
     label = read_option(connection, LABEL_OPTION)
-    connection.execute(
-        insert(jobs),
+    insert_many(
+        connection,
+        jobs,
         [
             {
                 "id": each.request.id,
@@ -150,11 +151,10 @@ def _insert(connection: Connection, candidates: Sequence[Candidate], batch: str,
         ],
     )
     first = event_values("", 1, now, Step(JobState.QUEUED))
-    connection.execute(insert(events), [first | {"job_id": each.request.id} for each in candidates])
+    insert_many(connection, events, [first | {"job_id": each.request.id} for each in candidates])
     rows = [
         {"job_id": each.request.id, "name": name, "value": value}
         for each in candidates
         for name, value in each.request.labels.items()
     ]
-    if rows:
-        connection.execute(insert(labels), rows)
+    insert_many(connection, labels, rows)

@@ -1,10 +1,10 @@
 """The database under the ledger: opening it, its transactions, its clock. SQLite and Postgres, told apart only here."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import URL, ColumnElement, Connection, Row, Select, Table, func, make_url, select, text
+from sqlalchemy import URL, ColumnElement, Connection, Row, Select, Table, func, insert, make_url, select, text
 from sqlalchemy.dialects import postgresql as postgresql_dialect
 from sqlalchemy.dialects import sqlite as sqlite_dialect
 from sqlalchemy.exc import (
@@ -198,6 +198,22 @@ def put(connection: Connection, table: Table, key: Mapping[str, Any], values: Ma
     """Write one row: a new one, or over the one with this key, which another process may be writing just now."""
     row = _INSERTS[connection.dialect.name](table).values(**key, **values)
     connection.execute(row.on_conflict_do_update(index_elements=list(key), set_=dict(values)))
+
+
+def insert_many(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert very many rows.
+
+    Args:
+        connection: in a transaction.
+        table: they go to.
+        rows: values by column, of the same columns each.
+    """
+    if not rows:
+        return
+    if connection.dialect.name == "postgresql":
+        postgres.copy_rows(connection, table, rows)
+    else:
+        connection.execute(insert(table), rows)
 
 
 def rows_where_in(
