@@ -45,7 +45,7 @@ class BaseQuantization(StrEnum):
     FP4 = "fp4"
     """Those weights through bitsandbytes FP4 and back."""
     STORED = "stored"
-    """The base's own weights in whatever form they are stored, dequantized where that is none of plain numbers."""
+    """The base's own weights as they are stored; in FP8 or 4 bits, what their codes stand for."""
 
     @property
     def converts(self) -> bool:

@@ -27,8 +27,9 @@ from cluster.fleet.pool import WorkerPool
 from cluster.log_files import driver_log, written_log
 from cluster.logs import LogFormat
 from cluster.ray_fleet.actors import RayActors
+from cluster.ray_fleet.losses import SessionLostError, lost_sessions
 from cluster.ray_fleet.metrics import FleetMetrics
-from cluster.ray_fleet.session import Session, SessionLostError, close_session, lost_sessions, open_session
+from cluster.ray_fleet.session import Session, close_session, open_session
 from cluster.settings import Settings, load_settings, worker_settings
 from jobs.errors import BadInputError
 from jobs.ledger.store import JobStore

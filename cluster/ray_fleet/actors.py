@@ -12,8 +12,8 @@ from typing import Any
 
 from cluster.fleet.actors import BESIDE_WORK, POLLS, ActorGoneError, Answer, CallRaisedError
 from cluster.fleet.crews import Crew
+from cluster.ray_fleet.losses import SessionLostError
 from cluster.ray_fleet.placement import choose_node, near
-from cluster.ray_fleet.session import SessionLostError
 
 _CONTROL = "control"
 """Concurrency group that answers while a unit runs."""

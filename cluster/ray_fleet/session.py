@@ -13,8 +13,6 @@ import socket
 import stat
 import sys
 import tempfile
-import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +20,7 @@ from urllib.parse import urlsplit
 
 from cluster.logs import LogFormat
 from cluster.settings import Settings
-from jobs.errors import (
-    AuthError,
-    BadInputError,
-    InternalError,
-    MergefleetError,
-    NoCapacityError,
-    NotFoundError,
-)
+from jobs.errors import AuthError, BadInputError, InternalError, NoCapacityError, NotFoundError
 from workers.files.local import file_errors
 
 if TYPE_CHECKING:
@@ -90,28 +81,6 @@ def open_session(settings: Settings, *, namespace: str, address: str | None, log
     return (
         _start(settings, namespace, log_format) if address is None else _join(settings, namespace, address, log_format)
     )
-
-
-class SessionLostError(BaseException):
-    """Ray's own services are gone, and this process cannot go on; a new one can. No error of any job."""
-
-
-@contextlib.contextmanager
-def lost_sessions() -> Iterator[None]:
-    """Tell what Ray itself raises inside from other faults.
-
-    Raises:
-        SessionLostError: an exception came out of Ray.
-    """
-    try:
-        yield
-    except MergefleetError:
-        raise
-    except Exception as error:
-        frames = traceback.walk_tb(error.__traceback__)
-        if any(frame.f_globals.get("__name__", "").partition(".")[0] == "ray" for frame, _ in frames):
-            raise SessionLostError(str(error)) from error
-        raise
 
 
 def close_session() -> None:
@@ -235,8 +204,8 @@ def _reach(address: str) -> str:
 def _describe(address: str, dashboard_url: str | None, token_path: Path | None) -> Session:
     import ray  # noqa: PLC0415
 
-    resources: dict[str, float] = ray.cluster_resources()
-    nodes: list[dict[str, Any]] = ray.nodes()
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     endpoints = [(node["NodeManagerAddress"], node["MetricsExportPort"]) for node in nodes if node["Alive"]]
     return Session(
         address=address,

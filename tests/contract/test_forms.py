@@ -132,6 +132,13 @@ def test_fp8_has_the_values_of_its_twin(fp8: Path) -> None:
         assert torch.equal(weight.dequantize_rows(0, weight.shape[0]), twin[name])
 
 
+def test_scales_of_activations_belong_to_their_weight(fp8: Path) -> None:
+    form, specs, scale = parts_of_fp8(fp8)
+    weight = scale.removesuffix("_scale_inv")
+    fixed = f"{weight.rpartition('.')[0]}.activation_scale"
+    assert form.owners(specs | {fixed: replace(specs[scale], name=fixed, shape=())})[fixed] == weight
+
+
 def test_scales_of_fp8_without_codes(fp8: Path) -> None:
     form, specs, scale = parts_of_fp8(fp8)
     weight = scale.removesuffix("_scale_inv")

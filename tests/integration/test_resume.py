@@ -116,8 +116,7 @@ def test_a_worker_that_is_killed_again_and_again_gets_on(place, sources, undistu
 
 
 @pytest.mark.s3
-@pytest.mark.slow
-@pytest.mark.parametrize(("die", "after"), [("record", 3), ("complete", 2)])
+@pytest.mark.parametrize(("die", "after"), [("record", 3), pytest.param("complete", 2, marks=pytest.mark.slow)])
 def test_another_machine_goes_on_with_what_is_at_the_store(s3, sources, undisturbed, tmp_path, monkeypatch, die, after):
     monkeypatch.setattr("workers.releases.sinks.s3_objects.MIN_PART_BYTES", 5 << 20)
     place = S3Place(tmp_path / "home", s3, f"resumed/machines-{die}")
@@ -151,8 +150,7 @@ def _edit_check(path):
     path.write_bytes(path.read_bytes().replace(b'"rounding_excess":', b'"rounding_excess":0'))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["directory", "hub"])
+@pytest.mark.parametrize("kind", ["directory", pytest.param("hub", marks=pytest.mark.slow)])
 def test_what_was_tampered_with_is_merged_anew(kind, request, sources, undisturbed, tmp_path):
     if kind == "directory":
         place = DirectoryPlace(tmp_path / "home")

@@ -172,12 +172,23 @@ def test_a_shard_that_is_wrong_has_no_record(make_worker, base, tmp_path, monkey
     leave_finished(make_worker(), right)
     assert len(recorded) == len(list(base.glob("*.safetensors")))
     recorded.clear()
-    monkeypatch.setattr(workers.unit.unit, "run_pass", halve_scaling)
+
+    def halve_and_wait(base, quantized, weights, jobs, context, **options):
+        """Shards are shipped and recorded beside what finds the others wrong: here, before it."""
+        took = halve_scaling(base, quantized, weights, jobs, context, **options)
+        for job in jobs:
+            for upload in job.uploads:
+                upload.result()
+            for recording in list(job.recordings):
+                recording.result()
+        return took
+
+    monkeypatch.setattr(workers.unit.unit, "run_pass", halve_and_wait)
     failure = fail(make_worker(), request_for(base, adapter, tmp_path / "wrong" / "r"))
     assert failure.failure_class is FailureClass.PARITY_FAILED
     index = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
     wrong = {shard for name, shard in index.items() if "q_proj" in name}
-    assert not wrong & set(recorded)  # the others may be recorded before the job fails, or not any more
+    assert sorted(recorded) == sorted(set(index.values()) - wrong)
     assert list((tmp_path / "wrong").iterdir()) == []
 
 

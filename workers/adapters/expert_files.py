@@ -157,7 +157,7 @@ def _together(
     return conversions.load(group, read)[parameter]
 
 
-class AddedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class AddedLayer(nn.Module, BaseTunerLayer):
     """A module whose parameters have something added to them in each call, as PEFT's layers for experts do it."""
 
     def __init__(self, base_layer: nn.Module, deltas: Mapping[str, Callable[[torch.device], torch.Tensor]]) -> None:

@@ -157,7 +157,7 @@ def keep_adapters_on(device: torch.device, peft_model: PeftModel) -> None:
     """Stop PEFT from putting an adapter where its base weight is: for an offloaded one, that is the meta device."""
     for layer in peft_model.modules():
         if isinstance(layer, BaseTunerLayer):
-            layer._move_adapter_to_device_of_base_layer = functools.partial(  # noqa: SLF001
+            layer._move_adapter_to_device_of_base_layer = functools.partial(  # type: ignore[method-assign] # noqa: SLF001
                 layer._move_adapter_to_device_of_base_layer,  # noqa: SLF001
                 device=device,
             )

@@ -64,16 +64,7 @@ class QuantizedWeight:
         return self.codes.numel() + self.absmax.numel() * 4
 
     def dequantize_rows(self, start: int, stop: int, memory: torch.Tensor | None = None) -> torch.Tensor:
-        """Dequantize rows [start, stop).
-
-        Args:
-            start: a multiple of `row_alignment`.
-            stop: a multiple of `row_alignment`, or the number of rows.
-            memory: [stop - start, I] of `dtype`, on the CPU: may become the result, where the codes are there, too.
-
-        Returns:
-            A tensor [stop - start, I] of `dtype`, on the device where it is dequantized.
-        """
+        """Dequantize rows [start, stop); see `StoredWeight` of `forms`."""
         if self.transposed:
             num_rows, num_columns = self.shape
             upright = dataclasses.replace(self, shape=(num_columns, num_rows), transposed=False)

@@ -5,6 +5,8 @@ import functools
 import gc
 from collections.abc import Iterator
 
+from jobs.collecting import uncollected
+
 
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
@@ -14,15 +16,14 @@ def loading() -> Iterator[None]:
     libraries brought. Nor is torch's compiler loaded, which bitsandbytes wraps functions with that are for other
     devices than a CPU or a GPU: they run as they are written.
     """
-    gc.disable()
-    try:
-        import torch.compiler  # noqa: PLC0415 - one of them
+    with uncollected():
+        try:
+            import torch.compiler  # noqa: PLC0415 - one of them
 
-        torch.compiler.set_default_backend("eager")
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
+            torch.compiler.set_default_backend("eager")
+            yield
+        finally:
+            gc.freeze()
 
 
 @functools.cache

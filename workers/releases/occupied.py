@@ -1,6 +1,6 @@
 """Destinations that are taken: by other files, or by releases above and below."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jobs.errors import DestinationOccupiedError
 from jobs.locations import Location
@@ -31,3 +31,15 @@ def holds_below(location: Location, inner: Location) -> DestinationOccupiedError
     return DestinationOccupiedError(
         f"{location} has the release at {inner} below it, which is no part of this one; choose a destination beside it"
     )
+
+
+def is_taken(look: Callable[[], object | None]) -> bool:
+    """Whether no attempt will publish at a destination any more: a release is there, or something else.
+
+    Args:
+        look: returns the release that is there, or None; raises DestinationOccupiedError for something else.
+    """
+    try:
+        return look() is not None
+    except DestinationOccupiedError:
+        return True

@@ -1,7 +1,7 @@
-"""Which attempts of this machine are on their way where, so that what dead ones left there is found and cleared.
+"""Trails: notes, one for each attempt of this machine, of where it publishes to.
 
-The next attempt at a destination clears it. But where another machine published meanwhile, or nobody comes back, there
-is none. So each attempt leaves a trail in the scratch directory, which ends with what it leads to.
+An attempt that dies leaves files or uploads at its destination. The next attempt there clears them. Where there is no
+next one (another machine has published, the job was cancelled), workers read the dead attempt's trail and clear them.
 """
 
 import logging

@@ -43,7 +43,7 @@ def make_room(scratch: Path, jobs: Sequence[Job]) -> None:
 def keep_clear(scratch: Path) -> None:
     """Follow the trails of dead attempts from now on, in a thread that ends with this process.
 
-    Beside the work: a place that does not answer holds nobody up.
+    In a thread of its own, so that no job waits for a place that does not answer.
     """
 
     def follow() -> None:

@@ -8,7 +8,8 @@ import threading
 import pytest
 
 from cluster.commands.run import _enter, _insisted
-from cluster.ray_fleet.session import SessionLostError, _enable_token_auth
+from cluster.ray_fleet.losses import SessionLostError
+from cluster.ray_fleet.session import _enable_token_auth
 from cluster.settings import Settings
 from jobs.errors import NoCapacityError, TransientIOError
 from jobs.ledger import sqlite

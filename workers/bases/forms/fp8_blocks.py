@@ -114,8 +114,7 @@ class Fp8Blocks:
     @property
     def while_loading(self) -> Mapping[str, Any]:
         """Arguments with which transformers dequantizes; see `StoredForm`."""
-        block = None if self._block is None else list(self._block)
-        return {"quantization_config": FineGrainedFP8Config(dequantize=True, weight_block_size=block)}
+        return {"quantization_config": FineGrainedFP8Config(dequantize=True)}  # its blocks are those of the base
 
     def owners(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, str]:
         """Find the weights, and check their scales; see `StoredForm`."""

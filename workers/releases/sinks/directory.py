@@ -12,7 +12,7 @@ from jobs.locations import LocalPath
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
 from workers.files.local import FileState, file_errors, sync, sync_tree
 from workers.files.scratch import OwnedDirectory, sweep
-from workers.releases.occupied import holds_below, lies_inside, occupied
+from workers.releases.occupied import holds_below, is_taken, lies_inside, occupied
 from workers.releases.released import (
     ManifestFile,
     check_all_put,
@@ -76,10 +76,7 @@ class DirectorySink:
     def clear(self, attempt: str | None, *, unused: bool) -> bool:
         """Remove the hidden directories of the dead, but those with finished shards while nothing is published."""
         with file_errors(f"clearing what dead attempts left beside {self._location}", self._location.path):
-            try:
-                is_over = _find(self._location) is not None
-            except DestinationOccupiedError:
-                is_over = True
+            is_over = is_taken(lambda: _find(self._location))
             parent = _real(self._location).parent
             return sweep_unused(parent, self._prefix, over=is_over, unused=attempt if unused else None)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd
 
-from jobs.errors import BadInputError, DestinationOccupiedError, InternalError, NotFoundError, TransientIOError
+from jobs.errors import BadInputError, InternalError, NotFoundError, TransientIOError
 from jobs.locations import HubRepo
 from jobs.release import MANIFEST_NAME, Artifact, Manifest, Release
 from workers.files.local import FileState, file_errors
 from workers.files.scratch import OwnedDirectory, sweep
-from workers.releases.occupied import occupied
+from workers.releases.occupied import is_taken, occupied
 from workers.releases.released import (
     MAX_MANIFEST_BYTES,
     ManifestFile,
@@ -63,10 +63,7 @@ class HubSink:
 
     def clear(self, attempt: str | None, *, unused: bool) -> bool:  # noqa: ARG002 - the Hub tells of no attempt
         """Remove the scratch directories of the dead, but those with finished shards while nothing is published."""
-        try:
-            is_over = self.existing() is not None
-        except DestinationOccupiedError:
-            is_over = True
+        is_over = is_taken(self.existing)
         with file_errors(f"sweeping staging directories for {self._store.place}"):
             is_clear = sweep_unused(self._scratch, self._prefix, over=is_over)
         return is_clear or unused  # what waits in the scratch directory goes with the sweep of that

@@ -8,12 +8,11 @@ the same release at the same destination uses it again, any other is refused. No
 import hashlib
 from pathlib import Path
 
-from jobs.errors import DestinationOccupiedError
 from jobs.locations import S3Prefix
 from jobs.release import Manifest
 from workers.files.local import file_errors
 from workers.files.scratch import OwnedDirectory, sweep
-from workers.releases.occupied import occupied
+from workers.releases.occupied import is_taken, occupied
 from workers.releases.sinks import Ticket
 from workers.releases.sinks.local_records import sweep_unused
 from workers.releases.sinks.s3_kept import find_candidates
@@ -84,10 +83,7 @@ class S3Sink:
         Nothing at the store tells the living: beside a release, all unfinished uploads of this destination are aborted.
         """
         store = self._store
-        try:
-            is_over = find_release(store) is not None
-        except DestinationOccupiedError:
-            is_over = True
+        is_over = is_taken(lambda: find_release(store))
         with file_errors(f"sweeping staging directories for {store.place}"):
             is_clear = sweep_unused(self._scratch, self._prefix, over=is_over)
         if is_over:

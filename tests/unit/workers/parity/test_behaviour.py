@@ -422,7 +422,6 @@ def test_base_stored_in_4bit_has_one_reference(places, base, scratch, double_qua
     assert "as stored" in checks[0].reference
 
 
-@pytest.mark.slow
 def test_many_in_one_pass_are_as_one_at_a_time(places, base, adapter, merged, merged_nf4, scratch):
     second = make_adapter(base, places / "second", rank=2, targets=["q_proj", "v_proj"], rslora=True, seed=5)
     merged_second = merge_with_peft(base, second, places / "merged-second")
