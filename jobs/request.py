@@ -38,6 +38,8 @@ MERGE_KEY_VERSION = 2
 class BaseQuantization(StrEnum):
     """What the delta is added to."""
 
+    DEFAULT = "default"
+    """What is usual for the base: its own weights where they are stored in a form, and NF4 of those in 16 bits."""
     NONE = "none"
     """The base's own 16- or 32-bit weights."""
     NF4 = "nf4"
@@ -94,7 +96,7 @@ class MergeRequest(Frozen):
     """How `adapters` are combined; given exactly when they are."""
     adapter: LocationField | None = Field(default=None, exclude_if=is_none)
     destination: LocationField
-    base_quantization: BaseQuantization = BaseQuantization.NF4
+    base_quantization: BaseQuantization = BaseQuantization.DEFAULT
     quantization_options: QuantizationOptions = QuantizationOptions()
     dtype: Dtype | None = None
     """Output dtype; None keeps every base tensor's own."""
@@ -177,7 +179,7 @@ class MergeRequest(Frozen):
     @classmethod
     def _check_quantization_options(cls, value: QuantizationOptions, info: ValidationInfo) -> QuantizationOptions:
         found = info.data.get("base_quantization")
-        if found is not None and not found.converts and value != QuantizationOptions():
+        if found in (BaseQuantization.NONE, BaseQuantization.STORED) and value != QuantizationOptions():
             raise InvalidValueError(f"no options, as base_quantization '{found}' would ignore them", "some")
         return value
 
@@ -192,7 +194,9 @@ class MergeRequest(Frozen):
     @model_validator(mode="after")
     def _name(self) -> Self:
         if not self.id:
-            text = self.model_dump_json(by_alias=True, exclude={"id": True, "parity": self.parity.unsaid()})
+            # As the first version named it, which had no other default.
+            said = self.settled(BaseQuantization.NF4)
+            text = said.model_dump_json(by_alias=True, exclude={"id": True, "parity": self.parity.unsaid()})
             digest = hashlib.sha256(text.encode()).hexdigest()
             object.__setattr__(self, "id", f"merge-{digest[:16]}")
         return self
@@ -218,6 +222,16 @@ class MergeRequest(Frozen):
         parts = ", ".join(f"{each.weight:g} x {each.adapter.name}" for each in self.weighted)
         return f"{self.combination.type} of {parts}"
 
+    def settled(self, usual: BaseQuantization) -> Self:
+        """Return this request as it is once its base is known.
+
+        Args:
+            usual: what its delta is added to where it leaves that to the base.
+        """
+        if self.base_quantization is not BaseQuantization.DEFAULT:
+            return self
+        return self.model_copy(update={"base_quantization": usual})
+
     def pass_key(self) -> str:
         """Return what requests must have in common to be merged in one pass over a base."""
         options = self.quantization_options
@@ -237,6 +251,7 @@ class MergeRequest(Frozen):
         Returns:
             64 hexadecimal digits.
         """
+        assert self.base_quantization is not BaseQuantization.DEFAULT, "what that stands for depends on the base"
         quantized = self.base_quantization.converts
         decides = {
             "version": MERGE_KEY_VERSION,

@@ -36,6 +36,7 @@ from tests import architectures
 from tests.merges import load_dequantized, merge_by_peft, plan_pass, read_tensors
 from tests.methods import METHODS, make_method_adapter
 from tests.models import build_llama, build_qwen2, load_plain
+from tests.stored.cells import stored_cells
 from tests.tied_heads import COLUMNS, tied_cells
 from workers.adapters.adapter import ADAPTER_WEIGHTS
 from workers.adapters.methods import REMADE, SHAPED_BY_VALUES, UNSTABLE
@@ -365,6 +366,14 @@ def method_table() -> dict[str, dict[str, Cell]]:
     return methods
 
 
+def stored_table() -> dict[str, dict[str, Cell]]:
+    """Fill the table of stored forms."""
+    forms: dict[str, dict[str, Cell]] = {}
+    for form, column, (verdict, reason) in stored_cells(_scratch):
+        forms.setdefault(form, {})[column] = Cell(verdict, reason)
+    return forms
+
+
 def _quiet() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -391,18 +400,18 @@ def main() -> int:
     context = multiprocessing.get_context("spawn")
     # Libraries keep what they compile and trace: a process is replaced before it is large.
     with context.Pool(len(os.sched_getaffinity(0)), _quiet, maxtasksperchild=50) as pool:
-        tables = None if only else pool.apply_async(method_table)
+        tables = [] if only else [pool.apply_async(table) for table in (method_table, stored_table)]
         for row in pool.imap(_row_of, wanted):
             rows.append(row)
             for column, cell in (*row.cells.items(), *row.tied.items()):
                 _report(f"{row.kind} {row.model_type}, {column}", cell)
-        methods = tables.get() if tables is not None else {}
-    for method, table in methods.items():
-        for quantization, cell in table.items():
-            _report(f"{method}, {quantization}", cell)
+        filled = [table.get() for table in tables]
+    for name, table in ((name, table) for tables in filled for name, table in tables.items()):
+        for column, cell in table.items():
+            _report(f"{name}, {column}", cell)
     if not only:
-        OUTPUT.write_text(_page(methods, rows))
-    cells = [cell for table in methods.values() for cell in table.values()]
+        OUTPUT.write_text(_page(*filled, rows))
+    cells = [cell for tables in filled for table in tables.values() for cell in table.values()]
     cells += [cell for row in rows for cell in (*row.cells.values(), *row.tied.values())]
     counts = Counter(cell.verdict for cell in cells)
     sys.stdout.write(f"{len(cells)} cells in {time.monotonic() - started:.0f} s: {dict(counts)}\n")
@@ -414,7 +423,9 @@ def _report(what: str, cell: Cell) -> None:
     sys.stdout.flush()
 
 
-def _page(methods: Mapping[str, Mapping[str, Cell]], rows: Sequence[Row]) -> str:
+def _page(
+    methods: Mapping[str, Mapping[str, Cell]], stored: Mapping[str, Mapping[str, Cell]], rows: Sequence[Row]
+) -> str:
     notes: dict[str, int] = {}
     lines = [
         "# Compatibility",
@@ -448,6 +459,16 @@ def _page(methods: Mapping[str, Mapping[str, Cell]], rows: Sequence[Row]) -> str
         "same, and PEFT's merge is not.",
         "",
         *_table("model_type", list(COLUMNS), tied, notes),
+    ]
+    columns = list(dict.fromkeys(column for row in stored.values() for column in row))
+    lines += [
+        "",
+        "## Stored as",
+        "",
+        "Bases in stored forms ([what is read](stored-forms.md)), against PEFT's merge into what their library makes",
+        "of them.",
+        "",
+        *_table("form", columns, stored, notes),
     ]
     lines += ["", "## Reasons", "", *(f"{number}. {reason}" for reason, number in notes.items()), ""]
     return "\n".join(lines)

@@ -193,6 +193,7 @@ def plan_requests(
     base = Path(str(requests[0].base))
     cache = directory / "cache"
     planned = plan_base(fetch_base(LocalPath(base), cache), requests[0])
+    requests = [request.settled(planned.usual) for request in requests]
     plans = tuple(
         plan_merge(planned, request, fetch_adapters(request, planned.source, cache, inert_fields), inert_fields)
         for request in requests

@@ -60,8 +60,11 @@ def merge(
         ),
     ],
     base_quantization: Annotated[
-        BaseQuantization, typer.Option(help="What the delta is added to.")
-    ] = BaseQuantization.NF4,
+        BaseQuantization,
+        typer.Option(
+            help="What the delta is added to; by default own weights of a quantized base, and nf4 of one in 16 bits."
+        ),
+    ] = BaseQuantization.DEFAULT,
     dtype: Annotated[Dtype | None, typer.Option(help="Output dtype; the base's own by default.")] = None,
     parity: Annotated[Literal["full", "arithmetic"], typer.Option(help="How the merge is proven.")] = "full",
     compare: Annotated[

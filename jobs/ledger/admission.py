@@ -16,7 +16,7 @@ from jobs.ledger.records import SubmitResult
 from jobs.ledger.rows import request_of
 from jobs.ledger.schema import batches, events, jobs, labels
 from jobs.locations import enclosing
-from jobs.request import MergeRequest
+from jobs.request import BaseQuantization, MergeRequest
 from jobs.states import LIVE_STATES, JobState
 
 
@@ -58,11 +58,11 @@ def admit(connection: Connection, candidates: Sequence[Candidate], batch: str, n
         job_id = each.request.id
         if (row := stored.get(job_id)) is not None:
             # Text is compared first: reading very many requests takes seconds.
-            if row.request == each.text or (known := request_of(row)) == each.request:
+            if row.request == each.text or _is_same(known := request_of(row), each.request):
                 unchanged[job_id] = None
             else:
                 conflicts.append(_difference(known, each.request))
-        elif (earlier := new.setdefault(job_id, each)).request != each.request:
+        elif not _is_same((earlier := new.setdefault(job_id, each)).request, each.request):
             conflicts.append(_difference(earlier.request, each.request))
     conflicts += destination_conflicts(connection, ((job_id, each.destination) for job_id, each in new.items()))
     if conflicts:
@@ -113,6 +113,11 @@ def destination_conflicts(connection: Connection, claims: Iterable[tuple[str, st
         if outer in mine
     ]
     return taken + inside + around
+
+
+def _is_same(known: MergeRequest, request: MergeRequest) -> bool:
+    """Return whether two requests ask for the same; earlier versions wrote down NF4 where a request did not say."""
+    return known == request or known.settled(BaseQuantization.NF4) == request.settled(BaseQuantization.NF4)
 
 
 def _difference(known: MergeRequest, request: MergeRequest) -> str:

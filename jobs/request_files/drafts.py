@@ -75,12 +75,11 @@ class DraftCheck:
     def _names(self, fields: dict[str, Any]) -> dict[str, str | None]:
         """Return what the placeholders stand for, before the id is known."""
         base, adapters = self._location(fields.get("base")), self._adapters(fields)
-        quantization = fields.get("base_quantization", BaseQuantization.NF4.value)
-        return {
-            "base": base.name if base else None,
-            "adapter": adapter_name(adapters) if adapters else None,
-            "quantization": quantization if quantization in list(BaseQuantization) else None,
-        }
+        names = {"base": base.name if base else None, "adapter": adapter_name(adapters) if adapters else None}
+        quantization = fields.get("base_quantization", BaseQuantization.DEFAULT)
+        if quantization == BaseQuantization.DEFAULT:
+            return names  # what that stands for, the base will say
+        return names | {"quantization": quantization if quantization in list(BaseQuantization) else None}
 
     def _adapters(self, fields: dict[str, Any]) -> list[Location] | None:
         """Return the places of one adapter or of several, or None when one of them is wrong."""

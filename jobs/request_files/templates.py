@@ -41,5 +41,6 @@ def _value(placeholder: str | None, names: Mapping[str, str | None], template: s
         known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
         raise InvalidValueError(f"no placeholders but {known}", f"'{{{placeholder}}}'")
     if placeholder not in names:
-        raise InvalidValueError(f"a request with {placeholder} where {{{placeholder}}} is used", "none")
+        field = {"quantization": "base_quantization"}.get(placeholder, placeholder)
+        raise InvalidValueError(f"a request with {field} where {{{placeholder}}} is used", "none")
     return names[placeholder]

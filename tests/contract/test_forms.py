@@ -1,9 +1,9 @@
 """What every stored form has to do: weights from headers, tiles that are parts of the whole, faults told by name."""
 
 import json
+import math
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,30 +12,38 @@ import torch
 from safetensors.torch import load_file
 
 from jobs.errors import BadInputError, UnsupportedError
+from tests import architectures
 from tests.models import build_bnb_4bit, build_llama
-from tests.stored_bases import store_fp8
+from tests.stored import twin_of
+from tests.stored.forms import APART, EXPERTS, LINEAR
+from tests.stored.fp8_blocks import store_fp8
 from workers.bases.forms import StoredForm
 from workers.bases.forms.declared import declared_form
 from workers.bases.model import config_dtype
 from workers.bases.quantized_base import QuantizedBase
 from workers.files.checkpoint import read_checkpoint
 from workers.files.layout import TensorSpec
+from workers.numerics.tiles import Tiling, columns_of
 
 CPU = torch.device("cpu")
-BUILDERS: dict[str, Callable[[Path, Path], Path]] = {
-    "bnb-4bit": build_bnb_4bit,
-    "fp8": store_fp8,
-    "fp8 in cut blocks": lambda base, directory: store_fp8(base, directory, block=(48, 80), scale_dtype=torch.float32),
-    "fp8 with a scale for each weight": lambda base, directory: store_fp8(base, directory, block=None),
-    "fp8 with scales apart": lambda base, directory: store_fp8(base, directory, apart=True),
-}
+EVERY = {**LINEAR, **EXPERTS, **APART, "bitsandbytes 4-bit": build_bnb_4bit}
+_BESIDE_BYTES = 64
+"""Of a weight, whatever its size: the last of its blocks, and its shape."""
 
 
-@pytest.fixture(scope="module", params=BUILDERS, ids=lambda name: name)
-def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("stored")
-    base = build_llama(directory / "base", tokenizer=False)
-    return BUILDERS[request.param](base, directory / "stored")
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("plain")
+    return {
+        "llama": build_llama(directory / "llama", tokenizer=False),
+        "gpt_oss": architectures.build("decoder", "gpt_oss", directory / "gpt_oss"),
+    }
+
+
+@pytest.fixture(scope="module", params=EVERY, ids=lambda name: name)
+def stored(request: pytest.FixtureRequest, plain: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = plain["gpt_oss" if request.param.startswith("mxfp4") else "llama"]
+    return EVERY[request.param](base, tmp_path_factory.mktemp("stored") / "stored")
 
 
 @pytest.fixture(scope="module")
@@ -56,24 +64,37 @@ def opened(stored: Path, form: StoredForm) -> QuantizedBase:
     return QuantizedBase.stored(stored, layout, CPU, (), form=form, dtype=config_dtype(stored))
 
 
-def test_every_part_belongs_to_a_weight_that_is_there(form: StoredForm, specs: dict[str, TensorSpec]) -> None:
-    owners = form.owners(specs)
-    assert owners
-    assert set(owners) <= set(specs)
-    for owner in set(owners.values()):
-        assert owners[owner] == owner
-        assert len([part for part, its in owners.items() if its == owner]) > 1
+def test_every_part_is_there_and_of_one_weight(form: StoredForm, specs: dict[str, TensorSpec]) -> None:
+    weights = form.weights(specs)
+    assert weights
+    parts = [stored for each in weights.values() for stored in (each.codes, *each.beside.values())]
+    assert set(parts) <= set(specs)
+    assert len(parts) == len(set(parts))
+    assert all(each.beside for each in weights.values())
 
 
-def test_what_is_plain_belongs_to_none(form: StoredForm, specs: dict[str, TensorSpec]) -> None:
-    owners = form.owners(specs)
-    assert not [name for name in specs if "norm" in name and name in owners]
+def test_what_is_plain_is_a_part_of_none(form: StoredForm, specs: dict[str, TensorSpec]) -> None:
+    assert not [name for name in form.weights(specs) if "norm" in name or "embed" in name]
+
+
+def test_weights_have_the_values_of_the_twin(stored: Path, opened: QuantizedBase) -> None:
+    if not twin_of(stored).exists():
+        pytest.skip("no twin: what bitsandbytes stores is held against bitsandbytes elsewhere")
+    twin = load_file(twin_of(stored) / "model.safetensors")
+    assert opened.names
+    for name in opened.names:
+        weight = opened.weight(name)
+        assert weight.shape == twin[name].shape
+        rows = Tiling.of(weight.shape, weight.row_alignment, twin[name].numel()).rows
+        whole = torch.cat([weight.dequantize_rows(each.start, each.stop) for each in rows])
+        assert torch.equal(whole.view(twin[name].shape), twin[name])
 
 
 def test_tiles_are_parts_of_the_whole(opened: QuantizedBase) -> None:
     for name in sorted(opened.names)[:3]:
         weight = opened.weight(name)
-        num_rows, num_columns = weight.shape
+        num_columns = columns_of(weight.shape)
+        num_rows = math.prod(weight.shape) // num_columns
         whole = weight.dequantize_rows(0, num_rows)
         assert whole.shape == (num_rows, num_columns)
         assert whole.dtype == weight.dtype
@@ -88,30 +109,53 @@ def test_tiles_are_parts_of_the_whole(opened: QuantizedBase) -> None:
 
 def test_a_weight_elsewhere_has_the_same_values(opened: QuantizedBase) -> None:
     weight = opened.weight(min(opened.names))
-    expected = weight.dequantize_rows(0, weight.shape[0])
+    num_rows = math.prod(weight.shape) // columns_of(weight.shape)
+    expected = weight.dequantize_rows(0, num_rows)
     for other in (weight.to(CPU), weight.brought_to(CPU)):
-        assert torch.equal(other.dequantize_rows(0, weight.shape[0]), expected)
-    assert weight.num_bytes > 0
+        assert torch.equal(other.dequantize_rows(0, num_rows), expected)
+
+
+def test_what_is_held_is_no_more_than_is_told(form: StoredForm, opened: QuantizedBase) -> None:
+    for name in opened.names:
+        weight = opened.weight(name)
+        assert 0 < weight.num_bytes <= form.held_bytes(math.prod(weight.shape)) + _BESIDE_BYTES
+
+
+def _is_needed(part: str) -> bool:
+    """Whether a weight cannot be without a part: it can without scales of activations, and is none without a state."""
+    return not part.endswith("input_scale") and ".quant_state." not in part
 
 
 def use(form: StoredForm, name: str, specs: dict[str, TensorSpec]) -> None:
     """Find the parts of a weight among some tensors, and put it together."""
-    owners = form.owners(specs)
-    parts = {part.removeprefix(name): torch.empty(0) for part, owner in owners.items() if owner == name}
-    form.restore(name, parts, torch.bfloat16, transposed=False)
+    parts = form.weights(specs)[name]
+    tensors = {stored: torch.empty(0) for stored in (parts.codes, *parts.beside.values())}
+    form.restore(name, parts, tensors, torch.bfloat16, transposed=False)
 
 
 def test_a_missing_part_is_told_by_name(form: StoredForm, specs: dict[str, TensorSpec]) -> None:
-    part, owner = next((part, owner) for part, owner in form.owners(specs).items() if part != owner)
-    rest = {name: spec for name, spec in specs.items() if name != part}
-    with pytest.raises(BadInputError, match=re.escape(owner)):
-        use(form, owner, rest)
+    name, parts = next(iter(form.weights(specs).items()))
+    for stored in filter(_is_needed, (parts.codes, *parts.beside.values())):
+        rest = {other: spec for other, spec in specs.items() if other != stored}
+        with pytest.raises(BadInputError, match=re.escape(name.removesuffix(".weight"))):
+            use(form, name, rest)
+
+
+def test_a_part_of_another_shape_is_told_by_name(stored: Path, form: StoredForm, specs: dict[str, TensorSpec]) -> None:
+    if not twin_of(stored).exists():
+        pytest.skip("of bitsandbytes, the values of the state tell the shape")
+    parts = next(iter(form.weights(specs).values()))
+    for part in filter(_is_needed, parts.beside.values()):
+        if part.endswith("weight_shape"):
+            continue  # its values are told when they are read
+        wrong = replace(specs[part], shape=(7, 7))
+        with pytest.raises(BadInputError, match=re.escape(part)):
+            form.weights(specs | {part: wrong})
 
 
 @pytest.fixture(scope="module")
-def fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("fp8")
-    return store_fp8(build_llama(directory / "base", tokenizer=False), directory / "fp8")
+def fp8(plain: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return store_fp8(plain["llama"], tmp_path_factory.mktemp("fp8") / "fp8")
 
 
 def parts_of_fp8(fp8: Path) -> tuple[StoredForm, dict[str, TensorSpec], str]:
@@ -122,44 +166,35 @@ def parts_of_fp8(fp8: Path) -> tuple[StoredForm, dict[str, TensorSpec], str]:
     return form, specs, next(name for name in specs if name.endswith("_scale_inv"))
 
 
-def test_fp8_has_the_values_of_its_twin(fp8: Path) -> None:
-    form, _, _ = parts_of_fp8(fp8)
-    opened = QuantizedBase.stored(fp8, read_checkpoint(fp8), CPU, (), form=form, dtype=torch.bfloat16)
-    twin = load_file(fp8.with_name("fp8-twin") / "model.safetensors")
-    assert opened.names
-    for name in opened.names:
-        weight = opened.weight(name)
-        assert torch.equal(weight.dequantize_rows(0, weight.shape[0]), twin[name])
-
-
 def test_scales_of_activations_belong_to_their_weight(fp8: Path) -> None:
     form, specs, scale = parts_of_fp8(fp8)
     weight = scale.removesuffix("_scale_inv")
     fixed = f"{weight.rpartition('.')[0]}.activation_scale"
-    assert form.owners(specs | {fixed: replace(specs[scale], name=fixed, shape=())})[fixed] == weight
+    parts = form.weights(specs | {fixed: replace(specs[scale], name=fixed, shape=())})[weight]
+    assert fixed in parts.beside.values()
 
 
 def test_scales_of_fp8_without_codes(fp8: Path) -> None:
     form, specs, scale = parts_of_fp8(fp8)
     weight = scale.removesuffix("_scale_inv")
     with pytest.raises(BadInputError, match=rf"{scale}.*holds the scales of {weight}.*no file holds it"):
-        form.owners({name: spec for name, spec in specs.items() if name != weight})
+        form.weights({name: spec for name, spec in specs.items() if name != weight})
     plain = replace(specs[weight], dtype=torch.bfloat16)
     with pytest.raises(BadInputError, match="it is stored as BF16"):
-        form.owners(specs | {weight: plain})
+        form.weights(specs | {weight: plain})
 
 
 def test_scales_of_fp8_of_another_shape(fp8: Path) -> None:
     form, specs, scale = parts_of_fp8(fp8)
     wrong = replace(specs[scale], shape=(7, 7))
     with pytest.raises(BadInputError, match=rf"{scale} has shape \[7, 7\]; expected \["):
-        form.owners(specs | {scale: wrong})
+        form.weights(specs | {scale: wrong})
 
 
-def owners_of(directory: Path, specs: dict[str, TensorSpec]) -> object:
+def weights_of(directory: Path, specs: dict[str, TensorSpec]) -> object:
     form = declared_form(directory)
     assert form is not None
-    return form.owners(specs)
+    return form.weights(specs)
 
 
 @pytest.mark.parametrize(
@@ -180,4 +215,4 @@ def test_what_fp8_declares_wrongly(
     (copy / "config.json").write_text(json.dumps(config))
     specs = {name: spec for name, (_, spec) in read_checkpoint(copy).tensors.items()}
     with pytest.raises(error, match=message):
-        owners_of(copy, specs)
+        weights_of(copy, specs)

@@ -1,68 +1,127 @@
-"""Merges into bases stored in FP8: what the library dequantizes, merged by PEFT, bit for bit."""
+"""Merges into bases in stored forms: what the library dequantizes, merged by PEFT, bit for bit."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
-from transformers import FineGrainedFP8Config
 
 from jobs.errors import UnsupportedError
 from tests import architectures
 from tests.merges import different, merge, merge_by_peft, plan_pass, read_tensors
-from tests.models import build_llama, make_adapter
-from tests.stored_bases import store_fp8
-from workers.bases.model import load_config, model_class
+from tests.methods import save_old_adapter
+from tests.models import build_bnb_4bit, build_llama, make_adapter
+from tests.stored import twin_of
+from tests.stored.cells import ARCHITECTURES, ON_EXPERTS, STORED
+from tests.stored.forms import LINEAR
+from tests.stored.fp8_blocks import store_fp8
+from tests.stored.mxfp4 import store_mxfp4
+from tests.stored.reading import is_misread
 from workers.merging.sidecars import write_sidecars
 
-ARCHITECTURES = {
-    "dense": ("qwen3", ["q_proj", "v_proj", "down_proj"]),
-    "mixture of experts": ("qwen3_moe", ["q_proj", "o_proj"]),
-    "latent attention": ("deepseek_v3", ["q_a_proj", "kv_b_proj", "o_proj"]),
-}
-
-STORED = {"base_quantization": "stored", "parity": {"level": "arithmetic"}}
+FORMS = (
+    "fp8",
+    *(
+        f"compressed-tensors {of}"
+        for of in (
+            "fp8 by channel",
+            "fp8 by block",
+            "int8 by channel",
+            "int4 by group",
+            "int4 with zero points",
+            "nvfp4",
+        )
+    ),
+    "ModelOpt fp8",
+    "ModelOpt nvfp4",
+)
+"""Of which each architecture is stored; `make fidelity` has all."""
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda name: name.replace(" ", "-"))
-def stored(request, tmp_path_factory):
-    """A base in FP8 with its twin in 16 bits beside it, and an adapter."""
+def plain(request, tmp_path_factory):
+    """A base in 16 bits, and an adapter."""
     model_type, targets = ARCHITECTURES[request.param]
-    directory = tmp_path_factory.mktemp("stored")
-    plain = architectures.build("decoder", model_type, directory / "plain")
-    fp8 = store_fp8(plain, directory / "fp8", block=(16, 16), scale_dtype=torch.float32)
-    return fp8, make_adapter(plain, directory / "adapter", targets=targets, rank=2)
+    directory = tmp_path_factory.mktemp("plain")
+    base = architectures.build("decoder", model_type, directory / "plain")
+    return base, make_adapter(base, directory / "adapter", targets=targets, rank=2)
 
 
-def twin_of(fp8):
-    return fp8.with_name(f"{fp8.name}-twin")
-
-
-def test_the_twin_is_what_the_library_dequantizes(stored):
-    """But for weights with cut blocks, which transformers misreads (see tests/upstream)."""
-    fp8, _ = stored
-    config = FineGrainedFP8Config(dequantize=True, weight_block_size=[16, 16])
-    model = model_class(load_config(fp8)).from_pretrained(fp8, dtype=torch.bfloat16, quantization_config=config)
-    expected = model_class(load_config(twin_of(fp8))).from_pretrained(twin_of(fp8), dtype=torch.bfloat16)
-    found = different(dict(model.state_dict()), dict(expected.state_dict()))
-    assert [name for name in found if "kv_a_proj_with_mqa" not in name] == []
+@pytest.fixture(scope="module", params=FORMS, ids=lambda name: name.replace(" ", "-"))
+def stored(request, plain, tmp_path_factory):
+    """A base in a form with its twin in 16 bits beside it, and an adapter."""
+    base, adapter = plain
+    return LINEAR[request.param](base, tmp_path_factory.mktemp("stored") / "base"), adapter
 
 
 def test_a_release_is_the_merge_by_peft_of_what_the_library_dequantizes(stored, tmp_path):
-    fp8, adapter = stored
-    merged = merge(fp8, adapter, tmp_path / "ours", **STORED)
-    expected = merge_by_peft(twin_of(fp8), adapter, tmp_path / "peft")
+    base, adapter = stored
+    merged = merge(base, adapter, tmp_path / "ours", **STORED)
+    expected = merge_by_peft(twin_of(base), adapter, tmp_path / "peft")
     assert different(merged, expected) == []
+
+
+def test_parity_full_is_refused_where_transformers_reads_another_base(stored, tmp_path):
+    """And nowhere else: either level `full`, which runs the base by transformers, is planned, or it is misread."""
+    base, adapter = stored
+    try:
+        plan_pass(base, {"job": adapter}, tmp_path / "full", **STORED | {"parity": {"level": "full"}})
+    except UnsupportedError as error:
+        assert re.search(r"does not read model.*proj.*; request parity level: arithmetic", str(error))  # noqa: PT017
+        assert is_misread(base)
+    else:
+        assert not is_misread(base)
 
 
 def test_what_adapters_are_merged_into_beside_streams(stored, tmp_path):
     """DoRA, which PEFT merges, takes the same weights."""
-    fp8, _ = stored
-    names = read_tensors(twin_of(fp8))
+    base, _ = stored
+    names = read_tensors(twin_of(base))
     target = next(name for name in names if name.endswith("o_proj.weight")).split(".")[-2]
-    dora = make_adapter(twin_of(fp8), tmp_path / "dora", targets=[target], rank=2, use_dora=True)
-    merged = merge(fp8, dora, tmp_path / "ours", **STORED)
-    assert different(merged, merge_by_peft(twin_of(fp8), dora, tmp_path / "peft")) == []
+    dora = make_adapter(twin_of(base), tmp_path / "dora", targets=[target], rank=2, use_dora=True)
+    merged = merge(base, dora, tmp_path / "ours", **STORED)
+    assert different(merged, merge_by_peft(twin_of(base), dora, tmp_path / "peft")) == []
+
+
+@pytest.mark.parametrize("form", ["fp8", "compressed-tensors int4 by group", "compressed-tensors nvfp4"])
+def test_single_experts_that_are_codes(tmp_path, form):
+    """Expected is W + scaling * B @ A for each, W as the library dequantizes it."""
+    plain = architectures.build("decoder", "qwen2_moe", tmp_path / "plain")
+    base = LINEAR[form](plain, tmp_path / "base")
+    targets = ["q_proj", "gate_proj", "down_proj"]
+    expected = save_old_adapter(twin_of(base), tmp_path / "adapter", target_modules=targets)
+    merged = merge(base, tmp_path / "adapter", tmp_path / "ours", **STORED)
+    twin = merge(twin_of(base), tmp_path / "adapter", tmp_path / "of-the-twin", **STORED)
+    assert different(merged, twin) == []
+    assert len([name for name in expected if ".experts." in name]) >= 8
+    for name, exact in expected.items():
+        assert torch.allclose(merged[name].double(), exact, rtol=2**-8, atol=1e-6)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["together", "scales-apart"])
+def gpt_oss(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("gpt-oss")
+    plain = architectures.build("decoder", "gpt_oss", directory / "plain")
+    return store_mxfp4(plain, directory / "mxfp4", apart=request.param)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"targets": ["q_proj", "o_proj"]},
+        ON_EXPERTS,
+    ],
+    ids=["attention", "experts"],
+)
+def test_experts_in_mxfp4(gpt_oss, tmp_path, options):
+    adapter = make_adapter(twin_of(gpt_oss), tmp_path / "adapter", rank=2, **options)
+    merged = merge(gpt_oss, adapter, tmp_path / "ours", **STORED)
+    assert different(merged, merge_by_peft(twin_of(gpt_oss), adapter, tmp_path / "peft")) == []
+
+
+def test_what_transformers_dequantizes_of_mxfp4(gpt_oss):
+    assert not is_misread(gpt_oss)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +177,22 @@ def test_other_words_are_refused_with_the_right_one(llama, tmp_path):
     for word in ("none", "nf4"):
         with pytest.raises(UnsupportedError, match=r"stored in FP8.*request base_quantization: stored"):
             plan_pass(fp8, {"job": adapter}, tmp_path / word, base_quantization=word)
+
+
+def test_what_is_left_to_the_base_is_its_own_weights_where_they_are_codes(llama, tmp_path):
+    adapter = make_adapter(llama, tmp_path / "adapter", targets=["q_proj"])
+    bases = {
+        "nf4": llama,
+        "fp4": build_bnb_4bit(llama, tmp_path / "bnb", quant_type="fp4"),
+        "stored": store_fp8(llama, tmp_path / "fp8"),
+    }
+    for quantization, base in bases.items():
+        left, said = (
+            plan_pass(base, {"job": adapter}, tmp_path / word, **STORED | {"base_quantization": word}).plans[0]
+            for word in ("default", quantization)
+        )
+        assert left.request.base_quantization == quantization
+        assert left.merge_key == said.merge_key
 
 
 def test_plain_bases_are_stored_as_they_are(llama, tmp_path):

@@ -119,8 +119,7 @@ def test_codes_that_nothing_declares_are_no_weights_in_any_dtype(copy, tmp_path,
 
 
 DECLARED = {
-    "of the text model": ("config.json", {"text_config": {"quantization_config": {"quant_method": "mxfp4"}}}, "MXFP4"),
-    "compression_config": ("config.json", {"compression_config": {"format": "float"}}, "compressed-tensors"),
+    "of the text model": ("config.json", {"text_config": {"quantization_config": {"quant_method": "gptq"}}}, "GPTQ"),
     "MLX": ("config.json", {"quantization": {"group_size": 64, "bits": 4}}, "quantized MLX"),
     "8-bit": (
         "config.json",
@@ -128,7 +127,6 @@ DECLARED = {
         "bitsandbytes 8-bit",
     ),
     "not heard of": ("config.json", {"quantization_config": {"quant_method": "fancy"}}, "stored in fancy"),
-    "ModelOpt": ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}}, "ModelOpt"),
     "AutoGPTQ": ("quantize_config.json", {"bits": 4, "group_size": 128}, "GPTQ"),
     "AutoAWQ": ("quant_config.json", {"w_bit": 4}, "AWQ"),
 }

@@ -26,10 +26,13 @@ from jobs.release import Manifest
 from jobs.request import MergeRequest
 from tests.merges import different, merge_by_peft, open_descriptors, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
-from tests.stored_bases import store_fp8
+from tests.stored import twin_of
+from tests.stored.compressed import store_compressed
+from tests.stored.fp8_blocks import store_fp8
 from workers.adapters.adapter import ADAPTER_WEIGHTS
 from workers.adapters.config import ADAPTER_CONFIG
 from workers.bases.model import quiet_transformers
+from workers.files.checkpoint import read_shard
 from workers.merging.base_plan import plan_base
 from workers.merging.plan import plan_merge
 from workers.releases.sinks.directory import DirectoryStaging
@@ -182,16 +185,32 @@ def test_a_tied_base_and_a_base_stored_in_4_bits(worker, request_for, base, adap
     assert_published(worker.publish("stored").release, stored, adapters["one"], tmp_path, dequantize=True)
 
 
-def test_a_base_in_fp8_is_asked_as_the_library_loads_it(worker, request_for, tmp_path):
+@pytest.mark.parametrize("form", ["fp8", "int4 by group"])
+def test_a_base_in_a_form_is_asked_as_the_library_loads_it_and_read_once(worker, request_for, tmp_path, form):
+    """Its own weights are what is added to where a request does not say."""
     plain = build_llama(tmp_path / "plain")
-    fp8 = store_fp8(plain, tmp_path / "fp8", block=(32, 32))
-    adapter = make_adapter(plain, tmp_path / "for-fp8")
-    request = request_for("fp8", adapter, base=str(fp8), base_quantization="stored", parity=FULL)
-    outcome = run(worker, request)["fp8"]
+    if form == "fp8":
+        base, words = store_fp8(plain, tmp_path / "stored", block=(32, 32)), "FP8"
+    else:
+        base = store_compressed(plain, tmp_path / "stored", form)
+        words = "compressed-tensors pack-quantized"
+    adapter = make_adapter(plain, tmp_path / "adapter-of-it")
+    request = request_for("stored", adapter, base=str(base), base_quantization="default", parity=FULL)
+    unit = worker.run_unit("unit", [request])
+    (outcome,) = unit.jobs
     assert outcome.failure is None
     report = ParityReport.model_validate_json((outcome.report_path / "parity.json").read_bytes())
-    assert [check.reference for check in report.behaviour] == ["the base as stored, in FP8, dequantized, + adapter"]
-    assert_published(worker.publish("fp8").release, fp8.with_name("fp8-twin"), adapter, tmp_path)
+    assert report.base_quantization == "stored"
+    assert [check.reference for check in report.behaviour] == [
+        f"the base as stored, in {words}, dequantized, + adapter"
+    ]
+    sizes = (spec.num_bytes for directory in (base, adapter) for spec in specs_of(directory))
+    assert unit.usage.bytes_read == sum(sizes)
+    assert_published(worker.publish("stored").release, twin_of(base), adapter, tmp_path)
+
+
+def specs_of(directory):
+    return [spec for file in directory.glob("*.safetensors") for spec in read_shard(file).tensors]
 
 
 def damaged_adapters(adapters, tmp_path):

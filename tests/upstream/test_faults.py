@@ -7,13 +7,16 @@ now, and what was done about it can go.
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.integrations.compressed_tensors import CompressedTensorsDequantize
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from tests import architectures
@@ -21,7 +24,8 @@ from tests.combinations import combine_by_peft
 from tests.merges import dequantize_without_kernel, load_dequantized
 from tests.methods import make_method_adapter, save_old_adapter
 from tests.models import build_bnb_4bit, build_llama, load_plain, make_adapter
-from tests.stored_bases import dequantize_fp8
+from tests.stored.compressed import FORMATS, compress
+from tests.stored.fp8_blocks import dequantize_fp8
 from workers.parity.inference import quiet_libraries
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -165,6 +169,39 @@ def test_transformers_scales_cut_blocks_of_fp8_by_those_of_others():
     assert Fp8Dequantize(None)._dequantize_one(codes, scales)[12, 0] == 2
     with pytest.raises(ValueError, match="not divisible by scale grid"):
         Fp8Dequantize(None)._dequantize_one(torch.ones(40, 16).to(torch.float8_e4m3fn), torch.ones(3, 1))
+
+
+def dequantize_by_transformers(config, tensors):
+    """Return what transformers makes of the parts of some weights, as it does while it loads a model in bfloat16."""
+    own = QuantizationConfig.model_validate({"quant_method": "compressed-tensors", **config})
+    quantizer = SimpleNamespace(compressor=SimpleNamespace(quantization_config=own))
+    model = SimpleNamespace(get_parameter=lambda _: torch.empty(0, dtype=torch.bfloat16))
+    return CompressedTensorsDequantize(quantizer).convert(tensors, [], [], full_layer_name="weight", model=model)
+
+
+def test_transformers_loses_the_global_scale_of_experts_in_nvfp4():
+    format_, arguments = FORMATS["nvfp4"]
+    group = {"targets": ["Linear"], "weights": dict(arguments), "format": format_}
+    weight = torch.randn(32, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    parts, right = compress("up_proj.weight", weight, format_, QuantizationScheme.model_validate(group))
+    loaded = dequantize_by_transformers({"config_groups": {"group_0": group}}, {n: [t] for n, t in parts.items()})
+    found = loaded["up_proj.weight_packed"][0]
+    assert not torch.allclose(found, right, rtol=0.5)
+    assert torch.allclose(found.float() / parts["up_proj.weight_global_scale"], right.float(), rtol=0.02)
+
+
+def test_transformers_takes_all_weights_for_those_of_one_group():
+    """A mixed checkpoint is refused, since a weight in 4 bits is looked for among those in 8."""
+    groups = {}
+    for name in ("int8 by channel", "int4 by group"):
+        format_, arguments = FORMATS[name]
+        groups[name] = {"targets": [f"re:.*{name}"], "weights": dict(arguments), "format": format_}
+    scheme = QuantizationScheme.model_validate(groups["int4 by group"])
+    parts, right = compress("weight", torch.eye(32).bfloat16(), "pack-quantized", scheme)
+    alone = {"config_groups": {"int4 by group": groups["int4 by group"]}}
+    assert torch.equal(dequantize_by_transformers(alone, dict(parts))["weight"], right)
+    with pytest.raises(KeyError):
+        dequantize_by_transformers({"config_groups": groups}, dict(parts))
 
 
 def test_every_fault_is_in_the_table():

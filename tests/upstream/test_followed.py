@@ -11,7 +11,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 ROWS = re.findall(
-    r"^\| (\w+) \| ([\d.]+) \| .* \| (.*) \| (.*) \|$", (ROOT / "docs" / "followed.md").read_text(), re.MULTILINE
+    r"^\| ([\w-]+) \| ([\d.]+) \| .* \| (.*) \| (.*) \|$", (ROOT / "docs" / "followed.md").read_text(), re.MULTILINE
 )
 REQUIREMENTS = {
     requirement.name: requirement

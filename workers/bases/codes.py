@@ -65,7 +65,7 @@ def refuse_codes(
     model: PreTrainedModel,
     conversions: Conversions,
     tensors: Mapping[str, TensorSpec],
-    owners: Mapping[str, str],
+    weight_of: Mapping[str, str],
 ) -> None:
     """Check that what the model takes as weights are numbers, not the codes of some form that nothing declares.
 
@@ -76,7 +76,7 @@ def refuse_codes(
         model: skeleton.
         conversions: between the base's tensors and the model's.
         tensors: of the base, by name.
-        owners: by stored tensor, the weight in a declared form that it is a part of.
+        weight_of: by stored tensor, the weight in a declared form that it is a part of.
 
     Raises:
         UnsupportedError: a weight is stored as codes, in pieces, or beside scales that the model does not take.
@@ -84,7 +84,7 @@ def refuse_codes(
     behind = {stored: name for name, stored in conversions.stored_names.items()}
     behind |= {stored: group.parameters[0] for stored, group in conversions.group_behind.items()}
     numbers = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    specs = {name: spec for name, spec in tensors.items() if name not in owners}
+    specs = {name: spec for name, spec in tensors.items() if name not in weight_of}
     pieces = _pieces(specs, behind)
     codes = [spec for name, spec in specs.items() if behind.get(name) in numbers and spec.code not in _PLAIN]
     if codes:

@@ -32,7 +32,7 @@ class Declaration:
     place: str
     """File and field."""
     at_the_top: bool
-    """Whether that is `quantization_config` of `config.json` itself."""
+    """Whether that is in a file of its own, or in `config.json` and there in no section of it."""
     method: str
     content: Mapping[str, Any]
 
@@ -69,11 +69,17 @@ def declaration(directory: Path, *, read: Collection[str]) -> Declaration | None
                 f"{declared.method!r}): codes that mean nothing without their scales. {declared.form.advice}. Weights "
                 "that are plain numbers by now need no declaration: take it away"
             )
-    if found and not found[0].at_the_top:
-        raise UnsupportedError(
-            f"{found[0].place}: declares weights in {found[0].form.words}; expected this at the top level of "
-            "config.json, as transformers writes it: move it there"
-        )
+    for declared in found:
+        if not declared.at_the_top:
+            raise UnsupportedError(
+                f"{declared.place}: declares weights in {declared.form.words}; expected this at the top level of "
+                "config.json, as transformers writes it: move it there"
+            )
+        if declared.method != found[0].method:
+            raise UnsupportedError(
+                f"{declared.place}: declares weights in {declared.form.words}, and {found[0].place} in "
+                f"{found[0].form.words}; expected one form: take away the declaration that is not true"
+            )
     return found[0] if found else None
 
 
@@ -99,8 +105,7 @@ def _declarations(directory: Path) -> Iterator[Declaration]:
             if field in DECLARING_FIELDS and value:
                 otherwise = "compressed-tensors" if field == "compression_config" else str(value)[:80]
                 method = _method(content, "mlx" if content.keys() >= _OF_MLX else otherwise)
-                at_the_top = path == "quantization_config"
-                yield Declaration(place=place, at_the_top=at_the_top, method=method, content=content)
+                yield Declaration(place=place, at_the_top=path == field, method=method, content=content)
             elif path == "quantization" and content.keys() >= _OF_MLX:
                 yield Declaration(place=place, at_the_top=False, method="mlx", content=content)
             elif content:
@@ -114,7 +119,7 @@ def _declarations(directory: Path) -> Iterator[Declaration]:
         # ModelOpt writes its file for a quantized KV cache, too, and then names no algorithm of the weights.
         if found and not (isinstance(inner, dict) and not inner.get("quant_algo")):
             yield Declaration(
-                place=str(directory / name), at_the_top=False, method=_method(content, otherwise), content=content
+                place=str(directory / name), at_the_top=True, method=_method(content, otherwise), content=content
             )
 
 

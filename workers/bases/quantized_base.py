@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from jobs.errors import BadInputError, InternalError
-from workers.bases.forms import StoredForm, StoredWeight
+from workers.bases.forms import StoredForm, StoredParts, StoredWeight
 from workers.bases.forms.bitsandbytes_4bit import BITSANDBYTES_4BIT
 from workers.files.layout import CheckpointLayout
 from workers.files.local import file_errors
@@ -47,8 +47,10 @@ class QuantizedBase:
         self._transposed = frozenset(transposed)
         self._form = form
         self._dtype = dtype
-        self._files: dict[str, dict[str, Path]] = {}
-        """By weight, where each of its tensors is, by suffix."""
+        self._parts: dict[str, StoredParts] = {}
+        self._files: dict[str, Path] = {}
+        """Where each stored tensor of a weight is."""
+        self._num_stored_bytes: dict[str, int] = {}
         self._opened: dict[Path, Any] = {}
         self._held: dict[str, StoredWeight] = {}
         self._directories: set[Path] = set()
@@ -67,7 +69,7 @@ class QuantizedBase:
         """Return a base that is stored in a form itself."""
         made = cls(base.name, (), device, transposed, form=form, dtype=dtype)
         made.add(base, layout, {})
-        made.names = frozenset(made._files)
+        made.names = frozenset(made._parts)
         return made
 
     def hold(self, *, whole: bool) -> None:
@@ -98,11 +100,18 @@ class QuantizedBase:
             layout: of the files.
             errors: of their weights.
         """
-        for stored, name in self._form.owners({name: spec for name, (_, spec) in layout.tensors.items()}).items():
-            if stored.startswith(name):
-                self._files.setdefault(name, {})[stored.removeprefix(name)] = directory / layout.tensors[stored][0].name
+        found = self._form.weights({name: spec for name, (_, spec) in layout.tensors.items()})
+        for name, parts in found.items():
+            tensors = [layout.tensors[stored] for stored in (parts.codes, *parts.beside.values())]
+            self._files |= {spec.name: directory / shard.name for shard, spec in tensors}
+            self._num_stored_bytes[name] = sum(spec.num_bytes for _, spec in tensors)
+        self._parts |= found
         self.errors |= errors
         self._directories.add(directory)
+
+    def num_stored_bytes(self, name: str) -> int:
+        """Return the bytes of its files that hold a weight."""
+        return self._num_stored_bytes[name]
 
     def weight(self, name: str) -> StoredWeight:
         """Return one weight, which is dequantized on this base's device.
@@ -114,25 +123,28 @@ class QuantizedBase:
         """
         if name in self._held:
             return self._held[name]
-        if name not in self._files:
+        if name not in self._parts:
             raise InternalError(f"the stored values of {name} were not asked for before they were used")
-        stored = {}
-        for suffix, path in self._files[name].items():
-            try:
-                with file_errors(f"reading {path}", path):
-                    opened = self._opened.get(path)
-                    if opened is None:  # its header is read once, however many weights it has
-                        with opened_descriptor(path) as descriptor:
-                            place = f"/proc/self/fd/{descriptor}"
-                            opened = self._opened[path] = safe_open(place, framework="pt")
-                    stored[suffix] = opened.get_tensor(f"{name}{suffix}")
-            except SafetensorError as error:
-                raise BadInputError(f"{path}: tensor {name}{suffix} cannot be read: {error}") from error
-        weight = self._form.restore(name, stored, self._dtype, transposed=name in self._transposed)
+        parts = self._parts[name]
+        tensors = {stored: self._tensor(stored) for stored in (parts.codes, *parts.beside.values())}
+        weight = self._form.restore(name, parts, tensors, self._dtype, transposed=name in self._transposed)
         if self._device.type != "cpu" and not self._holds:
             return weight.brought_to(self._device)
         if self._device.type != "cpu":
             weight = self._held[name] = weight.to(self._device)
-            if self._held.keys() >= self._files.keys():
+            if self._held.keys() >= self._parts.keys():
                 self._opened.clear()  # the files are not read again
         return weight
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        path = self._files[name]
+        try:
+            with file_errors(f"reading {path}", path):
+                opened = self._opened.get(path)
+                if opened is None:  # its header is read once, however many weights it has
+                    with opened_descriptor(path) as descriptor:
+                        opened = self._opened[path] = safe_open(f"/proc/self/fd/{descriptor}", framework="pt")
+                tensor: torch.Tensor = opened.get_tensor(name)
+        except SafetensorError as error:
+            raise BadInputError(f"{path}: tensor {name} cannot be read: {error}") from error
+        return tensor

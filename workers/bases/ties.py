@@ -6,14 +6,14 @@ their values (`tie_weights` of transformers 5.23).
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from workers.files.layout import CheckpointLayout, TensorSpec
+from workers.files.layout import CheckpointLayout
 from workers.files.tensor_io import read_rows
 from workers.numerics.tiles import TILE_ELEMENTS, rows_per_tile
 
@@ -30,7 +30,11 @@ def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def stored_apart(
-    directory: Path, layout: CheckpointLayout, stored_names: Mapping[str, str], model: PreTrainedModel
+    directory: Path,
+    layout: CheckpointLayout,
+    in_form: Container[str],
+    stored_names: Mapping[str, str],
+    model: PreTrainedModel,
 ) -> frozenset[str]:
     """Find the parameters that are tied by the configuration and have values of their own in the files.
 
@@ -39,6 +43,7 @@ def stored_apart(
     Args:
         directory: of the base.
         layout: its tensors.
+        in_form: weights that are stored as codes: those of two are no copies of each other.
         stored_names: names in the files of the model's tensors, by their names in the model.
         model: skeleton of the base; its ties are those of the configuration.
 
@@ -53,8 +58,8 @@ def stored_apart(
         if there:
             same = first.setdefault(source, there[0])
             if target in there and target != same:
-                specs = [layout.tensors[stored_names[name]] for name in (same, target)]
-                if not _are_equal(directory, [(shard.name, spec) for shard, spec in specs]):
+                names = [stored_names[name] for name in (same, target)]
+                if any(name in in_form for name in names) or not _are_equal(directory, layout, names):
                     apart.add(target)
     return frozenset(apart)
 
@@ -73,7 +78,8 @@ def come_apart(model: PreTrainedModel, names: Collection[str]) -> None:
         model.all_tied_weights_keys.pop(name, None)
 
 
-def _are_equal(directory: Path, places: list[tuple[str, TensorSpec]]) -> bool:
+def _are_equal(directory: Path, layout: CheckpointLayout, names: Sequence[str]) -> bool:
+    places = [(shard.name, spec) for shard, spec in (layout.tensors[name] for name in names)]
     (_, spec), (_, other) = places
     if spec.shape != other.shape:
         return False

@@ -10,20 +10,19 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from jobs.errors import BadInputError, MergefleetError, UnsupportedError
-from jobs.request import MergeRequest
+from jobs.request import BaseQuantization, MergeRequest
 from workers.adapters.adapter import Adapter
 from workers.adapters.coverage import Coverage, cover, ties_by_values
 from workers.adapters.methods import WEIGHED
 from workers.adapters.resizing import check_brought, resize_vocabulary
 from workers.bases.codes import refuse_codes
 from workers.bases.conversions import Conversions, relate
-from workers.bases.forms import StoredForm
+from workers.bases.forms import StoredForm, StoredParts
 from workers.bases.forms.declared import declared_form
 from workers.bases.model import TORCH_DTYPES, answers_prompts, check_depth, config_dtype, skeleton, token_embedding
 from workers.bases.quantization_task import QuantizationTask, plan_quantization
 from workers.bases.quantized_base import QuantizedBase
-from workers.bases.stored import stored_as_asked
+from workers.bases.stored import check_shapes, stored_as_asked, usual_quantization, weights_in_form
 from workers.bases.ties import COMPUTES_WITH_FLAG, come_apart, stored_apart, tied_names
 from workers.files.checkpoint import read_checkpoint
 from workers.files.layout import CheckpointLayout, TensorSpec
@@ -49,6 +48,8 @@ class BasePlan:
     """What to convert to 4-bit first; None when nothing is."""
     form: StoredForm | None
     """What its weights are stored in; None for plain numbers."""
+    usual: BaseQuantization
+    """What is added to where a request leaves that to the base."""
     conversions: Conversions
     """Between the names and tensors of its files and those of its model."""
     transposed: frozenset[str]
@@ -166,12 +167,14 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
     check_depth(directory, len(layout.tensors))
     model = skeleton(directory)
     specs = {name: spec for name, (_, spec) in layout.tensors.items()}
+    usual = usual_quantization(directory)
+    request = request.settled(usual)
     form = stored_as_asked(source, request, specs)
-    owners = _owners(source, form, specs)
-    in_form = frozenset(owners.values())
-    conversions = _conversions(source, specs, owners, form, model)
+    in_form = weights_in_form(source, form, specs)
+    weight_of = {stored: name for name, parts in in_form.items() for stored in (parts.codes, *parts.beside.values())}
+    conversions = _conversions(source, specs, in_form, weight_of, model)
     shapes = {stored: conversions.shapes[name] for name, stored in conversions.stored_names.items()}
-    _check_shapes(source, specs, owners, form, shapes)
+    check_shapes(source, specs, in_form, weight_of, shapes)
     transposed = frozenset(
         conversions.stored_names[f"{name}.weight"]
         for name, module in model.named_modules()
@@ -183,18 +186,21 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
         task = plan_quantization(
             source, layout, request, conversions=conversions, transposed=transposed, dtype=asked_dtype
         )
-    converted = in_form if task is None else task.converted
-    apart = stored_apart(directory, layout, conversions.stored_names, model)
+    converted = in_form.keys() if task is None else task.converted
+    apart = stored_apart(directory, layout, in_form, conversions.stored_names, model)
     come_apart(model, apart)
     tensors = []
-    for name, (shard, spec) in layout.tensors.items():
-        if owners.get(name, name) != name:
+    for stored, (shard, spec) in layout.tensors.items():
+        name = weight_of.get(stored, stored)
+        parts = in_form.get(name)
+        if parts is not None and parts.codes != stored:
             continue  # the scales and the state of a weight become part of it
-        own_dtype = config_dtype(source.directory) if name in in_form else spec.dtype
+        own_dtype = spec.dtype if parts is None else config_dtype(source.directory)
+        own_shape = spec.shape if parts is None or parts.shape is None else parts.shape
         tensors.append(
             OutputTensor(
                 name=name,
-                shape=shapes.get(name, spec.shape) if name in converted else spec.shape,
+                shape=shapes.get(name, own_shape) if name in converted else own_shape,
                 # What is no number keeps its bytes: 8-bit floats are codes, like integers.
                 dtype=asked_dtype if asked_dtype is not None and own_dtype in _NUMBERS else own_dtype,
                 shard=shard.name,
@@ -208,6 +214,7 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
         tensors=tuple(tensors),
         quantization=task,
         form=form,
+        usual=usual,
         conversions=conversions,
         transposed=transposed,
         tied=tied_names(model),
@@ -238,51 +245,26 @@ class PlannedBases:
         return self._plans[key]
 
 
-def _owners(source: Source, form: StoredForm | None, specs: Mapping[str, TensorSpec]) -> Mapping[str, str]:
-    try:
-        return {} if form is None else form.owners(specs)
-    except MergefleetError as error:
-        raise type(error)(f"{source.directory}: {error}") from error
-
-
 def _conversions(
     source: Source,
     specs: Mapping[str, TensorSpec],
-    owners: Mapping[str, str],
-    form: StoredForm | None,
+    in_form: Mapping[str, StoredParts],
+    weight_of: Mapping[str, str],
     model: PreTrainedModel,
 ) -> Conversions:
+    shapes = {name: spec.stated.shape if spec.stated else spec.shape for name, spec in specs.items()}
     stored = {
-        name: torch.empty(spec.stated.shape if spec.stated else spec.shape, dtype=spec.dtype, device="meta")
+        name: torch.empty(shapes[name], dtype=spec.dtype, device="meta")
         for name, spec in specs.items()
-        if owners.get(name, name) == name
+        if name not in weight_of
     }
+    for name, parts in in_form.items():
+        shape = shapes[parts.codes] if parts.shape is None else parts.shape
+        stored[name] = torch.empty(shape, dtype=specs[parts.codes].dtype, device="meta")
     return relate(
         source.directory,
         model,
         stored,
-        frozenset() if form is None or form.knows_shapes else frozenset(owners.values()),
-        lambda conversions: refuse_codes(source.directory, model, conversions, specs, owners),
+        frozenset(name for name, parts in in_form.items() if parts.shape is None),
+        lambda conversions: refuse_codes(source.directory, model, conversions, specs, weight_of),
     )
-
-
-def _check_shapes(
-    source: Source,
-    specs: Mapping[str, TensorSpec],
-    owners: Mapping[str, str],
-    form: StoredForm | None,
-    shapes: Mapping[str, tuple[int, ...]],
-) -> None:
-    for name, spec in specs.items():
-        shape = spec.stated.shape if spec.stated else spec.shape
-        has_shape = name not in owners or (owners[name] == name and form is not None and form.knows_shapes)
-        if has_shape and shape != shapes.get(name, shape):
-            raise BadInputError(
-                f"{source.directory}: tensor {name} has shape {list(shape)}, config.json makes it "
-                f"{list(shapes[name])}; weights and configuration are not of the same model"
-            )
-        if not has_shape and owners[name] == name and name not in shapes:
-            raise UnsupportedError(
-                f"{source.directory}: tensor {name} is stored in 4-bit and belongs to no module of the model, so "
-                "nothing says what it becomes; store the base without it, or name one in 16 bits"
-            )

@@ -45,7 +45,16 @@ def made_with(method: str) -> MadeWith | None:
 @functools.cache
 def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that decide the bytes of a merge; reading them takes 40 ms."""
-    names = ("mergefleet", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "numba")
+    names = (
+        "mergefleet",
+        "torch",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "compressed-tensors",
+        "safetensors",
+        "numba",
+    )
     return {name: importlib.metadata.version(name) for name in names}
 
 

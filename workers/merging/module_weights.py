@@ -29,7 +29,7 @@ from workers.files.tensor_io import opened, read_rows, tensor_bytes, write_all
 from workers.merging.base_plan import BasePlan
 from workers.merging.output import OutputTensor
 from workers.merging.plan import MergePlan
-from workers.numerics.tiles import TILE_ELEMENTS, rows_per_tile
+from workers.numerics.tiles import TILE_ELEMENTS, Tiling, rows_per_tile
 
 _FILE_NAME = "weights.safetensors"
 
@@ -158,7 +158,7 @@ class ModuleWeights:
         tensor = self._base.by_name[name]
         if self._base.form is not None and tensor.stored is None:
             assert self._quantized is not None
-            return torch.cat(list(_dequantized(self._quantized.weight(name), tensor.dtype)))
+            return torch.cat(list(_dequantized(self._quantized.weight(name), tensor.dtype))).view(tensor.shape)
         return _mapped(self._base.source.directory / tensor.shard, name).to(tensor.dtype)
 
     def _tiles(self, tensor: OutputTensor, quantized: QuantizedBase | None) -> Iterator[torch.Tensor]:
@@ -217,12 +217,12 @@ def _names(plan: MergePlan) -> Iterator[str]:
 
 
 def _dequantized(weight: StoredWeight, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    for start, stop in _ranges(*weight.shape, weight.row_alignment):
-        yield weight.dequantize_rows(start, stop).cpu().to(dtype)
+    for rows in Tiling.of(weight.shape, weight.row_alignment, TILE_ELEMENTS["cpu"]).rows:
+        yield weight.dequantize_rows(rows.start, rows.stop).cpu().to(dtype)
 
 
-def _ranges(num_rows: int, num_columns: int, alignment: int = 1) -> Iterator[tuple[int, int]]:
-    step = rows_per_tile(num_rows, num_columns, alignment, TILE_ELEMENTS["cpu"])
+def _ranges(num_rows: int, num_columns: int) -> Iterator[tuple[int, int]]:
+    step = rows_per_tile(num_rows, num_columns, 1, TILE_ELEMENTS["cpu"])
     for start in range(0, num_rows, max(step, 1)):
         yield start, min(start + step, num_rows)
 

@@ -177,6 +177,7 @@ def plan_merge(
     Raises:
         NotFoundError, BadInputError, UnsupportedError: the adapter cannot be used, or does not fit the base.
     """
+    request = request.settled(base.usual)
     opened = fit(
         open_adapter(adapter.directory, inert_fields, adapter.beside),
         base.conversions.shapes,

@@ -102,6 +102,8 @@ class Walk:
                     f"{self._base.source.directory}: tensor {tensor.name} is stored as "
                     f"{list(quantized.shape)}, config.json makes it {list(tensor.shape)}; the checkpoint is corrupt"
                 )
+            if self._base.form is not None:
+                self._state.count(base=self._quantized.num_stored_bytes(tensor.name))
         tiling = Tiling.of(tensor.shape, quantized.row_alignment if quantized else 1, num_elements)
         return WeightInWork(tensor, quantized, tiling.num_columns, len(tiling.rows)), tiling.rows
 

@@ -1,5 +1,6 @@
 """Checkpoints loaded to run: by plain transformers in float32, placed where they fit."""
 
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,15 +53,18 @@ def load_model(
     form = declared_form(directory)
     in_4bit = quantization is not None or stored_quantization(directory) is not None
     how: dict[str, Any] = {"dtype": torch.float32}
+    config = load_config(directory)
     if quantization is not None:
         how |= {"quantization_config": quantization}
-    elif form is not None and form.while_loading:
-        how = {"dtype": config_dtype(directory), **form.while_loading}  # rounded as the merge rounds it
+    elif form is not None and form.loaded_as is not None:
+        config.quantization_config = dict(form.loaded_as)
+        how = {"dtype": config_dtype(directory)}  # rounded as the merge rounds it
     for device, max_memory in _placements(room, in_form=in_4bit or form is not None):
         try:
             with quiet_libraries():
-                loaded: Any = model_class(load_config(directory)).from_pretrained(
+                loaded: Any = model_class(config).from_pretrained(
                     directory,
+                    config=copy.deepcopy(config),
                     **how,
                     device_map="sequential",
                     max_memory=max_memory,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 _NAME_PLAIN = (
-    "mergefleet reads safetensors in 16 or 32 bits, in 4 bits by bitsandbytes, or in FP8 that config.json declares: "
+    "mergefleet reads safetensors in 16 or 32 bits, and in the forms of docs/stored-forms.md where they are declared: "
     "name such a base if its maker publishes one"
 )
 

@@ -194,6 +194,7 @@ class Unit:
                 with own_failure(job):
                     self.tracker.check(job.id)
                     inert = self._settings.inert_adapter_fields
+                    job.request = job.request.settled(base.usual)
                     adapter = fetch_adapters(job.request, source, self._settings.cache, inert)
                     job.planned = plan_merge(base, job.request, adapter, inert)
                     enter(job)

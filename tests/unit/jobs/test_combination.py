@@ -12,7 +12,7 @@ from jobs.request import MergeRequest
 from jobs.request_files.reading import load_requests
 
 TWO = [{"adapter": "/adapters/a", "weight": 0.5}, {"adapter": "/adapters/b"}]
-PLACES = {"base": "/models/base", "destination": "/releases/ab"}
+PLACES = {"base": "/models/base", "destination": "/releases/ab", "base_quantization": "nf4"}
 FIELDS = ("density", "majority_sign_method", "svd_rank", "svd_clamp", "svd_full_matrices", "seed")
 SVD = {"svd_rank": None, "svd_clamp": None, "svd_full_matrices": True}
 
@@ -120,7 +120,8 @@ def test_the_merge_key_depends_on_the_combination_and_on_nothing_else():
 
 
 def test_the_keys_of_a_request_for_one_adapter_stay_what_they_are():
-    made = MergeRequest(base="/models/base", adapter="/adapters/a", destination="/releases/a")
+    places = {"base": "/models/base", "adapter": "/adapters/a", "destination": "/releases/a"}
+    made = MergeRequest(**places, base_quantization="nf4")
     assert made.id == "merge-95278cfbabbf4ee7"
     assert made.merge_key("b", "a") == "fcb1785a8eb3a69d3a46383d92ba6091824aca857d7e8af32b65d3ad62c99610"
     assert not {"adapters", "combination"} & json.loads(made.model_dump_json()).keys()

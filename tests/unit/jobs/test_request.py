@@ -12,6 +12,7 @@ from jobs.parity_policy import Thresholds
 from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions, parse_size
 
 PLACES = {"base": "/models/base", "adapter": "/adapters/a", "destination": "/releases/a"}
+NF4 = PLACES | {"base_quantization": "nf4"}
 
 
 @pytest.mark.parametrize(
@@ -52,9 +53,10 @@ def test_new_fields_that_say_nothing_do_not_change_the_name_of_a_request():
     assert MergeRequest(**places, **asked).id == "merge-146261388226de8e"
 
 
-def test_silent_requests_merge_into_nf4_with_full_parity():
+def test_silent_requests_leave_to_the_base_what_they_merge_into_with_full_parity():
     request = MergeRequest(**PLACES)
-    assert request.base_quantization is BaseQuantization.NF4
+    assert request.base_quantization is BaseQuantization.DEFAULT
+    assert request.id == MergeRequest(**NF4).id
     assert request.parity.level == "full"
 
 
@@ -97,7 +99,7 @@ def test_mistakes_that_involve_two_fields_are_found_beside_others():
 
 
 def test_the_merge_key_depends_on_what_decides_the_bytes_and_on_nothing_else():
-    key = MergeRequest(**PLACES).merge_key("b", "a")
+    key = MergeRequest(**NF4).merge_key("b", "a")
     assert len(key) == 64
     for same in (
         {"priority": 5},
@@ -107,8 +109,8 @@ def test_the_merge_key_depends_on_what_decides_the_bytes_and_on_nothing_else():
         {"parity": {"level": "arithmetic"}},
         {"compare": True},
     ):
-        assert MergeRequest(**PLACES | same).merge_key("b", "a") == key
-    keys = {key, MergeRequest(**PLACES).merge_key("b", "x"), MergeRequest(**PLACES).merge_key("x", "a")}
+        assert MergeRequest(**NF4 | same).merge_key("b", "a") == key
+    keys = {key, MergeRequest(**NF4).merge_key("b", "x"), MergeRequest(**NF4).merge_key("x", "a")}
     for other in (
         {"dtype": "float16"},
         {"max_shard_size": "5GB"},
@@ -117,8 +119,16 @@ def test_the_merge_key_depends_on_what_decides_the_bytes_and_on_nothing_else():
         {"quantization_options": {"bnb_4bit_use_double_quant": True}},
         {"quantization_options": {"llm_int8_skip_modules": []}},
     ):
-        keys.add(MergeRequest(**PLACES | other).merge_key("b", "a"))
+        keys.add(MergeRequest(**NF4 | other).merge_key("b", "a"))
     assert len(keys) == 9
+
+
+def test_what_is_left_to_the_base_is_as_if_it_had_been_said():
+    said = MergeRequest(**NF4)
+    left = MergeRequest(**PLACES)
+    assert left.settled(BaseQuantization.NF4).merge_key("b", "a") == said.merge_key("b", "a")
+    assert left.settled(BaseQuantization.STORED).base_quantization is BaseQuantization.STORED
+    assert said.settled(BaseQuantization.STORED) is said
 
 
 def test_what_an_earlier_version_did_not_know_is_not_written_where_it_says_nothing():

@@ -5,6 +5,7 @@ the contract suite (`tests/contract/test_forms.py`) over it.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import torch
@@ -12,12 +13,27 @@ import torch
 from workers.files.layout import TensorSpec
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredParts:
+    """Which tensors of a checkpoint make one weight, as their headers tell."""
+
+    codes: str
+    """The tensor in whose place a release has the weight."""
+    beside: Mapping[str, str]
+    """The others: scales, and what else goes with the codes; names by what the form calls them."""
+    shape: tuple[int, ...] | None
+    """Of the weight; None where headers do not tell."""
+
+
 class StoredWeight(Protocol):
-    """One weight, on the device where it is dequantized, or brought there tile by tile."""
+    """One weight, on the device where it is dequantized, or brought there tile by tile.
+
+    Its rows are those of a matrix as `Tiling` cuts it: [O, I]; a weight of more dimensions is a column of its elements.
+    """
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """[O, I]."""
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight, not of its codes."""
         ...
 
     @property
@@ -41,10 +57,11 @@ class StoredWeight(Protocol):
         Args:
             start: a multiple of `row_alignment`.
             stop: a multiple of `row_alignment`, or the number of rows.
-            memory: [stop - start, I] of `dtype`, on the CPU: may become the result, where the codes are there, too.
+            memory: [stop - start, columns] of `dtype`, on the CPU: may become the result, where the codes are there,
+                too.
 
         Returns:
-            A tensor [stop - start, I] of `dtype`, on the device where it is dequantized.
+            A tensor [stop - start, columns] of `dtype`, on the device where it is dequantized.
         """
         ...
 
@@ -66,26 +83,22 @@ class StoredForm(Protocol):
         ...
 
     @property
-    def knows_shapes(self) -> bool:
-        """Whether codes have the shape of their weight, also of weights that the model does not take."""
+    def loaded_as(self) -> Mapping[str, Any] | None:
+        """The `quantization_config` with which transformers loads its weights as numbers; None for its own."""
         ...
 
-    @property
-    def while_loading(self) -> Mapping[str, Any]:
-        """Arguments with which transformers' `from_pretrained` takes it, its weights as numbers where it can."""
-        ...
-
-    def owners(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, str]:
+    def weights(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, StoredParts]:
         """Find the weights of this form among the tensors of a checkpoint.
 
         Args:
             specs: all of its tensors, by name.
 
         Returns:
-            By stored tensor, the weight that it is a part of; a weight's codes are a part of it under its own name.
+            By name of the weight, what it is made of.
 
         Raises:
             BadInputError: parts are missing, or do not fit together; names the tensor.
+            UnsupportedError: parts are of a kind that is not read; names the tensor.
         """
         ...
 
@@ -94,17 +107,24 @@ class StoredForm(Protocol):
         ...
 
     def misread(self, specs: Mapping[str, TensorSpec]) -> str | None:
-        """Name a weight that transformers refuses or reads wrongly `while_loading`; None where it reads all of them."""
+        """Name a weight that transformers refuses or reads wrongly as `loaded_as`; None where it reads all of them."""
         ...
 
     def restore(
-        self, name: str, stored: Mapping[str, torch.Tensor], dtype: torch.dtype, *, transposed: bool
+        self,
+        name: str,
+        parts: StoredParts,
+        tensors: Mapping[str, torch.Tensor],
+        dtype: torch.dtype,
+        *,
+        transposed: bool,
     ) -> StoredWeight:
         """Build a weight from its parts.
 
         Args:
             name: of the weight, for messages.
-            stored: its parts by what their names have after the weight's; views of mapped files are kept as they are.
+            parts: as `weights` has found them.
+            tensors: those, by name; views of mapped files are kept as they are.
             dtype: what it dequantizes to, where the form does not say.
             transposed: whether they hold the transpose of the weight.
 

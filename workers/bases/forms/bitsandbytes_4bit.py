@@ -1,12 +1,14 @@
 """4 bits by bitsandbytes, as transformers saves them: codes under the weight's name, scales and state beside it."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from jobs.errors import BadInputError
+from workers.bases.forms import StoredParts
 from workers.bases.four_bit import BLOCK_SIZE, QuantizedWeight, quantized_names, quantized_owner, restore
 from workers.files.layout import TensorSpec
 
@@ -15,15 +17,24 @@ class Bitsandbytes4bit:
     """The form, whichever type of codes it has: the tensors tell."""
 
     words = "bitsandbytes 4-bit"
-    knows_shapes = False
-    while_loading: Mapping[str, Any] = MappingProxyType({})
-    """Nothing: a configuration of one's own would make transformers overlook the form."""
+    loaded_as: Mapping[str, Any] | None = None
+    """transformers keeps it in codes while it is loaded, and dequantizes it after."""
 
-    def owners(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, str]:
+    def weights(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, StoredParts]:
         """Find the weights; see `StoredForm`."""
-        weights = quantized_names(specs)
-        found = {name: quantized_owner(name, weights) for name in specs}
-        return {name: owner for name, owner in found.items() if owner is not None}
+        names = quantized_names(specs)
+        beside: dict[str, dict[str, str]] = defaultdict(dict)
+        for stored in specs:
+            name = quantized_owner(stored, names)
+            if name is not None and stored != name:
+                beside[name][stored.removeprefix(name)] = stored
+        for name, others in beside.items():
+            if name not in specs:
+                raise BadInputError(
+                    f"tensor {next(iter(others.values()))} is a part of {name}, and no file holds the codes of that: "
+                    "the checkpoint is not whole"
+                )
+        return {name: StoredParts(codes=name, beside=others, shape=None) for name, others in beside.items()}
 
     def held_bytes(self, num_elements: int) -> int:
         """Return what codes and scales take, nested ones resolved; see `StoredForm`."""
@@ -36,13 +47,15 @@ class Bitsandbytes4bit:
     def restore(
         self,
         name: str,
-        stored: Mapping[str, torch.Tensor],
+        parts: StoredParts,
+        tensors: Mapping[str, torch.Tensor],
         dtype: torch.dtype,  # noqa: ARG002 - the state has it
         *,
         transposed: bool,
     ) -> QuantizedWeight:
         """Build a weight from its parts; see `StoredForm`."""
-        return restore(name, stored, transposed=transposed)
+        by_suffix = {suffix: tensors[stored] for suffix, stored in parts.beside.items()}
+        return restore(name, {"": tensors[parts.codes]} | by_suffix, transposed=transposed)
 
 
 BITSANDBYTES_4BIT = Bitsandbytes4bit()

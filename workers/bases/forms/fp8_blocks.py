@@ -14,14 +14,18 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from transformers import FineGrainedFP8Config
 
 from jobs.errors import BadInputError, UnsupportedError
+from workers.bases.forms import StoredParts
 from workers.files.layout import TensorSpec
+from workers.numerics.kernels.eight_bit import dequantize
+from workers.numerics.kernels.elements import ARRAY_DTYPES, array
 
 _SCALE = "_scale_inv"
 _CODES = "F8_E4M3"
 _SCALE_CODES = frozenset({"F32", "BF16", "F16"})
+_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+"""float32 [256]: what each code stands for."""
 _OF_ACTIVATIONS = ("activation_scale", "input_scale")
 """Beside a weight, in its module, where the scales of activations are fixed: without meaning for numbers."""
 
@@ -63,11 +67,17 @@ class BlockScaledWeight:
         weight_OI = memory
         if weight_OI is None or weight_OI.device != codes_OI.device:
             weight_OI = torch.empty(codes_OI.shape, dtype=self.dtype, device=codes_OI.device)
+        if weight_OI.device.type == "cpu" and self.dtype in ARRAY_DTYPES:
+            codes, scales = array(codes_OI.view(torch.uint8)), array(scales_BB.contiguous())
+            layout = (codes_OI.shape[1], num_rows, num_columns, start % num_rows)
+            dequantize(codes, scales, _VALUES.numpy(), layout, array(weight_OI))
+            return weight_OI
         row = start
         for scales_B in scales_BB:  # one row of blocks at a time: no temporary grows with the tile
             end = min((row // num_rows + 1) * num_rows, stop)
+            rows = slice(row - start, end - start)
             scales_I = scales_B.repeat_interleave(num_columns)[: self.codes.shape[1]]
-            weight_OI[row - start : end - start] = codes_OI[row - start : end - start].float().mul_(scales_I)
+            weight_OI[rows] = codes_OI[rows].float().mul_(scales_I)
             row = end
         return weight_OI
 
@@ -84,11 +94,16 @@ class Fp8Blocks:
     """The form, with the blocks that a base declares."""
 
     words = "FP8"
-    knows_shapes = True
 
-    def __init__(self, block: tuple[int, int] | None) -> None:
-        """Take the size of a block in rows and columns; None for a scale for each weight as a whole."""
+    def __init__(self, block: tuple[int, int] | None, content: Mapping[str, Any]) -> None:
+        """Take what is declared.
+
+        Args:
+            block: its size in rows and columns; None for a scale for each weight as a whole.
+            content: of the declaration.
+        """
         self._block = block
+        self.loaded_as: Mapping[str, Any] | None = {**content, "dequantize": True}
 
     @classmethod
     def declared(cls, place: str, content: Mapping[str, Any]) -> Self:
@@ -106,39 +121,34 @@ class Fp8Blocks:
             raise UnsupportedError(f"{place}.fmt: expected e4m3, found {content['fmt']!r}: FP8 of another kind")
         block = content.get("weight_block_size", [128, 128])  # transformers' default
         if block is None:
-            return cls(None)
+            return cls(None, content)
         if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
             raise BadInputError(f"{place}.weight_block_size: expected rows and columns of a block, found {block!r}")
-        return cls((block[0], block[1]))
+        return cls((block[0], block[1]), content)
 
-    @property
-    def while_loading(self) -> Mapping[str, Any]:
-        """Arguments with which transformers dequantizes; see `StoredForm`."""
-        return {"quantization_config": FineGrainedFP8Config(dequantize=True)}  # its blocks are those of the base
-
-    def owners(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, str]:
+    def weights(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, StoredParts]:
         """Find the weights, and check their scales; see `StoredForm`."""
-        owners: dict[str, str] = {}
+        found = {}
         for name, spec in specs.items():
             if spec.code == _CODES:
                 self._check(spec, specs.get(name + _SCALE))
-                owners |= {name: name, name + _SCALE: name}
                 module = name.rpartition(".")[0]
-                owners |= {part: name for each in _OF_ACTIVATIONS if (part := f"{module}.{each}") in specs}
+                fixed = {each: part for each in _OF_ACTIVATIONS if (part := f"{module}.{each}") in specs}
+                found[name] = StoredParts(codes=name, beside={_SCALE: name + _SCALE} | fixed, shape=spec.shape)
         for name, spec in specs.items():
-            if name.endswith(_SCALE) and name not in owners:
-                weight = name.removesuffix(_SCALE)
-                found = f"it is stored as {specs[weight].code}" if weight in specs else "no file holds it"
+            weight = name.removesuffix(_SCALE)
+            if name != weight and weight not in found:
+                instead = f"it is stored as {specs[weight].code}" if weight in specs else "no file holds it"
                 raise BadInputError(
                     f"tensor {name} ({spec.code}) holds the scales of {weight}: expected its codes as {_CODES}, and "
-                    f"{found}; the checkpoint is not whole, or was put together from two"
+                    f"{instead}; the checkpoint is not whole, or was put together from two"
                 )
-        if not owners:
+        if not found:
             raise BadInputError(
                 f"config.json declares weights in {self.words}, and no tensor is stored as {_CODES}: weights that are "
                 "plain numbers by now need no declaration, take it away"
             )
-        return owners
+        return found
 
     def held_bytes(self, num_elements: int) -> int:
         """Return what codes and scales take; see `StoredForm`."""
@@ -155,12 +165,18 @@ class Fp8Blocks:
         return None
 
     def restore(
-        self, name: str, stored: Mapping[str, torch.Tensor], dtype: torch.dtype, *, transposed: bool
+        self,
+        name: str,
+        parts: StoredParts,
+        tensors: Mapping[str, torch.Tensor],
+        dtype: torch.dtype,
+        *,
+        transposed: bool,
     ) -> BlockScaledWeight:
         """Build a weight from its parts; see `StoredForm`."""
         if transposed:
             raise UnsupportedError(f"{name}: codes of a Conv1D in FP8 are not merged; name a base in 16 bits")
-        codes, scales = stored[""], stored[_SCALE].float()
+        codes, scales = tensors[parts.codes], tensors[parts.beside[_SCALE]].float()
         return BlockScaledWeight(
             codes=codes, scales=scales.reshape(self._grid(codes.shape)), block=self._block_of(codes.shape), dtype=dtype
         )

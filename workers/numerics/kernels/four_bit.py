@@ -93,6 +93,21 @@ def _dequantize(codes: Any, absmax: Any, pairs: Any, blocksize: Any, weight: Any
             target[i] = lower(np.float32(values[i] * scale), weight)
 
 
+def dequantize_groups(codes: Any, scales: Any, values: Any, group_size: int, weight: Any) -> None:
+    """Turn 4-bit codes into a weight: value times scale in float32, rounded once.
+
+    Args:
+        codes: uint8, two a byte, the first in the lower half.
+        scales: float32, of each group.
+        values: what the 16 codes stand for.
+        group_size: even.
+        weight: gets the elements.
+    """
+    table = np.array(values, np.float32)
+    pairs = np.stack([np.tile(table, 16), table.repeat(16)], axis=1).reshape(-1)
+    _dequantize(codes, scales, pairs, group_size, weight)
+
+
 @primitive
 def _look_up(_context: Any, values: Any, scale: Any, codes: Any, target: Any, begin: Any) -> Any:
     """Put 64 elements of two bytes into an array, from the one at `begin` on, for the 32 bytes of their codes."""

@@ -55,7 +55,7 @@ def test_ten_different_mistakes_are_reported_at_once_with_their_lines(refuse):
         "batch.yaml:10: requests[1].adaptor: expected a known field (did you mean 'adapter'?), found 'adaptor'"
         in message
     )
-    words = "expected 'none', 'nf4', 'fp4' or 'stored', found 'nf5'"
+    words = "expected 'default', 'none', 'nf4', 'fp4' or 'stored', found 'nf5'"
     assert f"batch.yaml:13: requests[2].base_quantization: {words}" in message
     assert "found 'one' again, first on line 7" in message
 

@@ -1,13 +1,11 @@
-"""Bases stored in other forms, in the layouts they are published in; and what their weights are as numbers."""
+"""Bases in FP8 with a scale for each block, as DeepSeek and Qwen publish theirs."""
 
-import json
 import math
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+
+from tests.stored import Quantized, is_linear, store
 
 FP8 = torch.float8_e4m3fn
 
@@ -19,44 +17,26 @@ def store_fp8(
     block: tuple[int, int] | None = (128, 128),
     scale_dtype: torch.dtype = torch.bfloat16,
     apart: bool = False,
-    takes: Callable[[str], bool] = lambda name: "proj" in name,
 ) -> Path:
-    """Store the linear weights of a base in FP8, as DeepSeek and Qwen publish theirs.
+    """Store the linear weights of a base in FP8; see `store`.
 
     Args:
         base: in 16 bits, in one file.
-        directory: becomes the base in FP8; beside it, as `<directory>-twin`, its weights as numbers in 16 bits.
+        directory: becomes the base in FP8.
         block: rows and columns that share a scale; None for one scale for a weight.
         scale_dtype: of the scales.
         apart: whether scales lie in a shard of their own.
-        takes: says of a weight's name whether it is stored in FP8.
     """
-    twin = directory.with_name(f"{directory.name}-twin")
-    for copy in (directory, twin):
-        shutil.copytree(base, copy)
-    tensors = load_file(base / "model.safetensors")
-    stored, scales, numbers = {}, {}, {}
-    for name, weight in tensors.items():
-        if weight.dim() != 2 or not name.endswith(".weight") or not takes(name):
-            stored[name] = numbers[name] = weight
-            continue
-        codes, scale = quantize_fp8(weight, block or tuple(weight.shape), scale_dtype)
-        stored[name], numbers[name] = codes, dequantize_fp8(codes, scale, block or tuple(weight.shape), weight.dtype)
-        scales[f"{name}_scale_inv"] = scale if block else scale.reshape(())
-    save_file(numbers, twin / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((base / "config.json").read_text())
+
+    def quantize(name: str, weight: torch.Tensor) -> Quantized:
+        own = block or tuple(weight.shape)
+        codes, scales = quantize_fp8(weight, own, scale_dtype)
+        stored = {name: codes, f"{name}_scale_inv": scales if block else scales.reshape(())}
+        return stored, dequantize_fp8(codes, scales, own, weight.dtype)
+
     declared = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block and list(block)}
-    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": declared}))
-    if not apart:
-        save_file(stored | scales, directory / "model.safetensors", metadata={"format": "pt"})
-        return directory
-    (directory / "model.safetensors").unlink()
-    files = {"model-00001-of-00002.safetensors": stored, "model-00002-of-00002.safetensors": scales}
-    for file, held in files.items():
-        save_file(held, directory / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: file for file, held in files.items() for name in held}}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    return directory
+    scales_apart = (lambda name: name.endswith("_scale_inv")) if apart else None
+    return store(base, directory, quantize, declared, takes=is_linear, apart=scales_apart)
 
 
 def quantize_fp8(

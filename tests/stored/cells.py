@@ -1,0 +1,65 @@
+"""Merges into bases in every stored form, on architectures of every kind: a part of `make fidelity`."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from tests import architectures
+from tests.merges import different, merge, merge_by_peft
+from tests.models import make_adapter
+from tests.stored import twin_of
+from tests.stored.forms import APART, EXPERTS, LINEAR
+from tests.stored.reading import is_misread
+
+ARCHITECTURES: Mapping[str, tuple[str, list[str]]] = {
+    "dense": ("qwen3", ["q_proj", "v_proj", "down_proj"]),
+    "mixture of experts": ("qwen3_moe", ["q_proj", "o_proj"]),
+    "latent attention": ("deepseek_v3", ["q_a_proj", "kv_b_proj", "o_proj"]),
+}
+"""A model type, and what adapters change in it."""
+ON_EXPERTS = {"targets": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+"""Of gpt-oss."""
+STORED = {"base_quantization": "stored", "parity": {"level": "arithmetic"}}
+MISREAD = "transformers refuses it or reads another base, so that parity full is refused"
+
+Verdict = tuple[str, str]
+"""`equal` or `wrong`, and why."""
+
+
+def stored_cells(
+    scratch: Callable[[], AbstractContextManager[Path]],
+) -> Iterator[tuple[str, str, Verdict]]:
+    """Yield form, column and verdict: a release against PEFT's merge into the twin, bit by bit.
+
+    Args:
+        scratch: makes a directory that is removed when its context ends.
+    """
+    for architecture, (model_type, targets) in ARCHITECTURES.items():
+        with scratch() as directory:
+            plain = architectures.build("decoder", model_type, directory / "plain")
+            adapters: dict[str, dict[str, Any]] = {
+                "LoRA": {"targets": targets},
+                "DoRA": {"targets": [targets[-1]], "use_dora": True},
+            }
+            for form, store in {**LINEAR, **APART}.items():
+                if not form.startswith("mxfp4"):
+                    base = store(plain, directory / form.replace(" ", "-"))
+                    for adapter, options in adapters.items():
+                        yield form, f"{architecture}, {adapter}", _verdict(base, directory, options)
+    with scratch() as directory:
+        plain = architectures.build("decoder", "gpt_oss", directory / "plain")
+        for form, store in {**EXPERTS, "mxfp4 with scales apart": APART["mxfp4 with scales apart"]}.items():
+            base = store(plain, directory / form.replace(" ", "-"))
+            yield form, "gpt-oss, attention", _verdict(base, directory, {"targets": ["q_proj", "o_proj"]})
+            yield form, "gpt-oss, experts", _verdict(base, directory, ON_EXPERTS)
+
+
+def _verdict(base: Path, directory: Path, options: Mapping[str, Any]) -> Verdict:
+    number = len(list(directory.iterdir()))
+    adapter = make_adapter(twin_of(base), directory / f"{number}-adapter", rank=2, **options)
+    ours = merge(base, adapter, directory / f"{number}-ours", **STORED)
+    found = different(ours, merge_by_peft(twin_of(base), adapter, directory / f"{number}-peft"))
+    if found:
+        return "wrong", found[0]
+    return "equal", MISREAD if is_misread(base) else ""

@@ -1,0 +1,171 @@
+"""The form, with the groups that a base declares."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import QuantizationConfig, QuantizationStrategy
+from compressed_tensors.utils.match import match_name
+from pydantic import ValidationError
+from transformers.integrations.compressed_tensors import get_dense_scheme, get_experts_scheme
+
+from jobs.errors import BadInputError, UnsupportedError
+from workers.bases.forms import StoredParts, StoredWeight
+from workers.bases.forms.compressed.group import (
+    GLOBAL_SCALE,
+    ORDER,
+    PACKED,
+    PLAIN,
+    SCALE,
+    SHAPE,
+    WEIGHT,
+    ZERO_POINT,
+    Group,
+)
+from workers.bases.forms.compressed.weight import restored
+from workers.files.layout import TensorSpec
+
+_PARTS = (WEIGHT, PACKED, SCALE, GLOBAL_SCALE, ZERO_POINT, SHAPE, ORDER)
+_OF_ACTIVATIONS = tuple(
+    f"{of}_{what}" for of in ("input", "output") for what in ("scale", "global_scale", "zero_point")
+)
+"""Beside a weight, in its module, where the scales of activations are fixed: without meaning for numbers."""
+
+
+class CompressedTensors:
+    """Weights in formats of compressed-tensors."""
+
+    def __init__(
+        self, place: str, content: Mapping[str, Any], config: QuantizationConfig, groups: Sequence[Group]
+    ) -> None:
+        """Take what is declared.
+
+        Args:
+            place: of the declaration, for messages.
+            content: of it.
+            config: the same, as the library reads it.
+            groups: those of its groups whose weights are codes.
+        """
+        self.loaded_as: Mapping[str, Any] | None = {**content, "dequantize": True}
+        self._place = place
+        self._config = config
+        self._groups = groups
+
+    @classmethod
+    def declared(cls, place: str, content: Mapping[str, Any]) -> Self:
+        """Return the form that a configuration declares.
+
+        Args:
+            place: of the declaration, for messages.
+            content: of it.
+
+        Raises:
+            UnsupportedError: compressed-tensors does not take it, or codes and scales are not all there is to it.
+        """
+        try:
+            config = QuantizationConfig.model_validate(dict(content))
+        except (NotImplementedError, ValidationError) as error:
+            first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+            field = ".".join(map(str, (place, *first["loc"])))
+            raise UnsupportedError(
+                f"{field}: compressed-tensors does not take this: {first['msg']}; name a base in another form"
+            ) from error
+        sparsity, transforms = (content.get(field) or {} for field in ("sparsity_config", "transform_config"))
+        for field, found in (
+            ("sparsity_config", sparsity.get("format") not in (None, "dense")),
+            ("transform_config", bool(transforms.get("config_groups"))),
+            ("moe_sparsity_config", config.moe_sparsity_config is not None),
+        ):
+            if found:
+                raise UnsupportedError(
+                    f"{place}.{field}: the weights are not those of the model, codes and scales aside; such a base is "
+                    "not merged: name one without"
+                )
+        schemes = [scheme for scheme in config.config_groups.values() if scheme.weights is not None]
+        return cls(place, content, config, [Group.declared(place, scheme, config.format) for scheme in schemes])
+
+    @property
+    def words(self) -> str:
+        """What people call it."""
+        return f"compressed-tensors {', '.join(sorted({group.format.value for group in self._groups}))}"
+
+    def weights(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, StoredParts]:
+        """Find the weights, and check what goes with their codes; see `StoredForm`."""
+        found = {}
+        for module in dict.fromkeys(name.rpartition(".")[0] for name in specs):
+            there = {name: specs[stored] for name in _PARTS if (stored := f"{module}.{name}") in specs}
+            if all(name == WEIGHT and spec.code in PLAIN for name, spec in there.items()):
+                continue
+            group = self._group_of(module)
+            if group is None:
+                raise BadInputError(
+                    f"tensor {next(iter(there.values())).name} is a part of a weight in codes, and {self._place} takes "
+                    f"{module} into none of its groups; the checkpoint was put together from two"
+                )
+            shape = group.check(module, there)
+            beside = {name: spec.name for name, spec in there.items() if name != group.codes}
+            beside |= {name: stored for name in _OF_ACTIVATIONS if (stored := f"{module}.{name}") in specs}
+            found[f"{module}.{WEIGHT}"] = StoredParts(codes=there[group.codes].name, beside=beside, shape=shape)
+        if not found and self._groups:
+            raise BadInputError(
+                f"{self._place}: declares weights in {self.words}, and no tensor is a part of any: weights that are "
+                "plain numbers by now need no declaration, take it away"
+            )
+        return found
+
+    def held_bytes(self, num_elements: int) -> int:
+        """Return what codes and scales take; see `StoredForm`."""
+        return math.ceil(num_elements * max((group.bytes_per_weight for group in self._groups), default=0.0))
+
+    def misread(self, specs: Mapping[str, TensorSpec]) -> str | None:
+        """Name a weight that transformers 5.23 takes for one of another group, or some of whose parts it leaves out.
+
+        It knows one group for all experts and one for all other weights, and of experts codes, scales and shapes alone.
+        """
+        for name in self.weights(specs):
+            group = self._group_of(name.rpartition(".")[0])
+            assert group is not None
+            is_expert = ".experts." in name
+            taken_for = get_experts_scheme(self._config) if is_expert else get_dense_scheme(self._config)
+            if group.scheme is not taken_for:
+                return f"{name}, and takes it for a weight of another group"
+            is_fp8 = group.format in (CompressionFormat.float_quantized, CompressionFormat.naive_quantized)
+            read = is_fp8 and group.arguments.type == "float" and group.strategy is not QuantizationStrategy.BLOCK
+            read = read or (group.format is CompressionFormat.pack_quantized and group.arguments.symmetric)
+            if is_expert and not read:
+                return f"{name}, an expert in {group.format.value} by {group.strategy.value}, as it is stored"
+        return None
+
+    def restore(
+        self,
+        name: str,
+        parts: StoredParts,
+        tensors: Mapping[str, torch.Tensor],
+        dtype: torch.dtype,
+        *,
+        transposed: bool,
+    ) -> StoredWeight:
+        """Build a weight from its parts; see `StoredForm`."""
+        if transposed:
+            raise UnsupportedError(f"{name}: codes of a Conv1D in {self.words} are not merged; name a base in 16 bits")
+        group = self._group_of(name.rpartition(".")[0])
+        assert group is not None
+        taken = {part: tensors[stored] for part, stored in parts.beside.items() if part not in _OF_ACTIVATIONS}
+        shape = tuple(taken[SHAPE].tolist()) if SHAPE in taken else parts.shape
+        if shape is None or len(shape) != 2 or shape != (parts.shape or shape):
+            raise BadInputError(
+                f"tensor {parts.beside[SHAPE]} says {list(shape or ())}; expected {list(parts.shape or ())}, as codes "
+                f"and scales of {name} are"
+            )
+        taken[group.codes] = tensors[parts.codes]
+        return restored(taken, group, (shape[0], shape[1]), dtype)
+
+    def _group_of(self, module: str) -> Group | None:
+        """Return the group of a module, by its name in the files; one that names it goes before one of all `Linear`."""
+        if any(match_name(module, each) for each in self._config.ignore or ()):
+            return None
+        named = (group for group in self._groups if any(match_name(module, each) for each in group.scheme.targets))
+        of_class = (group for group in self._groups if any(each.isidentifier() for each in group.scheme.targets))
+        return next(named, None) or next(of_class, None)

@@ -1,0 +1,175 @@
+"""MXFP4, as gpt-oss is published: the experts of a layer in blocks of 32 codes of 4 bits, a power of two for each.
+
+The maths is that of `convert_moe_packed_tensors` of transformers 5.23, a tile at a time: a code times its block's scale
+is exact in 16 bits, but for what is out of their range.
+
+Shape suffixes: E experts, O output features, I input features, G blocks along I, B bytes of a block.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from jobs.errors import BadInputError, UnsupportedError
+from workers.bases.forms import StoredParts
+from workers.bases.forms.grouped import FP4
+from workers.files.layout import TensorSpec
+from workers.numerics.kernels.elements import ARRAY_DTYPES, array
+from workers.numerics.kernels.four_bit import dequantize_groups
+
+_CODES, _SCALES = "_blocks", "_scales"
+_BLOCK_BYTES = 16
+_BLOCK_SIZE = 32
+"""Weights in a block, two codes a byte."""
+_POWERS = torch.ldexp(torch.ones(256), torch.arange(256) - 127)
+"""float32 [256]: what each scale stands for."""
+_STEP_ELEMENTS = 1 << 20
+"""Weights that are dequantized at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mxfp4Weight:
+    """The same projection of all experts of a layer, [E, I, O] as numbers: the model keeps its transpose."""
+
+    codes: torch.Tensor
+    """uint8 [E, O, G, B]."""
+    scales: torch.Tensor
+    """uint8 [E, O, G]: exponents of two, plus 127."""
+    dtype: torch.dtype
+    device: torch.device | None = None
+    """Where tiles are brought to be dequantized; None for where the codes are."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[E, I, O]."""
+        return _shape(tuple(self.codes.shape))
+
+    @property
+    def row_alignment(self) -> int:
+        """A block of each output: what lies between are the elements of 32 inputs."""
+        return _BLOCK_SIZE * self.shape[2]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return self.codes.numel() + self.scales.numel()
+
+    def dequantize_rows(self, start: int, stop: int, memory: torch.Tensor | None = None) -> torch.Tensor:
+        """Dequantize elements [start, stop); see `StoredWeight`."""
+        num_blocks = self.codes.shape[2]
+        device = self.codes.device if self.device is None else self.device
+        weight = memory if memory is not None and memory.device == device else None
+        if weight is None:
+            weight = torch.empty(stop - start, 1, dtype=self.dtype, device=device)
+        block, last = start // self.row_alignment, stop // self.row_alignment
+        while block < last:  # no temporary grows with the tile
+            expert, place = divmod(block, num_blocks)
+            taken = min(last - block, num_blocks - place, max(1, _STEP_ELEMENTS // self.row_alignment))
+            at = slice(expert, expert + 1), slice(None), slice(place, place + taken)
+            codes_EOGB, scales_EOG = self.codes[at].to(device), self.scales[at].to(device)
+            begin = block * self.row_alignment - start
+            target_IO = weight[begin : begin + taken * self.row_alignment].view(taken * _BLOCK_SIZE, -1)
+            if device.type == "cpu" and self.dtype in ARRAY_DTYPES:
+                numbers_OI = torch.empty(target_IO.shape[::-1], dtype=self.dtype)
+                codes, scales = array(codes_EOGB.contiguous()), array(_POWERS[scales_EOG.long()])
+                dequantize_groups(codes, scales, FP4, _BLOCK_SIZE, array(numbers_OI))
+                target_IO.copy_(numbers_OI.T)
+            else:
+                target_IO.copy_(convert_moe_packed_tensors(codes_EOGB, scales_EOG, dtype=self.dtype)[0])
+            block += taken
+        return weight
+
+    def to(self, device: torch.device) -> Self:
+        """Return this weight with its codes and scales on another device."""
+        return dataclasses.replace(self, codes=self.codes.to(device), scales=self.scales.to(device))
+
+    def brought_to(self, device: torch.device) -> Self:
+        """Return this weight with tiles of it brought to a device to be dequantized; codes and scales stay."""
+        return dataclasses.replace(self, device=device)
+
+
+class Mxfp4:
+    """The form."""
+
+    words = "MXFP4"
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        """Take the content of a declaration."""
+        self.loaded_as: Mapping[str, Any] | None = {**content, "dequantize": True}
+
+    def weights(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, StoredParts]:
+        """Find the weights, and check their scales; see `StoredForm`."""
+        found = {}
+        for stored, spec in specs.items():
+            name = stored.removesuffix(_CODES)
+            if name != stored and spec.code == "U8":
+                self._check(spec, specs.get(name + _SCALES), f"{name}{_SCALES}")
+                if name in specs:
+                    raise BadInputError(
+                        f"tensor {name} is stored twice, as {specs[name].code} and as codes ({stored}); the checkpoint "
+                        "was put together from two"
+                    )
+                found[name] = StoredParts(
+                    codes=stored, beside={_SCALES: f"{name}{_SCALES}"}, shape=_shape(tuple(spec.shape))
+                )
+        for stored, spec in specs.items():
+            name = stored.removesuffix(_SCALES)
+            if name != stored and spec.code == "U8" and name not in found:
+                raise BadInputError(
+                    f"tensor {stored} holds the scales of {name}, and no file holds {name}{_CODES} as U8; the "
+                    "checkpoint is not whole, or was put together from two"
+                )
+        if not found:
+            raise BadInputError(
+                f"config.json declares weights in {self.words}, and no tensor is stored as {_CODES} of U8: weights "
+                "that are plain numbers by now need no declaration, take it away"
+            )
+        return found
+
+    def held_bytes(self, num_elements: int) -> int:
+        """Return what codes and scales take; see `StoredForm`."""
+        return math.ceil(num_elements * (_BLOCK_BYTES + 1) / _BLOCK_SIZE)
+
+    def misread(self, specs: Mapping[str, TensorSpec]) -> str | None:  # noqa: ARG002 - it reads all
+        """Return None; see `StoredForm`."""
+        return None
+
+    def restore(
+        self,
+        name: str,  # noqa: ARG002 - what may be wrong is told by the headers
+        parts: StoredParts,
+        tensors: Mapping[str, torch.Tensor],
+        dtype: torch.dtype,
+        *,
+        transposed: bool,  # noqa: ARG002 - no Conv1D has experts
+    ) -> Mxfp4Weight:
+        """Build a weight from its parts; see `StoredForm`."""
+        return Mxfp4Weight(codes=tensors[parts.codes], scales=tensors[parts.beside[_SCALES]], dtype=dtype)
+
+    def _check(self, codes: TensorSpec, scales: TensorSpec | None, name: str) -> None:
+        if len(codes.shape) != 4 or codes.shape[-1] != _BLOCK_BYTES:
+            raise UnsupportedError(
+                f"tensor {codes.name} has shape {list(codes.shape)}; expected experts, outputs, blocks and "
+                f"{_BLOCK_BYTES} bytes of each, as gpt-oss is stored"
+            )
+        expected = codes.shape[:-1]
+        if scales is None:
+            raise BadInputError(
+                f"tensor {codes.name} holds codes, and no file holds {name}: expected a scale for each of its blocks, "
+                f"{list(expected)}, without which they are another weight"
+            )
+        if scales.code != "U8" or scales.shape != expected:
+            raise BadInputError(
+                f"tensor {name} is {scales.code} {list(scales.shape)}; expected U8 {list(expected)}, a scale for each "
+                f"block of {codes.name}"
+            )
+
+
+def _shape(codes: tuple[int, ...]) -> tuple[int, int, int]:
+    num_experts, num_outputs, num_blocks, _ = codes
+    return num_experts, num_blocks * _BLOCK_SIZE, num_outputs
