@@ -20,39 +20,52 @@ from tests.stored.mxfp4 import store_mxfp4
 from tests.stored.reading import is_misread
 from workers.merging.sidecars import write_sidecars
 
-FORMS = (
-    "fp8",
-    *(
-        f"compressed-tensors {of}"
-        for of in (
-            "fp8 by channel",
-            "fp8 by block",
-            "int8 by channel",
-            "int4 by group",
-            "int4 with zero points",
-            "nvfp4",
-        )
+FORMS = {
+    "dense": (
+        "fp8",
+        "compressed-tensors fp8 by channel",
+        "compressed-tensors fp8 by block",
+        "compressed-tensors int8 by channel",
+        "compressed-tensors int4 by group",
+        "compressed-tensors int4 with zero points",
+        "compressed-tensors nvfp4",
+        "ModelOpt fp8",
+        "ModelOpt nvfp4",
     ),
-    "ModelOpt fp8",
-    "ModelOpt nvfp4",
-)
-"""Of which each architecture is stored; `make fidelity` has all."""
+    "mixture of experts": (
+        "fp8",
+        "compressed-tensors fp8 by block",
+        "compressed-tensors int8 by channel",
+        "compressed-tensors int4 by group",
+        "compressed-tensors nvfp4",
+    ),
+    "latent attention": ("fp8", "compressed-tensors int4 by group", "ModelOpt nvfp4"),
+}
+"""In which each architecture is stored here; `make fidelity` has all."""
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda name: name.replace(" ", "-"))
-def plain(request, tmp_path_factory):
-    """A base in 16 bits, and an adapter."""
-    model_type, targets = ARCHITECTURES[request.param]
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Bases in 16 bits, each with an adapter, by architecture."""
     directory = tmp_path_factory.mktemp("plain")
-    base = architectures.build("decoder", model_type, directory / "plain")
-    return base, make_adapter(base, directory / "adapter", targets=targets, rank=2)
+    made = {}
+    for architecture, (model_type, targets) in ARCHITECTURES.items():
+        base = architectures.build("decoder", model_type, directory / model_type)
+        adapter = make_adapter(base, directory / f"{model_type}-adapter", targets=targets, rank=2)
+        made[architecture] = base, adapter
+    return made
 
 
-@pytest.fixture(scope="module", params=FORMS, ids=lambda name: name.replace(" ", "-"))
+@pytest.fixture(
+    scope="module",
+    params=[(architecture, form) for architecture, forms in FORMS.items() for form in forms],
+    ids=lambda pair: "-".join(pair).replace(" ", "-"),
+)
 def stored(request, plain, tmp_path_factory):
     """A base in a form with its twin in 16 bits beside it, and an adapter."""
-    base, adapter = plain
-    return LINEAR[request.param](base, tmp_path_factory.mktemp("stored") / "base"), adapter
+    architecture, form = request.param
+    base, adapter = plain[architecture]
+    return LINEAR[form](base, tmp_path_factory.mktemp("stored") / "base"), adapter
 
 
 def test_a_release_is_the_merge_by_peft_of_what_the_library_dequantizes(stored, tmp_path):
@@ -74,12 +87,11 @@ def test_parity_full_is_refused_where_transformers_reads_another_base(stored, tm
         assert not is_misread(base)
 
 
-def test_what_adapters_are_merged_into_beside_streams(stored, tmp_path):
+@pytest.mark.parametrize("form", ["fp8", "compressed-tensors int4 with zero points", "ModelOpt nvfp4"])
+def test_what_adapters_are_merged_into_beside_streams(plain, tmp_path, form):
     """DoRA, which PEFT merges, takes the same weights."""
-    base, _ = stored
-    names = read_tensors(twin_of(base))
-    target = next(name for name in names if name.endswith("o_proj.weight")).split(".")[-2]
-    dora = make_adapter(twin_of(base), tmp_path / "dora", targets=[target], rank=2, use_dora=True)
+    base = LINEAR[form](plain["dense"][0], tmp_path / "base")
+    dora = make_adapter(twin_of(base), tmp_path / "dora", targets=["o_proj"], rank=2, use_dora=True)
     merged = merge(base, dora, tmp_path / "ours", **STORED)
     assert different(merged, merge_by_peft(twin_of(base), dora, tmp_path / "peft")) == []
 

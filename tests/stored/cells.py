@@ -5,12 +5,15 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from jobs.errors import MergefleetError
 from tests import architectures
 from tests.merges import different, merge, merge_by_peft
 from tests.models import make_adapter
 from tests.stored import twin_of
 from tests.stored.forms import APART, EXPERTS, LINEAR
 from tests.stored.reading import is_misread
+from workers.bases.forms.declared import declared_form
+from workers.files.checkpoint import read_checkpoint
 
 ARCHITECTURES: Mapping[str, tuple[str, list[str]]] = {
     "dense": ("qwen3", ["q_proj", "v_proj", "down_proj"]),
@@ -58,8 +61,16 @@ def stored_cells(
 def _verdict(base: Path, directory: Path, options: Mapping[str, Any]) -> Verdict:
     number = len(list(directory.iterdir()))
     adapter = make_adapter(twin_of(base), directory / f"{number}-adapter", rank=2, **options)
-    ours = merge(base, adapter, directory / f"{number}-ours", **STORED)
+    try:
+        ours = merge(base, adapter, directory / f"{number}-ours", **STORED)
+    except MergefleetError as error:
+        return "wrong", f"refused: {error}"
     found = different(ours, merge_by_peft(twin_of(base), adapter, directory / f"{number}-peft"))
     if found:
         return "wrong", found[0]
-    return "equal", MISREAD if is_misread(base) else ""
+    form = declared_form(base)
+    assert form is not None
+    told = form.misread({name: spec for name, (_, spec) in read_checkpoint(base).tensors.items()}) is not None
+    if told != is_misread(base):
+        return "wrong", f"transformers {'reads it' if told else 'misreads it'}, and the form says otherwise"
+    return "equal", MISREAD if told else ""

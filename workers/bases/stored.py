@@ -113,8 +113,8 @@ def check_shapes(
                 f"{source.directory}: tensor {name} has shape {list(shape)}, config.json makes it "
                 f"{list(shapes[name])}; weights and configuration are not of the same model"
             )
-    for name in in_form:
-        if name not in found and name not in shapes:
+    for name, parts in in_form.items():
+        if name not in found and name not in shapes and parts.at_most is None:
             raise UnsupportedError(
                 f"{source.directory}: tensor {name} is stored in codes that do not tell its shape, and belongs to no "
                 "module of the model, so nothing says what it becomes; store the base without it, or name one in 16 "

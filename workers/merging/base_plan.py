@@ -196,7 +196,7 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
         if parts is not None and parts.codes != stored:
             continue  # the scales and the state of a weight become part of it
         own_dtype = spec.dtype if parts is None else config_dtype(source.directory)
-        own_shape = spec.shape if parts is None or parts.shape is None else parts.shape
+        own_shape = spec.shape if parts is None else parts.shape or parts.at_most or spec.shape
         tensors.append(
             OutputTensor(
                 name=name,
@@ -259,12 +259,12 @@ def _conversions(
         if name not in weight_of
     }
     for name, parts in in_form.items():
-        shape = shapes[parts.codes] if parts.shape is None else parts.shape
+        shape = parts.shape or parts.at_most or shapes[parts.codes]
         stored[name] = torch.empty(shape, dtype=specs[parts.codes].dtype, device="meta")
     return relate(
         source.directory,
         model,
         stored,
-        frozenset(name for name, parts in in_form.items() if parts.shape is None),
+        frozenset(name for name, parts in in_form.items() if parts.shape is None and parts.at_most is None),
         lambda conversions: refuse_codes(source.directory, model, conversions, specs, weight_of),
     )

@@ -23,6 +23,8 @@ class StoredParts:
     """The others: scales, and what else goes with the codes; names by what the form calls them."""
     shape: tuple[int, ...] | None
     """Of the weight; None where headers do not tell."""
+    at_most: tuple[int, ...] | None = None
+    """Where headers tell no shape: that of the weight if its codes fill the words that they are packed into."""
 
 
 class StoredWeight(Protocol):

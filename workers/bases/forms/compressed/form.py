@@ -68,7 +68,7 @@ class CompressedTensors:
             config = QuantizationConfig.model_validate(dict(content))
         except (NotImplementedError, ValidationError) as error:
             first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-            field = ".".join(map(str, (place, *first["loc"])))
+            field = ".".join((place, *(str(part) for part in first["loc"] if "[" not in str(part))))
             raise UnsupportedError(
                 f"{field}: compressed-tensors does not take this: {first['msg']}; name a base in another form"
             ) from error
@@ -107,7 +107,10 @@ class CompressedTensors:
             shape = group.check(module, there)
             beside = {name: spec.name for name, spec in there.items() if name != group.codes}
             beside |= {name: stored for name in _OF_ACTIVATIONS if (stored := f"{module}.{name}") in specs}
-            found[f"{module}.{WEIGHT}"] = StoredParts(codes=there[group.codes].name, beside=beside, shape=shape)
+            codes = there[group.codes]
+            found[f"{module}.{WEIGHT}"] = StoredParts(
+                codes=codes.name, beside=beside, shape=shape, at_most=group.at_most(codes)
+            )
         if not found and self._groups:
             raise BadInputError(
                 f"{self._place}: declares weights in {self.words}, and no tensor is a part of any: weights that are "
@@ -133,6 +136,7 @@ class CompressedTensors:
                 return f"{name}, and takes it for a weight of another group"
             is_fp8 = group.format in (CompressionFormat.float_quantized, CompressionFormat.naive_quantized)
             read = is_fp8 and group.arguments.type == "float" and group.strategy is not QuantizationStrategy.BLOCK
+            read = read or group.format is CompressionFormat.mxfp4_pack_quantized
             read = read or (group.format is CompressionFormat.pack_quantized and group.arguments.symmetric)
             if is_expert and not read:
                 return f"{name}, an expert in {group.format.value} by {group.strategy.value}, as it is stored"

@@ -135,6 +135,12 @@ class Group:
         packs = self.format is CompressionFormat.pack_quantized and not self.arguments.symmetric
         return packs and self.strategy is not QuantizationStrategy.TENSOR
 
+    def at_most(self, codes: TensorSpec) -> tuple[int, int]:
+        """Return the shape of a weight whose words of codes are full."""
+        if self.format is CompressionFormat.pack_quantized:
+            return codes.shape[0], codes.shape[1] * 32 // self.arguments.num_bits
+        return codes.shape[0], codes.shape[1] * (2 if self.codes == PACKED else 1)
+
     def check(self, module: str, there: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
         """Check the parts of a weight.
 
@@ -206,7 +212,7 @@ class Group:
     def _num_columns(self, codes: TensorSpec, scales: TensorSpec) -> int | None:
         group_size, num_bits = self.arguments.group_size, self.arguments.num_bits
         if self.format is not CompressionFormat.pack_quantized:
-            num_columns = codes.shape[1] * (2 if self.codes == PACKED else 1)
+            _, num_columns = self.at_most(codes)
         elif group_size and len(scales.shape) == 2:
             num_columns = scales.shape[1] * group_size
             self._check_shape(codes, (codes.shape[0], math.ceil(num_columns * num_bits / 32)), scales)

@@ -1,0 +1,194 @@
+"""What is declared of compressed-tensors, and which weight is of which group."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationScheme
+from safetensors.torch import load_file, save_file
+
+from jobs.errors import BadInputError, UnsupportedError
+from tests.merges import different
+from tests.models import build_llama
+from tests.stored import is_linear, store, twin_of
+from tests.stored.compressed import FORMATS, compress, store_compressed
+from workers.bases.forms.declared import declared_form
+from workers.bases.quantized_base import QuantizedBase
+from workers.files.checkpoint import read_checkpoint
+from workers.parity.loading import Room, load_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return build_llama(tmp_path_factory.mktemp("compressed") / "llama", tokenizer=False)
+
+
+def declare(base, **fields):
+    """Change what a base declares."""
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] |= fields
+    (base / "config.json").write_text(json.dumps(config))
+    return base
+
+
+def weights_of(base):
+    form = declared_form(base)
+    return form, form.weights(specs_of(base))
+
+
+def specs_of(base):
+    return {name: spec for name, (_, spec) in read_checkpoint(base).tensors.items()}
+
+
+def numbers_of(base):
+    form = declared_form(base)
+    opened = QuantizedBase.stored(base, read_checkpoint(base), CPU, (), form=form, dtype=torch.bfloat16)
+    weights = {name: opened.weight(name) for name in opened.names}
+    return {name: weight.dequantize_rows(0, weight.shape[0]) for name, weight in weights.items()}
+
+
+def group_of(of, targets):
+    format_, arguments = FORMATS[of]
+    return {"targets": targets, "weights": dict(arguments), "format": format_}
+
+
+@pytest.mark.parametrize("first_is_of_all", [False, True])
+def test_a_group_that_names_a_module_goes_before_one_of_all_linears(llama, tmp_path, first_is_of_all):
+    """One checkpoint, attention in FP8 and the rest in INT4: transformers takes all for one group."""
+    groups = {
+        "attention": group_of("fp8 by channel", ["re:.*self_attn.*"]),
+        "rest": group_of("int4 by group", ["Linear"]),
+    }
+    schemes = {name: QuantizationScheme.model_validate(group) for name, group in groups.items()}
+
+    def quantize(name, weight):
+        group = "attention" if "self_attn" in name else "rest"
+        return compress(name, weight, groups[group]["format"], schemes[group])
+
+    ordered = dict(reversed(groups.items())) if first_is_of_all else groups
+    declared = {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": ordered}
+    base = store(llama, tmp_path / "mixed", quantize, declared, takes=is_linear)
+    twin = load_file(twin_of(base) / "model.safetensors")
+    numbers = numbers_of(base)
+    assert len(numbers) == 14
+    assert different(numbers, {name: twin[name] for name in numbers}) == []
+    form, _ = weights_of(base)
+    assert "takes it for a weight of another group" in form.misread(specs_of(base))
+    assert form.words == "compressed-tensors float-quantized, pack-quantized"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("of", ["fp8 by channel", "int4 by group", "nvfp4", "mxfp4"])
+def test_scales_of_another_dtype_than_the_model_round_as_the_library_rounds(llama, tmp_path, of, dtype):
+    base = store_compressed(llama, tmp_path / "base", of)
+    numbers = {}
+    form = declared_form(base)
+    opened = QuantizedBase.stored(base, read_checkpoint(base), CPU, (), form=form, dtype=dtype)
+    for name in opened.names:
+        weight = opened.weight(name)
+        numbers[name] = weight.dequantize_rows(0, weight.shape[0])
+    twin = load_file(twin_of(base) / "model.safetensors")  # scales are bfloat16, and so are products
+    assert different(numbers, {name: twin[name].to(dtype) for name in numbers}) == []
+
+
+def test_where_only_compression_config_declares_it(llama, tmp_path):
+    base = store_compressed(llama, tmp_path / "base", "int4 by group")
+    config = json.loads((base / "config.json").read_text())
+    config["compression_config"] = config.pop("quantization_config")
+    (base / "config.json").write_text(json.dumps(config))
+    twin = load_file(twin_of(base) / "model.safetensors")
+    assert different(numbers_of(base), {name: twin[name] for name in numbers_of(base)}) == []
+    loaded = load_model(base, Room(device=CPU, scratch=tmp_path))
+    assert not loaded.misfits
+    state = loaded.model.state_dict()
+    assert different({name: state[name] for name in twin}, {name: each.float() for name, each in twin.items()}) == []
+
+
+GROUP = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"config_groups": {"g": GROUP | {"weights": GROUP["weights"] | {"num_bits": "many"}}}},
+            r"g\.weights\.num_bits",
+        ),
+        ({"config_groups": {"g": GROUP | {"weights": GROUP["weights"] | {"actorder": "group"}}}}, "has been removed"),
+        ({"config_groups": {"g": GROUP | {"format": "marlin-24"}}}, "in marlin-24; of compressed-tensors are read"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, r"\.sparsity_config: the weights are not those"),
+        ({"transform_config": {"config_groups": {"u": {}}}}, r"\.transform_config: the weights are not those"),
+    ],
+)
+def test_what_is_not_codes_and_scales_alone_is_refused(llama, tmp_path, fields, message):
+    base = declare(store_compressed(llama, tmp_path / "base", "int4 by group"), **fields)
+    with pytest.raises(UnsupportedError, match=message):
+        declared_form(base)
+
+
+def test_parts_of_a_module_that_is_in_no_group(llama, tmp_path):
+    base = store_compressed(llama, tmp_path / "base", "int4 by group")
+    declare(base, ignore=["lm_head", "model.layers.0.mlp.up_proj"])
+    with pytest.raises(BadInputError, match=r"takes model\.layers\.0\.mlp\.up_proj into none of its groups"):
+        weights_of(base)
+
+
+def test_a_weight_in_16_bits_among_codes_stays_what_it_is(llama, tmp_path):
+    base = store_compressed(llama, tmp_path / "base", "fp8 by channel")
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = load_file(llama / "model.safetensors")[name]
+    del tensors[f"{name}_scale"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    assert name not in weights_of(base)[1]
+
+
+def change(specs, name, **fields):
+    return specs | {name: replace(specs[name], **fields)}
+
+
+@pytest.mark.parametrize(
+    ("of", "part", "fields", "error", "message"),
+    [
+        ("int4 by group", "weight_packed", {"dtype": torch.uint8}, UnsupportedError, "stored as U8; expected I32"),
+        (
+            "int4 by group",
+            "weight_packed",
+            {"shape": (64, 7)},
+            BadInputError,
+            r"has shape \[64, 7\]; expected \[64, 24\]",
+        ),
+        ("int4 by group", "weight_scale", {"dtype": torch.uint8}, UnsupportedError, "stored as U8; expected BF16 or"),
+        ("int8 by channel", "weight", {"shape": (2, 64, 192)}, UnsupportedError, "several experts in one tensor"),
+        ("fp8 by channel", "weight", {"dtype": torch.int8}, UnsupportedError, "stored as I8; expected F8_E4M3"),
+        ("int4 with zero points", "weight_zero_point", {"shape": (9, 9)}, BadInputError, r"expected \[8, 12\]"),
+    ],
+)
+def test_parts_that_do_not_fit(llama, tmp_path, of, part, fields, error, message):
+    base = store_compressed(llama, tmp_path / "base", of)
+    form, _ = weights_of(base)
+    with pytest.raises(error, match=message):
+        form.weights(change(specs_of(base), f"model.layers.0.mlp.down_proj.{part}", **fields))
+
+
+def test_groups_in_the_order_of_activations_are_refused(llama, tmp_path):
+    base = store_compressed(llama, tmp_path / "base", "int4 by group")
+    form, _ = weights_of(base)
+    specs = specs_of(base)
+    module = "model.layers.0.mlp.down_proj"
+    order = replace(specs[f"{module}.weight_shape"], name=f"{module}.weight_g_idx")
+    with pytest.raises(UnsupportedError, match="weight_g_idx: groups in the order of activations"):
+        form.weights(specs | {order.name: order})
+
+
+def test_a_shape_that_is_not_that_of_the_codes(llama, tmp_path):
+    base = shutil.copytree(store_compressed(llama, tmp_path / "base", "int4 by group"), tmp_path / "copy")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight_shape"] = torch.tensor([64, 191])
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInputError, match=r"down_proj\.weight_shape says \[64, 191\]; expected \[64, 192\]"):
+        numbers_of(base)
