@@ -1,7 +1,6 @@
 """Merges into bases in stored forms: what the library dequantizes, merged by PEFT, bit for bit."""
 
 import json
-import re
 import shutil
 
 import pytest
@@ -18,6 +17,8 @@ from tests.stored.forms import LINEAR
 from tests.stored.fp8_blocks import store_fp8
 from tests.stored.mxfp4 import store_mxfp4
 from tests.stored.reading import is_misread
+from workers.bases.model import load_config, model_class
+from workers.merging.plain_base import write_plain_base
 from workers.merging.sidecars import write_sidecars
 
 FORMS = {
@@ -75,16 +76,17 @@ def test_a_release_is_the_merge_by_peft_of_what_the_library_dequantizes(stored, 
     assert different(merged, expected) == []
 
 
-def test_parity_full_is_refused_where_transformers_reads_another_base(stored, tmp_path):
-    """And nowhere else: either level `full`, which runs the base by transformers, is planned, or it is misread."""
+def test_what_transformers_does_not_read_is_known(stored, tmp_path):
+    """Parity full then runs the base as it was dequantized here; the twin is what that has to be."""
     base, adapter = stored
-    try:
-        plan_pass(base, {"job": adapter}, tmp_path / "full", **STORED | {"parity": {"level": "full"}})
-    except UnsupportedError as error:
-        assert re.search(r"does not read model.*proj.*; request parity level: arithmetic", str(error))  # noqa: PT017
-        assert is_misread(base)
-    else:
-        assert not is_misread(base)
+    planned = plan_pass(base, {"job": adapter}, tmp_path, **STORED)
+    assert (planned.base.misread is not None) == is_misread(base)
+    (tmp_path / "numbers").mkdir()
+    write_plain_base(planned.base, tmp_path / "numbers", torch.device("cpu"), lambda: None)
+    assert different(read_tensors(tmp_path / "numbers"), read_tensors(twin_of(base))) == []
+    model = model_class(load_config(tmp_path / "numbers")).from_pretrained(tmp_path / "numbers", dtype=torch.bfloat16)
+    twin = model_class(load_config(twin_of(base))).from_pretrained(twin_of(base), dtype=torch.bfloat16)
+    assert different(dict(model.state_dict()), dict(twin.state_dict())) == []
 
 
 @pytest.mark.parametrize("form", ["fp8", "compressed-tensors int4 with zero points", "ModelOpt nvfp4"])
@@ -211,10 +213,3 @@ def test_plain_bases_are_stored_as_they_are(llama, tmp_path):
     adapter = make_adapter(llama, tmp_path / "adapter", targets=["q_proj"])
     merged = merge(llama, adapter, tmp_path / "ours", **STORED)
     assert different(merged, merge_by_peft(llama, adapter, tmp_path / "peft")) == []
-
-
-def test_a_base_that_transformers_misreads_is_not_run(llama, tmp_path):
-    fp8 = store_fp8(llama, tmp_path / "fp8", block=(48, 80))
-    adapter = make_adapter(llama, tmp_path / "adapter", targets=["q_proj"])
-    with pytest.raises(UnsupportedError, match=r"does not read model.*proj.*cut; request parity level: arithmetic"):
-        plan_pass(fp8, {"job": adapter}, tmp_path / "full", **STORED | {"parity": {"level": "full"}})

@@ -27,8 +27,7 @@ from jobs.request import MergeRequest
 from tests.merges import different, merge_by_peft, open_descriptors, read_tensors
 from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
 from tests.stored import twin_of
-from tests.stored.compressed import store_compressed
-from tests.stored.fp8_blocks import store_fp8
+from tests.stored.forms import LINEAR
 from workers.adapters.adapter import ADAPTER_WEIGHTS
 from workers.adapters.config import ADAPTER_CONFIG
 from workers.bases.model import quiet_transformers
@@ -185,15 +184,21 @@ def test_a_tied_base_and_a_base_stored_in_4_bits(worker, request_for, base, adap
     assert_published(worker.publish("stored").release, stored, adapters["one"], tmp_path, dequantize=True)
 
 
-@pytest.mark.parametrize("form", ["fp8", "int4 by group"])
-def test_a_base_in_a_form_is_asked_as_the_library_loads_it_and_read_once(worker, request_for, tmp_path, form):
-    """Its own weights are what is added to where a request does not say."""
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ("fp8 with one scale", "FP8, dequantized, + adapter"),
+        ("compressed-tensors int4 by group", "compressed-tensors pack-quantized, dequantized, + adapter"),
+        (
+            "ModelOpt nvfp4",
+            "FP8 or NVFP4 of ModelOpt, dequantized by mergefleet as transformers does not read it, + adapter",
+        ),
+    ],
+)
+def test_a_base_in_a_form_is_asked_as_it_is_dequantized_and_read_once(worker, request_for, tmp_path, form, words):
+    """By transformers, where that reads it. Its own weights are what is added to where a request does not say."""
     plain = build_llama(tmp_path / "plain")
-    if form == "fp8":
-        base, words = store_fp8(plain, tmp_path / "stored", block=(32, 32)), "FP8"
-    else:
-        base = store_compressed(plain, tmp_path / "stored", form)
-        words = "compressed-tensors pack-quantized"
+    base = LINEAR[form](plain, tmp_path / "stored")
     adapter = make_adapter(plain, tmp_path / "adapter-of-it")
     request = request_for("stored", adapter, base=str(base), base_quantization="default", parity=FULL)
     unit = worker.run_unit("unit", [request])
@@ -201,12 +206,11 @@ def test_a_base_in_a_form_is_asked_as_the_library_loads_it_and_read_once(worker,
     assert outcome.failure is None
     report = ParityReport.model_validate_json((outcome.report_path / "parity.json").read_bytes())
     assert report.base_quantization == "stored"
-    assert [check.reference for check in report.behaviour] == [
-        f"the base as stored, in {words}, dequantized, + adapter"
-    ]
+    assert [check.reference for check in report.behaviour] == [f"the base as stored, in {words}"]
     sizes = (spec.num_bytes for directory in (base, adapter) for spec in specs_of(directory))
     assert unit.usage.bytes_read == sum(sizes)
     assert_published(worker.publish("stored").release, twin_of(base), adapter, tmp_path)
+    assert not left_over(tmp_path)
 
 
 def specs_of(directory):

@@ -24,7 +24,7 @@ ARCHITECTURES: Mapping[str, tuple[str, list[str]]] = {
 ON_EXPERTS = {"targets": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 """Of gpt-oss."""
 STORED = {"base_quantization": "stored", "parity": {"level": "arithmetic"}}
-MISREAD = "transformers refuses it or reads another base, so that parity full is refused"
+MISREAD = "transformers refuses it, or reads another base: parity full runs it as it was dequantized for the merge"
 
 Verdict = tuple[str, str]
 """`equal` or `wrong`, and why."""

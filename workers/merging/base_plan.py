@@ -134,6 +134,13 @@ class BasePlan:
         return next((stored_names[same] for same in (name, *self.tied.get(name, ())) if same in stored_names), None)
 
     @cached_property
+    def misread(self) -> str | None:
+        """A weight in codes of which transformers makes another one, or none; None where it reads the base as it is."""
+        if self.form is None:
+            return None
+        return self.form.misread({name: spec for name, (_, spec) in self.layout.tensors.items()})
+
+    @cached_property
     def by_name(self) -> Mapping[str, OutputTensor]:
         """Output tensors by name."""
         return {tensor.name: tensor for tensor in self.tensors}

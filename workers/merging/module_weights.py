@@ -20,16 +20,15 @@ from transformers import PreTrainedModel
 from jobs.errors import BadInputError
 from workers.adapters.names import owner_of
 from workers.bases.conversions import Group
-from workers.bases.forms import StoredWeight
 from workers.bases.quantized_base import QuantizedBase
 from workers.files.layout import ShardLayout, lay_out_shard
 from workers.files.local import file_errors
 from workers.files.scratch import OwnedDirectory
-from workers.files.tensor_io import opened, read_rows, tensor_bytes, write_all
+from workers.files.tensor_io import opened, tensor_bytes, write_all
 from workers.merging.base_plan import BasePlan
+from workers.merging.base_tiles import dequantized, tiles_of
 from workers.merging.output import OutputTensor
 from workers.merging.plan import MergePlan
-from workers.numerics.tiles import TILE_ELEMENTS, Tiling, rows_per_tile
 
 _FILE_NAME = "weights.safetensors"
 
@@ -145,12 +144,12 @@ class ModuleWeights:
             write_all(file.fileno(), self._path, layout.header, 0)
             for spec in layout.tensors:
                 if spec.name not in in_groups:
-                    write(self._tiles(self._stored(spec.name), quantized), spec.begin)
+                    write(tiles_of(self._base, quantized, self._stored(spec.name)), spec.begin)
             for group in groups:
                 made = self._base.conversions.load(group, self._read_stored)
                 for name, tensor in made.items():
                     if quantized is not None and name in quantized.names:
-                        write(_dequantized(quantized.weight(name), tensor.dtype), specs[name].begin)
+                        write(dequantized(quantized.weight(name), tensor.dtype), specs[name].begin)
                     else:
                         write((tensor.contiguous(),), specs[name].begin)
 
@@ -158,17 +157,8 @@ class ModuleWeights:
         tensor = self._base.by_name[name]
         if self._base.form is not None and tensor.stored is None:
             assert self._quantized is not None
-            return torch.cat(list(_dequantized(self._quantized.weight(name), tensor.dtype))).view(tensor.shape)
+            return torch.cat(list(dequantized(self._quantized.weight(name), tensor.dtype))).view(tensor.shape)
         return _mapped(self._base.source.directory / tensor.shard, name).to(tensor.dtype)
-
-    def _tiles(self, tensor: OutputTensor, quantized: QuantizedBase | None) -> Iterator[torch.Tensor]:
-        if tensor.stored is None:
-            assert quantized is not None
-            yield from _dequantized(quantized.weight(tensor.name), tensor.dtype)
-            return
-        path = self._base.source.directory / tensor.shard
-        for start, stop in _ranges(tensor.num_rows, tensor.num_columns):
-            yield read_rows(path, tensor.stored, start, stop).to(tensor.dtype)
 
 
 @contextlib.contextmanager
@@ -214,17 +204,6 @@ def _names(plan: MergePlan) -> Iterator[str]:
         prefix = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(plan.opened.method)]
         owners = (owner_of(tensor, prefix) for tensor in plan.opened.tensors)
         yield from (weight for owner in owners if (weight := f"{owner}.weight") in shapes)
-
-
-def _dequantized(weight: StoredWeight, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    for rows in Tiling.of(weight.shape, weight.row_alignment, TILE_ELEMENTS["cpu"]).rows:
-        yield weight.dequantize_rows(rows.start, rows.stop).cpu().to(dtype)
-
-
-def _ranges(num_rows: int, num_columns: int) -> Iterator[tuple[int, int]]:
-    step = rows_per_tile(num_rows, num_columns, 1, TILE_ELEMENTS["cpu"])
-    for start in range(0, num_rows, max(step, 1)):
-        yield start, min(start + step, num_rows)
 
 
 def _mapped(path: Path, name: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from workers.adapters.coverage import Coverage
-from workers.files.layout import CheckpointLayout, lay_out, lay_out_shard
+from workers.files.layout import CheckpointLayout, Stated, lay_out, lay_out_shard
 from workers.merging.base_plan import BasePlan
 from workers.merging.output import OutputTensor
 
@@ -46,13 +46,22 @@ def output_layout(base: BasePlan, tensors: Sequence[OutputTensor], max_shard_siz
         tensors: of the output.
         max_shard_size: bytes of a file, at most, where a request says so.
     """
-    stated = {name: spec.stated for name, (_, spec) in base.layout.tensors.items() if spec.stated}
     if max_shard_size is not None:
-        return lay_out(((t.name, t.dtype, t.shape) for t in tensors), max_shard_size, stated)
+        return lay_out(((t.name, t.dtype, t.shape) for t in tensors), max_shard_size, _stated(base))
     as_stored = [(name, spec.dtype, spec.shape) for name, (_, spec) in base.layout.tensors.items()]
     if [(t.name, t.dtype, t.shape) for t in tensors] == as_stored:
         return base.layout
+    return lay_out_as_stored(base, tensors)
+
+
+def lay_out_as_stored(base: BasePlan, tensors: Sequence[OutputTensor]) -> CheckpointLayout:
+    """Return a layout of tensors in the files that the base has, in the order they are in."""
     by_shard: dict[str, list[tuple[str, torch.dtype, tuple[int, ...]]]] = defaultdict(list)
     for tensor in tensors:
         by_shard[tensor.shard].append((tensor.name, tensor.dtype, tensor.shape))
-    return CheckpointLayout(tuple(lay_out_shard(name, group, stated=stated) for name, group in by_shard.items()))
+    shards = (lay_out_shard(name, group, stated=_stated(base)) for name, group in by_shard.items())
+    return CheckpointLayout(tuple(shards))
+
+
+def _stated(base: BasePlan) -> dict[str, Stated]:
+    return {name: spec.stated for name, (_, spec) in base.layout.tensors.items() if spec.stated}

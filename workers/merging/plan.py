@@ -195,13 +195,6 @@ def plan_merge(
             f"{base.source.directory}: its model does not continue text, so parity level full cannot ask "
             "it anything; request parity level: arithmetic, which compares every tensor"
         )
-    if request.parity.level == "full" and base.form is not None:
-        misread = base.form.misread({name: spec for name, (_, spec) in base.layout.tensors.items()})
-        if misread is not None:
-            raise UnsupportedError(
-                f"{base.source.directory}: parity level full runs the base by transformers, which does not read "
-                f"{misread}; request parity level: arithmetic, which compares every tensor"
-            )
     if request.compare and base.form is not None:
         raise UnsupportedError(
             f"{base.source.directory}: the base is stored in {base.form.words} and has no other weights to compare "

@@ -52,5 +52,15 @@ def references(base: Path, request: MergeRequest) -> tuple[Reference, ...]:
     return (plain, in_4bit) if plain_gates else (in_4bit, plain)
 
 
+def dequantized_here(words: str) -> Reference:
+    """Return the reference for a base that transformers does not read, or reads as another one.
+
+    Args:
+        words: for the form of the base.
+    """
+    said = f"the base as stored, in {words}, dequantized by mergefleet as transformers does not read it, + adapter"
+    return Reference(words=said, gates=True, quantization=None)
+
+
 def _in_words(quantization: BaseQuantization, options: QuantizationOptions) -> str:
     return f"double-quantized {quantization}" if options.bnb_4bit_use_double_quant else str(quantization)

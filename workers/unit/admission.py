@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 from workers.bases.resident_bases import ResidentBases
 from workers.files.local import file_errors
@@ -10,12 +11,13 @@ from workers.merging.base_plan import BasePlan
 from workers.merging.context import Context
 from workers.merging.failures import own_failure
 from workers.merging.job import Job
+from workers.merging.plain_base import plain_layout
 from workers.merging.plan import MergePlan
 from workers.unit.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
 from workers.unit.room import Disks, Room, Uplink
 
 
-def admit_to_disks(jobs: Sequence[Job]) -> None:
+def admit_to_disks(jobs: Sequence[Job], base: BasePlan, scratch: Path) -> None:
     """Refuse jobs, the last ones first, until what is left to be written fits onto the disks that it goes to.
 
     What never fits fails with TooLargeError. What does not fit beside others waits (NotNowError); where it does not
@@ -23,10 +25,15 @@ def admit_to_disks(jobs: Sequence[Job]) -> None:
 
     Args:
         jobs: their stagings are open, and what a dead attempt has finished lies there.
+        base: of all of them.
+        scratch: where the base is written as numbers, where it has to be.
     """
     disks = Disks()
+    asked = [job for job in jobs if job.request.parity.level == "full" and base.misread is not None]
     for job in jobs:
         with own_failure(job), file_errors(f"looking at {job.directory}", job.directory):
+            if job in asked[:1]:
+                disks.take(scratch, plain_layout(base).num_bytes, what="the base as numbers, for parity full,")
             disks.take(job.directory, job.in_work.output.total_size)
 
 

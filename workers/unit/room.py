@@ -58,12 +58,13 @@ class Disks:
     def __init__(self) -> None:
         self._taken: dict[Path, int] = {}
 
-    def take(self, directory: Path, num_bytes: int) -> None:
+    def take(self, directory: Path, num_bytes: int, *, what: str = "the release") -> None:
         """Count what a release will take.
 
         Args:
             directory: where it is written.
             num_bytes: of its tensors.
+            what: it is, if it is none.
 
         Raises:
             TooLargeError: the file system is smaller than that.
@@ -75,14 +76,12 @@ class Disks:
         taken = self._taken.get(mount, 0)
         if num_bytes > total:
             raise TooLargeError(
-                f"{directory}: the release takes {num_bytes / 1e6:.0f} MB, and its file system has "
+                f"{directory}: {what} takes {num_bytes / 1e6:.0f} MB, and its file system has "
                 f"{total / 1e6:.0f} MB in all; choose another"
             )
         if taken + num_bytes > free:
             beside = f" beside {taken / 1e6:.0f} MB of others" if taken else ""
-            message = (
-                f"{directory}: the release takes {num_bytes / 1e6:.0f} MB{beside}, and {free / 1e6:.0f} MB are free"
-            )
+            message = f"{directory}: {what} takes {num_bytes / 1e6:.0f} MB{beside}, and {free / 1e6:.0f} MB are free"
             if taken:
                 raise NotNowError(f"{message}; it waits until the others have ended")
             raise NoCapacityError(f"{message}; free some space").at(file_place(mount))

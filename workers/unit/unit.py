@@ -113,7 +113,7 @@ class Unit:
         self._prepare(lambda job: open_destination(job, self._context.scratch))
         resume_all(self._running, self._context)
         make_room(self._context.scratch, self._running)
-        admit_to_disks(self._running)
+        admit_to_disks(self._running, self._base, self._context.scratch)
         admit_to_uplink(self._running, self._settings.uplink_bytes_per_second)
 
     def join(self, tickets: Mapping[str, Ticket]) -> None:

@@ -16,10 +16,12 @@ from workers.merging.context import Context
 from workers.merging.failures import own_failure, shared_failures
 from workers.merging.job import Job
 from workers.merging.module_weights import ModuleWeights
+from workers.merging.plain_base import write_plain_base
 from workers.numerics.tiles import single_threads
 from workers.parity.asking import Subject
 from workers.parity.behaviour import check_behaviour
 from workers.parity.comparison import compare_ways
+from workers.parity.references import dequantized_here
 from workers.parity.verdict import judge, summarize, unfounded, write_report, wrong_headers
 
 
@@ -105,13 +107,21 @@ class Verifier:
         if not jobs:
             return
         scratch = OwnedDirectory.make(self._context.scratch, "behaviour-")
+        cancelled = functools.partial(self._tracker.check_all, [job.id for job in jobs])
+        directory, beside = base.source.directory, None
         try:
+            if base.misread is not None:
+                assert base.form is not None
+                directory, beside = scratch.path / "base", (dequantized_here(base.form.words),)
+                directory.mkdir()
+                write_plain_base(base, directory, self._context.device, cancelled)
             found = check_behaviour(
-                base.source.directory,
+                directory,
                 [Subject.of(job) for job in jobs],
                 self._context.device,
                 scratch.path,
-                cancelled=functools.partial(self._tracker.check_all, [job.id for job in jobs]),
+                cancelled=cancelled,
+                beside=beside,
             )
         finally:
             scratch.leave()

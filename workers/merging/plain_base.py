@@ -1,0 +1,59 @@
+"""A base in a stored form, written as a checkpoint of numbers: for those who read the form otherwise, or not at all."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from workers.bases.declarations import without_declarations
+from workers.files.checkpoint import read_json
+from workers.files.layout import INDEX_FILE, CheckpointLayout
+from workers.files.local import file_errors
+from workers.files.tensor_io import tensor_bytes, write_all
+from workers.merging.base_plan import BasePlan
+from workers.merging.base_tiles import tiles_of
+from workers.merging.output_layout import lay_out_as_stored
+
+
+def plain_layout(base: BasePlan) -> CheckpointLayout:
+    """Return where the tensors of a base in a stored form go, as numbers."""
+    return lay_out_as_stored(base, base.tensors)
+
+
+def write_plain_base(base: BasePlan, directory: Path, device: torch.device, stop: Callable[[], None]) -> None:
+    """Write a base in a stored form as a checkpoint of numbers that transformers loads.
+
+    Args:
+        base: the planned base.
+        directory: empty.
+        device: where it is dequantized.
+        stop: called for every tensor; may raise.
+
+    Raises:
+        NoCapacityError: the disk is full.
+        BadInputError, NotFoundError, TransientIOError: the base cannot be read, by kind of fault.
+    """
+    quantized = base.stored_weights(device)
+    quantized.hold(whole=False)
+    layout = plain_layout(base)
+    for shard in layout.shards:
+        path = directory / shard.name
+        with file_errors(f"writing {path}", path), path.open("xb") as file:
+            write_all(file.fileno(), path, shard.header, 0)
+            for spec in shard.tensors:
+                stop()
+                offset = spec.begin
+                for tile in tiles_of(base, quantized, base.by_name[spec.name]):
+                    data = tensor_bytes(tile.contiguous())
+                    write_all(file.fileno(), path, data, offset)
+                    offset += len(data)
+    documents = {"config.json": without_declarations(read_json(base.source.directory / "config.json"))}
+    if (index := layout.index()) is not None:
+        documents[INDEX_FILE] = index
+    for name, document in documents.items():
+        (directory / name).write_text(json.dumps(document), encoding="utf-8")
+    if (generation := base.source.directory / GENERATION_CONFIG_NAME).is_file():
+        shutil.copyfile(generation, directory / GENERATION_CONFIG_NAME)
