@@ -19,6 +19,10 @@ LINEAR: Mapping[str, Store] = {
     "fp8 in large blocks": store_fp8,
     "fp8 in cut blocks": functools.partial(store_fp8, block=(48, 80), scale_dtype=torch.float32),
     "fp8 with one scale": functools.partial(store_fp8, block=None),
+    "fp8 with one plain scale": functools.partial(store_fp8, block=None, called="_scale", scale_dtype=torch.float32),
+    "FBGEMM fp8": functools.partial(
+        store_fp8, block=(1, 1), called="_scale", method="fbgemm_fp8", scale_dtype=torch.float32
+    ),
     **{f"compressed-tensors {of}": functools.partial(store_compressed, of=of) for of in FORMATS},
     "ModelOpt fp8": functools.partial(store_modelopt, of="fp8", declared_in="config"),
     "ModelOpt fp8 by channel": functools.partial(store_modelopt, of="fp8 by channel", declared_in="file"),

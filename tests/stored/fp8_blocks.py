@@ -17,6 +17,8 @@ def store_fp8(
     block: tuple[int, int] | None = (128, 128),
     scale_dtype: torch.dtype = torch.bfloat16,
     apart: bool = False,
+    called: str = "_scale_inv",
+    method: str = "fp8",
 ) -> Path:
     """Store the linear weights of a base in FP8; see `store`.
 
@@ -26,16 +28,18 @@ def store_fp8(
         block: rows and columns that share a scale; None for one scale for a weight.
         scale_dtype: of the scales.
         apart: whether scales lie in a shard of their own.
+        called: what follows a weight's name in that of its scales; where that is `_scale`, a block is a row, or all.
+        method: what is declared.
     """
 
     def quantize(name: str, weight: torch.Tensor) -> Quantized:
-        own = block or tuple(weight.shape)
+        own = tuple(weight.shape) if block is None else (block[0], weight.shape[1] if called == "_scale" else block[1])
         codes, scales = quantize_fp8(weight, own, scale_dtype)
-        stored = {name: codes, f"{name}_scale_inv": scales if block else scales.reshape(())}
+        stored = {name: codes, f"{name}{called}": scales if block else scales.reshape(())}
         return stored, dequantize_fp8(codes, scales, own, weight.dtype)
 
-    declared = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block and list(block)}
-    scales_apart = (lambda name: name.endswith("_scale_inv")) if apart else None
+    declared = {"quant_method": method, "activation_scheme": "dynamic", "weight_block_size": block and list(block)}
+    scales_apart = (lambda name: name.endswith(called)) if apart else None
     return store(base, directory, quantize, declared, takes=is_linear, apart=scales_apart)
 
 

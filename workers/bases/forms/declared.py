@@ -16,6 +16,7 @@ _FORMS: Mapping[str, Callable[[Declaration], StoredForm]] = {
     "compressed-tensors": lambda declared: CompressedTensors.declared(declared.place, declared.content),
     "fp8": lambda declared: Fp8Blocks.declared(declared.place, declared.content),
     "modelopt": lambda declared: ModelOpt.declared(declared.place, declared.content),
+    "fbgemm_fp8": lambda declared: Fp8Blocks(None, declared.content),
     "mxfp4": lambda declared: Mxfp4(declared.content),
 }
 """By the method that a base declares."""

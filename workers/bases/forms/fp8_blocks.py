@@ -1,5 +1,7 @@
 """FP8 with a scale for each block, as DeepSeek-V3 and Qwen3-FP8 are published: `quant_method: fp8` of transformers.
 
+Or, under another name, with one for each weight or row, as vLLM's first tools (`fp8`) and FBGEMM (`fbgemm_fp8`) do.
+
 W = codes x scales, in float32, rounded once to the dtype of the model; what transformers 5.23 computes with
 `FineGrainedFP8Config(dequantize=True)`. Blocks at the edges of a weight may be cut; transformers refuses or misreads
 those (docs/upstream-faults.md).
@@ -21,7 +23,11 @@ from workers.files.layout import TensorSpec
 from workers.numerics.kernels.eight_bit import dequantize
 from workers.numerics.kernels.elements import ARRAY_DTYPES, array
 
-_SCALE = "_scale_inv"
+_SCALE, _PLAIN_SCALE = "_scale_inv", "_scale"
+"""What follows a weight's name: scales of blocks, or one of all; and what other tools write, one of all or of each row.
+Codes are multiplied by either."""
+_LEAST_COLUMNS = 64
+"""Of a weight, where each of its rows may have a scale."""
 _CODES = "F8_E4M3"
 _SCALE_CODES = frozenset({"F32", "BF16", "F16"})
 _VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
@@ -131,13 +137,14 @@ class Fp8Blocks:
         found = {}
         for name, spec in specs.items():
             if spec.code == _CODES:
-                self._check(spec, specs.get(name + _SCALE))
+                scale = name + (_PLAIN_SCALE if name + _PLAIN_SCALE in specs else _SCALE)
+                self._check(spec, specs.get(scale))
                 module = name.rpartition(".")[0]
                 fixed = {each: part for each in _OF_ACTIVATIONS if (part := f"{module}.{each}") in specs}
-                found[name] = StoredParts(codes=name, beside={_SCALE: name + _SCALE} | fixed, shape=spec.shape)
+                found[name] = StoredParts(codes=name, beside={_SCALE: scale} | fixed, shape=spec.shape)
         for name, spec in specs.items():
-            weight = name.removesuffix(_SCALE)
-            if name != weight and weight not in found:
+            weight = _scaled(name)
+            if weight is not None and weight not in found:
                 instead = f"it is stored as {specs[weight].code}" if weight in specs else "no file holds it"
                 raise BadInputError(
                     f"tensor {name} ({spec.code}) holds the scales of {weight}: expected its codes as {_CODES}, and "
@@ -152,12 +159,14 @@ class Fp8Blocks:
 
     def held_bytes(self, num_elements: int) -> int:
         """Return what codes and scales take; see `StoredForm`."""
-        num_scales = 1 if self._block is None else math.ceil(num_elements / math.prod(self._block))
-        return num_elements + 4 * num_scales
+        each = _LEAST_COLUMNS if self._block is None else math.prod(self._block)
+        return num_elements + 4 * math.ceil(num_elements / each)
 
     def misread(self, specs: Mapping[str, TensorSpec]) -> str | None:
-        """Name a weight with cut blocks: transformers takes as many equal ones as there are scales."""
+        """Name a weight with cut blocks: transformers takes as many equal ones as there are scales. Or with others."""
         for name, spec in specs.items():
+            if spec.code == _CODES and name + _PLAIN_SCALE in specs:
+                return f"{name}, as its scales are called {name}{_PLAIN_SCALE}"
             if spec.code == _CODES and any(
                 size > step and size % step for size, step in zip(spec.shape, self._block_of(spec.shape), strict=True)
             ):
@@ -177,16 +186,15 @@ class Fp8Blocks:
         if transposed:
             raise UnsupportedError(f"{name}: codes of a Conv1D in FP8 are not merged; name a base in 16 bits")
         codes, scales = tensors[parts.codes], tensors[parts.beside[_SCALE]].float()
+        block = self._block_of(codes.shape)
+        if not parts.beside[_SCALE].endswith(_SCALE):
+            block = (max(codes.shape[0] // scales.numel(), 1), max(codes.shape[1], 1))
         return BlockScaledWeight(
-            codes=codes, scales=scales.reshape(self._grid(codes.shape)), block=self._block_of(codes.shape), dtype=dtype
+            codes=codes, scales=scales.reshape(_grid(codes.shape, block)), block=block, dtype=dtype
         )
 
     def _block_of(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return self._block or (max(shape[0], 1), max(shape[1], 1))
-
-    def _grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        num_rows, num_columns = self._block_of(shape)
-        return math.ceil(shape[0] / num_rows), math.ceil(shape[1] / num_columns)
 
     def _check(self, codes: TensorSpec, scales: TensorSpec | None) -> None:
         if len(codes.shape) != 2:
@@ -194,14 +202,20 @@ class Fp8Blocks:
                 f"tensor {codes.name} is stored as {_CODES} of shape {list(codes.shape)}; expected a matrix: weights "
                 "of several experts in one tensor are not read in this form"
             )
-        grid = self._grid(codes.shape)
+        grid = _grid(codes.shape, self._block_of(codes.shape))
         expected = f"{list(grid)}" if self._block else "one"
         if scales is None:
             raise BadInputError(
                 f"tensor {codes.name} is stored as {_CODES}, and no file holds {codes.name}{_SCALE}: expected "
                 f"{expected} scales, without which the codes are another weight"
             )
-        if scales.num_elements != math.prod(grid) or (self._block and scales.shape != grid):
+        if not scales.name.endswith(_SCALE):
+            if scales.shape not in {(), (1,), (1, 1), codes.shape[:1], (codes.shape[0], 1)}:
+                raise BadInputError(
+                    f"tensor {scales.name} has shape {list(scales.shape)}; expected one scale, or one for each row of "
+                    f"{codes.name} {list(codes.shape)}"
+                )
+        elif scales.num_elements != math.prod(grid) or (self._block and scales.shape != grid):
             raise BadInputError(
                 f"tensor {scales.name} has shape {list(scales.shape)}; expected {expected}, for blocks of "
                 f"{list(self._block_of(codes.shape))} of {codes.name} {list(codes.shape)}"
@@ -210,3 +224,14 @@ class Fp8Blocks:
             raise UnsupportedError(
                 f"tensor {scales.name} is stored as {scales.code}; expected scales in {', '.join(sorted(_SCALE_CODES))}"
             )
+
+
+def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
+    return math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])
+
+
+def _scaled(name: str) -> str | None:
+    """Return the weight that a tensor holds the scales of, by its name; None where it holds none."""
+    if name.endswith(_SCALE):
+        return name.removesuffix(_SCALE)
+    return name.removesuffix(_PLAIN_SCALE) if name.endswith(f".weight{_PLAIN_SCALE}") else None
