@@ -128,7 +128,6 @@ DECLARED = {
     ),
     "not heard of": ("config.json", {"quantization_config": {"quant_method": "fancy"}}, "stored in fancy"),
     "AutoGPTQ": ("quantize_config.json", {"bits": 4, "group_size": 128}, "GPTQ"),
-    "AutoAWQ": ("quant_config.json", {"w_bit": 4}, "AWQ"),
 }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from tests.stored.awq import store_awq
 from tests.stored.compressed import FORMATS, store_compressed
 from tests.stored.fp8_blocks import store_fp8
 from tests.stored.modelopt import store_modelopt
@@ -24,6 +25,8 @@ LINEAR: Mapping[str, Store] = {
         store_fp8, block=(1, 1), called="_scale", method="fbgemm_fp8", scale_dtype=torch.float32
     ),
     **{f"compressed-tensors {of}": functools.partial(store_compressed, of=of) for of in FORMATS},
+    "AWQ": store_awq,
+    "AWQ without zero points": functools.partial(store_awq, zero_point=False),
     "ModelOpt fp8": functools.partial(store_modelopt, of="fp8", declared_in="config"),
     "ModelOpt fp8 by channel": functools.partial(store_modelopt, of="fp8 by channel", declared_in="file"),
     "ModelOpt nvfp4": functools.partial(store_modelopt, of="nvfp4", declared_in="both"),

@@ -5,13 +5,15 @@ from pathlib import Path
 
 from workers.bases.declarations import Declaration, declaration
 from workers.bases.forms import StoredForm
+from workers.bases.forms.awq import Awq
 from workers.bases.forms.bitsandbytes_4bit import BITSANDBYTES_4BIT
 from workers.bases.forms.compressed.form import CompressedTensors
 from workers.bases.forms.fp8_blocks import Fp8Blocks
 from workers.bases.forms.modelopt import ModelOpt
 from workers.bases.forms.mxfp4 import Mxfp4
 
-_FORMS: Mapping[str, Callable[[Declaration], StoredForm]] = {
+_FORMS: Mapping[str, Callable[[Declaration], StoredForm | None]] = {
+    "awq": lambda declared: Awq.declared(declared.place, declared.content),
     "bitsandbytes": lambda _: BITSANDBYTES_4BIT,
     "compressed-tensors": lambda declared: CompressedTensors.declared(declared.place, declared.content),
     "fp8": lambda declared: Fp8Blocks.declared(declared.place, declared.content),

@@ -108,6 +108,17 @@ def test_where_only_compression_config_declares_it(llama, tmp_path):
     assert different({name: state[name] for name in twin}, {name: each.float() for name, each in twin.items()}) == []
 
 
+def test_weights_are_plain_where_the_cache_alone_is_quantized(llama, tmp_path):
+    base = shutil.copytree(llama, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    declared = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": scheme}
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": declared}))
+    assert declared_form(base) is None
+    loaded, plain = (load_model(each, Room(device=CPU, scratch=tmp_path)) for each in (base, llama))
+    assert torch.equal(loaded.logits([1, 2, 3], 3), plain.logits([1, 2, 3], 3))
+
+
 GROUP = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}}
 
 

@@ -93,7 +93,7 @@ def test_plain_weights_are_stored_in_no_format(bases):
     ("quantization_config", "expected", "message"),
     [
         ({"quant_method": "gptq", "bits": 4}, UnsupportedError, "'gptq'"),
-        ({"quant_method": "awq", "bits": 4}, UnsupportedError, "'awq'"),
+        ({"quant_method": "aqlm", "bits": 4}, UnsupportedError, "'aqlm'"),
         ({"quant_method": "hqq"}, UnsupportedError, "'hqq'"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, UnsupportedError, "'bitsandbytes'"),
         ("nf4", UnsupportedError, "'nf4'"),

@@ -175,7 +175,7 @@ def test_options_cannot_change_how_a_base_is_stored(stored, tmp_path):
         base_plan(stored, tmp_path, quantization_options={"llm_int8_skip_modules": ["q_proj"]})
 
 
-@pytest.mark.parametrize("method", ["gptq", "hqq", "awq"])
+@pytest.mark.parametrize("method", ["gptq", "hqq", "aqlm"])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_other_quantized_formats_are_refused_by_name(copy, tmp_path, method, quantization):
     change_config(copy, quantization_config={"quant_method": method, "bits": 4, "group_size": 128})

@@ -54,8 +54,8 @@ class CompressedTensors:
         self._groups = groups
 
     @classmethod
-    def declared(cls, place: str, content: Mapping[str, Any]) -> Self:
-        """Return the form that a configuration declares.
+    def declared(cls, place: str, content: Mapping[str, Any]) -> Self | None:
+        """Return the form that a configuration declares; None where it quantizes activations or the KV cache alone.
 
         Args:
             place: of the declaration, for messages.
@@ -84,7 +84,8 @@ class CompressedTensors:
                     "not merged: name one without"
                 )
         schemes = [scheme for scheme in config.config_groups.values() if scheme.weights is not None]
-        return cls(place, content, config, [Group.declared(place, scheme, config.format) for scheme in schemes])
+        groups = [Group.declared(place, scheme, config.format) for scheme in schemes]
+        return cls(place, content, config, groups) if groups else None
 
     @property
     def words(self) -> str:
@@ -111,7 +112,7 @@ class CompressedTensors:
             found[f"{module}.{WEIGHT}"] = StoredParts(
                 codes=codes.name, beside=beside, shape=shape, at_most=group.at_most(codes)
             )
-        if not found and self._groups:
+        if not found:
             raise BadInputError(
                 f"{self._place}: declares weights in {self.words}, and no tensor is a part of any: weights that are "
                 "plain numbers by now need no declaration, take it away"
@@ -120,7 +121,7 @@ class CompressedTensors:
 
     def held_bytes(self, num_elements: int) -> int:
         """Return what codes and scales take; see `StoredForm`."""
-        return math.ceil(num_elements * max((group.bytes_per_weight for group in self._groups), default=0.0))
+        return math.ceil(num_elements * max(group.bytes_per_weight for group in self._groups))
 
     def misread(self, specs: Mapping[str, TensorSpec]) -> str | None:
         """Name a weight that transformers 5.23 takes for one of another group, or some of whose parts it leaves out.
