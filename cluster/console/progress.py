@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from jobs.ledger.records import Work
 from jobs.locations import parse_location
-from jobs.request import MergeRequest
+from jobs.request import BaseQuantization, MergeRequest
 from jobs.states import FINAL_STATES
 
 _WINDOW_SECONDS = 60.0
@@ -28,7 +28,7 @@ class BaseProgress:
 
 def base_name(request: MergeRequest) -> str:
     """Return what a person calls the base of a request: its name and what is done to it."""
-    if not request.base_quantization.converts:
+    if request.base_quantization in (BaseQuantization.NONE, BaseQuantization.STORED):
         return request.base.name
     return f"{request.base.name} ({request.base_quantization})"
 

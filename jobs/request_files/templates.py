@@ -41,6 +41,6 @@ def _value(placeholder: str | None, names: Mapping[str, str | None], template: s
         known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
         raise InvalidValueError(f"no placeholders but {known}", f"'{{{placeholder}}}'")
     if placeholder not in names:
-        field = {"quantization": "base_quantization"}.get(placeholder, placeholder)
+        field = {"quantization": "a base_quantization other than default"}.get(placeholder, placeholder)
         raise InvalidValueError(f"a request with {field} where {{{placeholder}}} is used", "none")
     return names[placeholder]

@@ -200,6 +200,7 @@ def weights_of(directory: Path, specs: dict[str, TensorSpec]) -> object:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"fmt": "float8_e5m2"}, UnsupportedError, "quantization_config.fmt: expected e4m3"),
         ({"fmt": "e5m2"}, UnsupportedError, "quantization_config.fmt: expected e4m3"),
         ({"weight_block_size": [128]}, BadInputError, "weight_block_size: expected rows and columns"),
         ({"weight_block_size": [0, 128]}, BadInputError, "weight_block_size: expected rows and columns"),

@@ -209,6 +209,24 @@ def test_what_is_left_to_the_base_is_its_own_weights_where_they_are_codes(llama,
         assert left.merge_key == said.merge_key
 
 
+def test_options_of_4_bit_are_refused_where_nothing_is_converted(llama, tmp_path):
+    adapter = make_adapter(llama, tmp_path / "adapter", targets=["q_proj"])
+    base = store_fp8(llama, tmp_path / "fp8")
+    options = {"base_quantization": "default", "quantization_options": {"bnb_4bit_use_double_quant": True}}
+    with pytest.raises(UnsupportedError, match="stored in FP8, and nothing is converted to 4-bit"):
+        plan_pass(base, {"job": adapter}, tmp_path, **options)
+
+
+def test_the_base_that_parity_full_runs_keeps_its_own_dtype(llama, tmp_path):
+    """A cast to the dtype of a release is not to be hidden by the same cast of what it is held against."""
+    base = LINEAR["ModelOpt fp8"](llama, tmp_path / "base")
+    adapter = make_adapter(twin_of(base), tmp_path / "adapter", targets=["q_proj"])
+    planned = plan_pass(base, {"job": adapter}, tmp_path / "pass", **STORED, dtype="float16")
+    (tmp_path / "numbers").mkdir()
+    write_plain_base(planned.base, tmp_path / "numbers", torch.device("cpu"), lambda: None)
+    assert different(read_tensors(tmp_path / "numbers"), read_tensors(twin_of(base))) == []
+
+
 def test_plain_bases_are_stored_as_they_are(llama, tmp_path):
     adapter = make_adapter(llama, tmp_path / "adapter", targets=["q_proj"])
     merged = merge(llama, adapter, tmp_path / "ours", **STORED)

@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from jobs.errors import MergefleetError
 from tests import architectures
 from tests.merges import different, merge, merge_by_peft
@@ -70,7 +72,8 @@ def _verdict(base: Path, directory: Path, options: Mapping[str, Any]) -> Verdict
         return "wrong", found[0]
     form = declared_form(base)
     assert form is not None
-    told = form.misread({name: spec for name, (_, spec) in read_checkpoint(base).tensors.items()}) is not None
+    specs = {name: spec for name, (_, spec) in read_checkpoint(base).tensors.items()}
+    told = form.misread(specs, torch.bfloat16) is not None
     if told != is_misread(base):
         return "wrong", f"transformers {'reads it' if told else 'misreads it'}, and the form says otherwise"
     return "equal", MISREAD if told else ""

@@ -60,6 +60,11 @@ def stored_as_asked(source: Source, request: MergeRequest, specs: Mapping[str, T
             f"no other weights to merge into; request base_quantization: {own}, or name the 16-bit base (found "
             f"base_quantization: {request.base_quantization})"
         )
+    if stored is None and request.quantization_options != QuantizationOptions():
+        raise UnsupportedError(
+            f"{source.directory}: the base is stored in {form.words}, and nothing is converted to 4-bit: leave "
+            f"quantization_options out (found {request.quantization_options!r})"
+        )
     if stored is not None and request.quantization_options not in (QuantizationOptions(), stored.options):
         raise UnsupportedError(
             f"{source.directory}: the base is stored in 4-bit with {stored.options!r}; quantization_options cannot "

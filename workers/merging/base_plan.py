@@ -138,7 +138,8 @@ class BasePlan:
         """A weight in codes of which transformers makes another one, or none; None where it reads the base as it is."""
         if self.form is None:
             return None
-        return self.form.misread({name: spec for name, (_, spec) in self.layout.tensors.items()})
+        specs = {name: spec for name, (_, spec) in self.layout.tensors.items()}
+        return self.form.misread(specs, config_dtype(self.source.directory))
 
     @cached_property
     def by_name(self) -> Mapping[str, OutputTensor]:
@@ -196,13 +197,14 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
     converted = in_form.keys() if task is None else task.converted
     apart = stored_apart(directory, layout, in_form, conversions.stored_names, model)
     come_apart(model, apart)
+    dtype = config_dtype(source.directory)
     tensors = []
     for stored, (shard, spec) in layout.tensors.items():
         name = weight_of.get(stored, stored)
         parts = in_form.get(name)
         if parts is not None and parts.codes != stored:
             continue  # the scales and the state of a weight become part of it
-        own_dtype = spec.dtype if parts is None else config_dtype(source.directory)
+        own_dtype = spec.dtype if parts is None else dtype
         own_shape = spec.shape if parts is None else parts.shape or parts.at_most or spec.shape
         tensors.append(
             OutputTensor(

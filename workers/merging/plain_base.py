@@ -1,5 +1,6 @@
 """A base in a stored form, written as a checkpoint of numbers: for those who read the form otherwise, or not at all."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -9,18 +10,20 @@ import torch
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from workers.bases.declarations import without_declarations
+from workers.bases.model import config_dtype
 from workers.files.checkpoint import read_json
 from workers.files.layout import INDEX_FILE, CheckpointLayout
 from workers.files.local import file_errors
 from workers.files.tensor_io import tensor_bytes, write_all
 from workers.merging.base_plan import BasePlan
 from workers.merging.base_tiles import tiles_of
+from workers.merging.output import OutputTensor
 from workers.merging.output_layout import lay_out_as_stored
 
 
 def plain_layout(base: BasePlan) -> CheckpointLayout:
     """Return where the tensors of a base in a stored form go, as numbers."""
-    return lay_out_as_stored(base, base.tensors)
+    return lay_out_as_stored(base, _tensors(base))
 
 
 def write_plain_base(base: BasePlan, directory: Path, device: torch.device, stop: Callable[[], None]) -> None:
@@ -38,7 +41,7 @@ def write_plain_base(base: BasePlan, directory: Path, device: torch.device, stop
     """
     quantized = base.stored_weights(device)
     quantized.hold(whole=False)
-    layout = plain_layout(base)
+    layout, tensors = plain_layout(base), {tensor.name: tensor for tensor in _tensors(base)}
     for shard in layout.shards:
         path = directory / shard.name
         with file_errors(f"writing {path}", path), path.open("xb") as file:
@@ -46,7 +49,7 @@ def write_plain_base(base: BasePlan, directory: Path, device: torch.device, stop
             for spec in shard.tensors:
                 stop()
                 offset = spec.begin
-                for tile in tiles_of(base, quantized, base.by_name[spec.name]):
+                for tile in tiles_of(base, quantized, tensors[spec.name]):
                     data = tensor_bytes(tile.contiguous())
                     write_all(file.fileno(), path, data, offset)
                     offset += len(data)
@@ -57,3 +60,12 @@ def write_plain_base(base: BasePlan, directory: Path, device: torch.device, stop
         (directory / name).write_text(json.dumps(document), encoding="utf-8")
     if (generation := base.source.directory / GENERATION_CONFIG_NAME).is_file():
         shutil.copyfile(generation, directory / GENERATION_CONFIG_NAME)
+
+
+def _tensors(base: BasePlan) -> tuple[OutputTensor, ...]:
+    """Return the tensors of the base in its own dtype, whatever dtype a release is asked for."""
+    own = config_dtype(base.source.directory)
+    return tuple(
+        dataclasses.replace(tensor, dtype=own if tensor.stored is None else tensor.stored.dtype)
+        for tensor in base.tensors
+    )

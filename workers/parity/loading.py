@@ -54,13 +54,13 @@ def load_model(
     in_4bit = quantization is not None or stored_quantization(directory) is not None
     how: dict[str, Any] = {"dtype": torch.float32}
     config = load_config(directory)
+    if form is None and hasattr(config, "quantization_config"):
+        del config.quantization_config  # of activations or the KV cache alone
     if quantization is not None:
         how |= {"quantization_config": quantization}
     elif form is not None and form.loaded_as is not None:
         config.quantization_config = dict(form.loaded_as)
         how = {"dtype": config_dtype(directory)}  # rounded as the merge rounds it
-    elif form is None and hasattr(config, "quantization_config"):
-        del config.quantization_config  # of activations or the KV cache alone
     for device, max_memory in _placements(room, in_form=in_4bit or form is not None):
         try:
             with quiet_libraries():

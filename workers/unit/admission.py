@@ -29,12 +29,12 @@ def admit_to_disks(jobs: Sequence[Job], base: BasePlan, scratch: Path) -> None:
         scratch: where the base is written as numbers, where it has to be.
     """
     disks = Disks()
-    asked = [job for job in jobs if job.request.parity.level == "full" and base.misread is not None]
+    plain_bytes = plain_layout(base).num_bytes if base.misread is not None else 0
     for job in jobs:
+        beside = plain_bytes if job.request.parity.level == "full" else 0
         with own_failure(job), file_errors(f"looking at {job.directory}", job.directory):
-            if job in asked[:1]:
-                disks.take(scratch, plain_layout(base).num_bytes, what="the base as numbers, for parity full,")
-            disks.take(job.directory, job.in_work.output.total_size)
+            disks.take(job.directory, job.in_work.output.total_size, scratch, beside)
+            plain_bytes -= beside  # one is enough for all
 
 
 def admit_to_uplink(jobs: Sequence[Job], bytes_per_second: float | None) -> None:

@@ -1,6 +1,7 @@
 """What is free on a machine, and what there is of it in all: memory, room on file systems, and its uplink."""
 
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,34 +59,45 @@ class Disks:
     def __init__(self) -> None:
         self._taken: dict[Path, int] = {}
 
-    def take(self, directory: Path, num_bytes: int, *, what: str = "the release") -> None:
-        """Count what a release will take.
+    def take(self, directory: Path, num_bytes: int, scratch: Path, scratch_bytes: int) -> None:
+        """Count what a job will write.
 
         Args:
-            directory: where it is written.
+            directory: where its release is written.
             num_bytes: of its tensors.
-            what: it is, if it is none.
+            scratch: where else it writes.
+            scratch_bytes: that it writes there: a base as numbers, for parity full.
 
         Raises:
-            TooLargeError: the file system is smaller than that.
+            TooLargeError: a file system is smaller than that.
             NoCapacityError: there is no room for it beside the others now.
         """
-        mount = mount_point(directory)
-        status = os.statvfs(directory)
+        wanted: dict[Path, int] = defaultdict(int)
+        places: dict[Path, Path] = {}
+        for place, size in ((directory, num_bytes), (scratch, scratch_bytes)):
+            if size or place == directory:
+                wanted[mount_point(place)] += size
+                places.setdefault(mount_point(place), place)
+        for mount, size in wanted.items():
+            self._check(mount, size, places[mount], with_base=scratch_bytes > 0)
+        for mount, size in wanted.items():
+            self._taken[mount] = self._taken.get(mount, 0) + size
+
+    def _check(self, mount: Path, num_bytes: int, place: Path, *, with_base: bool) -> None:
+        status = os.statvfs(place)
         free, total = status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
         taken = self._taken.get(mount, 0)
+        what = f"{place}: the release{', and the base as numbers for parity full,' if with_base else ''} takes"
         if num_bytes > total:
             raise TooLargeError(
-                f"{directory}: {what} takes {num_bytes / 1e6:.0f} MB, and its file system has "
-                f"{total / 1e6:.0f} MB in all; choose another"
+                f"{what} {num_bytes / 1e6:.0f} MB, and its file system has {total / 1e6:.0f} MB in all; choose another"
             )
         if taken + num_bytes > free:
             beside = f" beside {taken / 1e6:.0f} MB of others" if taken else ""
-            message = f"{directory}: {what} takes {num_bytes / 1e6:.0f} MB{beside}, and {free / 1e6:.0f} MB are free"
+            message = f"{what} {num_bytes / 1e6:.0f} MB{beside}, and {free / 1e6:.0f} MB are free"
             if taken:
                 raise NotNowError(f"{message}; it waits until the others have ended")
             raise NoCapacityError(f"{message}; free some space").at(file_place(mount))
-        self._taken[mount] = taken + num_bytes
 
 
 class Uplink:

@@ -61,6 +61,7 @@ class Unit:
         jobs: Sequence[Job],
     ) -> None:
         self.jobs = list(jobs)
+        self._pass_key = jobs[0].request.pass_key()  # as the scheduler knows it: before the base has settled it
         self.tracker = tracker
         self._settings = settings
         self._planned = planned
@@ -95,7 +96,7 @@ class Unit:
 
     @property
     def _admission(self) -> Admission:
-        return Admission(self._context, self._base, self._residents, self.jobs[0].request.pass_key())
+        return Admission(self._context, self._base, self._residents, self._pass_key)
 
     def run(self) -> None:
         """Take all jobs as far as they go."""
@@ -238,9 +239,8 @@ class Unit:
                 self._bytes_read += num_bytes
 
         with self.tracker.timed("quantize"):
-            key = self.jobs[0].request.pass_key()
             cache, device = self._context.cache, self._context.device
-            quantized = self._residents.get(key, task.key(device), functools.partial(cache.empty, task))
+            quantized = self._residents.get(self._pass_key, task.key(device), functools.partial(cache.empty, task))
             wanted = frozenset[str]().union(*(job.in_work.base_names for job in self._merging))
             cache.prepare(quantized, task, wanted, on_bytes)
             give_back()

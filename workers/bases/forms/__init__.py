@@ -108,8 +108,13 @@ class StoredForm(Protocol):
         """Return what codes and scales of some weights take in memory, at most."""
         ...
 
-    def misread(self, specs: Mapping[str, TensorSpec]) -> str | None:
-        """Name a weight that transformers refuses or reads wrongly as `loaded_as`; None where it reads all of them."""
+    def misread(self, specs: Mapping[str, TensorSpec], dtype: torch.dtype) -> str | None:
+        """Name a weight that transformers refuses or reads wrongly as `loaded_as`; None where it reads all of them.
+
+        Args:
+            specs: of all tensors of the checkpoint, by name.
+            dtype: of the model.
+        """
         ...
 
     def restore(

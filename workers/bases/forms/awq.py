@@ -155,7 +155,7 @@ class Awq:
         """Return what codes and scales take; see `StoredForm`."""
         return math.ceil(num_elements / 2 + num_elements * 4.5 / (self._group_size if self._group_size > 0 else 64))
 
-    def misread(self, specs: Mapping[str, TensorSpec]) -> str | None:
+    def misread(self, specs: Mapping[str, TensorSpec], dtype: torch.dtype) -> str | None:  # noqa: ARG002 - in any
         """Name any weight: transformers 5.23 runs AWQ by kernels of a GPU."""
         return next(iter(self.weights(specs)))
 

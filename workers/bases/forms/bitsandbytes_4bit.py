@@ -40,7 +40,7 @@ class Bitsandbytes4bit:
         """Return what codes and scales take, nested ones resolved; see `StoredForm`."""
         return math.ceil(num_elements / 2) + 4 * math.ceil(num_elements / BLOCK_SIZE)
 
-    def misread(self, specs: Mapping[str, TensorSpec]) -> str | None:  # noqa: ARG002 - it reads all
+    def misread(self, specs: Mapping[str, TensorSpec], dtype: torch.dtype) -> str | None:  # noqa: ARG002 - it reads all
         """Return None; see `StoredForm`."""
         return None
 

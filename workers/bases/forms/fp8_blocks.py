@@ -26,6 +26,8 @@ from workers.numerics.kernels.elements import ARRAY_DTYPES, array
 _SCALE, _PLAIN_SCALE = "_scale_inv", "_scale"
 """What follows a weight's name: scales of blocks, or one of all; and what other tools write, one of all or of each row.
 Codes are multiplied by either."""
+_STEP_ELEMENTS = 1 << 20
+"""Weights that are dequantized at once, where that is torch's work."""
 _LEAST_COLUMNS = 64
 """Of a weight, where each of its rows may have a scale."""
 _CODES = "F8_E4M3"
@@ -78,13 +80,14 @@ class BlockScaledWeight:
             layout = (codes_OI.shape[1], num_rows, num_columns, start % num_rows)
             dequantize(codes, scales, _VALUES.numpy(), layout, array(weight_OI))
             return weight_OI
-        row = start
-        for scales_B in scales_BB:  # one row of blocks at a time: no temporary grows with the tile
-            end = min((row // num_rows + 1) * num_rows, stop)
-            rows = slice(row - start, end - start)
-            scales_I = scales_B.repeat_interleave(num_columns)[: self.codes.shape[1]]
-            weight_OI[rows] = codes_OI[rows].float().mul_(scales_I)
-            row = end
+        step = max(1, _STEP_ELEMENTS // codes_OI.shape[1])
+        for begin in range(0, stop - start, step):  # no temporary grows with the tile
+            rows = torch.arange(begin, min(begin + step, stop - start), device=codes_OI.device)
+            scales_OB = scales_BB[(rows + start % num_rows) // num_rows]
+            if scales_OB.shape[1] > 1:
+                scales_OB = scales_OB.repeat_interleave(num_columns, 1)[:, : codes_OI.shape[1]]
+            part = slice(begin, begin + len(rows))
+            weight_OI[part] = codes_OI[part].float().mul_(scales_OB)
         return weight_OI
 
     def to(self, device: torch.device) -> Self:
@@ -123,7 +126,7 @@ class Fp8Blocks:
             UnsupportedError: the codes are of another kind than E4M3.
             BadInputError: the size of the blocks is none.
         """
-        if content.get("fmt", "e4m3") != "e4m3":
+        if content.get("fmt", "e4m3") not in ("e4m3", "e4m3fn", "float8_e4m3fn"):
             raise UnsupportedError(f"{place}.fmt: expected e4m3, found {content['fmt']!r}: FP8 of another kind")
         block = content.get("weight_block_size", [128, 128])  # transformers' default
         if block is None:
@@ -162,7 +165,7 @@ class Fp8Blocks:
         each = _LEAST_COLUMNS if self._block is None else math.prod(self._block)
         return num_elements + 4 * math.ceil(num_elements / each)
 
-    def misread(self, specs: Mapping[str, TensorSpec]) -> str | None:
+    def misread(self, specs: Mapping[str, TensorSpec], dtype: torch.dtype) -> str | None:  # noqa: ARG002 - in any
         """Name a weight with cut blocks: transformers takes as many equal ones as there are scales. Or with others."""
         for name, spec in specs.items():
             if spec.code == _CODES and name + _PLAIN_SCALE in specs:

@@ -34,7 +34,7 @@ class GroupedWeight:
     scales: torch.Tensor
     """[O, G], as they are stored."""
     second: torch.Tensor | None = None
-    """[1] float32: what all scales are multiplied or divided by, where there is such a one."""
+    """What all scales are multiplied or divided by, where there is such a one."""
     scaling: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
     """Makes float32 of stored scales, and of the second one."""
     values: tuple[float, ...]
@@ -68,6 +68,7 @@ class GroupedWeight:
             rows = slice(begin, min(begin + step, stop))
             codes = self.codes[rows].to(device)
             scales = self.scaling(self.scales[rows].to(device), None if self.second is None else self.second.to(device))
+            assert scales.dtype == torch.float32
             target = weight_OI[rows.start - start : rows.stop - start]
             if device.type == "cpu" and self.dtype in ARRAY_DTYPES:
                 dequantize_groups(array(codes), array(scales.contiguous()), self.values, group_size, array(target))

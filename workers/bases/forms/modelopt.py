@@ -14,7 +14,7 @@ from compressed_tensors.quantization import QuantizationScheme
 
 from jobs.errors import BadInputError, UnsupportedError
 from workers.bases.forms import StoredParts
-from workers.bases.forms.compressed.group import GLOBAL_SCALE, PACKED, PLAIN, SCALE, WEIGHT, Group
+from workers.bases.forms.compressed.group import GLOBAL_SCALE, PACKED, PLAIN, SCALE, WEIGHT, Group, refuse_fused
 from workers.bases.forms.fp8_blocks import BlockScaledWeight
 from workers.bases.forms.grouped import FP4, GroupedWeight
 from workers.files.layout import TensorSpec
@@ -48,8 +48,8 @@ class ModelOpt:
         self._place = place
 
     @classmethod
-    def declared(cls, place: str, content: Mapping[str, Any]) -> Self:
-        """Return the form that a configuration declares.
+    def declared(cls, place: str, content: Mapping[str, Any]) -> Self | None:
+        """Return the form that a configuration declares; None where it quantizes the KV cache alone.
 
         Args:
             place: of the declaration, for messages.
@@ -60,6 +60,8 @@ class ModelOpt:
         """
         inner = content.get("quantization")
         algorithm = (inner if isinstance(inner, Mapping) else content).get("quant_algo")
+        if not algorithm:
+            return None
         if algorithm not in _ALGORITHMS:
             raise UnsupportedError(
                 f"{place}: declares weights of ModelOpt in {algorithm!r}; expected one of {', '.join(_ALGORITHMS)}; "
@@ -69,6 +71,7 @@ class ModelOpt:
 
     def weights(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, StoredParts]:
         """Find the weights, and check their scales; see `StoredForm`."""
+        refuse_fused(specs, self.words)
         found = {}
         for module in dict.fromkeys(name.rpartition(".")[0] for name in specs):
             parts = {
@@ -88,7 +91,11 @@ class ModelOpt:
                     f"tensor {next(iter(parts.values())).name} holds scales of {module}, and no file holds {module}."
                     f"{WEIGHT}; the checkpoint is not whole"
                 )
-            shape = _group_of(parts[WEIGHT], parts.get(SCALE)).check(module, _renamed(parts))
+            try:
+                shape = _group_of(parts[WEIGHT], parts.get(SCALE)).check(module, _renamed(parts))
+            except (BadInputError, UnsupportedError) as error:
+                told = str(error).replace(PACKED, WEIGHT).replace(GLOBAL_SCALE, _SECOND_SCALE)
+                raise type(error)(told) from error
             beside = {name: spec.name for name, spec in parts.items() if name != WEIGHT}
             beside |= {name: stored for name in _OF_ACTIVATIONS if (stored := f"{module}.{name}") in specs}
             found[f"{module}.{WEIGHT}"] = StoredParts(codes=parts[WEIGHT].name, beside=beside, shape=shape)
@@ -103,7 +110,7 @@ class ModelOpt:
         """Return what codes and scales take; see `StoredForm`."""
         return math.ceil(num_elements * max(_BY_CHANNEL.bytes_per_weight, _NVFP4.bytes_per_weight))
 
-    def misread(self, specs: Mapping[str, TensorSpec]) -> str | None:
+    def misread(self, specs: Mapping[str, TensorSpec], dtype: torch.dtype) -> str | None:  # noqa: ARG002 - in any
         """Name any weight: transformers 5.23 knows no ModelOpt."""
         return f"{next(iter(self.weights(specs)))}, as it is in a form that it does not know"
 

@@ -135,7 +135,7 @@ class Mxfp4:
         """Return what codes and scales take; see `StoredForm`."""
         return math.ceil(num_elements * (_BLOCK_BYTES + 1) / _BLOCK_SIZE)
 
-    def misread(self, specs: Mapping[str, TensorSpec]) -> str | None:  # noqa: ARG002 - it reads all
+    def misread(self, specs: Mapping[str, TensorSpec], dtype: torch.dtype) -> str | None:  # noqa: ARG002 - it reads all
         """Return None; see `StoredForm`."""
         return None
 

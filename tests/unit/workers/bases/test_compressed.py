@@ -6,14 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.utils.match import match_targets
 from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig
 
 from jobs.errors import BadInputError, UnsupportedError
 from tests.merges import different
 from tests.models import build_llama
 from tests.stored import is_linear, store, twin_of
 from tests.stored.compressed import FORMATS, compress, store_compressed
+from tests.stored.reading import is_misread
+from workers.bases.forms.compressed.group import Group
+from workers.bases.forms.compressed.targets import Targets
 from workers.bases.forms.declared import declared_form
 from workers.bases.quantized_base import QuantizedBase
 from workers.files.checkpoint import read_checkpoint
@@ -77,7 +83,7 @@ def test_a_group_that_names_a_module_goes_before_one_of_all_linears(llama, tmp_p
     assert len(numbers) == 14
     assert different(numbers, {name: twin[name] for name in numbers}) == []
     form, _ = weights_of(base)
-    assert "takes it for a weight of another group" in form.misread(specs_of(base))
+    assert "takes it for a weight of another group" in form.misread(specs_of(base), torch.bfloat16)
     assert form.words == "compressed-tensors float-quantized, pack-quantized"
 
 
@@ -115,8 +121,89 @@ def test_weights_are_plain_where_the_cache_alone_is_quantized(llama, tmp_path):
     declared = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": scheme}
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": declared}))
     assert declared_form(base) is None
-    loaded, plain = (load_model(each, Room(device=CPU, scratch=tmp_path)) for each in (base, llama))
-    assert torch.equal(loaded.logits([1, 2, 3], 3), plain.logits([1, 2, 3], 3))
+    for quantization in (None, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")):
+        loaded, plain = (load_model(each, Room(device=CPU, scratch=tmp_path), quantization) for each in (base, llama))
+        assert torch.equal(loaded.logits([1, 2, 3], 3), plain.logits([1, 2, 3], 3))
+
+
+def test_a_second_scale_without_a_dimension(llama, tmp_path):
+    """As converters write it: torch then keeps the quotient in bfloat16, and so does the library."""
+    base = store_compressed(llama, tmp_path / "base", "nvfp4")
+    tensors = load_file(base / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("weight_global_scale")]:
+        tensors[name] = tensors[name].reshape(())
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    format_, arguments = FORMATS["nvfp4"]
+    scheme = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": dict(arguments)})
+    for name, numbers in numbers_of(base).items():
+        parts = {part: tensors[f"{name}{part.removeprefix('weight')}"] for part in NVFP4_PARTS}
+        expected = BaseCompressor.get_value_from_registry(format_).decompress(parts, scheme)["weight"]
+        assert torch.equal(numbers, expected)
+
+
+NVFP4_PARTS = ("weight_packed", "weight_scale", "weight_global_scale")
+
+
+@pytest.mark.parametrize(
+    ("targets", "module", "expected"),
+    [
+        ([["lm_head"], ["Linear"]], "model.layers.0.mlp.up_proj", 1),
+        ([["lm_head"], ["Linear"]], "lm_head", 0),
+        ([["Embedding"], ["Linear"]], "model.layers.0.mlp.up_proj", 1),
+        ([["Embedding"], ["Linear"]], "model.embed_tokens", 0),
+        ([["re:.*mlp.*"], ["model.layers.0.mlp.up_proj"]], "model.layers.0.mlp.up_proj", 1),
+        ([["re:.*proj"], ["re:.*mlp.*"]], "model.layers.0.mlp.up_proj", 1),
+        ([["Linear"], ["re:.*down_proj"]], "model.layers.0.mlp.down_proj", 1),
+    ],
+)
+def test_the_group_of_a_module_is_that_of_the_library(targets, module, expected):
+    schemes = [QuantizationScheme.model_validate({"targets": each, "weights": {"num_bits": 8}}) for each in targets]
+    groups = [Group.declared("here", scheme, "int-quantized") for scheme in schemes]
+    assert Targets("here", groups, []).group_of(module) is groups[expected]
+    kind = torch.nn.Embedding if "embed" in module else torch.nn.Linear
+    by_target = {target: group for group in groups for target in group.scheme.targets}
+    assert by_target[match_targets(module, kind(2, 2), by_target)[0]] is groups[expected]
+
+
+def test_codes_of_another_number_of_bits_than_the_group(llama, tmp_path):
+    base = store_compressed(llama, tmp_path / "base", "int4 by channel")
+    groups = {"g": group_of("int4 by channel", ["Linear"])}
+    groups["g"]["weights"]["num_bits"] = 8
+    declare(base, config_groups=groups)
+    with pytest.raises(BadInputError, match=r"weight_packed has shape .* in 8 bits"):
+        numbers_of(base)
+
+
+@pytest.mark.parametrize("of", ["int8 by channel", "int4 by channel"])
+def test_a_group_size_of_minus_one_is_none(llama, tmp_path, of):
+    base = store_compressed(llama, tmp_path / "base", of)
+    groups = {"g": group_of(of, ["Linear"])}
+    groups["g"]["weights"]["group_size"] = -1
+    declare(base, config_groups=groups)
+    twin = load_file(twin_of(base) / "model.safetensors")
+    numbers = numbers_of(base)
+    assert different(numbers, {name: twin[name] for name in numbers}) == []
+    assert declared_form(base).held_bytes(1000) >= 500
+
+
+def test_a_format_that_is_not_declared_is_misread(llama, tmp_path):
+    base = store_compressed(llama, tmp_path / "base", "int4 by group")
+    assert weights_of(base)[0].misread(specs_of(base), torch.bfloat16) is None
+    config = json.loads((base / "config.json").read_text())
+    del config["quantization_config"]["format"]
+    (base / "config.json").write_text(json.dumps(config))
+    assert "its format pack-quantized is not declared" in weights_of(base)[0].misread(specs_of(base), torch.bfloat16)
+    assert is_misread(base)
+
+
+def test_experts_in_one_tensor_are_told_from_plain_weights(llama, tmp_path):
+    base = store_compressed(llama, tmp_path / "base", "fp8 by channel")
+    form, specs = declared_form(base), specs_of(base)
+    codes, scale = (replace(specs[f"model.layers.0.mlp.up_proj.{part}"]) for part in ("weight", "weight_scale"))
+    fused = replace(codes, name="model.layers.0.experts.gate_up_proj", shape=(4, 64, 64))
+    beside = replace(scale, name=f"{fused.name}_scale")
+    with pytest.raises(UnsupportedError, match="experts in one tensor are not read"):
+        form.weights({fused.name: fused, beside.name: beside})
 
 
 GROUP = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}}
@@ -133,6 +220,10 @@ GROUP = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strat
         ({"config_groups": {"g": GROUP | {"format": "marlin-24"}}}, "in marlin-24; of compressed-tensors are read"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, r"\.sparsity_config: the weights are not those"),
         ({"transform_config": {"config_groups": {"u": {}}}}, r"\.transform_config: the weights are not those"),
+        ({"transform_config": "some"}, r"\.transform_config: the weights are not those"),
+        ({"config_groups": {"W9A9": ["Linear"]}}, "compressed-tensors does not take this"),
+        ({"config_groups": {"g": GROUP | {"weights": GROUP["weights"] | {"group_size": "32"}}}}, "does not take this"),
+        ({"config_groups": {"g": GROUP | {"targets": ["re:*bad"]}}}, r"target 're:\*bad' is no pattern"),
     ],
 )
 def test_what_is_not_codes_and_scales_alone_is_refused(llama, tmp_path, fields, message):

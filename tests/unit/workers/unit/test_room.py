@@ -36,16 +36,28 @@ def test_a_disk_takes_what_is_free(tmp_path):
     status = os.statvfs(tmp_path)
     free, total = status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
     disks = Disks()
-    disks.take(tmp_path, 1000)
+    disks.take(tmp_path, 1000, tmp_path, 0)
     with pytest.raises(NotNowError, match="beside 0 MB of others"):
-        disks.take(tmp_path, free)
-    disks.take(tmp_path, 1000)  # what was refused is not counted
+        disks.take(tmp_path, free, tmp_path, 0)
+    disks.take(tmp_path, 1000, tmp_path, 0)  # what was refused is not counted
     with pytest.raises(TooLargeError, match="choose another"):
-        disks.take(tmp_path, total + 1)
+        disks.take(tmp_path, total + 1, tmp_path, 0)
     with pytest.raises(NoCapacityError, match="free some space") as caught:
-        Disks().take(tmp_path, free + (total - free) // 2)
+        Disks().take(tmp_path, free + (total - free) // 2, tmp_path, 0)
     assert caught.value.place == file_place(mount_point(tmp_path))
     assert not Failure.of(caught.value).waits
+
+
+def test_what_a_job_alone_has_no_room_for_does_not_wait_for_others(tmp_path):
+    """Its release and what it writes to scratch are its own, also where both lie on one file system."""
+    status = os.statvfs(tmp_path)
+    half = status.f_bavail * status.f_frsize // 2 + (1 << 20)
+    with pytest.raises(NoCapacityError, match="and the base as numbers for parity full, takes"):
+        Disks().take(tmp_path, half, tmp_path, half)
+    disks = Disks()
+    disks.take(tmp_path, half, tmp_path, 0)
+    with pytest.raises(NotNowError):
+        disks.take(tmp_path, half, tmp_path, half)
 
 
 def test_an_uplink_takes_what_it_can_send_in_time():

@@ -7,7 +7,6 @@ from typing import Any, Self
 import torch
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStrategy
-from compressed_tensors.utils.match import match_name
 from pydantic import ValidationError
 from transformers.integrations.compressed_tensors import get_dense_scheme, get_experts_scheme
 
@@ -23,7 +22,9 @@ from workers.bases.forms.compressed.group import (
     WEIGHT,
     ZERO_POINT,
     Group,
+    refuse_fused,
 )
+from workers.bases.forms.compressed.targets import Targets
 from workers.bases.forms.compressed.weight import restored
 from workers.files.layout import TensorSpec
 
@@ -52,6 +53,7 @@ class CompressedTensors:
         self._place = place
         self._config = config
         self._groups = groups
+        self._targets = Targets(place, groups, config.ignore or ())
 
     @classmethod
     def declared(cls, place: str, content: Mapping[str, Any]) -> Self | None:
@@ -66,16 +68,16 @@ class CompressedTensors:
         """
         try:
             config = QuantizationConfig.model_validate(dict(content))
-        except (NotImplementedError, ValidationError) as error:
-            first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        except (KeyError, NotImplementedError, TypeError, ValidationError) as error:
+            first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": repr(error)}
             field = ".".join((place, *(str(part) for part in first["loc"] if "[" not in str(part))))
             raise UnsupportedError(
                 f"{field}: compressed-tensors does not take this: {first['msg']}; name a base in another form"
             ) from error
         sparsity, transforms = (content.get(field) or {} for field in ("sparsity_config", "transform_config"))
         for field, found in (
-            ("sparsity_config", sparsity.get("format") not in (None, "dense")),
-            ("transform_config", bool(transforms.get("config_groups"))),
+            ("sparsity_config", sparsity != {} and _format_of(sparsity) != "dense"),
+            ("transform_config", transforms != {} and _groups_of(transforms) != {}),
             ("moe_sparsity_config", config.moe_sparsity_config is not None),
         ):
             if found:
@@ -94,12 +96,13 @@ class CompressedTensors:
 
     def weights(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, StoredParts]:
         """Find the weights, and check what goes with their codes; see `StoredForm`."""
+        refuse_fused(specs, self.words)
         found = {}
         for module in dict.fromkeys(name.rpartition(".")[0] for name in specs):
             there = {name: specs[stored] for name in _PARTS if (stored := f"{module}.{name}") in specs}
             if all(name == WEIGHT and spec.code in PLAIN for name, spec in there.items()):
                 continue
-            group = self._group_of(module)
+            group = self._targets.group_of(module)
             if group is None:
                 raise BadInputError(
                     f"tensor {next(iter(there.values())).name} is a part of a weight in codes, and {self._place} takes "
@@ -110,7 +113,7 @@ class CompressedTensors:
             beside |= {name: stored for name in _OF_ACTIVATIONS if (stored := f"{module}.{name}") in specs}
             codes = there[group.codes]
             found[f"{module}.{WEIGHT}"] = StoredParts(
-                codes=codes.name, beside=beside, shape=shape, at_most=group.at_most(codes)
+                codes=codes.name, beside=beside, shape=shape, at_most=group.at_most(codes.shape)
             )
         if not found:
             raise BadInputError(
@@ -123,20 +126,24 @@ class CompressedTensors:
         """Return what codes and scales take; see `StoredForm`."""
         return math.ceil(num_elements * max(group.bytes_per_weight for group in self._groups))
 
-    def misread(self, specs: Mapping[str, TensorSpec]) -> str | None:
+    def misread(self, specs: Mapping[str, TensorSpec], dtype: torch.dtype) -> str | None:
         """Name a weight that transformers 5.23 takes for one of another group, or some of whose parts it leaves out.
 
-        It knows one group for all experts and one for all other weights, and of experts codes, scales and shapes alone.
+        It knows one group for all experts and one for all other weights, in the format that is declared, and of experts
+        codes, scales and shapes alone, those in FP8 multiplied in float32.
         """
-        for name in self.weights(specs):
-            group = self._group_of(name.rpartition(".")[0])
+        for name, parts in self.weights(specs).items():
+            group = self._targets.group_of(name.rpartition(".")[0])
             assert group is not None
             is_expert = ".experts." in name
             taken_for = get_experts_scheme(self._config) if is_expert else get_dense_scheme(self._config)
             if group.scheme is not taken_for:
                 return f"{name}, and takes it for a weight of another group"
+            if group.stated != group.format.value:
+                return f"{name}, as its format {group.format.value} is not declared"
             is_fp8 = group.format in (CompressionFormat.float_quantized, CompressionFormat.naive_quantized)
             read = is_fp8 and group.arguments.type == "float" and group.strategy is not QuantizationStrategy.BLOCK
+            read = read and specs[parts.beside[SCALE]].dtype in (torch.float32, dtype)
             read = read or group.format is CompressionFormat.mxfp4_pack_quantized
             read = read or (group.format is CompressionFormat.pack_quantized and group.arguments.symmetric)
             if is_expert and not read:
@@ -155,7 +162,7 @@ class CompressedTensors:
         """Build a weight from its parts; see `StoredForm`."""
         if transposed:
             raise UnsupportedError(f"{name}: codes of a Conv1D in {self.words} are not merged; name a base in 16 bits")
-        group = self._group_of(name.rpartition(".")[0])
+        group = self._targets.group_of(name.rpartition(".")[0])
         assert group is not None
         taken = {part: tensors[stored] for part, stored in parts.beside.items() if part not in _OF_ACTIVATIONS}
         shape = tuple(taken[SHAPE].tolist()) if SHAPE in taken else parts.shape
@@ -164,13 +171,18 @@ class CompressedTensors:
                 f"tensor {parts.beside[SHAPE]} says {list(shape or ())}; expected {list(parts.shape or ())}, as codes "
                 f"and scales of {name} are"
             )
-        taken[group.codes] = tensors[parts.codes]
+        taken[group.codes] = codes = tensors[parts.codes]
+        if group.at_most(tuple(codes.shape)) != group.at_most(group.codes_shape(shape[0], shape[1])):
+            raise BadInputError(
+                f"tensor {parts.codes} has shape {list(codes.shape)}; expected {list(group.codes_shape(*shape))} for "
+                f"{name} {list(shape)} in {group.arguments.num_bits} bits"
+            )
         return restored(taken, group, (shape[0], shape[1]), dtype)
 
-    def _group_of(self, module: str) -> Group | None:
-        """Return the group of a module, by its name in the files; one that names it goes before one of all `Linear`."""
-        if any(match_name(module, each) for each in self._config.ignore or ()):
-            return None
-        named = (group for group in self._groups if any(match_name(module, each) for each in group.scheme.targets))
-        of_class = (group for group in self._groups if any(each.isidentifier() for each in group.scheme.targets))
-        return next(named, None) or next(of_class, None)
+
+def _format_of(sparsity: object) -> object:
+    return sparsity.get("format", "dense") if isinstance(sparsity, dict) else None
+
+
+def _groups_of(transforms: object) -> object:
+    return transforms.get("config_groups", {}) if isinstance(transforms, dict) else None

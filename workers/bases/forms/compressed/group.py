@@ -65,6 +65,8 @@ class Group:
     scheme: QuantizationScheme
     """As it is declared, its format found out."""
     format: CompressionFormat
+    stated: str
+    """The format that is declared, where one is."""
 
     @classmethod
     def declared(cls, place: str, scheme: QuantizationScheme, of_all: str) -> Self:
@@ -79,7 +81,7 @@ class Group:
             UnsupportedError: its format, or how weights share scales, is not read.
         """
         told = {each.value for each in CompressionFormat} - {"mixed-precision", "dense"}
-        asked = scheme.format or of_all
+        asked = str(scheme.format.value if isinstance(scheme.format, CompressionFormat) else scheme.format or of_all)
         found = CompressionFormat(asked if asked in told else infer_module_format(torch.nn.Linear, scheme))
         if found not in _LAYOUTS:
             raise UnsupportedError(
@@ -87,7 +89,7 @@ class Group:
                 f"{', '.join(each.value for each in _LAYOUTS)}"
             )
         scheme.format = found
-        group = cls(scheme, found)
+        group = cls(scheme, found, asked)
         if group.strategy not in _STRATEGIES:
             raise UnsupportedError(
                 f"{place}: declares scales of weights by {group.strategy.value}; expected one of "
@@ -106,6 +108,11 @@ class Group:
         """`QuantizationArgs` of the weights: `num_bits`, `group_size`, `symmetric` and so on."""
         assert self.scheme.weights is not None
         return self.scheme.weights
+
+    @cached_property
+    def group_size(self) -> int | None:
+        """Weights of a row that share a scale; None where no such groups do."""
+        return self.arguments.group_size if (self.arguments.group_size or 0) > 0 else None
 
     @cached_property
     def strategy(self) -> QuantizationStrategy:
@@ -127,7 +134,7 @@ class Group:
     def bytes_per_weight(self) -> float:
         """What a weight takes with its share of scales and zero points, at most."""
         num_bits = self.arguments.num_bits if self.codes == PACKED else 8
-        return float(num_bits / 8 + 8 / (self.arguments.group_size or 64))
+        return float(num_bits / 8 + 8 / (self.group_size or 64))
 
     @cached_property
     def packs_zero_points(self) -> bool:
@@ -135,11 +142,17 @@ class Group:
         packs = self.format is CompressionFormat.pack_quantized and not self.arguments.symmetric
         return packs and self.strategy is not QuantizationStrategy.TENSOR
 
-    def at_most(self, codes: TensorSpec) -> tuple[int, int]:
-        """Return the shape of a weight whose words of codes are full."""
+    def at_most(self, codes: tuple[int, ...]) -> tuple[int, int]:
+        """Return the shape of a weight whose words of codes are full, by the shape of those."""
         if self.format is CompressionFormat.pack_quantized:
-            return codes.shape[0], codes.shape[1] * 32 // self.arguments.num_bits
-        return codes.shape[0], codes.shape[1] * (2 if self.codes == PACKED else 1)
+            return codes[0], codes[1] * 32 // self.arguments.num_bits
+        return codes[0], codes[1] * (2 if self.codes == PACKED else 1)
+
+    def codes_shape(self, num_rows: int, num_columns: int) -> tuple[int, int]:
+        """Return the shape of the codes of a weight."""
+        if self.format is CompressionFormat.pack_quantized:
+            return num_rows, math.ceil(num_columns * self.arguments.num_bits / 32)
+        return num_rows, num_columns // (2 if self.codes == PACKED else 1)
 
     def check(self, module: str, there: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
         """Check the parts of a weight.
@@ -202,7 +215,9 @@ class Group:
     def _check_dtypes(self, there: Mapping[str, TensorSpec]) -> None:
         layout = _LAYOUTS[self.format]
         of_type = layout.dtypes & ({"F8_E4M3"} if self.arguments.type == "float" else {"I8"}) or layout.dtypes
-        for spec, expected in ((there[self.codes], of_type), (there[SCALE], layout.scales)):
+        parts = [(there[self.codes], of_type), (there[SCALE], layout.scales)]
+        parts += [(there[GLOBAL_SCALE], _SCALES)] if GLOBAL_SCALE in there else []
+        for spec, expected in parts:
             if spec.code not in expected:
                 raise UnsupportedError(
                     f"tensor {spec.name} is stored as {spec.code}; expected {' or '.join(sorted(expected))} in "
@@ -210,12 +225,12 @@ class Group:
                 )
 
     def _num_columns(self, codes: TensorSpec, scales: TensorSpec) -> int | None:
-        group_size, num_bits = self.arguments.group_size, self.arguments.num_bits
+        group_size = self.group_size
         if self.format is not CompressionFormat.pack_quantized:
-            _, num_columns = self.at_most(codes)
+            _, num_columns = self.at_most(codes.shape)
         elif group_size and len(scales.shape) == 2:
             num_columns = scales.shape[1] * group_size
-            self._check_shape(codes, (codes.shape[0], math.ceil(num_columns * num_bits / 32)), scales)
+            self._check_shape(codes, self.codes_shape(codes.shape[0], num_columns), scales)
         else:
             return None
         if group_size and num_columns % group_size:
@@ -232,11 +247,29 @@ class Group:
             return num_rows, 1
         if self.strategy is QuantizationStrategy.BLOCK:
             return math.ceil(num_rows / self.block[0]), math.ceil(num_columns / self.block[1])
-        return num_rows, num_columns // self.arguments.group_size
+        return num_rows, num_columns // (self.group_size or num_columns)
 
     def _check_shape(self, spec: TensorSpec, expected: tuple[int, ...], beside: TensorSpec) -> None:
         if spec.shape != expected:
             raise BadInputError(
                 f"tensor {spec.name} has shape {list(spec.shape)}; expected {list(expected)}, beside {beside.name} "
                 f"{list(beside.shape)}, by {self.strategy.value}"
+            )
+
+
+def refuse_fused(specs: Mapping[str, TensorSpec], words: str) -> None:
+    """Refuse codes of several experts in one tensor.
+
+    Args:
+        specs: of all tensors of a checkpoint, by name.
+        words: for the form.
+
+    Raises:
+        UnsupportedError: there are such; names one.
+    """
+    for name, spec in specs.items():
+        if spec.code not in PLAIN and name.rpartition(".")[2] != WEIGHT and f"{name}_scale" in specs:
+            raise UnsupportedError(
+                f"tensor {name} is stored as {spec.code} of shape {list(spec.shape)}, with scales beside it: weights "
+                f"of several experts in one tensor are not read in {words}; name a base that has them one by one"
             )

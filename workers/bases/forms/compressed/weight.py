@@ -68,7 +68,8 @@ def _as_floats(scales: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
 
 def _of_nvfp4(scales: torch.Tensor, divisor: torch.Tensor | None) -> torch.Tensor:
     assert divisor is not None
-    return scales.bfloat16() / divisor
+    # One without a dimension does not make the quotient float32, there as here.
+    return (scales.bfloat16() / divisor).float()
 
 
 def _of_mxfp4(exponents: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
