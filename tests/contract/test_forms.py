@@ -197,6 +197,16 @@ def weights_of(directory: Path, specs: dict[str, TensorSpec]) -> object:
     return form.weights(specs)
 
 
+def test_e4m3_under_its_other_name(fp8: Path, tmp_path: Path) -> None:
+    """As MiniMax-M2 declares it."""
+    copy = shutil.copytree(fp8, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"]["fmt"] = "float8_e4m3fn"
+    (copy / "config.json").write_text(json.dumps(config))
+    specs = {name: spec for name, (_, spec) in read_checkpoint(copy).tensors.items()}
+    assert weights_of(copy, specs)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

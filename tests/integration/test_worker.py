@@ -647,9 +647,12 @@ def test_a_full_disk_is_worth_another_try_and_leaves_nothing(worker, requests, b
     assert_published(worker.publish("one").release, base, adapters["one"], tmp_path)
 
 
-def test_a_quantized_base_is_made_once_and_stays_resident(worker, settings, request_for, base, adapters):
+@pytest.mark.parametrize("word", ["nf4", "default"])
+def test_a_quantized_base_is_made_once_and_stays_resident(worker, settings, request_for, base, adapters, word):
+    """Under the key by which the scheduler knows the jobs that wait for it."""
+
     def unit(worker, name):
-        return worker.run_unit(name, (request_for(name, adapters["one"], base_quantization="nf4"),))
+        return worker.run_unit(name, (request_for(name, adapters["one"], base_quantization=word),))
 
     linears = sum(t.nbytes for name, t in read_tensors(base).items() if "proj" in name)
     others = sum(t.nbytes for name, t in read_tensors(base).items() if "proj" not in name)
@@ -658,7 +661,7 @@ def test_a_quantized_base_is_made_once_and_stays_resident(worker, settings, requ
     assert first.usage.bytes_read == linears + others + adapter
     assert second.usage.bytes_read == others + adapter
     assert first.residents == second.residents == worker.residents()
-    assert first.residents == (request_for("x", adapters["one"], base_quantization="nf4").pass_key(),)
+    assert first.residents == (request_for("x", adapters["one"], base_quantization=word).pass_key(),)
     other = MergeWorker(settings)
     assert unit(other, "third").usage.bytes_read == others + adapter
     for each, name in ((worker, "first"), (worker, "second"), (other, "third")):
