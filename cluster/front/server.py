@@ -12,6 +12,7 @@ from cluster.front.door import Door, check_listening
 from cluster.front.ledger import LedgerService
 from cluster.front.pages import Pages
 from cluster.front.sender import Sender
+from cluster.front.wire import MAX_ADDRESS_BYTES
 from cluster.settings import Settings
 from jobs.errors import BadInputError
 
@@ -72,6 +73,8 @@ def make_server(settings: Settings, service: LedgerService, token: str | None) -
         access_log=False,
         lifespan="off",
         server_header=False,
+        http="h11",
+        h11_max_incomplete_event_size=MAX_ADDRESS_BYTES,  # of more, uvicorn itself says 400, in plain text
         timeout_graceful_shutdown=_STOP_SECONDS,
     )
     server = uvicorn.Server(config)

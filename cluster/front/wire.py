@@ -20,13 +20,18 @@ MAX_PAGE = 500
 """Jobs in one answer."""
 MAX_IDS = 100
 """Ids in one question: an address has its limits."""
+MAX_LABELS = 16
+"""Labels in one question."""
+MAX_ADDRESS_BYTES = 1 << 20
+"""Of an address, which all of these fit into, and of what comes before a body."""
 MAX_CHOSEN = 100_000
 """Ids in one body."""
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
 """Text that any database takes."""
 Words = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00]*$")]
-Label = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^=\x00]+=[^\x00]*$")]
+Label = Annotated[str, StringConstraints(max_length=1024, pattern=r"^[^=\x00]+=[^\x00]*$")]
+JobId = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00]*$")]
 Seconds = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
 """Since 1970."""
 
@@ -37,7 +42,7 @@ class Filter(Frozen):
     batch: Name | None = None
     state: tuple[JobState, ...] = ()
     """In one of these states."""
-    label: tuple[Label, ...] = ()
+    label: Annotated[tuple[Label, ...], Field(max_length=MAX_LABELS)] = ()
     """With all of these labels, each as name=value."""
     failure: tuple[FailureClass, ...] = ()
     """Whose last failure is of one of these classes."""
@@ -62,7 +67,7 @@ class Filter(Frozen):
 class Page(Filter):
     """Some jobs of those that meet all of these."""
 
-    id: Annotated[tuple[Name, ...], Field(max_length=MAX_IDS)] = ()
+    id: Annotated[tuple[JobId, ...], Field(max_length=MAX_IDS)] = ()
     order: Order = "submitted"
     """By submission, by last change (newest first), or by priority (highest first)."""
     limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] = 100

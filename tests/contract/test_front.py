@@ -14,6 +14,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from cluster.front.door import Door
 from cluster.front.openapi import openapi_document
+from cluster.front.wire import MAX_IDS, MAX_LABELS
 from cluster.settings import Settings
 from jobs.ledger.store import JobStore
 from jobs.request import MergeRequest
@@ -326,3 +327,19 @@ class TestDocument:
             found = call_all(server, 80, seed=0)
         assert max(status for _, status in found) < 500
         assert {200, 400, 401, 404} <= {status for _, status in found}
+
+
+def test_the_longest_question_that_the_document_allows_is_answered(server):
+    """In addresses, where a character may take twelve bytes: more than the clients of most libraries send."""
+    wide = "\U0001f600"
+    longest = [("label", f"{number}={wide * 1000}") for number in range(MAX_LABELS)]
+    longest += [("id", wide * 128)] * MAX_IDS
+    place = urllib.parse.urlsplit(server.url)
+    for more, expected in (([], {200}), ([("label", "one=more")], {400, 422})):
+        connection = http.client.HTTPConnection(place.hostname, place.port, timeout=30)
+        with contextlib.closing(connection):
+            address = f"/v1/jobs?{urllib.parse.urlencode([*longest, *more])}"
+            connection.request("GET", address, headers={"Authorization": f"Bearer {TOKEN}"})
+            answer = connection.getresponse()
+            assert answer.status in expected
+            assert answer.headers["content-type"].startswith("application/")
