@@ -1,16 +1,18 @@
 """Merges into bases in stored forms, held against the merge into a base of the same shape in 16 bits.
 
-Usage: python -m benchmarks.stored [--shape SHAPE] [--forms FORM,FORM] [--rounds N]
+Usage: python -m benchmarks.stored [--shape SHAPE] [--forms FORM,FORM] [--rounds N] [--commands]
 
 The contenders take turns. What they write is of the same size; codes are random, as no loop looks at what they are. One
-adapter on all linears, arithmetic parity included, in a process that has everything imported.
+adapter on all linears, arithmetic parity included, in a process that has everything imported, or as commands.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,8 +22,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from benchmarks.contenders import plain_environment
 from benchmarks.make_base import SHAPES, make_adapter, make_base
-from benchmarks.measurement import Measurement
+from benchmarks.measurement import Measurement, measure
 from benchmarks.resident import Resident
 
 _ADAPTER = "r16-all"
@@ -87,6 +90,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1.1b")
     parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--commands", action="store_true", help="merge by processes of their own, imports included")
     parser.add_argument("--directory", type=Path, help="where to work; by default a temporary directory")
     arguments = parser.parse_args()
     forms = arguments.forms.split(",")
@@ -98,15 +102,15 @@ def main() -> None:
         for form in forms:
             bases[form] = store(bases[_PLAIN], directory / form, form)
         runs: dict[str, list[Measurement]] = {form: [] for form in bases}
-        with Resident(directory / "log") as resident:
+        with Resident(directory / "log") if not arguments.commands else contextlib.nullcontext() as resident:
             for _ in range(arguments.rounds):
                 for form, base in bases.items():
-                    out = directory / "out"
                     word = "none" if form == _PLAIN else "stored"
-                    home = directory / f"home-{form}"
-                    runs[form].append(
-                        resident.merge(base, [directory / "adapter"], out, base_quantization=word, home=home)
-                    )
+                    adapter, out, home = directory / "adapter", directory / "out", directory / f"home-{form}"
+                    if resident is None:
+                        runs[form].append(_by_command(base, adapter, out, word, home))
+                    else:
+                        runs[form].append(resident.merge(base, [adapter], out, base_quantization=word, home=home))
                     shutil.rmtree(out)
                     os.sync()
     print(f"| base of {arguments.shape} in | seconds | times the one in 16 bits | peak memory |")
@@ -118,6 +122,14 @@ def main() -> None:
         middle = statistics.median(seconds)
         spread = f"{min(seconds):.1f}-{max(seconds):.1f}"
         print(f"| {form} | {middle:.1f} ({spread}) | {middle / plain:.2f} | {peak:.0f} MB |")
+
+
+def _by_command(base: Path, adapter: Path, out: Path, base_quantization: str, home: Path) -> Measurement:
+    """Merge by a process of its own, which imports everything first."""
+    command: list[str | Path] = [Path(sys.executable).with_name("mergefleet"), "merge"]
+    command += ["--base", base, "--adapter", adapter, "--to", out, "--parity", "arithmetic", "--json"]
+    command += ["--base-quantization", base_quantization]
+    return measure(command, plain_environment() | {"MERGEFLEET_HOME": str(home)}, home.with_suffix(".log"))
 
 
 def store(plain: Path, directory: Path, form: str) -> Path:
