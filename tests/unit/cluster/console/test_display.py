@@ -71,7 +71,7 @@ def test_a_table_shows_names_and_messages_as_data(terminal, tmp_path):
         store.fail("a", lease.token, failure.failure_class, failure.message, Decision(state=JobState.FAILED))
         output.show(job_table(store.jobs()))
     assert VISIBLE in read()
-    assert "[bold]b :tada: (nf4)" in read()
+    assert "[bold]b :tada: (default)" in read()
     assert "\\u202ec" in read()
 
 
