@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from jobs.errors import BadInputError, UnsupportedError
 from tests import architectures
-from tests.models import build_bnb_4bit, build_llama
+from tests.models import build_llama
 from tests.stored import twin_of
-from tests.stored.forms import APART, EXPERTS, LINEAR
+from tests.stored.forms import APART, EXPERTS, FOUR_BIT, LINEAR
 from tests.stored.fp8_blocks import store_fp8
 from workers.bases.forms import StoredForm
 from workers.bases.forms.declared import declared_form
@@ -26,7 +26,7 @@ from workers.files.layout import TensorSpec
 from workers.numerics.tiles import Tiling, columns_of
 
 CPU = torch.device("cpu")
-EVERY = {**LINEAR, **EXPERTS, **APART, "bitsandbytes 4-bit": build_bnb_4bit}
+EVERY = {**LINEAR, **EXPERTS, **APART, **FOUR_BIT}
 _BESIDE_BYTES = 64
 """Of a weight, whatever its size: the last of its blocks, and its shape."""
 
@@ -78,8 +78,6 @@ def test_what_is_plain_is_a_part_of_none(form: StoredForm, specs: dict[str, Tens
 
 
 def test_weights_have_the_values_of_the_twin(stored: Path, opened: QuantizedBase) -> None:
-    if not twin_of(stored).exists():
-        pytest.skip("no twin: what bitsandbytes stores is held against bitsandbytes elsewhere")
     twin = load_file(twin_of(stored) / "model.safetensors")
     assert opened.names
     for name in opened.names:
@@ -142,15 +140,19 @@ def test_a_missing_part_is_told_by_name(form: StoredForm, specs: dict[str, Tenso
 
 
 def test_a_part_of_another_shape_is_told_by_name(stored: Path, form: StoredForm, specs: dict[str, TensorSpec]) -> None:
-    if not twin_of(stored).exists():
-        pytest.skip("of bitsandbytes, the values of the state tell the shape")
-    parts = next(iter(form.weights(specs).values()))
-    for part in filter(_is_needed, parts.beside.values()):
-        if part.endswith("weight_shape"):
-            continue  # its values are told when they are read
-        wrong = replace(specs[part], shape=(7, 7))
-        with pytest.raises(BadInputError, match=re.escape(part)):
-            form.weights(specs | {part: wrong})
+    """By its header, or, where that does not tell, when it is put together."""
+    name, parts = next(iter(form.weights(specs).items()))
+    tensors = {part: tensor for file in stored.glob("*.safetensors") for part, tensor in load_file(file).items()}
+    for part in filter(_is_shaped, parts.beside.values()):
+        changed = specs | {part: replace(specs[part], shape=(7, 7))}
+        wrong = tensors | {part: torch.zeros(7, 7, dtype=specs[part].dtype)}
+        with pytest.raises(BadInputError, match=re.escape(name.removesuffix(".weight"))):
+            form.restore(name, form.weights(changed)[name], wrong, torch.bfloat16, transposed=False)
+
+
+def _is_shaped(part: str) -> bool:
+    """Whether a weight goes by the shape of a part: of bitsandbytes' own table of values it takes its type's."""
+    return _is_needed(part) and not part.endswith(".quant_map")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from tests.stored.awq import store_awq
+from tests.stored.bitsandbytes_4bit import store_4bit
 from tests.stored.compressed import FORMATS, store_compressed
 from tests.stored.fp8_blocks import store_fp8
 from tests.stored.modelopt import store_modelopt
@@ -34,6 +35,8 @@ LINEAR: Mapping[str, Store] = {
 """Those of linear weights."""
 EXPERTS: Mapping[str, Store] = {"mxfp4": store_mxfp4}
 """Those of all experts of a layer at once, as gpt-oss has them."""
+FOUR_BIT: Mapping[str, Store] = {"bitsandbytes 4-bit": store_4bit}
+"""That of bitsandbytes, whose merges `make fidelity` has elsewhere."""
 APART: Mapping[str, Store] = {
     "fp8 with scales apart": functools.partial(store_fp8, apart=True),
     "compressed-tensors nvfp4 with scales apart": functools.partial(store_compressed, of="nvfp4", apart=True),

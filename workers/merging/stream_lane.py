@@ -30,6 +30,7 @@ from workers.merging.output import OutputTensor
 from workers.merging.passes import PassState, check_range
 from workers.merging.work import Tile, WeightInWork, tiles_of_shards
 from workers.numerics import products
+from workers.numerics.device import streams_of
 from workers.numerics.products import Comparison
 from workers.numerics.tiles import TILE_ELEMENTS, TileBuffers, Tiling, strips_of
 
@@ -63,7 +64,7 @@ class Walk:
         """Of the base's shards and the adapters' weights."""
         self._buffers = TileBuffers(self._device)
         on_gpu = self._device.type == "cuda"
-        self._streams = iter(_streams(self._device, context.num_threads) if on_gpu else ())
+        self._streams = iter(streams_of(self._device, context.num_threads) if on_gpu else ())
 
     def work(self) -> None:
         """Take tiles in order and finish them, until none is left or every job has failed."""
@@ -294,9 +295,3 @@ class Walk:
         target_OI.copy_(rounded_OI, non_blocking=True)
         check_range(tensor, sum_OI)
         torch.cuda.current_stream(self._device).synchronize()
-
-
-@functools.cache
-def _streams(device: torch.device, num_threads: int) -> tuple[torch.cuda.Stream, ...]:
-    """Return a stream for each thread. They stay, as memory that torch keeps is given out on its own stream alone."""
-    return tuple(torch.cuda.Stream(device) for _ in range(num_threads))

@@ -1,5 +1,6 @@
-"""The device of a worker: which it is, whether it can be used, and what is raised when it fails at work."""
+"""The device of a worker: which it is, whether it can be used, its streams, and what is raised when it fails."""
 
+import functools
 import os
 import re
 import threading
@@ -100,3 +101,9 @@ def _multiply(device: torch.device) -> None:
     product = torch.mm(ones, ones).cpu()
     if not torch.equal(product, torch.full((_SIZE, _SIZE), float(_SIZE))):
         raise DeviceLostError(f"a product of ones is {product.min().item()} to {product.max().item()}, not {_SIZE}")
+
+
+@functools.cache
+def streams_of(device: torch.device, num_threads: int) -> tuple[torch.cuda.Stream, ...]:
+    """Return a stream for each thread. They stay, as memory that torch keeps is given out on its own stream alone."""
+    return tuple(torch.cuda.Stream(device) for _ in range(num_threads))

@@ -27,6 +27,15 @@ class StoredParts:
     """Where headers tell no shape: that of the weight if its codes fill the words that they are packed into."""
 
 
+def tile_memory(
+    memory: torch.Tensor | None, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Return where a tile is dequantized to: the caller's memory, where that is on the device; else new one."""
+    if memory is not None and memory.device == device:
+        return memory
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 class StoredWeight(Protocol):
     """One weight, on the device where it is dequantized, or brought there tile by tile.
 

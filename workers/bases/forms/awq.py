@@ -16,7 +16,8 @@ import torch
 from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
 
 from jobs.errors import BadInputError, UnsupportedError
-from workers.bases.forms import StoredParts
+from workers.bases.forms import StoredParts, tile_memory
+from workers.bases.forms.refusals import nothing_stored, stored_twice
 from workers.files.layout import TensorSpec
 
 _CODES, _ZEROS, _SCALES = "qweight", "qzeros", "scales"
@@ -56,9 +57,7 @@ class AwqWeight:
         """Dequantize rows [start, stop); see `StoredWeight`."""
         device = self.codes_IP.device if self.device is None else self.device
         num_columns = self.shape[1]
-        weight_OI = memory if memory is not None and memory.device == device else None
-        if weight_OI is None:
-            weight_OI = torch.empty(stop - start, num_columns, dtype=self.dtype, device=device)
+        weight_OI = tile_memory(memory, (stop - start, num_columns), self.dtype, device)
         step = max(1, _STEP_ELEMENTS // (num_columns * _CODES_PER_WORD)) * _CODES_PER_WORD
         for begin in range(start, stop, step):  # no temporary grows with the tile
             end = min(begin + step, stop)
@@ -138,17 +137,11 @@ class Awq:
             if parts:
                 shape = self._checked(module, parts)
                 if f"{module}.weight" in specs:
-                    raise BadInputError(
-                        f"tensor {module}.weight is stored twice, as {specs[f'{module}.weight'].code} and as codes "
-                        f"({_CODES}); the checkpoint was put together from two"
-                    )
+                    raise stored_twice(f"{module}.weight", specs[f"{module}.weight"].code, _CODES)
                 beside = {name: spec.name for name, spec in parts.items() if name != _CODES}
                 found[f"{module}.weight"] = StoredParts(codes=parts[_CODES].name, beside=beside, shape=shape)
         if not found:
-            raise BadInputError(
-                f"config.json declares weights in {self.words}, and no tensor is called {_CODES}: weights that are "
-                "plain numbers by now need no declaration, take it away"
-            )
+            raise nothing_stored("config.json", self.words, f"called {_CODES}")
         return found
 
     def held_bytes(self, num_elements: int) -> int:

@@ -18,7 +18,8 @@ from typing import Any, Self
 import torch
 
 from jobs.errors import BadInputError, UnsupportedError
-from workers.bases.forms import StoredParts
+from workers.bases.forms import StoredParts, tile_memory
+from workers.bases.forms.refusals import nothing_stored, transpose_in_codes
 from workers.files.layout import TensorSpec
 from workers.numerics.kernels.eight_bit import dequantize
 from workers.numerics.kernels.elements import ARRAY_DTYPES, array
@@ -72,9 +73,7 @@ class BlockScaledWeight:
         scales_BB = self.scales[start // num_rows : math.ceil(stop / num_rows)]
         if self.device is not None:
             codes_OI, scales_BB = codes_OI.to(self.device), scales_BB.to(self.device)
-        weight_OI = memory
-        if weight_OI is None or weight_OI.device != codes_OI.device:
-            weight_OI = torch.empty(codes_OI.shape, dtype=self.dtype, device=codes_OI.device)
+        weight_OI = tile_memory(memory, (stop - start, codes_OI.shape[1]), self.dtype, codes_OI.device)
         if weight_OI.device.type == "cpu" and self.dtype in ARRAY_DTYPES:
             codes, scales = array(codes_OI.view(torch.uint8)), array(scales_BB.contiguous())
             layout = (codes_OI.shape[1], num_rows, num_columns, start % num_rows)
@@ -154,10 +153,7 @@ class Fp8Blocks:
                     f"{instead}; the checkpoint is not whole, or was put together from two"
                 )
         if not found:
-            raise BadInputError(
-                f"config.json declares weights in {self.words}, and no tensor is stored as {_CODES}: weights that are "
-                "plain numbers by now need no declaration, take it away"
-            )
+            raise nothing_stored("config.json", self.words, f"stored as {_CODES}")
         return found
 
     def held_bytes(self, num_elements: int) -> int:
@@ -187,7 +183,7 @@ class Fp8Blocks:
     ) -> BlockScaledWeight:
         """Build a weight from its parts; see `StoredForm`."""
         if transposed:
-            raise UnsupportedError(f"{name}: codes of a Conv1D in FP8 are not merged; name a base in 16 bits")
+            raise transpose_in_codes(name, self.words)
         codes, scales = tensors[parts.codes], tensors[parts.beside[_SCALE]].float()
         block = self._block_of(codes.shape)
         if not parts.beside[_SCALE].endswith(_SCALE):

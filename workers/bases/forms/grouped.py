@@ -13,6 +13,7 @@ from typing import Self
 
 import torch
 
+from workers.bases.forms import tile_memory
 from workers.numerics.kernels.elements import ARRAY_DTYPES, array
 from workers.numerics.kernels.four_bit import dequantize_groups
 
@@ -60,9 +61,7 @@ class GroupedWeight:
         num_columns = self.shape[1]
         group_size = num_columns // self.scales.shape[1]
         device = self.codes.device if self.device is None else self.device
-        weight_OI = memory if memory is not None and memory.device == device else None
-        if weight_OI is None:
-            weight_OI = torch.empty(stop - start, num_columns, dtype=self.dtype, device=device)
+        weight_OI = tile_memory(memory, (stop - start, num_columns), self.dtype, device)
         step = max(1, _STEP_ELEMENTS // num_columns)
         for begin in range(start, stop, step):  # no temporary grows with the tile
             rows = slice(begin, min(begin + step, stop))

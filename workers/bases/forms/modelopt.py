@@ -17,6 +17,7 @@ from workers.bases.forms import StoredParts
 from workers.bases.forms.compressed.group import GLOBAL_SCALE, PACKED, PLAIN, SCALE, WEIGHT, Group, refuse_fused
 from workers.bases.forms.fp8_blocks import BlockScaledWeight
 from workers.bases.forms.grouped import FP4, GroupedWeight
+from workers.bases.forms.refusals import nothing_stored, transpose_in_codes
 from workers.files.layout import TensorSpec
 
 _SECOND_SCALE = "weight_scale_2"
@@ -100,10 +101,7 @@ class ModelOpt:
             beside |= {name: stored for name in _OF_ACTIVATIONS if (stored := f"{module}.{name}") in specs}
             found[f"{module}.{WEIGHT}"] = StoredParts(codes=parts[WEIGHT].name, beside=beside, shape=shape)
         if not found:
-            raise BadInputError(
-                f"{self._place}: declares weights in {self.words}, and no tensor is a part of any: weights that are "
-                "plain numbers by now need no declaration, take it away"
-            )
+            raise nothing_stored(self._place, self.words, "a part of any")
         return found
 
     def held_bytes(self, num_elements: int) -> int:
@@ -125,7 +123,7 @@ class ModelOpt:
     ) -> BlockScaledWeight | GroupedWeight:
         """Build a weight from its parts; see `StoredForm`."""
         if transposed:
-            raise UnsupportedError(f"{name}: codes of a Conv1D in {self.words} are not merged; name a base in 16 bits")
+            raise transpose_in_codes(name, self.words)
         codes, scales = tensors[parts.codes], tensors[parts.beside[SCALE]]
         if codes.dtype == torch.uint8:
             second = tensors[parts.beside[_SECOND_SCALE]].float().reshape(1)

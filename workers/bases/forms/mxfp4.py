@@ -16,8 +16,9 @@ import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from jobs.errors import BadInputError, UnsupportedError
-from workers.bases.forms import StoredParts
+from workers.bases.forms import StoredParts, tile_memory
 from workers.bases.forms.grouped import FP4
+from workers.bases.forms.refusals import nothing_stored, stored_twice
 from workers.files.layout import TensorSpec
 from workers.numerics.kernels.elements import ARRAY_DTYPES, array
 from workers.numerics.kernels.four_bit import dequantize_groups
@@ -63,9 +64,7 @@ class Mxfp4Weight:
         """Dequantize elements [start, stop); see `StoredWeight`."""
         num_blocks = self.codes.shape[2]
         device = self.codes.device if self.device is None else self.device
-        weight = memory if memory is not None and memory.device == device else None
-        if weight is None:
-            weight = torch.empty(stop - start, 1, dtype=self.dtype, device=device)
+        weight = tile_memory(memory, (stop - start, 1), self.dtype, device)
         block, last = start // self.row_alignment, stop // self.row_alignment
         while block < last:  # no temporary grows with the tile
             expert, place = divmod(block, num_blocks)
@@ -110,10 +109,7 @@ class Mxfp4:
             if name != stored and spec.code == "U8":
                 self._check(spec, specs.get(name + _SCALES), f"{name}{_SCALES}")
                 if name in specs:
-                    raise BadInputError(
-                        f"tensor {name} is stored twice, as {specs[name].code} and as codes ({stored}); the checkpoint "
-                        "was put together from two"
-                    )
+                    raise stored_twice(name, specs[name].code, stored)
                 found[name] = StoredParts(
                     codes=stored, beside={_SCALES: f"{name}{_SCALES}"}, shape=_shape(tuple(spec.shape))
                 )
@@ -125,10 +121,7 @@ class Mxfp4:
                     "checkpoint is not whole, or was put together from two"
                 )
         if not found:
-            raise BadInputError(
-                f"config.json declares weights in {self.words}, and no tensor is stored as {_CODES} of U8: weights "
-                "that are plain numbers by now need no declaration, take it away"
-            )
+            raise nothing_stored("config.json", self.words, f"stored as {_CODES} of U8")
         return found
 
     def held_bytes(self, num_elements: int) -> int:

@@ -26,6 +26,7 @@ from workers.bases.forms.compressed.group import (
 )
 from workers.bases.forms.compressed.targets import Targets
 from workers.bases.forms.compressed.weight import restored
+from workers.bases.forms.refusals import nothing_stored, transpose_in_codes
 from workers.files.layout import TensorSpec
 
 _PARTS = (WEIGHT, PACKED, SCALE, GLOBAL_SCALE, ZERO_POINT, SHAPE, ORDER)
@@ -68,7 +69,12 @@ class CompressedTensors:
         """
         try:
             config = QuantizationConfig.model_validate(dict(content))
-        except (KeyError, NotImplementedError, TypeError, ValidationError) as error:
+        except (
+            KeyError,
+            NotImplementedError,
+            TypeError,
+            ValidationError,
+        ) as error:  # its validators raise all of these
             first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": repr(error)}
             field = ".".join((place, *(str(part) for part in first["loc"] if "[" not in str(part))))
             raise UnsupportedError(
@@ -116,10 +122,7 @@ class CompressedTensors:
                 codes=codes.name, beside=beside, shape=shape, at_most=group.at_most(codes.shape)
             )
         if not found:
-            raise BadInputError(
-                f"{self._place}: declares weights in {self.words}, and no tensor is a part of any: weights that are "
-                "plain numbers by now need no declaration, take it away"
-            )
+            raise nothing_stored(self._place, self.words, "a part of any")
         return found
 
     def held_bytes(self, num_elements: int) -> int:
@@ -161,7 +164,7 @@ class CompressedTensors:
     ) -> StoredWeight:
         """Build a weight from its parts; see `StoredForm`."""
         if transposed:
-            raise UnsupportedError(f"{name}: codes of a Conv1D in {self.words} are not merged; name a base in 16 bits")
+            raise transpose_in_codes(name, self.words)
         group = self._targets.group_of(name.rpartition(".")[0])
         assert group is not None
         taken = {part: tensors[stored] for part, stored in parts.beside.items() if part not in _OF_ACTIVATIONS}

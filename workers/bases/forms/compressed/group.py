@@ -16,6 +16,7 @@ from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy
 
 from jobs.errors import BadInputError, UnsupportedError
+from workers.bases.forms.refusals import stored_twice
 from workers.files.layout import TensorSpec
 
 WEIGHT, PACKED = "weight", "weight_packed"
@@ -207,10 +208,7 @@ class Group:
                 "them up); name a base in another form"
             )
         if self.codes == PACKED and WEIGHT in there:
-            raise BadInputError(
-                f"{module} is stored twice, as {there[WEIGHT].code} and as codes ({PACKED}); the checkpoint was put "
-                "together from two"
-            )
+            raise stored_twice(f"{module}.{WEIGHT}", there[WEIGHT].code, PACKED)
 
     def _check_dtypes(self, there: Mapping[str, TensorSpec]) -> None:
         layout = _LAYOUTS[self.format]

@@ -14,7 +14,7 @@ from compressed_tensors.compressors.mx_utils import decompress_mx_scale
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationStrategy
 
-from workers.bases.forms import StoredWeight
+from workers.bases.forms import StoredWeight, tile_memory
 from workers.bases.forms.compressed.group import GLOBAL_SCALE, PACKED, SCALE, SHAPE, WEIGHT, ZERO_POINT, Group
 from workers.bases.forms.fp8_blocks import BlockScaledWeight
 from workers.bases.forms.grouped import FP4, INT4, GroupedWeight
@@ -109,9 +109,7 @@ class CompressedWeight:
     def dequantize_rows(self, start: int, stop: int, memory: torch.Tensor | None = None) -> torch.Tensor:
         """Dequantize rows [start, stop); see `StoredWeight`."""
         device = self.tensors[SCALE].device if self.device is None else self.device
-        weight_OI = memory if memory is not None and memory.device == device else None
-        if weight_OI is None:
-            weight_OI = torch.empty(stop - start, self.shape[1], dtype=self.dtype, device=device)
+        weight_OI = tile_memory(memory, (stop - start, self.shape[1]), self.dtype, device)
         step = max(1, _STEP_ELEMENTS // (self.shape[1] * self.row_alignment)) * self.row_alignment
         for begin in range(start, stop, step):  # no temporary grows with the tile
             end = min(begin + step, stop)

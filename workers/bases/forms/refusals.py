@@ -1,0 +1,40 @@
+"""What several forms refuse, in one wording."""
+
+from jobs.errors import BadInputError, UnsupportedError
+
+
+def nothing_stored(place: str, words: str, looked_for: str) -> BadInputError:
+    """Return the error for a declared form that no tensor has.
+
+    Args:
+        place: of the declaration.
+        words: for the form.
+        looked_for: what a tensor in it would be.
+    """
+    return BadInputError(
+        f"{place}: declares weights in {words}, and no tensor is {looked_for}: weights that are plain numbers by now "
+        "need no declaration, take it away"
+    )
+
+
+def stored_twice(name: str, code: str, codes: str) -> BadInputError:
+    """Return the error for a weight that is there as numbers and as codes.
+
+    Args:
+        name: of the weight.
+        code: what it is stored as, as headers say it.
+        codes: the tensor with its codes.
+    """
+    return BadInputError(
+        f"tensor {name} is stored twice, as {code} and as codes ({codes}); the checkpoint was put together from two"
+    )
+
+
+def transpose_in_codes(name: str, words: str) -> UnsupportedError:
+    """Return the error for the weight of a Conv1D, which is the transpose of a linear one.
+
+    Args:
+        name: of the weight.
+        words: for the form.
+    """
+    return UnsupportedError(f"{name}: codes of a Conv1D in {words} are not merged; name a base in 16 bits")
