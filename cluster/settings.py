@@ -61,7 +61,7 @@ class Settings(BaseSettings):
     workers: Annotated[int, Field(ge=1)] | None = None
     """Worker processes; by default one for each GPU, and one for every two cores of machines that have none. GPUs get
     theirs first."""
-    spare_workers: Annotated[int, Field(ge=0)] = 1
+    spare_workers: Annotated[int, Field(ge=0)] = 2
     """Further workers on the CPU that stand by, with everything loaded, for when another one is lost."""
     num_threads: Annotated[int, Field(ge=1)] | None = None
     """Compute threads of each worker; by default the cores, divided among the workers."""
