@@ -10,7 +10,7 @@ from pydantic import (
 )
 
 from jobs.errors import InvalidValueError
-from jobs.frozen import Frozen, is_empty
+from jobs.frozen import Frozen, is_empty, is_none
 
 DEFAULT_PROMPTS = (
     "The capital of France is",
@@ -36,6 +36,12 @@ class Thresholds(Frozen):
     max_lost_share: float = Field(default=0.05, gt=0, le=1)
     """Share of the adapter's effect that may be lost beyond what rounding takes: mean KL divergence, reference to
     merged, over that from the reference to its base without the adapter. 1 switches it off."""
+    min_survival: float | None = Field(default=None, ge=0, le=1, exclude_if=is_none)
+    """Smallest share of a tensor's delta that is to survive; None asks for half of it in weights that are quantized
+    again, and for nothing of those that are only rounded."""
+
+
+MIN_REQUANTIZED_SURVIVAL = 0.5
 
 
 class HeldOutText(Frozen):

@@ -32,6 +32,8 @@ class TensorCheck(Frozen):
     """Frobenius norm of the exact delta."""
     quantization_error: float | None = Field(default=None, exclude_if=is_none)
     """Frobenius norm of what 4 bits changed of W; None where W did not go through them, or came in them."""
+    requantization_error: float | None = Field(default=None, exclude_if=is_none)
+    """Frobenius norm of what quantizing the merged weight again changed of it; None where that was not done."""
     survival: float | None = None
     """<merged - W, delta> / <delta, delta>: how much of the delta outlived the rounding; None without a delta, or
     where the merged tensor holds no numbers."""

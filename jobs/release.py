@@ -10,7 +10,7 @@ from jobs.errors import InvalidValueError
 from jobs.frozen import Frozen, Sha256, is_empty, is_none
 from jobs.locations import LocationField
 from jobs.parity_report import CombinedAdapter, ParitySummary
-from jobs.request import BaseQuantization, Dtype, QuantizationOptions
+from jobs.request import BaseQuantization, Dtype, OutputForm, QuantizationOptions
 
 MANIFEST_NAME = "manifest.json"
 REPORT_NAME = "parity.json"
@@ -92,6 +92,8 @@ class Manifest(Frozen):
     base_quantization: BaseQuantization
     quantization_options: QuantizationOptions | None
     dtype: Dtype | None
+    output: OutputForm | None = Field(default=None, exclude_if=is_none)
+    """Where the release is stored in another form than plain numbers."""
     parity: ParitySummary
     approved_by: str | None = Field(default=None, exclude_if=is_none)
     """The person who let it be published, where the request asked for one."""

@@ -83,6 +83,19 @@ class QuantizationOptions(Frozen):
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
+class OutputForm(StrEnum):
+    """What the weights of a release are stored in."""
+
+    PLAIN = "16bit"
+    """Numbers: those of a base in a stored form are dequantized."""
+    AS_BASE = "as_base"
+    """The base's own form: what no adapter changes keeps its stored bytes, and the rest is quantized again."""
+
+
+def _is_plain(value: Any) -> bool:
+    return value is OutputForm.PLAIN
+
+
 class MergeRequest(Frozen):
     """One base, one adapter or several that become one, one destination, and how the merge is made and proven."""
 
@@ -100,6 +113,8 @@ class MergeRequest(Frozen):
     quantization_options: QuantizationOptions = QuantizationOptions()
     dtype: Dtype | None = None
     """Output dtype; None keeps every base tensor's own."""
+    output: OutputForm = Field(default=OutputForm.PLAIN, exclude_if=_is_plain)
+    """What the weights of the release are stored in."""
     max_shard_size: NumBytes | None = None
     """Largest output shard in bytes; None keeps the base's own shards."""
     parity: ParityPolicy = ParityPolicy()
@@ -183,6 +198,21 @@ class MergeRequest(Frozen):
             raise InvalidValueError(f"no options, as base_quantization '{found}' would ignore them", "some")
         return value
 
+    # Beside those of plain numbers: a release as its base is has the base's dtypes and files.
+    @field_validator("output")
+    @classmethod
+    def _check_output(cls, value: OutputForm, info: ValidationInfo) -> OutputForm:
+        if value is OutputForm.AS_BASE and info.data.get("dtype") is not None:
+            raise InvalidValueError("no dtype beside as_base, which keeps the base's own", f"'{info.data['dtype']}'")
+        return value
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _check_max_shard_size(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("output") is OutputForm.AS_BASE:
+            raise InvalidValueError("none beside output 'as_base', which keeps the base's own shards", f"{value}")
+        return value
+
     @field_validator("compare")
     @classmethod
     def _check_compare(cls, value: bool, info: ValidationInfo) -> bool:
@@ -262,6 +292,8 @@ class MergeRequest(Frozen):
             "dtype": self.dtype,
             "max_shard_size": self.max_shard_size,
         }
+        if self.output is not OutputForm.PLAIN:
+            decides["output"] = self.output.value
         if self.combination is not None:
             decides["weights"] = [each.weight for each in self.weighted]
             decides["combination"] = {"type": self.combination.type.value, **self.combination.arguments()}

@@ -75,14 +75,21 @@ def store_compressed(base: Path, directory: Path, of: str, *, apart: bool = Fals
     )
 
 
-def compress(name: str, weight: torch.Tensor, format_: str, scheme: QuantizationScheme) -> Quantized:
-    """Return the parts of a weight in a format, and the numbers they stand for."""
+def compress(
+    name: str,
+    weight: torch.Tensor,
+    format_: str,
+    scheme: QuantizationScheme,
+    global_scale: torch.Tensor | None = None,
+) -> Quantized:
+    """Return the parts of a weight in a format, and the numbers they stand for; a global scale may be given."""
     compressor = BaseCompressor.get_value_from_registry(format_)
     state: dict[str, torch.Tensor] = {"weight": weight}
     extremes = weight.aminmax()
     smallest, largest = _extremes(weight.float(), scheme)
     if scheme.weights.strategy == "tensor_group":
-        state["weight_global_scale"] = generate_gparam(extremes.min.float(), extremes.max.float())
+        own = generate_gparam(extremes.min.float(), extremes.max.float())
+        state["weight_global_scale"] = own if global_scale is None else global_scale
     scales, zeros = calculate_qparams(smallest, largest, scheme.weights, state.get("weight_global_scale"))
     state["weight_scale"] = scales.to(weight.dtype)
     state["weight_zero_point"] = zeros.to(torch.int8)

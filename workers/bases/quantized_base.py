@@ -102,7 +102,7 @@ class QuantizedBase:
         """
         found = self._form.weights({name: spec for name, (_, spec) in layout.tensors.items()})
         for name, parts in found.items():
-            tensors = [layout.tensors[stored] for stored in (parts.codes, *parts.beside.values())]
+            tensors = [layout.tensors[stored] for stored in parts.names]
             self._files |= {spec.name: directory / shard.name for shard, spec in tensors}
             self._num_stored_bytes[name] = sum(spec.num_bytes for _, spec in tensors)
         self._parts |= found
@@ -126,7 +126,7 @@ class QuantizedBase:
         if name not in self._parts:
             raise InternalError(f"the stored values of {name} were not asked for before they were used")
         parts = self._parts[name]
-        tensors = {stored: self._tensor(stored) for stored in (parts.codes, *parts.beside.values())}
+        tensors = {stored: self._tensor(stored) for stored in parts.names}
         weight = self._form.restore(name, parts, tensors, self._dtype, transposed=name in self._transposed)
         if self._device.type != "cpu" and not self._holds:
             return weight.brought_to(self._device)

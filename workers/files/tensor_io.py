@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from jobs.errors import BadInputError
 from workers.files.foreign import open_foreign
@@ -75,6 +76,24 @@ def read_rows(path: Path, spec: TensorSpec, start: int, stop: int, descriptor: i
     with opened(path) if descriptor is None else contextlib.nullcontext(descriptor) as source:
         read_into(source, path, target, begin)
     return target
+
+
+def mapped(path: Path, name: str) -> torch.Tensor:
+    """Return a tensor of a safetensors file, mapped: its pages are read where they are needed.
+
+    Args:
+        path: of the file.
+        name: of the tensor.
+
+    Raises:
+        BadInputError: the file is not what its header says any more.
+    """
+    try:
+        with opened(path) as descriptor, safe_open(f"/proc/self/fd/{descriptor}", framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+    except SafetensorError as error:
+        raise BadInputError(f"{path}: tensor {name} cannot be read: {error}") from error
+    return tensor
 
 
 def read_into_bytes(descriptor: int, path: Path, num_bytes: int, offset: int) -> bytes:

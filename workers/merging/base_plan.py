@@ -48,6 +48,8 @@ class BasePlan:
     """What to convert to 4-bit first; None when nothing is."""
     form: StoredForm | None
     """What its weights are stored in; None for plain numbers."""
+    in_form: Mapping[str, StoredParts]
+    """Those of its weights that are stored in it, by name."""
     usual: BaseQuantization
     """What is added to where a request leaves that to the base."""
     conversions: Conversions
@@ -179,7 +181,7 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
     request = request.settled(usual)
     form = stored_as_asked(source, request, specs)
     in_form = weights_in_form(source, form, specs)
-    weight_of = {stored: name for name, parts in in_form.items() for stored in (parts.codes, *parts.beside.values())}
+    weight_of = {stored: name for name, parts in in_form.items() for stored in parts.names}
     conversions = _conversions(source, specs, in_form, weight_of, model)
     shapes = {stored: conversions.shapes[name] for name, stored in conversions.stored_names.items()}
     check_shapes(source, specs, in_form, weight_of, shapes)
@@ -223,6 +225,7 @@ def plan_base(source: Source, request: MergeRequest) -> BasePlan:
         tensors=tuple(tensors),
         quantization=task,
         form=form,
+        in_form=in_form,
         usual=usual,
         conversions=conversions,
         transposed=transposed,

@@ -43,16 +43,18 @@ def _text(plan: MergePlan, num_changed: int) -> str:
     licences = differing_licences(plan.base.card, plan.adapter_cards)
     base, adapters = plan.base.source.location, [adapter.location for adapter, _ in plan.weighted]
     several = len(adapters) > 1
+    kind = "A" if plan.as_base else "A plain"
     body = [
         f"# {adapter_name(adapters)} merged into {base.name}",
         "",
-        f"A plain checkpoint: base and adapter{'s' if several else ''} fused, loadable by transformers without PEFT.",
+        f"{kind} checkpoint: base and adapter{'s' if several else ''} fused, loadable by transformers without PEFT.",
         "",
         f"- base: `{base}`",
         *_adapter_lines(plan),
         *([f"- licences, of which each holds: {', '.join(licences)}, the base's first"] if licences else []),
         f"- merged into: {_merged_into(plan)}",
-        f"- tensors changed: {num_changed} of {len(plan.tensors)}",
+        *_stored_in(plan),
+        f"- tensors changed: {num_changed} of {len(plan.checked)}",
         f"- merge key: `{plan.merge_key}`",
         "",
         "`manifest.json` lists every file with its SHA-256; `parity.json` and `parity.html` are the evidence that this",
@@ -88,6 +90,15 @@ def _adapter_lines(plan: MergePlan) -> list[str]:
     lines = [f"- adapter: `{adapter.location}`, weight {weight:g}" for adapter, weight in plan.weighted]
     how = "".join(f", {name} {value}" for name, value in combination.arguments().items() if value is not None)
     return [*lines, f"- combined by PEFT: {combination.type}{how}"]
+
+
+def _stored_in(plan: MergePlan) -> list[str]:
+    if not plan.as_base:
+        return []
+    assert plan.base.form is not None
+    num_kept = len(plan.base.in_form) - len(plan.requantized)
+    again = f"{len(plan.requantized)} weights quantized again, {num_kept} with the base's bytes"
+    return [f"- stored in: {plan.base.form.words}, as the base is: {again}"]
 
 
 def _merged_into(plan: MergePlan) -> str:

@@ -13,6 +13,7 @@ from jobs.parity_report import BehaviourCheck, ParityReport, ParitySummary, Tens
 from jobs.release import Artifact, Manifest, Release
 from jobs.request import MergeRequest
 from workers.files.local import FileState
+from workers.files.scratch import OwnedDirectory
 from workers.files.shard import HashedFile
 from workers.merging.outcomes import Failure, JobOutcome, MergedShards
 from workers.merging.plan import MergePlan
@@ -53,6 +54,8 @@ class Job:
     opened: Staging | None = None
     compared_in: Path | None = None
     """Directory of a merge that is made to be compared: it has no staging, and ships nowhere."""
+    apart: OwnedDirectory | None = None
+    """Where merged numbers wait until they are stored in the base's form."""
     carriers: ThreadPoolExecutor | None = None
     """What ships its files, while there is something to ship."""
     witness: Witness | None = None
@@ -108,13 +111,18 @@ class Job:
 
     @property
     def directory(self) -> Path:
-        """Where its merged shards are written."""
+        """Where the shards of its release are written."""
         return self.compared_in or self.staging.directory
+
+    @property
+    def merged_in(self) -> Path:
+        """Where merged numbers are written: among the shards of the release, or apart."""
+        return self.apart.path if self.apart is not None else self.directory
 
     @property
     def direct(self) -> bool:
         """Whether its shards go past the page cache, since they are not read again here."""
-        if self.opened is None or not self.opened.in_place:
+        if self.opened is None or not self.opened.in_place or self.plan.as_base:
             return False
         return not (self.in_work.by_peft or self.is_run)  # what PEFT merged is read again to be checked
 
@@ -127,6 +135,9 @@ class Job:
     def running(self) -> bool:
         """Whether it has neither failed nor found its release there already."""
         return self.error is None and self.release is None
+
+    def stay(self, file: HashedFile) -> None:
+        """Let a finished file be where it is: it is no part of the release."""
 
     def ship(self, file: HashedFile | Artifact) -> None:
         """Have a finished file sent on its way, beside what goes on here."""

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from workers.bases.quantized_base import QuantizedBase
-from workers.files.shard import Conveyor
+from workers.files.local import FileState, file_errors
+from workers.files.shard import Conveyor, Origin
+from workers.files.writer import CheckpointWriter
 from workers.merging.base_plan import BasePlan
 from workers.merging.checks.arithmetic import ArithmeticCheck
 from workers.merging.context import Context
@@ -12,6 +14,7 @@ from workers.merging.job import Job
 from workers.merging.module_weights import ModuleWeights
 from workers.merging.passes import PassState, check_range
 from workers.merging.peft_lane import merge_modules
+from workers.merging.plan import MergePlan
 from workers.merging.stream_lane import Walk
 from workers.numerics.tiles import single_threads
 
@@ -54,7 +57,7 @@ def run_pass(
         NotFoundError, BadInputError, TransientIOError: the base itself cannot be read.
     """
     conveyor = Conveyor.of_threads(context.num_threads, pin=context.device.type == "cuda")
-    state = PassState(jobs, conveyor, context.tracker)
+    state = PassState(jobs, {job.id: _writer(job, conveyor) for job in jobs}, context.tracker)
     walk = Walk(base, quantized, state, check, context)
     try:
         with single_threads(context.num_threads, "merge") as pool:
@@ -72,6 +75,27 @@ def run_pass(
         conveyor.close()
         walk.close()
         state.close()
+
+
+def _writer(job: Job, conveyor: Conveyor) -> CheckpointWriter:
+    plan = job.in_work
+    return CheckpointWriter(
+        job.merged_in,
+        plan.merged,
+        conveyor,
+        direct=job.direct,
+        on_file=job.stay if plan.as_base else job.ship,
+        # What is read again would come from the disk: a clone shares no page of the cache with its origin.
+        origin=_origin(plan) if job.direct else None,
+    )
+
+
+def _origin(plan: MergePlan) -> Origin:
+    directory = plan.base.source.directory
+    names = {plan.output.tensors[name][0].name for name in plan.kept}
+    with file_errors(f"reading {directory}", directory):
+        states = {name: FileState.of((directory / name).stat()) for name in names}
+    return Origin(directory, plan.kept, states)
 
 
 def _merge_by_peft(state: PassState, job: Job, weights: ModuleWeights) -> None:

@@ -13,18 +13,16 @@ from pathlib import Path
 import torch
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from jobs.errors import BadInputError
 from workers.adapters.names import owner_of
 from workers.bases.conversions import Group
 from workers.bases.quantized_base import QuantizedBase
 from workers.files.layout import ShardLayout, lay_out_shard
 from workers.files.local import file_errors
 from workers.files.scratch import OwnedDirectory
-from workers.files.tensor_io import opened, tensor_bytes, write_all
+from workers.files.tensor_io import mapped, tensor_bytes, write_all
 from workers.merging.base_plan import BasePlan
 from workers.merging.base_tiles import dequantized, tiles_of
 from workers.merging.output import OutputTensor
@@ -82,9 +80,9 @@ class ModuleWeights:
         """
         name = self._own_name(name)
         if name in self._written:
-            return _mapped(self._path, name)
+            return mapped(self._path, name)
         tensor = self._stored(name)
-        return _mapped(self._base.source.directory / tensor.shard, tensor.name)
+        return mapped(self._base.source.directory / tensor.shard, tensor.name)
 
     def output(self, stored: str) -> torch.Tensor:
         """Return one weight as `get` does, but by its name in the base's files, and in the shape it has there."""
@@ -158,7 +156,7 @@ class ModuleWeights:
         if self._base.form is not None and tensor.stored is None:
             assert self._quantized is not None
             return torch.cat(list(dequantized(self._quantized.weight(name), tensor.dtype))).view(tensor.shape)
-        return _mapped(self._base.source.directory / tensor.shard, name).to(tensor.dtype)
+        return mapped(self._base.source.directory / tensor.shard, name).to(tensor.dtype)
 
 
 @contextlib.contextmanager
@@ -204,12 +202,3 @@ def _names(plan: MergePlan) -> Iterator[str]:
         prefix = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(plan.opened.method)]
         owners = (owner_of(tensor, prefix) for tensor in plan.opened.tensors)
         yield from (weight for owner in owners if (weight := f"{owner}.weight") in shapes)
-
-
-def _mapped(path: Path, name: str) -> torch.Tensor:
-    try:
-        with opened(path) as descriptor, safe_open(f"/proc/self/fd/{descriptor}", framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-    except SafetensorError as error:
-        raise BadInputError(f"{path}: tensor {name} cannot be read: {error}") from error
-    return tensor

@@ -2,39 +2,32 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from jobs.errors import BadInputError, MergefleetError
 from jobs.parity_report import TensorCheck
-from workers.files.local import FileState, file_errors
-from workers.files.shard import Conveyor, Origin
 from workers.files.writer import CheckpointWriter
 from workers.merging.job import Job
 from workers.merging.output import OutputTensor
-from workers.merging.plan import MergePlan
 from workers.merging.tracker import Tracker
 
 
 class PassState:
     """The jobs of one pass and what has been done for them; threads share it."""
 
-    def __init__(self, jobs: Sequence[Job], conveyor: Conveyor, tracker: Tracker) -> None:
+    def __init__(self, jobs: Sequence[Job], writers: Mapping[str, CheckpointWriter], tracker: Tracker) -> None:
+        """Start with nothing done.
+
+        Args:
+            jobs: of the pass.
+            writers: of their shards, by job.
+            tracker: of the unit.
+        """
         self.jobs = tuple(jobs)
         self._witnesses = {job.id: job.witness for job in jobs}
-        self.writers = {
-            job.id: CheckpointWriter(
-                job.directory,
-                job.in_work.output,
-                conveyor,
-                direct=job.direct,
-                on_file=job.ship,
-                # What is read again would come from the disk: a clone shares no page of the cache with its origin.
-                origin=_origin(job.in_work) if job.direct else None,
-            )
-            for job in jobs
-        }
+        self.writers = writers
         self.num_base_bytes = 0
         self.num_adapter_bytes = 0
         self.num_written = 0
@@ -98,14 +91,6 @@ class PassState:
         """Close all files, once no thread writes or hashes any more."""
         for writer in self.writers.values():
             writer.close()
-
-
-def _origin(plan: MergePlan) -> Origin:
-    directory = plan.base.source.directory
-    names = {plan.output.tensors[name][0].name for name in plan.kept}
-    with file_errors(f"reading {directory}", directory):
-        states = {name: FileState.of((directory / name).stat()) for name in names}
-    return Origin(directory, plan.kept, states)
 
 
 def check_range(tensor: OutputTensor, values: torch.Tensor) -> None:

@@ -10,10 +10,10 @@ from workers.merging.plan import MergePlan
 def pieces_of(plans: Sequence[MergePlan]) -> tuple[Piece, ...]:
     """Cut a pass into as many pieces as its plans allow.
 
-    Shards are in one piece when a tensor of the base is in both (in different jobs), or when PEFT makes tensors of both
-    at once: those of a module, of a group of fused weights, or with values that are shared. Layers of other methods
-    than LoRA may look at each other's weights; where these have to be written first, as they are not mapped from the
-    base, all that PEFT makes is one piece.
+    Shards are in one piece when a tensor of the base is in both (in different jobs), when a weight is quantized again
+    into both, or when PEFT makes tensors of both at once: those of a module, of a group of fused weights, or with
+    values that are shared. Layers of other methods than LoRA may look at each other's weights; where these have to be
+    written first, as they are not mapped from the base, all that PEFT makes is one piece.
 
     Args:
         plans: of the jobs of the pass.
@@ -31,7 +31,10 @@ def pieces_of(plans: Sequence[MergePlan]) -> tuple[Piece, ...]:
         for name, (shard, _) in plan.output.tensors.items():
             holders[name].append(shard.name)
         for outputs in _made_at_once(plan):
-            shards.join(plan.output.tensors[output][0].name for output in outputs)
+            shards.join(plan.merged.tensors[output][0].name for output in outputs)
+        for name, parts in plan.requantized.items():
+            shards.join(plan.output.tensors[stored][0].name for stored in parts.names)
+            shards.join([plan.merged.tensors[name][0].name, plan.output.tensors[parts.codes][0].name])
     for names in holders.values():
         shards.join(names)
     return tuple(

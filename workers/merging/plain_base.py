@@ -1,4 +1,4 @@
-"""A base in a stored form, written as a checkpoint of numbers: for those who read the form otherwise, or not at all."""
+"""A checkpoint in a stored form, written as numbers: for those who read the form otherwise, or not at all."""
 
 import dataclasses
 import json
@@ -19,11 +19,35 @@ from workers.merging.base_plan import BasePlan
 from workers.merging.base_tiles import tiles_of
 from workers.merging.output import OutputTensor
 from workers.merging.output_layout import lay_out_as_stored
+from workers.merging.plan import MergePlan
 
 
 def plain_layout(base: BasePlan) -> CheckpointLayout:
     """Return where the tensors of a base in a stored form go, as numbers."""
     return lay_out_as_stored(base, _tensors(base))
+
+
+def write_plain_release(plan: MergePlan, directory: Path, target: Path, *, device: torch.device) -> None:
+    """Write a release in the base's form as a checkpoint of numbers; see `write_plain_base`.
+
+    Args:
+        plan: of it.
+        directory: of it: shards, config and the rest.
+        target: empty.
+        device: where it is dequantized.
+    """
+    base, places = plan.base, plan.output.tensors
+    tensors = tuple(
+        dataclasses.replace(
+            tensor,
+            shard=places[base.in_form[tensor.name].codes][0].name if tensor.name in base.in_form else tensor.shard,
+            stored=None if tensor.name in base.in_form else places[tensor.name][1],
+        )
+        for tensor in plan.tensors
+    )
+    source = dataclasses.replace(base.source, directory=directory)
+    released = dataclasses.replace(base, source=source, layout=plan.output, tensors=tensors)
+    write_plain_base(released, target, device, lambda: None)
 
 
 def write_plain_base(base: BasePlan, directory: Path, device: torch.device, stop: Callable[[], None]) -> None:

@@ -11,20 +11,21 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from jobs.errors import UnsupportedError
-from jobs.parity_report import CombinedAdapter
-from jobs.request import MergeRequest
+from jobs.parity_report import CombinedAdapter, TensorCheck
+from jobs.request import MergeRequest, OutputForm
 from jobs.text import MAX_MESSAGE, shown
 from workers.adapters.adapter import Adapter, LoraDelta, open_adapter
 from workers.adapters.expert_files import add_to_files
 from workers.adapters.fitting import fit
 from workers.adapters.methods import UNSTABLE
 from workers.adapters.plain_lora import plan_lora
+from workers.bases.forms import StoredParts
 from workers.bases.model import TORCH_DTYPES
 from workers.files.layout import CheckpointLayout
 from workers.merging.assignment import all_apart, made_by_peft
 from workers.merging.base_plan import BasePlan
 from workers.merging.output import OutputTensor
-from workers.merging.output_layout import output_layout, output_tensors
+from workers.merging.output_layout import as_base_layouts, output_layout, output_tensors
 from workers.releases.base_card import BaseCard, read_base_card
 from workers.releases.notes import find_notes
 from workers.releases.shipment import Shipment, plan_shipment
@@ -59,8 +60,14 @@ class MergePlan:
     apart: bool
     """Whether some tensors that the base's configuration ties have values of their own."""
     tensors: tuple[OutputTensor, ...]
-    """Of the output, in its order: the base's, changed where the adapter changes a shape, and what comes apart."""
+    """Of the merged model, in its order: the base's, in the shapes that the adapter makes, and what comes apart."""
     output: CheckpointLayout
+    """The shards of the release."""
+    merged: CheckpointLayout
+    """Where merged numbers go: `output`; or, of a release in the base's form, files apart, of the same names, for what
+    the base has no bytes of."""
+    requantized: Mapping[str, StoredParts]
+    """Weights that are quantized again from there, by name."""
     adapter_cards: tuple[BaseCard, ...]
     """What the model cards of its adapters say."""
     shipment: Shipment
@@ -74,21 +81,43 @@ class MergePlan:
         """Names of the output tensors that the adapter decides."""
         return (frozenset(self.deltas) | frozenset(self.by_peft)) - self.regrouped
 
+    @property
+    def as_base(self) -> bool:
+        """Whether the release is stored in the base's form."""
+        return self.request.output is OutputForm.AS_BASE
+
+    @property
+    def checked(self) -> tuple[str, ...]:
+        """Names of the tensors of the release, in the order in which a report has them."""
+        return tuple(self.output.tensors) if self.as_base else tuple(tensor.name for tensor in self.tensors)
+
+    def by_weight(self, checks: Mapping[str, TensorCheck]) -> Mapping[str, TensorCheck]:
+        """Return checks of a release's tensors by what they are of: those of a weight's codes also by the weight."""
+        return {
+            **checks,
+            **{name: checks[parts.codes] for name, parts in self.requantized.items() if parts.codes in checks},
+        }
+
     def streams(self, name: str) -> bool:
         """Whether the stream lane writes a tensor of the base, changed or not."""
-        return name in self.output.tensors and name not in self.by_peft
+        return name in self.merged.tensors and name not in self.by_peft
 
     def part(self, shards: Collection[str]) -> "MergePlan":
         """Return what of this plan concerns some of the output's shards: those of whole pieces."""
-        kept = tuple(shard for shard in self.output.shards if shard.name in shards)
-        names = {spec.name for shard in kept for spec in shard.tensors}
+        output, merged = (
+            CheckpointLayout(tuple(shard for shard in layout.shards if shard.name in shards))
+            for layout in (self.output, self.merged)
+        )
+        names = merged.tensors.keys()
         return dataclasses.replace(
             self,
             deltas={name: delta for name, delta in self.deltas.items() if name in names},
             by_peft={name: sources for name, sources in self.by_peft.items() if name in names},
             regrouped=self.regrouped & names,
             tensors=tuple(tensor for tensor in self.tensors if tensor.name in names),
-            output=CheckpointLayout(kept),
+            output=output,
+            merged=merged,
+            requantized={name: parts for name, parts in self.requantized.items() if name in names},
         )
 
     @cached_property
@@ -127,7 +156,7 @@ class MergePlan:
         """
         stored = {shard.name: shard for shard in self.base.layout.shards}
         kept: set[str] = set()
-        for shard in self.output.shards:
+        for shard in () if self.as_base else self.output.shards:
             if stored.get(shard.name) == shard:
                 same = [spec for spec in shard.tensors if self.base.by_name[spec.name].copied]
                 same = [spec for spec in same if spec.name not in self.deltas and spec.name not in self.by_peft]
@@ -139,7 +168,7 @@ class MergePlan:
     def base_names(self) -> frozenset[str]:
         """Names of the base's tensors that the output takes values from."""
         conversions = self.base.conversions
-        names = {name for name in self.output.tensors if name in self.base.by_name}
+        names = {name for name in self.merged.tensors if name in self.base.by_name}
         for source in itertools.chain.from_iterable(self.by_peft.values()):
             if source in conversions.group_of:
                 names.update(conversions.group_of[source].stored)
@@ -159,7 +188,9 @@ class MergePlan:
 
     @property
     def num_bytes_changed(self) -> int:
-        """Bytes of the output that are computed; the rest is copied."""
+        """Bytes of the merged model that are computed; the rest is copied."""
+        if self.as_base:
+            return self.merged.total_size
         return sum(t.num_bytes for t in self.tensors if t.name in self.changed or not t.copied)
 
 
@@ -220,6 +251,12 @@ def plan_merge(
                 f"{base.source.directory}: tensor {tensor.name} is {tensor.dtype}; merging needs float32, float16 or "
                 "bfloat16 weights: request a dtype"
             )
+    if request.output is OutputForm.AS_BASE:
+        changed = frozenset(deltas) | frozenset(by_peft)
+        output, merged, requantized = as_base_layouts(base, tensors, changed)
+    else:
+        output = merged = output_layout(base, tensors, request.max_shard_size)
+        requantized = {}
     shipment = plan_shipment(base.source.directory, adapter.directory)
     parts = adapter.parts or (adapter,)
     adapter_cards = tuple(read_base_card(part.directory) for part in parts)
@@ -252,7 +289,9 @@ def plan_merge(
         left_alone=coverage.left_alone,
         apart=apart,
         tensors=tensors,
-        output=output_layout(base, tensors, request.max_shard_size),
+        output=output,
+        merged=merged,
+        requantized=requantized,
         adapter_cards=adapter_cards,
         shipment=shipment,
         notes=tuple(shown(note, MAX_MESSAGE) for note in notes),

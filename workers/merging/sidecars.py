@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from jobs.release import Artifact
-from workers.bases.declarations import without_declarations
+from workers.bases.declarations import DECLARING_FILES, without_declarations
 from workers.files.checkpoint import read_json
 from workers.files.foreign import copy_foreign
 from workers.files.layout import INDEX_FILE
@@ -48,6 +48,11 @@ def write_sidecars(plan: MergePlan, directory: Path) -> tuple[Artifact, ...]:
                     written[name] = document
                     continue
             copy_foreign(source, directory / name, num_parts=name.count("/") + 1)
+    if plan.as_base:
+        for name in DECLARING_FILES:
+            if (plan.base.source.directory / name).is_file():
+                names.add(name)
+                copy_foreign(plan.base.source.directory / name, directory / name)
     for name, content in written.items():
         write_text(directory / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     for name, template in plan.shipment.templates.items():
@@ -75,7 +80,8 @@ def digest_file(directory: Path, name: str) -> Artifact:
 
 def _merged_config(plan: MergePlan) -> dict[str, Any]:
     config: dict[str, Any] = read_json(plan.base.source.directory / "config.json")
-    config = without_declarations(config)
+    if not plan.as_base:
+        config = without_declarations(config)
     leave_out(config, plan.shipment.broken.keys())
     config["dtype"] = config.get("dtype") or config.get("torch_dtype") or _main_dtype(plan)
     for section in _sections(config):

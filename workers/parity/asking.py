@@ -1,6 +1,7 @@
 """References asked: what base + adapter answers, what the adapter does to it, and what one rounding loses."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +12,11 @@ import torch
 from peft import PeftModel
 
 from jobs.errors import BadInputError, CancelledError, MergefleetError, NoCapacityError
-from jobs.request import MergeRequest
+from jobs.request import MergeRequest, OutputForm
 from workers.adapters.adapter import Adapter
 from workers.files.memory import release_memory
 from workers.merging.job import Job
+from workers.merging.plain_base import write_plain_release
 from workers.parity.answers import Answers
 from workers.parity.divergence import Divergence, compare_logits
 from workers.parity.foreign_models import model_of
@@ -38,13 +40,33 @@ class Subject:
     adapter: Adapter
     streamed: bool
     """Whether the adapter does no more than to add to linear weights."""
+    write_plain: Callable[[Path], None] | None = None
+    """Writes it as numbers into an empty directory, where transformers does not read what it is stored in."""
 
     @classmethod
-    def of(cls, job: Job) -> Self:
-        """Return what a merged job has to answer for."""
+    def of(cls, job: Job, device: torch.device) -> Self:
+        """Return what a merged job has to answer for.
+
+        Args:
+            job: merged, its sidecars written.
+            device: where what is stored in a form is dequantized.
+        """
         plan = job.plan
-        streamed = not (plan.by_peft or plan.opened.deltas)
-        return cls(request=job.request, merged=job.directory, adapter=plan.opened, streamed=streamed)
+        is_misread = plan.as_base and plan.base.misread is not None
+        return cls(
+            request=job.request,
+            merged=job.directory,
+            adapter=plan.opened,
+            streamed=not (plan.by_peft or plan.opened.deltas),
+            write_plain=functools.partial(write_plain_release, plan, job.directory, device=device)
+            if is_misread
+            else None,
+        )
+
+    @property
+    def in_form(self) -> bool:
+        """Whether its weights are stored in a form."""
+        return self.request.output is OutputForm.AS_BASE
 
 
 @dataclass(slots=True, kw_only=True)

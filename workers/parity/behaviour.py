@@ -19,6 +19,7 @@ import torch
 
 from jobs.errors import BadInputError, MergefleetError, NotFoundError, ParityFailedError
 from jobs.parity_report import BehaviourCheck
+from workers.bases.model import config_dtype
 from workers.files.checkpoint import read_json
 from workers.files.memory import release_memory
 from workers.parity.answers import summarize_answers
@@ -28,7 +29,7 @@ from workers.parity.foreign_models import model_of
 from workers.parity.loading import Room, load_model
 from workers.parity.prompts import read_prompts
 from workers.parity.references import Reference, references
-from workers.parity.rounded import output_dtype, stored_dtypes
+from workers.parity.rounded import model_dtypes, output_dtype, stored_dtypes
 
 
 def check_behaviour(
@@ -71,12 +72,12 @@ def check_behaviour(
         trials: list[Trial] = []
         for subject in subjects:
             try:
-                _check_config(subject.merged)
-                dtypes = stored_dtypes(subject.merged)
+                _check_config(subject)
+                dtypes = model_dtypes(subject.merged) if subject.in_form else stored_dtypes(subject.merged)
                 trial = Trial(
                     subject=subject,
                     prompts=read_prompts(subject.request, subject.merged),
-                    dtype=output_dtype(subject.merged),
+                    dtype=config_dtype(subject.merged) if subject.in_form else output_dtype(subject.merged),
                     dtypes=dtypes,
                     merge_dtypes=dtypes if subject.request.dtype is None else dtypes | stored_dtypes(base),
                 )
@@ -101,16 +102,21 @@ def check_behaviour(
     return outcomes
 
 
-def _check_config(merged: Path) -> None:
-    if "quantization_config" in read_json(merged / "config.json"):
-        raise ParityFailedError(
-            f"{merged / 'config.json'}: a merged checkpoint holds plain weights, found a quantization_config"
-        )
+def _check_config(subject: Subject) -> None:
+    place = subject.merged / "config.json"
+    if "quantization_config" in read_json(place) and not subject.in_form:
+        raise ParityFailedError(f"{place}: a merged checkpoint holds plain weights, found a quantization_config")
 
 
 def _ask_merged(trial: Trial, room: Room, cancelled: Callable[[], None]) -> tuple[BehaviourCheck, ...]:
-    merged = trial.subject.merged
-    running = load_model(merged, room)
+    merged, write_plain = trial.subject.merged, trial.subject.write_plain
+    if write_plain is None:
+        running = load_model(merged, room)
+    else:
+        plain = room.scratch / "plain"
+        plain.mkdir()
+        write_plain(plain)
+        running = load_model(plain, room)
     gating = trial.answers[0]
     misfits = list(running.misfits)
     # What no model takes is copied from the base; it has no other.

@@ -66,7 +66,7 @@ def compare_ways(jobs: Sequence[Job], context: Context) -> list[Alternative | Me
             ]
             answers = check_behaviour(
                 source.directory,
-                [Subject.of(other) for other in merged],
+                [Subject.of(other, context.device) for other in merged],
                 context.device,
                 room.path,
                 cancelled=functools.partial(context.tracker.check_all, [job.id for job in jobs]),

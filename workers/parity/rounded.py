@@ -21,7 +21,7 @@ from workers.adapters.adapter import Adapter
 from workers.adapters.wearing import ADAPTER_NAME, take_off, wrapped_modules
 from workers.bases.conversions import Conversions
 from workers.bases.four_bit import of_state
-from workers.bases.model import skeleton
+from workers.bases.model import config_dtype, skeleton
 from workers.bases.ties import tied_names
 from workers.files.checkpoint import read_checkpoint
 
@@ -63,6 +63,15 @@ def stored_dtypes(directory: Path) -> dict[str, torch.dtype]:
         found = [dtypes[name] for name in names if name in dtypes]
         dtypes = dict.fromkeys(names, found[0]) | dtypes if found else dtypes
     return dtypes
+
+
+def model_dtypes(directory: Path) -> dict[str, torch.dtype]:
+    """Return what the numbers of a checkpoint in a stored form are, by their names in its model: of the model's dtype.
+
+    Raises:
+        BadInputError, NotFoundError, UnsupportedError: it is no checkpoint.
+    """
+    return dict.fromkeys(skeleton(directory).state_dict(), config_dtype(directory))
 
 
 @contextlib.contextmanager

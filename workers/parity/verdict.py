@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jobs.errors import BadInputError, NotFoundError
+from jobs.parity_policy import MIN_REQUANTIZED_SURVIVAL
 from jobs.parity_report import BehaviourCheck, ParityReport, ParitySummary, TensorCheck
 from jobs.release import REPORT_NAME, REPORT_PAGE_NAME
 from workers.files.checkpoint import read_shard
+from workers.files.layout import CheckpointLayout
 from workers.files.local import file_errors
 from workers.merging.checks.evidence import Evidence
 from workers.merging.checks.judgement import failures as arithmetic_failures
@@ -43,6 +45,7 @@ def judge(
     wrong += named[:_NUM_NAMED]
     if len(named) > _NUM_NAMED:
         wrong.append(f"{len(named) - _NUM_NAMED} more tensors are not base + delta")
+    wrong += lost_deltas(plan, tensors)
     for check in behaviour:
         if not check.gates:
             continue
@@ -79,6 +82,31 @@ def judge(
         tensors=tuple(tensors),
         behaviour=tuple(behaviour),
     )
+
+
+def lost_deltas(plan: MergePlan, tensors: Sequence[TensorCheck]) -> list[str]:
+    """Return one sentence for each tensor of which too little of the delta is left, as many as are told.
+
+    Args:
+        plan: of the job.
+        tensors: the arithmetic check, of every tensor.
+    """
+    asked = plan.request.parity.thresholds.min_survival
+    least = MIN_REQUANTIZED_SURVIVAL if asked is None else asked
+    lost = [
+        check
+        for check in tensors
+        if check.survival is not None
+        and not check.survival >= least
+        and (asked is not None or check.requantization_error is not None)
+    ]
+    lost.sort(key=lambda check: check.survival or 0.0)
+    told = [
+        f"tensor {check.tensor}: {check.survival:.3g} of the adapter's delta is left, expected at least {least:g}: too "
+        "small for what the weight is stored in; request output: 16bit, or another min_survival"
+        for check in lost[:_NUM_NAMED]
+    ]
+    return [*told, *([f"{len(lost) - _NUM_NAMED} more tensors lose as much"] if len(lost) > _NUM_NAMED else [])]
 
 
 def _nothing_changed(tensors: Sequence[TensorCheck]) -> tuple[str, ...]:
@@ -140,13 +168,13 @@ def unfounded(evidence: Evidence, checks: Mapping[str, TensorCheck]) -> list[str
     ]
 
 
-def wrong_headers(plan: MergePlan, directory: Path) -> list[str]:
+def wrong_headers(layout: CheckpointLayout, directory: Path) -> list[str]:
     """Return one sentence for each shard whose header or size is not what was planned.
 
     Tensors are compared byte for byte elsewhere; with the headers, every byte of every shard is covered.
     """
     wrong = []
-    for shard in plan.output.shards:
+    for shard in layout.shards:
         try:
             found = read_shard(directory / shard.name)
         except (BadInputError, NotFoundError) as error:

@@ -40,6 +40,7 @@ from workers.unit.recording import ShardRecorder
 from workers.unit.request_adapters import fetch_adapters
 from workers.unit.resuming import resume_all
 from workers.unit.sealing import seal, ship_sidecars
+from workers.unit.storing import numbers_apart, store
 from workers.unit.uploading import uploading
 from workers.unit.verification import Verifier
 from workers.unit.vetting import vet_base
@@ -209,12 +210,13 @@ class Unit:
         """Merge and check all jobs, or the part of them that is in work; where that is nothing, nothing is read."""
         if not self._merging:
             return
-        with self._reading():
+        with self._reading(), numbers_apart(self._merging, self._context) as as_base:
             quantized = self._open_quantized()
             with self._module_weights(quantized) as weights:
                 check = ArithmeticCheck(self._base, quantized, self._context.device)
                 self._write(quantized, weights, check)
                 self._verifier.check(check, weights, self._merging)
+            self._count(*store(self._base, as_base, self._context))
 
     def _open_quantized(self) -> QuantizedBase | None:
         room = self._admission.make_room(self._merging)  # others may have been here since this pass was admitted
@@ -278,14 +280,18 @@ class Unit:
     def _write(self, quantized: QuantizedBase | None, weights: ModuleWeights | None, check: ArithmeticCheck) -> None:
         jobs = self._merging
         for job in jobs:
-            job.witness = ShardRecorder(job, origin_of(job.plan, self._context.device), check.quantization_errors)
+            if not job.in_work.as_base:
+                job.witness = ShardRecorder(job, origin_of(job.plan, self._context.device), check.quantization_errors)
         self.tracker.enter("merge", (job.id for job in jobs))
         with self.tracker.timed("merge"):
             took = run_pass(self._base, quantized, weights, jobs, self._context, check=check)
-        self._bytes_read += took.of_base + took.of_adapters
-        self._bytes_written += took.written
+        self._count(took.of_base + took.of_adapters, took.written)
         # Threads check what they have made. What they compare in the loop that merges counts as the merge's time.
         self.tracker.shift("merge", "arithmetic", check.seconds / self._context.num_threads)
+
+    def _count(self, num_read: int, num_written: int) -> None:
+        self._bytes_read += num_read
+        self._bytes_written += num_written
 
     def _conclude(self) -> None:
         with self._reading():

@@ -47,7 +47,7 @@ class Verifier:
         for job in jobs:
             with own_failure(job), self._tracker.timed("arithmetic"):
                 self._tracker.check(job.id)
-                wrong = wrong_headers(job.in_work, job.directory)
+                wrong = wrong_headers(job.in_work.merged, job.merged_in)
                 job.wrong += wrong
                 if not wrong:  # a shard that is cut short cannot be read
                     job.checks |= self._check_again(check, job)
@@ -65,17 +65,17 @@ class Verifier:
 
     def _check_again(self, check: ArithmeticCheck, job: Job) -> dict[str, TensorCheck]:
         """Check what is in files that do not hold the bytes that were checked."""
-        touched = {file.artifact.path for file in job.files if not file.is_as_it_was(job.directory)}
+        touched = {file.artifact.path for file in job.files if not file.is_as_it_was(job.merged_in)}
         stop = functools.partial(self._tracker.check, job.id)
         num_threads = self._context.num_threads
-        return check.files(job.in_work.part(touched), job.directory, num_threads=num_threads, stop=stop)
+        return check.files(job.in_work.part(touched), job.merged_in, num_threads=num_threads, stop=stop)
 
     def _check_modules(self, job: Job, weights: ModuleWeights) -> ModuleChecks:
         with single_threads(1, "check") as pool:
             return pool.submit(
                 check_modules,
                 job.in_work,
-                job.directory,
+                job.merged_in,
                 weights,
                 evidence=Evidence(job.plan),
                 stop=functools.partial(self._tracker.check, job.id),
@@ -117,7 +117,7 @@ class Verifier:
                 write_plain_base(base, directory, self._context.device, cancelled)
             found = check_behaviour(
                 directory,
-                [Subject.of(job) for job in jobs],
+                [Subject.of(job, self._context.device) for job in jobs],
                 self._context.device,
                 scratch.path,
                 cancelled=cancelled,
@@ -147,12 +147,12 @@ class Verifier:
                 write_report(job.report, job.report_path)
 
     def _judge(self, job: Job) -> None:
-        names = [tensor.name for tensor in job.plan.tensors]
+        names = job.plan.checked
         unchecked = [name for name in names if name not in job.checks]
         if unchecked and not job.wrong:
             raise InternalError(f"{len(unchecked)} tensors were not checked, {unchecked[0]} among them")
         tensors = [job.checks[name] for name in names if name in job.checks]
-        wrong = [*job.wrong, *unfounded(Evidence(job.plan), job.checks)]
+        wrong = [*job.wrong, *unfounded(Evidence(job.plan), job.plan.by_weight(job.checks))]
         job.report = report = judge(job.plan, wrong, tensors, job.behaviour)
         path = self._reports / job.id
         write_report(report, path)

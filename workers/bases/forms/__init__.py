@@ -6,7 +6,7 @@ the contract suite (`tests/contract/test_forms.py`) over it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 
@@ -25,6 +25,25 @@ class StoredParts:
     """Of the weight; None where headers do not tell."""
     at_most: tuple[int, ...] | None = None
     """Where headers tell no shape: that of the weight if its codes fill the words that they are packed into."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tensors that make the weight, its codes first."""
+        return (self.codes, *self.beside.values())
+
+
+PartLayout = tuple[torch.dtype, tuple[int, ...]]
+"""Dtype and shape of a stored tensor."""
+
+
+def as_stored(parts: StoredParts, specs: Mapping[str, TensorSpec]) -> Mapping[str, PartLayout]:
+    """Return dtype and shape of the parts of a weight as they are stored.
+
+    Args:
+        parts: of the weight.
+        specs: of all tensors of the checkpoint, by name.
+    """
+    return {stored: (specs[stored].dtype, specs[stored].shape) for stored in parts.names}
 
 
 def tile_memory(
@@ -146,5 +165,39 @@ class StoredForm(Protocol):
 
         Raises:
             BadInputError: parts are missing, or do not fit together.
+        """
+        ...
+
+
+@runtime_checkable
+class QuantizingForm(StoredForm, Protocol):
+    """A form that merged weights are quantized to again."""
+
+    def requantized(self, name: str, parts: StoredParts, specs: Mapping[str, TensorSpec]) -> Mapping[str, PartLayout]:
+        """Return what the parts of a weight are stored as once it is quantized again, by their names.
+
+        Args:
+            name: of the weight, for messages.
+            parts: as `weights` has found them.
+            specs: of all tensors of the checkpoint, by name.
+
+        Raises:
+            UnsupportedError: this weight is not quantized again; says why, and what to do.
+        """
+        ...
+
+    def quantize(
+        self, name: str, parts: StoredParts, tensors: Mapping[str, torch.Tensor], weight: torch.Tensor
+    ) -> Mapping[str, torch.Tensor]:
+        """Quantize a weight again, as the library of the form quantizes such a weight without data.
+
+        Args:
+            name: of the weight, for messages.
+            parts: as `weights` has found them; `requantized` has taken them.
+            tensors: those, by name, as the base stores them: what the weight's values do not decide stays.
+            weight: its new values, in 16 or 32 bits, of its shape, on the CPU; may be mapped.
+
+        Returns:
+            All parts by name, in the dtypes and shapes that `requantized` tells.
         """
         ...

@@ -13,12 +13,16 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
+from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
 from jobs.errors import BadInputError, UnsupportedError
-from workers.bases.forms import StoredParts, tile_memory
+from workers.bases.forms import PartLayout, StoredParts, as_stored, tile_memory
+from workers.bases.forms.compressed.compressing import FP8_BY_CHANNEL, FP8_BY_TENSOR, compress, stored_as
+from workers.bases.forms.compressed.group import SCALE, WEIGHT
 from workers.bases.forms.refusals import nothing_stored, transpose_in_codes
 from workers.files.layout import TensorSpec
 from workers.numerics.kernels.eight_bit import dequantize
@@ -35,6 +39,7 @@ _CODES = "F8_E4M3"
 _SCALE_CODES = frozenset({"F32", "BF16", "F16"})
 _VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 """float32 [256]: what each code stands for."""
+_WEIGHT = "module.weight"
 _OF_ACTIVATIONS = ("activation_scale", "input_scale")
 """Beside a weight, in its module, where the scales of activations are fixed: without meaning for numbers."""
 
@@ -111,6 +116,7 @@ class Fp8Blocks:
             content: of the declaration.
         """
         self._block = block
+        self._content = content
         self.loaded_as: Mapping[str, Any] | None = {**content, "dequantize": True}
 
     @classmethod
@@ -191,6 +197,51 @@ class Fp8Blocks:
         return BlockScaledWeight(
             codes=codes, scales=scales.reshape(_grid(codes.shape, block)), block=block, dtype=dtype
         )
+
+    def requantized(self, name: str, parts: StoredParts, specs: Mapping[str, TensorSpec]) -> Mapping[str, PartLayout]:  # noqa: ARG002 - of any
+        """Return what parts are stored as again: scales of blocks are float32, as transformers makes them."""
+        found = dict(as_stored(parts, specs))
+        scale = parts.beside[_SCALE]
+        if scale.endswith(_SCALE):
+            found[scale] = torch.float32, specs[scale].shape
+        return found
+
+    def quantize(
+        self,
+        name: str,  # noqa: ARG002 - nothing of it can be wrong
+        parts: StoredParts,
+        tensors: Mapping[str, torch.Tensor],
+        weight: torch.Tensor,
+    ) -> Mapping[str, torch.Tensor]:
+        """Quantize a weight again, by blocks as `Fp8Quantize` of transformers 5.23 does; see `StoredForm`."""
+        scale = parts.beside[_SCALE]
+        stored = tensors[scale]
+        if not scale.endswith(_SCALE):
+            group = FP8_BY_TENSOR if stored.numel() == 1 else FP8_BY_CHANNEL
+            found = compress(weight, group, stored.dtype)
+            return {**tensors, parts.codes: found[WEIGHT], scale: stored_as(found, SCALE, stored)}
+        codes_OI, scales_BB = self._by_blocks(weight)
+        return {**tensors, parts.codes: codes_OI, scale: scales_BB.reshape(stored.shape)}
+
+    def _by_blocks(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        num_rows, num_columns = self._block_of(tuple(weight_OI.shape))
+        quantizer = Fp8Quantize(
+            SimpleNamespace(
+                quantization_config=SimpleNamespace(
+                    weight_block_size=[num_rows, num_columns], scale_fmt=self._content.get("scale_fmt")
+                )
+            )
+        )
+        step = max(1, _STEP_ELEMENTS // (weight_OI.shape[1] * num_rows)) * num_rows
+        codes, scales = [], []
+        for rows_OI in weight_OI.split(step):
+            # It leaves a weight alone whose last blocks are cut; zeros beyond the edge change no scale.
+            beyond = (0, -rows_OI.shape[1] % num_columns, 0, -rows_OI.shape[0] % num_rows)
+            given: Any = {_WEIGHT: torch.nn.functional.pad(rows_OI, beyond)}  # its annotation says a tensor
+            found = quantizer.convert(given)
+            codes.append(found[_WEIGHT][: rows_OI.shape[0], : rows_OI.shape[1]])
+            scales.append(found[f"{_WEIGHT}{_SCALE}"].float())
+        return torch.cat(codes), torch.cat(scales)
 
     def _block_of(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return self._block or (max(shape[0], 1), max(shape[1], 1))

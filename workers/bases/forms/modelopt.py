@@ -10,10 +10,16 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
-from compressed_tensors.quantization import QuantizationScheme
 
 from jobs.errors import BadInputError, UnsupportedError
-from workers.bases.forms import StoredParts
+from workers.bases.forms import PartLayout, StoredParts, as_stored
+from workers.bases.forms.compressed.compressing import (
+    FP8_BY_CHANNEL,
+    FP8_BY_TENSOR,
+    NVFP4,
+    compress,
+    stored_as,
+)
 from workers.bases.forms.compressed.group import GLOBAL_SCALE, PACKED, PLAIN, SCALE, WEIGHT, Group, refuse_fused
 from workers.bases.forms.fp8_blocks import BlockScaledWeight
 from workers.bases.forms.grouped import FP4, GroupedWeight
@@ -26,16 +32,6 @@ _OF_ACTIVATIONS = ("input_scale", "output_scale")
 _SMOOTHING = "pre_quant_scale"
 """What the input of a module is multiplied by, and its weight was divided by."""
 _ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W4A16_NVFP4", "MIXED_PRECISION")
-
-
-def _group(format_: str, weights: Mapping[str, Any]) -> Group:
-    scheme = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": weights})
-    return Group.declared("ModelOpt", scheme, format_)
-
-
-_BY_TENSOR = _group("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"})
-_BY_CHANNEL = _group("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"})
-_NVFP4 = _group("nvfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16})
 
 
 class ModelOpt:
@@ -106,7 +102,7 @@ class ModelOpt:
 
     def held_bytes(self, num_elements: int) -> int:
         """Return what codes and scales take; see `StoredForm`."""
-        return math.ceil(num_elements * max(_BY_CHANNEL.bytes_per_weight, _NVFP4.bytes_per_weight))
+        return math.ceil(num_elements * max(FP8_BY_CHANNEL.bytes_per_weight, NVFP4.bytes_per_weight))
 
     def misread(self, specs: Mapping[str, TensorSpec], dtype: torch.dtype) -> str | None:  # noqa: ARG002 - in any
         """Name any weight: transformers 5.23 knows no ModelOpt."""
@@ -133,6 +129,35 @@ class ModelOpt:
             codes=codes, scales=scales.float().reshape(-1, 1), block=(block[0], block[1]), dtype=dtype
         )
 
+    def requantized(self, name: str, parts: StoredParts, specs: Mapping[str, TensorSpec]) -> Mapping[str, PartLayout]:  # noqa: ARG002 - of any
+        """Return what parts are stored as again: as they are; see `StoredForm`."""
+        return as_stored(parts, specs)
+
+    def quantize(
+        self,
+        name: str,  # noqa: ARG002 - nothing of it can be wrong
+        parts: StoredParts,
+        tensors: Mapping[str, torch.Tensor],
+        weight: torch.Tensor,
+    ) -> Mapping[str, torch.Tensor]:
+        """Quantize a weight again; see `StoredForm`. What fixes activations stays."""
+        codes, scales = tensors[parts.codes], tensors[parts.beside[SCALE]]
+        if codes.dtype != torch.uint8:
+            group = FP8_BY_TENSOR if scales.numel() == 1 else FP8_BY_CHANNEL
+            found = compress(weight, group, scales.dtype)
+            return {**tensors, parts.codes: found[WEIGHT], parts.beside[SCALE]: stored_as(found, SCALE, scales)}
+        second = tensors[parts.beside[_SECOND_SCALE]]
+        # ModelOpt multiplies by what compressed-tensors divides by.
+        found = compress(weight, NVFP4, scales.dtype, second.float().reshape(1).reciprocal())
+        kept = torch.equal(found[GLOBAL_SCALE], second.float().reshape(1).reciprocal())
+        other = second if kept else found[GLOBAL_SCALE].reciprocal().to(second.dtype).reshape(second.shape)
+        return {
+            **tensors,
+            parts.codes: found[PACKED],
+            parts.beside[SCALE]: found[SCALE],
+            parts.beside[_SECOND_SCALE]: other,
+        }
+
 
 def _product(scales: torch.Tensor, second: torch.Tensor | None) -> torch.Tensor:
     assert second is not None
@@ -141,8 +166,8 @@ def _product(scales: torch.Tensor, second: torch.Tensor | None) -> torch.Tensor:
 
 def _group_of(codes: TensorSpec, scales: TensorSpec | None) -> Group:
     if codes.code == "U8":
-        return _NVFP4
-    return _BY_TENSOR if scales is None or scales.num_elements == 1 else _BY_CHANNEL
+        return NVFP4
+    return FP8_BY_TENSOR if scales is None or scales.num_elements == 1 else FP8_BY_CHANNEL
 
 
 def _renamed(parts: Mapping[str, TensorSpec]) -> Mapping[str, TensorSpec]:

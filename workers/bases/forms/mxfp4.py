@@ -16,7 +16,9 @@ import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from jobs.errors import BadInputError, UnsupportedError
-from workers.bases.forms import StoredParts, tile_memory
+from workers.bases.forms import PartLayout, StoredParts, as_stored, tile_memory
+from workers.bases.forms.compressed.compressing import MXFP4, compress
+from workers.bases.forms.compressed.group import PACKED, SCALE
 from workers.bases.forms.grouped import FP4
 from workers.bases.forms.refusals import nothing_stored, stored_twice
 from workers.files.layout import TensorSpec
@@ -143,6 +145,25 @@ class Mxfp4:
     ) -> Mxfp4Weight:
         """Build a weight from its parts; see `StoredForm`."""
         return Mxfp4Weight(codes=tensors[parts.codes], scales=tensors[parts.beside[_SCALES]], dtype=dtype)
+
+    def requantized(self, name: str, parts: StoredParts, specs: Mapping[str, TensorSpec]) -> Mapping[str, PartLayout]:  # noqa: ARG002 - of any
+        """Return what parts are stored as again: as they are; see `StoredForm`."""
+        return as_stored(parts, specs)
+
+    def quantize(
+        self,
+        name: str,  # noqa: ARG002 - nothing of it can be wrong
+        parts: StoredParts,
+        tensors: Mapping[str, torch.Tensor],
+        weight: torch.Tensor,
+    ) -> Mapping[str, torch.Tensor]:
+        """Quantize a weight again, an expert at a time, by the compressor of the same codes in compressed-tensors."""
+        codes_EOGB, scales_EOG = (torch.empty_like(tensors[stored]) for stored in parts.names)
+        for expert, weight_IO in enumerate(weight):
+            found = compress(weight_IO.T.contiguous(), MXFP4, torch.uint8)
+            codes_EOGB[expert] = found[PACKED].view(codes_EOGB.shape[1:])
+            scales_EOG[expert] = found[SCALE]
+        return {parts.codes: codes_EOGB, parts.beside[_SCALES]: scales_EOG}
 
     def _check(self, codes: TensorSpec, scales: TensorSpec | None, name: str) -> None:
         if len(codes.shape) != 4 or codes.shape[-1] != _BLOCK_BYTES:

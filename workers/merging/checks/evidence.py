@@ -65,7 +65,7 @@ class Evidence:
         self._base = plan.base
         self._directory = plan.opened.directory
         self._path = self._directory / "adapter_model.safetensors"
-        self._outputs = plan.output.tensors.keys()
+        self._outputs = plan.merged.tensors.keys()
         self._config: Any = plan.opened.config
         self._stored = {name: spec.name for name, spec in plan.opened.tensors.items()}
         """Names in the file, by PEFT's."""

@@ -113,7 +113,7 @@ class _Check:
         # An attention of torch's own holds a layer of PEFT's in the place of its last projection.
         keys = [key.replace("base_layer.", "") for key in base_of(layer).state_dict()]
         outputs = {f"{name}.{key}": evidence.shipped(f"{name}.{key}") for key in keys}
-        here = {source: names for source, names in outputs.items() if names and plan.output.tensors.keys() >= {*names}}
+        here = {source: names for source, names in outputs.items() if names and plan.merged.tensors.keys() >= {*names}}
         weight = here.get(f"{name}.weight", ("",))[0]
         if not here or (weight in evidence.pairs and plan.streams(weight)):
             return  # written elsewhere, or compared on its way
@@ -138,7 +138,7 @@ class _Check:
             Its bytes.
         """
         plan, evidence, weights = self._plan, self._evidence, self._weights
-        num_bytes = plan.output.tensors[output][1].num_bytes
+        num_bytes = plan.merged.tensors[output][1].num_bytes
         if output in self.found:
             return num_bytes
         source = evidence.model_names.get(output)
@@ -185,7 +185,7 @@ class _Check:
         return state
 
     def _read(self, name: str) -> torch.Tensor:
-        shard, spec = self._plan.output.tensors[name]
+        shard, spec = self._plan.merged.tensors[name]
         return read_rows(self._directory / shard.name, spec, 0, spec.shape[0] if spec.shape else 1)
 
 

@@ -48,7 +48,7 @@ class Tally:
             name: of the tensor.
             evidence: what the adapter says of it.
         """
-        shard, spec = plan.output.tensors[name]
+        shard, spec = plan.merged.tensors[name]
         self.name = name
         self.shard = shard.name
         self.spec = spec

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from transformers.integrations.compressed_tensors import get_dense_scheme, get_experts_scheme
 
 from jobs.errors import BadInputError, UnsupportedError
-from workers.bases.forms import StoredParts, StoredWeight
+from workers.bases.forms import PartLayout, StoredParts, StoredWeight, as_stored
+from workers.bases.forms.compressed.compressing import compress, stored_as
 from workers.bases.forms.compressed.group import (
     GLOBAL_SCALE,
     ORDER,
@@ -181,6 +182,22 @@ class CompressedTensors:
                 f"{name} {list(shape)} in {group.arguments.num_bits} bits"
             )
         return restored(taken, group, (shape[0], shape[1]), dtype)
+
+    def requantized(self, name: str, parts: StoredParts, specs: Mapping[str, TensorSpec]) -> Mapping[str, PartLayout]:  # noqa: ARG002 - of any
+        """Return what parts are stored as again: as they are; see `StoredForm`."""
+        return as_stored(parts, specs)
+
+    def quantize(
+        self, name: str, parts: StoredParts, tensors: Mapping[str, torch.Tensor], weight: torch.Tensor
+    ) -> Mapping[str, torch.Tensor]:
+        """Quantize a weight again, by its group's compressor; see `StoredForm`. What fixes activations stays."""
+        group = self._targets.group_of(name.rpartition(".")[0])
+        assert group is not None
+        second = tensors[parts.beside[GLOBAL_SCALE]] if GLOBAL_SCALE in parts.beside else None
+        found = compress(weight, group, tensors[parts.beside[SCALE]].dtype, second)
+        stored = {group.codes: parts.codes, **parts.beside}
+        made = {stored[part]: stored_as(found, part, tensors[stored[part]]) for part in found if part in stored}
+        return {**tensors, **made}
 
 
 def _format_of(sparsity: object) -> object:

@@ -1,0 +1,109 @@
+"""Numbers made codes by compressed-tensors: scales as its observers of minima and maxima set them, then its compressor.
+
+Shape suffixes: O output features, I input features, G groups along I, B blocks.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+from workers.bases.forms.compressed.group import GLOBAL_SCALE, SCALE, SHAPE, WEIGHT, ZERO_POINT, Group
+
+_STEP_ELEMENTS = 1 << 21
+"""Weights that are quantized at once."""
+_PACKED_ROWS = 32
+"""Zero points of so many rows fill whole words, however many bits they have."""
+_SCALES = {
+    CompressionFormat.mxfp4_pack_quantized: torch.uint8,
+    CompressionFormat.mxfp8_quantized: torch.uint8,
+    CompressionFormat.nvfp4_pack_quantized: torch.float8_e4m3fn,
+}
+"""What scales are rounded to that are no numbers of 16 or 32 bits: codes are made for those."""
+_OF_ALL_ROWS = frozenset({SHAPE, GLOBAL_SCALE})
+
+
+def _group(format_: str, **weights: object) -> Group:
+    scheme = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": weights})
+    return Group.declared(format_, scheme, format_)
+
+
+FP8_BY_TENSOR = _group("float-quantized", num_bits=8, type="float", strategy="tensor")
+FP8_BY_CHANNEL = _group("float-quantized", num_bits=8, type="float", strategy="channel")
+NVFP4 = _group("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16)
+MXFP4 = _group("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32)
+"""What other forms store the same way, under names of their own."""
+
+
+def compress(
+    weight_OI: torch.Tensor, group: Group, scale_dtype: torch.dtype, global_scale: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """Quantize a weight as a group says, rows at a time: scales reach no further, but for what all of it shares.
+
+    Args:
+        weight_OI: in 16 or 32 bits, [O, I]; may be mapped.
+        group: of the weight.
+        scale_dtype: what scales are stored in. They are computed in float32, and rounded to it before they are used.
+        global_scale: float32 [1], in NVFP4: that of the weight before. It stays where it reaches far enough, as modules
+            that servers fuse (queries, keys and values) share one; a larger weight gets its own.
+
+    Returns:
+        What the compressor gives, by what it is called in its module: codes, scales, and what goes with them.
+    """
+    of_scales = scale_dtype if scale_dtype.itemsize > 1 else weight_OI.dtype
+    arguments = group.arguments
+    if group.format in _SCALES:  # files of earlier versions do not say so, and decompressing does not ask
+        arguments = arguments.model_copy(update={"scale_dtype": _SCALES[group.format]})
+    shared: dict[str, torch.Tensor] = {}
+    whole: tuple[torch.Tensor, torch.Tensor] | None = None
+    if group.strategy in (QuantizationStrategy.TENSOR, QuantizationStrategy.TENSOR_GROUP):
+        extremes = [torch.stack(torch.aminmax(rows)) for rows in _strips(weight_OI, 1)]
+        lowest, highest = torch.stack(extremes).float().unbind(1)
+        whole = lowest.amin(), highest.amax()
+        if group.strategy is QuantizationStrategy.TENSOR_GROUP:
+            own = generate_gparam(*whole)
+            # In float32 a larger global scale stands for smaller weights.
+            shared[GLOBAL_SCALE] = own if global_scale is None or own < global_scale else global_scale.float()
+    alignment = _PACKED_ROWS if group.packs_zero_points else group.block[0]
+    pieces = []
+    for rows_OI in _strips(weight_OI, alignment):
+        by_tensor = group.strategy is QuantizationStrategy.TENSOR
+        low, high = whole if whole is not None and by_tensor else _extremes(rows_OI, group)
+        scales, zero_points = calculate_qparams(low, high, arguments, shared.get(GLOBAL_SCALE))
+        parts = {WEIGHT: rows_OI, SCALE: scales.to(of_scales), **shared}
+        if not arguments.symmetric:
+            parts[ZERO_POINT] = zero_points
+        pieces.append(group.compressor.compress(parts, group.scheme))
+    found = {name: _joined(name, [piece[name] for piece in pieces], group) for name in pieces[0]}
+    if SHAPE in found:
+        found[SHAPE] = torch.tensor(weight_OI.shape)
+    return found
+
+
+def _strips(weight_OI: torch.Tensor, alignment: int) -> Iterator[torch.Tensor]:
+    step = max(1, _STEP_ELEMENTS // (weight_OI.shape[1] * alignment)) * alignment
+    yield from weight_OI.split(step)
+
+
+def _extremes(rows_OI: torch.Tensor, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the smallest and the largest of the weights that share a scale, in the shape of the scales, in float32."""
+    num_rows, num_columns = rows_OI.shape
+    if group.strategy is QuantizationStrategy.BLOCK:
+        height, width = group.block
+        padded = torch.nn.functional.pad(rows_OI, (0, -num_columns % width, 0, -num_rows % height))
+        blocks = padded.view(padded.shape[0] // height, height, padded.shape[1] // width, width)
+        return blocks.amin((1, 3)).float(), blocks.amax((1, 3)).float()
+    groups_OGI = rows_OI.view(num_rows, -1, group.group_size or num_columns)
+    return groups_OGI.amin(-1).float(), groups_OGI.amax(-1).float()
+
+
+def _joined(name: str, pieces: list[torch.Tensor], group: Group) -> torch.Tensor:
+    shared = name in _OF_ALL_ROWS or (group.strategy is QuantizationStrategy.TENSOR and name in (SCALE, ZERO_POINT))
+    return pieces[0] if shared else torch.cat(pieces)
+
+
+def stored_as(found: Mapping[str, torch.Tensor], name: str, like: torch.Tensor) -> torch.Tensor:
+    """Return a part in the dtype and the shape that it is stored in."""
+    return found[name].to(like.dtype).reshape(like.shape)

@@ -1,0 +1,79 @@
+"""Jobs whose releases are stored as their base is: numbers merged apart, then quantized again, checked, and shipped."""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+
+from workers.files.scratch import OwnedDirectory
+from workers.merging.base_plan import BasePlan
+from workers.merging.checks.stored_checks import check_stored
+from workers.merging.context import Context
+from workers.merging.failures import own_failure
+from workers.merging.job import Job
+from workers.merging.made_with import origin_of
+from workers.merging.storing import store_as_base
+from workers.parity.verdict import wrong_headers
+from workers.unit.recording import ShardRecorder
+
+
+@contextlib.contextmanager
+def numbers_apart(jobs: Sequence[Job], context: Context) -> Iterator[list[Job]]:
+    """Give jobs whose releases are stored as their base is a place for merged numbers; hand out those jobs."""
+    stored = [job for job in jobs if job.in_work.as_base]
+    try:
+        for job in stored:
+            job.apart = OwnedDirectory.make(context.scratch, "merged-")
+        yield stored
+    finally:
+        for job in stored:
+            if job.apart is not None:
+                job.apart.leave()
+                job.apart = None
+
+
+def store(base: BasePlan, jobs: Sequence[Job], context: Context) -> tuple[int, int]:
+    """Make, check and ship the shards of releases that are stored as their base is.
+
+    Args:
+        base: the planned base.
+        jobs: running, their numbers merged and checked.
+        context: of the unit.
+
+    Returns:
+        Bytes read of the base, and bytes written.
+    """
+    jobs = [job for job in jobs if job.running and not job.wrong]
+    if not jobs:
+        return 0, 0
+    tracker = context.tracker
+    for job in jobs:
+        job.witness = ShardRecorder(job, origin_of(job.plan, context.device), {})
+    tracker.enter("merge", (job.id for job in jobs))
+    with tracker.timed("requantize"):
+        took = store_as_base(base, jobs, context)
+    tracker.enter("verify", (job.id for job in jobs))
+    with tracker.timed("arithmetic"):
+        for job in jobs:
+            if job.running:
+                with own_failure(job):
+                    _check(job, context)
+    return took
+
+
+def _check(job: Job, context: Context) -> None:
+    job.wrong += wrong_headers(job.in_work.output, job.directory)
+    if job.wrong:  # a shard that is cut short cannot be read
+        return
+    found = check_stored(
+        job.in_work,
+        job.merged_in,
+        job.directory,
+        job.checks,
+        num_threads=context.num_threads,
+        stop=functools.partial(context.tracker.check, job.id),
+    )
+    job.checks = dict(found.tensors)
+    job.wrong += found.wrong
+    context.tracker.advance(job.in_work.output.total_size)
+    assert job.witness is not None
+    job.witness.settle()
