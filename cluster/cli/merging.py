@@ -10,7 +10,7 @@ from cluster.console.arguments import AsJson, Debug, LogFormat, Release, Request
 from cluster.console.terminal import terminal
 from jobs.errors import BadInputError
 from jobs.locations import Location, parse_location
-from jobs.request import BaseQuantization, Dtype
+from jobs.request import BaseQuantization, Dtype, OutputForm
 from workers.files.collector import loading
 
 commands = typer.Typer()
@@ -66,6 +66,10 @@ def merge(
         ),
     ] = BaseQuantization.DEFAULT,
     dtype: Annotated[Dtype | None, typer.Option(help="Output dtype; the base's own by default.")] = None,
+    output_form: Annotated[
+        OutputForm,
+        typer.Option("--output", help="What the release is stored in: plain numbers, or what a quantized base is."),
+    ] = OutputForm.PLAIN,
     parity: Annotated[Literal["full", "arithmetic"], typer.Option(help="How the merge is proven.")] = "full",
     compare: Annotated[
         bool, typer.Option("--compare", help="Merge into the other base (16-bit, 4-bit) too, and show how both do.")
@@ -87,6 +91,7 @@ def merge(
             destination=to,
             base_quantization=base_quantization,
             dtype=dtype,
+            output=output_form,
             parity=parity,
             compare=compare,
             accept_unstable=accept_unstable,

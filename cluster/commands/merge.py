@@ -19,7 +19,7 @@ from jobs.locations import Location, parse_location
 from jobs.parity_policy import ParityPolicy
 from jobs.parity_report import ParityReport, Way
 from jobs.release import REPORT_NAME, Release
-from jobs.request import BaseQuantization, Dtype, MergeRequest
+from jobs.request import BaseQuantization, Dtype, MergeRequest, OutputForm
 from jobs.request_files.problems import expectation, mistakes
 from workers.files.collector import loading
 from workers.merging.outcomes import Failure, JobOutcome, Usage
@@ -56,6 +56,7 @@ def build_requests(
     destination: str,
     base_quantization: BaseQuantization,
     dtype: Dtype | None,
+    output: OutputForm,
     parity: Literal["full", "arithmetic"],
     compare: bool,
     accept_unstable: bool,
@@ -83,6 +84,7 @@ def build_requests(
                 destination=target if len(places) == 1 else _parse("--to", str(target.child(place.name))),
                 base_quantization=base_quantization,
                 dtype=dtype,
+                output=output,
                 parity=ParityPolicy(level=parity),
                 compare=compare,
                 accept_unstable=accept_unstable,

@@ -46,23 +46,26 @@ def judge(
     if len(named) > _NUM_NAMED:
         wrong.append(f"{len(named) - _NUM_NAMED} more tensors are not base + delta")
     wrong += lost_deltas(plan, tensors)
+    instead = "; quantizing merged weights again costs that: request output: 16bit, or other thresholds"
     for check in behaviour:
         if not check.gates:
             continue
+        advice = instead if plan.as_base else ""
         if not check.mean_kl <= thresholds.max_mean_kl:
             wrong.append(
                 f"mean KL to {check.reference} is {check.mean_kl:.3g} nats, expected at most {thresholds.max_mean_kl:g}"
+                f"{advice}"
             )
         if not check.top1_agreement >= thresholds.min_top1_agreement:
             wrong.append(
                 f"top-1 agreement with {check.reference} is {check.top1_agreement:.4f}, expected at least "
-                f"{thresholds.min_top1_agreement:g}"
+                f"{thresholds.min_top1_agreement:g}{advice}"
             )
         if not keeps_effect(check, thresholds):
             wrong.append(
                 f"{check.lost_share:.3g} of the adapter's effect is lost: mean KL to {check.reference} is "
                 f"{check.mean_kl:.3g} nats, to the base alone {check.adapter_kl:.3g}; expected a share of "
-                f"at most {allowed_share(check, thresholds):.3g}, {rounding_share(check):.3g} of it by rounding"
+                f"at most {allowed_share(check, thresholds):.3g}, {rounding_share(check):.3g} of it by rounding{advice}"
             )
     if request.parity.level == "full" and not wrong and not any(check.gates for check in behaviour):
         wrong.append("the merged checkpoint was not compared with base + adapter, which level 'full' asks for")

@@ -280,8 +280,8 @@ class Unit:
     def _write(self, quantized: QuantizedBase | None, weights: ModuleWeights | None, check: ArithmeticCheck) -> None:
         jobs = self._merging
         for job in jobs:
-            if not job.in_work.as_base:
-                job.witness = ShardRecorder(job, origin_of(job.plan, self._context.device), check.quantization_errors)
+            recorder = ShardRecorder(job, origin_of(job.plan, self._context.device), check.quantization_errors)
+            job.witness = None if job.in_work.as_base else recorder  # nothing of the release is made yet
         self.tracker.enter("merge", (job.id for job in jobs))
         with self.tracker.timed("merge"):
             took = run_pass(self._base, quantized, weights, jobs, self._context, check=check)
