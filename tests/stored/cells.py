@@ -9,13 +9,16 @@ import torch
 
 from jobs.errors import MergefleetError
 from tests import architectures
-from tests.merges import different, merge, merge_by_peft
+from tests.dying import settings_in
+from tests.merges import different, merge, merge_by_peft, read_tensors
 from tests.models import make_adapter
 from tests.stored import twin_of
+from tests.stored.again import AGAIN, expected_again, release_as_base
 from tests.stored.forms import APART, EXPERTS, LINEAR
 from tests.stored.reading import is_misread
 from workers.bases.forms.declared import declared_form
 from workers.files.checkpoint import read_checkpoint
+from workers.worker import MergeWorker
 
 ARCHITECTURES: Mapping[str, tuple[str, list[str]]] = {
     "dense": ("qwen3", ["q_proj", "v_proj", "down_proj"]),
@@ -52,12 +55,15 @@ def stored_cells(
                     base = store(plain, directory / form.replace(" ", "-"))
                     for adapter, options in adapters.items():
                         yield form, f"{architecture}, {adapter}", _verdict(base, directory, options)
+                    if form in AGAIN:
+                        yield form, f"{architecture}, as its base", _again(base, form, directory, adapters["LoRA"])
     with scratch() as directory:
         plain = architectures.build("decoder", "gpt_oss", directory / "plain")
         for form, store in {**EXPERTS, "mxfp4 with scales apart": APART["mxfp4 with scales apart"]}.items():
             base = store(plain, directory / form.replace(" ", "-"))
             yield form, "gpt-oss, attention", _verdict(base, directory, {"targets": ["q_proj", "o_proj"]})
             yield form, "gpt-oss, experts", _verdict(base, directory, ON_EXPERTS)
+            yield form, "gpt-oss, experts, as its base", _again(base, form, directory, ON_EXPERTS)
 
 
 def _verdict(base: Path, directory: Path, options: Mapping[str, Any]) -> Verdict:
@@ -77,3 +83,17 @@ def _verdict(base: Path, directory: Path, options: Mapping[str, Any]) -> Verdict
     if told != is_misread(base):
         return "wrong", f"transformers {'reads it' if told else 'misreads it'}, and the form says otherwise"
     return "equal", MISREAD if told else ""
+
+
+def _again(base: Path, form: str, directory: Path, options: Mapping[str, Any]) -> Verdict:
+    """Hold a release that is stored as its base is against what the form's library makes of PEFT's merge."""
+    place = directory / f"{len(list(directory.iterdir()))}-again"
+    place.mkdir()
+    adapter = make_adapter(twin_of(base), place / "adapter", rank=2, **options)
+    worker = MergeWorker(settings_in(place / "home"))
+    outcome = release_as_base(worker, base, adapter, place / "release")
+    worker.close()
+    if outcome.failure is not None:
+        return "wrong", f"refused: {outcome.failure.message}"
+    found = different(read_tensors(place / "release"), expected_again(base, form, adapter, place))
+    return ("wrong", found[0]) if found else ("equal", "")

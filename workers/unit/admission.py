@@ -30,11 +30,19 @@ def admit_to_disks(jobs: Sequence[Job], base: BasePlan, scratch: Path) -> None:
     """
     disks = Disks()
     plain_bytes = plain_layout(base).num_bytes if base.misread is not None else 0
+    plain_release_bytes = plain_bytes
     for job in jobs:
-        beside = plain_bytes if job.request.parity.level == "full" else 0
+        beside = of_all = of_releases = 0
+        if job.request.parity.level == "full":
+            of_all, of_releases = plain_bytes, plain_release_bytes if job.plan.as_base else 0
+            beside = of_all + of_releases
+        if job.plan.as_base:
+            beside += job.in_work.merged.num_bytes
         with own_failure(job), file_errors(f"looking at {job.directory}", job.directory):
             disks.take(job.directory, job.in_work.output.total_size, scratch, beside)
-            plain_bytes -= beside  # one is enough for all
+            # One is enough for all: the base stays, and of releases there is one at a time.
+            plain_bytes -= of_all
+            plain_release_bytes -= of_releases
 
 
 def admit_to_uplink(jobs: Sequence[Job], bytes_per_second: float | None) -> None:

@@ -28,6 +28,9 @@ _TILE_ELEMENT_BYTES = 24
 _QUANTIZE_BYTES = {"cpu": 48 << 20, "cuda": 64 << 20}
 """Scratch of one thread that quantizes: the tile as stored and on its way back, in 4-bit, and buffers, by device."""
 
+_REQUANTIZE_BYTES = 96 << 20
+"""Scratch of one thread that quantizes merged weights again: rows of them in float32, scaled, rounded and packed."""
+
 _PRODUCT_BYTES = 2 << 20
 """What cuBLAS keeps of a GPU for each thread."""
 
@@ -77,8 +80,10 @@ def pass_bytes(plans: Sequence[MergePlan], num_threads: int, device: str) -> int
             largest = max((t.num_bytes // t.dtype.itemsize for t in base.tensors if t.stored is None), default=0)
             quantizing += num_threads * 5 * largest // 4
     by_peft = max(map(_bytes_by_peft, plans))
+    requantizing = num_threads * max(map(_requantized_bytes, plans))
     # Buffers stay from pass to pass, and so does what was pinned.
     scratch = max(streaming, quantizing, by_peft) if device == "cpu" else streaming + quantizing + by_peft
+    scratch = max(scratch, requantizing)
     return _buffer_bytes(base, num_threads, device) + scratch
 
 
@@ -169,6 +174,12 @@ def _quantized_whole(plan: MergePlan) -> int:
     sizes = [math.prod(plan.base.by_name[name].shape) for name in task.transposed]
     sizes += [sum(math.prod(plan.base.by_name[name].shape) for name in group.stored) for group in task.groups]
     return 20 * max(sizes, default=0)
+
+
+def _requantized_bytes(plan: MergePlan) -> int:
+    """Return what a thread takes that quantizes a merged weight again: codes, twice at the end, and pieces of it."""
+    sizes = [plan.base.by_name[name].num_elements for name in plan.requantized]
+    return _REQUANTIZE_BYTES + 4 * max(sizes) if sizes else 0
 
 
 def _bytes_by_peft(plan: MergePlan) -> int:
