@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_SAMPLE_SECONDS = 0.02
-_NON_FILE_PAGES = re.compile(rb"^Rss(?:Anon|Shmem):\s+(\d+) kB$", re.MULTILINE)
+_SAMPLE_SECONDS = 0.05
+_NON_FILE_PAGES = re.compile(rb"^Pss_(?:Anon|Shmem):\s+(\d+) kB$", re.MULTILINE)
+"""Pages that several processes have (a fork and its parent) are divided among them, so that a sum counts them once."""
 _CHARACTERS = re.compile(rb"^([rw])char: (\d+)$", re.MULTILINE)
 
 
@@ -20,7 +21,8 @@ class Measurement:
 
     seconds: float
     peak_memory_bytes: int
-    """Largest sum of anonymous and shared pages over the process tree; pages of mapped files are not counted."""
+    """Largest sum of anonymous and shared pages over the process tree, each once; pages of mapped files are not
+    counted."""
     bytes_read: int
     """Through system calls (`rchar` in proc(5)); what is read through a mapping is not in it."""
     bytes_written: int
@@ -106,7 +108,7 @@ def _tree(pid: int) -> list[int]:
 
 def _non_file_bytes(pid: int) -> int:
     try:
-        status = Path(f"/proc/{pid}/status").read_bytes()
+        status = Path(f"/proc/{pid}/smaps_rollup").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return 1024 * sum(map(int, _NON_FILE_PAGES.findall(status)))
