@@ -73,7 +73,7 @@ def check(planned, job="job"):
 
 def bad(planned, job="job"):
     """Return what is wrong with a merged checkpoint, by tensor; headers stand for themselves."""
-    wrong = wrong_headers(planned.plans[0], planned.output(job))
+    wrong = wrong_headers(planned.plans[0].output, planned.output(job))
     return wrong or dict(failures(list(planned.check()[job].values()), LIMIT))
 
 

@@ -43,7 +43,7 @@ def _text(plan: MergePlan, num_changed: int) -> str:
     licences = differing_licences(plan.base.card, plan.adapter_cards)
     base, adapters = plan.base.source.location, [adapter.location for adapter, _ in plan.weighted]
     several = len(adapters) > 1
-    kind = "A" if plan.as_base else "A plain"
+    kind = "A" if plan.storage else "A plain"
     body = [
         f"# {adapter_name(adapters)} merged into {base.name}",
         "",
@@ -93,12 +93,11 @@ def _adapter_lines(plan: MergePlan) -> list[str]:
 
 
 def _stored_in(plan: MergePlan) -> list[str]:
-    if not plan.as_base:
+    if plan.storage is None:
         return []
-    assert plan.base.form is not None
-    num_kept = len(plan.base.in_form) - len(plan.requantized)
-    again = f"{len(plan.requantized)} weights quantized again, {num_kept} with the base's bytes"
-    return [f"- stored in: {plan.base.form.words}, as the base is: {again}"]
+    num_kept = len(plan.storage.in_form) - len(plan.requantized)
+    kept = f", {num_kept} with the base's bytes" if num_kept else ""
+    return [f"- stored in: {plan.storage.form.words}; {len(plan.requantized)} weights quantized{kept}"]
 
 
 def _merged_into(plan: MergePlan) -> str:

@@ -122,7 +122,7 @@ class Job:
     @property
     def direct(self) -> bool:
         """Whether its shards go past the page cache, since they are not read again here."""
-        if self.opened is None or not self.opened.in_place or self.plan.as_base:
+        if self.opened is None or not self.opened.in_place or self.plan.storage:
             return False
         return not (self.in_work.by_peft or self.is_run)  # what PEFT merged is read again to be checked
 

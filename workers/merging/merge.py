@@ -84,7 +84,7 @@ def _writer(job: Job, conveyor: Conveyor) -> CheckpointWriter:
         plan.merged,
         conveyor,
         direct=job.direct,
-        on_file=job.stay if plan.as_base else job.ship,
+        on_file=job.stay if plan.storage else job.ship,
         # What is read again would come from the disk: a clone shares no page of the cache with its origin.
         origin=_origin(plan) if job.direct else None,
     )

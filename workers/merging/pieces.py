@@ -34,7 +34,9 @@ def pieces_of(plans: Sequence[MergePlan]) -> tuple[Piece, ...]:
             shards.join(plan.merged.tensors[output][0].name for output in outputs)
         for name, parts in plan.requantized.items():
             shards.join(plan.output.tensors[stored][0].name for stored in parts.names)
-            shards.join([plan.merged.tensors[name][0].name, plan.output.tensors[parts.codes][0].name])
+            assert plan.storage is not None
+            numbers = [plan.merged.tensors[each][0].name for each in plan.storage.companions(name)]
+            shards.join([*numbers, plan.output.tensors[parts.codes][0].name])
     for names in holders.values():
         shards.join(names)
     return tuple(

@@ -28,7 +28,7 @@ def plain_layout(base: BasePlan) -> CheckpointLayout:
 
 
 def write_plain_release(plan: MergePlan, directory: Path, target: Path, *, device: torch.device) -> None:
-    """Write a release in the base's form as a checkpoint of numbers; see `write_plain_base`.
+    """Write a release in a form as a checkpoint of numbers; see `write_plain_base`.
 
     Args:
         plan: of it.
@@ -36,17 +36,19 @@ def write_plain_release(plan: MergePlan, directory: Path, target: Path, *, devic
         target: empty.
         device: where it is dequantized.
     """
-    base, places = plan.base, plan.output.tensors
+    assert plan.storage is not None
+    base, places, in_form = plan.base, plan.output.tensors, plan.storage.in_form
     tensors = tuple(
         dataclasses.replace(
             tensor,
-            shard=places[base.in_form[tensor.name].codes][0].name if tensor.name in base.in_form else tensor.shard,
-            stored=None if tensor.name in base.in_form else places[tensor.name][1],
+            shard=places[in_form[tensor.name].codes if tensor.name in in_form else tensor.name][0].name,
+            stored=None if tensor.name in in_form else places[tensor.name][1],
         )
         for tensor in plan.tensors
     )
     source = dataclasses.replace(base.source, directory=directory)
-    released = dataclasses.replace(base, source=source, layout=plan.output, tensors=tensors)
+    form = plan.storage.form
+    released = dataclasses.replace(base, source=source, layout=plan.output, tensors=tensors, form=form, in_form=in_form)
     write_plain_base(released, target, device, lambda: None)
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from jobs.errors import UnsupportedError
 from jobs.parity_report import CombinedAdapter, TensorCheck
-from jobs.request import MergeRequest, OutputForm
+from jobs.request import MergeRequest
 from jobs.text import MAX_MESSAGE, shown
 from workers.adapters.adapter import Adapter, LoraDelta, open_adapter
 from workers.adapters.expert_files import add_to_files
@@ -25,7 +25,9 @@ from workers.files.layout import CheckpointLayout
 from workers.merging.assignment import all_apart, made_by_peft
 from workers.merging.base_plan import BasePlan
 from workers.merging.output import OutputTensor
-from workers.merging.output_layout import as_base_layouts, output_layout, output_tensors
+from workers.merging.output_layout import output_tensors
+from workers.merging.storage import Storage
+from workers.merging.stored_layouts import layouts
 from workers.releases.base_card import BaseCard, read_base_card
 from workers.releases.notes import find_notes
 from workers.releases.shipment import Shipment, plan_shipment
@@ -67,7 +69,9 @@ class MergePlan:
     """Where merged numbers go: `output`; or, of a release in the base's form, files apart, of the same names, for what
     the base has no bytes of."""
     requantized: Mapping[str, StoredParts]
-    """Weights that are quantized again from there, by name."""
+    """Weights that are quantized from there, by name."""
+    storage: Storage | None
+    """What they are quantized to; None where the release is plain numbers."""
     adapter_cards: tuple[BaseCard, ...]
     """What the model cards of its adapters say."""
     shipment: Shipment
@@ -82,14 +86,9 @@ class MergePlan:
         return (frozenset(self.deltas) | frozenset(self.by_peft)) - self.regrouped
 
     @property
-    def as_base(self) -> bool:
-        """Whether the release is stored in the base's form."""
-        return self.request.output is OutputForm.AS_BASE
-
-    @property
     def checked(self) -> tuple[str, ...]:
         """Names of the tensors of the release, in the order in which a report has them."""
-        return tuple(self.output.tensors) if self.as_base else tuple(tensor.name for tensor in self.tensors)
+        return tuple(self.output.tensors) if self.storage else tuple(tensor.name for tensor in self.tensors)
 
     def by_weight(self, checks: Mapping[str, TensorCheck]) -> Mapping[str, TensorCheck]:
         """Return checks of a release's tensors by what they are of: those of a weight's codes also by the weight."""
@@ -156,7 +155,7 @@ class MergePlan:
         """
         stored = {shard.name: shard for shard in self.base.layout.shards}
         kept: set[str] = set()
-        for shard in () if self.as_base else self.output.shards:
+        for shard in () if self.storage else self.output.shards:
             if stored.get(shard.name) == shard:
                 same = [spec for spec in shard.tensors if self.base.by_name[spec.name].copied]
                 same = [spec for spec in same if spec.name not in self.deltas and spec.name not in self.by_peft]
@@ -189,7 +188,7 @@ class MergePlan:
     @property
     def num_bytes_changed(self) -> int:
         """Bytes of the merged model that are computed; the rest is copied."""
-        if self.as_base:
+        if self.storage:
             return self.merged.total_size
         return sum(t.num_bytes for t in self.tensors if t.name in self.changed or not t.copied)
 
@@ -251,12 +250,7 @@ def plan_merge(
                 f"{base.source.directory}: tensor {tensor.name} is {tensor.dtype}; merging needs float32, float16 or "
                 "bfloat16 weights: request a dtype"
             )
-    if request.output is OutputForm.AS_BASE:
-        changed = frozenset(deltas) | frozenset(by_peft)
-        output, merged, requantized = as_base_layouts(base, tensors, changed)
-    else:
-        output = merged = output_layout(base, tensors, request.max_shard_size)
-        requantized = {}
+    laid_out = layouts(base, request, tensors, frozenset(deltas) | frozenset(by_peft))
     shipment = plan_shipment(base.source.directory, adapter.directory)
     parts = adapter.parts or (adapter,)
     adapter_cards = tuple(read_base_card(part.directory) for part in parts)
@@ -289,9 +283,10 @@ def plan_merge(
         left_alone=coverage.left_alone,
         apart=apart,
         tensors=tensors,
-        output=output,
-        merged=merged,
-        requantized=requantized,
+        output=laid_out.output,
+        merged=laid_out.merged,
+        requantized=laid_out.requantized,
+        storage=laid_out.storage,
         adapter_cards=adapter_cards,
         shipment=shipment,
         notes=tuple(shown(note, MAX_MESSAGE) for note in notes),

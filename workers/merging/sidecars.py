@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from jobs.release import Artifact
+from jobs.request import OutputForm
 from workers.bases.declarations import DECLARING_FILES, without_declarations
 from workers.files.checkpoint import read_json
 from workers.files.foreign import copy_foreign
@@ -48,7 +49,7 @@ def write_sidecars(plan: MergePlan, directory: Path) -> tuple[Artifact, ...]:
                     written[name] = document
                     continue
             copy_foreign(source, directory / name, num_parts=name.count("/") + 1)
-    if plan.as_base:
+    if plan.request.output is OutputForm.AS_BASE:
         for name in DECLARING_FILES:
             if (plan.base.source.directory / name).is_file():
                 names.add(name)
@@ -80,8 +81,10 @@ def digest_file(directory: Path, name: str) -> Artifact:
 
 def _merged_config(plan: MergePlan) -> dict[str, Any]:
     config: dict[str, Any] = read_json(plan.base.source.directory / "config.json")
-    if not plan.as_base:
+    if plan.request.output is not OutputForm.AS_BASE:
         config = without_declarations(config)
+    if plan.storage is not None and plan.storage.declaration is not None:
+        config["quantization_config"] = dict(plan.storage.declaration)
     leave_out(config, plan.shipment.broken.keys())
     config["dtype"] = config.get("dtype") or config.get("torch_dtype") or _main_dtype(plan)
     for section in _sections(config):

@@ -1,16 +1,16 @@
-"""Releases in the base's own form: merged numbers are quantized again, and all else keeps the bytes that the base has.
+"""Releases in a form: merged numbers are quantized, and all else is as it was merged, or keeps the base's bytes.
 
 A pass has written the merged numbers to files apart, and proven them. Here a release is put together: each stored
 tensor is the base's, or merged, or a part of a weight that the form's library has quantized. Memory: pieces of a few
 MiB, and for each thread one weight with its codes.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from workers.bases.forms import QuantizingForm, StoredParts
 from workers.files.layout import ShardLayout, TensorSpec
 from workers.files.shard import Conveyor
 from workers.files.tensor_io import mapped, opened, read_into
@@ -25,8 +25,8 @@ from workers.numerics.tiles import single_threads
 _PIECE_BYTES = 4 << 20
 
 
-def store_as_base(base: BasePlan, jobs: Sequence[Job], context: Context) -> tuple[int, int]:
-    """Make the shards of releases in the base's form.
+def store_in_form(base: BasePlan, jobs: Sequence[Job], context: Context) -> tuple[int, int]:
+    """Make the shards of releases that are stored in a form.
 
     A job that went well has its files; the others have their errors.
 
@@ -60,32 +60,34 @@ def store_as_base(base: BasePlan, jobs: Sequence[Job], context: Context) -> tupl
 
 
 def base_bytes_of(plan: MergePlan) -> frozenset[str]:
-    """Return the stored tensors of a release in the base's form whose bytes are the base's."""
+    """Return the stored tensors of a release in a form whose bytes are the base's."""
     parts = {stored for each in plan.requantized.values() for stored in each.names}
     return frozenset(plan.output.tensors.keys() - plan.merged.tensors.keys() - parts)
 
 
-def parts_of(base: BasePlan, parts: StoredParts) -> dict[str, torch.Tensor]:
-    """Return what a weight of the base is stored as, by name: views of mapped files."""
-    directory = base.source.directory
-    return {name: mapped(directory / base.layout.tensors[name][0].name, name) for name in parts.names}
+def numbers_of(plan: MergePlan, merged_in: Path) -> Callable[[str], torch.Tensor]:
+    """Return what returns merged numbers by name, mapped.
+
+    Args:
+        plan: of the job, or the part of it in work.
+        merged_in: directory of the numbers.
+    """
+    return lambda name: mapped(merged_in / plan.merged.tensors[name][0].name, name)
 
 
 def _tasks(base: BasePlan, jobs: Sequence[Job], state: PassState) -> Iterator[Callable[[], None]]:
-    """Yield what there is to do, in the order of the base's files, so that each is soon full."""
+    """Yield what there is to do, in the order of the files, so that each is soon full."""
     copied = {job.id: base_bytes_of(job.in_work) for job in jobs}
-    owners = {parts.codes: name for name, parts in base.in_form.items()}
     for shard in base.layout.shards:
         for spec in shard.tensors:
             takers = [job for job in jobs if spec.name in copied[job.id]]
             if takers:
                 yield _Copy(base.source.directory, shard, spec, takers, state, of_base=True)
-            for job in jobs:
-                if owners.get(spec.name) in job.in_work.requantized:
-                    yield _Quantize(base, owners[spec.name], job, state)
     for job in jobs:
         for name, (shard, spec) in job.in_work.merged.tensors.items():
-            if name not in job.in_work.requantized:
+            if name in job.in_work.requantized:
+                yield functools.partial(_quantize, name, job, state)
+            else:
                 yield _Copy(job.merged_in, shard, spec, [job], state, of_base=False)
 
 
@@ -130,38 +132,16 @@ class _Copy:
                             self._state.count(written=len(piece))
 
 
-class _Quantize:
-    """Quantizes one merged weight of a job again."""
-
-    def __init__(self, base: BasePlan, name: str, job: Job, state: PassState) -> None:
-        self._base = base
-        self._name = name
-        self._job = job
-        self._state = state
-
-    def __call__(self) -> None:
-        plan = self._job.in_work
-        if not self._state.well([self._job]):
+def _quantize(name: str, job: Job, state: PassState) -> None:
+    """Quantize one merged weight of a job."""
+    plan = job.in_work
+    assert plan.storage is not None
+    if not state.well([job]):
+        return
+    with state.of(job) as writer:
+        if writer is None:
             return
-        parts = plan.requantized[self._name]
-        stored = parts_of(self._base, parts)
-        self._state.count(base=sum(tensor.numel() * tensor.dtype.itemsize for tensor in stored.values()))
-        with self._state.of(self._job) as writer:
-            if writer is None:
-                return
-            weight = mapped(self._job.merged_in / plan.merged.tensors[self._name][0].name, self._name)
-            for name, tensor in quantized(self._base, self._name, parts, stored, weight).items():
-                shard, spec = writer.locate(name)
-                shard.write_copy(spec.begin, tensor.contiguous())
-                self._state.count(written=spec.num_bytes)
-
-
-def quantized(
-    base: BasePlan, name: str, parts: StoredParts, stored: dict[str, torch.Tensor], weight: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Return a weight as the form's library quantizes it, by stored name, as it is laid out."""
-    assert isinstance(base.form, QuantizingForm)
-    specs = {each: spec for each, (_, spec) in base.layout.tensors.items()}
-    layout = base.form.requantized(name, parts, specs)
-    found = base.form.quantize(name, parts, stored, weight)
-    return {each: found[each].to(dtype).reshape(shape) for each, (dtype, shape) in layout.items()}
+        for stored, tensor in plan.storage.quantize(name, numbers_of(plan, job.merged_in)).items():
+            shard, spec = writer.locate(stored)
+            shard.write_copy(spec.begin, tensor.contiguous())
+            state.count(written=spec.num_bytes)

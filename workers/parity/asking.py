@@ -14,6 +14,7 @@ from peft import PeftModel
 from jobs.errors import BadInputError, CancelledError, MergefleetError, NoCapacityError
 from jobs.request import MergeRequest, OutputForm
 from workers.adapters.adapter import Adapter
+from workers.bases.model import config_dtype
 from workers.files.memory import release_memory
 from workers.merging.job import Job
 from workers.merging.plain_base import write_plain_release
@@ -52,7 +53,10 @@ class Subject:
             device: where what is stored in a form is dequantized.
         """
         plan = job.plan
-        is_misread = plan.as_base and plan.base.misread is not None
+        is_misread = False
+        if plan.storage is not None:
+            specs = {name: spec for name, (_, spec) in plan.output.tensors.items()}
+            is_misread = plan.storage.form.misread(specs, config_dtype(plan.base.source.directory)) is not None
         return cls(
             request=job.request,
             merged=job.directory,
@@ -66,7 +70,7 @@ class Subject:
     @property
     def in_form(self) -> bool:
         """Whether its weights are stored in a form."""
-        return self.request.output is OutputForm.AS_BASE
+        return self.request.output is not OutputForm.PLAIN
 
 
 @dataclass(slots=True, kw_only=True)

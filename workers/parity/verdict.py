@@ -46,11 +46,11 @@ def judge(
     if len(named) > _NUM_NAMED:
         wrong.append(f"{len(named) - _NUM_NAMED} more tensors are not base + delta")
     wrong += lost_deltas(plan, tensors)
-    instead = "; quantizing merged weights again costs that: request output: 16bit, or other thresholds"
+    instead = "; quantizing merged weights costs that: request output: 16bit, or other thresholds"
     for check in behaviour:
         if not check.gates:
             continue
-        advice = instead if plan.as_base else ""
+        advice = instead if plan.storage else ""
         if not check.mean_kl <= thresholds.max_mean_kl:
             wrong.append(
                 f"mean KL to {check.reference} is {check.mean_kl:.3g} nats, expected at most {thresholds.max_mean_kl:g}"

@@ -34,9 +34,9 @@ def admit_to_disks(jobs: Sequence[Job], base: BasePlan, scratch: Path) -> None:
     for job in jobs:
         beside = of_all = of_releases = 0
         if job.request.parity.level == "full":
-            of_all, of_releases = plain_bytes, plain_release_bytes if job.plan.as_base else 0
+            of_all, of_releases = plain_bytes, plain_release_bytes if job.plan.storage else 0
             beside = of_all + of_releases
-        if job.plan.as_base:
+        if job.plan.storage:
             beside += job.in_work.merged.num_bytes
         with own_failure(job), file_errors(f"looking at {job.directory}", job.directory):
             disks.take(job.directory, job.in_work.output.total_size, scratch, beside)

@@ -41,7 +41,7 @@ def seal(job: Job) -> None:
         base_quantization=job.request.base_quantization,
         quantization_options=job.request.quantization_options if job.request.base_quantization.converts else None,
         dtype=job.request.dtype,
-        output=job.request.output if plan.as_base else None,
+        output=job.request.output if plan.storage else None,
         parity=job.parity,
         notes=job.report.notes,
         files=artifacts,

@@ -1,4 +1,4 @@
-"""Jobs whose releases are stored as their base is: numbers merged apart, then quantized again, checked, and shipped."""
+"""Jobs whose releases are stored in a form: numbers merged apart, then quantized, checked, and shipped."""
 
 import contextlib
 import functools
@@ -6,20 +6,21 @@ from collections.abc import Iterator, Sequence
 
 from workers.files.scratch import OwnedDirectory
 from workers.merging.base_plan import BasePlan
+from workers.merging.checks.arithmetic import ArithmeticCheck
 from workers.merging.checks.stored_checks import check_stored
 from workers.merging.context import Context
 from workers.merging.failures import own_failure
 from workers.merging.job import Job
 from workers.merging.made_with import origin_of
-from workers.merging.storing import store_as_base
+from workers.merging.storing import store_in_form
 from workers.parity.verdict import wrong_headers
 from workers.unit.recording import ShardRecorder
 
 
 @contextlib.contextmanager
 def numbers_apart(jobs: Sequence[Job], context: Context) -> Iterator[list[Job]]:
-    """Give jobs whose releases are stored as their base is a place for merged numbers; hand out those jobs."""
-    stored = [job for job in jobs if job.in_work.as_base]
+    """Give jobs whose releases are stored in a form a place for merged numbers; hand out those jobs."""
+    stored = [job for job in jobs if job.in_work.storage]
     try:
         for job in stored:
             job.apart = OwnedDirectory.make(context.scratch, "merged-")
@@ -31,13 +32,14 @@ def numbers_apart(jobs: Sequence[Job], context: Context) -> Iterator[list[Job]]:
                 job.apart = None
 
 
-def store(base: BasePlan, jobs: Sequence[Job], context: Context) -> tuple[int, int]:
-    """Make, check and ship the shards of releases that are stored as their base is.
+def store(base: BasePlan, jobs: Sequence[Job], context: Context, weights: ArithmeticCheck) -> tuple[int, int]:
+    """Make, check and ship the shards of releases that are stored in a form.
 
     Args:
         base: the planned base.
         jobs: running, their numbers merged and checked.
         context: of the unit.
+        weights: of the pass, which reads what was merged into.
 
     Returns:
         Bytes read of the base, and bytes written.
@@ -50,17 +52,17 @@ def store(base: BasePlan, jobs: Sequence[Job], context: Context) -> tuple[int, i
         job.witness = ShardRecorder(job, origin_of(job.plan, context.device), {})
     tracker.enter("merge", (job.id for job in jobs))
     with tracker.timed("requantize"):
-        took = store_as_base(base, jobs, context)
+        took = store_in_form(base, jobs, context)
     tracker.enter("verify", (job.id for job in jobs))
     with tracker.timed("arithmetic"):
         for job in jobs:
             if job.running:
                 with own_failure(job):
-                    _check(job, context)
+                    _check(job, context, weights)
     return took
 
 
-def _check(job: Job, context: Context) -> None:
+def _check(job: Job, context: Context, weights: ArithmeticCheck) -> None:
     job.wrong += wrong_headers(job.in_work.output, job.directory)
     if job.wrong:  # a shard that is cut short cannot be read
         return
@@ -69,6 +71,7 @@ def _check(job: Job, context: Context) -> None:
         job.merged_in,
         job.directory,
         job.checks,
+        weights,
         num_threads=context.num_threads,
         stop=functools.partial(context.tracker.check, job.id),
     )

@@ -210,13 +210,13 @@ class Unit:
         """Merge and check all jobs, or the part of them that is in work; where that is nothing, nothing is read."""
         if not self._merging:
             return
-        with self._reading(), numbers_apart(self._merging, self._context) as as_base:
+        with self._reading(), numbers_apart(self._merging, self._context) as in_form:
             quantized = self._open_quantized()
             with self._module_weights(quantized) as weights:
                 check = ArithmeticCheck(self._base, quantized, self._context.device)
                 self._write(quantized, weights, check)
                 self._verifier.check(check, weights, self._merging)
-            self._count(*store(self._base, as_base, self._context))
+            self._count(*store(self._base, in_form, self._context, check))
 
     def _open_quantized(self) -> QuantizedBase | None:
         room = self._admission.make_room(self._merging)  # others may have been here since this pass was admitted
@@ -281,7 +281,7 @@ class Unit:
         jobs = self._merging
         for job in jobs:
             recorder = ShardRecorder(job, origin_of(job.plan, self._context.device), check.quantization_errors)
-            job.witness = None if job.in_work.as_base else recorder  # nothing of the release is made yet
+            job.witness = None if job.in_work.storage else recorder  # nothing of the release is made yet
         self.tracker.enter("merge", (job.id for job in jobs))
         with self.tracker.timed("merge"):
             took = run_pass(self._base, quantized, weights, jobs, self._context, check=check)

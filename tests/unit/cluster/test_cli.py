@@ -30,6 +30,7 @@ SURFACE = {
         "--to",
         "--base-quantization",
         "--dtype",
+        "--output",
         "--parity",
         "--compare",
         "--accept-unstable",

@@ -87,6 +87,10 @@ class ArithmeticCheck:
                 self._evidence[plan.request.id] = Evidence(plan)
         return Tally(plan, name, self._evidence[plan.request.id])
 
+    def row_alignment(self, tensor: OutputTensor) -> int:
+        """Return what rows of a tensor of the base are read in multiples of."""
+        return self._quantized_weight(tensor.name).row_alignment if tensor.stored is None else 1
+
     def weight(self, tensor: OutputTensor, rows: slice, descriptor: int | None = None) -> torch.Tensor:
         """Read rows of W anew, or dequantize them; the next call of this thread may overwrite them.
 
@@ -185,8 +189,7 @@ class ArithmeticCheck:
         def compared(tensor: OutputTensor) -> TensorCheck:
             stop()
             tally = self.tally(plan, tensor.name)
-            alignment = self._quantized_weight(tensor.name).row_alignment if tensor.stored is None else 1
-            tiling = Tiling.of(tensor.shape, alignment, TILE_ELEMENTS["cpu"])
+            tiling = Tiling.of(tensor.shape, self.row_alignment(tensor), TILE_ELEMENTS["cpu"])
             row_bytes = tiling.num_columns * tally.spec.dtype.itemsize
             path = directory / tally.shard
             with opened(path) as descriptor:

@@ -1,22 +1,23 @@
-"""Parity of releases in the base's form: every stored tensor, from the base's bytes or from proven merged numbers.
+"""Parity of releases in a form: every stored tensor, from the base's bytes or from proven merged numbers.
 
-What the base has bytes of has to be those. What merged is plain has to be as it was proven. And each weight that is
-quantized again has to have the very parts that the form's library makes of the proven numbers; how much of the delta
-outlives that is measured on what the shipped parts stand for.
+What the base has bytes of has to be those. What is plain has to be as it was proven. And each weight that was quantized
+has to have the very parts that the form's library makes of the proven numbers; how much of the delta outlives that is
+measured on what the shipped parts stand for.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from jobs.parity_report import TensorCheck
 from workers.files.tensor_io import mapped, opened, read_into
+from workers.merging.checks.arithmetic import ArithmeticCheck
 from workers.merging.checks.module_checks import ModuleChecks
 from workers.merging.checks.tally import finite
 from workers.merging.plan import MergePlan
-from workers.merging.storing import base_bytes_of, parts_of, quantized
+from workers.merging.storing import base_bytes_of, numbers_of
 from workers.numerics.rounding import BITS
 from workers.numerics.tiles import TILE_ELEMENTS, Tiling, single_threads
 
@@ -28,24 +29,26 @@ def check_stored(
     merged_in: Path,
     directory: Path,
     proven: Mapping[str, TensorCheck],
+    weights: ArithmeticCheck,
     *,
     num_threads: int,
     stop: Callable[[], None],
 ) -> ModuleChecks:
-    """Check every tensor of the shards of a release in the base's form.
+    """Check every tensor of the shards of a release in a form.
 
     Args:
         plan: of the job, or the part of it in work.
         merged_in: directory of the merged numbers.
         directory: of the release's shards.
         proven: what was found about the merged numbers, by tensor.
+        weights: reads what was merged into.
         num_threads: tensors looked at at the same time.
         stop: raises CancelledError when the work should stop; called once per tensor.
 
     Returns:
         By stored tensor; that of a weight's codes has what was found about the weight.
     """
-    check = _Check(plan, merged_in, directory, proven, stop)
+    check = _Check(plan, (merged_in, directory), proven, weights, stop)
     with single_threads(num_threads, "check") as pool:
         found = [*pool.map(check.plain, check.whole), *pool.map(check.requantized, plan.requantized)]
     return ModuleChecks(
@@ -61,15 +64,16 @@ class _Check:
     def __init__(
         self,
         plan: MergePlan,
-        merged_in: Path,
-        directory: Path,
+        places: tuple[Path, Path],
         proven: Mapping[str, TensorCheck],
+        weights: ArithmeticCheck,
         stop: Callable[[], None],
     ) -> None:
         self._plan = plan
-        self._merged_in = merged_in
-        self._directory = directory
+        self._merged_in, self._directory = places
         self._proven = proven
+        self._weights = weights
+        self._read = numbers_of(plan, self._merged_in)
         self._stop = stop
         self._of_base = base_bytes_of(plan)
         parts = {stored for each in plan.requantized.values() for stored in each.names}
@@ -91,52 +95,57 @@ class _Check:
         return [self._proven[name]], wrong
 
     def requantized(self, name: str) -> _Found:
-        """Check the parts of a weight that was quantized again."""
+        """Check the parts of a weight that was quantized."""
         self._stop()
-        plan, base = self._plan, self._plan.base
-        assert base.form is not None
-        parts, before = plan.requantized[name], parts_of(base, plan.requantized[name])
+        plan, storage = self._plan, self._plan.storage
+        assert storage is not None
+        parts, before = plan.requantized[name], storage.before(name)
         shipped = {stored: self._shipped(stored) for stored in parts.names}
-        weight = mapped(self._merged_in / plan.merged.tensors[name][0].name, name)
-        expected = quantized(base, name, parts, before, weight)
+        expected = storage.quantize(name, self._read)
         wrong = [
-            f"tensor {stored}: {number} elements are not what {base.form.words} makes of the merged {name}"
+            f"tensor {stored}: {number} elements are not what {storage.form.words} makes of the merged {name}"
             for stored in parts.names
             if (number := _num_different(shipped[stored], expected[stored]))
         ]
-        changed = {stored: _num_different(shipped[stored], before[stored]) > 0 for stored in parts.names}
-        lost, kept, delta = 0.0, 0.0, 0.0
-        for was, is_to_be, is_ in self._tiles(name, before, shipped, weight):
-            lost += float((is_ - is_to_be).square().sum())
-            kept += float(((is_ - was) * (is_to_be - was)).sum())
-            delta += float((is_to_be - was).square().sum())
-        figures = {
-            "tensor": parts.codes,
-            "changed": any(changed.values()),
-            "survival": kept / delta if delta > 0 and math.isfinite(kept) else None,
-            "requantization_error": math.sqrt(finite(lost)),
-        }
+        proven = self._proven[name]
+        changed = dict.fromkeys(parts.names, proven.changed)
+        if before is not None:
+            changed = {stored: _num_different(shipped[stored], before[stored]) > 0 for stored in parts.names}
+        figures = self._figures(name, shipped) | {"tensor": parts.codes, "changed": any(changed.values())}
         checks = [
-            TensorCheck(tensor=stored, changed=changed[stored], targeted=True, max_abs_error=0.0, rounding_excess=0.0)
+            TensorCheck(
+                tensor=stored,
+                changed=changed[stored],
+                targeted=proven.targeted,
+                max_abs_error=0.0,
+                rounding_excess=0.0,
+            )
             for stored in parts.beside.values()
         ]
-        return [self._proven[name].model_copy(update=figures), *checks], wrong
+        return [proven.model_copy(update=figures), *checks], wrong
 
-    def _tiles(
-        self,
-        name: str,
-        before: Mapping[str, torch.Tensor],
-        shipped: Mapping[str, torch.Tensor],
-        weight: torch.Tensor,
-    ) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Yield a weight before the merge, merged, and as it ships, in float64: tiles of it."""
-        form, parts = self._plan.base.form, self._plan.requantized[name]
-        assert form is not None
-        was, is_ = (form.restore(name, parts, tensors, weight.dtype, transposed=False) for tensors in (before, shipped))
-        for rows in Tiling.of(was.shape, was.row_alignment, TILE_ELEMENTS["cpu"]).rows:
-            tile = is_.dequantize_rows(rows.start, rows.stop)
-            merged = weight.view(-1, tile.shape[1])[rows]
-            yield was.dequantize_rows(rows.start, rows.stop).double(), merged.double(), tile.double()
+    def _figures(self, name: str, shipped: Mapping[str, torch.Tensor]) -> dict[str, float | None]:
+        """Return what quantizing changed of a weight, and how much of the delta is left, where there is one."""
+        plan, storage = self._plan, self._plan.storage
+        assert storage is not None
+        merged, was = self._read(name), plan.base.by_name.get(name)
+        ships = storage.form.restore(name, plan.requantized[name], shipped, merged.dtype, transposed=False)
+        if not self._proven[name].targeted:
+            was = None
+        alignment = math.lcm(ships.row_alignment, 1 if was is None else self._weights.row_alignment(was))
+        lost = kept = delta = 0.0
+        for rows in Tiling.of(ships.shape, alignment, TILE_ELEMENTS["cpu"]).rows:
+            tile = ships.dequantize_rows(rows.start, rows.stop)
+            is_, is_to_be = tile.double(), merged.view(-1, tile.shape[1])[rows].double()
+            lost += float((is_ - is_to_be).square().sum())
+            if was is not None:
+                before = self._weights.weight(was, rows).double()
+                kept += float(((is_ - before) * (is_to_be - before)).sum())
+                delta += float((is_to_be - before).square().sum())
+        return {
+            "requantization_error": math.sqrt(finite(lost)),
+            "survival": kept / delta if delta > 0 and math.isfinite(kept) else None,
+        }
 
     def _shipped(self, stored: str) -> torch.Tensor:
         return mapped(self._directory / self._plan.output.tensors[stored][0].name, stored)

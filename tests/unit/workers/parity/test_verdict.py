@@ -76,7 +76,7 @@ def behaviour(*, gates=True, mean_kl=1e-5, top1_agreement=1.0):
 
 
 def test_a_right_merge_passes(merged, plan, directory):
-    report = judge(plan, wrong_headers(plan, directory), list(merged.check()["job"].values()), [behaviour()])
+    report = judge(plan, wrong_headers(plan.output, directory), list(merged.check()["job"].values()), [behaviour()])
     assert (report.passed, report.failures) == (True, ())
     assert {check.tensor for check in report.tensors} == set(plan.output.tensors)
 
@@ -87,7 +87,7 @@ def test_it_passes_only_within_every_threshold(merged, excess, kl, agreement):
     checks = [tensor(rounding_excess=excess)]
     report = judge(
         merged.plans[0],
-        wrong_headers(merged.plans[0], merged.output("job")),
+        wrong_headers(merged.plans[0].output, merged.output("job")),
         checks,
         [behaviour(mean_kl=kl, top1_agreement=agreement)],
     )
@@ -100,15 +100,15 @@ def test_level_full_is_not_passed_without_a_comparison(plan, directory):
     policy = plan.request.parity.model_copy(update={"level": "full"})
     full = dataclasses.replace(plan, request=plan.request.model_copy(update={"parity": policy}))
     for checks in ([], [behaviour(gates=False)]):
-        report = judge(full, wrong_headers(full, directory), [tensor()], checks)
+        report = judge(full, wrong_headers(full.output, directory), [tensor()], checks)
         assert not report.passed
         assert "was not compared with base + adapter" in report.failures[0]
-    assert judge(full, wrong_headers(full, directory), [tensor()], [behaviour()]).passed
+    assert judge(full, wrong_headers(full.output, directory), [tensor()], [behaviour()]).passed
 
 
 def test_what_is_for_information_gates_nothing(plan, directory):
     checks = [behaviour(), behaviour(gates=False, mean_kl=3.0, top1_agreement=0.1)]
-    assert judge(plan, wrong_headers(plan, directory), [tensor()], checks).passed
+    assert judge(plan, wrong_headers(plan.output, directory), [tensor()], checks).passed
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_no_more_of_the_adapters_effect_is_lost_than_rounding_and_threshold_allo
 ):
     fields = {"lost_share": share, "mean_kl": 1e-3 * share if math.isfinite(share) else 0.0, "adapter_kl": 1e-3}
     check = behaviour().model_copy(update=fields | {"rounding_kl": rounding_kl})
-    report = judge(plan, wrong_headers(plan, directory), [tensor()], [check])
+    report = judge(plan, wrong_headers(plan.output, directory), [tensor()], [check])
     assert report.passed == passed
     assert proves_adapter(check, Thresholds()) == proves
     for informs in ({"gates": False}, {"lost_share": None}):
@@ -153,12 +153,12 @@ def test_a_lenient_threshold_is_told_to_prove_nothing():
 @pytest.mark.parametrize("figure", ["mean_kl", "top1_agreement"])
 def test_a_figure_that_is_no_number_is_not_within(plan, directory, figure):
     check = behaviour().model_copy(update={figure: float("nan")})
-    assert not judge(plan, wrong_headers(plan, directory), [tensor()], [check]).passed
+    assert not judge(plan, wrong_headers(plan.output, directory), [tensor()], [check]).passed
 
 
 def test_reasons_name_the_tensor_and_the_figures(plan, directory):
     checks = [tensor("model.norm.weight", rounding_excess=30.0, max_abs_error=0.25, num_bad_elements=7)]
-    report = judge(plan, wrong_headers(plan, directory), checks, [behaviour(mean_kl=0.5, top1_agreement=0.5)])
+    report = judge(plan, wrong_headers(plan.output, directory), checks, [behaviour(mean_kl=0.5, top1_agreement=0.5)])
     first, second, third = report.failures
     assert "tensor model.norm.weight: 7 elements" in first
     assert "0.25" in first
@@ -169,7 +169,7 @@ def test_reasons_name_the_tensor_and_the_figures(plan, directory):
 
 def test_a_merge_that_is_wrong_everywhere_is_told_shortly(plan, directory):
     checks = [tensor(f"t{n}", rounding_excess=2.0 + n, num_bad_elements=1) for n in range(50)]
-    report = judge(plan, wrong_headers(plan, directory), checks, [])
+    report = judge(plan, wrong_headers(plan.output, directory), checks, [])
     assert len(report.failures) == 21
     assert "tensor t49:" in report.failures[0]
     assert report.failures[-1] == "30 more tensors are not base + delta"
@@ -211,15 +211,15 @@ def test_a_shard_that_is_not_as_planned_fails(plan, directory, damage):
     shard = plan.output.shards[1].name
     apply, phrase = DAMAGE[damage]
     apply(directory / shard)
-    (wrong,) = wrong_headers(plan, directory)
+    (wrong,) = wrong_headers(plan.output, directory)
     assert shard in wrong
     assert any(part in wrong for part in phrase.split("|"))
-    report = judge(plan, wrong_headers(plan, directory), [], [])
+    report = judge(plan, wrong_headers(plan.output, directory), [], [])
     assert (report.passed, report.failures) == (False, (wrong,))
 
 
 def test_whole_shards_have_right_headers(plan, directory):
-    assert wrong_headers(plan, directory) == []
+    assert wrong_headers(plan.output, directory) == []
 
 
 def test_a_summary_holds_the_extremes(plan, directory):
@@ -229,7 +229,10 @@ def test_a_summary_holds_the_extremes(plan, directory):
         tensor("c", rounding_excess=0.0, changed=False),
     ]
     report = judge(
-        plan, wrong_headers(plan, directory), checks, [behaviour(gates=False, mean_kl=0.1), behaviour(mean_kl=1e-4)]
+        plan,
+        wrong_headers(plan.output, directory),
+        checks,
+        [behaviour(gates=False, mean_kl=0.1), behaviour(mean_kl=1e-4)],
     )
     summary = summarize(report)
     assert (summary.num_tensors, summary.num_changed_tensors) == (3, 2)
@@ -239,19 +242,19 @@ def test_a_summary_holds_the_extremes(plan, directory):
 
 
 def test_a_summary_of_arithmetic_alone_claims_no_behaviour(plan, directory):
-    summary = summarize(judge(plan, wrong_headers(plan, directory), [tensor(changed=False)], []))
+    summary = summarize(judge(plan, wrong_headers(plan.output, directory), [tensor(changed=False)], []))
     assert (summary.mean_kl, summary.top1_agreement, summary.min_survival) == (None, None, None)
 
 
 def test_a_summary_tells_what_the_adapter_does_and_what_is_lost(plan, directory):
     figures = {"kl_p999": 2e-3, "lost_share": 0.01, "proves_adapter": True}
     check = behaviour().model_copy(update=figures)
-    summary = summarize(judge(plan, wrong_headers(plan, directory), [tensor()], [check]))
+    summary = summarize(judge(plan, wrong_headers(plan.output, directory), [tensor()], [check]))
     assert summary.model_dump(include=set(figures)) == figures
 
 
 def test_a_report_and_a_summary_of_an_earlier_version_are_read(plan, directory):
-    report = judge(plan, wrong_headers(plan, directory), [tensor()], [behaviour()])
+    report = judge(plan, wrong_headers(plan.output, directory), [tensor()], [behaviour()])
     written = json.loads(report.model_dump_json(by_alias=True))
     later = {"kl_p999", "lost_share", "rounding_kl", "proves_adapter", "mean_delta_p", "remarks"}
     assert not later & written["behaviour"][0].keys()
@@ -264,7 +267,7 @@ def test_a_report_and_a_summary_of_an_earlier_version_are_read(plan, directory):
 
 
 def test_a_report_is_written_as_json_and_as_a_page(merged, plan, directory, tmp_path):
-    report = judge(plan, wrong_headers(plan, directory), list(merged.check()["job"].values()), [behaviour()])
+    report = judge(plan, wrong_headers(plan.output, directory), list(merged.check()["job"].values()), [behaviour()])
     write_report(report, tmp_path / "reports" / "job")
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "reports", tmp_path / "reports" / "job")} == {
         0o700
@@ -277,13 +280,15 @@ def test_a_report_is_written_as_json_and_as_a_page(merged, plan, directory, tmp_
 
 def test_a_report_takes_the_place_of_an_earlier_one(plan, directory, tmp_path):
     for passed in (False, True):
-        report = judge(plan, wrong_headers(plan, directory), [tensor(rounding_excess=0.5 if passed else 5.0)], [])
+        report = judge(
+            plan, wrong_headers(plan.output, directory), [tensor(rounding_excess=0.5 if passed else 5.0)], []
+        )
         write_report(report, tmp_path / "job")
     assert ParityReport.model_validate_json((tmp_path / "job" / "parity.json").read_text()).passed
 
 
 def test_a_place_that_takes_no_report_is_named(plan, directory, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    report = judge(plan, wrong_headers(plan, directory), [], [])
+    report = judge(plan, wrong_headers(plan.output, directory), [], [])
     with pytest.raises(BadInputError, match="file/job"):
         write_report(report, tmp_path / "file" / "job")

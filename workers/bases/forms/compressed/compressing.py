@@ -3,7 +3,7 @@
 Shape suffixes: O output features, I input features, G groups along I, B blocks.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from compressed_tensors.config import CompressionFormat
@@ -38,7 +38,7 @@ MXFP4 = _group("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group
 
 
 def compress(
-    weight_OI: torch.Tensor, group: Group, scale_dtype: torch.dtype, global_scale: torch.Tensor | None = None
+    weight_OI: torch.Tensor, group: Group, scale_dtype: torch.dtype, of_all: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
     """Quantize a weight as a group says, rows at a time: scales reach no further, but for what all of it shares.
 
@@ -46,8 +46,8 @@ def compress(
         weight_OI: in 16 or 32 bits, [O, I]; may be mapped.
         group: of the weight.
         scale_dtype: what scales are stored in. They are computed in float32, and rounded to it before they are used.
-        global_scale: float32 [1], in NVFP4: that of the weight before. It stays where it reaches far enough, as modules
-            that servers fuse (queries, keys and values) share one; a larger weight gets its own.
+        of_all: float32 [1], in NVFP4: a global scale. It is taken where it reaches far enough, as modules that servers
+            fuse (queries, keys and values) share one; a larger weight gets its own.
 
     Returns:
         What the compressor gives, by what it is called in its module: codes, scales, and what goes with them.
@@ -58,19 +58,16 @@ def compress(
         arguments = arguments.model_copy(update={"scale_dtype": _SCALES[group.format]})
     shared: dict[str, torch.Tensor] = {}
     whole: tuple[torch.Tensor, torch.Tensor] | None = None
-    if group.strategy in (QuantizationStrategy.TENSOR, QuantizationStrategy.TENSOR_GROUP):
-        extremes = [torch.stack(torch.aminmax(rows)) for rows in _strips(weight_OI, 1)]
-        lowest, highest = torch.stack(extremes).float().unbind(1)
-        whole = lowest.amin(), highest.amax()
-        if group.strategy is QuantizationStrategy.TENSOR_GROUP:
-            own = generate_gparam(*whole)
-            # In float32 a larger global scale stands for smaller weights.
-            shared[GLOBAL_SCALE] = own if global_scale is None or own < global_scale else global_scale.float()
+    if group.strategy is QuantizationStrategy.TENSOR:
+        whole = _extremes_of_all(weight_OI)
+    if group.strategy is QuantizationStrategy.TENSOR_GROUP:
+        own = global_scale([weight_OI])
+        # A larger one stands for smaller weights.
+        shared[GLOBAL_SCALE] = own if of_all is None or own < of_all else of_all.float()
     alignment = _PACKED_ROWS if group.packs_zero_points else group.block[0]
     pieces = []
     for rows_OI in _strips(weight_OI, alignment):
-        by_tensor = group.strategy is QuantizationStrategy.TENSOR
-        low, high = whole if whole is not None and by_tensor else _extremes(rows_OI, group)
+        low, high = whole or _extremes(rows_OI, group)
         scales, zero_points = calculate_qparams(low, high, arguments, shared.get(GLOBAL_SCALE))
         parts = {WEIGHT: rows_OI, SCALE: scales.to(of_scales), **shared}
         if not arguments.symmetric:
@@ -80,6 +77,23 @@ def compress(
     if SHAPE in found:
         found[SHAPE] = torch.tensor(weight_OI.shape)
     return found
+
+
+def global_scale(weights: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the global scale of NVFP4 for weights that share one: float32 [1].
+
+    Args:
+        weights: in 16 or 32 bits, [O, I] each; may be mapped.
+    """
+    lows, highs = zip(*map(_extremes_of_all, weights), strict=True)
+    scale: torch.Tensor = generate_gparam(torch.stack(lows).amin(), torch.stack(highs).amax())
+    return scale
+
+
+def _extremes_of_all(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    extremes = [torch.stack(torch.aminmax(rows)) for rows in _strips(weight_OI, 1)]
+    lowest, highest = torch.stack(extremes).float().unbind(1)
+    return lowest.amin(), highest.amax()
 
 
 def _strips(weight_OI: torch.Tensor, alignment: int) -> Iterator[torch.Tensor]:

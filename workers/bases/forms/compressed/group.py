@@ -16,8 +16,9 @@ from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy
 
 from jobs.errors import BadInputError, UnsupportedError
+from workers.bases.forms import PartLayout
 from workers.bases.forms.refusals import stored_twice
-from workers.files.layout import TensorSpec
+from workers.files.layout import DTYPES, TensorSpec
 
 WEIGHT, PACKED = "weight", "weight_packed"
 """What codes are called in their module; packed ones do not have the shape of their weight."""
@@ -154,6 +155,27 @@ class Group:
         if self.format is CompressionFormat.pack_quantized:
             return num_rows, math.ceil(num_columns * self.arguments.num_bits / 32)
         return num_rows, num_columns // (2 if self.codes == PACKED else 1)
+
+    def layout(self, num_rows: int, num_columns: int, dtype: torch.dtype) -> Mapping[str, PartLayout]:
+        """Return what a weight without zero points is stored as, by what that is called in its module.
+
+        Args:
+            num_rows: of the weight.
+            num_columns: of the weight.
+            dtype: of the model, which scales have that are plain numbers.
+        """
+        layout = _LAYOUTS[self.format]
+        (codes,) = layout.dtypes & ({"F8_E4M3"} if self.arguments.type == "float" else {"I8"}) or layout.dtypes
+        scales = dtype if layout.scales == _SCALES else DTYPES[next(iter(layout.scales))]
+        found: dict[str, PartLayout] = {
+            self.codes: (DTYPES[codes], self.codes_shape(num_rows, num_columns)),
+            SCALE: (scales, self._grid(num_rows, num_columns)),
+        }
+        if self.format is CompressionFormat.nvfp4_pack_quantized:
+            found[GLOBAL_SCALE] = torch.float32, (1,)
+        if self.format is CompressionFormat.pack_quantized:
+            found[SHAPE] = torch.int64, (2,)
+        return found
 
     def check(self, module: str, there: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
         """Check the parts of a weight.

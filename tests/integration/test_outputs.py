@@ -1,0 +1,167 @@
+"""Releases stored in a form that the request names: the library's compression of PEFT's merge, and what loads it."""
+
+import json
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization.utils import generate_gparam
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from jobs.request import MergeRequest, OutputForm
+from tests import architectures
+from tests.killing import FULL
+from tests.merges import different, merge_by_peft, read_tensors
+from tests.models import build_llama, make_adapter
+from tests.stored.compressed import compress
+
+FORMS = {
+    "fp8_dynamic": ("FP8_DYNAMIC", "float-quantized"),
+    "fp8_block": ("FP8_BLOCK", "float-quantized"),
+    "int8_w8a16": ("W8A16", "pack-quantized"),
+    "int4_w4a16": ("W4A16", "pack-quantized"),
+    "mxfp4": ("MXFP4A16", "mxfp4-pack-quantized"),
+    "nvfp4a16": ("NVFP4A16", "nvfp4-pack-quantized"),
+}
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+SHAPE = {"hidden_size": 128, "intermediate_size": 256}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("llama")
+    base = build_llama(directory / "base", **SHAPE)
+    return base, make_adapter(base, directory / "adapter", targets=["q_proj", "down_proj"], std=0.2)
+
+
+def release(worker, sources, directory, output, **fields):
+    base, adapter = sources
+    request = MergeRequest(
+        id=directory.name,
+        base=str(base),
+        adapter=str(adapter),
+        destination=str(directory),
+        output=output,
+        **{
+            "base_quantization": "none",
+            "parity": {"level": "arithmetic", "thresholds": {"min_survival": 0}},
+            **fields,
+        },
+    )
+    (staged,) = worker.run_unit("unit", (request,)).jobs
+    return staged if staged.failure is not None else worker.publish(request.id, None)
+
+
+def compressed(merged, form):
+    """Return merged tensors with their projections stored by the library."""
+    preset, format_ = FORMS[form]
+    weights = preset_name_to_scheme(preset, ["Linear"]).weights.model_dump()
+    scheme = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": weights})
+    found = {}
+    for name, weight in merged.items():
+        if "proj" not in name or weight.dim() != 2:
+            found[name] = weight
+            continue
+        module = name.split(".")[-2]
+        together = next((each for each in FUSED if module in each), (module,))
+        siblings = [merged[name.replace(module, each)].float() for each in together]
+        shared = None
+        if form == "nvfp4a16":
+            shared = generate_gparam(min(each.min() for each in siblings), max(each.max() for each in siblings))
+        found |= compress(name, weight, format_, scheme, shared)[0]
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_projection_is_the_librarys_compression_of_the_merge(worker, llama, tmp_path, form):
+    outcome = release(worker, llama, tmp_path / "release", form)
+    assert outcome.failure is None, outcome.failure
+    expected = compressed(merge_by_peft(*llama, tmp_path / "peft"), form)
+    assert different(read_tensors(tmp_path / "release"), expected) == []
+    assert outcome.release.manifest.output == form
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_another_library_loads_it_and_goes_on_with_the_same_tokens(worker, llama, tmp_path, form):
+    """transformers by compressed-tensors, against the merged model with the values that the codes stand for."""
+    thresholds = {"max_mean_kl": 5, "min_top1_agreement": 0, "max_lost_share": 1, "min_survival": 0}
+    outcome = release(worker, llama, tmp_path / "release", form, parity={**FULL, "thresholds": thresholds})
+    assert outcome.failure is None, outcome.failure
+    assert outcome.release.manifest.parity.mean_kl > 0
+    config = AutoConfig.from_pretrained(tmp_path / "release")
+    config.quantization_config = dict(config.quantization_config) | {"dequantize": True}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "release", config=config, dtype=torch.bfloat16)
+    merge_by_peft(*llama, tmp_path / "peft")
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "peft", dtype=torch.bfloat16)
+    preset, format_ = FORMS[form]
+    weights = preset_name_to_scheme(preset, ["Linear"]).weights.model_dump()
+    scheme = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": weights})
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if "proj" in name:
+                module = name.removesuffix("weight")
+                stored = {
+                    part.removeprefix(module): tensor
+                    for part, tensor in read_tensors(tmp_path / "release").items()
+                    if part.startswith(module)
+                }
+                parameter.copy_(decompressed(stored, format_, scheme))
+    assert different(dict(loaded.state_dict()), dict(reference.state_dict())) == []
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "release")("The capital of France is", return_tensors="pt")
+    ids = tokens["input_ids"]
+    one, other = (
+        model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0) for model in (loaded, reference)
+    )
+    assert torch.equal(one, other)
+
+
+def decompressed(stored, format_, scheme):
+    compressor = BaseCompressor.get_value_from_registry(format_)
+    return compressor.decompress(stored, scheme)["weight"].to(torch.bfloat16)
+
+
+def test_what_is_no_projection_stays_and_is_named(worker, llama, tmp_path):
+    assert release(worker, llama, tmp_path / "release", "fp8_dynamic").failure is None
+    declared = json.loads((tmp_path / "release" / "config.json").read_text())["quantization_config"]
+    assert declared["ignore"] == ["lm_head"]
+    assert declared["quant_method"] == "compressed-tensors"
+
+
+@pytest.mark.parametrize(("model_type", "targets"), [("qwen3_moe", ["q_proj"]), ("deepseek_v3", ["q_a_proj"])])
+def test_single_experts_are_stored_and_routers_are_not(worker, tmp_path, model_type, targets):
+    base = architectures.build("decoder", model_type, tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", targets=targets, rank=2)
+    outcome = release(worker, (base, adapter), tmp_path / "release", "fp8_dynamic")
+    assert outcome.failure is None, outcome.failure
+    found = read_tensors(tmp_path / "release")
+    experts = [name for name in found if ".experts." in name and name.endswith("proj.weight")]
+    assert experts
+    assert {found[name].dtype for name in experts} == {torch.float8_e4m3fn}
+    routers = [name for name in found if name.endswith("mlp.gate.weight")]
+    assert routers
+    assert {found[name].dtype for name in routers} <= {torch.bfloat16, torch.float32}
+    declared = json.loads((tmp_path / "release" / "config.json").read_text())["quantization_config"]
+    assert {name.removesuffix(".weight") for name in routers} <= set(declared["ignore"])
+
+
+def test_all_experts_of_a_layer_at_once_are_refused(worker, tmp_path):
+    base = architectures.build("decoder", "gpt_oss", tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", targets=["q_proj"], rank=2)
+    outcome = release(worker, (base, adapter), tmp_path / "release", "fp8_dynamic")
+    assert "holds all experts of a layer at once" in outcome.failure.message
+
+
+def test_rows_that_fall_into_no_groups_stay_as_they_are(worker, tmp_path):
+    base = build_llama(tmp_path / "base", hidden_size=128, intermediate_size=192)
+    adapter = make_adapter(base, tmp_path / "adapter", targets=["q_proj"])
+    assert release(worker, (base, adapter), tmp_path / "release", "int4_w4a16").failure is None
+    found = read_tensors(tmp_path / "release")
+    assert found["model.layers.0.mlp.down_proj.weight"].dtype is torch.bfloat16
+    assert "model.layers.0.mlp.up_proj.weight_packed" in found
+    declared = json.loads((tmp_path / "release" / "config.json").read_text())["quantization_config"]
+    assert "model.layers.0.mlp.down_proj" in declared["ignore"]
+
+
+def test_every_word_of_a_request_is_tried_here():
+    assert {form.value for form in OutputForm} == {"16bit", "as_base", *FORMS}

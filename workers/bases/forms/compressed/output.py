@@ -1,0 +1,107 @@
+"""Schemes of compressed-tensors that a release is stored in, whatever its base is: those that need no data."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationConfig, QuantizationStrategy, preset_name_to_scheme
+
+from jobs.request import OutputForm
+from workers.bases.forms import PartLayout, StoredParts
+from workers.bases.forms.compressed.compressing import compress, global_scale
+from workers.bases.forms.compressed.form import CompressedTensors
+from workers.bases.forms.compressed.group import WEIGHT, Group
+
+_PRESETS: Mapping[OutputForm, str] = {
+    OutputForm.FP8_DYNAMIC: "FP8_DYNAMIC",
+    OutputForm.FP8_BLOCK: "FP8_BLOCK",
+    OutputForm.INT8_W8A16: "W8A16",
+    OutputForm.INT4_W4A16: "W4A16",
+    OutputForm.MXFP4: "MXFP4A16",
+    OutputForm.NVFP4A16: "NVFP4A16",
+}
+"""Names of the library's own schemes."""
+
+
+class CompressedOutput:
+    """One scheme for the linear weights of a release."""
+
+    def __init__(self, output: OutputForm, dtype: torch.dtype) -> None:
+        """Take the scheme.
+
+        Args:
+            output: which.
+            dtype: of the model.
+        """
+        self._scheme = preset_name_to_scheme(_PRESETS[output], ["Linear"])
+        self._dtype = dtype
+        self.words = f"{output.value} (compressed-tensors)"
+
+    @cached_property
+    def group(self) -> Group:
+        """The one group of its configuration."""
+        return Group.declared(self.words, self._scheme.model_copy(deep=True), "")
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight can be stored in it: a matrix whose rows fall into whole groups."""
+        return len(shape) == 2 and shape[0] > 0 and shape[1] % (self.group.group_size or 1) == 0
+
+    def parts(self, name: str, shape: tuple[int, ...]) -> tuple[StoredParts, Mapping[str, PartLayout]]:
+        """Return what a weight is stored as.
+
+        Args:
+            name: of the weight, which ends with `.weight`.
+            shape: [O, I], which `takes` has taken.
+
+        Returns:
+            Its parts; and their dtypes and shapes, by their names.
+        """
+        owner = name.removesuffix(WEIGHT)
+        layout = self.group.layout(shape[0], shape[1], self._dtype)
+        beside = {part: f"{owner}{part}" for part in layout if part != self.group.codes}
+        parts = StoredParts(codes=f"{owner}{self.group.codes}", beside=beside, shape=shape)
+        return parts, {f"{owner}{part}": each for part, each in layout.items()}
+
+    @property
+    def shares_scales(self) -> bool:
+        """Whether weights have a scale for all of them, which servers take to be that of all that they fuse."""
+        return self.group.strategy is QuantizationStrategy.TENSOR_GROUP
+
+    def quantize(
+        self, name: str, weight_OI: torch.Tensor, together: Sequence[torch.Tensor]
+    ) -> Mapping[str, torch.Tensor]:
+        """Return what a weight is stored as, by name.
+
+        Args:
+            name: of the weight.
+            weight_OI: its numbers.
+            together: those of all weights that share its global scale, its own included.
+        """
+        owner, (num_rows, num_columns) = name.removesuffix(WEIGHT), weight_OI.shape
+        layout = self.group.layout(num_rows, num_columns, self._dtype)
+        second = global_scale(together) if self.shares_scales else None
+        found = compress(weight_OI, self.group, self._dtype, second)
+        return {f"{owner}{part}": found[part].to(dtype).reshape(shape) for part, (dtype, shape) in layout.items()}
+
+    def declaration(self, ignored: Sequence[str]) -> dict[str, Any]:
+        """Return the `quantization_config` of a release.
+
+        Args:
+            ignored: modules with a matrix for weight that are not stored in it.
+        """
+        config = QuantizationConfig(
+            config_groups={"group_0": self._scheme},
+            format=self.group.format.value,
+            ignore=list(ignored),
+            quantization_status="compressed",
+        )
+        declared: dict[str, Any] = json.loads(config.model_dump_json(exclude_none=True))
+        return {**declared, "quant_method": "compressed-tensors"}
+
+    def form(self, ignored: Sequence[str]) -> CompressedTensors:
+        """Return the form of such a release, to read it."""
+        found = CompressedTensors.declared("quantization_config", self.declaration(ignored))
+        assert found is not None
+        return found

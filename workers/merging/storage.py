@@ -1,0 +1,117 @@
+"""What the weights of a release are stored in, where that is no plain numbers: its base's form, or one it is given."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from workers.bases.forms import PartLayout, QuantizingForm, StoredForm, StoredParts
+from workers.bases.forms.compressed.output import CompressedOutput
+from workers.files.tensor_io import mapped
+from workers.merging.base_plan import BasePlan
+
+_WEIGHT = ".weight"
+_FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+"""Modules that vLLM fuses (`packed_modules_mapping` of its models), and takes one global scale for: the largest."""
+
+
+class Storage(Protocol):
+    """What some weights of one release are quantized to."""
+
+    @property
+    def form(self) -> StoredForm:
+        """The form, to read the release."""
+        ...
+
+    @property
+    def in_form(self) -> Mapping[str, StoredParts]:
+        """All weights of the release that are stored in it, by name."""
+        ...
+
+    @property
+    def declaration(self) -> Mapping[str, Any] | None:
+        """What `config.json` says of it; None for what that of the base says."""
+        ...
+
+    def companions(self, name: str) -> tuple[str, ...]:
+        """Return the weights whose numbers decide what a weight is stored as, itself included."""
+        ...
+
+    def quantize(self, name: str, read: Callable[[str], torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Return what a weight is stored as, by stored name, in the dtypes and shapes that are laid out.
+
+        Args:
+            name: of the weight.
+            read: returns the numbers of a weight by name, in 16 or 32 bits, on the CPU; they may be mapped.
+        """
+        ...
+
+    def before(self, name: str) -> Mapping[str, torch.Tensor] | None:
+        """Return what the base stores a weight as, by the same names; None where that is something else."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BasesOwn:
+    """The form of the base."""
+
+    base: BasePlan
+    form: StoredForm
+    layout: Mapping[str, PartLayout]
+    """Of the parts that are made anew, by name."""
+    declaration: None = None
+
+    @property
+    def in_form(self) -> Mapping[str, StoredParts]:
+        """All weights of the base that are stored in it."""
+        return self.base.in_form
+
+    def companions(self, name: str) -> tuple[str, ...]:
+        """Return a weight alone: what it shares with others stays; see `Storage`."""
+        return (name,)
+
+    def quantize(self, name: str, read: Callable[[str], torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Quantize a weight again; see `Storage`."""
+        assert isinstance(self.form, QuantizingForm)
+        parts = self.base.in_form[name]
+        found = self.form.quantize(name, parts, self.before(name), read(name))
+        made = ((stored, *self.layout[stored]) for stored in parts.names)
+        return {stored: found[stored].to(dtype).reshape(shape) for stored, dtype, shape in made}
+
+    def before(self, name: str) -> Mapping[str, torch.Tensor]:
+        """Return what the base stores a weight as: views of mapped files."""
+        directory, places = self.base.source.directory, self.base.layout.tensors
+        return {each: mapped(directory / places[each][0].name, each) for each in self.base.in_form[name].names}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """A form that the request names."""
+
+    output: CompressedOutput
+    form: StoredForm
+    in_form: Mapping[str, StoredParts]
+    declaration: Mapping[str, Any]
+
+    def companions(self, name: str) -> tuple[str, ...]:
+        """Return the weights that share a global scale, where the form has such; see `Storage`."""
+        owner, _, module = name.removesuffix(_WEIGHT).rpartition(".")
+        if not self.output.shares_scales:
+            return (name,)
+        together = next((each for each in _FUSED if module in each), (module,))
+        names = (f"{owner}.{each}{_WEIGHT}" for each in together)
+        return tuple(each for each in names if each in self.in_form)
+
+    def quantize(self, name: str, read: Callable[[str], torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Quantize a weight; see `Storage`."""
+        return self.output.quantize(name, read(name), [read(each) for each in self.companions(name)])
+
+    def before(self, name: str) -> None:  # noqa: ARG002 - the base stores none of them so
+        """Return None; see `Storage`."""
+        return
