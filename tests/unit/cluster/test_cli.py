@@ -214,7 +214,7 @@ def test_jobs_are_cancelled_and_retried_by_choice_and_never_by_default(tmp_path)
         ),
         (
             ["merge", "--base", "b", "--adapter", "x/a", "--adapter", "y/my a", "--to", "hf://org/m"],
-            "--to: expected hf://owner/name or hf://owner/name@revision, found 'hf://org/m-my a@main'",
+            "--to: expected hf://owner/name, hf://owner/name@revision or hf://owner/name/folder@revision, found 'hf://org/m-my a@main'",
         ),
         (["merge", "--base", "ftp://b", "--adapter", "a", "--to", "o"], "--base: expected a path"),
         (
