@@ -123,10 +123,14 @@ class Allowance:
         ]
         for path, location in sources:
             if not _is_allowed(self.sources, location, follow_links=follow_links):
-                yield path, f"a source that this fleet reads: {_shown(self.sources)}", f"'{location}'"
+                yield path, _source_words(self.sources), f"'{location}'"
         if not _is_allowed(self.destinations, request.destination, follow_links=follow_links):
             expected = f"a destination that this fleet writes to: {_shown(self.destinations)}"
             yield ("destination",), expected, f"'{request.destination}'"
+
+    def refusal_of_source(self, location: Location) -> str | None:
+        """Return what is expected in the place of a source that is not allowed, by its text; None when it is."""
+        return None if _is_allowed(self.sources, location, follow_links=False) else _source_words(self.sources)
 
     def check(self, request: MergeRequest) -> None:
         """Refuse a request that names a place which is not allowed, wherever links lead to on this machine.
@@ -144,6 +148,10 @@ class Allowance:
 
 def _is_allowed(patterns: tuple[Pattern, ...] | None, location: Location, *, follow_links: bool) -> bool:
     return patterns is None or any(each.covers(location, follow_links=follow_links) for each in patterns)
+
+
+def _source_words(patterns: tuple[Pattern, ...] | None) -> str:
+    return f"a source that this fleet reads: {_shown(patterns)}"
 
 
 def _shown(patterns: tuple[Pattern, ...] | None) -> str:

@@ -225,9 +225,7 @@ def _parse_hub(text: str) -> HubRepo:
         raise InvalidValueError(expected, repr(text))
     repo, folders = parts[:2], rest[1:]
     if not all(_REPO_PART.fullmatch(part) for part in repo):
-        raise InvalidValueError(
-            "hf://owner/name, hf://owner/name@revision or hf://owner/name/folder@revision", repr(text)
-        )
+        raise InvalidValueError("hf://owner/name or hf://owner/name/folder, with @revision or not", repr(text))
     if any(part in (".", "..") or not _FOLDER_PART.fullmatch(part) for part in folders):
         expected = "a folder of the repository free of empty, '.' and '..' parts, of '*' and '?'"
         raise InvalidValueError(expected, repr(text))
