@@ -14,6 +14,7 @@ _PART = re.compile(r"(adapter_model-)\d{5}(-of-(\d{5})\.(?:safetensors|bin))")
 _START_BYTES = 64 << 10
 """More than the header of most adapters."""
 _MAX_HEADER_BYTES = 32 << 20
+_MAX_CONFIG_BYTES = 16 << 20
 _MAX_INNER = 50
 """Folders of a folder that are looked into for adapters."""
 
@@ -41,6 +42,8 @@ def missing_of(place: Location, listing: Listing) -> str | None:
         parts = (f"{part[1]}{number:05d}{part[2]}" for number in range(1, int(part[3]) + 1))
         if missing := next((each for each in parts if each not in files), None):
             return f"has no {missing}"
+    if files[_CONFIG] > _MAX_CONFIG_BYTES:
+        return f"has an {_CONFIG} of {files[_CONFIG]} bytes, more than {_MAX_CONFIG_BYTES}"
     if broken := _broken_config(listing.start(place, _CONFIG, files[_CONFIG])):
         return broken
     shards = (name for name in weights if name.endswith(".safetensors"))

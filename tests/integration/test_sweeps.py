@@ -1,8 +1,10 @@
 """A sweep over the checkpoints that transformers' Trainer leaves: submitted twice, merged, proven, and ranked."""
 
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +138,63 @@ def test_a_sweep_that_is_submitted_again_adds_what_is_new_and_is_ranked(base, tr
     for _, step, nll in rows:
         assert float(nll) == pytest.approx(expected[int(step)], abs=0.02)  # the base is in bfloat16
         assert f'file://{tmp_path}/releases/x/{step}"' in table
+
+
+def test_base_and_adapters_in_folders_of_one_repository_are_merged(base, trained, home, hub, tmp_path):
+    """What is fetched is what the merge needs: nothing of the trainer's, nothing of a checkpoint that is not named."""
+    repo = f"org/{tmp_path.name}"
+    files = {f"bases/pico/{path.name}": path.read_bytes() for path in base.iterdir()}
+    for step in (1, 2, 3):
+        for path in (trained / f"checkpoint-{step}").iterdir():
+            files[f"runs/x/checkpoint-{step}/{path.name}"] = path.read_bytes()
+    hub.create(repo, files)
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        "matrix:\n"
+        f"  bases: [hf://{repo}/bases/pico@main]\n"
+        f"  adapters: ['hf://{repo}/runs/x/checkpoint-?@main']\n"
+        "  base_quantization: none\n"
+        "  destination: releases/{base}/{step}\n"
+        "  parity: {level: arithmetic}\n"
+    )
+    assert call("submit", path) == "batch sweep: 3 jobs queued\n"
+    store = JobStore(f"sqlite:///{home}/mergefleet.db")
+    store.cancel([record.id for record in store.jobs() if record.request.adapter.name == "checkpoint-2"])
+    merge_all(store, home)
+    commit = hub.repos[repo][-1].oid
+    for record in store.jobs():
+        if record.release is not None:
+            assert str(record.release.manifest.base) == f"hf://{repo}/bases/pico@{commit}"
+            assert str(record.release.manifest.adapter).endswith(f"@{commit}")
+    store.close()
+    for step in (1, 3):
+        expected = merge_by_peft(base, trained / f"checkpoint-{step}", tmp_path / "peft" / str(step))
+        assert different(read_tensors(tmp_path / "releases" / "pico" / str(step)), expected) == []
+    snapshot = Path(os.environ["HF_HOME"]) / "hub" / f"models--{repo.replace('/', '--')}" / "snapshots" / commit
+    brought = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
+    assert {name.partition("/")[0] for name in brought} == {"bases", "runs"}
+    assert {name.split("/")[2] for name in brought if name.startswith("runs/")} == {"checkpoint-1", "checkpoint-3"}
+    kept = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin"}
+    assert not {name.rpartition("/")[2] for name in brought} & kept
+
+
+def test_adapters_that_peft_saved_under_their_names_are_merged_one_by_one(base, tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    with quiet_libraries():
+        model = get_peft_model(load_plain(base), config, adapter_name="policy")
+        model.add_adapter("critic", config)
+        model.save_pretrained(tmp_path / "named")
+    assert {path.name for path in (tmp_path / "named").iterdir() if path.is_dir()} == {"policy", "critic"}
+    arguments = ["merge", "--base", base, "--base-quantization", "none", "--parity", "arithmetic"]
+    both = [part for name in ("policy", "critic") for part in ("--adapter", tmp_path / "named" / name)]
+    call(*arguments, *both, "--to", tmp_path / "out")
+    for name in ("policy", "critic"):
+        expected = merge_by_peft(base, tmp_path / "named" / name, tmp_path / "peft" / name)
+        assert different(read_tensors(tmp_path / "out" / name), expected) == []
+    result = CliRunner().invoke(app, [*map(str, arguments), "--adapter", f"{tmp_path}/named", "--to", f"{tmp_path}/x"])
+    assert result.exit_code == 2
+    told = " ".join(result.output.split())
+    assert f"2 have one: critic, policy; name the one that is meant, such as {tmp_path}/named/critic" in told
 
 
 def merge_all(store: JobStore, home) -> None:

@@ -112,10 +112,13 @@ def test_what_is_still_being_written_is_left_out_and_told(tmp_path):
         "checkpoint-8": ADAPTER | {"adapter_config.json": b'{"peft_type": '},
         "checkpoint-9": {"adapter_config.json": b"{}", "adapter_model-00002-of-00002.safetensors": WEIGHTS},
         "checkpoint-10": ADAPTER | {"adapter_model.safetensors": WEIGHTS + b"!"},
-        "checkpoint-11": ADAPTER | {"adapter_model.safetensors": struct.pack("<Q", 2) + b"[]"},
+        "checkpoint-11": ADAPTER,
+        "checkpoint-12": ADAPTER | {"adapter_model.safetensors": struct.pack("<Q", 2) + b"[]"},
     }
     for folder, files in odd.items():
         write_files(tmp_path / folder, files)
+    with (tmp_path / "checkpoint-11" / "adapter_config.json").open("ab") as file:
+        file.truncate(1 << 40)  # a sparse TiB is not read
     reading = read(tmp_path, MATRIX.format(adapters="checkpoint-*"))
     assert places(reading, tmp_path) == ["checkpoint-1"]
     size = len(WEIGHTS)
@@ -128,7 +131,8 @@ def test_what_is_still_being_written_is_left_out_and_told(tmp_path):
         "checkpoint-8: has an adapter_config.json that is no JSON object",
         "checkpoint-9: has no adapter_model-00001-of-00002.safetensors",
         f"checkpoint-10: has {size + 1} bytes of adapter_model.safetensors, whose header speaks of {size}",
-        "checkpoint-11: has 10 bytes of adapter_model.safetensors, and no whole header in them",
+        f"checkpoint-11: has an adapter_config.json of {1 << 40} bytes, more than {16 << 20}",
+        "checkpoint-12: has 10 bytes of adapter_model.safetensors, and no whole header in them",
         "tmp-checkpoint-2: has the name of what is still being written",
     ]
     reading = read(tmp_path, MATRIX.format(adapters="'*-?'"))
