@@ -11,7 +11,7 @@ from jobs.locations import Location
 from jobs.parity_report import BehaviourCheck, ParityReport
 from jobs.steps import step_of
 
-_CHECKPOINT = re.compile(r"(checkpoint|ckpt|check|(global[-_]?)?step|epoch|iter(ation)?)s?[-_=.]?[0-9]+", re.IGNORECASE)
+_CHECKPOINT = re.compile(r"(checkpoint|ckpt|(global[-_]?)?step|epoch|iter(ation)?)s?[-_=.]?[0-9]+", re.IGNORECASE)
 """How trainers call what they save on the way. Other names that end in numbers may be of things with no order."""
 _NUM_LOOKED_AT = 2
 """Names at the end of a place that may be the checkpoint's: named adapters lie in a folder of it."""

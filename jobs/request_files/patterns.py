@@ -12,7 +12,7 @@ from jobs.steps import step_of
 
 _WILDCARDS = re.compile(r"[*?]")
 _UNFINISHED = "tmp-"
-"""What transformers 4.36 to 4.45 put before the name of a checkpoint until all of it was there."""
+"""What some versions of transformers 4 put before the name of a checkpoint until all of it was there."""
 _NUM_FIXED = 2
 """Names that a store needs before the first wildcard: bucket and a part of the prefix, owner and repository."""
 
@@ -53,7 +53,7 @@ class Match:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pattern:
+class FolderPattern:
     """A text with wildcards."""
 
     text: str
@@ -63,7 +63,7 @@ class Pattern:
     """From there on."""
 
     @classmethod
-    def parse(cls, text: str, relative_to: Path | Elsewhere) -> "Pattern":
+    def parse(cls, text: str, relative_to: Path | Elsewhere) -> "FolderPattern":
         """Read a pattern.
 
         Args:

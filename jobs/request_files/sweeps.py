@@ -10,7 +10,7 @@ from jobs.allowance import Allowance
 from jobs.errors import InvalidValueError, MergefleetError, TransientIOError
 from jobs.locations import Elsewhere, Location
 from jobs.request_files.documents import Node
-from jobs.request_files.patterns import Listing, Match, Pattern, is_pattern
+from jobs.request_files.patterns import FolderPattern, Listing, Match, is_pattern
 from jobs.request_files.problems import ProblemList
 from jobs.request_files.whole_adapters import holds_config, inner_adapters, missing_of
 from jobs.steps import in_order
@@ -70,7 +70,7 @@ class Sweeps:
         if self._listing is None:
             expected = "a place without '*' and '?': they are looked up by `mergefleet submit`, where the file is"
             raise InvalidValueError(expected, repr(text))
-        pattern = Pattern.parse(text, self._relative_to)
+        pattern = FolderPattern.parse(text, self._relative_to)
         if refusal := self._allowance.refusal_of_source(pattern.root):
             raise InvalidValueError(f"a pattern below {refusal}", f"'{pattern.root}' before the first wildcard")
         unfinished: list[Location] = []
@@ -86,7 +86,7 @@ class Sweeps:
         return whole
 
     @staticmethod
-    def _reason(match: Match, pattern: Pattern, listing: Listing) -> str | None:
+    def _reason(match: Match, pattern: FolderPattern, listing: Listing) -> str | None:
         """Return why a place is left out; None when it holds a whole adapter.
 
         Raises:

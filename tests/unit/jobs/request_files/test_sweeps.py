@@ -259,7 +259,7 @@ def test_a_step_stands_in_requests_of_every_format(tmp_path):
     ],
 )
 def test_a_pattern_has_a_root_and_names(text, root, names):
-    found = patterns.Pattern.parse(text, Path("/here"))
+    found = patterns.FolderPattern.parse(text, Path("/here"))
     assert (found.root, found.names) == (root, names)
 
 
@@ -268,7 +268,7 @@ def test_a_pattern_has_a_root_and_names(text, root, names):
 )
 def test_what_is_no_pattern_of_places(text):
     with pytest.raises(InvalidValueError):
-        patterns.Pattern.parse(text, Path("/here"))
+        patterns.FolderPattern.parse(text, Path("/here"))
 
 
 _names = st.text(st.sampled_from("ab-.1[]{}^$+ "), min_size=1, max_size=5).filter(lambda name: name not in (".", ".."))
@@ -289,7 +289,7 @@ def test_patterns_match_as_the_shell_does(tmp_path_factory, folders, first, seco
     ):
         return
     expected = glob.glob(text.replace("[", "[[]"))  # noqa: PTH207 - the reference
-    found = patterns.Pattern.parse(text, root).matches(LocalFolders(), [])
+    found = patterns.FolderPattern.parse(text, root).matches(LocalFolders(), [])
     # A last name without wildcards is not looked up here: whether it is there is seen with its files.
     assert sorted(str(match.place) for match in found if match.place.path.is_dir()) == sorted(expected)
 
