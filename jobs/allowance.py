@@ -15,7 +15,10 @@ from jobs.errors import BadInputError, InvalidValueError
 from jobs.locations import HubRepo, LocalPath, Location, S3Prefix, parse_location
 from jobs.request import MergeRequest
 
-_EXPECTED = "/path, s3://bucket, s3://bucket/prefix, hf://owner/*, hf://owner/name or hf://owner/name@revision"
+_EXPECTED = (
+    "/path, s3://bucket, s3://bucket/prefix, hf://owner/*, hf://owner/name, hf://owner/name/folder or either of these "
+    "with @revision"
+)
 _MAX_SHOWN = 5
 
 
@@ -28,15 +31,17 @@ class Pattern:
     | `/path` | the directory and everything below |
     | `s3://bucket`, `s3://bucket/prefix` | the whole bucket; the prefix and all below it, `prefix-2` is not |
     | `hf://owner/*` | all repositories of an owner, at any revision |
-    | `hf://owner/name`, `hf://owner/name@revision` | one repository at any revision; at this one |
+    | `hf://owner/name`, `hf://owner/name@revision` | one repository with its folders, at any revision; at this one |
+    | `hf://owner/name/folder`, with `@revision` or not | that folder and all below it, `folder-2` is not |
 
-    A `/*` at the end of a path or a prefix may be written and changes nothing.
+    A `/*` at the end of a path, a prefix, a repository or a folder may be written and changes nothing.
     """
 
     text: str
     kind: Literal["local", "s3", "hf"]
     names: tuple[str, ...]
-    """Bucket and parts of the prefix; owner and name of the repository, as far as given; parts of the path."""
+    """Bucket and parts of the prefix; owner and name of the repository and parts of the folder, as far as given; parts
+    of the path."""
     revision: str | None = None
 
     @classmethod
@@ -50,14 +55,15 @@ class Pattern:
         if not stem or "*" in stem:
             raise InvalidValueError(_EXPECTED, repr(text))
         if stem.startswith("hf://"):
-            if stem != text:
+            if stem != text and "/" not in stem.removeprefix("hf://"):
                 owner = parse_location(f"{stem}/name")
-                if not isinstance(owner, HubRepo) or owner.repo_id.count("/") != 1:
-                    raise InvalidValueError(_EXPECTED, repr(text))
+                assert isinstance(owner, HubRepo)
                 return cls(text, "hf", (owner.repo_id.partition("/")[0],))
+            if stem != text and "@" in stem:
+                raise InvalidValueError(_EXPECTED, repr(text))  # the revision ends a location
             place = parse_location(stem)
             assert isinstance(place, HubRepo)
-            return cls(text, "hf", tuple(place.repo_id.split("/")), place.revision if "@" in stem else None)
+            return cls(text, "hf", _parts(place), place.revision if "@" in stem else None)
         if stem.startswith("s3://"):
             bucket, _, prefix = stem.removeprefix("s3://").rstrip("/").partition("/")
             place = parse_location(f"s3://{bucket}/{prefix or 'any'}")
@@ -84,10 +90,17 @@ class Pattern:
                 return not follow_links or Path(os.path.realpath(path)).is_relative_to(os.path.realpath(mine))
             case S3Prefix(bucket, prefix):
                 return self.kind == "s3" and (bucket, *prefix.split("/"))[: len(self.names)] == self.names
-            case HubRepo(repo_id, revision):
-                parts = tuple(repo_id.split("/"))
-                named = parts[:-1] if self.text.endswith("/*") else parts
-                return self.kind == "hf" and named == self.names and self.revision in (None, revision)
+            case HubRepo():
+                parts = _parts(location)
+                is_single = len(self.names) == 1 and not self.text.endswith("/*")  # a repository without an owner
+                parts = _parts(location)
+                fits = parts == self.names if is_single else len(parts) > 1 and parts[: len(self.names)] == self.names
+                return self.kind == "hf" and fits and self.revision in (None, location.revision)
+
+
+def _parts(place: HubRepo) -> tuple[str, ...]:
+    """Return owner, name and folders of a place on the Hub."""
+    return (*place.repo_id.split("/"), *(place.path.split("/") if place.path else ()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,10 +123,14 @@ class Allowance:
         ]
         for path, location in sources:
             if not _is_allowed(self.sources, location, follow_links=follow_links):
-                yield path, f"a source that this fleet reads: {_shown(self.sources)}", f"'{location}'"
+                yield path, _source_words(self.sources), f"'{location}'"
         if not _is_allowed(self.destinations, request.destination, follow_links=follow_links):
             expected = f"a destination that this fleet writes to: {_shown(self.destinations)}"
             yield ("destination",), expected, f"'{request.destination}'"
+
+    def refusal_of_source(self, location: Location) -> str | None:
+        """Return what is expected in the place of a source that is not allowed, by its text; None when it is."""
+        return None if _is_allowed(self.sources, location, follow_links=False) else _source_words(self.sources)
 
     def check(self, request: MergeRequest) -> None:
         """Refuse a request that names a place which is not allowed, wherever links lead to on this machine.
@@ -131,6 +148,10 @@ class Allowance:
 
 def _is_allowed(patterns: tuple[Pattern, ...] | None, location: Location, *, follow_links: bool) -> bool:
     return patterns is None or any(each.covers(location, follow_links=follow_links) for each in patterns)
+
+
+def _source_words(patterns: tuple[Pattern, ...] | None) -> str:
+    return f"a source that this fleet reads: {_shown(patterns)}"
 
 
 def _shown(patterns: tuple[Pattern, ...] | None) -> str:

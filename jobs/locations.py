@@ -1,7 +1,7 @@
-"""Typed places: a local path, an S3 prefix, a revision of a Hub repository.
+"""Typed places: a local path, an S3 prefix, a revision of a Hub repository or a folder in one.
 
-A location is written as one string (`/data/base`, `s3://bucket/prefix`, `hf://org/name@revision`) and is parsed once,
-at the edge. Arbitrary URLs are refused.
+A location is written as one string (`/data/base`, `s3://bucket/prefix`, `hf://org/name@revision`,
+`hf://org/name/folder@revision`) and is parsed once, at the edge. Arbitrary URLs are refused.
 """
 
 import functools
@@ -23,7 +23,11 @@ _SCHEME = re.compile(r"(s3|hf):", re.IGNORECASE)
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _REPO_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_FOLDER_PART = re.compile(r"[^@*?/]+")
+"""Of a folder in a repository; `@` begins the revision, and wildcards stand for several places, not for one."""
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
+_NO_OWNERS = frozenset({"datasets", "models", "spaces"})
+"""What other tools write before the owner of a repository; the Hub gives no one these names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,10 @@ class LocalPath:
     def child(self, name: str) -> "LocalPath":
         """Return the place `name` below this one."""
         return LocalPath(self.path / name)
+
+    def folder(self, path: str) -> "LocalPath":
+        """Return the folder at a path below this one."""
+        return LocalPath(self.path / path)
 
     def is_inside(self, other: "Location") -> bool:
         """Whether this place is `other` or lies below it."""
@@ -70,6 +78,10 @@ class S3Prefix:
         """Return the place `name` below this one."""
         return S3Prefix(self.bucket, f"{self.prefix}/{name}")
 
+    def folder(self, path: str) -> "S3Prefix":
+        """Return the folder at a path below this one."""
+        return S3Prefix(self.bucket, f"{self.prefix}/{path}")
+
     def is_inside(self, other: "Location") -> bool:
         """Whether this place is `other` or lies below it."""
         return (
@@ -89,33 +101,49 @@ class S3Prefix:
 
 @dataclass(frozen=True, slots=True)
 class HubRepo:
-    """A model repository on the Hub at a revision (branch, tag or commit)."""
+    """A model repository on the Hub at a revision (branch, tag or commit), or a folder in it."""
 
     repo_id: str
     revision: str = "main"
+    path: str = ""
+    """Of the folder, without slashes at its ends; empty for the repository as a whole."""
 
     @property
     def name(self) -> str:
-        """The repository's own name, without its owner."""
-        return self.repo_id.rpartition("/")[2]
+        """The last component: that of the folder, or the repository's own name, without its owner."""
+        return (self.path or self.repo_id).rpartition("/")[2]
 
     def child(self, name: str) -> "HubRepo":
-        """Return the repository `<repo>-<name>`: repositories have no folders of releases."""
-        return HubRepo(f"{self.repo_id}-{name}", self.revision)
+        """Return the repository `<repo>-<name>`, as no repository has folders of releases; of a folder, one in it."""
+        return self.folder(name) if self.path else HubRepo(f"{self.repo_id}-{name}", self.revision)
+
+    def folder(self, path: str) -> "HubRepo":
+        """Return the folder at a path below this one."""
+        return HubRepo(self.repo_id, self.revision, f"{self.path}/{path}" if self.path else path)
 
     def is_inside(self, other: "Location") -> bool:
-        """Whether this place is `other`: a repository at a revision has nothing below it."""
-        return self == other
+        """Whether this place is `other`, or a folder below it at the same revision."""
+        return (
+            isinstance(other, HubRepo)
+            and (self.repo_id, self.revision) == (other.repo_id, other.revision)
+            and (not other.path or f"{self.path}/".startswith(f"{other.path}/"))
+        )
 
     def ancestors(self) -> "tuple[HubRepo, ...]":
-        """Return nothing: a repository lies inside of none."""
-        return ()
+        """Return the places that this one lies inside of, nearest first; a repository lies inside of none."""
+        parts = self.path.split("/") if self.path else []
+        return tuple(
+            HubRepo(self.repo_id, self.revision, "/".join(parts[:length])) for length in reversed(range(len(parts)))
+        )
 
     def __str__(self) -> str:
-        return f"hf://{self.repo_id}@{self.revision}"
+        folder = f"/{self.path}" if self.path else ""
+        return f"hf://{self.repo_id}{folder}@{self.revision}"
 
 
 Location = LocalPath | S3Prefix | HubRepo
+_SLASHES_OF_REPO = 3
+"""In `hf://owner/name`."""
 
 
 def enclosing(text: str) -> Iterator[str]:
@@ -125,6 +153,11 @@ def enclosing(text: str) -> Iterator[str]:
         text: a location as it writes itself.
     """
     if text.startswith("hf://"):
+        # Of a repository, which lies inside of none, there is nothing to cut off.
+        folder, _, revision = text.partition("@")
+        while folder.count("/") > _SLASHES_OF_REPO:
+            folder = folder.rpartition("/")[0]
+            yield f"{folder}@{revision}"
         return
     root = text.index("/", len("s3://")) + 1 if text.startswith("s3://") else 1
     while (cut := text.rfind("/", root)) > 0:
@@ -146,7 +179,7 @@ def parse_location(text: str, relative_to: Path | Elsewhere | None = None) -> Lo
     """Parse a location.
 
     Args:
-        text: `/path`, `relative/path`, `s3://bucket/prefix` or `hf://owner/name[@revision]`.
+        text: `/path`, `relative/path`, `s3://bucket/prefix` or `hf://owner/name[/folder][@revision]`.
         relative_to: directory that relative paths are taken from; the working directory when None.
 
     Returns:
@@ -178,16 +211,27 @@ def _parse(text: str, directory: str) -> Location:
             raise InvalidValueError("s3://bucket/prefix with a prefix free of empty, '.' and '..' parts", repr(text))
         return S3Prefix(bucket, "/".join(parts))
     if text.startswith("hf://"):
-        repo_id, _, revision = text.removeprefix("hf://").partition("@")
-        parts = repo_id.split("/")
-        if not 1 <= len(parts) <= 2 or not all(_REPO_PART.fullmatch(part) for part in parts):
-            raise InvalidValueError("hf://owner/name or hf://owner/name@revision", repr(text))
-        if "@" in text and not _REVISION.fullmatch(revision):
-            raise InvalidValueError("a branch, tag or commit after '@'", repr(text))
-        return HubRepo(repo_id, revision or "main")
+        return _parse_hub(text)
     if "://" in text or _SCHEME.match(text):
         raise InvalidValueError("a path, s3://bucket/prefix or hf://owner/name@revision", f"another URL, {text!r}")
     return LocalPath(normal_path(text, directory))
+
+
+def _parse_hub(text: str) -> HubRepo:
+    place, _, revision = text.removeprefix("hf://").partition("@")
+    owner, *rest = parts = (place.removesuffix("/") if place.count("/") > 1 else place).split("/")
+    if len(parts) > 2 and owner in _NO_OWNERS:
+        expected = "hf://owner/name/folder@revision of a model repository, without the kind of repository before it"
+        raise InvalidValueError(expected, repr(text))
+    repo, folders = parts[:2], rest[1:]
+    if not all(_REPO_PART.fullmatch(part) for part in repo):
+        raise InvalidValueError("hf://owner/name or hf://owner/name/folder, with @revision or not", repr(text))
+    if any(part in (".", "..") or not _FOLDER_PART.fullmatch(part) for part in folders):
+        expected = "a folder of the repository free of empty, '.' and '..' parts, of '*' and '?'"
+        raise InvalidValueError(expected, repr(text))
+    if "@" in text and not _REVISION.fullmatch(revision):
+        raise InvalidValueError("a branch, tag or commit after '@', which ends the text", repr(text))
+    return HubRepo("/".join(repo), revision or "main", "/".join(folders))
 
 
 def _directory_of(text: str, origin: Elsewhere) -> Path | None:

@@ -193,6 +193,9 @@ class MergeRequest(Frozen):
                 raise InvalidValueError(f"a place outside the {role}, which is never overwritten", f"'{value}'")
         if isinstance(value, HubRepo) and "/" not in value.repo_id:
             raise InvalidValueError("a repository with its owner, hf://owner/name", f"'{value}'")
+        if isinstance(value, HubRepo) and value.path:
+            expected = "a whole repository, hf://owner/name: a release is all of its repository, not a folder in one"
+            raise InvalidValueError(expected, f"'{value}'")
         return value
 
     @field_validator("labels")

@@ -23,21 +23,25 @@ def plan(file: RequestFile, *, as_json: AsJson = False, debug: Debug = False) ->
         from cluster.console.display import note_line, preview_table
         from cluster.console.documents import preview_document
         from cluster.settings import load_settings
-        from jobs.request_files.reading import load_requests
+        from jobs.request_files.reading import Origin, read_requests, read_text
+        from workers.sources.folders import Folders
 
         settings = load_settings()
-        requests = load_requests(file, settings.allowance)
+        reading = read_requests(read_text(file), Origin.of(file), settings.allowance, Folders())
         with loading():  # it takes seconds to load, and a wrong file is told before
             from cluster.commands.plan import preview
 
         previews = preview(
-            requests,
+            reading.requests,
             settings.cache,
             settings.num_threads,
             settings.device,
             inert_fields=settings.inert_adapter_fields,
         )
-        output.document({"requests": [preview_document(each) for each in previews]})
+        documents = [preview_document(each) for each in previews]
+        output.document({"requests": documents, "left_out": list(reading.left_out)})
+        for place in reading.left_out:
+            output.show(f"left out: {place}")
         output.show(preview_table(previews))
         for each in previews:
             for note in each.notes:

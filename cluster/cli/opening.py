@@ -20,16 +20,17 @@ def open_service() -> "Iterator[Service]":
     A ledger that is missing is made by what adds to it alone; a question to none is answered so.
     """
     from cluster.settings import load_settings
+    from workers.sources.folders import Folders
 
     settings = load_settings()
     if settings.server is not None:
         from cluster.front.client import HttpService
 
-        service: Service = HttpService(settings.server, settings.read_token())
+        service: Service = HttpService(settings.server, settings.read_token(), Folders)
     else:
         from cluster.front.ledger import LedgerService
 
-        service = LedgerService(settings)
+        service = LedgerService(settings, Folders)
     with contextlib.closing(service):
         yield service
 

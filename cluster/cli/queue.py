@@ -43,7 +43,16 @@ def submit(
         name = batch_name(file.stem if batch is None else batch, given=batch is not None)
         with open_service() as service:
             result = service.submit_file(file, name)
-        output.document({"batch": result.batch, "created": list(result.created), "unchanged": list(result.unchanged)})
+        output.document(
+            {
+                "batch": result.batch,
+                "created": list(result.created),
+                "unchanged": list(result.unchanged),
+                "left_out": list(result.left_out),
+            }
+        )
+        for each in result.left_out:
+            output.show(f"left out: {each}")
         there = f", {len(result.unchanged)} were there already" if result.unchanged else ""
         output.show(f"batch {result.batch}: {len(result.created)} jobs queued{there}")
 

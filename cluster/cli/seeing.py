@@ -49,9 +49,9 @@ def report(
     """Write one HTML page about a batch: who was at what when, what failed why, parity, speed."""
     with terminal(as_json=as_json, debug=debug) as output, open_store() as store:
         from cluster.commands.report import write_report
+        from cluster.settings import load_settings
 
-        path, num_jobs = write_report(
-            store, select(store, batch=batch), batch, Path(f"{batch}.html") if to is None else to
-        )
+        page = Path(f"{batch}.html") if to is None else to
+        path, num_jobs = write_report(store, select(store, batch=batch), batch, page, load_settings().reports)
         output.document({"report": str(path), "batch": batch, "num_jobs": num_jobs})
         output.show(f"{num_jobs} jobs of {batch}: {path}")

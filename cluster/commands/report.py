@@ -5,11 +5,16 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from cluster.console.batch_report import BatchFacts, render_batch
-from jobs.errors import BadInputError
+from cluster.console.sweep_ranking import rank_sweeps
+from cluster.front.reports import read_report
+from jobs.errors import BadInputError, NotFoundError
 from jobs.ledger.pauses import Scope
-from jobs.ledger.records import Event
+from jobs.ledger.records import Event, JobRecord
 from jobs.ledger.selection import Selection
+from jobs.parity_report import ParityReport
 
 if TYPE_CHECKING:
     from jobs.ledger.store import JobStore
@@ -17,7 +22,7 @@ if TYPE_CHECKING:
 _HUB = "https://huggingface.co"
 
 
-def write_report(store: "JobStore", selection: Selection, batch: str, to: Path) -> tuple[Path, int]:
+def write_report(store: "JobStore", selection: Selection, batch: str, to: Path, reports: Path) -> tuple[Path, int]:
     """Write the page of a batch; it appears whole, in the place of an older one.
 
     Args:
@@ -25,6 +30,7 @@ def write_report(store: "JobStore", selection: Selection, batch: str, to: Path) 
         selection: the jobs of the batch.
         batch: its name.
         to: the file.
+        reports: the directory of the parity reports.
 
     Returns:
         Where it is, and how many jobs it shows.
@@ -44,6 +50,7 @@ def write_report(store: "JobStore", selection: Selection, batch: str, to: Path) 
             paused={pause.name: pause.reason for pause in store.pauses() if pause.scope is Scope.PLACE},
             now=store.now(),
             hub=os.environ.get("HF_ENDPOINT") or _HUB,
+            rankings=rank_sweeps(records, lambda record: _report_of(record, reports)),
         )
     )
     path = to.absolute()
@@ -56,3 +63,11 @@ def write_report(store: "JobStore", selection: Selection, batch: str, to: Path) 
         message = f"--to: cannot write {path}: {error.strerror}; name a file in a directory that is there"
         raise BadInputError(message) from error
     return path, len(records)
+
+
+def _report_of(record: JobRecord, reports: Path) -> ParityReport | None:
+    """Return the parity report of a job; None where it has none here, or one that cannot be read."""
+    try:
+        return ParityReport.model_validate_json(read_report(record, reports, page=False))
+    except (NotFoundError, ValidationError):
+        return None

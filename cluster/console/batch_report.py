@@ -15,6 +15,7 @@ from cluster.console.attempts import Attempt, Band, Outcome, attempts_of, bands_
 from cluster.console.history_views import span
 from cluster.console.remedies import REMEDIES
 from cluster.console.spreads import spread
+from cluster.console.sweep_ranking import Ranking
 from jobs.ledger.causes import group_failures
 from jobs.ledger.records import Event, JobRecord
 from jobs.locations import HubRepo, LocalPath, Location
@@ -27,6 +28,7 @@ _MAX_TEXT = 4_000
 _MAX_CAUSES = 40
 _MAX_BANDS = 25
 _NUM_SLOWEST = 12
+_MAX_RANKED = 200
 _MAX_LISTED = 20_000
 
 
@@ -60,6 +62,8 @@ class BatchFacts:
     now: float
     hub: str
     """Where a person looks at repositories of the Hub."""
+    rankings: Sequence[Ranking] = ()
+    """Of the runs that jobs of the batch are checkpoints of."""
 
 
 def render_batch(facts: BatchFacts) -> str:
@@ -88,6 +92,12 @@ def render_batch(facts: BatchFacts) -> str:
         stages=batch_figures.stages(facts.events),
         waits=batch_figures.waits(facts.events),
         spreads=figures,
+        rankings=facts.rankings,
+        link=lambda location: _link(location, facts.hub),
+        page_of=_page_of,
+        exact="{:.4f}".format,
+        rough="{:.2g}".format,
+        max_ranked=_MAX_RANKED,
         spread_width=spreads.WIDTH,
         spread_height=spreads.HEIGHT,
         slowest=slowest,
@@ -135,10 +145,14 @@ def _row(record: JobRecord, facts: BatchFacts) -> Row:
         attempts=attempts,
         at_work=sum(one.end - one.begin for one in attempts),
         seconds=published[-1] - record.created_at if published else None,
-        report=None if record.report_path is None else (Path(record.report_path) / REPORT_PAGE_NAME).as_uri(),
+        report=_page_of(record),
         release=None if location is None else str(location),
         release_link=None if location is None else _link(location, facts.hub),
     )
+
+
+def _page_of(record: JobRecord) -> str | None:
+    return None if record.report_path is None else (Path(record.report_path) / REPORT_PAGE_NAME).as_uri()
 
 
 def _link(location: Location, hub: str) -> str:

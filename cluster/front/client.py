@@ -3,7 +3,8 @@
 import http
 import json
 import urllib.parse
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,8 @@ from jobs.parity_report import ParityReport
 from jobs.policy import FailurePolicy
 from jobs.release import Release
 from jobs.request import MergeRequest
-from jobs.request_files.reading import document_of, read_text
+from jobs.request_files.patterns import Listing
+from jobs.request_files.reading import Origin, document_of, has_patterns, read_requests, read_text
 from jobs.states import JobState
 
 MEDIA_TYPES = {
@@ -56,9 +58,11 @@ class HttpService:
     Args:
         url: `http://host:port` or `https://…`, with the path that a proxy puts before it, if there is one.
         token: that the server asks for; None where it asks for none. It goes into a header, and nowhere else.
+        look: makes what patterns of request files are looked up in, on this machine; without it they are refused.
     """
 
-    def __init__(self, url: str, token: str | None) -> None:
+    def __init__(self, url: str, token: str | None, look: Callable[[], Listing] | None = None) -> None:
+        self._look = look
         self._url = url.rstrip("/")
         headers = {"Accept": "application/json"} | ({} if token is None else {"Authorization": f"Bearer {token}"})
         # No proxies or credentials of the environment: the token goes to this server alone.
@@ -73,9 +77,13 @@ class HttpService:
         return self._submit(document_of(requests), ".json", batch, {"name": "requests"})
 
     def submit_file(self, path: Path, batch: str) -> SubmitResult:
-        """Make jobs of the requests of a file; see `Intake`."""
-        origin = {"name": str(path), "directory": str(path.absolute().parent)}
-        return self._submit(read_text(path), path.suffix.lower(), batch, origin)
+        """Make jobs of the requests of a file; see `Intake`. Patterns are looked up here: paths are this machine's."""
+        text, origin = read_text(path), Origin.of(path)
+        if self._look is not None and has_patterns(text, origin):
+            reading = read_requests(text, origin, listing=self._look())
+            return replace(self.submit(reading.requests, batch), left_out=reading.left_out)
+        where = {"name": str(path), "directory": str(path.absolute().parent)}
+        return self._submit(text, origin.suffix, batch, where)
 
     def cancel(self, selection: Selection) -> tuple[str, ...]:
         """Cancel jobs; see `Steering`."""

@@ -1,6 +1,7 @@
 """A queue whose ledger is opened here."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from jobs.places import parse_place
 from jobs.policy import FailurePolicy
 from jobs.release import Release
 from jobs.request import MergeRequest
-from jobs.request_files.reading import Origin, document_of, parse_requests, read_text
+from jobs.request_files.patterns import Listing
+from jobs.request_files.reading import Origin, document_of, read_requests, read_text
 from jobs.states import JobState
 
 
@@ -30,10 +32,13 @@ class LedgerService:
 
     Args:
         settings: where the ledger and the reports are, which places requests may name, what follows failures.
+        look: makes what patterns of request files are looked up in. Without it they are refused, as they have to be
+            where others' files are read: what lies on this machine is not for them to find out.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, look: Callable[[], Listing] | None = None) -> None:
         self._settings = settings
+        self._look = look
         self._store: JobStore | None = None
 
     def open(self, *, create: bool = False) -> JobStore:
@@ -60,7 +65,7 @@ class LedgerService:
 
     def submit_file(self, path: Path, batch: str) -> SubmitResult:
         """Make jobs of the requests of a file; see `Intake`."""
-        return self.submit_text(read_text(path), Origin(str(path), path.suffix.lower(), path.absolute().parent), batch)
+        return self.submit_text(read_text(path), Origin.of(path), batch)
 
     def submit_text(self, text: str, origin: Origin, batch: str) -> SubmitResult:
         """Make jobs of the text of a request file; raises as `submit_file` does.
@@ -72,8 +77,10 @@ class LedgerService:
         """
         name = batch_name(batch, given=True)
         with uncollected():
-            requests = parse_requests(text, origin, self._settings.allowance)
-            return self.open(create=True).submit(requests, name)
+            listing = None if self._look is None else self._look()
+            reading = read_requests(text, origin, self._settings.allowance, listing)
+            result = self.open(create=True).submit(reading.requests, name)
+            return replace(result, left_out=reading.left_out)
 
     def cancel(self, selection: Selection) -> tuple[str, ...]:
         """Cancel jobs; see `Steering`."""

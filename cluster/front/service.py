@@ -34,11 +34,12 @@ class Intake(Protocol):
         ...
 
     def submit_file(self, path: Path, batch: str) -> SubmitResult:
-        """Make jobs of the requests of a file; paths in it are those of this machine.
+        """Make jobs of the requests of a file; paths in it, and what patterns stand for, are those of this machine.
 
         Raises:
             RequestFileError: anything is wrong with the file; lists every mistake with its line.
             BadInputError: as for `submit`.
+            TransientIOError: a pattern could not be looked up, as a store did not answer.
         """
         ...
 

@@ -18,6 +18,9 @@ class SubmitResult:
     created: tuple[str, ...]
     unchanged: tuple[str, ...]
     """Jobs that were there already with the same content, in any state; they stay in the batch they are in."""
+    left_out: tuple[str, ...] = ()
+    """Folders that match a pattern of the file and hold no whole adapter yet, each with the reason; none where the
+    requests came without patterns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

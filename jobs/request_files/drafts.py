@@ -1,7 +1,7 @@
 """Drafts of merge requests: templates are filled in, values validated, and each draft compared with the others."""
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from jobs.request import BaseQuantization, MergeRequest, adapter_name
 from jobs.request_files.documents import Node, joined
 from jobs.request_files.problems import ProblemList, closest, expectation, known_name, mistakes, show
 from jobs.request_files.templates import PLACEHOLDERS, fill
+from jobs.steps import step_of
 
 _TEMPLATES = ("id", "destination")
 """The fields that may hold placeholders, in the order they are filled in: a destination may hold the id."""
@@ -28,10 +29,20 @@ class DraftCheck:
         problems: takes every mistake.
         strict: whether values must have the right type already, or are text to be converted.
         allowance: the places that requests may name.
+        steps: of the adapters that patterns stand for, by place, as text.
     """
 
-    def __init__(self, origin: Path | Elsewhere, problems: ProblemList, *, strict: bool, allowance: Allowance) -> None:
+    def __init__(
+        self,
+        origin: Path | Elsewhere,
+        problems: ProblemList,
+        *,
+        strict: bool,
+        allowance: Allowance,
+        steps: Mapping[str, int | None],
+    ) -> None:
         self._origin = origin
+        self._steps = steps
         self._problems = problems
         self._strict = strict
         self._allowance = allowance
@@ -49,8 +60,13 @@ class DraftCheck:
             fields.pop(name, None)
         self._validate(draft, fields, set_aside={"base", "adapter", "adapters", "combination", "destination"})
 
-    def request(self, draft: Node) -> MergeRequest | None:
-        """Return the request, or None when something is wrong with it."""
+    def request(self, draft: Node, *, has_templates_in_labels: bool = False) -> MergeRequest | None:
+        """Return the request, or None when something is wrong with it.
+
+        Args:
+            draft: its fields, and their places.
+            has_templates_in_labels: whether the values of labels may hold placeholders too, as in a matrix.
+        """
         if not isinstance(draft.value, dict):
             self._problems.add(draft.line, draft.field, "a mapping of fields", show(draft.value))
             return None
@@ -64,6 +80,8 @@ class DraftCheck:
                 del fields[name]
             elif isinstance(fields.get(name), str) and fields[name]:
                 names[name] = fields[name]
+        if has_templates_in_labels:
+            self._fill_labels(draft, fields, names)
         self._compare(draft, fields)
         request = self._validate(draft, fields, set_aside=set_aside)
         if request is not None:
@@ -76,10 +94,36 @@ class DraftCheck:
         """Return what the placeholders stand for, before the id is known."""
         base, adapters = self._location(fields.get("base")), self._adapters(fields)
         names = {"base": base.name if base else None, "adapter": adapter_name(adapters) if adapters else None}
+        step = self._step(adapters[0]) if adapters and len(adapters) == 1 else None
+        if step is not None or not adapters:
+            names["step"] = None if step is None else str(step)
         quantization = fields.get("base_quantization", BaseQuantization.DEFAULT)
         if quantization == BaseQuantization.DEFAULT:
             return names  # what that stands for, the base will say
         return names | {"quantization": quantization if quantization in list(BaseQuantization) else None}
+
+    def _step(self, adapter: Location) -> int | None:
+        """Return the number that an adapter's name ends in; of what a pattern stands for, one where a wildcard was."""
+        return self._steps.get(str(adapter), step_of(adapter.name))
+
+    def _fill_labels(self, draft: Node, fields: dict[str, Any], names: dict[str, str | None]) -> None:
+        """Fill in the values of labels; those that cannot be are left out of a request that is wrong anyway."""
+        labels = fields.get("labels")
+        if not isinstance(labels, dict):
+            return
+        for label, text in list(labels.items()):
+            if not isinstance(text, str):
+                continue  # told when values are validated
+            try:
+                filled = fill(text, names)
+            except InvalidValueError as error:
+                node = draft.at(["labels", label])
+                self._problems.add(node.line, node.field, error.expected, error.found)
+                filled = None
+            if filled is None:
+                del labels[label]
+            else:
+                labels[label] = filled
 
     def _adapters(self, fields: dict[str, Any]) -> list[Location] | None:
         """Return the places of one adapter or of several, or None when one of them is wrong."""

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from jobs.request_files.documents import Node, joined
+from jobs.request_files.patterns import is_pattern
 from jobs.request_files.problems import ProblemList, known_name, show
+from jobs.request_files.sweeps import Sweeps
 
 MAX_REQUESTS = 100_000
 
@@ -20,18 +22,27 @@ class Expansion:
     """The requests a file stands for."""
 
     requests: list[Node] = field(default_factory=list)
-    """With defaults filled in; each value still knows the line it came from."""
+    """Those written out one by one, with defaults filled in; each value still knows the line it came from."""
+    multiplied: list[Node] = field(default_factory=list)
+    """Those of matrices, likewise."""
     shared: list[Node] = field(default_factory=list)
     """What many requests get their fields from, incomplete by nature: the defaults, and each matrix without its axes.
     To be checked by themselves: a mistake may stand in a field that every request overrides."""
 
+    def __len__(self) -> int:
+        return len(self.requests) + len(self.multiplied)
 
-def expand(root: Node, problems: ProblemList) -> Expansion:
+
+def expand(root: Node, problems: ProblemList, sweeps: Sweeps) -> Expansion:
     """Return the requests of a YAML document.
 
     Args:
         root: the document.
         problems: takes every mistake in the sections of the file; those inside requests are found later.
+        sweeps: looks up the patterns among the adapters of matrices.
+
+    Raises:
+        TransientIOError: a pattern could not be looked up, as a store did not answer.
     """
     expansion = Expansion()
     if not isinstance(root.value, dict):
@@ -47,7 +58,7 @@ def expand(root: Node, problems: ProblemList) -> Expansion:
     expansion.shared.append(defaults)
     expansion.requests += [defaults.overlaid(node) for node in _mappings(root, "requests", problems)]
     for block in _mappings(root, "matrix", problems):
-        _multiply(block, defaults, expansion, problems)
+        _multiply(block, defaults, expansion, problems, sweeps)
     return expansion
 
 
@@ -69,12 +80,33 @@ def _mappings(root: Node, section: str, problems: ProblemList) -> Iterator[Node]
             problems.add(block.line, block.field, "a mapping", show(block.value))
 
 
-def _multiply(block: Node, defaults: Node, expansion: Expansion, problems: ProblemList) -> None:
+def _multiply(block: Node, defaults: Node, expansion: Expansion, problems: ProblemList, sweeps: Sweeps) -> None:
     """Add the requests of one matrix: every base with every adapter with every quantization."""
+    assert isinstance(block.value, dict)
+    axes = _axes(block, problems)
+    if "adapter" in axes:
+        axes["adapter"] = tuple(place for each in axes["adapter"] for place in sweeps.expand(each))
+    template = {name: node for name, node in block.value.items() if name not in _AXES and name not in axes}
+    shared = defaults.overlaid(Node(template, block.line, block.field))
+    expansion.shared.append(shared)
+    num_requests = len(expansion) + math.prod(len(values) for values in axes.values())
+    if num_requests > MAX_REQUESTS:
+        problems.add(block.line, block.field, f"at most {MAX_REQUESTS} requests in one file", str(num_requests))
+    elif axes.keys() >= {name for axis, name in _AXES.items() if axis not in _OPTIONAL_AXES}:
+        assert isinstance(shared.value, dict)
+        for combination in itertools.product(*axes.values()):
+            fields = shared.value | dict(zip(axes, combination, strict=True))
+            expansion.multiplied.append(Node(fields, block.line, block.field))
+
+
+def _axes(block: Node, problems: ProblemList) -> dict[str, tuple[Node, ...]]:
+    """Return the values of each axis of a matrix, by the field that they are of."""
     assert isinstance(block.value, dict)
     axes: dict[str, tuple[Node, ...]] = {}
     for axis, name in _AXES.items():
         node = block.value.get(axis)
+        if node is not None and name == "adapter" and is_pattern(node.value):
+            node = Node((node,), node.line, node.field)  # it stands for a list
         if node is not None and isinstance(node.value, tuple) and node.value:
             axes[name] = node.value
         elif node is not None:
@@ -84,14 +116,4 @@ def _multiply(block: Node, defaults: Node, expansion: Expansion, problems: Probl
         if name in block.value and (axis not in _OPTIONAL_AXES or node is not None):
             single = block.value[name]
             problems.add(single.line, single.field, f"the axis '{axis}' alone", show(single.value))
-    template = {name: node for name, node in block.value.items() if name not in _AXES and name not in axes}
-    shared = defaults.overlaid(Node(template, block.line, block.field))
-    expansion.shared.append(shared)
-    num_requests = len(expansion.requests) + math.prod(len(values) for values in axes.values())
-    if num_requests > MAX_REQUESTS:
-        problems.add(block.line, block.field, f"at most {MAX_REQUESTS} requests in one file", str(num_requests))
-    elif axes.keys() >= {name for axis, name in _AXES.items() if axis not in _OPTIONAL_AXES}:
-        assert isinstance(shared.value, dict)
-        for combination in itertools.product(*axes.values()):
-            values = shared.value | dict(zip(axes, combination, strict=True))
-            expansion.requests.append(Node(values, block.line, block.field))
+    return axes

@@ -1,15 +1,19 @@
 """Bulk request files: YAML, JSON lines or CSV become merge requests, or every mistake in them at once.
 
 YAML has `requests:`, a list; `defaults:`, laid under every request; and `matrix:`, one or a list, which multiplies
-`bases`, `adapters` and `quantizations`. JSON lines hold one request a line, CSV one a row. In every format `id` and
-`destination` may hold `{base}`, `{adapter}` and `{quantization}`, `destination` also `{id}`; `{{` is a brace. Relative
-paths are taken from the directory of the file. A field that is null or empty takes its built-in default.
+`bases`, `adapters` and `quantizations`; a pattern among `adapters` stands for the folders that match it and hold an
+adapter. JSON lines hold one request a line, CSV one a row. In every format `id` and `destination` may hold `{base}`,
+`{adapter}`, `{step}` and `{quantization}`, `destination` also `{id}`, and in a matrix labels may as well; `{{` is a
+brace. Relative paths are taken from the directory of the file. A field that is null or empty takes its
+built-in default.
 """
 
+import contextlib
 import json
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import get_args, get_origin
 
@@ -22,7 +26,9 @@ from jobs.request import MergeRequest
 from jobs.request_files.documents import DocumentTooLargeError, joined, read_csv, read_json, read_jsonl
 from jobs.request_files.drafts import DraftCheck
 from jobs.request_files.matrix import MAX_REQUESTS, Expansion, expand
+from jobs.request_files.patterns import Listing, is_pattern
 from jobs.request_files.problems import Problem, ProblemList, RequestFileError, show
+from jobs.request_files.sweeps import Sweeps
 from jobs.request_files.yaml_tree import read_yaml
 
 __all__ = [
@@ -30,10 +36,13 @@ __all__ = [
     "MAX_REQUESTS",
     "Origin",
     "Problem",
+    "Reading",
     "RequestFileError",
     "document_of",
+    "has_patterns",
     "load_requests",
     "parse_requests",
+    "read_requests",
     "read_text",
 ]
 
@@ -55,58 +64,92 @@ class Origin:
     directory: Path | Elsewhere
     """What relative paths are taken from."""
 
+    @classmethod
+    def of(cls, path: Path) -> "Origin":
+        """Return what a file of this machine is."""
+        return cls(str(path), path.suffix.lower(), path.absolute().parent)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a file says."""
+
+    requests: tuple[MergeRequest, ...]
+    """At least one; ids and destinations are unique within the file, and no destination lies inside another."""
+    left_out: tuple[str, ...] = ()
+    """Folders that match a pattern and hold no whole adapter yet, each with the reason."""
+
 
 def load_requests(path: Path, allowance: Allowance = _EVERYWHERE) -> tuple[MergeRequest, ...]:
-    """Read a request file.
+    """Read a request file without patterns; returns and raises as `read_requests` does.
 
     Args:
         path: the file; its suffix says what it is: `.yaml`, `.yml`, `.jsonl` or `.csv`.
         allowance: the places that requests may name.
-
-    Returns:
-        At least one request; ids and destinations are unique within the file, and no destination lies inside another.
-
-    Raises:
-        RequestFileError: anything is wrong; lists every mistake with its line.
     """
-    origin = Origin(str(path), path.suffix.lower(), path.absolute().parent)
-    return parse_requests(read_text(path), origin, allowance)
+    return read_requests(read_text(path), Origin.of(path), allowance).requests
 
 
 def parse_requests(text: str, origin: Origin, allowance: Allowance = _EVERYWHERE) -> tuple[MergeRequest, ...]:
-    """Read the text of requests; returns and raises as `load_requests` does.
+    """Read the text of requests without patterns; returns and raises as `read_requests` does."""
+    return read_requests(text, origin, allowance).requests
+
+
+def read_requests(
+    text: str, origin: Origin, allowance: Allowance = _EVERYWHERE, listing: Listing | None = None
+) -> Reading:
+    """Read the text of requests.
 
     Args:
         text: of a request file.
         origin: where it comes from.
         allowance: the places that requests may name.
+        listing: what patterns are looked up in; without one they are mistakes.
+
+    Raises:
+        RequestFileError: anything is wrong; lists every mistake with its line.
+        TransientIOError: a pattern could not be looked up, as a store did not answer.
     """
     problems = ProblemList(origin.name)
+    sweeps = Sweeps(listing, origin.directory, allowance, problems)
     expansion = Expansion()
     try:
-        expansion = _expansion(origin.suffix, text, problems)
+        expansion = _expansion(origin.suffix, text, problems, sweeps)
     except DocumentTooLargeError as error:
         problems.add(None, "", str(error), "more")
-    if len(expansion.requests) > MAX_REQUESTS:
-        problems.add(None, "", f"at most {MAX_REQUESTS} requests in one file", str(len(expansion.requests)))
+    if len(expansion) > MAX_REQUESTS:
+        problems.add(None, "", f"at most {MAX_REQUESTS} requests in one file", str(len(expansion)))
         expansion = Expansion()
-    check = DraftCheck(origin.directory, problems, strict=origin.suffix != ".csv", allowance=allowance)
+    check = DraftCheck(
+        origin.directory, problems, strict=origin.suffix != ".csv", allowance=allowance, steps=sweeps.steps
+    )
     for node in expansion.shared:
         check.shared(node)
     requests = list[MergeRequest | None]()
-    for number, node in enumerate(expansion.requests):
+    for number, node in enumerate(chain(expansion.requests, expansion.multiplied)):
         if len(problems) > MAX_PROBLEMS:
-            rest = len(expansion.requests) - number
+            rest = len(expansion) - number
             problems.add(
                 None, "", f"at most {MAX_PROBLEMS} mistakes", f"more; the last {rest} requests were not looked at"
             )
             break
-        requests.append(check.request(node))
+        requests.append(check.request(node, has_templates_in_labels=number >= len(expansion.requests)))
     if not requests and not problems:
         problems.add(None, "", "at least one request", "none")
     if problems:
         raise problems.error(lines=origin.suffix != ".json")
-    return tuple(request for request in requests if request is not None)
+    return Reading(tuple(request for request in requests if request is not None), tuple(sweeps.left_out))
+
+
+def has_patterns(text: str, origin: Origin) -> bool:
+    """Whether the text of requests has patterns among the adapters of a matrix; nothing is looked up."""
+    if not is_pattern(text):
+        return False
+    problems = ProblemList(origin.name)
+    sweeps = Sweeps(None, origin.directory, _EVERYWHERE, problems)
+    with contextlib.suppress(DocumentTooLargeError):
+        _expansion(origin.suffix, text, problems, sweeps)
+    return sweeps.num_patterns > 0
 
 
 def document_of(requests: Sequence[MergeRequest]) -> str:
@@ -160,13 +203,13 @@ def _read_bytes(path: Path, problems: ProblemList) -> bytes | None:
     return content
 
 
-def _expansion(suffix: str, text: str, problems: ProblemList) -> Expansion:
+def _expansion(suffix: str, text: str, problems: ProblemList, sweeps: Sweeps) -> Expansion:
     if suffix == ".jsonl":
         return Expansion(requests=list(read_jsonl(text, problems)))
     if suffix == ".csv":
         return Expansion(requests=list(read_csv(text, _columns(MergeRequest), problems)))
     root = read_json(text, problems) if suffix == ".json" else read_yaml(text, problems)
-    return Expansion() if root is None else expand(root, problems)
+    return Expansion() if root is None else expand(root, problems, sweeps)
 
 
 def _columns(model: type[BaseModel], parent: str = "") -> dict[str, bool]:

@@ -1,11 +1,11 @@
-"""Placeholders such as `{adapter}` in the ids and destinations of a request file."""
+"""Placeholders such as `{adapter}` in the ids, destinations and labels of a request file."""
 
 import re
 from collections.abc import Mapping
 
 from jobs.errors import InvalidValueError
 
-PLACEHOLDERS = ("base", "adapter", "quantization", "id")
+PLACEHOLDERS = ("base", "adapter", "step", "quantization", "id")
 
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
@@ -40,6 +40,9 @@ def _value(placeholder: str | None, names: Mapping[str, str | None], template: s
     if placeholder not in PLACEHOLDERS:
         known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
         raise InvalidValueError(f"no placeholders but {known}", f"'{{{placeholder}}}'")
+    if placeholder == "step" and placeholder not in names:
+        expected = "one adapter, in a folder whose name ends in a number, where {step} is used"
+        raise InvalidValueError(expected, repr(names.get("adapter") or "none"))
     if placeholder not in names:
         field = {"quantization": "a base_quantization other than default"}.get(placeholder, placeholder)
         raise InvalidValueError(f"a request with {field} where {{{placeholder}}} is used", "none")

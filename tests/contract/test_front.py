@@ -19,7 +19,7 @@ from cluster.settings import Settings
 from jobs.ledger.store import JobStore
 from jobs.request import MergeRequest
 from tests.api_calls import call_all, serve_filled
-from tests.releases import begin, make_report
+from tests.releases import begin, make_report, write_files
 from tests.servers.front import TOKEN, serve_front
 
 
@@ -343,3 +343,24 @@ def test_the_longest_question_that_the_document_allows_is_answered(server):
             answer = connection.getresponse()
             assert answer.status in expected
             assert answer.headers["content-type"].startswith("application/")
+
+
+@pytest.mark.parametrize("folder", ["there", "nowhere"])
+def test_the_server_looks_up_no_patterns(client, tmp_path, folder):
+    """What lies on its machine is not for a client to find out: the words are the same whether there is something."""
+    write_files(tmp_path / "there" / "checkpoint-1", {"adapter_config.json": b"{}", "adapter_model.bin": b"pickle"})
+    pattern = f"{tmp_path}/{folder}/checkpoint-*"
+    body = {"matrix": {"bases": ["/b"], "adapters": [pattern], "destination": "/o/{step}"}}
+    answers = [client.post("/v1/batches/sweep", json=body)]
+    headers = {"Content-Type": "application/yaml"}
+    text = json.dumps(body)  # which is YAML, too
+    answers += [
+        client.post("/v1/batches/sweep", content=text, headers=headers, params=where)
+        for where in ({}, {"directory": str(tmp_path), "name": "f.yaml"})
+    ]
+    for answer in answers:
+        assert answer.status_code == 400
+        (problem,) = answer.json()["problems"]
+        assert problem["field"] == "matrix.adapters[0]"
+        assert problem["found"] == f"'{pattern}'"
+        assert problem["expected"].startswith("a place without '*' and '?': they are looked up by `mergefleet submit`")

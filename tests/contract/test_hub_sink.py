@@ -195,3 +195,19 @@ def test_weights_committed_meanwhile_are_not_overwritten(place: HubPlace) -> Non
     staging.discard()
 
     assert titles(place) == ["initial commit", "by hand"]
+
+
+def test_a_release_that_was_copied_into_a_folder_is_pulled_from_there(place: HubPlace, tmp_path: Path) -> None:
+    """Nothing is published into folders; what a person put there is checked and pulled as any other release."""
+    staging, manifest = stage(place)
+    staging.publish(manifest)
+    staging.discard()
+    repo = HubRepo(f"{place.location.repo_id}-copies")
+    seen = place.visible()
+    place.hub.create(repo.repo_id, {f"v1/merged/{name}": data for name, data in seen.items()} | {"notes.txt": b"ours"})
+    assert verify_release(repo.folder("v1/merged"), place.scratch) == manifest
+    pull_release(repo.folder("v1/merged"), tmp_path / "pulled")
+    found = {path.relative_to(tmp_path / "pulled").as_posix(): path for path in (tmp_path / "pulled").rglob("*")}
+    assert {name: path.read_bytes() for name, path in found.items() if path.is_file()} == seen
+    with pytest.raises((BadInputError, NotFoundError)):
+        verify_release(repo, place.scratch)

@@ -20,8 +20,10 @@ from jobs.release import REPORT_NAME, Release
 from jobs.request import MergeRequest
 from jobs.request_files.problems import RequestFileError
 from jobs.states import Decision, JobState
-from tests.releases import advance, begin, make_manifest, make_report, settle
+from tests.contract.test_folders import ADAPTER
+from tests.releases import advance, begin, make_manifest, make_report, settle, write_files
 from tests.servers.front import TOKEN, serve_front
+from workers.sources.folders import Folders
 
 FAILED = Decision(state=JobState.FAILED)
 
@@ -53,9 +55,9 @@ def service(request, settings, store):  # noqa: ARG001 - the ledger is there bef
     """A queue; `store` is its ledger, opened by its side."""
     with contextlib.ExitStack() as stack:
         if request.param == "ledger":
-            found: Service = LedgerService(settings)
+            found: Service = LedgerService(settings, Folders)
         else:
-            found = HttpService(stack.enter_context(serve_front(settings)).url, TOKEN)
+            found = HttpService(stack.enter_context(serve_front(settings)).url, TOKEN, Folders)
         yield stack.enter_context(contextlib.closing(found))
 
 
@@ -145,6 +147,39 @@ class TestSubmitting:
         assert len(service.submit_file(path, "files").created) == 2
         assert {str(job.request.base) for job in store.jobs()} == {f"{tmp_path}/in/base"}
         assert {str(job.request.adapter) for job in store.jobs()} == {f"{tmp_path}/in/a", f"{tmp_path}/b"}
+
+    def test_patterns_are_looked_up_where_the_file_is(self, service, store, tmp_path):
+        """The same file again adds what is new, and says what is still being written."""
+        path = tmp_path / "in" / "sweep.yaml"
+        for step in (5, 10):
+            write_files(tmp_path / "in" / "run" / f"checkpoint-{step}", ADAPTER)
+        path.write_text(
+            "defaults: {base: /b, labels: {run: r}}\n"
+            "matrix: {bases: [/b], adapters: run/checkpoint-*, destination: '/out/{step}', labels: {step: '{step}'}}\n"
+        )
+        first = service.submit_file(path, "sweep")
+        assert (len(first.created), first.unchanged, first.left_out) == (2, (), ())
+        (tmp_path / "in" / "run" / "checkpoint-20").mkdir()
+        write_files(tmp_path / "in" / "run" / "checkpoint-15", ADAPTER)
+        second = service.submit_file(path, "sweep")
+        assert (len(second.created), second.unchanged) == (1, first.created)
+        assert second.left_out == (f"{tmp_path}/in/run/checkpoint-20: has no adapter_config.json",)
+        assert [(job.request.adapter.name, job.request.labels) for job in store.jobs()] == [
+            (f"checkpoint-{step}", {"run": "r", "step": step}) for step in ("5", "10", "15")
+        ]
+
+    def test_mistakes_of_a_sweep_are_told_with_their_lines(self, service, store, tmp_path):
+        path = tmp_path / "sweep.yaml"
+        path.write_text(
+            "matrix:\n  bases: [/b]\n  adapters:\n    - none/checkpoint-*\n  dtype: int8\n  destination: /out/x\n"
+        )
+        with pytest.raises(RequestFileError) as caught:
+            service.submit_file(path, "b")
+        assert [(each.file, each.line, each.field) for each in caught.value.problems] == [
+            (str(path), 4, "matrix.adapters[0]"),
+            (str(path), 5, "matrix.dtype"),
+        ]
+        assert store.jobs() == ()
 
     @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
     def test_every_mistake_of_a_file_is_told_with_its_line(self, service, store, tmp_path, suffix):

@@ -9,7 +9,10 @@ import typer.main
 
 from cluster.cli import app
 from jobs.allowance import Allowance
-from jobs.request_files.reading import load_requests
+from jobs.request_files.local_folders import LocalFolders
+from jobs.request_files.reading import Origin, read_requests, read_text
+from tests.contract.test_folders import ADAPTER
+from tests.releases import write_files
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -42,10 +45,14 @@ def test_the_readme_is_one_page():
 @pytest.mark.parametrize(("name", "text"), REQUEST_FILES)
 def test_request_files_are_taken(name, text, tmp_path):
     path = tmp_path / "requests.yaml"
-    if "defaults:" not in text and "base:" not in text:
+    if not any(each in text for each in ("defaults:", "base:", "bases:")):
         pytest.fail(f"{name}: not a request file, and no test knows what else it is")
     path.write_text(text)
-    assert load_requests(path, Allowance())
+    for step in (500, 1000):
+        write_files(tmp_path / "runs" / "support" / f"checkpoint-{step}", ADAPTER)
+    reading = read_requests(read_text(path), Origin.of(path), Allowance(), LocalFolders())
+    assert reading.requests
+    assert "checkpoint-*" not in text or len(reading.requests) == 2
 
 
 @pytest.mark.parametrize("line", COMMANDS)

@@ -139,13 +139,14 @@ def belongings(files: Files) -> frozenset[str]:
 def strays(files: Files) -> tuple[str, ...]:
     """Return files and folders at the top that are known neither to belong to a model nor to be of no use to it.
 
-    Folders end in a slash.
+    Folders end in a slash; adapters in folders of their own are known.
 
     Raises:
         As `belongings`.
     """
     ours = {f"{name.partition('/')[0]}/" if "/" in name else name for name in belongings(files)}
-    there = {*files.top(), *(f"{folder}/" for folder in files.folders())}
+    folders = (folder for folder in files.folders() if not files.has(f"{folder}/adapter_config.json"))
+    there = {*files.top(), *(f"{folder}/" for folder in folders)}
     return tuple(
         sorted(name for name in there - ours if not (name[0] == "." or matches(name, (*_STRANGERS, *_OF_NO_USE))))
     )

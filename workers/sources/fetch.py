@@ -5,6 +5,7 @@ weights are left where they are. A base without safetensors is refused. An adapt
 ones, is gathered into one safetensors file, once; pickled files are converted in a closed process.
 """
 
+import dataclasses
 import glob
 import hashlib
 import json
@@ -22,12 +23,13 @@ from workers.files.foreign import copy_foreign, foreign_sha256
 from workers.files.local import FileState, file_errors
 from workers.files.scratch import keep_directory
 from workers.sources.adapter_files import WeightFiles, gather, read_origins, weight_files
+from workers.sources.belongings import is_weights
 from workers.sources.foreign_adapters import foreign_kind
 from workers.sources.listing import ListedFiles, check_description
 
 if TYPE_CHECKING:
     from workers.sources.s3_client import S3Object, S3Store
-from workers.sources.kinds import ADAPTER, BASE, Kind, files_of
+from workers.sources.kinds import ADAPTER, BASE, Kind, files_of, local_names
 from workers.sources.local_digest import look_at_base
 
 
@@ -74,7 +76,7 @@ def fetch_base(location: Location, cache: Path) -> Source:
     remote one is taken from what the store says of each file.
 
     Args:
-        location: a directory with `config.json` and safetensors, a prefix, or a repository.
+        location: a directory with `config.json` and safetensors, a prefix, a repository or a folder in one.
         cache: where bases from S3 are kept; those from a Hub are kept in huggingface_hub's own cache.
 
     Raises:
@@ -95,7 +97,8 @@ def fetch_adapter(location: Location, cache: Path) -> Source:
     files as they were.
 
     Args:
-        location: a directory with `adapter_config.json` and weights as PEFT saves them, a prefix, or a repository.
+        location: a directory with `adapter_config.json` and weights as PEFT saves them, a prefix, a repository or a
+            folder in one.
         cache: where adapters from S3 and gathered ones are kept; those from a Hub are kept in huggingface_hub's own
             cache.
 
@@ -163,7 +166,7 @@ def _bring(kind: Kind, location: Location, cache: Path) -> tuple[Path, Location,
                     raise NotFoundError(
                         f"{kind.name} {location} is no directory; expected one with {kind.config} and {kind.weights}"
                     )
-                kind.check((path.name for path in location.path.iterdir()), location)
+                kind.check(local_names(kind, location.path), location)
             return location.path, location, None
         case S3Prefix():
             return _bring_from_s3(kind, location, cache)
@@ -201,12 +204,13 @@ def _download(store: "S3Store", wanted: list["S3Object"], directory: Path) -> No
 def _bring_from_hub(kind: Kind, location: HubRepo) -> tuple[Path, Location, Any]:
     from workers.sources.hub_client import HubStore  # noqa: PLC0415 - loads huggingface_hub only where there is a Hub
 
+    store = HubStore(location)
     # A look at the commit first, as some of its files say which others belong to them.
-    directory = HubStore(location).snapshot([kind.config], [])
-    commit = directory.name
-    pinned = HubRepo(location.repo_id, commit)
+    snapshot = store.snapshot([glob.escape(store.file(kind.config))], [])
+    commit = snapshot.name
+    pinned = dataclasses.replace(location, revision=commit)
     store = HubStore(pinned)
-    sizes = store.listed(commit) or _sizes(directory)
+    sizes = store.listed(commit) or _sizes(snapshot / location.path)
     kind.check(sizes, location)
 
     def read(name: str) -> bytes:
@@ -214,8 +218,13 @@ def _bring_from_hub(kind: Kind, location: HubRepo) -> tuple[Path, Location, Any]
         return store.content(commit, name)
 
     wanted = kind.select(ListedFiles(location, frozenset(sizes), read))
-    store.snapshot([glob.escape(name) for name in wanted], [])
-    return directory, pinned, [location.repo_id, commit, *wanted]
+    named = [store.file(name) for name in wanted]  # from the top: the same files in two folders are two bases
+    if location.path:
+        # All folders of a commit share one directory, where one with a tokenizer and no weights would seem to be a
+        # part of the model at the top: weights come first.
+        store.snapshot([glob.escape(name) for name in filter(is_weights, named)], [])
+    store.snapshot([glob.escape(name) for name in named], [])
+    return snapshot / location.path, pinned, [location.repo_id, commit, *named]
 
 
 def _states(kind: Kind, directory: Path) -> dict[Path, FileState]:

@@ -7,7 +7,7 @@ from `HF_ENDPOINT` when a client is made, not when huggingface_hub is imported.
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from http import HTTPStatus
 from pathlib import Path
 
@@ -62,12 +62,16 @@ _BY_TYPE: tuple[tuple[type[Exception], type[MergefleetError], str], ...] = (
 
 
 class HubStore:
-    """A client for one repository. May be used by several threads."""
+    """A client for one repository, or for a folder in one: names are then taken from there. For several threads."""
 
     def __init__(self, place: HubRepo) -> None:
         self.place = place
         disable_progress_bars()  # they would fill the logs of the workers
         self.api = HfApi(endpoint=os.environ.get("HF_ENDPOINT", "").rstrip("/") or None, library_name="mergefleet")
+
+    def file(self, name: str) -> str:
+        """Return what the repository calls a file at this place."""
+        return f"{self.place.path}/{name}" if self.place.path else name
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
@@ -96,26 +100,27 @@ class HubStore:
                 return None
 
     def sizes(self, commit: str) -> dict[str, int]:
-        """Return names and sizes in bytes of all files of a commit."""
+        """Return names and sizes in bytes of all files of a commit that are at this place or below it."""
         with self.errors():
             tree = self.api.list_repo_tree(self.place.repo_id, revision=commit, recursive=True)
-            return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+            return self._below((entry.path, entry.size) for entry in tree if isinstance(entry, RepoFile))
 
     def content(self, commit: str, name: str) -> bytes:
         """Return the bytes of a small file, through huggingface_hub's cache."""
         with self.errors():
-            return Path(self.api.hf_hub_download(self.place.repo_id, name, revision=commit)).read_bytes()
+            path = self.api.hf_hub_download(self.place.repo_id, self.file(name), revision=commit)
+            return Path(path).read_bytes()
 
     def fetch(self, commit: str, name: str, directory: Path) -> Path:
         """Download one file into a directory, past all caches.
 
         Returns:
-            Where it is: `<directory>/<name>`.
+            Where it is: `<directory>/<name>`, below the folder of this place.
         """
         with self.errors():
             return Path(
                 self.api.hf_hub_download(
-                    self.place.repo_id, name, revision=commit, local_dir=directory, force_download=True
+                    self.place.repo_id, self.file(name), revision=commit, local_dir=directory, force_download=True
                 )
             )
 
@@ -123,7 +128,7 @@ class HubStore:
         """Bring files of the revision into huggingface_hub's cache; offline, find them there.
 
         Args:
-            allow: patterns of the files to bring.
+            allow: patterns of the files to bring, named from the top of the repository.
             ignore: patterns of files to leave out all the same.
 
         Returns:
@@ -141,12 +146,17 @@ class HubStore:
             )
 
     def listed(self, commit: str) -> dict[str, int]:
-        """Return names and sizes of all files of a commit that was brought into the cache, without asking the Hub."""
+        """Return what `sizes` does, of a commit that was brought into the cache, without asking the Hub."""
         try:
             tree = get_cached_repo_tree(self.place.repo_id, revision=commit)
         except CachedRepoTreeNotFoundError:
             return {}
-        return {entry.path: entry.size for entry in tree}
+        return self._below((entry.path, entry.size) for entry in tree)
+
+    def _below(self, entries: Iterable[tuple[str, int]]) -> dict[str, int]:
+        """Return entries of the repository that are at this place or below it, named from here."""
+        start = self.file("")
+        return {path.removeprefix(start): size for path, size in entries if path.startswith(start)}
 
     def _translate(self, error: Exception) -> MergefleetError:
         if isinstance(error, LocalEntryNotFoundError | RuntimeError) and isinstance(error.__cause__, _RAISED):

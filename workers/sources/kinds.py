@@ -1,16 +1,20 @@
 """What a base, and what an adapter, consists of at a place."""
 
 import fnmatch
+import glob
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.errors import NotFoundError, UnsupportedError
 from jobs.locations import Location
+from jobs.steps import in_order
 from workers.sources.adapter_files import weight_files
 from workers.sources.belongings import belongings
 from workers.sources.listing import Files, LocalFiles
 from workers.sources.refused_forms import form_of_files
+
+_MAX_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,11 +87,30 @@ class AdapterKind(Kind):
         return sorted({*beside, *weights.own, *weights.beside})
 
     def check(self, names: Iterable[str], location: Location) -> None:
-        """Check that config and weights are there, and of the kind that PEFT saves; raises as `weight_files`."""
-        there = frozenset(name for name in names if "/" not in name)
+        """Check that config and weights are there, and of the kind that PEFT saves; raises as `weight_files`.
+
+        Raises:
+            NotFoundError: adapters lie in folders of the location, and none at its top; names the folders.
+        """
+        everything = frozenset(names)
+        there = frozenset(name for name in everything if "/" not in name)
+        if self.config not in there and (folders := self._folders(everything)):
+            listed = ", ".join(folders[:_MAX_SHOWN]) + (", …" if len(folders) > _MAX_SHOWN else "")
+            raise NotFoundError(
+                f"adapter {location} has no {self.config} at its top; of the folders below it {len(folders)} "
+                f"{'has' if len(folders) == 1 else 'have'} one: {listed}; name the one that is meant, such as "
+                f"{location.folder(folders[0])}"
+            )
         weight_files(there, f"adapter {location}")
         if self.config not in there:
             raise NotFoundError(f"adapter {location} has no {self.config}; found {_some(there)}")
+
+    def _folders(self, names: Iterable[str]) -> list[str]:
+        """Return the folders below a place that hold an adapter, as PEFT saves those that have names."""
+        return sorted(
+            (folder for folder, _, name in (each.rpartition("/") for each in names) if folder and name == self.config),
+            key=in_order,
+        )
 
 
 BASE = Kind(
@@ -104,6 +127,16 @@ ADAPTER = AdapterKind(
     duplicates=None,
     pickled=(),
 )
+
+
+def local_names(kind: Kind, directory: Path) -> list[str]:
+    """Return what `Kind.check` looks at in a local directory: all names at the top, and configs up to two folders down.
+
+    PEFT saves an adapter that has a name into a folder of that name, and trainers that into one of the step.
+    """
+    below = (f"{folders}/{kind.config}" for folders in ("*", "*/*"))
+    found = (name for pattern in below for name in glob.iglob(pattern, root_dir=directory))  # noqa: PTH207 - passes over what it may not read
+    return [*(path.name for path in directory.iterdir()), *found]
 
 
 def files_of(kind: Kind, directory: Path) -> list[Path]:

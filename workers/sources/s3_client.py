@@ -146,6 +146,25 @@ class S3Store:
             if (name := entry["Key"].removeprefix(start)) and not name.endswith("/")
         }
 
+    def level(self) -> tuple[list[str], list[S3Object]]:
+        """List what lies right below the prefix: names of folders, and objects without what is in those."""
+        start = self.key("")
+        asked = {"Bucket": self.place.bucket, "Prefix": start, "Delimiter": "/"}
+        with self.errors():
+            pages = list(self.client.get_paginator("list_objects_v2").paginate(**asked))  # type: ignore[arg-type]
+        folders = [
+            entry["Prefix"].removeprefix(start).rstrip("/")
+            for page in pages
+            for entry in page.get("CommonPrefixes", [])
+        ]
+        objects = [
+            S3Object(name=name, num_bytes=entry["Size"], etag=entry["ETag"])
+            for page in pages
+            for entry in page.get("Contents", [])
+            if (name := entry["Key"].removeprefix(start))
+        ]
+        return [name for name in folders if name], objects
+
     def content(self, name: str, max_bytes: int) -> bytes | None:
         """Return the bytes of a small object, or None when there is none; of a larger one, one byte too many."""
         with self.errors():

@@ -22,7 +22,14 @@ from jobs.request_files.reading import load_requests
         ("s3://bucket/team/*", ["s3://bucket/team/n"], ["s3://bucket/teams/n", "s3://bucket/n"]),
         ("hf://org/*", ["hf://org/a", "hf://org/b@v1"], ["hf://org-2/a", "hf://org", "hf://other/org"]),
         ("hf://org/a", ["hf://org/a", "hf://org/a@v1"], ["hf://org/a-2", "hf://org", "hf://org/A"]),
-        ("hf://org/a@v1", ["hf://org/a@v1"], ["hf://org/a", "hf://org/a@v2"]),
+        ("hf://org/a@v1", ["hf://org/a@v1", "hf://org/a/x@v1"], ["hf://org/a", "hf://org/a@v2", "hf://org/a/x@v2"]),
+        ("hf://org/*", ["hf://org/a/x@v1"], ["hf://org-2/a/x", "hf://other/org/a"]),
+        ("hf://org/a", ["hf://org/a/x", "hf://org/a/x/y@v1"], ["hf://org/b/a", "hf://a/org/a"]),
+        ("hf://org/a/*", ["hf://org/a", "hf://org/a/x"], ["hf://org/b", "hf://org/ab/x"]),
+        ("hf://org/a/x", ["hf://org/a/x", "hf://org/a/x/y@v1"], ["hf://org/a", "hf://org/a/xy", "hf://org/a/y/x"]),
+        ("hf://org/a/x/*", ["hf://org/a/x/y"], ["hf://org/a/y", "hf://org/a"]),
+        ("hf://org/a/x@v1", ["hf://org/a/x@v1", "hf://org/a/x/y@v1"], ["hf://org/a/x", "hf://org/a@v1"]),
+        ("hf://gpt2", ["hf://gpt2", "hf://gpt2@v1"], ["hf://gpt2/x", "hf://org/gpt2"]),
     ],
 )  # fmt: skip
 def test_a_pattern_covers_a_place_and_all_below(pattern, covered, not_covered):
@@ -38,7 +45,7 @@ def test_a_pattern_covers_a_place_and_all_below(pattern, covered, not_covered):
 @pytest.mark.parametrize(
     "text",
     ["", "*", "/*", "models", "./models", "/mod*els", "/models/*/x", "s3://*", "s3://bucket/a*", "s3://bucket/../x",
-     "hf://*", "hf://org/na*", "hf://a/b/*", "hf://", "https://x/y", "S3://bucket"],
+     "hf://*", "hf://org/na*", "hf://a/b/c*", "hf://a/b@v1/*", "hf://a//*", "hf://", "https://x/y", "S3://bucket"],
 )  # fmt: skip
 def test_what_is_no_pattern(text):
     with pytest.raises(InvalidValueError):

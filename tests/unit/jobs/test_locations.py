@@ -19,7 +19,13 @@ locations = st.one_of(
         st.from_regex(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", fullmatch=True),
         st.lists(parts, min_size=1, max_size=4),
     ),
-    st.builds(lambda owner, name, revision: HubRepo(f"{owner}/{name}", revision), names, names, names),
+    st.builds(
+        lambda owner, name, revision, tail: HubRepo(f"{owner}/{name}", revision, "/".join(tail)),
+        names.filter(lambda name: name not in ("datasets", "models", "spaces")),
+        names,
+        names,
+        st.lists(st.one_of(parts, st.sampled_from(["a b", ".hidden", "[1]", "%2f", "été", "a:b"])), max_size=4),
+    ),
 )
 
 
@@ -35,6 +41,10 @@ locations = st.one_of(
         ("hf://org/name", HubRepo("org/name", "main")),
         ("hf://org/name@refs/pr/1", HubRepo("org/name", "refs/pr/1")),
         ("hf://gpt2@v1.0", HubRepo("gpt2", "v1.0")),
+        ("hf://org/name/a", HubRepo("org/name", "main", "a")),
+        ("hf://org/name/a/", HubRepo("org/name", "main", "a")),
+        ("hf://org/name/a/checkpoint-5@v1", HubRepo("org/name", "v1", "a/checkpoint-5")),
+        ("hf://org/name/a@refs/pr/1", HubRepo("org/name", "refs/pr/1", "a")),
     ],
 )
 def test_parses(text, location):
@@ -81,7 +91,17 @@ def test_a_home_directory_is_expanded(monkeypatch):
         "s3://bucket//x",
         "s3://bucket/a/../b",
         "hf://",
-        "hf://a/b/c",
+        "hf://a/b//c",
+        "hf://a/b//",
+        "hf://org//",
+        "hf://a/b/../c",
+        "hf://a/b/.@v1",
+        "hf://a/b/c-*",
+        "hf://a/b/c?",
+        "hf://a/b/c@",
+        "hf://a/b/c@v1@v2",
+        "hf://datasets/org/name",
+        "hf://models/org/name",
         "hf://org/",
         "hf://../name",
         "hf://org/name@",
@@ -98,7 +118,19 @@ def test_children_and_names():
     assert parse_location("/a/b").child("c") == LocalPath(Path("/a/b/c"))
     assert parse_location("s3://bucket/a").child("c") == S3Prefix("bucket", "a/c")
     assert parse_location("hf://org/a@v1").child("c") == HubRepo("org/a-c", "v1")
-    assert [parse_location(text).name for text in ("/a/b", "s3://bucket/a/b", "hf://org/b@v1")] == ["b", "b", "b"]
+    assert parse_location("hf://org/a/b@v1").child("c") == HubRepo("org/a", "v1", "b/c")
+    places = ("/a/b", "s3://bucket/a/b", "hf://org/b@v1", "hf://org/x/a/b@v1")
+    assert [parse_location(text).name for text in places] == ["b", "b", "b", "b"]
+
+
+@given(locations, st.lists(parts, min_size=1, max_size=3))
+def test_a_folder_lies_inside_and_has_the_place_around_it(location, tail):
+    inner = location.folder("/".join(tail))
+    assert inner.is_inside(location)
+    assert not location.is_inside(inner)
+    assert inner.name == tail[-1]
+    assert location in inner.ancestors()
+    assert list(enclosing(str(inner))) == [str(place) for place in inner.ancestors()]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +147,12 @@ def test_children_and_names():
         ("s3://bucket/a", "/a", False),
         ("hf://org/a@v1", "hf://org/a@v1", True),
         ("hf://org/a@v2", "hf://org/a@v1", False),
+        ("hf://org/a/x@v1", "hf://org/a@v1", True),
+        ("hf://org/a/x/y@v1", "hf://org/a/x@v1", True),
+        ("hf://org/a/xy@v1", "hf://org/a/x@v1", False),
+        ("hf://org/a@v1", "hf://org/a/x@v1", False),
+        ("hf://org/a/x@v1", "hf://org/a/x@v2", False),
+        ("hf://org/ab/x@v1", "hf://org/a@v1", False),
     ],
 )
 def test_is_inside(inner, outer, expected):
@@ -130,6 +168,7 @@ def test_is_inside(inner, outer, expected):
         ("s3://bucket/a/b/c", ["s3://bucket/a/b", "s3://bucket/a"]),
         ("s3://bucket/a", []),
         ("hf://org/a@v/1", []),
+        ("hf://org/a/b/c@v/1", ["hf://org/a/b@v/1", "hf://org/a@v/1"]),
     ],
 )
 def test_places_around(text, around):

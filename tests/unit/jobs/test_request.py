@@ -53,6 +53,31 @@ def test_new_fields_that_say_nothing_do_not_change_the_name_of_a_request():
     assert MergeRequest(**places, **asked).id == "merge-146261388226de8e"
 
 
+def test_folders_on_the_hub_do_not_change_what_requests_without_them_are():
+    """Id and JSON as the version before had them."""
+    request = MergeRequest(base="hf://org/base@v1", adapter="hf://org/lora", destination="hf://org/merged")
+    assert request.id == "merge-2c0f96948a5df096"
+    stored = json.loads(request.model_dump_json(by_alias=True))
+    places = {name: stored[name] for name in ("base", "adapter", "destination")}
+    assert places == {
+        "base": "hf://org/base@v1",
+        "adapter": "hf://org/lora@main",
+        "destination": "hf://org/merged@main",
+    }
+    folder = MergeRequest(base="hf://org/base@v1", adapter="hf://org/lora/a", destination="hf://org/merged")
+    assert folder.id != request.id
+    assert MergeRequest.model_validate_json(folder.model_dump_json(by_alias=True)) == folder
+    assert folder.adapter_name == "a"
+
+
+def test_a_release_is_a_whole_repository():
+    with pytest.raises(ValidationError) as caught:
+        MergeRequest(base="/b", adapter="/a", destination="hf://org/merged/sub")
+    assert "expected a whole repository, hf://owner/name: a release is all of its repository" in str(caught.value)
+    with pytest.raises(ValidationError, match="a place outside the base"):
+        MergeRequest(base="hf://org/name@main", adapter="/a", destination="hf://org/name")
+
+
 def test_silent_requests_leave_to_the_base_what_they_merge_into_with_full_parity():
     request = MergeRequest(**PLACES)
     assert request.base_quantization is BaseQuantization.DEFAULT

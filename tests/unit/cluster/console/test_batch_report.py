@@ -59,7 +59,7 @@ def night(tmp_path):
 
 
 def page_of(night, tmp_path):
-    path, num_jobs = write_report(night.store, Selection(batch=BATCH), BATCH, tmp_path / "page.html")
+    path, num_jobs = write_report(night.store, Selection(batch=BATCH), BATCH, tmp_path / "page.html", tmp_path)
     assert num_jobs == len(night.store.jobs())
     return Page(path.read_text())
 
@@ -117,10 +117,10 @@ def test_a_batch_of_which_nothing_has_begun_has_a_page(night, tmp_path):
 def test_a_page_that_cannot_be_written_leaves_nothing(night, tmp_path):
     night.submit(1)
     with pytest.raises(BadInputError, match="--to: cannot write"):
-        write_report(night.store, Selection(batch=BATCH), BATCH, tmp_path / "missing" / "page.html")
+        write_report(night.store, Selection(batch=BATCH), BATCH, tmp_path / "missing" / "page.html", tmp_path)
     (tmp_path / "there").mkdir()
     with pytest.raises(BadInputError, match="--to: cannot write"):
-        write_report(night.store, Selection(batch=BATCH), BATCH, tmp_path / "there")
+        write_report(night.store, Selection(batch=BATCH), BATCH, tmp_path / "there", tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".part")]
 
 
@@ -178,6 +178,6 @@ def test_a_spread_counts_every_release_and_names_the_worst():
 def test_ten_thousand_jobs_take_megabytes(tmp_path):
     night = Night(tmp_path, num_workers=64)
     spend(night, 10_000)
-    path, _ = write_report(night.store, Selection(batch=BATCH), BATCH, tmp_path / "page.html")
+    path, _ = write_report(night.store, Selection(batch=BATCH), BATCH, tmp_path / "page.html", tmp_path)
     assert path.stat().st_size < 10_000_000
     night.store.close()

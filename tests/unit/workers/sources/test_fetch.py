@@ -18,7 +18,9 @@ from jobs.locations import HubRepo, LocalPath, Location, S3Prefix
 from tests.releases import write_files
 from tests.servers.hub import Hub
 from tests.servers.s3 import S3Server
+from workers.sources.belongings import belongings, strays
 from workers.sources.fetch import Source, fetch_adapter, fetch_base
+from workers.sources.listing import LocalFiles
 
 
 def safetensors(data: bytes, name: str = "w") -> bytes:
@@ -198,6 +200,29 @@ class TestLocal:
         digests = [fetch_adapter(LocalPath(tmp_path / name), tmp_path).digest for name in "abc"]
         assert digests[0] == digests[1] != digests[2]
 
+    def test_adapters_with_names_lie_in_folders(self, tmp_path: Path) -> None:
+        """As PEFT saves them: each folder is an adapter, and the directory around them is none."""
+        for folder in ("runs/policy", "runs/critic", "deep/checkpoint-900/policy", "deep/checkpoint-1500/policy"):
+            write_files(tmp_path / folder, ADAPTER)
+        digests = [fetch_adapter(LocalPath(tmp_path / "runs" / name), tmp_path).digest for name in ("policy", "critic")]
+        assert digests[0] == digests[1]
+        told = (
+            rf"has no adapter_config\.json at its top; .* 2 have one: critic, policy; .* such as {tmp_path}/runs/critic"
+        )
+        with pytest.raises(NotFoundError, match=told):
+            fetch_adapter(LocalPath(tmp_path / "runs"), tmp_path)
+        with pytest.raises(NotFoundError, match=r"have one: checkpoint-900/policy, checkpoint-1500/policy; name"):
+            fetch_adapter(LocalPath(tmp_path / "deep"), tmp_path)
+        with pytest.raises(NotFoundError, match=r"has no adapter_config\.json at its top; .* 1 has one: policy; name"):
+            fetch_adapter(LocalPath(tmp_path / "deep" / "checkpoint-900"), tmp_path)
+
+    def test_an_adapter_at_the_top_is_meant_where_folders_have_others(self, tmp_path: Path) -> None:
+        """PEFT saves the adapter `default` at the top, and those with names below it."""
+        write_files(tmp_path / "a", ADAPTER)
+        digest = fetch_adapter(LocalPath(tmp_path / "a"), tmp_path).digest
+        write_files(tmp_path / "a" / "other", ADAPTER)
+        assert fetch_adapter(LocalPath(tmp_path / "a"), tmp_path).digest == digest
+
     def test_modules_beside_an_adapter_belong_to_it(self, tmp_path: Path) -> None:
         modules = {"modules.json": b'[{"path": "2_Dense"}]', "2_Dense/model.safetensors": safetensors(b"dense")}
         write_files(tmp_path / "a", ADAPTER | modules)
@@ -290,6 +315,15 @@ class TestS3:
         assert names(source) == ADAPTER.keys()
         assert source.digest == fetch_adapter(LocalPath(tmp_path / "local"), tmp_path).digest
 
+    def test_adapters_with_names_lie_below_one_prefix(self, place: S3Prefix, tmp_path: Path) -> None:
+        run = place.child("run")
+        for name in ("policy", "critic"):
+            write_objects(self.server, run.child(name), ADAPTER)
+        found = [fetch_adapter(run.child(name), tmp_path / "cache") for name in ("policy", "critic")]
+        assert found[0].digest == found[1].digest
+        with pytest.raises(NotFoundError, match=rf"2 have one: critic, policy; .* such as {run}/critic"):
+            fetch_adapter(run, tmp_path)
+
     def test_pickled_adapter_is_converted(self, place: S3Prefix, tmp_path: Path) -> None:
         write_objects(self.server, place.child("pickled"), pickled())
         check_converted(place.child("pickled"), tmp_path)
@@ -362,6 +396,69 @@ class TestHub:
         assert {name: (source.directory / name).read_bytes() for name in names(source)} == BASE
         assert source.location == HubRepo(place.repo_id, hub.repos[place.repo_id][-1].oid)
         assert fetch_base(source.location, tmp_path) == source
+
+    def test_a_folder_is_a_source_of_its_own(self, place: HubRepo, hub: Hub, tmp_path: Path) -> None:
+        """Only its files are brought, its revision is pinned, and nothing of another folder changes its digest."""
+        folders = ("a/adapters", "b")
+        tree = {f"{folder}/{name}": data for folder in folders for name, data in (ADAPTER | ADAPTER_CLUTTER).items()}
+        repo = HubRepo(f"{place.repo_id}-folders")
+        hub.create(repo.repo_id, tree | {f"base [1]/{name}": data for name, data in (BASE | CLUTTER).items()})
+        source = fetch_adapter(repo.folder("a/adapters"), tmp_path)
+        commit = hub.repos[repo.repo_id][-1].oid
+        assert source.location == HubRepo(repo.repo_id, commit, "a/adapters")
+        snapshot = source.directory.parent.parent
+        assert snapshot.name == commit
+        assert {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()} == {
+            f"a/adapters/{name}" for name in ADAPTER
+        }
+        assert fetch_adapter(source.location, tmp_path) == source
+        write_files(tmp_path / "local", ADAPTER)
+        assert fetch_adapter(LocalPath(tmp_path / "local"), tmp_path).digest == source.digest
+        hub.commit(repo.repo_id, "b alone", {"b/tokenizer.json": hub.keep(b"[]")})
+        assert fetch_adapter(repo.folder("a/adapters"), tmp_path).digest == source.digest
+        assert fetch_adapter(repo.folder("b"), tmp_path).digest != source.digest
+        base = fetch_base(repo.folder("base [1]"), tmp_path)
+        assert {name: (base.directory / name).read_bytes() for name in names(base)} == BASE
+
+    def test_equal_bases_in_two_places_of_a_repository_have_different_digests(self, hub: Hub, tmp_path: Path) -> None:
+        """The digest of a base on the Hub is taken from names: those in a folder are not those at the top."""
+        files = {name: data for name, data in BASE.items() if name != "modules.json"}
+        repo = HubRepo(f"org/{tmp_path.name}-twice")
+        hub.create(repo.repo_id, files | {f"{folder}/{name}": data for folder in "xy" for name, data in files.items()})
+        places = [repo, repo.folder("x"), repo.folder("y")]
+        assert len({fetch_base(place, tmp_path).digest for place in places}) == 3
+
+    def test_adapters_beside_a_base_are_no_part_of_it(self, place: HubRepo, hub: Hub, tmp_path: Path) -> None:
+        """All folders of a commit share one directory of the cache."""
+        tokenizer = {"lora/tokenizer_config.json": b"{}"}
+        hub.create(f"{place.repo_id}-both", BASE | {f"lora/{name}": data for name, data in ADAPTER.items()} | tokenizer)
+        repo = HubRepo(f"{place.repo_id}-both")
+        before = fetch_base(repo, tmp_path)
+        assert strays(LocalFiles(before.directory)) == ()
+        fetch_adapter(repo.folder("lora"), tmp_path)
+        assert fetch_base(repo, tmp_path) == before
+        assert strays(LocalFiles(before.directory)) == ()
+        assert not any(name.startswith("lora/") for name in belongings(LocalFiles(before.directory)))
+
+    def test_a_repository_with_adapters_in_folders_alone_is_refused(
+        self, place: HubRepo, hub: Hub, tmp_path: Path
+    ) -> None:
+        repo = HubRepo(f"{place.repo_id}-named")
+        hub.create(
+            repo.repo_id, {f"{folder}/{name}": data for folder in ("b", "a/c") for name, data in ADAPTER.items()}
+        )
+        with pytest.raises(NotFoundError, match=rf"2 have one: a/c, b; name .*, such as hf://{repo.repo_id}/a/c@main"):
+            fetch_adapter(repo, tmp_path)
+        with pytest.raises(NotFoundError, match=r"/nothing@main has no adapter_model\.safetensors"):
+            fetch_adapter(repo.folder("nothing"), tmp_path)
+
+    def test_a_folder_works_from_the_cache(self, place: HubRepo, hub: Hub, tmp_path: Path) -> None:
+        repo = HubRepo(f"{place.repo_id}-cached")
+        hub.create(repo.repo_id, {f"sub/{name}": data for name, data in (ADAPTER | ADAPTER_CLUTTER).items()})
+        source = fetch_adapter(repo.folder("sub"), tmp_path)
+        hub.fail("GET", "/", status=503, times=99)
+        hub.fail("HEAD", "/", status=503, times=99)
+        assert fetch_adapter(source.location, tmp_path) == source
 
     def test_new_commit_is_another_source(self, place: HubRepo, hub: Hub, tmp_path: Path) -> None:
         first = fetch_base(place, tmp_path)
