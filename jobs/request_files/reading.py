@@ -2,10 +2,10 @@
 
 YAML has `requests:`, a list; `defaults:`, laid under every request; and `matrix:`, one or a list, which multiplies
 `bases`, `adapters` and `quantizations`; a pattern among `adapters` stands for the folders that match it and hold an
-adapter. JSON lines hold one request a line, CSV one a row. In every format `id` and `destination` may hold `{base}`,
-`{adapter}`, `{step}` and `{quantization}`, `destination` also `{id}`, and in a matrix labels may as well; `{{` is a
-brace. Relative paths are taken from the directory of the file. A field that is null or empty takes its
-built-in default.
+adapter. JSON lines hold one request a line, CSV one a row. A request with `outputs` stands for one for each of these
+forms. In every format `id` and `destination` may hold `{base}`, `{adapter}`, `{step}` and `{quantization}`,
+`destination` also `{id}`, and in a matrix labels may as well; `{{` is a brace. Relative paths are taken from the
+directory of the file. A field that is null or empty takes its built-in default.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import json
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import get_args, get_origin
 
@@ -28,6 +27,7 @@ from jobs.request_files.drafts import DraftCheck
 from jobs.request_files.matrix import MAX_REQUESTS, Expansion, expand
 from jobs.request_files.patterns import Listing, is_pattern
 from jobs.request_files.problems import Problem, ProblemList, RequestFileError, show
+from jobs.request_files.siblings import FIELD, siblings, without_outputs
 from jobs.request_files.sweeps import Sweeps
 from jobs.request_files.yaml_tree import read_yaml
 
@@ -117,23 +117,29 @@ def read_requests(
         expansion = _expansion(origin.suffix, text, problems, sweeps)
     except DocumentTooLargeError as error:
         problems.add(None, "", str(error), "more")
-    if len(expansion) > MAX_REQUESTS:
-        problems.add(None, "", f"at most {MAX_REQUESTS} requests in one file", str(len(expansion)))
-        expansion = Expansion()
+    nodes = [
+        (sibling, is_multiplied)
+        for is_multiplied, given in enumerate((expansion.requests, expansion.multiplied))
+        for node in given
+        for sibling in siblings(node, problems)
+    ]
+    if len(nodes) > MAX_REQUESTS:
+        problems.add(None, "", f"at most {MAX_REQUESTS} requests in one file", str(len(nodes)))
+        nodes = []
     check = DraftCheck(
         origin.directory, problems, strict=origin.suffix != ".csv", allowance=allowance, steps=sweeps.steps
     )
     for node in expansion.shared:
-        check.shared(node)
+        check.shared(without_outputs(node))
     requests = list[MergeRequest | None]()
-    for number, node in enumerate(chain(expansion.requests, expansion.multiplied)):
+    for number, (node, is_multiplied) in enumerate(nodes):
         if len(problems) > MAX_PROBLEMS:
-            rest = len(expansion) - number
+            rest = len(nodes) - number
             problems.add(
                 None, "", f"at most {MAX_PROBLEMS} mistakes", f"more; the last {rest} requests were not looked at"
             )
             break
-        requests.append(check.request(node, has_templates_in_labels=number >= len(expansion.requests)))
+        requests.append(check.request(node, has_templates_in_labels=bool(is_multiplied)))
     if not requests and not problems:
         problems.add(None, "", "at least one request", "none")
     if problems:
@@ -207,7 +213,7 @@ def _expansion(suffix: str, text: str, problems: ProblemList, sweeps: Sweeps) ->
     if suffix == ".jsonl":
         return Expansion(requests=list(read_jsonl(text, problems)))
     if suffix == ".csv":
-        return Expansion(requests=list(read_csv(text, _columns(MergeRequest), problems)))
+        return Expansion(requests=list(read_csv(text, _columns(MergeRequest) | {FIELD: True}, problems)))
     root = read_json(text, problems) if suffix == ".json" else read_yaml(text, problems)
     return Expansion() if root is None else expand(root, problems, sweeps)
 

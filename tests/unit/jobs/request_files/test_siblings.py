@@ -1,0 +1,87 @@
+"""Requests with `outputs`: one for each form, below the destination."""
+
+import json
+
+import pytest
+
+from jobs.request_files.reading import RequestFileError, load_requests
+
+
+def read(tmp_path, document, name="batch.yaml"):
+    path = tmp_path / name
+    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    return load_requests(path)
+
+
+FIELDS = {"base": "/bases/a", "adapter": "/adapters/one"}
+
+
+def test_each_form_is_a_request_of_its_own(tmp_path):
+    asked = {**FIELDS, "id": "one", "destination": "/releases/{adapter}", "outputs": ["16bit", "fp8_block", "mxfp4"]}
+    found = read(tmp_path, {"requests": [asked]})
+    assert [(each.id, str(each.destination), each.output) for each in found] == [
+        ("one-16bit", "/releases/one/16bit", "16bit"),
+        ("one-fp8_block", "/releases/one/fp8_block", "fp8_block"),
+        ("one-mxfp4", "/releases/one/mxfp4", "mxfp4"),
+    ]
+    assert len({each.pass_key() for each in found}) == 1
+
+
+def test_each_is_what_asks_for_that_form_alone(tmp_path):
+    (sibling,) = read(tmp_path, {"requests": [{**FIELDS, "destination": "/releases/one", "outputs": ["mxfp4"]}]})
+    alone = {**FIELDS, "destination": "/releases/one/mxfp4", "output": "mxfp4"}
+    assert read(tmp_path, {"requests": [alone]}) == (sibling,)
+
+
+def test_bf16_is_plain_numbers_of_that_dtype(tmp_path):
+    (found,) = read(tmp_path, {"requests": [{**FIELDS, "destination": "/releases/one/", "outputs": ["bf16"]}]})
+    assert (found.output, found.dtype, str(found.destination)) == ("16bit", "bfloat16", "/releases/one/bf16")
+
+
+def test_on_the_hub_forms_are_repositories(tmp_path):
+    asked = {**FIELDS, "destination": "hf://me/one@next", "outputs": ["as_base"]}
+    (found,) = read(tmp_path, {"requests": [asked]})
+    assert str(found.destination) == "hf://me/one-as_base@next"
+
+
+@pytest.mark.parametrize("section", ["defaults", "matrix"])
+def test_where_many_requests_share_them(tmp_path, section):
+    shared = {"outputs": ["16bit", "mxfp4"]}
+    matrix = {"bases": ["/bases/a"], "adapters": ["/adapters/one", "/adapters/two"], "destination": "/r/{adapter}"}
+    document = {"defaults": shared, "matrix": matrix} if section == "defaults" else {"matrix": matrix | shared}
+    places = [str(each.destination) for each in read(tmp_path, document)]
+    assert places == ["/r/one/16bit", "/r/one/mxfp4", "/r/two/16bit", "/r/two/mxfp4"]
+
+
+def test_in_json_lines_and_csv(tmp_path):
+    line = json.dumps({**FIELDS, "destination": "/r/one", "outputs": ["16bit", "mxfp4"]})
+    lines = read(tmp_path, line, "batch.jsonl")
+    cells = '/bases/a,/adapters/one,/r/one,"[""16bit"",""mxfp4""]"'
+    table = read(tmp_path, f"base,adapter,destination,outputs\n{cells}\n", "batch.csv")
+    assert lines == table
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"outputs": ["gguf"]}, r"outputs\[0\]: expected one of 16bit, as_base, .*, found 'gguf'"),
+        ({"outputs": ["mxfp4", "mxfp4"]}, "destination"),
+        ({"outputs": []}, "outputs: expected a list with at least one entry"),
+        ({"outputs": "mxfp4"}, "outputs: expected a list"),
+        ({"outputs": ["mxfp4"], "output": "mxfp4"}, "expected either output or outputs, found both"),
+        ({"outputs": ["as_base"], "dtype": "float16"}, "no dtype beside as_base"),
+    ],
+)
+def test_mistakes_are_told_by_field(tmp_path, fields, message):
+    with pytest.raises(RequestFileError, match=message):
+        read(tmp_path, {"requests": [{**FIELDS, "destination": "/r/one", **fields}]})
+
+
+def test_every_mistake_of_a_request_is_told_though_outputs_are_wrong(tmp_path):
+    with pytest.raises(RequestFileError) as caught:
+        read(
+            tmp_path, {"requests": [{**FIELDS, "destination": "/r/one", "outputs": ["gguf", "mxfp4"], "priority": "x"}]}
+        )
+    assert "priority" in str(caught.value)
+    assert "gguf" in str(caught.value)
