@@ -158,6 +158,8 @@ def manifest_line(place: object, manifest: Manifest) -> Text:
     parity = manifest.parity
     figures = [f"{parity.num_changed_tensors} of {parity.num_tensors} tensors changed"]
     figures.append(f"worst rounding {parity.rounding_excess:.2f} of its bound")
+    if parity.min_survival is not None:
+        figures.append(f"at least {parity.min_survival:.0%} of the delta left")
     if parity.mean_kl is not None:
         figures.append(f"KL {parity.mean_kl:.2g}")
     if parity.top1_agreement is not None:

@@ -23,22 +23,23 @@ _OF_STORED_WEIGHTS = re.compile(
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def write_card(plan: MergePlan, directory: Path, *, num_changed: int) -> Artifact:
+def write_card(plan: MergePlan, directory: Path, *, num_changed: int, least_survival: float | None = None) -> Artifact:
     """Write the card of a release, valid for the Hub wherever the base is from.
 
     Args:
         plan: of the job.
         directory: of the release.
         num_changed: tensors whose values are others than those they were merged into.
+        least_survival: smallest share of a tensor's delta that is left in what ships; None where nothing tells.
 
     Raises:
         NoCapacityError: the disk is full.
     """
-    write_text(directory / CARD_NAME, _text(plan, num_changed))
+    write_text(directory / CARD_NAME, _text(plan, num_changed, least_survival))
     return digest_file(directory, CARD_NAME)
 
 
-def _text(plan: MergePlan, num_changed: int) -> str:
+def _text(plan: MergePlan, num_changed: int, least_survival: float | None) -> str:
     request = plan.request
     licences = differing_licences(plan.base.card, plan.adapter_cards)
     base, adapters = plan.base.source.location, [adapter.location for adapter, _ in plan.weighted]
@@ -55,6 +56,7 @@ def _text(plan: MergePlan, num_changed: int) -> str:
         f"- merged into: {_merged_into(plan)}",
         *_stored_in(plan),
         f"- tensors changed: {num_changed} of {len(plan.checked)}",
+        *([] if least_survival is None else [f"- of each tensor's delta is left at least: {least_survival:.1%}"]),
         f"- merge key: `{plan.merge_key}`",
         "",
         "`manifest.json` lists every file with its SHA-256; `parity.json` and `parity.html` are the evidence that this",

@@ -17,6 +17,8 @@ from workers.merging.sidecars import write_text
 from workers.parity.effect import allowed_share, keeps_effect, rounding_share
 from workers.parity.report import render_report
 
+_FAINT = 0.5
+"""Share of a delta that rounding leaves, below which a person is told."""
 _NUM_NAMED = 20
 """Failures told one by one; a merge that is wrong everywhere needs no list of everything."""
 
@@ -81,7 +83,7 @@ def judge(
         thresholds=thresholds,
         passed=not wrong,
         failures=tuple(wrong),
-        notes=(*plan.notes, *_nothing_changed(tensors)),
+        notes=(*plan.notes, *_nothing_changed(tensors), *_faint(plan, tensors)),
         tensors=tuple(tensors),
         behaviour=tuple(behaviour),
     )
@@ -118,6 +120,19 @@ def _nothing_changed(tensors: Sequence[TensorCheck]) -> tuple[str, ...]:
     sentence = (
         f"the adapter changes NOTHING: all {len(tensors)} tensors have the values that it was merged into; its "
         "matrices or its scaling are zero, or too small for the dtype of the weights"
+    )
+    return (sentence,)
+
+
+def _faint(plan: MergePlan, tensors: Sequence[TensorCheck]) -> tuple[str, ...]:
+    """Return what to do where rounding alone takes most of a delta; what is quantized has a threshold for that."""
+    faint = [check for check in tensors if check.survival is not None and check.survival < _FAINT]
+    if not faint or plan.storage is not None:
+        return ()
+    least = min(faint, key=lambda check: check.survival or 0.0)
+    sentence = (
+        f"{len(faint)} tensors keep less than half of the adapter's delta in what they are rounded to, {least.tensor} "
+        f"{max(least.survival or 0.0, 0.0):.0%}: it is small beside the weights; float16 or float32 keeps more of it"
     )
     return (sentence,)
 

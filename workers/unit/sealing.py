@@ -13,7 +13,9 @@ from workers.merging.sidecars import digest_file, write_sidecars
 def ship_sidecars(job: Job) -> None:
     """Write what goes beside the shards of a merged job, and ship it."""
     num_changed = sum(check.changed for check in job.checks.values())
-    card = write_card(job.plan, job.directory, num_changed=num_changed)
+    survivals = [check.survival for check in job.checks.values() if check.survival is not None]
+    least = min(survivals, default=None)
+    card = write_card(job.plan, job.directory, num_changed=num_changed, least_survival=least)
     for artifact in (*write_sidecars(job.plan, job.directory), card):
         job.ship(artifact)
 
