@@ -6,6 +6,7 @@ from pathlib import Path
 from jobs.errors import BadInputError, NotFoundError
 from jobs.parity_report import BehaviourCheck, ParityReport, ParitySummary, TensorCheck
 from jobs.release import REPORT_NAME, REPORT_PAGE_NAME
+from jobs.text import MAX_MESSAGE, shown
 from workers.files.checkpoint import read_shard
 from workers.files.local import file_errors
 from workers.merging.checks.evidence import Evidence
@@ -24,6 +25,7 @@ def judge(
     wrong: Sequence[str],
     tensors: Sequence[TensorCheck],
     behaviour: Sequence[BehaviourCheck],
+    notes: Sequence[str] = (),
 ) -> ParityReport:
     """Hold what was found against the thresholds.
 
@@ -32,6 +34,7 @@ def judge(
         wrong: what is wrong besides, a sentence each, as `wrong_headers` and `unfounded` find it.
         tensors: the arithmetic check, of every tensor.
         behaviour: the behavioural checks; empty at level `arithmetic`.
+        notes: what engines mind that do not refuse the release, a sentence each.
 
     Returns:
         The report; it passed only if nothing failed.
@@ -75,7 +78,7 @@ def judge(
         thresholds=thresholds,
         passed=not wrong,
         failures=tuple(wrong),
-        notes=(*plan.notes, *_nothing_changed(tensors)),
+        notes=(*plan.notes, *(shown(note, MAX_MESSAGE) for note in notes), *_nothing_changed(tensors)),
         tensors=tuple(tensors),
         behaviour=tuple(behaviour),
     )
