@@ -194,6 +194,26 @@ def _lora_beside(stored: dict[str, torch.Tensor]) -> None:
         stored[f"{front}lora_B.default.weight"] = torch.zeros(64, 2)
 
 
+def _fuse_gate_up(stored: dict[str, torch.Tensor]) -> None:
+    for layer in range(2):
+        front = f"model.layers.{layer}.mlp."
+        parts = [stored.pop(f"{front}{part}_proj.weight") for part in ("gate", "up")]
+        stored[f"{front}gate_up_proj.weight"] = torch.cat(parts)
+
+
+def _split_experts(stored: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in stored if ".experts." in name]:
+        front, _, part = name.partition(".experts.")
+        for number, weight in enumerate(stored.pop(name)):
+            pieces = {part: weight}
+            if part.startswith("gate_up"):
+                ending = part.removeprefix("gate_up")
+                pieces = {f"gate{ending}": weight[..., ::2], f"up{ending}": weight[..., 1::2]}
+            for piece, values in pieces.items():
+                called = piece.replace("_bias", ".bias") if piece.endswith("_bias") else f"{piece}.weight"
+                stored[f"{front}.experts.{number}.{called}"] = values.contiguous()
+
+
 def _all_as_fp8(stored: dict[str, torch.Tensor]) -> None:
     for name in [name for name in stored if "proj.weight" in name]:
         stored[name] = stored[name].to(torch.float8_e4m3fn)
@@ -296,6 +316,11 @@ FAULTS: Mapping[str, tuple[str, str, Callable[[Path], object]]] = {
         "names.prefix-twice",
         renamed(lambda name: f"model.{name}" if name.startswith("model.") else name),
     ),
+    "the prefix of a part put on twice": (
+        "llava",
+        "names.prefix-twice",
+        renamed(lambda name: f"language_model.{name}" if name.startswith("language_model.") else name),
+    ),
     # Tensors
     "a tensor forgotten": ("llama", "tensors.missing", dropped("layers.1.mlp.up_proj")),
     "norms forgotten": ("qwen2", "tensors.missing", dropped("input_layernorm")),
@@ -319,6 +344,8 @@ FAULTS: Mapping[str, tuple[str, str, Callable[[Path], object]]] = {
     ),
     "q, k and v fused": ("llama", "tensors.fused", tensors(_fuse_qkv)),
     "q, k and v split": ("phi3", "tensors.split", tensors(_split_qkv)),
+    "gate and up fused": ("qwen2", "tensors.fused", tensors(_fuse_gate_up)),
+    "experts one by one": ("gpt_oss", "tensors.split", tensors(_split_experts)),
     "experts as transformers 5 has them": ("qwen3_moe", "tensors.fused-experts", tensors(_fused_experts)),
     "more layers configured than stored": (
         "llama",
@@ -488,6 +515,11 @@ FAULTS: Mapping[str, tuple[str, str, Callable[[Path], object]]] = {
     "padding beyond the vocabulary": ("llama", "config.token-id", fields(pad_token_id=512)),
     "no version": ("llama", "config.no-version", fields(transformers_version=None)),
     "a family that is not imported": ("bert", "bedrock.architecture", lambda _: None),
+    "a tokenizer that is not imported": (
+        "llama",
+        "bedrock.tokenizer",
+        fields("tokenizer_config.json", tokenizer_class="GemmaTokenizer"),
+    ),
     "a tokenizer without its configuration": ("llama", "bedrock.files", gone("tokenizer_config.json")),
 }
 """By what was done: to which good release, the rule, and how."""

@@ -23,6 +23,14 @@ FILES = Rule(
     advice="save the tokenizer beside the model",
     source=f"{_GUIDE} (Import a model source from Amazon S3)",
 )
+TOKENIZER = Rule(
+    id="bedrock.tokenizer",
+    what="a class of tokenizers that is not imported",
+    severity=Severity.NOTE,
+    refused_by=(Engine.BEDROCK,),
+    advice="write PreTrainedTokenizerFast as tokenizer_class, beside tokenizer.json",
+    source=f"{_GUIDE} (Supported tokenizers)",
+)
 SIZE = Rule(
     id="bedrock.size",
     what="more weights than are imported",
@@ -31,7 +39,7 @@ SIZE = Rule(
     advice="deploy it elsewhere",
     source=f"{_GUIDE} (less than 200GB for text models, 100GB for multimodal models)",
 )
-RULES = (ARCHITECTURE, FILES, SIZE)
+RULES = (ARCHITECTURE, FILES, TOKENIZER, SIZE)
 
 _IMPORTED = frozenset(
     {
@@ -50,6 +58,12 @@ _IMPORTED = frozenset(
     }
 )
 """Classes of the families that the guide names."""
+_TOKENIZERS = frozenset(
+    f"{name}{kind}"
+    for name in ("T5Tokenizer", "LlamaTokenizer", "CodeLlamaTokenizer", "GPT2Tokenizer", "GPTNeoXTokenizer")
+    for kind in ("", "Fast")
+) | {"PreTrainedTokenizer", "PreTrainedTokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast", "TokenizersBackend"}
+"""Classes that the guide names, and one that has a rule of its own."""
 _GB = 10**9
 _MOST_OF_TEXT, _MOST_OF_OTHERS = 200 * _GB, 100 * _GB
 
@@ -64,6 +78,9 @@ def find(checkpoint: Checkpoint) -> Iterator[Finding]:
         yield finding(ARCHITECTURE, CONFIG, "architectures", found=name, expected="one that the guide names")
     if any(is_vocabulary(each) for each in checkpoint.files) and TOKENIZER_CONFIG not in checkpoint.files:
         yield finding(FILES, TOKENIZER_CONFIG, found="nothing", expected="it")
+    kind = checkpoint.documents.get(TOKENIZER_CONFIG, {}).get("tokenizer_class")
+    if isinstance(kind, str) and kind not in _TOKENIZERS:
+        yield finding(TOKENIZER, TOKENIZER_CONFIG, "tokenizer_class", found=kind, expected="one that the guide names")
     num_bytes = sum(shard.num_bytes for shard in checkpoint.loaded.values())
     most = _MOST_OF_OTHERS if "vision_config" in checkpoint.config else _MOST_OF_TEXT
     if num_bytes >= most:

@@ -58,11 +58,19 @@ def find(checkpoint: Checkpoint, skeleton: Skeleton | None) -> Iterator[Finding]
     for rule, wrong, expected in (
         (LEFT_OF_PEFT, [name for name in names if _OF_PEFT.search(name)], "names of the model alone"),
         (WRAPPED, _wrapped(names, checkpoint), "names of the model inside"),
-        (PREFIX_TWICE, [name for name in names if (inner := _TWICE.sub(r"\1", name)) != name and inner in own], "one"),
+        (PREFIX_TWICE, [name for name in names if _is_twice(name, own, skeleton)], "one"),
     ):
         if wrong:
             yield finding(rule, checkpoint.file_of[wrong[0]], wrong[0], found=several(wrong), expected=expected)
             return
+
+
+def _is_twice(name: str, own: AbstractSet[str], skeleton: Skeleton | None) -> bool:
+    """Whether a name is one of the model once a prefix is taken away, and is none as it is."""
+    inner = _TWICE.sub(r"\1", name)
+    if inner == name or skeleton is None:
+        return False
+    return inner in own or (name in skeleton.unexpected and skeleton.routes.of(inner)[0] in own)
 
 
 def _wrapped(names: list[str], checkpoint: Checkpoint) -> list[str]:

@@ -94,10 +94,13 @@ _PARTS: Mapping[str, frozenset[str]] = {
         ("qkv_proj", "query_key_value", "Wqkv", "W_pack", "c_attn", "qkv", "in_proj", "att_proj"),
         frozenset({"q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v", "q_lin", "k_lin", "v_lin"}),
     ),
-    **dict.fromkeys(("gate_up_proj", "gate_up", "ff_proj"), frozenset({"gate_proj", "up_proj", "w1", "w3"})),
-    "down_proj": frozenset({"down_proj", "w2"}),
+    **dict.fromkeys(
+        ("gate_up_proj", "gate_up", "ff_proj"),
+        frozenset({"gate_proj", "up_proj", "w1", "w3", "*.gate_proj", "*.up_proj", "*.w1", "*.w3"}),
+    ),
+    "down_proj": frozenset({"*.down_proj", "*.w2"}),
 }
-"""What fused modules are called, and the parts of each."""
+"""What fused modules are called, and the parts of each; a star stands for the number of an expert."""
 _LEFT_BY_ALL = re.compile(
     r"(^|\.)rotary_emb\.|(^|\.)position_ids$|\.(attn|attention|self_attention)\.(masked_)?bias$|(^|\.)mtp\w*\.|\.causal_mask$|\.nextn\."
     r"|[._](k|v|q|kv)_scale$|(^|\.)(input|output|act)_scale$"
@@ -176,10 +179,10 @@ def _regrouped(missing: list[str], unexpected: list[str]) -> Iterator[tuple[Rule
     for owner, leaves in there.items():
         for fused, parts in _PARTS.items():
             lacking = absent.get(owner, {})
-            if fused in leaves and (instead := parts & lacking.keys() - {fused}):
+            if fused in leaves and (instead := parts & lacking.keys()):
                 found[FUSED][0].extend(leaves[fused])
                 found[FUSED][1].extend(name for part in sorted(instead) for name in lacking[part])
-            elif fused in lacking and (instead := parts & leaves.keys() - {fused}):
+            elif fused in lacking and (instead := parts & leaves.keys()):
                 found[SPLIT][0].extend(name for part in sorted(instead) for name in leaves[part])
                 found[SPLIT][1].extend(lacking[fused])
     for rule, (names, instead_of) in found.items():
@@ -188,12 +191,13 @@ def _regrouped(missing: list[str], unexpected: list[str]) -> Iterator[tuple[Rule
 
 
 def _by_module(names: Collection[str]) -> dict[str, dict[str, list[str]]]:
-    """Return names by the module that holds them, numbers of experts left out, and by the module itself."""
+    """Return names by the module that holds theirs, all experts of a layer as one, and by the name in it."""
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in names:
-        module = re.sub(r"\.(weight|bias)$", "", name)
+        module = re.sub(r"(\.weight|\.bias|(?<=_proj)_bias)$", "", name)
         owner, _, leaf = module.rpartition(".")
-        found[re.sub(r"\.experts\.\d+$", ".experts", owner)][leaf].append(name)
+        experts = re.fullmatch(r"(.*\.experts)\.\d+", owner)
+        found[experts[1] if experts else owner][f"*.{leaf}" if experts else leaf].append(name)
     return found
 
 

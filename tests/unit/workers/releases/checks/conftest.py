@@ -31,6 +31,8 @@ def good(tmp_path_factory):
         "qwen2": build_qwen2,
         "qwen3_moe": lambda path: architectures.build("decoder", "qwen3_moe", path),
         "phi3": lambda path: architectures.build("decoder", "phi3", path),
+        "gpt_oss": lambda path: architectures.build("decoder", "gpt_oss", path),
+        "llava": lambda path: architectures.build("vision-language", "llava", path),
         "bert": lambda path: architectures.build("encoder", "bert", path),
         "fp8": lambda path: store_fp8(release("llama"), path, **scale),
         "awq": lambda path: store_awq(release("llama"), path),
