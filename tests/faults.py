@@ -495,7 +495,11 @@ FAULTS: Mapping[str, tuple[str, str, Callable[[Path], object]]] = {
     "code that was not shipped": (
         "llama",
         "config.no-code",
-        fields(auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}),
+        fields(
+            model_type="own",
+            architectures=["OwnForCausalLM"],
+            auto_map={"AutoConfig": "configuration_own.Own", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"},
+        ),
     ),
     "layer types of another depth": ("qwen2", "config.layer-types", fields(layer_types=["full_attention"] * 5)),
     "heads that do not divide": ("llama", "config.heads", fields(num_key_value_heads=3)),

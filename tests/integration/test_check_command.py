@@ -47,7 +47,7 @@ def test_an_error_ends_with_2_and_says_what_to_do(base, tmp_path):
     code, result = call("check", broken)
     assert code == 2
     assert "error  names.left-of-peft  model.safetensors: base_model.model." in result.stdout
-    assert "refused by transformers-5, transformers-4, vllm" in result.stdout
+    assert "refused by vllm, sglang, llama.cpp; misread by transformers-5, transformers-4" in result.stdout
     assert "merge before saving" in result.stdout
     assert f"{broken}: 1 errors" in result.stdout
 

@@ -26,8 +26,6 @@ from workers.unit.vetting import (
     try_out,
 )
 
-_UNLOADABLE = frozenset({Engine.TRANSFORMERS_5, Engine.VLLM})
-"""What both refuse, no one loads."""
 _HEADER_BYTES_PER_SECOND = 1 << 20
 _MEMORY_PER_HEADER_BYTE = 128
 """The 90,000 tensors of DeepSeek-V3 with their scales, 11 MB of headers, take six seconds and 1.1 GB."""
@@ -84,7 +82,7 @@ def check_merged(directory: Path, layout: CheckpointLayout) -> tuple[list[str], 
         while len(_known) > _MAX_REMEMBERED:
             _known.popitem(last=False)
     found = [each for each in _known[key] if each.severity is not Severity.NOTE]
-    fatal = [each for each in found if each.severity is Severity.ERROR and {*each.rule.refused_by} >= _UNLOADABLE]
+    fatal = [each for each in found if _is_fatal(each)]
     rest = [each for each in found if each not in fatal and each.rule.id not in _TOLD_BEFORE]
     return _sentences(fatal), _sentences(rest)
 
@@ -134,6 +132,13 @@ def _key(directory: Path, layout: CheckpointLayout) -> str:
         if path.is_file() and not name.endswith((".safetensors", CARD_NAME)):
             digest.update(name.encode() + foreign_sha256(path, num_parts=name.count("/") + 1).encode())
     return digest.hexdigest()
+
+
+def _is_fatal(each: Finding) -> bool:
+    """Whether nothing loads the release: vLLM refuses it, and transformers does, or fills it with random values."""
+    rule = each.rule
+    by_transformers = Engine.TRANSFORMERS_5 in (*rule.refused_by, *rule.misread_by)
+    return each.severity is Severity.ERROR and Engine.VLLM in rule.refused_by and by_transformers
 
 
 def _sentences(findings: Sequence[Finding]) -> list[str]:

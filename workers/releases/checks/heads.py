@@ -3,15 +3,15 @@
 from collections.abc import Iterator
 
 from workers.bases.model import token_embedding
-from workers.releases.checks.rules import SERVERS, Engine, Finding, Rule, Severity
+from workers.releases.checks.rules import SERVERS, TRANSFORMERS, Engine, Finding, Rule, Severity
 from workers.releases.checks.skeletons import Skeleton, about
 
 NO_HEAD = Rule(
     id="tensors.no-head",
     what="no head is stored, and the configuration ties none",
     severity=Severity.ERROR,
-    refused_by=SERVERS,
-    misread_by=(Engine.TRANSFORMERS_5, Engine.TRANSFORMERS_4, Engine.LLAMA_CPP, Engine.BEDROCK),
+    refused_by=(Engine.VLLM,),
+    misread_by=(*TRANSFORMERS, Engine.SGLANG, Engine.LLAMA_CPP, Engine.BEDROCK),
     advice="store the head, or set tie_word_embeddings to true where the model was trained with both as one",
     source="vLLM issue 16555; vLLM "
     "vllm/model_executor/model_loader/default_loader.py DefaultModelLoader.track_weights_loading",

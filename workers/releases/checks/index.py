@@ -5,7 +5,16 @@ from collections.abc import Iterator, Mapping
 
 from workers.files.layout import INDEX_FILE, SINGLE_FILE
 from workers.releases.checks.checkpoint import Checkpoint
-from workers.releases.checks.rules import EVERY, SERVERS, Engine, Finding, Rule, Severity, finding, several
+from workers.releases.checks.rules import (
+    EVERY,
+    TRANSFORMERS,
+    Engine,
+    Finding,
+    Rule,
+    Severity,
+    finding,
+    several,
+)
 
 _LLAMA = "llama.cpp conversion/base.py ModelBase.index_tensors"
 NO_MAP = Rule(
@@ -36,8 +45,8 @@ NOT_IN_SHARD = Rule(
     id="index.not-in-shard",
     what="no shard holds a tensor that the index names",
     severity=Severity.ERROR,
-    refused_by=(*SERVERS, Engine.LLAMA_CPP),
-    misread_by=(Engine.TRANSFORMERS_5, Engine.TRANSFORMERS_4, Engine.BEDROCK),
+    refused_by=(Engine.VLLM, Engine.LLAMA_CPP),
+    misread_by=(*TRANSFORMERS, Engine.SGLANG),
     advice="save the model again: the shards and the index are from two saves",
     source=f"{_LLAMA} (Mismatch between weight map and model parts); vLLM "
     "vllm/model_executor/model_loader/default_loader.py DefaultModelLoader.track_weights_loading",

@@ -5,14 +5,15 @@ from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 
 from workers.releases.checks.checkpoint import Checkpoint
-from workers.releases.checks.rules import EVERY, Finding, Rule, Severity, finding, several
+from workers.releases.checks.rules import SERVERS, TRANSFORMERS, Engine, Finding, Rule, Severity, finding, several
 from workers.releases.checks.skeletons import Skeleton
 
 LEFT_OF_PEFT = Rule(
     id="names.left-of-peft",
     what="names of an adapter that was not merged",
     severity=Severity.ERROR,
-    refused_by=EVERY,
+    refused_by=(*SERVERS, Engine.LLAMA_CPP),
+    misread_by=TRANSFORMERS,
     advice="merge before saving (merge_and_unload), and save what that returns; adapters that are not merged are "
     "loaded beside a base",
     source="vLLM issue 1625 (KeyError of lora_A); PEFT 0.21 tuners/tuners_utils.py BaseTuner.merge_and_unload",
@@ -21,7 +22,8 @@ WRAPPED = Rule(
     id="names.wrapped",
     what="names of a wrapper around the model",
     severity=Severity.ERROR,
-    refused_by=EVERY,
+    refused_by=(*SERVERS, Engine.LLAMA_CPP),
+    misread_by=TRANSFORMERS,
     advice="save the model inside (_orig_mod of torch.compile, module of DDP, FSDP, DeepSpeed), or rename the tensors",
     source="vLLM issue 12783 (There is no module or parameter named '_orig_mod')",
 )
@@ -29,7 +31,7 @@ PREFIX_TWICE = Rule(
     id="names.prefix-twice",
     what="the prefix of the model stands there twice",
     severity=Severity.ERROR,
-    refused_by=EVERY,
+    refused_by=(*SERVERS, Engine.LLAMA_CPP),
     advice="rename the tensors: take one of the two away",
     source="transformers 5.23 core_model_loading.py rename_source_key (adds or takes away one prefix); vLLM issue "
     "12783 (names that no module has)",

@@ -11,14 +11,13 @@ from workers.bases.forms.declared import declared_form
 from workers.files.checkpoint import read_json
 from workers.files.layout import TensorSpec
 from workers.releases.checks.checkpoint import CONFIG, PLAIN, Checkpoint
-from workers.releases.checks.rules import EVERY, Engine, Finding, Rule, Severity, finding, several
+from workers.releases.checks.rules import TRANSFORMERS, Engine, Finding, Rule, Severity, finding, several
 
 UNDECLARED = Rule(
     id="quantization.undeclared",
     what="weights are codes, and nothing declares them",
     severity=Severity.ERROR,
-    refused_by=(Engine.VLLM, Engine.SGLANG, Engine.LLAMA_CPP, Engine.BEDROCK),
-    misread_by=(Engine.TRANSFORMERS_5, Engine.TRANSFORMERS_4),
+    misread_by=(*TRANSFORMERS, Engine.VLLM, Engine.SGLANG, Engine.LLAMA_CPP),
     advice="put quantization_config of the checkpoint that they come from into config.json, or save them dequantized",
     source="transformers 5.23 quantizers/auto.py AutoHfQuantizer (goes by quantization_config alone); llama.cpp "
     "conversion/base.py ModelBase.dequant_model",
@@ -27,7 +26,8 @@ DECLARED_PLAIN = Rule(
     id="quantization.declared-plain",
     what="quantized weights are declared, and all weights are plain numbers",
     severity=Severity.ERROR,
-    refused_by=EVERY,
+    refused_by=(Engine.VLLM, Engine.LLAMA_CPP),
+    misread_by=TRANSFORMERS,
     advice="take quantization_config out of config.json: it was left there by a merge into dequantized weights",
     source="unsloth issues 105 and 1601; open-instruct issue 149 (quantization_config after merging)",
 )
@@ -35,10 +35,11 @@ NO_SCALES = Rule(
     id="quantization.no-scales",
     what="weights are codes without their scales",
     severity=Severity.ERROR,
-    refused_by=EVERY,
+    misread_by=(*TRANSFORMERS, Engine.VLLM, Engine.SGLANG, Engine.LLAMA_CPP),
     advice="fetch the shard that holds the scales, or quantize again: without them the codes are another weight",
     source="transformers 5.23 integrations/finegrained_fp8.py (weight_scale_inv); vLLM "
-    "vllm/model_executor/model_loader/default_loader.py DefaultModelLoader.load_weights",
+    "vllm/model_executor/model_loader/default_loader.py DefaultModelLoader.load_weights (quantized weights are not "
+    "tracked)",
 )
 ORPHANS = Rule(
     id="quantization.orphan-scales",
@@ -54,7 +55,8 @@ DISORDER = Rule(
     id="quantization.disorder",
     what="codes, scales and what is declared do not fit together",
     severity=Severity.ERROR,
-    refused_by=EVERY,
+    refused_by=(Engine.VLLM, Engine.SGLANG),
+    misread_by=TRANSFORMERS,
     advice="take quantization_config and weights from the same checkpoint",
     source="transformers 5.23 integrations/finegrained_fp8.py; compressed-tensors 0.20 compressors/base.py "
     "BaseCompressor.decompress",

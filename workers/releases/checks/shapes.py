@@ -5,14 +5,15 @@ from collections.abc import Iterator
 from workers.bases.model import token_embedding
 from workers.releases.checks.groups import wrong_groups
 from workers.releases.checks.heads import head_of
-from workers.releases.checks.rules import EVERY, Finding, Rule, Severity
+from workers.releases.checks.rules import SERVERS, TRANSFORMERS, Engine, Finding, Rule, Severity
 from workers.releases.checks.skeletons import Skeleton, about
 
 VOCABULARY = Rule(
     id="tensors.vocabulary",
     what="the embedding or the head has other rows than the vocabulary of the configuration",
     severity=Severity.ERROR,
-    refused_by=EVERY,
+    refused_by=(*TRANSFORMERS, *SERVERS),
+    misread_by=(Engine.LLAMA_CPP,),
     advice="set vocab_size in config.json to the rows of both, or resize both (resize_token_embeddings)",
     source="transformers 5.23 utils/loading_report.py log_state_dict_report (size mismatch)",
 )
@@ -20,7 +21,8 @@ SHAPE = Rule(
     id="tensors.shape",
     what="tensors have another shape than the configuration gives them",
     severity=Severity.ERROR,
-    refused_by=EVERY,
+    refused_by=(*TRANSFORMERS, *SERVERS),
+    misread_by=(Engine.LLAMA_CPP,),
     advice="take config.json and weights from the same model",
     source="transformers 5.23 utils/loading_report.py log_state_dict_report (size mismatch)",
 )

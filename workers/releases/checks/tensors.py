@@ -12,7 +12,16 @@ from workers.bases.ties import tied_names
 from workers.releases.checks.checkpoint import CONFIG
 from workers.releases.checks.groups import absent_parts, groups
 from workers.releases.checks.heads import NO_HEAD, TIED_HEAD, find_tied, head_of
-from workers.releases.checks.rules import EVERY, SERVERS, Engine, Finding, Rule, Severity, finding, several
+from workers.releases.checks.rules import (
+    EVERY,
+    TRANSFORMERS,
+    Engine,
+    Finding,
+    Rule,
+    Severity,
+    finding,
+    several,
+)
 from workers.releases.checks.shapes import SHAPE, VOCABULARY, find_shapes
 from workers.releases.checks.skeletons import Skeleton, about
 
@@ -22,8 +31,8 @@ MISSING = Rule(
     id="tensors.missing",
     what="tensors of the model are missing",
     severity=Severity.ERROR,
-    refused_by=(*SERVERS, Engine.LLAMA_CPP),
-    misread_by=(Engine.TRANSFORMERS_5, Engine.TRANSFORMERS_4, Engine.BEDROCK),
+    refused_by=(Engine.VLLM,),
+    misread_by=(*TRANSFORMERS, Engine.SGLANG, Engine.LLAMA_CPP, Engine.BEDROCK),
     advice="save the whole model; transformers fills what is missing with random values",
     source=f"{_LOAD}; {_TRACK} (Following weights were not initialized from checkpoint)",
 )
@@ -32,7 +41,7 @@ UNEXPECTED = Rule(
     what="tensors that the model does not have",
     severity=Severity.WARNING,
     refused_by=(Engine.VLLM, Engine.LLAMA_CPP),
-    misread_by=(Engine.TRANSFORMERS_5, Engine.TRANSFORMERS_4),
+    misread_by=TRANSFORMERS,
     advice="remove them, or correct `architectures` in config.json: transformers leaves them out, vLLM and llama.cpp "
     "refuse names that they do not know",
     source="transformers 5.23 modeling_utils.py PreTrainedModel._adjust_missing_and_unexpected_keys; vLLM issue 12783; "
@@ -42,7 +51,7 @@ UNUSED = Rule(
     id="tensors.unused",
     what="tensors that the model does not have, such as a head of its pretraining",
     severity=Severity.NOTE,
-    misread_by=(Engine.TRANSFORMERS_5, Engine.TRANSFORMERS_4),
+    misread_by=TRANSFORMERS,
     advice="remove them, or correct `architectures` in config.json: transformers leaves them out",
     source="transformers 5.23 modeling_utils.py PreTrainedModel._adjust_missing_and_unexpected_keys",
 )
@@ -50,7 +59,8 @@ FUSED = Rule(
     id="tensors.fused",
     what="tensors are fused that the model has one by one",
     severity=Severity.ERROR,
-    refused_by=EVERY,
+    refused_by=(Engine.LLAMA_CPP,),
+    misread_by=TRANSFORMERS,
     advice="split them, as the base has them: q, k and v (gate and up) one after the other, in rows",
     source=f"{_LOAD}; vLLM pull request 42577 (fused experts of Qwen3 MoE)",
 )
@@ -58,7 +68,8 @@ SPLIT = Rule(
     id="tensors.split",
     what="tensors stand one by one that the model has fused",
     severity=Severity.ERROR,
-    refused_by=(Engine.TRANSFORMERS_5, Engine.TRANSFORMERS_4, Engine.LLAMA_CPP, Engine.BEDROCK),
+    refused_by=(Engine.LLAMA_CPP,),
+    misread_by=TRANSFORMERS,
     advice="fuse them, as the base has them; vLLM and SGLang fuse q, k and v by themselves",
     source=f"{_LOAD}; SGLang python/sglang/srt/models/llama.py LlamaForCausalLM.load_weights (stacked_params_mapping)",
 )
@@ -74,8 +85,8 @@ LAYERS = Rule(
     id="tensors.layers",
     what="the number of layers is not that of the configuration",
     severity=Severity.ERROR,
-    refused_by=(*SERVERS, Engine.LLAMA_CPP),
-    misread_by=(Engine.TRANSFORMERS_5, Engine.TRANSFORMERS_4, Engine.BEDROCK),
+    refused_by=(Engine.VLLM,),
+    misread_by=(*TRANSFORMERS, Engine.SGLANG, Engine.LLAMA_CPP, Engine.BEDROCK),
     advice="set the number of layers in config.json to that of the weights, or add the layers",
     source=f"{_LOAD}; {_TRACK}",
 )
