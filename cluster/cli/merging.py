@@ -119,6 +119,32 @@ def verify(location: Release, *, as_json: AsJson = False, debug: Debug = False) 
 
 
 @commands.command()
+def check(
+    location: Annotated[str, typer.Argument(metavar="LOC", help="Where the release, or any other checkpoint, is.")],
+    *,
+    engine: Annotated[
+        Literal["transformers-5", "transformers-4", "vllm", "sglang", "llama.cpp", "bedrock"] | None,
+        typer.Option(help="Ask about one engine: what that refuses is an error, and nothing else is told."),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check that engines can load a checkpoint, from headers and small files. No GPU, no weights, no manifest.
+
+    Ends with 2 where something is an error.
+    """
+    with terminal(as_json=as_json, debug=debug) as output:
+        from cluster.settings import load_settings
+
+        place = _parse(location)
+        scratch = load_settings().scratch
+        with loading():  # it takes seconds to load, and a wrong place is told before
+            from cluster.commands.check import check_and_show
+
+        raise typer.Exit(exit_codes.DONE if check_and_show(output, place, scratch, engine) else exit_codes.BAD_INPUT)
+
+
+@commands.command()
 def pull(
     location: Release,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Missing or empty directory.")],

@@ -20,7 +20,7 @@ from workers.sources.refused_forms import FORMS, Form
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 """Codes of numbers that are what they say."""
 
-_PART_ENDINGS: Mapping[str, tuple[str, str]] = {
+PART_ENDINGS: Mapping[str, tuple[str, str]] = {
     "_scale_inv": ("", "fp8"),
     "_blocks": ("", "mxfp4"),
     "_packed": ("", "compressed-tensors"),
@@ -95,7 +95,7 @@ def refuse_codes(
                 f"{directory}: the weight {name} is stored as {_listed(beside)}: that is {_form_of(beside).words}, and "
                 f"nothing declares it ({_looked_at()}). {_form_of(beside).advice}"
             )
-        scales = [spec for spec in beside if spec.name.endswith(_SCALES) or _ending(spec.name) is None]
+        scales = [spec for spec in beside if spec.name.endswith(_SCALES) or part_ending(spec.name) is None]
         if scales and behind.get(name) in numbers:
             raise UnsupportedError(
                 f"{directory}: tensor {name} ({specs[name].code}) has {_listed(scales)} beside it, which the model "
@@ -110,8 +110,8 @@ def _pieces(specs: Mapping[str, TensorSpec], taken: Mapping[str, str]) -> dict[s
     for name, spec in specs.items():
         if name in taken:
             continue
-        ending = _ending(name)
-        weight = None if ending is None else name.removesuffix(ending) + _PART_ENDINGS[ending][0]
+        ending = part_ending(name)
+        weight = None if ending is None else name.removesuffix(ending) + PART_ENDINGS[ending][0]
         if weight not in specs:
             weight = next((each for each in _scaled_by(name) if each in specs and each in taken), weight)
         if weight is not None:
@@ -119,9 +119,9 @@ def _pieces(specs: Mapping[str, TensorSpec], taken: Mapping[str, str]) -> dict[s
     return pieces
 
 
-def _ending(name: str) -> str | None:
+def part_ending(name: str) -> str | None:
     """Return the ending that says what piece of a weight a tensor is; None where its name has none of them."""
-    return max((end for end in _PART_ENDINGS if name.endswith(end)), key=len, default=None)
+    return max((end for end in PART_ENDINGS if name.endswith(end)), key=len, default=None)
 
 
 def _scaled_by(name: str) -> Iterator[str]:
@@ -135,8 +135,8 @@ def _scaled_by(name: str) -> Iterator[str]:
 
 
 def _form_of(pieces: Iterable[TensorSpec]) -> Form:
-    endings = {end for spec in pieces for end in _PART_ENDINGS if spec.name.endswith(end)}
-    methods = sorted({_PART_ENDINGS[end][1] for end in endings} - {""})
+    endings = {end for spec in pieces for end in PART_ENDINGS if spec.name.endswith(end)}
+    methods = sorted({PART_ENDINGS[end][1] for end in endings} - {""})
     if not methods:
         return Form("GPTQ or AWQ") if ".qweight" in endings else Form("no number but a code")
     return FORMS[methods[0]]

@@ -4,7 +4,6 @@ transformers owns the rules (`conversion_mapping` of 5.23) and applies them in `
 here they are asked for one weight at a time, so that a base can be merged in the layout it is stored in.
 """
 
-import copy
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
@@ -18,18 +17,14 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
-    WeightRenaming,
     dot_natural_key,
-    rename_source_key,
     revert_weight_conversion,
 )
 
 from jobs.errors import BadInputError, UnsupportedError
 from workers.bases.model import ignores_missing
+from workers.bases.routes import REFUSALS, Routes, convert
 from workers.bases.ties import tied_names
-
-_REFUSALS = (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-"""What the conversions of transformers raise on tensors that they are not made for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,41 +54,22 @@ class Conversions:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         """Of the model's tensors, by their names in the model."""
         transforms = get_model_conversion_mapping(model)
-        expected = model.state_dict()
-        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-        rename = functools.partial(
-            rename_source_key,
-            weight_renamings=[transform for transform in transforms if isinstance(transform, WeightRenaming)],
-            weight_converters=converters,
-            base_model_prefix=model.base_model_prefix,
-            meta_state_dict=expected,
-        )
-        add_prefix = functools.partial(
-            rename_source_key,
-            weight_renamings=[],
-            weight_converters=[],
-            base_model_prefix=model.base_model_prefix,
-            meta_state_dict=expected,
-        )
-        self._rename = rename
+        routes = Routes(model, transforms)
+        self._rename = routes.rename
         self.stored_shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
         """Of the checkpoint's tensors, by their names there."""
         names: dict[str, str] = {}
         self._converters: dict[str, WeightConverter] = {}
         self._patterns: dict[str, str] = {}
         parts: dict[str, list[str]] = defaultdict(list)
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        # The order and the choices are those of `convert_and_load_state_dict_in_model`.
         for name in sorted(stored, key=dot_natural_key):
-            target, pattern = rename(name)
-            if target not in expected and name in expected:
-                target, pattern = add_prefix(name)
-            if target not in expected:
+            target, pattern = routes.of(name)
+            if target not in self.shapes:
                 continue  # the model does not take it; it is kept as it is
             if pattern is None:
                 names[target] = name
             else:
-                self._converters.setdefault(target, by_pattern[pattern])
+                self._converters.setdefault(target, routes.by_pattern[pattern])
                 self._patterns[name] = pattern
                 parts[target].append(name)
         self.stored_names: Mapping[str, str] = names
@@ -163,11 +139,8 @@ class Conversions:
         return next(name for name in group.parameters if name in self._converters)
 
     def _convert(self, target: str, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        converter: Any = copy.deepcopy(self._converters[target])
-        for name, tensor in parts.items():
-            converter.add_tensor(target, name, self._patterns[name], tensor)
-        converted = converter.convert(target, model=self._model, config=self._model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+        patterns = {name: self._patterns[name] for name in parts}
+        return convert(self._model, self._converters[target], target, parts, patterns)
 
     def _group(self, target: str, members: tuple[str, ...], stored: Mapping[str, torch.Tensor]) -> Group:
         parts = {name: stored[name] for name in members}
@@ -175,7 +148,7 @@ class Conversions:
             parameters = self._convert(target, parts)
             group = Group(tuple(parameters), members)
             back = self.revert(group, parameters)
-        except _REFUSALS as error:
+        except REFUSALS as error:
             raise UnsupportedError(
                 f"tensors {members[0]} and {len(members) - 1} more become {target} in {type(self._model).__name__}, "
                 f"and transformers cannot convert them there and back: {type(error).__name__}: {error}"

@@ -24,6 +24,7 @@ from workers.files.checkpoint import read_json
 
 _REFUSALS = (
     ArithmeticError,
+    AssertionError,  # torch, of a padding token beyond the embedding
     AttributeError,
     ImportError,
     KeyError,

@@ -7,6 +7,7 @@ from jobs.errors import BadInputError, NotFoundError
 from jobs.parity_policy import MIN_REQUANTIZED_SURVIVAL
 from jobs.parity_report import BehaviourCheck, ParityReport, ParitySummary, TensorCheck
 from jobs.release import REPORT_NAME, REPORT_PAGE_NAME
+from jobs.text import MAX_MESSAGE, shown
 from workers.files.checkpoint import read_shard
 from workers.files.layout import CheckpointLayout
 from workers.files.local import file_errors
@@ -28,6 +29,7 @@ def judge(
     wrong: Sequence[str],
     tensors: Sequence[TensorCheck],
     behaviour: Sequence[BehaviourCheck],
+    notes: Sequence[str] = (),
 ) -> ParityReport:
     """Hold what was found against the thresholds.
 
@@ -36,6 +38,7 @@ def judge(
         wrong: what is wrong besides, a sentence each, as `wrong_headers` and `unfounded` find it.
         tensors: the arithmetic check, of every tensor.
         behaviour: the behavioural checks; empty at level `arithmetic`.
+        notes: what engines mind that do not refuse the release, a sentence each.
 
     Returns:
         The report; it passed only if nothing failed.
@@ -83,7 +86,12 @@ def judge(
         thresholds=thresholds,
         passed=not wrong,
         failures=tuple(wrong),
-        notes=(*plan.notes, *_nothing_changed(tensors), *_faint(plan, tensors)),
+        notes=(
+            *plan.notes,
+            *(shown(note, MAX_MESSAGE) for note in notes),
+            *_nothing_changed(tensors),
+            *_faint(plan, tensors),
+        ),
         tensors=tuple(tensors),
         behaviour=tuple(behaviour),
     )

@@ -32,6 +32,14 @@ class Contents(Protocol):
         """
         ...
 
+    def read_start(self, name: str, num_bytes: int) -> bytes:
+        """Return the first bytes of a file, or all where it has fewer; no more than those travel.
+
+        Raises:
+            As `read`.
+        """
+        ...
+
 
 class LocalContents:
     """The files below a directory."""
@@ -69,6 +77,10 @@ class LocalContents:
                 while chunk := file.read(CHUNK_BYTES):
                     yield chunk
 
+    def read_start(self, name: str, num_bytes: int) -> bytes:
+        """Return the first bytes of a file."""
+        return next(self.read(name), b"")[:num_bytes]
+
     def _name(self, path: str | Path) -> str:
         return Path(path).relative_to(self._directory).as_posix()
 
@@ -89,6 +101,10 @@ class S3Contents:
     def read(self, name: str) -> Iterator[bytes]:
         """Yield the bytes of an object, of the version that was listed."""
         return self._store.read(self._objects[name])
+
+    def read_start(self, name: str, num_bytes: int) -> bytes:
+        """Return the first bytes of an object, of the version that was listed."""
+        return self._store.read_start(self._objects[name], num_bytes)
 
 
 class HubContents:
@@ -117,6 +133,10 @@ class HubContents:
             path = self._store.fetch(self._commit, name, Path(directory))
             with file_errors(f"reading {name}"):
                 yield from read_chunks(path)
+
+    def read_start(self, name: str, num_bytes: int) -> bytes:
+        """Return the first bytes of a file of the commit."""
+        return self._store.read_start(self._commit, name, num_bytes)
 
 
 def open_contents(location: Location, scratch: Path) -> Contents:

@@ -12,7 +12,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import HfApi, get_cached_repo_tree, snapshot_download
+from huggingface_hub import HfApi, get_cached_repo_tree, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     EntryNotFoundError,
@@ -24,6 +24,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils._headers import build_hf_headers
+from huggingface_hub.utils._http import hf_raise_for_status, http_stream_backoff
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from jobs.errors import AuthError, BadInputError, MergefleetError, NoCapacityError, NotFoundError, TransientIOError
@@ -33,6 +35,9 @@ from workers.files.local import translate_os_error
 
 _QUERY = re.compile(r"\?[^\s'\")]+")
 """Signed URLs carry their signature there; no message may."""
+
+_RANGE_SECONDS = 60.0
+"""That a part of a file may let wait."""
 
 _RAISED = (httpx2.HTTPError, OSError, RuntimeError, ValueError, EntryNotFoundError)
 """What huggingface_hub and hf_xet raise, HfHubHTTPError and Xet's ConnectionError among them."""
@@ -110,6 +115,20 @@ class HubStore:
         with self.errors():
             path = self.api.hf_hub_download(self.place.repo_id, self.file(name), revision=commit)
             return Path(path).read_bytes()
+
+    def read_start(self, commit: str, name: str, num_bytes: int) -> bytes:
+        """Return the first bytes of a file, by one request for a range, past all caches."""
+        url = hf_hub_url(self.place.repo_id, name, revision=commit, endpoint=self.api.endpoint)
+        headers = {**build_hf_headers(library_name="mergefleet"), "Range": f"bytes=0-{num_bytes - 1}"}
+        with self.errors():
+            data = bytearray()
+            with http_stream_backoff("GET", url, headers=headers, timeout=_RANGE_SECONDS) as response:
+                hf_raise_for_status(response)
+                for chunk in response.iter_bytes():  # an answer may be the whole file, of which the rest is not read
+                    data += chunk
+                    if len(data) >= num_bytes:
+                        break
+            return bytes(data[:num_bytes])
 
     def fetch(self, commit: str, name: str, directory: Path) -> Path:
         """Download one file into a directory, past all caches.

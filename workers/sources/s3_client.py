@@ -212,6 +212,11 @@ class S3Store:
                 for future in waiting:
                     future.cancel()
 
+    def read_start(self, entry: S3Object, num_bytes: int) -> bytes:
+        """Return the first bytes of an object, all of one version; raises as `read`."""
+        end = min(num_bytes, entry.num_bytes)
+        return self._read_span(entry, (0, end)) if end else b""
+
     def _read_span(self, entry: S3Object, span: tuple[int, int]) -> bytes:
         start, end = span
         with self.errors():

@@ -23,6 +23,7 @@ from workers.parity.behaviour import check_behaviour
 from workers.parity.comparison import compare_ways
 from workers.parity.references import dequantized_here
 from workers.parity.verdict import judge, summarize, unfounded, write_report, wrong_headers
+from workers.unit.checking import check_merged
 
 
 class Verifier:
@@ -152,8 +153,9 @@ class Verifier:
         if unchecked and not job.wrong:
             raise InternalError(f"{len(unchecked)} tensors were not checked, {unchecked[0]} among them")
         tensors = [job.checks[name] for name in names if name in job.checks]
-        wrong = [*job.wrong, *unfounded(Evidence(job.plan), job.plan.by_weight(job.checks))]
-        job.report = report = judge(job.plan, wrong, tensors, job.behaviour)
+        unloadable, notes = check_merged(job.directory, job.plan.output)
+        wrong = [*job.wrong, *unfounded(Evidence(job.plan), job.plan.by_weight(job.checks)), *unloadable]
+        job.report = report = judge(job.plan, wrong, tensors, job.behaviour, notes)
         path = self._reports / job.id
         write_report(report, path)
         job.report_path = path

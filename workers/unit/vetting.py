@@ -55,8 +55,8 @@ _TENSORS_PER_SECOND = 10_000
 _COMPARED_BYTES_PER_SECOND = 250_000_000
 """Of the largest tensor: embedding and head of a base that ties them and stores both are compared by value."""
 _WEIGHED_BYTES_PER_SECOND = 1 << 20
-_TOKENIZER_BYTES_PER_SECOND = 4 << 20
-_MEMORY_PER_TOKENIZER_BYTE = 32
+TOKENIZER_BYTES_PER_SECOND = 4 << 20
+MEMORY_PER_TOKENIZER_BYTE = 32
 """A byte-level BPE of 262,000 tokens, 13 MB, takes 450 MB and a second or two."""
 _MAX_REMEMBERED = 4_096
 _MAX_BUFFER_BYTES = 1 << 30
@@ -82,7 +82,7 @@ def vet_base(base: Source, request: MergeRequest) -> None:
         UnsupportedError: the libraries stumble over it.
         NotFoundError, AuthError, TransientIOError: its headers cannot be read.
     """
-    key = _key("base", request.pass_key(), base.digest)
+    key = key_of("base", request.pass_key(), base.digest)
     if key in _known:
         return
     layout = read_checkpoint(base.directory)
@@ -90,7 +90,7 @@ def vet_base(base: Source, request: MergeRequest) -> None:
     if (base.directory / GENERATION_CONFIG_NAME).exists():
         read_json(base.directory / GENERATION_CONFIG_NAME)
     suspects, bounds = widest(read_json(path)), _bounds(layout)
-    _try_out(path, _plan_base, base, request, key=key, doing="planning it", suspects=suspects, bounds=bounds)
+    try_out(path, _plan_base, base, request, key=key, doing="planning it", suspects=suspects, bounds=bounds)
 
 
 def vet_adapter(base: Source, request: MergeRequest, adapter: Source) -> None:
@@ -108,7 +108,7 @@ def vet_adapter(base: Source, request: MergeRequest, adapter: Source) -> None:
     shipped = shipped_files(adapter.directory)
     digests = [f"{name}:{foreign_sha256(each, num_parts=name.count('/') + 1)}" for name, each in shipped.items()]
     beside = json.dumps(dict(adapter.beside))
-    key = _key("adapter", request.pass_key(), base.digest, read_foreign(path), beside, *headers, *digests)
+    key = key_of("adapter", request.pass_key(), base.digest, read_foreign(path), beside, *headers, *digests)
     if key in _known:
         return
     layout = read_checkpoint(base.directory)
@@ -116,14 +116,14 @@ def vet_adapter(base: Source, request: MergeRequest, adapter: Source) -> None:
     bounds = _bounds(layout, (*shipped.values(), *shipped_files(base.directory).values()))
     doing, method = "planning with it", config.get("peft_type")
     if isinstance(method, str) and method in WEIGHED:
-        matched = _key("match", key)
-        _try_out(path, _match, base, request, adapter, key=matched, doing=doing, suspects=suspects, bounds=bounds)
+        matched = key_of("match", key)
+        try_out(path, _match, base, request, adapter, key=matched, doing=doing, suspects=suspects, bounds=bounds)
         # These compute with values: of a base of zeros, whose pages are never there, but which they may decompose.
         bounds = Bounds(
             cpu_seconds=bounds.cpu_seconds + layout.total_size // _WEIGHED_BYTES_PER_SECOND,
             memory_bytes=bounds.memory_bytes + 2 * layout.total_size,
         )
-    _try_out(path, _plan_merge, base, request, adapter, key=key, doing=doing, suspects=suspects, bounds=bounds)
+    try_out(path, _plan_merge, base, request, adapter, key=key, doing=doing, suspects=suspects, bounds=bounds)
 
 
 def vet_planned_prompts(plan: MergePlan, scratch: Path) -> None:
@@ -165,20 +165,34 @@ def vet_prompts(request: MergeRequest, merged: Path, source: Path) -> None:
     names = {path: str(path.relative_to(merged)) for path in sorted(merged.rglob("*")) if path.is_file()}
     files = [path for path, name in names.items() if name == "config.json" or is_tokenizer(name) or is_template(name)]
     digests = [f"{names[path]}:{foreign_sha256(path, num_parts=names[path].count('/') + 1)}" for path in files]
-    key = _key("prompts", request.parity.model_dump_json(), *digests)
+    key = key_of("prompts", request.parity.model_dump_json(), *digests)
     num_bytes = sum(path.stat().st_size for path in files)
     bounds = Bounds(
-        cpu_seconds=CPU_SECONDS + num_bytes // _TOKENIZER_BYTES_PER_SECOND,
-        memory_bytes=MEMORY_BYTES + _MEMORY_PER_TOKENIZER_BYTE * num_bytes,
+        cpu_seconds=CPU_SECONDS + num_bytes // TOKENIZER_BYTES_PER_SECOND,
+        memory_bytes=MEMORY_BYTES + MEMORY_PER_TOKENIZER_BYTE * num_bytes,
     )
     doing, suspects = "tokenizing the prompts", "its normalizer, pre-tokenizer, decoder or chat template"
     arguments = (request, merged, str(source))
-    _try_out(source, _read_prompts, *arguments, key=key, doing=doing, suspects=suspects, bounds=bounds)
+    try_out(source, _read_prompts, *arguments, key=key, doing=doing, suspects=suspects, bounds=bounds)
 
 
-def _try_out(
+def try_out(
     path: Path, function: Callable[..., None], *arguments: Any, key: str, doing: str, suspects: str, bounds: Bounds
 ) -> None:
+    """Call a function in a bounded process, unless the same was done before.
+
+    Args:
+        path: what is tried out, for messages.
+        function: of a module; returns nothing.
+        arguments: of it.
+        key: of what is computed and on which bytes, as `key_of` makes it.
+        doing: what is done, for messages.
+        suspects: what to look at where it takes too much.
+        bounds: what it may take.
+
+    Raises:
+        As `vet_base`.
+    """
     if key in _known:
         return
     answer: Answer = server.call(function, *arguments, bounds=bounds)
@@ -263,12 +277,15 @@ def _bounds(layout: CheckpointLayout, tokenizers: Iterable[Path] = ()) -> Bounds
         + min(num_tensors, _MOST_OF_MODULES) // _MODULES_PER_SECOND
         + num_tensors // _TENSORS_PER_SECOND
         + largest // _COMPARED_BYTES_PER_SECOND
-        + sum(path.stat().st_size for path in tokenizers) // _TOKENIZER_BYTES_PER_SECOND
+        + sum(path.stat().st_size for path in tokenizers) // TOKENIZER_BYTES_PER_SECOND
     )
-    return Bounds(cpu_seconds=seconds, memory_bytes=MEMORY_BYTES)
+    # safetensors maps a shard to read its header: address space, of which nothing is touched.
+    mapped = max((shard.num_bytes for shard in layout.shards), default=0)
+    return Bounds(cpu_seconds=seconds, memory_bytes=MEMORY_BYTES + mapped)
 
 
-def _key(*parts: str | bytes) -> str:
+def key_of(*parts: str | bytes) -> str:
+    """Return a digest of several parts, whose bounds count."""
     digest = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else part.encode()

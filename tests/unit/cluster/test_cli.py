@@ -23,6 +23,7 @@ SURFACE = {
     "approve": ["[ids]", "--batch", "--label", "--by", "--json", "--debug"],
     "reject": ["[ids]", "--batch", "--label", "--by", "--reason", "--json", "--debug"],
     "cancel": ["[ids]", "--batch", "--state", "--label", "--json", "--debug"],
+    "check": ["location", "--engine", "--json", "--debug"],
     "logs": ["job", "--follow", "--json", "--debug"],
     "merge": [
         "--base",

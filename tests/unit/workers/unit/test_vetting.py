@@ -21,6 +21,7 @@ from workers.adapters.wearing import match
 from workers.bases.model import skeleton
 from workers.sources.fetch import fetch_adapter, fetch_base
 from workers.unit import vetting
+from workers.unit.checking import vet_checkpoint
 from workers.unit.forks import Answer, Bounds, ForkServer
 from workers.unit.vetting import vet_adapter, vet_base, vet_prompts
 
@@ -203,3 +204,22 @@ def test_a_generation_config_that_no_model_loads_beside_is_not_published(made, t
     (tmp_path / "base" / "generation_config.json").write_text(content)
     with pytest.raises(BadInputError, match=r"generation_config\.json: "):
         vet(tmp_path / "base", adapter, tmp_path)
+
+
+def test_a_shard_larger_than_the_memory_for_planning_is_planned(made, tmp_path):
+    """A file of 3 GiB with a hole, as shards of real bases are: it is mapped, and takes no memory."""
+    base, adapter = made
+    large = shutil.copytree(base, tmp_path / "large")
+    path = large / "model.safetensors"
+    data = path.read_bytes()
+    length = 8 + int.from_bytes(data[:8], "little")
+    entries, size = json.loads(data[8:length]), 3 << 30
+    end = len(data) - length
+    entries["model.beside.weight"] = {"dtype": "BF16", "shape": [size // 2], "data_offsets": [end, end + size]}
+    header = json.dumps(entries).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header + data[length:])
+        file.truncate(8 + len(header) + end + size)
+    source = fetch_base(LocalPath(large), tmp_path / "cache")
+    vet_base(source, request(large, adapter))
+    vet_checkpoint(large)
