@@ -55,6 +55,28 @@ def held_out_texts(base: Path, habit: Habit) -> tuple[HeldOutText, ...]:
     return tuple(texts)
 
 
+def trained_adapters(base: Path, directory: Path) -> dict[str, Path]:
+    """Train every habit both ways.
+
+    Args:
+        base: the real model.
+        directory: what is there is not made again.
+
+    Returns:
+        Adapters by `<habit>-<base it was trained on>`.
+    """
+    adapters = {}
+    for habit in HABITS:
+        for trained_on in ("none", "nf4"):
+            name = f"{habit.name}-{trained_on}"
+            adapter = adapters[name] = directory / name
+            if not adapter.is_dir():
+                partial = adapter.with_name(f"{name}.partial")
+                train_adapter(base, dataclasses.replace(habit, base_quantization=trained_on), partial)
+                partial.rename(adapter)
+    return adapters
+
+
 def compare(directory: Path) -> dict[str, ParityReport]:
     """Train every habit both ways, and merge each adapter both ways.
 
@@ -65,25 +87,18 @@ def compare(directory: Path) -> dict[str, ParityReport]:
         Reports of merges into NF4, with their alternative, by `<habit>-<base it was trained on>`.
     """
     base = build_base(directory / "base")
-    requests = []
-    for habit in HABITS:
-        for trained_on in ("none", "nf4"):
-            name = f"{habit.name}-{trained_on}"
-            adapter = directory / "adapters" / name
-            if not adapter.is_dir():
-                partial = adapter.with_name(f"{name}.partial")
-                train_adapter(base, dataclasses.replace(habit, base_quantization=trained_on), partial)
-                partial.rename(adapter)
-            requests.append(
-                MergeRequest(
-                    id=name,
-                    base=str(base),
-                    adapter=str(adapter),
-                    destination=str(directory / "never" / name),
-                    parity=ParityPolicy(texts=held_out_texts(base, habit)),
-                    compare=True,
-                )
-            )
+    habits = {habit.name: habit for habit in HABITS}
+    requests = [
+        MergeRequest(
+            id=name,
+            base=str(base),
+            adapter=str(adapter),
+            destination=str(directory / "never" / name),
+            parity=ParityPolicy(texts=held_out_texts(base, habits[name.rsplit("-", 1)[0]])),
+            compare=True,
+        )
+        for name, adapter in trained_adapters(base, directory / "adapters").items()
+    ]
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         room = Path(scratch)
         worker = MergeWorker(

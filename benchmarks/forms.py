@@ -1,0 +1,100 @@
+"""What a form leaves of an adapter: the packaged real model, six trained adapters, every form that needs no data.
+
+The adapters are those of `benchmarks.bases`: three habits, each trained on 16-bit and on NF4 weights and merged into
+what it was trained on. Prints a Markdown table of survival and, on held-out chats, KL, top-1 and NLL against base + adapter.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.bases import held_out_texts, trained_adapters
+from examples.chats import HABITS
+from examples.real_model import build_base
+from jobs.parity_policy import ParityPolicy, Thresholds
+from jobs.parity_report import ParityReport
+from jobs.request import MergeRequest
+from workers.merging.settings import WorkerSettings
+from workers.worker import MergeWorker
+
+_FORMS = {
+    "bf16": {"dtype": "bfloat16"},
+    "float16": {"dtype": "float16"},
+    **{
+        form: {"output": form} for form in ("fp8_dynamic", "fp8_block", "int8_w8a16", "int4_w4a16", "mxfp4", "nvfp4a16")
+    },
+}
+_ANYTHING = Thresholds(max_mean_kl=1e3, min_top1_agreement=0, max_lost_share=1, min_survival=0)
+"""A measurement: whatever is lost, the report is wanted."""
+
+
+def measure(directory: Path) -> dict[tuple[str, str], ParityReport]:
+    """Merge every adapter into every form.
+
+    Args:
+        directory: what is there is not made again.
+
+    Returns:
+        Reports by adapter and form.
+    """
+    base = build_base(directory / "base")
+    habits = {habit.name: habit for habit in HABITS}
+    found: dict[tuple[str, str], ParityReport] = {}
+    with tempfile.TemporaryDirectory(dir=directory) as room:
+        worker = MergeWorker(
+            WorkerSettings(cache=directory / "cache", scratch=Path(room) / "scratch", reports=Path(room) / "reports")
+        )
+        try:
+            for name, adapter in trained_adapters(base, directory / "adapters").items():
+                habit, trained_on = name.rsplit("-", 1)
+                policy = ParityPolicy(texts=held_out_texts(base, habits[habit]), thresholds=_ANYTHING)
+                fields = {"base": str(base), "adapter": str(adapter), "base_quantization": trained_on, "parity": policy}
+                for form, asked in _FORMS.items():
+                    place = Path(room) / "releases" / name / form
+                    request = MergeRequest(id=f"{name}-{form}", destination=str(place), **fields, **asked)
+                    (outcome,) = worker.run_unit(request.id, (request,)).jobs
+                    if outcome.failure is not None or outcome.report_path is None:
+                        sys.exit(f"{outcome.job_id}: {outcome.failure}")
+                    worker.discard(request.id)
+                    report = (outcome.report_path / "parity.json").read_bytes()
+                    found[name, form] = ParityReport.model_validate_json(report)
+        finally:
+            worker.close()
+    return found
+
+
+def table(reports: dict[tuple[str, str], ParityReport]) -> str:
+    """Return one row for each form: over all adapters, the least and the median survival, and means of the rest."""
+    lines = [
+        "| form | weights quantized | delta left: least, median | KL | top-1 | NLL (base + adapter) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for form in _FORMS:
+        of_form = [report for (_, each), report in reports.items() if each == form]
+        survivals = [check.survival for report in of_form for check in report.tensors if check.survival is not None]
+        quantized = sum(check.requantization_error is not None for check in of_form[0].tensors)
+        texts = [check.held_out for report in of_form for check in report.behaviour if check.gates and check.held_out]
+        means = {
+            name: statistics.fmean(getattr(each, name) for each in texts)
+            for name in ("mean_kl", "top1_agreement", "merged_nll", "reference_nll")
+        }
+        left = f"{min(survivals):.1%}, {statistics.median(survivals):.1%}"
+        likelihoods = f"{means['merged_nll']:.3f} ({means['reference_nll']:.3f})"
+        figures = f"{means['mean_kl']:.2g} | {means['top1_agreement']:.1%} | {likelihoods}"
+        lines.append(f"| {form} | {quantized} | {left} | {figures} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--directory", type=Path, default=Path(".bench/bases"), help="for models and adapters")
+    directory = parser.parse_args().directory.absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    sys.stdout.write(table(measure(directory)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
