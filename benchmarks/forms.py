@@ -1,7 +1,8 @@
 """What a form leaves of an adapter: the packaged real model, six trained adapters, every form that needs no data.
 
 The adapters are those of `benchmarks.bases`: three habits, each trained on 16-bit and on NF4 weights and merged into
-what it was trained on. Prints a Markdown table of survival and, on held-out chats, KL, top-1 and NLL against base + adapter.
+what it was trained on. Prints a Markdown table of survival and, on held-out chats, KL, top-1 and NLL against base and
+adapter.
 """
 
 import argparse
