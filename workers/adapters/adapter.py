@@ -93,7 +93,10 @@ class Adapter:
 
 
 def open_adapter(
-    directory: Path, inert_fields: frozenset[str] = frozenset(), beside: Mapping[str, str] = MappingProxyType({})
+    directory: Path,
+    inert_fields: frozenset[str] = frozenset(),
+    beside: Mapping[str, str] = MappingProxyType({}),
+    told: tuple[str, ...] = (),
 ) -> Adapter:
     """Read the configuration and the headers of an adapter.
 
@@ -101,6 +104,7 @@ def open_adapter(
         directory: of the adapter.
         inert_fields: of the configuration, that PEFT may not know: the operator says that they change nothing.
         beside: files that tensors come from which were trained beside the adapter, by the names stored.
+        told: what a person should know of it already.
 
     Raises:
         NotFoundError: a file is missing.
@@ -108,6 +112,7 @@ def open_adapter(
         BadInputError: configuration or weights are malformed.
     """
     config, notes = read_peft_config(directory, inert_fields)
+    notes = (*told, *notes)
     path = directory / ADAPTER_WEIGHTS
     method = PeftType(config.peft_type).value
     shard = read_shard(path)

@@ -179,7 +179,7 @@ def plan_merge(
     """
     request = request.settled(base.usual)
     opened = fit(
-        open_adapter(adapter.directory, inert_fields, adapter.beside),
+        open_adapter(adapter.directory, inert_fields, adapter.beside, adapter.notes),
         base.conversions.shapes,
         base.skeleton,
     )
@@ -261,6 +261,6 @@ def plan_merge(
 
 def _notes_of_parts(adapter: Source, inert_fields: frozenset[str]) -> tuple[str, ...]:
     """Return what a person should know of the adapters that one was combined of."""
-    opened = (open_adapter(part.directory, inert_fields, part.beside) for part in adapter.parts)
+    opened = (open_adapter(part.directory, inert_fields, part.beside, part.notes) for part in adapter.parts)
     notes = (note for part in opened for note in part.notes)
     return tuple(dict.fromkeys(notes))

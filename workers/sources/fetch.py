@@ -21,7 +21,7 @@ from workers.files.checkpoint import read_shard
 from workers.files.foreign import copy_foreign, foreign_sha256
 from workers.files.local import FileState, file_errors
 from workers.files.scratch import keep_directory
-from workers.sources.adapter_files import WeightFiles, gather, read_origins, weight_files
+from workers.sources.adapter_files import MLX_WEIGHTS, WeightFiles, gather, read_origins, weight_files
 from workers.sources.foreign_adapters import foreign_kind
 from workers.sources.listing import ListedFiles, check_description
 
@@ -44,6 +44,8 @@ class Source:
     """The adapters that this one was combined of; empty where it was not."""
     beside: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Of a gathered adapter: for each tensor that is not the adapter's own, the file it came from."""
+    notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """What a person should know of how it was brought here."""
     states: Mapping[Path, FileState] = field(default_factory=dict, compare=False, repr=False)
     """Of its files, from before its digest was taken: what is read while they stay is what the digest stands for."""
 
@@ -126,7 +128,7 @@ def _check_kind(location: LocalPath) -> None:
     Raises:
         UnsupportedError: they tell.
     """
-    if any(location.path.glob("adapter_model*")):
+    if any(location.path.glob("adapter_model*")) or (location.path / MLX_WEIGHTS).exists():
         return
     for path in sorted(path for path in location.path.glob("*.safetensors") if path.is_file())[:1]:
         if found := foreign_kind(spec.name for spec in read_shard(path).tensors):

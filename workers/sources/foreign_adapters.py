@@ -4,11 +4,23 @@ import re
 from collections.abc import Iterable
 
 FOREIGN_FILES = (
-    ("adapters.safetensors", "an adapter of MLX", "merge it with MLX itself (mlx_lm.fuse)"),
-    ("adapters.npz", "an adapter of MLX", "merge it with MLX itself (mlx_lm.fuse)"),
+    (
+        "adapters.npz",
+        "an adapter of MLX from before April 2024",
+        "write its arrays to adapters.safetensors beside the adapter_config.json of mlx_lm, or merge it with MLX",
+    ),
+    (
+        "*_adapters.safetensors",
+        "a checkpoint from the middle of a training of MLX",
+        "call the one to merge adapters.safetensors",
+    ),
     ("*.gguf", "an adapter of llama.cpp", "use the adapter that it was converted from"),
     ("ggml-adapter-model.bin", "an adapter of llama.cpp", "use the adapter that it was converted from"),
-    ("*.nemo", "an archive of NeMo", "NeMo exports it to PEFT's format"),
+    (
+        "*.nemo",
+        "an archive of NeMo",
+        "export it with convert_nemo_to_canonical.py --hf_format of NeMo's scripts/checkpoint_converters",
+    ),
     (
         "pytorch_lora_weights.*",
         "a LoRA of diffusers",
@@ -44,16 +56,6 @@ _FOREIGN_TENSORS = (
         ),
         "a LoRA of diffusers",
         "it belongs to an image model; merge it there (fuse_lora of diffusers)",
-    ),
-    (
-        re.compile(r".*\.lora_[ab]"),
-        "an adapter of MLX",
-        "merge it with MLX itself (mlx_lm.fuse)",
-    ),
-    (
-        re.compile(r".*\.unembed_tokens\..*|.*\.experts\.w[123]\.lora_.*"),
-        "an adapter as Tinker saves it",
-        "give its modules the names that the base has (unembed_tokens is lm_head), and name them in target_modules",
     ),
 )
 """By tensor name."""

@@ -10,6 +10,7 @@ from jobs.locations import Location
 from workers.sources.adapter_files import weight_files
 from workers.sources.belongings import belongings
 from workers.sources.listing import Files, LocalFiles
+from workers.sources.pickled import PICKLED_WEIGHTS
 from workers.sources.refused_forms import form_of_files
 
 
@@ -83,9 +84,23 @@ class AdapterKind(Kind):
         return sorted({*beside, *weights.own, *weights.beside})
 
     def check(self, names: Iterable[str], location: Location) -> None:
-        """Check that config and weights are there, and of the kind that PEFT saves; raises as `weight_files`."""
+        """Check that config and weights are there, of a kind that is read; raises as `weight_files`."""
+        names = frozenset(names)
         there = frozenset(name for name in names if "/" not in name)
-        weight_files(there, f"adapter {location}")
+        if there.isdisjoint({self.weights, PICKLED_WEIGHTS}):
+            _check_nemo(names, location)
+        weights = weight_files(there, f"adapter {location}")
+        if self.config not in there and weights.own[0].endswith(".pt"):
+            raise NotFoundError(
+                f"adapter {location} has no {self.config}: {weights.own[0]} is an adapter in torchtune's own layout, "
+                "which says nothing of rank and alpha; write them down as torchtune does for checkpoints of Hugging "
+                'Face: {"peft_type": "LORA", "r": ..., "lora_alpha": ..., "target_modules": [...]}'
+            )
+        if self.config not in there and "adapter_config.yaml" in there:
+            raise NotFoundError(
+                f"adapter {location} has no {self.config}, and an adapter_config.yaml, as the converter of NeMo 1 "
+                f"writes it: write its fields as JSON into {self.config}"
+            )
         if self.config not in there:
             raise NotFoundError(f"adapter {location} has no {self.config}; found {_some(there)}")
 
@@ -109,6 +124,22 @@ ADAPTER = AdapterKind(
 def files_of(kind: Kind, directory: Path) -> list[Path]:
     """Return the files of a local directory that belong to a kind, by name."""
     return sorted(directory / name for name in kind.select(LocalFiles(directory)))
+
+
+def _check_nemo(names: frozenset[str], location: Location) -> None:
+    """Say what a checkpoint of NeMo 2 is, whose weights are in a folder.
+
+    Raises:
+        UnsupportedError: it is one.
+    """
+    folders = {name.partition("/")[0] for name in names}
+    found = {"context", "weights"} if {"context", "weights"} <= folders else {"model_weights"} & folders
+    if found:
+        raise UnsupportedError(
+            f"adapter {location} is a distributed checkpoint of NeMo ({' and '.join(sorted(found))}), with Megatron's "
+            "names and fused projections; export it to PEFT's format: "
+            "nemo.collections.llm.export_ckpt(path, target='hf-peft', output_path=...)"
+        )
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

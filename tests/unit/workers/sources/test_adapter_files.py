@@ -359,16 +359,6 @@ def test_the_proof_takes_no_word_for_what_is_left_behind(base, adapter, tmp_path
     assert hidden in Evidence(dataclasses.replace(plan, opened=opened)).tensors
 
 
-def make_mlx(directory):
-    save_file({"model.layers.0.self_attn.q_proj.lora_a": torch.zeros(64, 8)}, directory / "adapters.safetensors")
-    (directory / ADAPTER_CONFIG).write_text(json.dumps({"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}))
-
-
-def make_renamed_mlx(directory):
-    make_mlx(directory)
-    (directory / "adapters.safetensors").rename(directory / ADAPTER_WEIGHTS)
-
-
 def make_kohya(directory):
     save_file({"lora_unet_mid_block.lora_down.weight": torch.zeros(4, 4)}, directory / "style.safetensors")
 
@@ -377,25 +367,31 @@ def make_gguf(directory):
     (directory / "lora.gguf").write_bytes(b"GGUF")
 
 
+def make_nemo(directory):
+    """As NeMo 2 saves a checkpoint: shards of torch.distributed.checkpoint or of Megatron in a folder."""
+    for folder in ("weights", "context"):
+        (directory / folder).mkdir()
+    (directory / "weights" / "__0_0.distcp").write_bytes(b"")
+
+
+def make_nemo_yaml(directory):
+    """What convert_nemo_to_canonical.py --hf_format leaves."""
+    torch.save({}, directory / "adapter_model.bin")
+    (directory / "adapter_config.yaml").write_text("peft_type: LORA")
+
+
 def make_diffusers(directory):
     save_file({"unet.down.lora_A.weight": torch.zeros(4, 4)}, directory / "pytorch_lora_weights.safetensors")
-
-
-def make_tinker(directory):
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 32, "target_modules": "all-linear"}
-    (directory / ADAPTER_CONFIG).write_text(json.dumps(config))
-    save_file({f"{PREFIX}model.unembed_tokens.lora_A.weight": torch.zeros(8, 64)}, directory / ADAPTER_WEIGHTS)
 
 
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (make_mlx, r"adapters\.safetensors: tensor \S+q_proj\.lora_a: this is an adapter of MLX"),
-        (make_renamed_mlx, r"fine_tune_type 'lora': this is an adapter of MLX"),
         (make_kohya, r"style\.safetensors: tensor lora_unet_mid_block\.lora_down\.weight: this is a LoRA as kohya's"),
+        (make_nemo, r"distributed checkpoint of NeMo \(context and weights\).*target='hf-peft'"),
+        (make_nemo_yaml, r"adapter_config\.yaml, as the converter of NeMo 1 writes it"),
         (make_gguf, r"lora\.gguf is an adapter of llama\.cpp"),
         (make_diffusers, r"pytorch_lora_weights\.safetensors is a LoRA of diffusers"),
-        (make_tinker, r"unembed_tokens\.lora_A\.weight: this is an adapter as Tinker saves it"),
     ],
 )
 def test_adapters_of_others_are_called_what_they_are(base, tmp_path, make, said):
@@ -412,6 +408,8 @@ def test_adapters_of_others_are_called_what_they_are(base, tmp_path, make, said)
         ("pytorch_model.bin", "called like a whole model"),
         ("last.ckpt", "a checkpoint of a trainer"),
         ("tuned.nemo", "an archive of NeMo"),
+        ("adapters.npz", "an adapter of MLX from before April 2024"),
+        ("0000100_adapters.safetensors", "a checkpoint from the middle of a training of MLX"),
     ],
 )
 def test_files_of_others_are_called_what_they_are(name, kind):
