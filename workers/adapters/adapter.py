@@ -16,6 +16,7 @@ from peft import PeftConfig, PeftType
 from jobs.errors import BadInputError, UnsupportedError
 from workers.adapters import names as adapter_names
 from workers.adapters.config import REFUSALS, read_peft_config
+from workers.adapters.heads import Head
 from workers.bases.conversions import Conversions
 from workers.files.checkpoint import read_shard
 from workers.files.layout import TensorSpec
@@ -61,6 +62,8 @@ class Adapter:
     """As in `open_adapter`."""
     num_tokens: int | None = None
     """Size of the vocabulary that it was trained with; None where it is the base's."""
+    head: Head | None = None
+    """What it brings in the place of the base's head."""
     inert_fields: frozenset[str] = frozenset()
     """Fields of a configuration that the operator knows to change nothing."""
     left_behind: frozenset[str] = frozenset()

@@ -195,6 +195,12 @@ def plan_merge(
             f"{base.source.directory}: its model does not continue text, so parity level full cannot ask "
             "it anything; request parity level: arithmetic, which compares every tensor"
         )
+    if request.parity.level == "full" and opened.head is not None:
+        raise UnsupportedError(
+            f"{adapter.directory}: with the head that it brings, the release is a {opened.head.class_name}, which does "
+            "not continue text, so parity level full cannot ask it anything; request parity level: arithmetic, which "
+            "compares every tensor"
+        )
     if request.compare and base.form is not None:
         raise UnsupportedError(
             f"{base.source.directory}: the base is stored in {base.form.words} and has no other weights to compare "
@@ -213,7 +219,7 @@ def plan_merge(
     # What is converted after it was put together has to be taken apart again, whether an adapter changes it or not.
     regrouped = {name: group.parameters for group in groups for name in group.stored if name not in changed_by_peft}
     by_peft = changed_by_peft | regrouped
-    tensors = output_tensors(base, coverage, by_peft)
+    tensors = output_tensors(base, coverage, by_peft, opened.head)
     for tensor in tensors:
         if (tensor.name in deltas or tensor.name in by_peft) and tensor.dtype not in TORCH_DTYPES.values():
             raise UnsupportedError(
