@@ -101,11 +101,18 @@ class Converted:
 
 
 def lora_config(
-    modules: Iterable[str], rank: int, alpha: float, *, use_dora: bool = False, ranks: Mapping[str, int] | None = None
+    foreign: Foreign,
+    modules: Iterable[str],
+    rank: int,
+    alpha: float,
+    *,
+    use_dora: bool = False,
+    ranks: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return a configuration of PEFT for LoRA on modules.
 
     Args:
+        foreign: the adapter, whose word on what it was trained on is kept.
         modules: all of them, by name; they alone are targeted.
         rank: of all but those in `ranks`.
         alpha: divided by `rank`, what all deltas are multiplied by.
@@ -115,6 +122,7 @@ def lora_config(
     others = {f"^{re.escape(module)}": other for module, other in (ranks or {}).items() if other != rank}
     return {
         "peft_type": "LORA",
+        "base_model_name_or_path": foreign.config.get("base_model_name_or_path") or foreign.config.get("model"),
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": targets_of(modules),

@@ -110,7 +110,7 @@ def convert(foreign: Foreign, base: KnownBase) -> Converted:
     on = f", trained on {trained_on}" if isinstance(trained_on, str) and trained_on else ""
     return Converted(
         words=f"{WORDS}{on}",
-        config=lora_config(modules, rank, alpha_for(scale, rank), use_dora=use_dora),
+        config=lora_config(foreign, modules, rank, alpha_for(scale, rank), use_dora=use_dora),
         pieces=tuple(pieces),
     )
 

@@ -104,7 +104,7 @@ def convert(foreign: Foreign, base: KnownBase) -> Converted:
         raise BadInputError(f"{foreign.weights}: expected the factors of LoRA, found {show(sorted(foreign.tensors))}")
     return Converted(
         words=WORDS,
-        config=lora_config(ranks, rank, alpha, ranks=ranks),
+        config=lora_config(foreign, ranks, rank, alpha, ranks=ranks),
         pieces=tuple(pieces),
         empty=frozenset(empty),
     )

@@ -91,7 +91,9 @@ def convert(foreign: Foreign, base: KnownBase) -> Converted:
         if use_dora:
             pieces.append(_magnitude(foreign, module, parts, b, order))
     _check_targets(foreign, modules, use_dora=use_dora)
-    return Converted(words=WORDS, config=lora_config(modules, rank, alpha, use_dora=use_dora), pieces=tuple(pieces))
+    return Converted(
+        words=WORDS, config=lora_config(foreign, modules, rank, alpha, use_dora=use_dora), pieces=tuple(pieces)
+    )
 
 
 def _name(foreign: Foreign, stored: str, spec: TensorSpec) -> str:

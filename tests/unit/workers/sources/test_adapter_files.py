@@ -103,6 +103,24 @@ def test_names_of_a_training_run_are_names_of_peft(base, adapter, expected, tmp_
     assert different(merge(base, adapter, tmp_path / "ours"), expected) == []
 
 
+@pytest.mark.parametrize("name", ["lora_magnitude_vector.default.weight", "lora_magnitude_vector.mine.weight"])
+def test_magnitudes_under_the_names_of_a_state_dict(base, tmp_path, name):
+    """What `model.state_dict()` calls them, where trainers save that by themselves."""
+    adapter = make_adapter(base, tmp_path / "adapter", targets=TARGETS, use_dora=True, trained=True)
+    expected = merge_by_peft(base, adapter, tmp_path / "peft")
+    own = name.split(".")[1]
+    halves = {half: f"{half}.{own}" for half in ("lora_A", "lora_B")}
+    rename(
+        adapter,
+        lambda stored: (
+            stored.replace("lora_magnitude_vector", name)
+            .replace("lora_A", halves["lora_A"])
+            .replace("lora_B", halves["lora_B"])
+        ),
+    )
+    assert different(merge(base, adapter, tmp_path / "ours"), expected) == []
+
+
 def test_tensors_of_two_adapters_in_one_file_are_refused(base, adapter, tmp_path):
     tensors = load_file(adapter / ADAPTER_WEIGHTS)
     one = {name.replace("_A.", "_A.one.").replace("_B.", "_B.one."): tensor for name, tensor in tensors.items()}
@@ -474,15 +492,18 @@ def test_how_an_initialization_computed_does_not_matter(base, adapter, expected,
     assert different(merge(base, adapter, tmp_path / "ours"), expected) == []
 
 
-def test_a_reward_head_is_called_what_it_is(base, tmp_path):
+def test_a_head_that_no_class_of_the_base_has_is_called_what_it_is(base, tmp_path):
+    """Here one in the shape of another class: it does not say how its model computes."""
     model = LlamaForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=1)
     config = LoraConfig(target_modules=list(TARGETS), task_type="SEQ_CLS")
     get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / ADAPTER_WEIGHTS
+    tensors = load_file(path)
+    save_file(tensors | {f"{PREFIX}score.out_proj.weight": torch.ones(1, 64)}, path)
     said = refusal(base, tmp_path / "adapter", tmp_path / "ours")
-    assert re.search(
-        r"score\.weight; it is the head of a model that does not continue text \(task_type SEQ_CLS\)", said
-    )
+    assert re.search(r"it is the head of a model that does not continue text \(task_type SEQ_CLS\)", said)
     assert "load the base as AutoModelForSequenceClassification" in said
+    save_file(tensors, path)
     # What the message says to do is possible.
     LlamaForSequenceClassification.from_pretrained(base, num_labels=1).save_pretrained(tmp_path / "classifier")
     ours = merge(tmp_path / "classifier", tmp_path / "adapter", tmp_path / "merged", parity={"level": "arithmetic"})
