@@ -239,13 +239,15 @@ def test_tinker_multiplies_by_alpha_through_r_whatever_rank_a_tensor_has(llama, 
     check_is_merged_as_peft_does(llama, peft, tinker, tmp_path, "an adapter of Tinker")
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["each", "shared"])
-def test_experts_of_tinker_are_merged_one_by_one(tmp_path, shared):
+@pytest.mark.parametrize(
+    ("shared", "rank"), [(False, 4), (True, 4), (True, 16)], ids=["each", "shared", "of less rank"]
+)
+def test_experts_of_tinker_are_merged_one_by_one(tmp_path, shared, rank):
     """Expected is W + alpha / r B A of each expert in float64; what experts share counts for all of them."""
     base = architectures.build("decoder", "qwen3_moe", tmp_path / "base", dtype=torch.float32)
     targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
     expected = save_old_adapter(base, tmp_path / "old", target_modules=targets)
-    change_config(tmp_path / "old", r=4, lora_alpha=8)
+    change_config(tmp_path / "old", r=rank, lora_alpha=2 * rank)
     in_common = re.compile(r".*\.(w[13]\.lora_A|w2\.lora_B)\.weight")
     tinker = write_tinker(tmp_path / "old", tmp_path / "tinker", shared=in_common.fullmatch if shared else None)
     before = read_tensors(base)

@@ -16,7 +16,7 @@ from jobs.errors import BadInputError, NotFoundError, UnsupportedError
 from workers.files.checkpoint import read_json, read_shard
 from workers.files.layout import ShardLayout, TensorSpec, lay_out_shard
 from workers.files.tensor_io import opened, read_into_bytes, write_all
-from workers.sources.foreign_adapters import FOREIGN_FILES
+from workers.sources.foreign_adapters import files_of_trainers
 from workers.sources.pickled import CONVERTED_WEIGHTS, PICKLED_WEIGHTS, convert
 
 ADAPTER_WEIGHTS = CONVERTED_WEIGHTS
@@ -25,10 +25,6 @@ ORIGINS_FILE = ".trained_beside.json"
 is copied under such a name, and no other directory is asked for it."""
 _VALUE_HEAD = "v_head."
 """What TRL puts before the names of a value head."""
-MLX_WEIGHTS = "adapters.safetensors"
-"""What mlx_lm calls its adapter."""
-_TORCHTUNE_WEIGHTS = re.compile(r"adapter_(model|\d+)\.pt")
-"""What torchtune calls an adapter in its own layout: of a run, and, in its first versions, of an epoch."""
 _SHARDS = re.compile(r"adapter_model-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 _INDEXES = ("adapter_model.safetensors.index.json", "adapter_model.bin.index.json", "model.safetensors.index.json")
 """The last one is the name that transformers gives it."""
@@ -176,25 +172,7 @@ def _own(there: list[str], place: str) -> tuple[str, ...]:
             return (PICKLED_WEIGHTS,)
         if shards:
             return _all_of(shards, place)
-    return _of_trainers(there, place)
-
-
-def _of_trainers(there: list[str], place: str) -> tuple[str, ...]:
-    """Find the file of an adapter that is converted into PEFT's layout; say what others are."""
-    if MLX_WEIGHTS in there:
-        return (MLX_WEIGHTS,)
-    of_torchtune = [name for name in there if _TORCHTUNE_WEIGHTS.fullmatch(name)]
-    if len(of_torchtune) > 1:
-        raise UnsupportedError(
-            f"{place}: {of_torchtune[0]} and {of_torchtune[1]} are both adapters of torchtune, and nothing says which "
-            "is the one to merge; remove the others"
-        )
-    if of_torchtune:
-        return (of_torchtune[0],)
-    for pattern, kind, advice in FOREIGN_FILES:
-        if found := fnmatch.filter(there, pattern):
-            raise UnsupportedError(f"{place}: {found[0]} is {kind}; expected {ADAPTER_WEIGHTS}, of PEFT: {advice}")
-    raise NotFoundError(f"{place} has no {ADAPTER_WEIGHTS}; found {', '.join(there[:5]) or 'nothing'}")
+    return files_of_trainers(there, place)
 
 
 def _all_of(shards: list[str], place: str) -> tuple[str, ...]:

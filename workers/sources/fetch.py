@@ -21,8 +21,8 @@ from workers.files.checkpoint import read_shard
 from workers.files.foreign import copy_foreign, foreign_sha256
 from workers.files.local import FileState, file_errors
 from workers.files.scratch import keep_directory
-from workers.sources.adapter_files import MLX_WEIGHTS, WeightFiles, gather, read_origins, weight_files
-from workers.sources.foreign_adapters import foreign_kind
+from workers.sources.adapter_files import WeightFiles, gather, read_origins, weight_files
+from workers.sources.foreign_adapters import MLX_WEIGHTS, foreign_kind
 from workers.sources.listing import ListedFiles, check_description
 
 if TYPE_CHECKING:

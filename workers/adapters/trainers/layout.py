@@ -119,7 +119,11 @@ def lora_config(
         use_dora: whether magnitudes are trained, too.
         ranks: of modules that have another one. Their deltas are multiplied by `alpha / rank`, too.
     """
-    others = {f"^{re.escape(module)}": other for module, other in (ranks or {}).items() if other != rank}
+    of_rank: dict[int, list[str]] = defaultdict(list)
+    for module, other in (ranks or {}).items():
+        of_rank[other].append(module)
+    # One pattern for each rank: there may be tens of thousands of experts.
+    others = {f"^(?:{targets_of(each)})": other for other, each in of_rank.items() if other != rank}
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": foreign.config.get("base_model_name_or_path") or foreign.config.get("model"),
