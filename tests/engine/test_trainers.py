@@ -197,6 +197,32 @@ def test_torchtune_has_the_rows_of_qwen_as_transformers_has_them(qwen2, tmp_path
     check_is_merged_as_peft_does(qwen2, peft, tune, tmp_path, "an adapter of torchtune")
 
 
+def test_an_export_of_torchtune_in_an_order_that_the_base_does_not_have_is_refused(llama, qwen2, tmp_path):
+    """`tune_to_peft_adapter_weights` reorders queries and keys for Qwen2, too, whose base it has as transformers does.
+
+    Expected of what is left once the export is removed is PEFT's merge of the adapter as it was trained.
+    """
+    trained = make_adapter(qwen2, tmp_path / "trained", targets=("q_proj", "v_proj"))
+    tune = write_torchtune(trained, tmp_path / "tune", heads={}, head_dim=16)
+
+    def as_exported(name, tensor):
+        if not name.endswith("q_proj.lora_B.weight"):
+            return tensor
+        return tensor.view(4, 8, 2, -1).transpose(1, 2).reshape(tensor.shape)
+
+    tensors = load_file(trained / "adapter_model.safetensors")
+    exported = {name: as_exported(name, tensor).contiguous() for name, tensor in tensors.items()}
+    save_file(exported, tune / "adapter_model.safetensors")
+    assert "rows of queries and keys in the order of Llama" in refusal(qwen2, tune, tmp_path / "1")
+    (tune / "adapter_model.safetensors").unlink()
+    check_is_merged_as_peft_does(qwen2, trained, tune, tmp_path, "an adapter of torchtune")
+    # Of Llama, the same order is right: read as PEFT's.
+    peft = make_adapter(llama, tmp_path / "llama", targets=("q_proj", "k_proj"))
+    both = write_torchtune(peft, tmp_path / "both", heads=LLAMA_HEADS, head_dim=16)
+    save_file(load_file(peft / "adapter_model.safetensors"), both / "adapter_model.safetensors")
+    assert different(merge(llama, both, tmp_path / "2"), merge_by_peft(llama, peft, tmp_path / "3")) == []
+
+
 def test_torchtune_that_does_not_say_enough_is_refused(llama, plain, tmp_path):
     tune = write_torchtune(plain, tmp_path / "tune", heads=LLAMA_HEADS, head_dim=16)
     change_config(tune, target_modules=["q_proj"])
@@ -262,6 +288,36 @@ def test_experts_of_tinker_are_merged_one_by_one(tmp_path, shared, rank):
     for name, tensor in merged.items():
         exact = expected.get(name, before[name].double())
         assert torch.allclose(tensor.double(), exact, rtol=1e-6, atol=1e-7), name
+
+
+def test_projections_that_tinker_trains_apart(tmp_path):
+    """Expected is W + alpha / r B A in float64 for the rows of each, as `_plan_split_qkv_op` of tinker_cookbook has it;
+    bits are those of PEFT's merge of one adapter of three times the rank."""
+    base = architectures.build("vision-language", "qwen3_5", tmp_path / "base", dtype=torch.float32)
+    place = "model.language_model.layers.0.linear_attn"
+    before = read_tensors(base)
+    sizes = {"q": 32, "k": 32, "v": 64}  # 2 heads of 16 for queries and keys, 4 for values
+    assert before[f"{place}.in_proj_qkv.weight"].shape == (sum(sizes.values()), 64)
+    torch.manual_seed(3)
+    a = {one: torch.randn(4, 64) * 0.2 for one in sizes}
+    b = {one: torch.randn(size, 4) * 0.2 for one, size in sizes.items()}
+    inside = f"base_model.model.{place.replace('language_model.', '')}.in_proj_"
+    pairs = {f"{inside}{one}.lora_A.weight": a[one] for one in sizes}
+    pairs |= {f"{inside}{one}.lora_B.weight": b[one] for one in sizes}
+    (tmp_path / "tinker").mkdir()
+    save_file(pairs, tmp_path / "tinker" / "adapter_model.safetensors")
+    (tmp_path / "tinker" / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 10}))
+    peft = make_adapter(base, tmp_path / "blocks", targets=rf"{re.escape(place)}\.in_proj_qkv", rank=12, alpha=30)
+    name = f"base_model.model.{place}.in_proj_qkv.lora_"
+    blocks = {f"{name}A.weight": torch.cat([*a.values()]), f"{name}B.weight": torch.block_diag(*b.values())}
+    save_file(blocks, peft / "adapter_model.safetensors")
+    check_is_merged_as_peft_does(base, peft, tmp_path / "tinker", tmp_path, "an adapter of Tinker")
+    merged = merge(base, tmp_path / "tinker", tmp_path / "again")[f"{place}.in_proj_qkv.weight"].double()
+    delta = torch.cat([2.5 * b[one].double() @ a[one].double() for one in sizes])
+    assert torch.allclose(merged, before[f"{place}.in_proj_qkv.weight"].double() + delta, rtol=1e-6, atol=1e-6)
+    del pairs[f"{inside}k.lora_A.weight"], pairs[f"{inside}k.lora_B.weight"]
+    save_file(pairs, tmp_path / "tinker" / "adapter_model.safetensors")
+    assert "without in_proj_k, so that nothing says" in refusal(base, tmp_path / "tinker", tmp_path / "refused")
 
 
 def test_a_text_adapter_of_tinker_on_a_vision_language_base(tmp_path):

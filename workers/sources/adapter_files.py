@@ -23,6 +23,10 @@ ADAPTER_WEIGHTS = CONVERTED_WEIGHTS
 ORIGINS_FILE = ".trained_beside.json"
 """Of a gathered directory: for each tensor that is not the adapter's own, the file it came from. No file of an adapter
 is copied under such a name, and no other directory is asked for it."""
+GATHERED_VERSION = 2
+"""Of what `gather` writes: those of other versions are made anew."""
+REORDERED_FILE = ".reordered_beside.json"
+"""Of a gathered directory: tensors of torchtune's own copy whose rows are in another order in the adapter's files."""
 _VALUE_HEAD = "v_head."
 """What TRL puts before the names of a value head."""
 _SHARDS = re.compile(r"adapter_model-(\d{5})-of-(\d{5})\.(safetensors|bin)")
@@ -120,7 +124,8 @@ def gather(directory: Path, files: WeightFiles, target: Path) -> None:
     """
     if files.own == (PICKLED_WEIGHTS,) and not files.beside:
         convert(directory / PICKLED_WEIGHTS, target / ADAPTER_WEIGHTS)
-        _write_origins(target, {})
+        _write(target / ORIGINS_FILE, {})
+        _write(target / REORDERED_FILE, [])
         return
     read: list[tuple[str, Path, ShardLayout]] = []
     converted = []
@@ -131,9 +136,11 @@ def gather(directory: Path, files: WeightFiles, target: Path) -> None:
             convert(directory / name, path, beside=name in files.beside)
             converted.append(path)
         read.append((name, path, read_shard(path)))
-    found = _by_name(directory, files, _without_copies(directory, files, read))
+    kept, reordered = _without_copies(directory, files, read)
+    found = _by_name(directory, files, kept)
     _check_index(directory, files, found)
-    _write_origins(target, {tensor: name for tensor, (name, _, _) in found.items() if name in files.beside})
+    _write(target / ORIGINS_FILE, {tensor: name for tensor, (name, _, _) in found.items() if name in files.beside})
+    _write(target / REORDERED_FILE, reordered)
     layout = lay_out_shard(ADAPTER_WEIGHTS, [(name, spec.dtype, spec.shape) for name, (_, _, spec) in found.items()])
     with (target / ADAPTER_WEIGHTS).open("xb") as file:
         write_all(file.fileno(), target / ADAPTER_WEIGHTS, layout.header, 0)
@@ -154,8 +161,17 @@ def read_origins(gathered: Path) -> dict[str, str]:
     return origins
 
 
-def _write_origins(target: Path, origins: Mapping[str, str]) -> None:
-    (target / ORIGINS_FILE).write_text(json.dumps(origins))
+def read_reordered(gathered: Path) -> tuple[str, ...]:
+    """Return the tensors of torchtune's own copy of an adapter that `gather` has found in another order of rows.
+
+    Args:
+        gathered: as in `read_origins`.
+    """
+    return tuple(json.loads((gathered / REORDERED_FILE).read_bytes()))
+
+
+def _write(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content))
 
 
 def _own(there: list[str], place: str) -> tuple[str, ...]:
@@ -210,34 +226,44 @@ def _by_name(directory: Path, files: WeightFiles, read: Iterable[tuple[str, Path
 
 def _without_copies(
     directory: Path, files: WeightFiles, read: list[tuple[str, Path, ShardLayout]]
-) -> list[tuple[str, Path, ShardLayout]]:
-    """Leave out torchtune's own copy of the adapter (adapter_model.pt) after a look that it holds nothing else."""
+) -> tuple[list[tuple[str, Path, ShardLayout]], list[str]]:
+    """Leave out torchtune's own copy of the adapter (adapter_model.pt) after a look that it holds nothing else.
+
+    Returns:
+        The other files, and the tensors of the copy whose rows stand in another order in the adapter.
+    """
     copies = [each for each in read if each[0] in files.beside and _is_torchtunes(each[2])]
     owners = [each for each in read if each[0] in files.own] if copies else []
-    own = {_fingerprint(path, spec) for _, path, shard in owners for spec in shard.tensors}
+    fingerprints = [_fingerprint(path, spec) for _, path, shard in owners for spec in shard.tensors]
+    own, in_order = {each[:3] for each in fingerprints}, set(fingerprints)
+    reordered = []
     for name, path, shard in copies:
         for spec in shard.tensors:
-            if _fingerprint(path, spec) not in own:
+            fingerprint = _fingerprint(path, spec)
+            if fingerprint not in in_order:
+                reordered.append(spec.name)
+            if fingerprint[:3] not in own:
                 raise BadInputError(
                     f"{directory}: {name} is an adapter as torchtune keeps it for itself, and {files.own[0]} has "
                     f"nothing like its tensor {spec.name}; remove {name} if the other is the adapter to merge"
                 )
-    return [each for each in read if each not in copies]
+    return [each for each in read if each not in copies], reordered
 
 
 def _is_torchtunes(shard: ShardLayout) -> bool:
     return bool(shard.tensors) and all(_TORCHTUNE.fullmatch(spec.name) for spec in shard.tensors)
 
 
-def _fingerprint(path: Path, spec: TensorSpec) -> tuple[str, tuple[int, ...], str]:
-    """Return dtype, shape, and a digest of the rows in any order.
+def _fingerprint(path: Path, spec: TensorSpec) -> tuple[str, tuple[int, ...], str, str]:
+    """Return dtype, shape, and digests of the rows in any order and in their own.
 
     torchtune orders rows of queries and keys in another way (`tune_to_peft_adapter_weights` of torchtune 0.6).
     """
     with opened(path) as reading:
         data = read_into_bytes(reading, path, spec.num_bytes, spec.begin)
     rows = sorted(data[begin : begin + spec.row_bytes] for begin in range(0, len(data), max(1, spec.row_bytes)))
-    return spec.code, spec.shape, hashlib.sha256(b"".join(rows)).hexdigest()
+    in_any, in_their_own = (hashlib.sha256(each).hexdigest() for each in (b"".join(rows), data))
+    return spec.code, spec.shape, in_any, in_their_own
 
 
 def _check_index(directory: Path, files: WeightFiles, found: Mapping[str, _Found]) -> None:

@@ -21,7 +21,14 @@ from workers.files.checkpoint import read_shard
 from workers.files.foreign import copy_foreign, foreign_sha256
 from workers.files.local import FileState, file_errors
 from workers.files.scratch import keep_directory
-from workers.sources.adapter_files import WeightFiles, gather, read_origins, weight_files
+from workers.sources.adapter_files import (
+    GATHERED_VERSION,
+    WeightFiles,
+    gather,
+    read_origins,
+    read_reordered,
+    weight_files,
+)
 from workers.sources.foreign_adapters import MLX_WEIGHTS, foreign_kind
 from workers.sources.listing import ListedFiles, check_description
 
@@ -44,6 +51,8 @@ class Source:
     """The adapters that this one was combined of; empty where it was not."""
     beside: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Of a gathered adapter: for each tensor that is not the adapter's own, the file it came from."""
+    reordered: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """Of a gathered adapter that torchtune exported: tensors of its own copy that have their rows in another order."""
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
     """What a person should know of how it was brought here."""
     states: Mapping[Path, FileState] = field(default_factory=dict, compare=False, repr=False)
@@ -114,12 +123,12 @@ def fetch_adapter(location: Location, cache: Path) -> Source:
     files = weight_files((name for name, _ in contents), f"adapter {pinned}")
     if files.plain:
         return Source(location=pinned, directory=directory, digest=digest, states=states)
-    gathered = cache / "gathered" / digest
+    gathered = cache / "gathered" / f"{digest}-{GATHERED_VERSION}"
     with file_errors(f"gathering adapter {pinned} in {gathered}", gathered):
         keep_directory(gathered, lambda path: _gather(directory, contents, files, path))
-        beside = read_origins(gathered)
+        beside, reordered = read_origins(gathered), read_reordered(gathered)
     states = _states(ADAPTER, gathered)
-    return Source(location=pinned, directory=gathered, digest=digest, beside=beside, states=states)
+    return Source(location=pinned, directory=gathered, digest=digest, beside=beside, reordered=reordered, states=states)
 
 
 def _check_kind(location: LocalPath) -> None:

@@ -56,6 +56,7 @@ def convert_adapter(adapter: Source, base: Source, cache: Path, inert_fields: fr
     tensors = {spec.name: spec for spec in read_shard(weights).tensors}
     trainer = next((each for each in TRAINERS if each.recognizes(config, frozenset(tensors))), None)
     if trainer is None:
+        torchtune.check_export(adapter, lambda: _known(base))
         return adapter
     foreign = Foreign(
         path=adapter.directory / ADAPTER_CONFIG,
@@ -96,7 +97,11 @@ def _check(foreign: Foreign, base: KnownBase, converted: Converted) -> None:
     if len(set(names)) < len(names):
         twice = next(name for name in sorted(names) if names.count(name) > 1)
         raise BadInputError(f"{foreign.weights}: two tensors are {twice} of PEFT, and nothing says which counts")
-    if left := foreign.tensors.keys() - {piece.source.name for piece in converted.pieces} - converted.empty:
+    if (
+        left := foreign.tensors.keys()
+        - {each.name for piece in converted.pieces for each in (piece.source, *piece.others)}
+        - converted.empty
+    ):
         raise UnsupportedError(
             f"{foreign.weights}: tensor {min(left)} has no place in an adapter of PEFT; leaving it out would change "
             "the model, so the merge is refused"
@@ -123,7 +128,8 @@ def _write(adapter: Source, foreign: Foreign, converted: Converted, target: Path
             if piece.row is not None:
                 begin, end = piece.row, piece.row + 1
             stored = read_rows(foreign.weights, piece.source, begin, end, reading)
-            made = piece.make(stored if piece.row is None else stored[0])
+            others = [read_rows(foreign.weights, each, 0, each.shape[0], reading) for each in piece.others]
+            made = piece.make(stored if piece.row is None else stored[0], *others)
             assert tuple(made.shape) == piece.shape
             write_all(file.fileno(), path, tensor_bytes(made.contiguous()), spec.begin)
     for each in files_of(ADAPTER, adapter.directory):

@@ -1,5 +1,6 @@
 """What an adapter of another trainer becomes: a configuration, and tensors by PEFT's names, made of stored ones."""
 
+import dataclasses
 import math
 import re
 from collections import defaultdict
@@ -30,9 +31,11 @@ class Piece:
     source: TensorSpec
     row: int | None = None
     """Of the source, where it is made of that alone; it has one dimension less then."""
+    others: tuple[TensorSpec, ...] = ()
+    """Further tensors that it is made of."""
     shape: tuple[int, ...]
-    make: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.clone
-    """Moves elements and changes none."""
+    make: Callable[..., torch.Tensor] = torch.Tensor.clone
+    """Moves elements and changes none; what no source has an element for is zero."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +190,7 @@ def pair(module: str, a_RI: Piece, b_OR: Piece) -> tuple[Piece, Piece]:
 
 
 def _named(piece: Piece, name: str) -> Piece:
-    return Piece(name=name, source=piece.source, row=piece.row, shape=piece.shape, make=piece.make)
+    return dataclasses.replace(piece, name=name)
 
 
 def whole(source: TensorSpec) -> Piece:

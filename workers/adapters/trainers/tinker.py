@@ -8,8 +8,11 @@ are multiplied by alpha / r of the configuration, whatever rank a tensor has.
 """
 
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from jobs.errors import BadInputError, UnsupportedError
 from jobs.request_files.problems import show
@@ -42,13 +45,12 @@ _EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _OTHER_ARCHITECTURES = {
     "gpt_oss": "the gates of its experts alternate in one parameter",
     "nemotron_h": "projections that were trained apart are one in it",
-    "qwen3_5": "projections that were trained apart are one in it",
-    "qwen3_5_moe": "projections that were trained apart are one in it",
-    "qwen3_5_text": "projections that were trained apart are one in it",
-    "qwen3_5_moe_text": "projections that were trained apart are one in it",
 }
 """Architectures whose adapters Tinker's own export takes apart or together in a way of their own."""
 _EXPORT = "export it with build_lora_adapter of tinker_cookbook.weights, or merge it with build_hf_model of it"
+_FUSED = {f"qwen3_5{kind}": ("in_proj_qkv", ("in_proj_q", "in_proj_k", "in_proj_v")) for kind in ("_text", "_moe_text")}
+"""Linears that Tinker trains apart and the base has as one, their rows one after the other: `_plan_split_qkv_op` of
+_merge_qwen3_5.py."""
 _CONSUMED = frozenset({"r", "lora_alpha"})
 _OF_PEFT = {
     "peft_type": ("LORA",),
@@ -84,9 +86,15 @@ def convert(foreign: Foreign, base: KnownBase) -> Converted:
     pieces: list[Piece] = []
     ranks: dict[str, int] = {}
     empty = set()
+    fused: dict[str, dict[str, tuple[TensorSpec, TensorSpec]]] = defaultdict(dict)
+    whole_name, members = _FUSED.get(base.model_type, ("", ()))
     for stored, parts in by_module(foreign, _ENDS, WORDS).items():
         a, b = halves(foreign, stored, parts)
         module = stored.removeprefix(PREFIX)
+        place, _, leaf = module.rpartition(".")
+        if leaf in members:
+            fused[f"{place}.{whole_name}"][leaf] = a, b
+            continue
         stack = _STACK.fullmatch(module)
         if stack is not None and not a.num_elements and not b.num_elements:
             empty |= {a.name, b.name}  # of a projection that the experts of this base do not have
@@ -95,11 +103,14 @@ def convert(foreign: Foreign, base: KnownBase) -> Converted:
                 ranks[each] = a.shape[1]
                 pieces += made
         else:
-            if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-                raise misshapen(foreign, b, f"[outputs, {a.shape[0] if a.shape else 'rank'}]")
+            _check_pair(foreign, a, b)
             name = _name(foreign, base, module, a)
             ranks[name] = a.shape[0]
             pieces += pair(name, whole(a), whole(b))
+    for name, found in fused.items():
+        made = _together(foreign, name, members, found)
+        ranks[name] = made[0].shape[0]
+        pieces += made
     if not pieces:
         raise BadInputError(f"{foreign.weights}: expected the factors of LoRA, found {show(sorted(foreign.tensors))}")
     return Converted(
@@ -108,6 +119,47 @@ def convert(foreign: Foreign, base: KnownBase) -> Converted:
         pieces=tuple(pieces),
         empty=frozenset(empty),
     )
+
+
+def _check_pair(foreign: Foreign, a: TensorSpec, b: TensorSpec) -> None:
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        raise misshapen(foreign, b, f"[outputs, {a.shape[0] if a.shape else 'rank'}]")
+
+
+def _together(
+    foreign: Foreign, name: str, members: Sequence[str], found: Mapping[str, tuple[TensorSpec, TensorSpec]]
+) -> tuple[Piece, Piece]:
+    """Return one pair for linears that are one in the base: the rank is the sum of theirs, B has theirs as blocks."""
+    if missing := [member for member in members if member not in found]:
+        there = next(iter(found.values()))[0].name
+        raise BadInputError(
+            f"{foreign.weights}: {name} of the base is {', '.join(members)} of Tinker, and the adapter has {there} "
+            f"without {missing[0]}, so that nothing says which rows it is of"
+        )
+    pairs = [found[member] for member in members]
+    for a, b in pairs:
+        _check_pair(foreign, a, b)
+        if (a.dtype, b.dtype, a.shape[1:]) != (pairs[0][0].dtype, pairs[0][1].dtype, pairs[0][0].shape[1:]):
+            raise misshapen(foreign, a, f"[rank, {pairs[0][0].shape[1]}] in {pairs[0][0].dtype}")
+    first, *others = pairs
+    rank, num_outputs = sum(a.shape[0] for a, _ in pairs), sum(b.shape[0] for _, b in pairs)
+    return pair(
+        name,
+        Piece(
+            name="", source=first[0], others=tuple(a for a, _ in others), shape=(rank, first[0].shape[1]), make=_stacked
+        ),
+        Piece(
+            name="",
+            source=first[1],
+            others=tuple(b for _, b in others),
+            shape=(num_outputs, rank),
+            make=torch.block_diag,
+        ),
+    )
+
+
+def _stacked(*tensors: torch.Tensor) -> torch.Tensor:
+    return torch.cat(tensors)
 
 
 def _name(foreign: Foreign, base: KnownBase, module: str, a: TensorSpec) -> str:

@@ -31,6 +31,7 @@ from workers.adapters.trainers.layout import (
     whole,
 )
 from workers.files.layout import TensorSpec
+from workers.sources.fetch import Source
 
 WORDS = "an adapter of torchtune"
 _ENDS = {".lora_a.weight": "a", ".lora_b.weight": "b", ".magnitude": "magnitude", ".magnitude.weight": "magnitude"}
@@ -94,6 +95,28 @@ def convert(foreign: Foreign, base: KnownBase) -> Converted:
     return Converted(
         words=WORDS, config=lora_config(foreign, modules, rank, alpha, use_dora=use_dora), pieces=tuple(pieces)
     )
+
+
+def check_export(adapter: Source, base: Callable[[], KnownBase]) -> None:
+    """Check that torchtune's export of an adapter has the rows that its base has.
+
+    `tune_to_peft_adapter_weights` of torchtune 0.6 reorders queries and keys for every base, also for those that
+    torchtune has loaded as they are (`qwen2_hf_to_tune`, `qwen3_hf_to_tune`).
+
+    Args:
+        adapter: gathered, where a copy in torchtune's own layout was beside it.
+        base: asked where that copy has rows in another order.
+
+    Raises:
+        UnsupportedError: they are rows of another order than the base's.
+    """
+    if adapter.reordered and (model_type := base().model_type) in _SAME_ORDER:
+        raise UnsupportedError(
+            f"adapter {adapter.location}: torchtune's export has rows of queries and keys in the order of Llama "
+            f"(beside it, {adapter.reordered[0]} has another one), and for a base of model_type {model_type} torchtune "
+            "trains with the base's own: as it is exported, the adapter is another one. Remove the export "
+            "(adapter_model.safetensors or .bin), so that torchtune's own file is read, which is right"
+        )
 
 
 def _name(foreign: Foreign, stored: str, spec: TensorSpec) -> str:
