@@ -87,6 +87,18 @@ def test_mlx_is_merged_as_peft_merges_it(llama, tmp_path, fields, num_layers):
     check_is_merged_as_peft_does(llama, peft, mlx, tmp_path, "an adapter of MLX, trained on /models/tiny")
 
 
+def test_mlx_on_a_vision_language_base(tmp_path):
+    """mlx_lm has the text model of Gemma 3 alone, under names that transformers had, too, before its version 4.52."""
+    base = architectures.build("vision-language", "gemma3", tmp_path / "base")
+    peft = make_adapter(base, tmp_path / "adapter", targets=r"model\.language_model\..*\.(q_proj|up_proj)")
+    mlx = write_mlx(peft, tmp_path / "mlx")
+    change_tensors(
+        mlx,
+        lambda tensors: {n.replace("model.language_model.", "language_model.model."): t for n, t in tensors.items()},
+    )
+    check_is_merged_as_peft_does(base, peft, mlx, tmp_path, "an adapter of MLX")
+
+
 @pytest.mark.parametrize("flat", [False, True], ids=["stack", "matrix"])
 def test_experts_of_mlx_are_merged_one_by_one(experts, tmp_path, flat):
     """Expected is W + scale B A of each expert in float64; mlx_lm has A as a matrix before its version 0.28.3."""

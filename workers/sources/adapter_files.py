@@ -5,7 +5,6 @@ trained beside the adapter's layers into files of their own. None of them may be
 """
 
 import fnmatch
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from workers.files.layout import ShardLayout, TensorSpec, lay_out_shard
 from workers.files.tensor_io import opened, read_into_bytes, write_all
 from workers.sources.foreign_adapters import files_of_trainers
 from workers.sources.pickled import CONVERTED_WEIGHTS, PICKLED_WEIGHTS, convert
+from workers.sources.torchtune_copies import leave_out_copies
 
 ADAPTER_WEIGHTS = CONVERTED_WEIGHTS
 ORIGINS_FILE = ".trained_beside.json"
@@ -52,8 +52,6 @@ _BYSTANDERS = (
 )
 """What trainers keep to go on with; nothing that a model computes with."""
 _WHOLE_MODELS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin", "consolidated*")
-_TORCHTUNE = re.compile(r".+\.(lora_[ab]\.weight|magnitude(\.weight)?)")
-"""What torchtune itself calls the tensors of an adapter."""
 _COPIED_BYTES = 16 << 20
 
 
@@ -136,7 +134,7 @@ def gather(directory: Path, files: WeightFiles, target: Path) -> None:
             convert(directory / name, path, beside=name in files.beside)
             converted.append(path)
         read.append((name, path, read_shard(path)))
-    kept, reordered = _without_copies(directory, files, read)
+    kept, reordered = leave_out_copies(directory, read, beside=files.beside)
     found = _by_name(directory, files, kept)
     _check_index(directory, files, found)
     _write(target / ORIGINS_FILE, {tensor: name for tensor, (name, _, _) in found.items() if name in files.beside})
@@ -222,48 +220,6 @@ def _by_name(directory: Path, files: WeightFiles, read: Iterable[tuple[str, Path
                     "which counts; remove the file that is not the adapter's"
                 )
     return found
-
-
-def _without_copies(
-    directory: Path, files: WeightFiles, read: list[tuple[str, Path, ShardLayout]]
-) -> tuple[list[tuple[str, Path, ShardLayout]], list[str]]:
-    """Leave out torchtune's own copy of the adapter (adapter_model.pt) after a look that it holds nothing else.
-
-    Returns:
-        The other files, and the tensors of the copy whose rows stand in another order in the adapter.
-    """
-    copies = [each for each in read if each[0] in files.beside and _is_torchtunes(each[2])]
-    owners = [each for each in read if each[0] in files.own] if copies else []
-    fingerprints = [_fingerprint(path, spec) for _, path, shard in owners for spec in shard.tensors]
-    own, in_order = {each[:3] for each in fingerprints}, set(fingerprints)
-    reordered = []
-    for name, path, shard in copies:
-        for spec in shard.tensors:
-            fingerprint = _fingerprint(path, spec)
-            if fingerprint not in in_order:
-                reordered.append(spec.name)
-            if fingerprint[:3] not in own:
-                raise BadInputError(
-                    f"{directory}: {name} is an adapter as torchtune keeps it for itself, and {files.own[0]} has "
-                    f"nothing like its tensor {spec.name}; remove {name} if the other is the adapter to merge"
-                )
-    return [each for each in read if each not in copies], reordered
-
-
-def _is_torchtunes(shard: ShardLayout) -> bool:
-    return bool(shard.tensors) and all(_TORCHTUNE.fullmatch(spec.name) for spec in shard.tensors)
-
-
-def _fingerprint(path: Path, spec: TensorSpec) -> tuple[str, tuple[int, ...], str, str]:
-    """Return dtype, shape, and digests of the rows in any order and in their own.
-
-    torchtune orders rows of queries and keys in another way (`tune_to_peft_adapter_weights` of torchtune 0.6).
-    """
-    with opened(path) as reading:
-        data = read_into_bytes(reading, path, spec.num_bytes, spec.begin)
-    rows = sorted(data[begin : begin + spec.row_bytes] for begin in range(0, len(data), max(1, spec.row_bytes)))
-    in_any, in_their_own = (hashlib.sha256(each).hexdigest() for each in (b"".join(rows), data))
-    return spec.code, spec.shape, in_any, in_their_own
 
 
 def _check_index(directory: Path, files: WeightFiles, found: Mapping[str, _Found]) -> None:

@@ -51,9 +51,9 @@ _OF_TRAINING = frozenset(
 _OF_PARAMETERS = frozenset({"rank", "scale", "dropout", "keys", "alpha"})
 SAME_NAMES = frozenset(
     {
-        *("cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2"),
-        *("olmoe", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm"),
-        "starcoder2",
+        *("cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "helium"),
+        *("hunyuan_v1_dense", "llama", "mistral", "mixtral", "nemotron", "olmo2", "olmo3", "olmoe", "phi", "phi3"),
+        *("phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"),
     }
 )
 """Architectures whose linears mlx_lm has under transformers' names and with transformers' values: what `sanitize` of
