@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -93,10 +94,9 @@ def _known(base: Source) -> KnownBase:
 
 def _check(foreign: Foreign, base: KnownBase, converted: Converted) -> None:
     """Check that every tensor becomes one, no two become one, and all of them together do not fill a disk."""
-    names = [piece.name for piece in converted.pieces]
-    if len(set(names)) < len(names):
-        twice = next(name for name in sorted(names) if names.count(name) > 1)
-        raise BadInputError(f"{foreign.weights}: two tensors are {twice} of PEFT, and nothing says which counts")
+    name, count = Counter(piece.name for piece in converted.pieces).most_common(1)[0]
+    if count > 1:
+        raise BadInputError(f"{foreign.weights}: two tensors are {name} of PEFT, and nothing says which counts")
     if (
         left := foreign.tensors.keys()
         - {each.name for piece in converted.pieces for each in (piece.source, *piece.others)}
