@@ -16,6 +16,7 @@ from peft import PeftConfig, PeftType
 from jobs.errors import BadInputError, UnsupportedError
 from workers.adapters import names as adapter_names
 from workers.adapters.config import REFUSALS, read_peft_config
+from workers.adapters.heads import Head
 from workers.bases.conversions import Conversions
 from workers.files.checkpoint import read_shard
 from workers.files.layout import TensorSpec
@@ -61,6 +62,8 @@ class Adapter:
     """As in `open_adapter`."""
     num_tokens: int | None = None
     """Size of the vocabulary that it was trained with; None where it is the base's."""
+    head: Head | None = None
+    """What it brings in the place of the base's head."""
     inert_fields: frozenset[str] = frozenset()
     """Fields of a configuration that the operator knows to change nothing."""
     left_behind: frozenset[str] = frozenset()
@@ -93,7 +96,10 @@ class Adapter:
 
 
 def open_adapter(
-    directory: Path, inert_fields: frozenset[str] = frozenset(), beside: Mapping[str, str] = MappingProxyType({})
+    directory: Path,
+    inert_fields: frozenset[str] = frozenset(),
+    beside: Mapping[str, str] = MappingProxyType({}),
+    told: tuple[str, ...] = (),
 ) -> Adapter:
     """Read the configuration and the headers of an adapter.
 
@@ -101,6 +107,7 @@ def open_adapter(
         directory: of the adapter.
         inert_fields: of the configuration, that PEFT may not know: the operator says that they change nothing.
         beside: files that tensors come from which were trained beside the adapter, by the names stored.
+        told: what a person should know of it already.
 
     Raises:
         NotFoundError: a file is missing.
@@ -108,6 +115,7 @@ def open_adapter(
         BadInputError: configuration or weights are malformed.
     """
     config, notes = read_peft_config(directory, inert_fields)
+    notes = (*told, *notes)
     path = directory / ADAPTER_WEIGHTS
     method = PeftType(config.peft_type).value
     shard = read_shard(path)

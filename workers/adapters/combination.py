@@ -65,6 +65,11 @@ def combine(
     """
     kind, arguments = combination.type, combination.arguments()
     for adapter in adapters:
+        if adapter.head is not None:
+            raise UnsupportedError(
+                f"{adapter.weights_path} brings a head for a {adapter.head.class_name}, and PEFT combines no heads; "
+                "merge it alone, and let a second request have that release as its base"
+            )
         if adapter.num_tokens is not None:
             raise UnsupportedError(
                 f"{adapter.weights_path} is of a vocabulary of {adapter.num_tokens} tokens, which the base does not "

@@ -71,11 +71,6 @@ def read_peft_config(directory: Path, inert_fields: frozenset[str]) -> tuple[Pef
     path = directory / ADAPTER_CONFIG
     raw = read_config(directory)
     method = raw.get("peft_type")
-    if method is None and "fine_tune_type" in raw:
-        raise UnsupportedError(
-            f"{path}: fine_tune_type {raw['fine_tune_type']!r}: this is an adapter of MLX, not one of PEFT; merge it "
-            "with MLX itself (mlx_lm.fuse)"
-        )
     if not isinstance(method, str) or method not in MERGED:
         reason = REFUSED.get(method) if isinstance(method, str) else None
         raise UnsupportedError(

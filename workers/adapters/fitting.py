@@ -11,6 +11,7 @@ from jobs.errors import UnsupportedError
 from workers.adapters.adapter import FLOATS, Adapter, refusals
 from workers.adapters.causes import OF_TASKS
 from workers.adapters.config import ADAPTER_CONFIG
+from workers.adapters.heads import Head, find_head, give_head
 from workers.adapters.names import Fitted, fit_names
 from workers.adapters.resizing import check_indices, num_tokens_of, plain_name, trained_indices
 from workers.files.layout import TensorSpec
@@ -30,10 +31,21 @@ def fit(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], skeleton: Calla
             another vocabulary is not enough.
         BadInputError: its configuration cannot be read for the base's names.
     """
-    model = functools.cache(skeleton)
+    where = str(adapter.weights_path)
+    task = getattr(adapter.config, "task_type", None)
+    plain_model = functools.cache(skeleton)
+    head = find_head(where, task, adapter.tensors, shapes, plain_model)
+    if head is not None:
+        shapes = head.shapes_with(shapes)
+
+    @functools.cache
+    def model() -> PreTrainedModel:
+        made = skeleton()
+        give_head(made, head, on_meta=True)
+        return made
+
     with refusals(adapter, f"{ADAPTER_CONFIG}: does not fit this base"):
         fitted = fit_names(adapter.config, adapter.tensors, shapes, model)
-    where = str(adapter.weights_path)
     num_tokens = num_tokens_of(where, fitted.tensors, shapes, model)
     if any(trained_indices(fitted.config)):
         embedding: Any = model().get_input_embeddings()
@@ -56,13 +68,15 @@ def fit(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], skeleton: Calla
             expected = spec.shape if num_tokens is not None and plain in shapes else shapes.get(plain or "")
             if plain is not None and spec.shape != expected:
                 raise _misfit(adapter, spec, plain, expected, type(model()).__name__)
-    notes = (*adapter.notes, *_notes(fitted, num_tokens, model))
+    notes = (*adapter.notes, *_notes(fitted, num_tokens, head, plain_model))
     return dataclasses.replace(
-        adapter, config=fitted.config, tensors=fitted.tensors, num_tokens=num_tokens, notes=notes
+        adapter, config=fitted.config, tensors=fitted.tensors, num_tokens=num_tokens, head=head, notes=notes
     )
 
 
-def _notes(fitted: Fitted, num_tokens: int | None, skeleton: Callable[[], PreTrainedModel]) -> Iterator[str]:
+def _notes(
+    fitted: Fitted, num_tokens: int | None, head: Head | None, skeleton: Callable[[], PreTrainedModel]
+) -> Iterator[str]:
     """Yield what a person should know of how an adapter fits."""
     if fitted.moved:
         old, new = next(iter(fitted.moved.items()))
@@ -71,7 +85,17 @@ def _notes(fitted: Fitted, num_tokens: int | None, skeleton: Callable[[], PreTra
     if fitted.tower is not None:
         yield f"the adapter is of the text model alone; modules outside of {fitted.tower} are left as they are"
     task = str(getattr(fitted.config, "task_type", None))
-    if task in OF_TASKS and not type(skeleton()).__name__.endswith(OF_TASKS[task].removeprefix("AutoModel")):
+    if head is not None:
+        yield (
+            f"the release is a {head.class_name}, with the head that the adapter brings for {head.num_labels} labels "
+            f"in the place of that of {type(skeleton()).__name__}"
+        )
+        if head.needs_padding and getattr(skeleton().config.get_text_config(), "pad_token_id", None) is None:
+            yield (
+                "config.json has no pad_token_id, without which a model for sequences takes one at a time: set it to "
+                "the one that the training padded with"
+            )
+    elif task in OF_TASKS and not type(skeleton()).__name__.endswith(OF_TASKS[task].removeprefix("AutoModel")):
         yield (
             f"the adapter was trained for task_type {task}, and the base is a {type(skeleton()).__name__}: the release "
             "is one, too, without the head of that task"

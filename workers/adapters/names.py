@@ -32,6 +32,8 @@ _PEFTS = ["base_model", "model"]
 _LAYER = "base_layer"
 """What PEFT calls a layer inside of what it has put in its place."""
 _TOKENS = "trainable_tokens_"
+_MAGNITUDE = "lora_magnitude_vector"
+"""Of DoRA."""
 _VALUE_HEAD = re.compile(r"(base_model\.model\.)?(v_head|value_head)\..+")
 _TEXT_MODELS = frozenset({"model", "transformer", "language_model", "text_model"})
 """What classes of language models call the part below their head."""
@@ -214,11 +216,13 @@ def _as_peft(name: str, prefix: str) -> tuple[str, str | None]:
         if part.startswith((prefix, _TOKENS)):
             named = following == "default"
             if prefix == "lora_":
-                named |= part in ("lora_A", "lora_B") and rest == 2
+                named |= part in ("lora_A", "lora_B", _MAGNITUDE) and rest == 2
                 named |= part in ("lora_embedding_A", "lora_embedding_B") and rest == 1
             if named:
                 adapter = following
                 del parts[place + 1]
+            if part == _MAGNITUDE and parts[place + 1 :] == ["weight"]:
+                del parts[place + 1]  # what PEFT saves of a layer with one parameter has the name of the layer
             break
     whole = ".".join(parts)
     return whole if whole.startswith("base_model.") else f"{PREFIX}{whole}", adapter

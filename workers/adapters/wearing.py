@@ -22,6 +22,7 @@ from jobs.errors import BadInputError, UnsupportedError
 from workers.adapters.adapter import ADAPTER_WEIGHTS, FLOATS, PREFIX, Adapter, read_tensor, refusals, same_values
 from workers.adapters.causes import cause_of, cause_of_experts
 from workers.adapters.config import ADAPTER_CONFIG, read_config, version_of
+from workers.adapters.heads import give_head
 from workers.adapters.methods import SHAPED_BY_VALUES, WEIGHED
 from workers.adapters.resizing import resize_vocabulary
 
@@ -86,6 +87,7 @@ def put_on(
     if hasattr(config, "progressbar"):
         config.progressbar = False
     on_meta = not values and adapter.method not in WEIGHED
+    give_head(model, adapter.head, on_meta=not values)
     resize_vocabulary(model, adapter.num_tokens)
     with refusals(adapter, f"{ADAPTER_CONFIG}: does not fit this base, {type(model).__name__}"), _device(on_meta):
         peft_model = PeftModel(model, config, low_cpu_mem_usage=on_meta or offloaded_to is not None)

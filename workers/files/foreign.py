@@ -11,6 +11,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ _SMALL_BYTES = 128 * _MIB
 
 _ADAPTER_BYTES = 64 << 30
 """Of an adapter's weights, which are read as a whole for their digest."""
+
+_ADAPTERS = re.compile(r"adapter_model|adapter_\d+\.pt$|adapters\.safetensors$")
+"""What PEFT, torchtune and MLX call them."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 """Never read as a whole: their readers check what they say of themselves, and take a part at a time."""
@@ -108,7 +112,7 @@ def open_foreign(path: Path, *, num_parts: int = 1, any_size: bool = False) -> F
     try:
         status = os.fstat(descriptor)
         _check_kind(path, status)
-        if not any_size or path.name.startswith("adapter_model"):
+        if not any_size or _ADAPTERS.match(path.name):
             _check_size(path, status)
         _check_content(path, descriptor, status)
     except BaseException:
@@ -264,7 +268,7 @@ def _check_content(path: Path, descriptor: int, status: os.stat_result) -> None:
 def _most_bytes(name: str) -> int | None:
     """Return how large a file may be; None where it is never read as a whole."""
     if name.endswith(_WEIGHTS):
-        return _ADAPTER_BYTES if name.startswith("adapter_model") else None
+        return _ADAPTER_BYTES if _ADAPTERS.match(name) else None
     return next(most for suffix, most in _MOST_BYTES if name.endswith(suffix))
 
 

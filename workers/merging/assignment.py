@@ -49,6 +49,8 @@ def made_by_peft(
             made |= dict.fromkeys(group.stored, group.parameters)
             continue
         outputs = [conversions.stored_names[other] for other in same if other in conversions.stored_names]
+        if not outputs and adapter.head is not None and name in adapter.head.shapes:
+            outputs = [name]
         if not outputs and name in coverage.untied:
             outputs = [conversions.new_name(name)]
         if not outputs:

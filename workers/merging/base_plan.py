@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from jobs.request import BaseQuantization, MergeRequest
 from workers.adapters.adapter import Adapter
 from workers.adapters.coverage import Coverage, cover, ties_by_values
+from workers.adapters.heads import give_head
 from workers.adapters.methods import WEIGHED
 from workers.adapters.resizing import check_brought, resize_vocabulary
 from workers.bases.codes import refuse_codes
@@ -82,7 +83,7 @@ class BasePlan:
         if adapter.method in WEIGHED or ties_by_values(adapter):
             return self._cover(adapter)
         tensors = tuple((name, spec.dtype, spec.shape) for name, spec in adapter.tensors.items())
-        recipe = (repr(adapter.config.to_dict()), tensors, adapter.num_tokens)
+        recipe = (repr(adapter.config.to_dict()), tensors, adapter.num_tokens, repr(adapter.head))
         if recipe not in self._coverages:
             while len(self._coverages) >= _MAX_RECIPES:
                 del self._coverages[next(iter(self._coverages))]
@@ -91,6 +92,7 @@ class BasePlan:
 
     def _cover(self, adapter: Adapter) -> Coverage:
         model = self.skeleton()
+        give_head(model, adapter.head, on_meta=True)
         resize_vocabulary(model, adapter.num_tokens)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         coverage = cover(adapter, model)

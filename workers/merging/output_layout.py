@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from jobs.errors import UnsupportedError
 from workers.adapters.coverage import Coverage
+from workers.adapters.heads import Head
 from workers.files.layout import CheckpointLayout, Stated, lay_out, lay_out_shard
 from workers.merging.base_plan import BasePlan
 from workers.merging.output import OutputTensor
@@ -16,7 +18,7 @@ Entry = tuple[str, torch.dtype, tuple[int, ...]]
 
 
 def output_tensors(
-    base: BasePlan, coverage: Coverage, by_peft: Mapping[str, tuple[str, ...]]
+    base: BasePlan, coverage: Coverage, by_peft: Mapping[str, tuple[str, ...]], head: Head | None = None
 ) -> tuple[OutputTensor, ...]:
     """Return the tensors of a merged checkpoint in their order: the base's, and what comes apart from them.
 
@@ -24,6 +26,10 @@ def output_tensors(
         base: planned.
         coverage: what the adapter changes.
         by_peft: what PEFT makes, as in `MergePlan`.
+        head: what takes the place of the base's.
+
+    Raises:
+        UnsupportedError: values of the base's head are those of other tensors, too, and stored with it alone.
     """
     names = base.conversions.parameter_names
     added = {sources[0]: output for output, sources in by_peft.items() if output not in base.by_name}
@@ -38,7 +44,23 @@ def output_tensors(
             for other in coverage.tied.get(names.get(tensor.name, tensor.name), ())
             if other in added
         ]
-    return tuple(tensors)
+    return tuple(tensors) if head is None else _with_head(base, tensors, head)
+
+
+def _with_head(base: BasePlan, tensors: Sequence[OutputTensor], head: Head) -> tuple[OutputTensor, ...]:
+    """Leave the base's head out, and put another one at the end, in the dtype of the last matrix before it."""
+    names = base.conversions.stored_names
+    dropped = {names[name] for name in head.dropped if name in names}
+    for name in head.dropped:
+        if alone := [same for same in base.tied.get(name, ()) if same not in head.dropped and same not in names]:
+            raise UnsupportedError(
+                f"{base.source.directory}: the release is a {head.class_name}, which has no {name}, and the files of "
+                f"the base store {alone[0]} under that name alone; save the base anew with save_pretrained"
+            )
+    kept = [tensor for tensor in tensors if tensor.name not in dropped]
+    last = next(tensor for tensor in reversed(kept) if len(tensor.shape) > 1)
+    added = (dataclasses.replace(last, name=name, shape=shape, stored=None) for name, shape in head.shapes.items())
+    return (*kept, *added)
 
 
 def output_layout(base: BasePlan, tensors: Sequence[OutputTensor], max_shard_size: int | None) -> CheckpointLayout:

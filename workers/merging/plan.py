@@ -209,7 +209,7 @@ def plan_merge(
     """
     request = request.settled(base.usual)
     opened = fit(
-        open_adapter(adapter.directory, inert_fields, adapter.beside),
+        open_adapter(adapter.directory, inert_fields, adapter.beside, adapter.notes),
         base.conversions.shapes,
         base.skeleton,
     )
@@ -224,6 +224,12 @@ def plan_merge(
         raise UnsupportedError(
             f"{base.source.directory}: its model does not continue text, so parity level full cannot ask "
             "it anything; request parity level: arithmetic, which compares every tensor"
+        )
+    if request.parity.level == "full" and opened.head is not None:
+        raise UnsupportedError(
+            f"{adapter.directory}: with the head that it brings, the release is a {opened.head.class_name}, which does "
+            "not continue text, so parity level full cannot ask it anything; request parity level: arithmetic, which "
+            "compares every tensor"
         )
     if request.compare and base.form is not None:
         raise UnsupportedError(
@@ -243,7 +249,7 @@ def plan_merge(
     # What is converted after it was put together has to be taken apart again, whether an adapter changes it or not.
     regrouped = {name: group.parameters for group in groups for name in group.stored if name not in changed_by_peft}
     by_peft = changed_by_peft | regrouped
-    tensors = output_tensors(base, coverage, by_peft)
+    tensors = output_tensors(base, coverage, by_peft, opened.head)
     for tensor in tensors:
         if (tensor.name in deltas or tensor.name in by_peft) and tensor.dtype not in TORCH_DTYPES.values():
             raise UnsupportedError(
@@ -295,6 +301,6 @@ def plan_merge(
 
 def _notes_of_parts(adapter: Source, inert_fields: frozenset[str]) -> tuple[str, ...]:
     """Return what a person should know of the adapters that one was combined of."""
-    opened = (open_adapter(part.directory, inert_fields, part.beside) for part in adapter.parts)
+    opened = (open_adapter(part.directory, inert_fields, part.beside, part.notes) for part in adapter.parts)
     notes = (note for part in opened for note in part.notes)
     return tuple(dict.fromkeys(notes))

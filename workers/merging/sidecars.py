@@ -10,6 +10,7 @@ import torch
 
 from jobs.release import Artifact
 from jobs.request import OutputForm
+from workers.adapters.heads import Head
 from workers.bases.declarations import DECLARING_FILES, without_declarations
 from workers.files.checkpoint import read_json
 from workers.files.foreign import copy_foreign
@@ -80,11 +81,7 @@ def digest_file(directory: Path, name: str) -> Artifact:
 
 
 def _merged_config(plan: MergePlan) -> dict[str, Any]:
-    config: dict[str, Any] = read_json(plan.base.source.directory / "config.json")
-    if plan.request.output is not OutputForm.AS_BASE:
-        config = without_declarations(config)
-    if plan.storage is not None and plan.storage.declaration is not None:
-        config["quantization_config"] = dict(plan.storage.declaration)
+    config = _declaring(plan, read_json(plan.base.source.directory / "config.json"))
     leave_out(config, plan.shipment.broken.keys())
     config["dtype"] = config.get("dtype") or config.get("torch_dtype") or _main_dtype(plan)
     for section in _sections(config):
@@ -97,12 +94,34 @@ def _merged_config(plan: MergePlan) -> dict[str, Any]:
         for part in (config, *config.values()):
             if isinstance(part, dict) and "vocab_size" in part:
                 part["vocab_size"] = plan.opened.num_tokens
+    if plan.opened.head is not None:
+        _name_head(config, plan.opened.head)
     if plan.apart and plan.base.tied_by_flag:
         config["tie_word_embeddings"] = False
         text = config.get("text_config")
         if isinstance(text, dict) and "tie_word_embeddings" in text:
             text["tie_word_embeddings"] = False
     return config
+
+
+def _declaring(plan: MergePlan, config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration that says of the weights what the release stores them in."""
+    if plan.request.output is OutputForm.AS_BASE:
+        return config
+    config = without_declarations(config)
+    if plan.storage is not None and plan.storage.declaration is not None:
+        config["quantization_config"] = dict(plan.storage.declaration)
+    return config
+
+
+def _name_head(config: dict[str, Any], head: Head) -> None:
+    """Make a configuration one of the class that has a head; labels that the base has names for keep them."""
+    config["architectures"] = [head.class_name]
+    labels = config.get("id2label")
+    if not isinstance(labels, dict) or len(labels) != head.num_labels:
+        config["id2label"] = {str(number): f"LABEL_{number}" for number in range(head.num_labels)}
+        config["label2id"] = {f"LABEL_{number}": number for number in range(head.num_labels)}
+    config.pop("num_labels", None)  # transformers counts the labels; two counts could differ
 
 
 def _sections(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

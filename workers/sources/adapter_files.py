@@ -5,7 +5,6 @@ trained beside the adapter's layers into files of their own. None of them may be
 """
 
 import fnmatch
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,13 +15,18 @@ from jobs.errors import BadInputError, NotFoundError, UnsupportedError
 from workers.files.checkpoint import read_json, read_shard
 from workers.files.layout import ShardLayout, TensorSpec, lay_out_shard
 from workers.files.tensor_io import opened, read_into_bytes, write_all
-from workers.sources.foreign_adapters import FOREIGN_FILES
+from workers.sources.foreign_adapters import files_of_trainers
 from workers.sources.pickled import CONVERTED_WEIGHTS, PICKLED_WEIGHTS, convert
+from workers.sources.torchtune_copies import leave_out_copies
 
 ADAPTER_WEIGHTS = CONVERTED_WEIGHTS
 ORIGINS_FILE = ".trained_beside.json"
 """Of a gathered directory: for each tensor that is not the adapter's own, the file it came from. No file of an adapter
 is copied under such a name, and no other directory is asked for it."""
+GATHERED_VERSION = 2
+"""Of what `gather` writes: those of other versions are made anew."""
+REORDERED_FILE = ".reordered_beside.json"
+"""Of a gathered directory: tensors of torchtune's own copy whose rows are in another order in the adapter's files."""
 _VALUE_HEAD = "v_head."
 """What TRL puts before the names of a value head."""
 _SHARDS = re.compile(r"adapter_model-(\d{5})-of-(\d{5})\.(safetensors|bin)")
@@ -44,11 +48,10 @@ _BYSTANDERS = (
     "scaler*",
     "sampler*",
     "dataloader*",
+    "[0-9][0-9][0-9][0-9][0-9][0-9][0-9]_adapters.safetensors",  # of MLX, from the middle of a training
 )
 """What trainers keep to go on with; nothing that a model computes with."""
 _WHOLE_MODELS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin", "consolidated*")
-_TORCHTUNE = re.compile(r".+\.(lora_[ab]\.weight|magnitude(\.weight)?)")
-"""What torchtune itself calls the tensors of an adapter."""
 _COPIED_BYTES = 16 << 20
 
 
@@ -119,7 +122,8 @@ def gather(directory: Path, files: WeightFiles, target: Path) -> None:
     """
     if files.own == (PICKLED_WEIGHTS,) and not files.beside:
         convert(directory / PICKLED_WEIGHTS, target / ADAPTER_WEIGHTS)
-        _write_origins(target, {})
+        _write(target / ORIGINS_FILE, {})
+        _write(target / REORDERED_FILE, [])
         return
     read: list[tuple[str, Path, ShardLayout]] = []
     converted = []
@@ -130,9 +134,11 @@ def gather(directory: Path, files: WeightFiles, target: Path) -> None:
             convert(directory / name, path, beside=name in files.beside)
             converted.append(path)
         read.append((name, path, read_shard(path)))
-    found = _by_name(directory, files, _without_copies(directory, files, read))
+    kept, reordered = leave_out_copies(directory, read, beside=files.beside)
+    found = _by_name(directory, files, kept)
     _check_index(directory, files, found)
-    _write_origins(target, {tensor: name for tensor, (name, _, _) in found.items() if name in files.beside})
+    _write(target / ORIGINS_FILE, {tensor: name for tensor, (name, _, _) in found.items() if name in files.beside})
+    _write(target / REORDERED_FILE, reordered)
     layout = lay_out_shard(ADAPTER_WEIGHTS, [(name, spec.dtype, spec.shape) for name, (_, _, spec) in found.items()])
     with (target / ADAPTER_WEIGHTS).open("xb") as file:
         write_all(file.fileno(), target / ADAPTER_WEIGHTS, layout.header, 0)
@@ -153,8 +159,17 @@ def read_origins(gathered: Path) -> dict[str, str]:
     return origins
 
 
-def _write_origins(target: Path, origins: Mapping[str, str]) -> None:
-    (target / ORIGINS_FILE).write_text(json.dumps(origins))
+def read_reordered(gathered: Path) -> tuple[str, ...]:
+    """Return the tensors of torchtune's own copy of an adapter that `gather` has found in another order of rows.
+
+    Args:
+        gathered: as in `read_origins`.
+    """
+    return tuple(json.loads((gathered / REORDERED_FILE).read_bytes()))
+
+
+def _write(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content))
 
 
 def _own(there: list[str], place: str) -> tuple[str, ...]:
@@ -171,10 +186,7 @@ def _own(there: list[str], place: str) -> tuple[str, ...]:
             return (PICKLED_WEIGHTS,)
         if shards:
             return _all_of(shards, place)
-    for pattern, kind, advice in FOREIGN_FILES:
-        if found := fnmatch.filter(there, pattern):
-            raise UnsupportedError(f"{place}: {found[0]} is {kind}; expected {ADAPTER_WEIGHTS}, of PEFT: {advice}")
-    raise NotFoundError(f"{place} has no {ADAPTER_WEIGHTS}; found {', '.join(there[:5]) or 'nothing'}")
+    return files_of_trainers(there, place)
 
 
 def _all_of(shards: list[str], place: str) -> tuple[str, ...]:
@@ -208,38 +220,6 @@ def _by_name(directory: Path, files: WeightFiles, read: Iterable[tuple[str, Path
                     "which counts; remove the file that is not the adapter's"
                 )
     return found
-
-
-def _without_copies(
-    directory: Path, files: WeightFiles, read: list[tuple[str, Path, ShardLayout]]
-) -> list[tuple[str, Path, ShardLayout]]:
-    """Leave out torchtune's own copy of the adapter (adapter_model.pt) after a look that it holds nothing else."""
-    copies = [each for each in read if each[0] in files.beside and _is_torchtunes(each[2])]
-    owners = [each for each in read if each[0] in files.own] if copies else []
-    own = {_fingerprint(path, spec) for _, path, shard in owners for spec in shard.tensors}
-    for name, path, shard in copies:
-        for spec in shard.tensors:
-            if _fingerprint(path, spec) not in own:
-                raise BadInputError(
-                    f"{directory}: {name} is an adapter as torchtune keeps it for itself, and {files.own[0]} has "
-                    f"nothing like its tensor {spec.name}; remove {name} if the other is the adapter to merge"
-                )
-    return [each for each in read if each not in copies]
-
-
-def _is_torchtunes(shard: ShardLayout) -> bool:
-    return bool(shard.tensors) and all(_TORCHTUNE.fullmatch(spec.name) for spec in shard.tensors)
-
-
-def _fingerprint(path: Path, spec: TensorSpec) -> tuple[str, tuple[int, ...], str]:
-    """Return dtype, shape, and a digest of the rows in any order.
-
-    torchtune orders rows of queries and keys in another way (`tune_to_peft_adapter_weights` of torchtune 0.6).
-    """
-    with opened(path) as reading:
-        data = read_into_bytes(reading, path, spec.num_bytes, spec.begin)
-    rows = sorted(data[begin : begin + spec.row_bytes] for begin in range(0, len(data), max(1, spec.row_bytes)))
-    return spec.code, spec.shape, hashlib.sha256(b"".join(rows)).hexdigest()
 
 
 def _check_index(directory: Path, files: WeightFiles, found: Mapping[str, _Found]) -> None:

@@ -22,9 +22,16 @@ from workers.files.checkpoint import read_shard
 from workers.files.foreign import copy_foreign, foreign_sha256
 from workers.files.local import FileState, file_errors
 from workers.files.scratch import keep_directory
-from workers.sources.adapter_files import WeightFiles, gather, read_origins, weight_files
+from workers.sources.adapter_files import (
+    GATHERED_VERSION,
+    WeightFiles,
+    gather,
+    read_origins,
+    read_reordered,
+    weight_files,
+)
 from workers.sources.belongings import is_weights
-from workers.sources.foreign_adapters import foreign_kind
+from workers.sources.foreign_adapters import MLX_WEIGHTS, foreign_kind
 from workers.sources.listing import ListedFiles, check_description
 
 if TYPE_CHECKING:
@@ -46,6 +53,10 @@ class Source:
     """The adapters that this one was combined of; empty where it was not."""
     beside: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Of a gathered adapter: for each tensor that is not the adapter's own, the file it came from."""
+    reordered: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """Of a gathered adapter that torchtune exported: tensors of its own copy that have their rows in another order."""
+    notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """What a person should know of how it was brought here."""
     states: Mapping[Path, FileState] = field(default_factory=dict, compare=False, repr=False)
     """Of its files, from before its digest was taken: what is read while they stay is what the digest stands for."""
 
@@ -115,12 +126,12 @@ def fetch_adapter(location: Location, cache: Path) -> Source:
     files = weight_files((name for name, _ in contents), f"adapter {pinned}")
     if files.plain:
         return Source(location=pinned, directory=directory, digest=digest, states=states)
-    gathered = cache / "gathered" / digest
+    gathered = cache / "gathered" / f"{digest}-{GATHERED_VERSION}"
     with file_errors(f"gathering adapter {pinned} in {gathered}", gathered):
         keep_directory(gathered, lambda path: _gather(directory, contents, files, path))
-        beside = read_origins(gathered)
+        beside, reordered = read_origins(gathered), read_reordered(gathered)
     states = _states(ADAPTER, gathered)
-    return Source(location=pinned, directory=gathered, digest=digest, beside=beside, states=states)
+    return Source(location=pinned, directory=gathered, digest=digest, beside=beside, reordered=reordered, states=states)
 
 
 def _check_kind(location: LocalPath) -> None:
@@ -129,7 +140,7 @@ def _check_kind(location: LocalPath) -> None:
     Raises:
         UnsupportedError: they tell.
     """
-    if any(location.path.glob("adapter_model*")):
+    if any(location.path.glob("adapter_model*")) or (location.path / MLX_WEIGHTS).exists():
         return
     for path in sorted(path for path in location.path.glob("*.safetensors") if path.is_file())[:1]:
         if found := foreign_kind(spec.name for spec in read_shard(path).tensors):

@@ -1,14 +1,35 @@
 """Adapters that PEFT has not saved, by the names of their files and tensors."""
 
+import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-FOREIGN_FILES = (
-    ("adapters.safetensors", "an adapter of MLX", "merge it with MLX itself (mlx_lm.fuse)"),
-    ("adapters.npz", "an adapter of MLX", "merge it with MLX itself (mlx_lm.fuse)"),
+from jobs.errors import NotFoundError, UnsupportedError
+from workers.sources.pickled import CONVERTED_WEIGHTS
+
+MLX_WEIGHTS = "adapters.safetensors"
+"""What mlx_lm calls its adapter."""
+_TORCHTUNE_WEIGHTS = re.compile(r"adapter_(model|\d+)\.pt")
+"""What torchtune calls an adapter in its own layout: of a run, and, in its first versions, of an epoch."""
+
+_FOREIGN_FILES = (
+    (
+        "adapters.npz",
+        "an adapter of MLX from before April 2024",
+        "write its arrays to adapters.safetensors beside the adapter_config.json of mlx_lm, or merge it with MLX",
+    ),
+    (
+        "*_adapters.safetensors",
+        "a checkpoint from the middle of a training of MLX",
+        "call the one to merge adapters.safetensors",
+    ),
     ("*.gguf", "an adapter of llama.cpp", "use the adapter that it was converted from"),
     ("ggml-adapter-model.bin", "an adapter of llama.cpp", "use the adapter that it was converted from"),
-    ("*.nemo", "an archive of NeMo", "NeMo exports it to PEFT's format"),
+    (
+        "*.nemo",
+        "an archive of NeMo",
+        "export it with convert_nemo_to_canonical.py --hf_format of NeMo's scripts/checkpoint_converters",
+    ),
     (
         "pytorch_lora_weights.*",
         "a LoRA of diffusers",
@@ -45,18 +66,35 @@ _FOREIGN_TENSORS = (
         "a LoRA of diffusers",
         "it belongs to an image model; merge it there (fuse_lora of diffusers)",
     ),
-    (
-        re.compile(r".*\.lora_[ab]"),
-        "an adapter of MLX",
-        "merge it with MLX itself (mlx_lm.fuse)",
-    ),
-    (
-        re.compile(r".*\.unembed_tokens\..*|.*\.experts\.w[123]\.lora_.*"),
-        "an adapter as Tinker saves it",
-        "give its modules the names that the base has (unembed_tokens is lm_head), and name them in target_modules",
-    ),
 )
 """By tensor name."""
+
+
+def files_of_trainers(there: Sequence[str], place: str) -> tuple[str, ...]:
+    """Find the file of an adapter that is converted into PEFT's layout (`workers/adapters/trainers`).
+
+    Args:
+        there: names of the files of its directory.
+        place: the directory, for messages.
+
+    Raises:
+        UnsupportedError: it is of a kind that is not converted; the message says which, and what to do.
+        NotFoundError: nothing in it is called as an adapter.
+    """
+    if MLX_WEIGHTS in there:
+        return (MLX_WEIGHTS,)
+    of_torchtune = [name for name in there if _TORCHTUNE_WEIGHTS.fullmatch(name)]
+    if len(of_torchtune) > 1:
+        raise UnsupportedError(
+            f"{place}: {of_torchtune[0]} and {of_torchtune[1]} are both adapters of torchtune, and nothing says which "
+            "is the one to merge; remove the others"
+        )
+    if of_torchtune:
+        return (of_torchtune[0],)
+    for pattern, kind, advice in _FOREIGN_FILES:
+        if found := fnmatch.filter(there, pattern):
+            raise UnsupportedError(f"{place}: {found[0]} is {kind}; expected {CONVERTED_WEIGHTS}, of PEFT: {advice}")
+    raise NotFoundError(f"{place} has no {CONVERTED_WEIGHTS}; found {', '.join(there[:5]) or 'nothing'}")
 
 
 def foreign_kind(names: Iterable[str]) -> tuple[str, str, str] | None:

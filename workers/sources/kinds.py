@@ -12,6 +12,7 @@ from jobs.steps import in_order
 from workers.sources.adapter_files import weight_files
 from workers.sources.belongings import belongings
 from workers.sources.listing import Files, LocalFiles
+from workers.sources.pickled import PICKLED_WEIGHTS
 from workers.sources.refused_forms import form_of_files
 
 _MAX_SHOWN = 5
@@ -87,13 +88,15 @@ class AdapterKind(Kind):
         return sorted({*beside, *weights.own, *weights.beside})
 
     def check(self, names: Iterable[str], location: Location) -> None:
-        """Check that config and weights are there, and of the kind that PEFT saves; raises as `weight_files`.
+        """Check that config and weights are there, of a kind that is read; raises as `weight_files`.
 
         Raises:
             NotFoundError: adapters lie in folders of the location, and none at its top; names the folders.
         """
         everything = frozenset(names)
         there = frozenset(name for name in everything if "/" not in name)
+        if there.isdisjoint({self.weights, PICKLED_WEIGHTS}):
+            _check_nemo(everything, location)
         if self.config not in there and (folders := self._folders(everything)):
             listed = ", ".join(folders[:_MAX_SHOWN]) + (", …" if len(folders) > _MAX_SHOWN else "")
             raise NotFoundError(
@@ -101,7 +104,18 @@ class AdapterKind(Kind):
                 f"{'has' if len(folders) == 1 else 'have'} one: {listed}; name the one that is meant, such as "
                 f"{location.folder(folders[0])}"
             )
-        weight_files(there, f"adapter {location}")
+        weights = weight_files(there, f"adapter {location}")
+        if self.config not in there and weights.own[0].endswith(".pt"):
+            raise NotFoundError(
+                f"adapter {location} has no {self.config}: {weights.own[0]} is an adapter in torchtune's own layout, "
+                "which says nothing of rank and alpha; write them down as torchtune does for checkpoints of Hugging "
+                'Face: {"peft_type": "LORA", "r": ..., "lora_alpha": ..., "target_modules": [...]}'
+            )
+        if self.config not in there and "adapter_config.yaml" in there:
+            raise NotFoundError(
+                f"adapter {location} has no {self.config}, and an adapter_config.yaml, as the converter of NeMo 1 "
+                f"writes it: write its fields as JSON into {self.config}"
+            )
         if self.config not in there:
             raise NotFoundError(f"adapter {location} has no {self.config}; found {_some(there)}")
 
@@ -142,6 +156,22 @@ def local_names(kind: Kind, directory: Path) -> list[str]:
 def files_of(kind: Kind, directory: Path) -> list[Path]:
     """Return the files of a local directory that belong to a kind, by name."""
     return sorted(directory / name for name in kind.select(LocalFiles(directory)))
+
+
+def _check_nemo(names: frozenset[str], location: Location) -> None:
+    """Say what a checkpoint of NeMo 2 is, whose weights are in a folder.
+
+    Raises:
+        UnsupportedError: it is one.
+    """
+    folders = {name.partition("/")[0] for name in names}
+    found = {"context", "weights"} if {"context", "weights"} <= folders else {"model_weights"} & folders
+    if found:
+        raise UnsupportedError(
+            f"adapter {location} is a distributed checkpoint of NeMo ({' and '.join(sorted(found))}), with Megatron's "
+            "names and fused projections; export it to PEFT's format: "
+            "nemo.collections.llm.export_ckpt(path, target='hf-peft', output_path=...)"
+        )
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -13,6 +13,7 @@ from jobs.request import MergeRequest
 from workers.adapters.adapter import ADAPTER_WEIGHTS, open_adapter
 from workers.adapters.combination import Combined, combine
 from workers.adapters.fitting import fit
+from workers.adapters.trainers.conversion import convert_adapter
 from workers.bases.model import skeleton
 from workers.files.foreign import copy_foreign, foreign_sha256
 from workers.files.layout import lay_out_shard
@@ -42,7 +43,7 @@ def fetch_adapters(
         NotFoundError, AuthError, TransientIOError, NoCapacityError: by kind of fault.
         UnsupportedError, BadInputError: an adapter cannot be used, or PEFT does not combine them without loss.
     """
-    parts = _fetch_parts(request, base, cache)
+    parts = _fetch_parts(request, base, cache, inert_fields)
     if request.combination is None:
         return parts[0]
     directory = cache / "combined" / _cache_key(request, base, parts)
@@ -63,7 +64,7 @@ def outline_adapters(
         directory: an existing one, for the outline; its weights are a hole in a file.
         inert_fields: of their configurations, as in `open_adapter`.
     """
-    parts = _fetch_parts(request, base, cache)
+    parts = _fetch_parts(request, base, cache, inert_fields)
     if request.combination is None:
         return parts[0]
     combined = _combine(request, base, parts, inert_fields, values=False)
@@ -78,8 +79,9 @@ def outline_adapters(
     return _source(directory, parts)
 
 
-def _fetch_parts(request: MergeRequest, base: Source, cache: Path) -> tuple[Source, ...]:
-    parts = tuple(fetch_adapter(each.adapter, cache) for each in request.weighted)
+def _fetch_parts(request: MergeRequest, base: Source, cache: Path, inert_fields: frozenset[str]) -> tuple[Source, ...]:
+    fetched = (fetch_adapter(each.adapter, cache) for each in request.weighted)
+    parts = tuple(convert_adapter(adapter, base, cache, inert_fields) for adapter in fetched)
     for part in parts:
         vet_adapter(base, request, part)
     return parts

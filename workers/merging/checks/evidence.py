@@ -67,6 +67,7 @@ class Evidence:
         self._path = self._directory / "adapter_model.safetensors"
         self._outputs = plan.merged.tensors.keys()
         self._config: Any = plan.opened.config
+        self._head = plan.opened.head.shapes if plan.opened.head else {}
         self._stored = {name: spec.name for name, spec in plan.opened.tensors.items()}
         """Names in the file, by PEFT's."""
         with self._errors():
@@ -185,6 +186,8 @@ class Evidence:
     def shipped(self, name: str) -> tuple[str, ...]:
         """Return the names in the release of a tensor of the model: its own, or those of what it is made of."""
         conversions = self._base.conversions
+        if name in self._head:
+            return (name,)
         if name in conversions.stored_names:
             return (conversions.stored_names[name],)
         if name in conversions.group_of:
@@ -199,7 +202,7 @@ class Evidence:
     def model_names(self) -> Mapping[str, str]:
         """Names in the model, by those in the release, of tensors that are one there; of tied ones, the first."""
         names: dict[str, str] = {}
-        for name in self._base.conversions.shapes:
+        for name in (*self._base.conversions.shapes, *self._head):
             if name not in self._base.conversions.group_of:
                 for output in self.shipped(name):
                     names.setdefault(output, name)
@@ -240,7 +243,7 @@ class Evidence:
     def _by_module(self) -> Mapping[str, Collection[str]]:
         """Names in the release of the tensors below each module, of the model or of the files, and of each tensor."""
         places: dict[str, set[str]] = defaultdict(set)
-        for name in self._base.conversions.shapes:
+        for name in (*self._base.conversions.shapes, *self._head):
             parts = name.split(".")
             for length in range(1, len(parts) + 1):
                 places[".".join(parts[:length])].update(self.shipped(name))

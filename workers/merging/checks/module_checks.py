@@ -124,7 +124,7 @@ class _Check:
             # Fused weights are of several layers, and tied ones of the first.
             if source not in plan.base.conversions.group_of and output not in self.found:
                 shipped, value = self._read(output), merged[source.removeprefix(f"{name}.")]
-                self.found[output] = _compare(output, shipped, value, self._weights.get(source), targeted=True)
+                self.found[output] = _compare(output, shipped, value, self._before(source), targeted=True)
         self._asked[name] = ask(name, layer) or factors_of(layer)
 
     def compare(self, output: str, made: torch.Tensor) -> int:
@@ -142,7 +142,7 @@ class _Check:
         if output in self.found:
             return num_bytes
         source = evidence.model_names.get(output)
-        before = weights.output(output) if source is None or output in plan.base.by_name else weights.get(source)
+        before = weights.output(output) if source is None or output in plan.base.by_name else self._before(source)
         replacement = None if source is None else evidence.replacement(source)
         if output in plan.regrouped or source in plan.left_alone:
             made = before
@@ -161,7 +161,7 @@ class _Check:
             needed = {"weight"} if isinstance(asked, Probe) else {factors.key for factors in asked}
             if needed <= state.keys():
                 del self._unanswered[name], self._asked[name]
-                before = {key: _as_large(self._weights.get(f"{name}.{key}"), shipped) for key, shipped in state.items()}
+                before = {key: _as_large(self._before(f"{name}.{key}"), shipped) for key, shipped in state.items()}
                 if isinstance(asked, Probe):
                     self._judge(f"{name}.weight", asked.judge(plain, state, before))
                 for factors in () if isinstance(asked, Probe) else asked:
@@ -183,6 +183,13 @@ class _Check:
             group = conversions.group_of.get(source)
             state[key] = self._read(outputs[0]) if group is None else conversions.load(group, self._read)[source]
         return state
+
+    def _before(self, source: str) -> torch.Tensor:
+        """Return a weight of the base by its name in the model; zeros for a head that the base does not have."""
+        head = self._plan.opened.head
+        if head is not None and source in head.shapes:
+            return torch.zeros(head.shapes[source])
+        return self._weights.get(source)
 
     def _read(self, name: str) -> torch.Tensor:
         shard, spec = self._plan.merged.tensors[name]

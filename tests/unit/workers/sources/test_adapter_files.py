@@ -103,6 +103,24 @@ def test_names_of_a_training_run_are_names_of_peft(base, adapter, expected, tmp_
     assert different(merge(base, adapter, tmp_path / "ours"), expected) == []
 
 
+@pytest.mark.parametrize("name", ["lora_magnitude_vector.default.weight", "lora_magnitude_vector.mine.weight"])
+def test_magnitudes_under_the_names_of_a_state_dict(base, tmp_path, name):
+    """What `model.state_dict()` calls them, where trainers save that by themselves."""
+    adapter = make_adapter(base, tmp_path / "adapter", targets=TARGETS, use_dora=True, trained=True)
+    expected = merge_by_peft(base, adapter, tmp_path / "peft")
+    own = name.split(".")[1]
+    halves = {half: f"{half}.{own}" for half in ("lora_A", "lora_B")}
+    rename(
+        adapter,
+        lambda stored: (
+            stored.replace("lora_magnitude_vector", name)
+            .replace("lora_A", halves["lora_A"])
+            .replace("lora_B", halves["lora_B"])
+        ),
+    )
+    assert different(merge(base, adapter, tmp_path / "ours"), expected) == []
+
+
 def test_tensors_of_two_adapters_in_one_file_are_refused(base, adapter, tmp_path):
     tensors = load_file(adapter / ADAPTER_WEIGHTS)
     one = {name.replace("_A.", "_A.one.").replace("_B.", "_B.one."): tensor for name, tensor in tensors.items()}
@@ -359,16 +377,6 @@ def test_the_proof_takes_no_word_for_what_is_left_behind(base, adapter, tmp_path
     assert hidden in Evidence(dataclasses.replace(plan, opened=opened)).tensors
 
 
-def make_mlx(directory):
-    save_file({"model.layers.0.self_attn.q_proj.lora_a": torch.zeros(64, 8)}, directory / "adapters.safetensors")
-    (directory / ADAPTER_CONFIG).write_text(json.dumps({"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}))
-
-
-def make_renamed_mlx(directory):
-    make_mlx(directory)
-    (directory / "adapters.safetensors").rename(directory / ADAPTER_WEIGHTS)
-
-
 def make_kohya(directory):
     save_file({"lora_unet_mid_block.lora_down.weight": torch.zeros(4, 4)}, directory / "style.safetensors")
 
@@ -377,25 +385,31 @@ def make_gguf(directory):
     (directory / "lora.gguf").write_bytes(b"GGUF")
 
 
+def make_nemo(directory):
+    """As NeMo 2 saves a checkpoint: shards of torch.distributed.checkpoint or of Megatron in a folder."""
+    for folder in ("weights", "context"):
+        (directory / folder).mkdir()
+    (directory / "weights" / "__0_0.distcp").write_bytes(b"")
+
+
+def make_nemo_yaml(directory):
+    """What convert_nemo_to_canonical.py --hf_format leaves."""
+    torch.save({}, directory / "adapter_model.bin")
+    (directory / "adapter_config.yaml").write_text("peft_type: LORA")
+
+
 def make_diffusers(directory):
     save_file({"unet.down.lora_A.weight": torch.zeros(4, 4)}, directory / "pytorch_lora_weights.safetensors")
-
-
-def make_tinker(directory):
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 32, "target_modules": "all-linear"}
-    (directory / ADAPTER_CONFIG).write_text(json.dumps(config))
-    save_file({f"{PREFIX}model.unembed_tokens.lora_A.weight": torch.zeros(8, 64)}, directory / ADAPTER_WEIGHTS)
 
 
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (make_mlx, r"adapters\.safetensors: tensor \S+q_proj\.lora_a: this is an adapter of MLX"),
-        (make_renamed_mlx, r"fine_tune_type 'lora': this is an adapter of MLX"),
         (make_kohya, r"style\.safetensors: tensor lora_unet_mid_block\.lora_down\.weight: this is a LoRA as kohya's"),
+        (make_nemo, r"distributed checkpoint of NeMo \(context and weights\).*target='hf-peft'"),
+        (make_nemo_yaml, r"adapter_config\.yaml, as the converter of NeMo 1 writes it"),
         (make_gguf, r"lora\.gguf is an adapter of llama\.cpp"),
         (make_diffusers, r"pytorch_lora_weights\.safetensors is a LoRA of diffusers"),
-        (make_tinker, r"unembed_tokens\.lora_A\.weight: this is an adapter as Tinker saves it"),
     ],
 )
 def test_adapters_of_others_are_called_what_they_are(base, tmp_path, make, said):
@@ -412,6 +426,8 @@ def test_adapters_of_others_are_called_what_they_are(base, tmp_path, make, said)
         ("pytorch_model.bin", "called like a whole model"),
         ("last.ckpt", "a checkpoint of a trainer"),
         ("tuned.nemo", "an archive of NeMo"),
+        ("adapters.npz", "an adapter of MLX from before April 2024"),
+        ("0000100_adapters.safetensors", "a checkpoint from the middle of a training of MLX"),
     ],
 )
 def test_files_of_others_are_called_what_they_are(name, kind):
@@ -476,15 +492,18 @@ def test_how_an_initialization_computed_does_not_matter(base, adapter, expected,
     assert different(merge(base, adapter, tmp_path / "ours"), expected) == []
 
 
-def test_a_reward_head_is_called_what_it_is(base, tmp_path):
+def test_a_head_that_no_class_of_the_base_has_is_called_what_it_is(base, tmp_path):
+    """Here one in the shape of another class: it does not say how its model computes."""
     model = LlamaForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=1)
     config = LoraConfig(target_modules=list(TARGETS), task_type="SEQ_CLS")
     get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / ADAPTER_WEIGHTS
+    tensors = load_file(path)
+    save_file(tensors | {f"{PREFIX}score.out_proj.weight": torch.ones(1, 64)}, path)
     said = refusal(base, tmp_path / "adapter", tmp_path / "ours")
-    assert re.search(
-        r"score\.weight; it is the head of a model that does not continue text \(task_type SEQ_CLS\)", said
-    )
+    assert re.search(r"it is the head of a model that does not continue text \(task_type SEQ_CLS\)", said)
     assert "load the base as AutoModelForSequenceClassification" in said
+    save_file(tensors, path)
     # What the message says to do is possible.
     LlamaForSequenceClassification.from_pretrained(base, num_labels=1).save_pretrained(tmp_path / "classifier")
     ours = merge(tmp_path / "classifier", tmp_path / "adapter", tmp_path / "merged", parity={"level": "arithmetic"})

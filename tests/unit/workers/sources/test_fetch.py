@@ -275,7 +275,12 @@ class TestLocal:
 def check_gathered(place: Location, tmp_path: Path) -> None:
     """Fetch an adapter in several files: it is what the same files in a directory are."""
     source = fetch_adapter(place, tmp_path / "cache")
-    assert names(source) == {"adapter_config.json", "adapter_model.safetensors", ".trained_beside.json"}
+    assert names(source) == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        ".trained_beside.json",
+        ".reordered_beside.json",
+    }
     assert source.beside == {"u": "vit.safetensors"}
     tensors = load_file(source.directory / "adapter_model.safetensors")
     found = {name: bytes(tensor.tolist()) for name, tensor in tensors.items()}
@@ -287,8 +292,8 @@ def check_gathered(place: Location, tmp_path: Path) -> None:
 def check_converted(place: Location, tmp_path: Path) -> Source:
     """Fetch a pickled adapter: it is what the same files in a directory are."""
     source = fetch_adapter(place, tmp_path / "cache")
-    assert source.directory == tmp_path / "cache" / "gathered" / source.digest
-    made = {"adapter_model.safetensors", ".trained_beside.json"}
+    assert source.directory == tmp_path / "cache" / "gathered" / f"{source.digest}-2"
+    made = {"adapter_model.safetensors", ".trained_beside.json", ".reordered_beside.json"}
     assert names(source) == pickled().keys() - {"adapter_model.bin"} | made
     assert torch.equal(load_file(source.directory / "adapter_model.safetensors")["w"], torch.arange(5000))
     write_files(tmp_path / "local", pickled())

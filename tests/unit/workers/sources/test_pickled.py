@@ -135,10 +135,10 @@ class TestCache:
         (adapter / "optimizer.pt").write_bytes(b"pickle")
         source = fetch_adapter(LocalPath(adapter), tmp_path / "cache")
         assert source.location == LocalPath(adapter)
-        assert source.directory == tmp_path / "cache" / "gathered" / source.digest
+        assert source.directory == tmp_path / "cache" / "gathered" / f"{source.digest}-2"
         found = {p.relative_to(source.directory).as_posix() for p in source.directory.rglob("*") if p.is_file()}
         copied = {"adapter_config.json", "tokenizer.json", "additional_chat_templates/rag.jinja", "README.md"}
-        assert found == copied | {"adapter_model.safetensors", ".trained_beside.json"}
+        assert found == copied | {"adapter_model.safetensors", ".trained_beside.json", ".reordered_beside.json"}
         assert all((source.directory / name).read_bytes() == (adapter / name).read_bytes() for name in copied)
         with safe_open(source.directory / "adapter_model.safetensors", "pt") as weights:
             assert weights.metadata() == {"format": "pt"}
@@ -191,7 +191,7 @@ class TestCache:
         process.wait()
         assert [name for name in left_in(cache) if ".part-" in name]
         source = fetch_adapter(LocalPath(adapter), cache)
-        assert left_in(cache) == [source.digest]
+        assert left_in(cache) == [f"{source.digest}-2"]
 
 
 class TestRefusals:
