@@ -167,7 +167,7 @@ def test_4_bits_are_declared_where_transformers_writes_it(base, tmp_path):
         (["adapter_config.json", "adapter_model.safetensors"], "a PEFT adapter"),
         (["model_index.json"], "diffusers"),
         (["consolidated.00.pth", "params.json"], "maker's own files"),
-        (["config.json", "pytorch_model.bin", "tf_model.h5", "model.onnx"], "pickle files"),
+        (["config.json", "model.pth", "tf_model.h5", "model.onnx"], "pickle files"),
     ],
 )
 def test_files_of_another_kind_are_called_by_it(tmp_path, files, words):

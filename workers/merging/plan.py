@@ -262,6 +262,7 @@ def plan_merge(
     adapter_cards = tuple(read_base_card(part.directory) for part in parts)
     rows = [tensor.shape[0] + base.num_rows_beside for tensor in tensors if tensor.name == base.embedding]
     notes = (
+        *base.source.notes,
         *_notes_of_parts(adapter, inert_fields),
         *opened.notes,
         *((_FLAG_STAYS,) if coverage.untied and not base.tied_by_flag else ()),

@@ -16,7 +16,7 @@ from workers.files.checkpoint import read_json, read_shard
 from workers.files.layout import ShardLayout, TensorSpec, lay_out_shard
 from workers.files.tensor_io import opened, read_into_bytes, write_all
 from workers.sources.foreign_adapters import files_of_trainers
-from workers.sources.pickled import CONVERTED_WEIGHTS, PICKLED_WEIGHTS, convert
+from workers.sources.pickled import CONVERTED_WEIGHTS, MOVE_AWAY, PICKLED_WEIGHTS, SAVE_AGAIN, convert
 from workers.sources.torchtune_copies import leave_out_copies
 
 ADAPTER_WEIGHTS = CONVERTED_WEIGHTS
@@ -131,7 +131,7 @@ def gather(directory: Path, files: WeightFiles, target: Path) -> None:
         path = directory / name
         if path.suffix.lower() != ".safetensors":
             path = target / f"{name}.part"
-            convert(directory / name, path, beside=name in files.beside)
+            convert(directory / name, path, advice=MOVE_AWAY if name in files.beside else SAVE_AGAIN)
             converted.append(path)
         read.append((name, path, read_shard(path)))
     kept, reordered = leave_out_copies(directory, read, beside=files.beside)

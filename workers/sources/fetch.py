@@ -1,8 +1,8 @@
 """Base and adapter bytes: wherever they are, pinned, digested, and brought to a local directory.
 
 Only what a checkpoint needs is brought: safetensors, and what `belongings.py` lists. Other formats of the same
-weights are left where they are. A base without safetensors is refused. An adapter in several files, or with pickled
-ones, is gathered into one safetensors file, once; pickled files are converted in a closed process.
+weights are left where they are. An adapter in several files, or with pickled ones, is gathered into one safetensors
+file, once, and so is a base that has pickled weights alone; pickled files are converted in a closed process.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ from workers.sources.adapter_files import (
 from workers.sources.belongings import is_weights
 from workers.sources.foreign_adapters import MLX_WEIGHTS, foreign_kind
 from workers.sources.listing import ListedFiles, check_description
+from workers.sources.pickled_bases import contents_of, pickled_weights, unpickle
 
 if TYPE_CHECKING:
     from workers.sources.s3_client import S3Object, S3Store
@@ -92,13 +93,29 @@ def fetch_base(location: Location, cache: Path) -> Source:
 
     Raises:
         NotFoundError: there is no such place, or a file is missing; the message says what was expected.
-        UnsupportedError: there are only pickled weights.
+        UnsupportedError: there are only pickled weights, of a kind that is not converted.
         AuthError, TransientIOError, NoCapacityError, BadInputError: by kind of fault.
     """
     directory, pinned, identity = _bring(BASE, location, cache)
     states = _states(BASE, directory)
+    names = {path.name for path in states if path.parent == directory}
+    if not any(name.endswith(".safetensors") for name in names) and (pickled := pickled_weights(names)):
+        return _unpickled(directory, pinned, identity, pickled, cache)
     digest = _digest(identity or look_at_base(directory, pinned))
     return Source(location=pinned, directory=directory, digest=digest, states=states)
+
+
+def _unpickled(directory: Path, pinned: Location, identity: Any, pickled: tuple[str, ...], cache: Path) -> Source:
+    """Return a base with its pickled weights in safetensors, written once; a local one's digest is that of contents."""
+    files = [path.relative_to(directory).as_posix() for path in files_of(BASE, directory)]
+    looked = [(name, repr(FileState.of((directory / name).stat()))) for name in files]
+    target = cache / "unpickled" / _digest(identity or [str(directory), *looked])
+    others = [name for name in files if name not in pickled]
+    with file_errors(f"converting base {pinned} in {target}", target):
+        keep_directory(target, lambda path: unpickle(directory, pickled, others, path))
+        digest = _digest(identity or contents_of(target))
+    told = f"the base's weights are pickled ({pickled[0]}): what a closed process read of them was merged"
+    return Source(location=pinned, directory=target, digest=digest, notes=(told,), states=_states(BASE, target))
 
 
 def fetch_adapter(location: Location, cache: Path) -> Source:

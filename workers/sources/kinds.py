@@ -13,6 +13,7 @@ from workers.sources.adapter_files import weight_files
 from workers.sources.belongings import belongings
 from workers.sources.listing import Files, LocalFiles
 from workers.sources.pickled import PICKLED_WEIGHTS
+from workers.sources.pickled_bases import pickled_weights
 from workers.sources.refused_forms import form_of_files
 
 _MAX_SHOWN = 5
@@ -38,8 +39,8 @@ class Kind:
             BadInputError: a file that says what belongs together cannot be read.
         """
         top = frozenset(files.top())
-        chosen = belongings(files) | top & {self.config} | {name for name in top if self._holds(name)}
-        return sorted(chosen)
+        weights = {name for name in top if self._holds(name)} or self._converted(top)
+        return sorted(belongings(files) | top & {self.config} | weights)
 
     def check(self, names: Iterable[str], location: Location) -> None:
         """Check that config and weights are among the files of a location.
@@ -49,7 +50,7 @@ class Kind:
             UnsupportedError: there are only pickled weights, of a kind that is not converted.
         """
         there = frozenset(name for name in names if "/" not in name)
-        has_weights = any(map(self._holds, there))
+        has_weights = any(map(self._holds, there)) or bool(self._converted(there))
         form = form_of_files(there) if self is BASE else None
         if self is BASE and {self.config, ADAPTER.config} <= there:
             raise UnsupportedError(
@@ -71,6 +72,10 @@ class Kind:
             raise NotFoundError(f"{self.name} {location} has no {self.weights}; found {_some(there)}")
         if self.config not in there:
             raise NotFoundError(f"{self.name} {location} has no {self.config}; found {_some(there)}")
+
+    def _converted(self, names: frozenset[str]) -> set[str]:
+        """Return the pickled files that are converted, where they are all there is of a base's weights."""
+        return set(pickled_weights(names)) if self is BASE else set()
 
     def _holds(self, name: str) -> bool:
         """Whether a file at the top holds weights as they are read here."""

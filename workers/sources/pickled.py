@@ -1,4 +1,4 @@
-"""Weights of adapters in pickled files, read in a closed process and written again as safetensors.
+"""Weights in pickled files, read in a closed process and written again as safetensors.
 
 PyTorch's `weights_only` unpickler makes tensors and nothing else. Should it be fooled one day, the process it runs in
 has no credentials, no network and no files but the pickle and the safetensors file (see `confinement.py`).
@@ -38,8 +38,8 @@ PICKLED_WEIGHTS = "adapter_model.bin"
 CONVERTED_WEIGHTS = "adapter_model.safetensors"
 
 _PROGRAM = "from workers.sources.pickled import main; main()"
-_SAVE_AGAIN = f"if you trust its source, load it with PEFT and save it again, which writes {CONVERTED_WEIGHTS}"
-_MOVE_AWAY = "move it elsewhere if the adapter does not need it"
+SAVE_AGAIN = f"if you trust its source, load it with PEFT and save it again, which writes {CONVERTED_WEIGHTS}"
+MOVE_AWAY = "move it elsewhere if the adapter does not need it"
 _SLACK_BYTES = 1 << 30
 _MAX_SHOWN = 1000
 """Characters of an answer that a message repeats."""
@@ -49,13 +49,13 @@ _ANSWERS: dict[str, type[MergefleetError]] = {
 }
 
 
-def convert(path: Path, target: Path, *, beside: bool = False) -> None:
+def convert(path: Path, target: Path, *, advice: str = SAVE_AGAIN) -> None:
     """Write the tensors of a pickled state dict to a safetensors file, in a closed process.
 
     Args:
         path: what `torch.save` wrote.
-        beside: whether it is a file beside the adapter's own, for the advice in messages.
         target: must not exist. Left half-made when this fails: it belongs into a directory that is thrown away then.
+        advice: what to do where it cannot be read, for messages.
 
     Raises:
         BadInputError: the file is damaged, holds anything but tensors by name, or takes more than a file of its size
@@ -65,7 +65,6 @@ def convert(path: Path, target: Path, *, beside: bool = False) -> None:
         NotFoundError, AuthError, TransientIOError, NoCapacityError: files cannot be read or written, by kind of fault.
         InternalError: the process failed by itself.
     """
-    advice = _MOVE_AWAY if beside else _SAVE_AGAIN
     with (
         file_errors(f"converting {path}", path),
         foreign_file(path, any_size=True) as pickled,

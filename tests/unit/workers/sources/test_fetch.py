@@ -244,11 +244,9 @@ class TestLocal:
         with pytest.raises(NotFoundError, match=rf"has no {missing[:13]}.*found .*tokenizer\.json"):
             fetch_adapter(LocalPath(tmp_path / "a"), tmp_path)
 
-    def test_pickled_bases_are_refused(self, tmp_path: Path) -> None:
-        for name in ("pytorch_model.bin", "adapter_model.bin", "model.pt"):
+    def test_pickled_bases_of_other_names_are_refused(self, tmp_path: Path) -> None:
+        for name in ("adapter_model.bin", "model.pt"):
             write_files(tmp_path / name, {"config.json": b"{}", name: pickled()["adapter_model.bin"]})
-        with pytest.raises(UnsupportedError, match=r"base .*pytorch_model\.bin.*re-save it as safetensors"):
-            fetch_base(LocalPath(tmp_path / "pytorch_model.bin"), tmp_path)
         with pytest.raises(UnsupportedError, match=r"base .*model\.pt.*re-save it as safetensors"):
             fetch_base(LocalPath(tmp_path / "model.pt"), tmp_path)
         with pytest.raises(NotFoundError, match=r"has no \*\.safetensors; found adapter_model\.bin"):
@@ -510,10 +508,15 @@ class TestHub:
         hub.create(f"{place.repo_id}-parts", IN_PARTS | {"optimizer.pt": b"pickle"})
         check_gathered(HubRepo(f"{place.repo_id}-parts"), tmp_path)
 
-    def test_pickled_bases_are_refused(self, place: HubRepo, hub: Hub, tmp_path: Path) -> None:
-        hub.create(f"{place.repo_id}-bin", {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
-        with pytest.raises(UnsupportedError, match=r"pytorch_model\.bin.*re-save it as safetensors"):
-            fetch_base(HubRepo(f"{place.repo_id}-bin"), tmp_path)
+    def test_pickled_bases_are_converted(self, place: HubRepo, hub: Hub, tmp_path: Path) -> None:
+        files = {"config.json": b"{}", "pytorch_model.bin": pickled()["adapter_model.bin"], "model.onnx": b"other"}
+        hub.create(f"{place.repo_id}-bin", files)
+        source = fetch_base(HubRepo(f"{place.repo_id}-bin"), tmp_path)
+        assert {path.name for path in source.directory.iterdir() if not path.name.startswith(".")} == {
+            "config.json",
+            "model.safetensors",
+        }
+        assert source == fetch_base(HubRepo(f"{place.repo_id}-bin"), tmp_path)
 
     @pytest.mark.parametrize(("status", "kind"), [(401, AuthError), (403, AuthError)])
     def test_refused(self, place: HubRepo, hub: Hub, tmp_path: Path, status: int, kind: type[Exception]) -> None:
