@@ -12,7 +12,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 
 from workers.bases.forms.compressed.group import GLOBAL_SCALE, SCALE, SHAPE, WEIGHT, ZERO_POINT, Group
 
-_STEP_ELEMENTS = 1 << 21
+_STEP_ELEMENTS = 1 << 18
 """Weights that are quantized at once."""
 _PACKED_ROWS = 32
 """Zero points of so many rows fill whole words, however many bits they have."""
