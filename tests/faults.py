@@ -258,6 +258,13 @@ FAULTS: Mapping[str, tuple[str, str, Callable[[Path], object]]] = {
         "files.unreadable",
         file(SINGLE, "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"),
     ),
+    "tokenizer.json as a pointer of git-lfs": (
+        "llama",
+        "files.unreadable",
+        file("tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"),
+    ),
+    "tokenizer.json cut off": ("llama", "files.unreadable", file("tokenizer.json", '{"version": ')),
+    "generation_config.json that is a list": ("llama", "files.unreadable", file("generation_config.json", "[]")),
     "config.json cut off": ("llama", "files.unreadable", file("config.json", '{"model_type": ')),
     "shards without their index": ("sharded", "files.no-index", gone(INDEX)),
     "the old single file beside new shards": ("sharded", "files.two-checkpoints", _all_in_one),

@@ -92,7 +92,7 @@ def show(value: Any) -> str:
         case dict():
             text = "a mapping"
         case list() | tuple():
-            text = "a list"
+            text = "a list" if value else "an empty list"
         case str():
             text = repr(value)
         case _:

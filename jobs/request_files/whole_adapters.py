@@ -1,6 +1,5 @@
 """Whether a folder holds an adapter, and all of it: while a training runs, its newest checkpoint is being written."""
 
-import fnmatch
 import json
 import re
 
@@ -9,7 +8,8 @@ from jobs.request_files.patterns import Listing
 from jobs.steps import in_order
 
 _CONFIG = "adapter_config.json"
-_WEIGHTS = ("adapter_model*.safetensors", "adapter_model*.bin")
+_WEIGHTS = re.compile(r"adapter_model.*\.(safetensors|bin)|adapters\.safetensors|adapter_(model|\d+)\.pt")
+"""What PEFT, MLX and torchtune call them."""
 _PART = re.compile(r"(adapter_model-)\d{5}(-of-(\d{5})\.(?:safetensors|bin))")
 _START_BYTES = 64 << 10
 """More than the header of most adapters."""
@@ -35,7 +35,7 @@ def missing_of(place: Location, listing: Listing) -> str | None:
     files = listing.files(place)
     if _CONFIG not in files:
         return f"has no {_CONFIG}"
-    weights = sorted(name for name in files if any(fnmatch.fnmatchcase(name, each) for each in _WEIGHTS))
+    weights = sorted(filter(_WEIGHTS.fullmatch, files))
     if not weights:
         return f"has an {_CONFIG} and no weights"
     for part in filter(None, map(_PART.fullmatch, weights)):

@@ -17,7 +17,7 @@ from workers.bases.declarations import DECLARING_FIELDS, DECLARING_FILES
 from workers.files.layout import TensorSpec
 from workers.sources.refused_forms import FORMS, Form
 
-_PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
+PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 """Codes of numbers that are what they say."""
 
 PART_ENDINGS: Mapping[str, tuple[str, str]] = {
@@ -86,7 +86,7 @@ def refuse_codes(
     numbers = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     specs = {name: spec for name, spec in tensors.items() if name not in weight_of}
     pieces = _pieces(specs, behind)
-    codes = [spec for name, spec in specs.items() if behind.get(name) in numbers and spec.code not in _PLAIN]
+    codes = [spec for name, spec in specs.items() if behind.get(name) in numbers and spec.code not in PLAIN]
     if codes:
         _refuse(directory, codes[0], len(codes), pieces.get(codes[0].name, ()))
     for name, beside in pieces.items():

@@ -27,7 +27,7 @@ _REFUSALS = (
     AssertionError,  # torch, of a padding token beyond the embedding
     AttributeError,
     ImportError,
-    KeyError,
+    LookupError,
     OSError,
     RuntimeError,
     StrictDataclassError,
@@ -129,12 +129,18 @@ def load_config(directory: Path) -> Any:
     if not (directory / "config.json").is_file():
         raise NotFoundError(f"{directory / 'config.json'}: expected a model configuration, found nothing")
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except _REFUSALS as error:
         raise UnsupportedError(
             f"{directory / 'config.json'}: transformers {transformers.__version__} cannot read it, and code that comes "
             f"with a model is never run: {error}"
         ) from error
+    if not isinstance(config.model_type, str):  # where transformers guesses by the name of the directory
+        raise UnsupportedError(
+            f"{directory / 'config.json'}: transformers {transformers.__version__} cannot go by it: model_type: "
+            f"expected a name, found {config.model_type!r}"
+        )
+    return config
 
 
 def check_depth(directory: Path, num_tensors: int) -> None:
@@ -161,8 +167,9 @@ def model_class(config: Any) -> Any:
 
     A configuration that names none, or one that is not transformers' own, stands for a causal language model.
     """
-    for name in getattr(config, "architectures", None) or ():
-        named = getattr(transformers, name, None)
+    names = getattr(config, "architectures", None)
+    for name in names if isinstance(names, list) else ():
+        named = getattr(transformers, name, None) if isinstance(name, str) else None
         if isinstance(named, type) and issubclass(named, PreTrainedModel):
             return named
     return AutoModelForCausalLM

@@ -53,15 +53,14 @@ def convert_adapter(adapter: Source, base: Source, cache: Path, inert_fields: fr
         TransientIOError, NoCapacityError: files cannot be read or written, or were changed meanwhile.
     """
     config = read_config(adapter.directory)
-    weights = adapter.directory / ADAPTER_WEIGHTS
-    tensors = {spec.name: spec for spec in read_shard(weights).tensors}
+    tensors = {spec.name: spec for spec in read_shard(adapter.directory / ADAPTER_WEIGHTS).tensors}
     trainer = next((each for each in TRAINERS if each.recognizes(config, frozenset(tensors))), None)
     if trainer is None:
         torchtune.check_export(adapter, lambda: _known(base))
         return adapter
     foreign = Foreign(
-        path=adapter.directory / ADAPTER_CONFIG,
-        weights=weights,
+        place=str(adapter.location),
+        file=f"{adapter.location}: {ADAPTER_CONFIG}",
         config=config,
         tensors=tensors,
         inert_fields=inert_fields,
@@ -72,7 +71,7 @@ def convert_adapter(adapter: Source, base: Source, cache: Path, inert_fields: fr
     identity = [_VERSION, adapter.digest, base.digest, sorted(inert_fields)]
     directory = cache / "converted" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     with file_errors(f"converting adapter {adapter.location} in {directory}", directory):
-        keep_directory(directory, lambda path: _write(adapter, foreign, converted, path))
+        keep_directory(directory, lambda path: _write(adapter, converted, path))
         states = {path: FileState.of(path.stat()) for path in files_of(ADAPTER, directory)}
     told = f"{converted.words}, converted: its {len(tensors)} tensors are {len(converted.pieces)} of PEFT"
     return dataclasses.replace(adapter, directory=directory, beside={}, notes=(*adapter.notes, told), states=states)
@@ -96,39 +95,40 @@ def _check(foreign: Foreign, base: KnownBase, converted: Converted) -> None:
     """Check that every tensor becomes one, no two become one, and all of them together do not fill a disk."""
     name, count = Counter(piece.name for piece in converted.pieces).most_common(1)[0]
     if count > 1:
-        raise BadInputError(f"{foreign.weights}: two tensors are {name} of PEFT, and nothing says which counts")
+        raise BadInputError(f"{foreign.place}: two tensors are {name} of PEFT, and nothing says which counts")
     if (
         left := foreign.tensors.keys()
         - {each.name for piece in converted.pieces for each in (piece.source, *piece.others)}
         - converted.empty
     ):
         raise UnsupportedError(
-            f"{foreign.weights}: tensor {min(left)} has no place in an adapter of PEFT; leaving it out would change "
+            f"{foreign.place}: tensor {min(left)} has no place in an adapter of PEFT; leaving it out would change "
             "the model, so the merge is refused"
         )
     num_bytes = sum(piece.source.dtype.itemsize * math.prod(piece.shape) for piece in converted.pieces)
     if num_bytes > max(_MAX_GROWTH * base.num_bytes, sum(spec.num_bytes for spec in foreign.tensors.values())):
         raise BadInputError(
-            f"{foreign.weights}: expected an adapter of at most {_MAX_GROWTH} times the {base.num_bytes} bytes of its "
+            f"{foreign.place}: expected an adapter of at most {_MAX_GROWTH} times the {base.num_bytes} bytes of its "
             f"base, found one that is {num_bytes} bytes as PEFT has it"
         )
 
 
-def _write(adapter: Source, foreign: Foreign, converted: Converted, target: Path) -> None:
+def _write(adapter: Source, converted: Converted, target: Path) -> None:
     """Fill a directory with the converted adapter and the files beside it."""
     (target / ADAPTER_CONFIG).write_text(json.dumps(dict(converted.config), indent=2) + "\n")
     pieces = {piece.name: piece for piece in converted.pieces}
     layout = lay_out_shard(ADAPTER_WEIGHTS, [(name, p.source.dtype, p.shape) for name, p in pieces.items()])
     path = target / ADAPTER_WEIGHTS
-    with opened(foreign.weights) as reading, path.open("xb") as file:
+    weights = adapter.directory / ADAPTER_WEIGHTS
+    with opened(weights) as reading, path.open("xb") as file:
         write_all(file.fileno(), path, layout.header, 0)
         for spec in layout.tensors:
             piece = pieces[spec.name]
             begin, end = (0, piece.source.shape[0] if piece.source.shape else 1)
             if piece.row is not None:
                 begin, end = piece.row, piece.row + 1
-            stored = read_rows(foreign.weights, piece.source, begin, end, reading)
-            others = [read_rows(foreign.weights, each, 0, each.shape[0], reading) for each in piece.others]
+            stored = read_rows(weights, piece.source, begin, end, reading)
+            others = [read_rows(weights, each, 0, each.shape[0], reading) for each in piece.others]
             made = piece.make(stored if piece.row is None else stored[0], *others)
             assert tuple(made.shape) == piece.shape
             write_all(file.fileno(), path, tensor_bytes(made.contiguous()), spec.begin)

@@ -42,9 +42,10 @@ class Piece:
 class Foreign:
     """An adapter as it was written."""
 
-    path: Path
-    """Of its configuration, for messages."""
-    weights: Path
+    place: str
+    """Where it is, for messages: the files at hand may be copies in the cache."""
+    file: str
+    """Its configuration, for messages."""
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorSpec]
     inert_fields: frozenset[str]
@@ -224,28 +225,28 @@ def check_fields(foreign: Foreign, known: Collection[str], words: str) -> list[s
             continue
         if name not in foreign.inert_fields:
             raise UnsupportedError(
-                f"{foreign.path}: field {name} = {show(value)} is none that is known of {words}, and may change the "
+                f"{foreign.file}: field {name} = {show(value)} is none that is known of {words}, and may change the "
                 "merge; take it out if it changes nothing, or name it in MERGEFLEET_INERT_ADAPTER_FIELDS"
             )
         inert.append(name)
     return inert
 
 
-def positive(foreign: Foreign, name: str, value: object) -> float:
+def number_in(foreign: Foreign, name: str, value: object) -> float:
     """Return a number of a configuration that has to be one.
 
     Raises:
         BadInputError: it is none, or not finite.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise BadInputError(f"{foreign.path}: field {name}: expected a number, found {show(value)}")
+        raise BadInputError(f"{foreign.file}: field {name}: expected a number, found {show(value)}")
     return value
 
 
 def rank_in(foreign: Foreign, name: str, value: object) -> int:
-    """Return a rank that a configuration states; raises as `positive`."""
+    """Return a rank that a configuration states; raises as `number_in`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise BadInputError(f"{foreign.path}: field {name}: expected a whole number from 1 on, found {show(value)}")
+        raise BadInputError(f"{foreign.file}: field {name}: expected a whole number from 1 on, found {show(value)}")
     return value
 
 
@@ -265,7 +266,7 @@ def by_module(foreign: Foreign, ends: Mapping[str, str], words: str) -> dict[str
         end = next((end for end in ends if name.endswith(end)), None)
         if end is None:
             raise UnsupportedError(
-                f"{foreign.weights}: tensor {name} is none that is known of {words}: expected names that end with "
+                f"{foreign.place}: tensor {name} is none that is known of {words}: expected names that end with "
                 f"{', '.join(ends)}; if the model does not need it, save the adapter without it"
             )
         found[name.removesuffix(end)][ends[end]] = spec
@@ -281,7 +282,7 @@ def halves(foreign: Foreign, module: str, parts: Mapping[str, TensorSpec]) -> tu
     if not {"a", "b"} <= parts.keys():
         there = next(iter(parts.values())).name
         raise BadInputError(
-            f"{foreign.weights}: module {module}: expected both factors of its delta, found {there} alone; the adapter "
+            f"{foreign.place}: module {module}: expected both factors of its delta, found {there} alone; the adapter "
             "is incomplete"
         )
     return parts["a"], parts["b"]
@@ -290,6 +291,6 @@ def halves(foreign: Foreign, module: str, parts: Mapping[str, TensorSpec]) -> tu
 def misshapen(foreign: Foreign, spec: TensorSpec, expected: str) -> BadInputError:
     """Say that a tensor has another shape than the configuration and the layout say."""
     return BadInputError(
-        f"{foreign.weights}: tensor {spec.name}: expected shape {expected}, found {list(spec.shape)}; the "
+        f"{foreign.place}: tensor {spec.name}: expected shape {expected}, found {list(spec.shape)}; the "
         "configuration is not the adapter's own, or the file is of another trainer"
     )

@@ -26,8 +26,8 @@ from workers.adapters.trainers.layout import (
     halves,
     lora_config,
     misshapen,
+    number_in,
     pair,
-    positive,
     rank_in,
     row_of,
     transposed,
@@ -88,7 +88,7 @@ def convert(foreign: Foreign, base: KnownBase) -> Converted:
     check_fields(foreign, _CONSUMED | _OF_TRAINING, WORDS)
     if base.model_type not in SAME_NAMES:
         raise UnsupportedError(
-            f"{foreign.path}: this is {WORDS} for a base of model_type {base.model_type}, whose modules mlx_lm has "
+            f"{foreign.file}: this is {WORDS} for a base of model_type {base.model_type}, whose modules mlx_lm has "
             f"under other names or with other values, or is not known to have as transformers has them; {_FUSE}"
         )
     rank = rank_in(foreign, "lora_parameters.rank", parameters.get("rank"))
@@ -101,8 +101,8 @@ def convert(foreign: Foreign, base: KnownBase) -> Converted:
             pieces += made
         if ("magnitude" in parts) != use_dora:
             raise BadInputError(
-                f"{foreign.weights}: module {module}: {'no magnitude' if use_dora else 'a magnitude'} is there, and "
-                f"fine_tune_type of {foreign.path.name} says {'dora' if use_dora else 'lora'}; the configuration is "
+                f"{foreign.place}: module {module}: {'no magnitude' if use_dora else 'a magnitude'} is there, and "
+                f"fine_tune_type of adapter_config.json says {'dora' if use_dora else 'lora'}; the configuration is "
                 "not the adapter's own"
             )
     _check_places(foreign, base, parameters, modules)
@@ -120,28 +120,28 @@ def _parameters(foreign: Foreign) -> tuple[Mapping[str, Any], bool]:
     config = foreign.config
     if "peft_type" in config:
         raise UnsupportedError(
-            f"{foreign.path}: the tensors of {foreign.weights.name} are those of MLX, and this is a configuration of "
+            f"{foreign.file}: the tensors are those of MLX, and this is a configuration of "
             "PEFT, which does not say what MLX multiplies them by; put the adapter_config.json there that mlx_lm wrote"
         )
     kind = config.get("fine_tune_type", "dora" if config.get("use_dora") else "lora")
     if kind == "full":
         raise UnsupportedError(
-            f"{foreign.path}: fine_tune_type 'full': {foreign.weights.name} holds whole layers, not an adapter; a "
+            f"{foreign.file}: fine_tune_type 'full': the file holds whole layers, not an adapter; a "
             f"model that was trained whole needs no merge: {_FUSE}"
         )
     if kind not in ("lora", "dora"):
-        raise UnsupportedError(f"{foreign.path}: fine_tune_type: expected lora or dora, found {show(kind)}")
+        raise UnsupportedError(f"{foreign.file}: fine_tune_type: expected lora or dora, found {show(kind)}")
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict):
         raise UnsupportedError(
-            f"{foreign.path}: field lora_parameters: expected an object with rank and scale, as mlx_lm writes it, "
+            f"{foreign.file}: field lora_parameters: expected an object with rank and scale, as mlx_lm writes it, "
             f"found {show(parameters)}; without it nothing says what the deltas are multiplied by: write it by hand if "
             f"you know, or {_FUSE}"
         )
     for name in sorted(parameters.keys() - _OF_PARAMETERS):
         if name not in foreign.inert_fields:
             raise UnsupportedError(
-                f"{foreign.path}: field lora_parameters.{name} = {show(parameters[name])} is none that is known of "
+                f"{foreign.file}: field lora_parameters.{name} = {show(parameters[name])} is none that is known of "
                 f"{WORDS}, and may change the merge; take it out if it changes nothing"
             )
     return parameters, kind == "dora"
@@ -151,9 +151,10 @@ def _check_places(foreign: Foreign, base: KnownBase, parameters: Mapping[str, An
     """Check that modules are where the configuration says: under its keys, in the last so many layers."""
     keys = parameters.get("keys")
     if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
-        raise BadInputError(f"{foreign.path}: field lora_parameters.keys: expected a list of names, found {show(keys)}")
+        raise BadInputError(f"{foreign.file}: field lora_parameters.keys: expected a list of names, found {show(keys)}")
     num_layers = foreign.config.get("num_layers", foreign.config.get("lora_layers", -1))
-    num_layers = int(positive(foreign, "num_layers", num_layers))
+    if type(num_layers) is not int:
+        raise BadInputError(f"{foreign.file}: field num_layers: expected a whole number, found {show(num_layers)}")
     first = base.number("num_hidden_layers") - num_layers if num_layers > 0 else 0
     for module in modules:
         layer = _LAYER.fullmatch(_SINGLE.sub(".switch_mlp", module))
@@ -162,8 +163,8 @@ def _check_places(foreign: Foreign, base: KnownBase, parameters: Mapping[str, An
             trained = keys is None or any(str(key).startswith(_STACKS) for key in keys)
         if not trained or (layer is not None and int(layer[1]) < first):
             raise BadInputError(
-                f"{foreign.weights}: module {module} was trained, and lora_parameters.keys and num_layers of "
-                f"{foreign.path.name} do not name it; the configuration is not the adapter's own"
+                f"{foreign.place}: module {module} was trained, and lora_parameters.keys and num_layers of "
+                "adapter_config.json do not name it; the configuration is not the adapter's own"
             )
 
 
@@ -173,13 +174,13 @@ def _scale(foreign: Foreign, parameters: Mapping[str, Any], rank: int) -> float:
     mlx_lm multiplied by scale * alpha / rank until June 2024, wrote an alpha without a meaning until April 2025, and
     writes fine_tune_type since September 2024.
     """
-    scale = positive(foreign, "lora_parameters.scale", parameters.get("scale"))
+    scale = number_in(foreign, "lora_parameters.scale", parameters.get("scale"))
     alpha = parameters.get("alpha")
     if alpha is None or "fine_tune_type" in foreign.config:
         return scale
-    if positive(foreign, "lora_parameters.alpha", alpha) != rank:
+    if number_in(foreign, "lora_parameters.alpha", alpha) != rank:
         raise UnsupportedError(
-            f"{foreign.path}: field lora_parameters.alpha = {show(alpha)}: mlx_lm multiplied by scale * alpha / rank "
+            f"{foreign.file}: field lora_parameters.alpha = {show(alpha)}: mlx_lm multiplied by scale * alpha / rank "
             "until June 2024 and by scale alone since, and nothing here says which version this is of; take alpha out "
             f"if it is of a later one, or else take it out and write scale = {scale * alpha / rank}"
         )
@@ -213,12 +214,12 @@ def _embedding(foreign: Foreign, base: KnownBase, module: str, parts: Mapping[st
     """Return the pieces of an embedding, [V, H] + scale A B with A [V, R] and B [R, H]."""
     if "magnitude" in parts:
         raise UnsupportedError(
-            f"{foreign.weights}: tensor {parts['magnitude'].name}: DoRA on an embedding computes something else in "
+            f"{foreign.place}: tensor {parts['magnitude'].name}: DoRA on an embedding computes something else in "
             f"PEFT than in MLX; {_FUSE}"
         )
     if "lm_head.weight" not in base.names:
         raise UnsupportedError(
-            f"{foreign.weights}: tensor {parts['a'].name}: the head of this base is its embedding, and MLX adds the "
+            f"{foreign.place}: tensor {parts['a'].name}: the head of this base is its embedding, and MLX adds the "
             f"delta to both, which PEFT does not; {_FUSE}"
         )
     a, b = transposed(parts["a"]), transposed(parts["b"])
@@ -239,7 +240,7 @@ def _experts(
     num_experts = base.num_experts(start, f".{names[leaf]}.weight") if leaf in names else 0
     if not num_experts or not f"{place}.".endswith(inside):
         raise UnsupportedError(
-            f"{foreign.weights}: tensor {a.name}: it is of a stack of experts, and the files of this base, of "
+            f"{foreign.place}: tensor {a.name}: it is of a stack of experts, and the files of this base, of "
             f"model_type {base.model_type}, have no single ones where it was trained; {_FUSE}"
         )
     if len(b.shape) != 3 or b.shape[0] != num_experts or b.shape[2] != rank:

@@ -27,8 +27,8 @@ from workers.adapters.trainers.layout import (
     halves,
     lora_config,
     misshapen,
+    number_in,
     pair,
-    positive,
     rank_in,
     row_of,
     whole,
@@ -78,11 +78,11 @@ def convert(foreign: Foreign, base: KnownBase) -> Converted:
     check_fields(foreign, _CONSUMED | _SAYS_NOTHING | agreed, WORDS)
     if (why := _OTHER_ARCHITECTURES.get(base.model_type)) is not None:
         raise UnsupportedError(
-            f"{foreign.path}: this is {WORDS} for a base of model_type {base.model_type}: {why}, and such adapters are "
+            f"{foreign.file}: this is {WORDS} for a base of model_type {base.model_type}: {why}, and such adapters are "
             f"not converted; {_EXPORT}"
         )
     rank = rank_in(foreign, "r", foreign.config.get("r"))
-    alpha = positive(foreign, "lora_alpha", foreign.config.get("lora_alpha"))
+    alpha = number_in(foreign, "lora_alpha", foreign.config.get("lora_alpha"))
     pieces: list[Piece] = []
     ranks: dict[str, int] = {}
     empty = set()
@@ -112,7 +112,7 @@ def convert(foreign: Foreign, base: KnownBase) -> Converted:
         ranks[name] = made[0].shape[0]
         pieces += made
     if not pieces:
-        raise BadInputError(f"{foreign.weights}: expected the factors of LoRA, found {show(sorted(foreign.tensors))}")
+        raise BadInputError(f"{foreign.place}: expected the factors of LoRA, found {show(sorted(foreign.tensors))}")
     return Converted(
         words=WORDS,
         config=lora_config(foreign, ranks, rank, alpha, ranks=ranks),
@@ -133,7 +133,7 @@ def _together(
     if missing := [member for member in members if member not in found]:
         there = next(iter(found.values()))[0].name
         raise BadInputError(
-            f"{foreign.weights}: {name} of the base is {', '.join(members)} of Tinker, and the adapter has {there} "
+            f"{foreign.place}: {name} of the base is {', '.join(members)} of Tinker, and the adapter has {there} "
             f"without {missing[0]}, so that nothing says which rows it is of"
         )
     pairs = [found[member] for member in members]
@@ -168,7 +168,7 @@ def _name(foreign: Foreign, base: KnownBase, module: str, a: TensorSpec) -> str:
         return module
     if not any(name == "lm_head.weight" or name.endswith(".lm_head.weight") for name in base.names):
         raise UnsupportedError(
-            f"{foreign.weights}: tensor {a.name}: this base has no head beside its embedding: the training was of the "
+            f"{foreign.place}: tensor {a.name}: this base has no head beside its embedding: the training was of the "
             "head alone, Tinker's own export changes both, and nothing says which is meant. Name the two tensors "
             f"{PREFIX}lm_head.lora_A.weight and lora_B.weight for the head alone, as it was trained; or "
             "merge with build_hf_model of tinker_cookbook.weights for both"
@@ -184,7 +184,7 @@ def _experts(
     num_experts = base.num_experts(start, f"{end}.weight")
     if not num_experts:
         raise UnsupportedError(
-            f"{foreign.weights}: tensor {a.name}: it is of a stack of experts, and the files of this base hold no "
+            f"{foreign.place}: tensor {a.name}: it is of a stack of experts, and the files of this base hold no "
             f"single ones called {start}0{end}.weight; name a base whose files hold them one by one, as its maker "
             f"published it, or merge with build_hf_model of tinker_cookbook.weights"
         )

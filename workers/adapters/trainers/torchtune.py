@@ -25,8 +25,8 @@ from workers.adapters.trainers.layout import (
     halves,
     lora_config,
     misshapen,
+    number_in,
     pair,
-    positive,
     rank_in,
     whole,
 )
@@ -67,14 +67,14 @@ def convert(foreign: Foreign, base: KnownBase) -> Converted:
     check_fields(foreign, _CONSUMED | _SAYS_NOTHING | agreed, WORDS)
     if foreign.config.get("peft_type") != "LORA":
         found = show(foreign.config.get("peft_type"))
-        raise UnsupportedError(f"{foreign.path}: field peft_type: expected LORA for {WORDS}, found {found}")
+        raise UnsupportedError(f"{foreign.file}: field peft_type: expected LORA for {WORDS}, found {found}")
     if base.model_type not in _ALTERNATE | _SAME_ORDER:
         raise UnsupportedError(
-            f"{foreign.path}: this is {WORDS} for a base of model_type {base.model_type}, for which its own layout is "
+            f"{foreign.file}: this is {WORDS} for a base of model_type {base.model_type}, for which its own layout is "
             "not converted; have torchtune write the merged model, with save_adapter_weights_only: False"
         )
     rank = rank_in(foreign, "r", foreign.config.get("r"))
-    alpha = positive(foreign, "lora_alpha", foreign.config.get("lora_alpha"))
+    alpha = number_in(foreign, "lora_alpha", foreign.config.get("lora_alpha"))
     sorted_out = by_module(foreign, _ENDS, WORDS)
     use_dora = any("magnitude" in parts for parts in sorted_out.values())
     pieces: list[Piece] = []
@@ -126,7 +126,7 @@ def _name(foreign: Foreign, stored: str, spec: TensorSpec) -> str:
     layer = _LAYER.fullmatch(stored)
     if layer is None or layer[2] not in _MODULES:
         raise UnsupportedError(
-            f"{foreign.weights}: tensor {spec.name}: module {stored} is none that is known of {WORDS}: expected "
+            f"{foreign.place}: tensor {spec.name}: module {stored} is none that is known of {WORDS}: expected "
             f"output, or layers.N. and one of {', '.join(_MODULES)}"
         )
     return f"model.layers.{layer[1]}.{_MODULES[layer[2]]}"
@@ -167,7 +167,7 @@ def _magnitude(
     spec = parts.get("magnitude")
     if spec is None:
         raise BadInputError(
-            f"{foreign.weights}: module {module}: expected a magnitude, as the other modules have, found none; the "
+            f"{foreign.place}: module {module}: expected a magnitude, as the other modules have, found none; the "
             "adapter is incomplete"
         )
     if spec.shape != b.shape[:1]:
@@ -180,7 +180,7 @@ def _check_targets(foreign: Foreign, modules: list[str], *, use_dora: bool) -> N
     """Check that the configuration, which torchtune writes without a word on DoRA, is the adapter's own."""
     if foreign.config.get("use_dora", use_dora) != use_dora:
         raise BadInputError(
-            f"{foreign.path}: field use_dora = {show(foreign.config['use_dora'])}, and {foreign.weights.name} has "
+            f"{foreign.file}: field use_dora = {show(foreign.config['use_dora'])}, and the adapter has "
             f"{'magnitudes' if use_dora else 'no magnitude'}; the configuration is not the adapter's own"
         )
     targets = foreign.config.get("target_modules")
@@ -190,7 +190,7 @@ def _check_targets(foreign: Foreign, modules: list[str], *, use_dora: bool) -> N
     expected = {module.rpartition(".")[2] for module in modules}
     if not isinstance(targets, list) or {own.get(str(each), each) for each in targets} != expected:
         raise BadInputError(
-            f"{foreign.path}: field target_modules: expected a list of {', '.join(sorted(expected))}, as tensors of "
-            f"{foreign.weights.name} are, found {targets if isinstance(targets, list) else show(targets)}; the "
+            f"{foreign.file}: field target_modules: expected a list of {', '.join(sorted(expected))}, as the "
+            f"tensors are, found {targets if isinstance(targets, list) else show(targets)}; the "
             "configuration is not the adapter's own, or the adapter is incomplete"
         )

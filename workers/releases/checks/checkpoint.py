@@ -14,7 +14,7 @@ from jobs.errors import BadInputError, NotFoundError
 from workers.bases.tokenizers import TokenizerData, read_tokenizer
 from workers.files.checkpoint import MAX_SHARDS, read_json, read_shard
 from workers.files.layout import INDEX_FILE, SINGLE_FILE, CheckpointLayout, ShardLayout, TensorSpec
-from workers.sources.belongings import TEMPLATE_FOLDER, TOKENIZER_CONFIG, is_template
+from workers.sources.belongings import TEMPLATE_FOLDER, TOKENIZER_CONFIG, TOKENIZER_FILE, is_template
 from workers.sources.listing import LocalFiles
 
 CONFIG = "config.json"
@@ -29,8 +29,6 @@ _DOCUMENTS = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
-"""Codes of numbers that are what they say."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +44,8 @@ class Checkpoint:
     """Why a file cannot be read, by name."""
     shards: Mapping[str, ShardLayout]
     """All safetensors files at the top whose headers can be read, by name."""
+    tokenizer: TokenizerData | None
+    """Its tokenizer as data; None where there is none, or none that can be read."""
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -87,14 +87,6 @@ class Checkpoint:
         """The shard of each tensor."""
         return {spec.name: shard.name for shard in self.loaded.values() for spec in shard.tensors}
 
-    @functools.cached_property
-    def tokenizer(self) -> TokenizerData | None:
-        """Its tokenizer as data; None where there is none, or none that can be read."""
-        try:
-            return read_tokenizer(self.files)
-        except BadInputError:
-            return None
-
 
 def read_leniently(directory: Path, layout: CheckpointLayout | None = None) -> Checkpoint:
     """Read what there is of a checkpoint.
@@ -135,10 +127,22 @@ def read_leniently(directory: Path, layout: CheckpointLayout | None = None) -> C
                 shards[name] = read_shard(directory / name)
             except BadInputError as error:
                 unreadable[name] = str(error).removeprefix(f"{directory / name}: ")
+    files = {name: directory / name for name in sorted(names)}
+    tokenizer = _tokenizer(directory, files, unreadable)
     return Checkpoint(
         directory=directory,
-        files={name: directory / name for name in sorted(names)},
+        files=files,
         documents=documents,
         unreadable=unreadable,
         shards=shards,
+        tokenizer=tokenizer,
     )
+
+
+def _tokenizer(directory: Path, files: Mapping[str, Path], unreadable: dict[str, str]) -> TokenizerData | None:
+    try:
+        return read_tokenizer(files)
+    except BadInputError as error:
+        place = next((name for name in files if f"/{name}: " in str(error)), TOKENIZER_FILE)
+        unreadable.setdefault(place, str(error).removeprefix(f"{directory / place}: "))
+        return None

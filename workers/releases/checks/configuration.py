@@ -149,6 +149,9 @@ RULES = (
     NO_VERSION,
 )
 
+_RENAMED_ROPE = {"mrope": "default", "su": "longrope"}
+"""What Qwen2-VL and Phi-3 called kinds of scaling in their first files, and what transformers makes of it."""
+
 
 def find(checkpoint: Checkpoint, problem: MergefleetError | None) -> Iterator[Finding]:
     """Find what is wrong with the configuration of a checkpoint.
@@ -236,7 +239,7 @@ def _rope(config: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[Findin
     if isinstance(new, dict) and isinstance(old, dict):
         both = new.keys() & old.keys() - {"type", "rope_type"}
         differ = sorted(field for field in both if new[field] != old[field])
-        kinds = {str(each.get("rope_type") or each.get("type") or "default") for each in (new, old)}
+        kinds = {_rope_kind(each) for each in (new, old)}
         if differ or (len(kinds) > 1 and both):
             expected = "the same in rope_parameters"
             yield finding(
@@ -244,3 +247,8 @@ def _rope(config: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[Findin
             )
     elif isinstance(new, dict) and new and section.get("rope_theta") is None:
         yield finding(ROPE_NEW, CONFIG, "rope_parameters", found="it alone", expected="rope_theta, too")
+
+
+def _rope_kind(parameters: Mapping[str, Any]) -> str:
+    kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
+    return _RENAMED_ROPE.get(kind, kind)

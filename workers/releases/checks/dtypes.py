@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from workers.bases.codes import PLAIN
 from workers.files.layout import TensorSpec
-from workers.releases.checks.checkpoint import CONFIG, PLAIN, Checkpoint
+from workers.releases.checks.checkpoint import CONFIG, Checkpoint
 from workers.releases.checks.rules import SERVERS, TRANSFORMERS, Engine, Finding, Rule, Severity, finding
 
 _READ = "transformers 5.23 configuration_utils.py PreTrainedConfig.__post_init__ (torch_dtype, dtype)"

@@ -98,6 +98,10 @@ _NO_STRAYS = ("consolidated*.safetensors", "adapter.*.safetensors", "adapter_mod
 def find(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Find what is wrong with the files of a checkpoint as files."""
     files = checkpoint.files
+    if ADAPTER_CONFIG in files and CONFIG not in files and not checkpoint.loaded:
+        found = "an adapter alone; it is loaded beside its base, or merged first"
+        yield finding(NO_CONFIG, CONFIG, found=found, expected="a whole model")
+        return
     if CONFIG not in files:
         yield finding(NO_CONFIG, CONFIG, found="nothing", expected="the configuration of the model")
     for name, why in checkpoint.unreadable.items():

@@ -24,7 +24,7 @@ UNSAVABLE = Rule(
     id="generation.unsavable",
     what="flags that do nothing, which transformers refuses to save",
     severity=Severity.WARNING,
-    refused_by=(Engine.TRANSFORMERS_4,),
+    misread_by=(Engine.TRANSFORMERS_4,),
     advice="set do_sample to true, or take temperature, top_p and the like away",
     source="transformers 5.23 generation/configuration_utils.py GenerationConfig.validate (strict), save_pretrained",
 )
@@ -61,6 +61,8 @@ _REFUSALS = (ArithmeticError, AttributeError, KeyError, OSError, TypeError, Valu
 
 def find(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Find what is wrong with how a checkpoint generates."""
+    if GENERATION_CONFIG in checkpoint.unreadable:
+        return  # which has a rule of its own
     document = checkpoint.documents.get(GENERATION_CONFIG)
     if document is not None:
         problem = _problem(document)

@@ -5,12 +5,12 @@ from collections.abc import Container, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 
 from jobs.errors import BadInputError, MergefleetError
-from workers.bases.codes import PART_ENDINGS, part_ending
+from workers.bases.codes import PART_ENDINGS, PLAIN, part_ending
 from workers.bases.declarations import DECLARING_FIELDS, DECLARING_FILES
 from workers.bases.forms.declared import declared_form
 from workers.files.checkpoint import read_json
 from workers.files.layout import TensorSpec
-from workers.releases.checks.checkpoint import CONFIG, PLAIN, Checkpoint
+from workers.releases.checks.checkpoint import CONFIG, Checkpoint
 from workers.releases.checks.rules import TRANSFORMERS, Engine, Finding, Rule, Severity, finding, several
 
 UNDECLARED = Rule(

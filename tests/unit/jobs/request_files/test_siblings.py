@@ -67,7 +67,7 @@ def test_in_json_lines_and_csv(tmp_path):
     [
         ({"outputs": ["gguf"]}, r"outputs\[0\]: expected one of 16bit, as_base, .*, found 'gguf'"),
         ({"outputs": ["mxfp4", "mxfp4"]}, "destination"),
-        ({"outputs": []}, "outputs: expected a list with at least one entry"),
+        ({"outputs": []}, "outputs: expected a list with at least one entry, found an empty list"),
         ({"outputs": "mxfp4"}, "outputs: expected a list"),
         ({"outputs": ["mxfp4"], "output": "mxfp4"}, "expected either output or outputs, found both"),
         ({"outputs": ["as_base"], "dtype": "float16"}, "no dtype beside as_base"),

@@ -52,6 +52,17 @@ def places(reading, root: Path) -> list[str]:
     return [str(request.adapter.path.relative_to(root)) for request in reading.requests]
 
 
+@pytest.mark.parametrize("name", ["adapters.safetensors", "adapter_model.pt", "adapter_0.pt", "adapter_model.bin"])
+def test_adapters_of_other_trainers_are_found_too(name, tmp_path):
+    """Whatever a single request takes as an adapter (docs/adapters.md), a pattern stands for."""
+    files = {"adapter_config.json": b"{}", name: WEIGHTS if name.endswith(".safetensors") else b"PK"}
+    lay(tmp_path / "runs", "epoch_0", "epoch_1", files=files)
+    reading = read(tmp_path, MATRIX.format(adapters="runs/epoch_*"))
+    assert places(reading, tmp_path) == ["runs/epoch_0", "runs/epoch_1"]
+    lay(tmp_path / "cut", "epoch_2", files={"adapter_config.json": b"{}", "adapters.safetensors": WEIGHTS[:-1]})
+    assert "whose header speaks of" in refusals(tmp_path, MATRIX.format(adapters="cut/epoch_*"))[0][3]
+
+
 def test_a_pattern_stands_for_checkpoints_in_the_order_of_their_steps(tmp_path):
     lay(tmp_path / "runs" / "x", *(f"checkpoint-{step}" for step in (1500, 100, 900, 20000)))
     lay(tmp_path / "runs" / "x", "best", ".checkpoint-7")

@@ -127,6 +127,9 @@ def test_formats_without_a_way_back_are_refused(change_config, quantization_conf
     [
         {"model_type": "unheard_of"},
         {"model_type": 7},
+        {"model_type": {"llama": None}},
+        {"vocab_size": 0, "pad_token_id": 0},
+        {"dtype": ["x"], "auto_map": [[1]]},
         {"model_type": "unheard_of", "auto_map": {"AutoConfig": "configuration.C", "AutoModelForCausalLM": "model.M"}},
         {"hidden_size": "sixty-four"},
         {"hidden_size": -4},
@@ -174,7 +177,7 @@ def test_a_missing_configuration_is_named(tmp_path):
 
 def test_the_class_that_saved_a_checkpoint_is_the_one_that_loads_it(change_config):
     assert type(skeleton(change_config(architectures=["LlamaModel"]))).__name__ == "LlamaModel"
-    for architectures in (None, [], ["UnheardOf"], ["LlamaConfig"]):
+    for architectures in (None, [], ["UnheardOf"], ["LlamaConfig"], 7, [7]):
         assert type(skeleton(change_config(architectures=architectures))).__name__ == "LlamaForCausalLM"
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.faults import FAULTS
+from tests.models import build_llama, make_adapter
 from workers.releases.checks.checking import RULES, check_checkpoint
 from workers.releases.checks.rules import Severity
 
@@ -22,6 +23,14 @@ def test_a_fault_is_named_and_no_other_error(done, copy):
     assert named.found
     assert named.expected
     assert str(directory) not in named.sentence
+
+
+def test_an_adapter_alone_is_told_to_be_one(tmp_path):
+    """Nothing asks to remove its files, as where they stand beside merged weights."""
+    adapter = make_adapter(build_llama(tmp_path / "base"), tmp_path / "adapter")
+    found = [each for each in check_checkpoint(adapter) if each.severity is not Severity.NOTE]
+    assert [each.rule.id for each in found] == ["files.no-config"]
+    assert "an adapter alone" in found[0].found
 
 
 def test_every_rule_has_a_fault():

@@ -159,6 +159,16 @@ def test_what_older_versions_write_is_good(tmp_path):
     assert not {rule for rule in ids if rule.startswith(("dtype.", "config."))}
 
 
+@pytest.mark.parametrize(("old", "new"), [("mrope", "default"), ("su", "longrope")])
+def test_scaling_may_be_called_as_it_was_beside_its_new_name(old, new, tmp_path):
+    """The same scaling for transformers 4 and 5 is no contradiction, also where transformers has renamed its kind."""
+    release = build_llama(tmp_path / "base")
+    scaling = {"factor": 1.0, "rope_theta": 500000.0}
+    parameters, before = {"rope_type": new, **scaling}, {"type": old, **scaling}
+    both = changed(release, tmp_path / "both", rope_parameters=parameters, rope_scaling=before)
+    assert "config.rope-differ" not in {each.rule.id for each in check_checkpoint(both)}
+
+
 def test_files_of_others_beside_a_checkpoint_are_no_fault(tmp_path):
     """The maker's own consolidated file, pickles, GGUF, pages and code that nothing names."""
     base = build_llama(tmp_path / "base", max_shard_size="100KB")
@@ -189,6 +199,16 @@ def test_an_engine_asks_for_its_own(tmp_path):
     for engine, errors in ((Engine.TRANSFORMERS_5, set()), (Engine.TRANSFORMERS_4, {"tokenizer.new-class"})):
         of_it = for_engine(found, engine)
         assert {each.rule.id for each in of_it if each.severity is Severity.ERROR} == errors
+
+
+def test_what_only_saving_refuses_stops_no_engine(tmp_path):
+    """transformers 4 loads sampling flags without do_sample, and refuses to write them."""
+    release = build_llama(tmp_path / "release")
+    (release / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.6}))
+    found = check_checkpoint(release)
+    assert "generation.unsavable" in {each.rule.id for each in found}
+    errors = [each.rule.id for each in for_engine(found, Engine.TRANSFORMERS_4) if each.severity is Severity.ERROR]
+    assert "generation.unsavable" not in errors
 
 
 @pytest.mark.parametrize("kind", sorted({kind for kind, _, _ in FAULTS.values()}))
