@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from jobs.request import OutputForm
+from jobs.output_form import OutputForm
 from jobs.request_files.documents import Node, Value, joined
 from jobs.request_files.problems import ProblemList, show
 

@@ -9,7 +9,8 @@ from compressed_tensors.quantization import QuantizationScheme, preset_name_to_s
 from compressed_tensors.quantization.utils import generate_gparam
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from jobs.request import MergeRequest, OutputForm
+from jobs.output_form import OutputForm
+from jobs.request import MergeRequest
 from tests import architectures
 from tests.killing import FULL
 from tests.merges import different, merge_by_peft, read_tensors

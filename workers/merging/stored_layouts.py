@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from jobs.errors import UnsupportedError
-from jobs.request import MergeRequest, OutputForm
+from jobs.output_form import OutputForm
+from jobs.request import MergeRequest
 from workers.bases.forms import PartLayout, QuantizingForm, StoredParts
 from workers.bases.forms.compressed.output import CompressedOutput
 from workers.bases.model import TORCH_DTYPES, config_dtype

@@ -12,7 +12,8 @@ import torch
 from peft import PeftModel
 
 from jobs.errors import BadInputError, CancelledError, MergefleetError, NoCapacityError
-from jobs.request import MergeRequest, OutputForm
+from jobs.output_form import OutputForm
+from jobs.request import MergeRequest
 from workers.adapters.adapter import Adapter
 from workers.bases.model import config_dtype
 from workers.files.memory import release_memory

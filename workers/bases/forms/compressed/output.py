@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStrategy, preset_name_to_scheme
 
-from jobs.request import OutputForm
+from jobs.output_form import OutputForm
 from workers.bases.forms import PartLayout, StoredParts
 from workers.bases.forms.compressed.compressing import compress, global_scale
 from workers.bases.forms.compressed.form import CompressedTensors
