@@ -129,7 +129,36 @@ def test_what_is_no_projection_stays_and_is_named(worker, llama, tmp_path):
     assert declared["quant_method"] == "compressed-tensors"
 
 
-@pytest.mark.parametrize(("model_type", "targets"), [("qwen3_moe", ["q_proj"]), ("deepseek_v3", ["q_a_proj"])])
+HEADS_AND_TOWERS = {
+    "a tied head": ("decoder", "bloom", ["query_key_value"]),
+    "a tower that files name otherwise": ("vision-language", "gemma3", r".*language_model.*q_proj"),
+    "a head inside the language model": ("vision-language", "kosmos-2", r"text_model.*q_proj"),
+    "a model that is its own decoder": ("decoder", "mllama", ["q_proj"]),
+}
+
+
+@pytest.mark.parametrize("of", HEADS_AND_TOWERS)
+def test_transformers_misses_no_scale_of_what_is_stored_as_numbers(worker, tmp_path, of):
+    """Left in its form, as servers run it: what it takes for quantized is what has codes."""
+    kind, model_type, targets = HEADS_AND_TOWERS[of]
+    base = architectures.build(kind, model_type, tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", targets=targets, rank=2)
+    outcome = release(worker, (base, adapter), tmp_path / "release", "fp8_dynamic")
+    assert outcome.failure is None, outcome.failure
+    model, info = architectures.class_of(kind, model_type).from_pretrained(
+        tmp_path / "release", output_loading_info=True
+    )
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    quantized = {name for name, module in model.named_modules() if getattr(module, "quantization_scheme", None)}
+    assert quantized
+    assert not [name for name in quantized if "vision" in name or "head" in name]
+    found = read_tensors(tmp_path / "release")
+    assert len(quantized) == len([name for name in found if name.endswith(".weight_scale")])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "targets"), [("qwen3_moe", ["q_proj"]), ("deepseek_v3", ["q_a_proj"]), ("qwen2_moe", ["q_proj"])]
+)
 def test_single_experts_are_stored_and_routers_are_not(worker, tmp_path, model_type, targets):
     base = architectures.build("decoder", model_type, tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "adapter", targets=targets, rank=2)
@@ -139,7 +168,7 @@ def test_single_experts_are_stored_and_routers_are_not(worker, tmp_path, model_t
     experts = [name for name in found if ".experts." in name and name.endswith("proj.weight")]
     assert experts
     assert {found[name].dtype for name in experts} == {torch.float8_e4m3fn}
-    routers = [name for name in found if name.endswith("mlp.gate.weight")]
+    routers = [name for name in found if name.endswith(("mlp.gate.weight", "mlp.shared_expert_gate.weight"))]
     assert routers
     assert {found[name].dtype for name in routers} <= {torch.bfloat16, torch.float32}
     declared = json.loads((tmp_path / "release" / "config.json").read_text())["quantization_config"]
