@@ -10,6 +10,7 @@ from compressed_tensors.quantization.utils import generate_gparam
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from jobs.output_form import OutputForm
+from jobs.parity_report import ParityReport
 from jobs.request import MergeRequest
 from tests import architectures
 from tests.killing import FULL
@@ -191,6 +192,20 @@ def test_rows_that_fall_into_no_groups_stay_as_they_are(worker, tmp_path):
     assert "model.layers.0.mlp.up_proj.weight_packed" in found
     declared = json.loads((tmp_path / "release" / "config.json").read_text())["quantization_config"]
     assert "model.layers.0.mlp.down_proj" in declared["ignore"]
+
+
+def test_the_other_way_of_a_comparison_is_stored_in_the_form_too(worker, llama, tmp_path):
+    """What it says is what a release says that is made that way; as numbers it would look better than any."""
+    thresholds = {"max_mean_kl": 5, "min_top1_agreement": 0, "max_lost_share": 1, "min_survival": 0}
+    asked = {"parity": {**FULL, "thresholds": thresholds}}
+    both = release(worker, llama, tmp_path / "both", "int4_w4a16", compare=True, **asked)
+    alone = release(worker, llama, tmp_path / "alone", "int4_w4a16", base_quantization="nf4", **asked)
+    assert (both.failure, alone.failure) == (None, None)
+    alternative, made = (
+        ParityReport.model_validate_json((tmp_path / name / "parity.json").read_bytes()) for name in ("both", "alone")
+    )
+    assert alternative.alternative.base_quantization == "nf4"
+    assert alternative.alternative.behaviour == made.behaviour
 
 
 def test_every_word_of_a_request_is_tried_here():

@@ -28,6 +28,7 @@ from workers.merging.outcomes import MergedShards, Piece, Usage
 from workers.merging.pieces import pieces_of
 from workers.merging.plan import plan_merge
 from workers.merging.settings import WorkerSettings
+from workers.merging.storing import numbers_apart
 from workers.merging.tracker import Tracker
 from workers.numerics.device import resolve_device
 from workers.releases.sinks import Ticket
@@ -40,7 +41,7 @@ from workers.unit.recording import ShardRecorder
 from workers.unit.request_adapters import fetch_adapters
 from workers.unit.resuming import resume_all
 from workers.unit.sealing import seal, ship_sidecars
-from workers.unit.storing import numbers_apart, store
+from workers.unit.storing import store
 from workers.unit.uploading import uploading
 from workers.unit.verification import Verifier
 from workers.unit.vetting import vet_base
@@ -210,7 +211,7 @@ class Unit:
         """Merge and check all jobs, or the part of them that is in work; where that is nothing, nothing is read."""
         if not self._merging:
             return
-        with self._reading(), numbers_apart(self._merging, self._context) as in_form:
+        with self._reading(), numbers_apart(self._merging, self._context.scratch) as in_form:
             quantized = self._open_quantized()
             with self._module_weights(quantized) as weights:
                 check = ArithmeticCheck(self._base, quantized, self._context.device)
