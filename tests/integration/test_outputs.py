@@ -13,10 +13,13 @@ from jobs.output_form import OutputForm
 from jobs.parity_report import ParityReport
 from jobs.request import MergeRequest
 from tests import architectures
-from tests.killing import FULL
-from tests.merges import different, merge_by_peft, read_tensors
+from tests.contract.places import DirectoryPlace
+from tests.killing import FULL, assert_whole, files_below, killed, merged_again, requests_for
+from tests.merges import different, merge_by_peft, plan_requests, read_tensors
 from tests.models import build_llama, make_adapter
 from tests.stored.compressed import compress
+from workers.merging.pieces import pieces_of
+from workers.merging.plain_base import plain_release_bytes
 
 FORMS = {
     "fp8_dynamic": ("FP8_DYNAMIC", "float-quantized"),
@@ -206,6 +209,45 @@ def test_the_other_way_of_a_comparison_is_stored_in_the_form_too(worker, llama, 
     )
     assert alternative.alternative.base_quantization == "nf4"
     assert alternative.alternative.behaviour == made.behaviour
+
+
+def test_a_resumed_report_says_what_4_bits_changed(tmp_path):
+    base = build_llama(tmp_path / "base", max_shard_size="100KB", **SHAPE)
+    sources = base, make_adapter(base, tmp_path / "adapter", targets=["q_proj", "down_proj"], std=0.2)
+    fields = {"output": "fp8_dynamic", "base_quantization": "nf4"}
+    undisturbed, place = DirectoryPlace(tmp_path / "undisturbed"), DirectoryPlace(tmp_path / "home")
+    merged_again(undisturbed, requests_for(sources, [undisturbed.location], **fields))
+    requests = requests_for(sources, [place.location], **fields)
+    killed(place, requests, "record", after=3)
+    merged_again(place, requests)
+    report = ParityReport.model_validate_json((undisturbed.location.path / "parity.json").read_bytes())
+    assert all(check.quantization_error for check in report.tensors if check.requantization_error is not None)
+    assert_whole(place, files_below(undisturbed.location.path), tmp_path)
+
+
+def test_shards_that_take_from_one_base_tensor_are_one_piece(llama, tmp_path):
+    base, adapter = llama
+    fields = {"base": str(base), "adapter": str(adapter), "destination": str(tmp_path / "r")}
+    asked = [
+        MergeRequest(id="plain", base_quantization="none", **fields),
+        MergeRequest(id="form", base_quantization="none", output="int4_w4a16", max_shard_size="40KB", **fields),
+    ]
+    (piece,) = pieces_of(plan_requests(asked, tmp_path).plans)
+    assert len(piece.shards) > 2
+
+
+def test_a_disk_has_to_hold_a_release_that_is_run_as_numbers(tmp_path):
+    """Where transformers misreads the release alone, as with experts in NVFP4."""
+    base = architectures.build("decoder", "qwen3_moe", tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", targets=["q_proj"], rank=2)
+    fields = {"base": str(base), "adapter": str(adapter), "destination": str(tmp_path / "r")}
+    sizes = {}
+    for output in ("nvfp4a16", "fp8_dynamic"):
+        asked = MergeRequest(id=output, base_quantization="none", output=output, **fields)
+        (plan,) = plan_requests([asked], tmp_path / output).plans
+        sizes[output] = plain_release_bytes(plan)
+    weights = sum(tensor.nbytes for tensor in read_tensors(base).values())
+    assert sizes == {"nvfp4a16": weights, "fp8_dynamic": 0}
 
 
 def test_every_word_of_a_request_is_tried_here():
