@@ -9,8 +9,9 @@ from jobs.combination import Combination
 from jobs.errors import InvalidValueError
 from jobs.frozen import Frozen, Sha256, is_empty, is_none
 from jobs.locations import LocationField
+from jobs.output_form import OutputForm
 from jobs.parity_report import CombinedAdapter, ParitySummary
-from jobs.request import BaseQuantization, Dtype, OutputForm, QuantizationOptions
+from jobs.request import BaseQuantization, Dtype, QuantizationOptions
 
 MANIFEST_NAME = "manifest.json"
 REPORT_NAME = "parity.json"

@@ -10,7 +10,8 @@ from cluster.console.arguments import AsJson, Debug, LogFormat, Release, Request
 from cluster.console.terminal import terminal
 from jobs.errors import BadInputError
 from jobs.locations import Location, parse_location
-from jobs.request import BaseQuantization, Dtype, OutputForm
+from jobs.output_form import OutputForm
+from jobs.request import BaseQuantization, Dtype
 from workers.files.collector import loading
 
 commands = typer.Typer()

@@ -16,10 +16,11 @@ from cluster.console.terminal import Terminal
 from cluster.settings import load_settings, worker_settings
 from jobs.errors import BadInputError, FailureClass
 from jobs.locations import Location, parse_location
+from jobs.output_form import OutputForm
 from jobs.parity_policy import ParityPolicy
 from jobs.parity_report import ParityReport, Way
 from jobs.release import REPORT_NAME, Release
-from jobs.request import BaseQuantization, Dtype, MergeRequest, OutputForm
+from jobs.request import BaseQuantization, Dtype, MergeRequest
 from jobs.request_files.problems import expectation, mistakes
 from workers.files.collector import loading
 from workers.merging.outcomes import Failure, JobOutcome, Usage

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from jobs.request import OutputForm
+from jobs.output_form import OutputForm
 from jobs.request_files.documents import Node, Value, joined
 from jobs.request_files.problems import ProblemList, show
 
@@ -37,7 +37,7 @@ def siblings(node: Node, problems: ProblemList) -> tuple[Node, ...]:
     if not isinstance(asked.value, tuple) or not asked.value:
         problems.add(asked.line, asked.field, "a list with at least one entry", show(asked.value))
         return ()
-    words = [each for each in asked.value if _is_word(each, problems)]
+    words = [each for each in asked.value if _is_word(each, problems) and _fits(each, fields, problems)]
     return tuple(Node(fields | _own(fields, each), node.line, node.field) for each in words)
 
 
@@ -47,6 +47,17 @@ def _is_word(node: Node, problems: ProblemList) -> bool:
         return True
     problems.add(node.line, node.field, f"one of {', '.join(words)}", show(node.value))
     return False
+
+
+def _fits(word: Node, fields: dict[str, Node], problems: ProblemList) -> bool:
+    """Whether a word says nothing else than a field beside it."""
+    assert isinstance(word.value, str)
+    for name, value in _WORDS.get(word.value, {}).items():
+        given = fields.get(name)
+        if given is not None and given.value not in (None, value):
+            problems.add(given.line, given.field, f"{value}, or none, beside {FIELD} '{word.value}'", show(given.value))
+            return False
+    return True
 
 
 def _own(fields: dict[str, Node], word: Node) -> dict[str, Node]:

@@ -125,6 +125,18 @@ def test_what_ships_answers_as_base_and_adapter_do(worker, tmp_path, form):
         assert 0 < error < 0.05
 
 
+@pytest.mark.parametrize("form", ["fp8 in large blocks", "compressed-tensors int4 by group", "ModelOpt nvfp4"])
+def test_a_delta_of_nothing_leaves_the_base(worker, tmp_path, form):
+    """Its codes and scales stay; scales that change their dtype keep their values."""
+    base = EVERY[form](build_llama(tmp_path / "plain"), tmp_path / "base")
+    adapter = make_adapter(twin_of(base), tmp_path / "adapter", targets=["q_proj", "down_proj"], std=0)
+    outcome = release_as_base(worker, base, adapter, tmp_path / "release")
+    assert outcome.failure is None, outcome.failure
+    before, found = read_tensors(base), read_tensors(tmp_path / "release")
+    assert before.keys() == found.keys()
+    assert [name for name in before if not torch.equal(before[name].float(), found[name].float())] == []
+
+
 def test_a_delta_below_the_steps_of_the_form_fails_by_name(worker, sharded, tmp_path):
     base, _ = sharded
     faint = make_adapter(twin_of(base), tmp_path / "faint", targets=["v_proj"], rank=2, std=1e-3)

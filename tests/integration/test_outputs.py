@@ -9,12 +9,17 @@ from compressed_tensors.quantization import QuantizationScheme, preset_name_to_s
 from compressed_tensors.quantization.utils import generate_gparam
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from jobs.request import MergeRequest, OutputForm
+from jobs.output_form import OutputForm
+from jobs.parity_report import ParityReport
+from jobs.request import MergeRequest
 from tests import architectures
-from tests.killing import FULL
-from tests.merges import different, merge_by_peft, read_tensors
+from tests.contract.places import DirectoryPlace
+from tests.killing import FULL, assert_whole, files_below, killed, merged_again, requests_for
+from tests.merges import different, merge_by_peft, plan_requests, read_tensors
 from tests.models import build_llama, make_adapter
 from tests.stored.compressed import compress
+from workers.merging.pieces import pieces_of
+from workers.merging.plain_base import plain_release_bytes
 
 FORMS = {
     "fp8_dynamic": ("FP8_DYNAMIC", "float-quantized"),
@@ -128,7 +133,36 @@ def test_what_is_no_projection_stays_and_is_named(worker, llama, tmp_path):
     assert declared["quant_method"] == "compressed-tensors"
 
 
-@pytest.mark.parametrize(("model_type", "targets"), [("qwen3_moe", ["q_proj"]), ("deepseek_v3", ["q_a_proj"])])
+HEADS_AND_TOWERS = {
+    "a tied head": ("decoder", "bloom", ["query_key_value"]),
+    "a tower that files name otherwise": ("vision-language", "gemma3", r".*language_model.*q_proj"),
+    "a head inside the language model": ("vision-language", "kosmos-2", r"text_model.*q_proj"),
+    "a model that is its own decoder": ("decoder", "mllama", ["q_proj"]),
+}
+
+
+@pytest.mark.parametrize("of", HEADS_AND_TOWERS)
+def test_transformers_misses_no_scale_of_what_is_stored_as_numbers(worker, tmp_path, of):
+    """Left in its form, as servers run it: what it takes for quantized is what has codes."""
+    kind, model_type, targets = HEADS_AND_TOWERS[of]
+    base = architectures.build(kind, model_type, tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", targets=targets, rank=2)
+    outcome = release(worker, (base, adapter), tmp_path / "release", "fp8_dynamic")
+    assert outcome.failure is None, outcome.failure
+    model, info = architectures.class_of(kind, model_type).from_pretrained(
+        tmp_path / "release", output_loading_info=True
+    )
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    quantized = {name for name, module in model.named_modules() if getattr(module, "quantization_scheme", None)}
+    assert quantized
+    assert not [name for name in quantized if "vision" in name or "head" in name]
+    found = read_tensors(tmp_path / "release")
+    assert len(quantized) == len([name for name in found if name.endswith(".weight_scale")])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "targets"), [("qwen3_moe", ["q_proj"]), ("deepseek_v3", ["q_a_proj"]), ("qwen2_moe", ["q_proj"])]
+)
 def test_single_experts_are_stored_and_routers_are_not(worker, tmp_path, model_type, targets):
     base = architectures.build("decoder", model_type, tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "adapter", targets=targets, rank=2)
@@ -138,7 +172,7 @@ def test_single_experts_are_stored_and_routers_are_not(worker, tmp_path, model_t
     experts = [name for name in found if ".experts." in name and name.endswith("proj.weight")]
     assert experts
     assert {found[name].dtype for name in experts} == {torch.float8_e4m3fn}
-    routers = [name for name in found if name.endswith("mlp.gate.weight")]
+    routers = [name for name in found if name.endswith(("mlp.gate.weight", "mlp.shared_expert_gate.weight"))]
     assert routers
     assert {found[name].dtype for name in routers} <= {torch.bfloat16, torch.float32}
     declared = json.loads((tmp_path / "release" / "config.json").read_text())["quantization_config"]
@@ -161,6 +195,59 @@ def test_rows_that_fall_into_no_groups_stay_as_they_are(worker, tmp_path):
     assert "model.layers.0.mlp.up_proj.weight_packed" in found
     declared = json.loads((tmp_path / "release" / "config.json").read_text())["quantization_config"]
     assert "model.layers.0.mlp.down_proj" in declared["ignore"]
+
+
+def test_the_other_way_of_a_comparison_is_stored_in_the_form_too(worker, llama, tmp_path):
+    """What it says is what a release says that is made that way; as numbers it would look better than any."""
+    thresholds = {"max_mean_kl": 5, "min_top1_agreement": 0, "max_lost_share": 1, "min_survival": 0}
+    asked = {"parity": {**FULL, "thresholds": thresholds}}
+    both = release(worker, llama, tmp_path / "both", "int4_w4a16", compare=True, **asked)
+    alone = release(worker, llama, tmp_path / "alone", "int4_w4a16", base_quantization="nf4", **asked)
+    assert (both.failure, alone.failure) == (None, None)
+    alternative, made = (
+        ParityReport.model_validate_json((tmp_path / name / "parity.json").read_bytes()) for name in ("both", "alone")
+    )
+    assert alternative.alternative.base_quantization == "nf4"
+    assert alternative.alternative.behaviour == made.behaviour
+
+
+def test_a_resumed_report_says_what_4_bits_changed(tmp_path):
+    base = build_llama(tmp_path / "base", max_shard_size="100KB", **SHAPE)
+    sources = base, make_adapter(base, tmp_path / "adapter", targets=["q_proj", "down_proj"], std=0.2)
+    fields = {"output": "fp8_dynamic", "base_quantization": "nf4"}
+    undisturbed, place = DirectoryPlace(tmp_path / "undisturbed"), DirectoryPlace(tmp_path / "home")
+    merged_again(undisturbed, requests_for(sources, [undisturbed.location], **fields))
+    requests = requests_for(sources, [place.location], **fields)
+    killed(place, requests, "record", after=3)
+    merged_again(place, requests)
+    report = ParityReport.model_validate_json((undisturbed.location.path / "parity.json").read_bytes())
+    assert all(check.quantization_error for check in report.tensors if check.requantization_error is not None)
+    assert_whole(place, files_below(undisturbed.location.path), tmp_path)
+
+
+def test_shards_that_take_from_one_base_tensor_are_one_piece(llama, tmp_path):
+    base, adapter = llama
+    fields = {"base": str(base), "adapter": str(adapter), "destination": str(tmp_path / "r")}
+    asked = [
+        MergeRequest(id="plain", base_quantization="none", **fields),
+        MergeRequest(id="form", base_quantization="none", output="int4_w4a16", max_shard_size="40KB", **fields),
+    ]
+    (piece,) = pieces_of(plan_requests(asked, tmp_path).plans)
+    assert len(piece.shards) > 2
+
+
+def test_a_disk_has_to_hold_a_release_that_is_run_as_numbers(tmp_path):
+    """Where transformers misreads the release alone, as with experts in NVFP4."""
+    base = architectures.build("decoder", "qwen3_moe", tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", targets=["q_proj"], rank=2)
+    fields = {"base": str(base), "adapter": str(adapter), "destination": str(tmp_path / "r")}
+    sizes = {}
+    for output in ("nvfp4a16", "fp8_dynamic"):
+        asked = MergeRequest(id=output, base_quantization="none", output=output, **fields)
+        (plan,) = plan_requests([asked], tmp_path / output).plans
+        sizes[output] = plain_release_bytes(plan)
+    weights = sum(tensor.nbytes for tensor in read_tensors(base).values())
+    assert sizes == {"nvfp4a16": weights, "fp8_dynamic": 0}
 
 
 def test_every_word_of_a_request_is_tried_here():

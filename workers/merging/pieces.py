@@ -28,7 +28,8 @@ def pieces_of(plans: Sequence[MergePlan]) -> tuple[Piece, ...]:
         for shard in plan.output.shards:
             shards.join([shard.name])
             sizes[shard.name] += shard.num_bytes
-        for name, (shard, _) in plan.output.tensors.items():
+        # A release in a form has parts of a weight where another job has the weight.
+        for name, (shard, _) in {**plan.merged.tensors, **plan.output.tensors}.items():
             holders[name].append(shard.name)
         for outputs in _made_at_once(plan):
             shards.join(plan.merged.tensors[output][0].name for output in outputs)

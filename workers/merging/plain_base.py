@@ -27,6 +27,19 @@ def plain_layout(base: BasePlan) -> CheckpointLayout:
     return lay_out_as_stored(base, _tensors(base))
 
 
+def is_misread(plan: MergePlan) -> bool:
+    """Whether transformers does not read what a release is stored in: it is run as numbers."""
+    if plan.storage is None:
+        return False
+    specs = {name: spec for name, (_, spec) in plan.output.tensors.items()}
+    return plan.storage.form.misread(specs, config_dtype(plan.base.source.directory)) is not None
+
+
+def plain_release_bytes(plan: MergePlan) -> int:
+    """Return what a release takes of a disk, written as numbers to be run; 0 where it is run as it is."""
+    return sum(tensor.num_bytes for tensor in plan.tensors) if is_misread(plan) else 0
+
+
 def write_plain_release(plan: MergePlan, directory: Path, target: Path, *, device: torch.device) -> None:
     """Write a release in a form as a checkpoint of numbers; see `write_plain_base`.
 

@@ -17,7 +17,6 @@ from jobs.text import MAX_MESSAGE, shown
 from workers.adapters.adapter import Adapter, LoraDelta, open_adapter
 from workers.adapters.expert_files import add_to_files
 from workers.adapters.fitting import fit
-from workers.adapters.methods import UNSTABLE
 from workers.adapters.plain_lora import plan_lora
 from workers.bases.forms import StoredParts
 from workers.bases.model import TORCH_DTYPES
@@ -28,6 +27,7 @@ from workers.merging.output import OutputTensor
 from workers.merging.output_layout import output_tensors
 from workers.merging.storage import Storage
 from workers.merging.stored_layouts import layouts
+from workers.merging.wishes import check_wishes
 from workers.releases.base_card import BaseCard, read_base_card
 from workers.releases.notes import find_notes
 from workers.releases.shipment import Shipment, plan_shipment
@@ -214,29 +214,7 @@ def plan_merge(
         base.skeleton,
     )
     opened = add_to_files(opened, base.conversions, base.linear)
-    if opened.method in UNSTABLE and not request.accept_unstable:
-        raise UnsupportedError(
-            f"{adapter.directory}: peft_type {opened.method!r}: {UNSTABLE[opened.method]}; it computes "
-            "something else on another machine. Train anew by another method, or request accept_unstable: true for the "
-            "weights that it gives on the worker"
-        )
-    if request.parity.level == "full" and not base.answers_prompts:
-        raise UnsupportedError(
-            f"{base.source.directory}: its model does not continue text, so parity level full cannot ask "
-            "it anything; request parity level: arithmetic, which compares every tensor"
-        )
-    if request.parity.level == "full" and opened.head is not None:
-        raise UnsupportedError(
-            f"{adapter.directory}: with the head that it brings, the release is a {opened.head.class_name}, which does "
-            "not continue text, so parity level full cannot ask it anything; request parity level: arithmetic, which "
-            "compares every tensor"
-        )
-    if request.compare and base.form is not None:
-        raise UnsupportedError(
-            f"{base.source.directory}: the base is stored in {base.form.words} and has no other weights to compare "
-            "with; leave out "
-            "compare, or name the 16-bit base"
-        )
+    check_wishes(base, request, opened)
     coverage = base.coverage(opened)
     apart = bool(coverage.untied or base.apart)
     if apart and base.tied_by_flag:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from jobs.output_form import OutputForm
 from jobs.release import Artifact
-from jobs.request import OutputForm
 from workers.adapters.heads import Head
 from workers.bases.declarations import DECLARING_FILES, without_declarations
 from workers.files.checkpoint import read_json

@@ -6,10 +6,11 @@ from typing import Any, Protocol
 
 import torch
 
-from workers.bases.forms import PartLayout, QuantizingForm, StoredForm, StoredParts
+from workers.bases.forms import PartLayout, QuantizingForm, StoredForm, StoredParts, StoredWeight
 from workers.bases.forms.compressed.output import CompressedOutput
 from workers.files.tensor_io import mapped
 from workers.merging.base_plan import BasePlan
+from workers.numerics.tiles import TILE_ELEMENTS, Tiling
 
 _WEIGHT = ".weight"
 _FUSED = (
@@ -77,10 +78,11 @@ class BasesOwn:
         return (name,)
 
     def quantize(self, name: str, read: Callable[[str], torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """Quantize a weight again; see `Storage`."""
+        """Quantize a weight again; see `Storage`. One that an adapter adds nothing to keeps its codes and scales."""
         assert isinstance(self.form, QuantizingForm)
-        parts = self.base.in_form[name]
-        found = self.form.quantize(name, parts, self.before(name), read(name))
+        parts, before, weight = self.base.in_form[name], self.before(name), read(name)
+        was = self.form.restore(name, parts, before, weight.dtype, transposed=False)
+        found = before if _is_same(weight, was) else self.form.quantize(name, parts, before, weight)
         made = ((stored, *self.layout[stored]) for stored in parts.names)
         return {stored: found[stored].to(dtype).reshape(shape) for stored, dtype, shape in made}
 
@@ -88,6 +90,15 @@ class BasesOwn:
         """Return what the base stores a weight as: views of mapped files."""
         directory, places = self.base.source.directory, self.base.layout.tensors
         return {each: mapped(directory / places[each][0].name, each) for each in self.base.in_form[name].names}
+
+
+def _is_same(weight: torch.Tensor, stored: StoredWeight) -> bool:
+    """Whether a weight has the values that a stored one stands for; the first tile tells, where it has not."""
+    return all(
+        torch.equal(tile, weight.view(-1, tile.shape[1])[rows])
+        for rows in Tiling.of(stored.shape, stored.row_alignment, TILE_ELEMENTS["cpu"]).rows
+        for tile in [stored.dequantize_rows(rows.start, rows.stop)]
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

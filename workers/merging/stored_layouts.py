@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from jobs.errors import UnsupportedError
-from jobs.request import MergeRequest, OutputForm
+from jobs.output_form import OutputForm
+from jobs.request import MergeRequest
 from workers.bases.forms import PartLayout, QuantizingForm, StoredParts
 from workers.bases.forms.compressed.output import CompressedOutput
 from workers.bases.model import TORCH_DTYPES, config_dtype
@@ -18,6 +19,8 @@ from workers.merging.storage import BasesOwn, Given, Storage
 
 _WEIGHT = ".weight"
 _EXPERTS = ".experts."
+_ROUTERS = frozenset({"gate", "router", "modality_router", "shared_expert_gate"})
+"""What modules are called that weigh experts, or what these are in: servers have those as numbers alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +130,7 @@ def _in_form(
         )
     if not taken:
         raise UnsupportedError(
-            f"{place}: no linear weight of its text model has rows that {output.words} takes; request output: 16bit"
+            f"{place}: its text model has no torch.nn.Linear whose rows {output.words} takes; request output: 16bit"
         )
     for tensor in taken.values():
         if tensor.dtype != dtype:
@@ -142,8 +145,7 @@ def _in_form(
             of_form = parts[spec.name][1] if spec.name in parts else {spec.name: (spec.dtype, spec.shape)}
             entries += [(name, *each) for name, each in of_form.items()]
         shards.append(lay_out_shard(shard.name, entries, stated=stated_of(base)))
-    matrices = (tensor.name for tensor in tensors if len(tensor.shape) == 2 and tensor.name.endswith(_WEIGHT))
-    ignored = [name.removesuffix(_WEIGHT) for name in matrices if name not in taken and name != base.embedding]
+    ignored = _ignored(base, tensors, taken)
     in_form = {name: found for name, (found, _) in parts.items()}
     storage = Given(
         output=output,
@@ -167,9 +169,28 @@ def _linear_weights(base: BasePlan) -> frozenset[str]:
             "request output: 16bit"
         )
     decoder = model.get_decoder()
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    names = {f"{prefix}.{name}.weight" for name, module in decoder.named_modules() if type(module) is nn.Linear}
+    # Of some models that is a whole language model, with its head.
+    inside = {*decoder.modules()} - {each.get_output_embeddings() for each in (model, decoder)}
+    names = {
+        f"{name}{_WEIGHT}"
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module in inside and not _ROUTERS.intersection(name.split("."))
+    }
     conversions = base.conversions
     single = {conversions.stored_names[name] for name in names if name in conversions.stored_names}
     experts = {stored for group in conversions.groups for stored in group.stored if _EXPERTS in stored}
     return frozenset(single | {name for name in experts if name.endswith(_WEIGHT)})
+
+
+def _ignored(base: BasePlan, tensors: Sequence[OutputTensor], taken: Collection[str]) -> list[str]:
+    """Return the modules with a matrix for weight that is stored as numbers, by all of their names.
+
+    Files and model may name one differently, or have no file name for it, as for a head that is tied; servers go by the
+    names in files, transformers by those in the model, and would make random scales for what it takes to be in codes.
+    """
+    matrices = (tensor.name for tensor in tensors if len(tensor.shape) == 2 and tensor.name.endswith(_WEIGHT))
+    stored = [name.removesuffix(_WEIGHT) for name in matrices if name not in taken and name != base.embedding]
+    names = base.conversions.stored_names
+    linear = (name for name, module in base.skeleton().named_modules() if isinstance(module, nn.Linear))
+    in_model = [name for name in linear if names.get(f"{name}{_WEIGHT}") not in taken]
+    return list(dict.fromkeys((*stored, *in_model)))

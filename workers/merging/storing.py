@@ -5,6 +5,7 @@ tensor is the base's, or merged, or a part of a weight that the form's library h
 MiB, and for each thread one weight with its codes.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 from workers.files.layout import ShardLayout, TensorSpec
+from workers.files.scratch import OwnedDirectory
 from workers.files.shard import Conveyor
 from workers.files.tensor_io import mapped, opened, read_into
 from workers.files.writer import CheckpointWriter
@@ -23,6 +25,21 @@ from workers.merging.plan import MergePlan
 from workers.numerics.tiles import single_threads
 
 _PIECE_BYTES = 4 << 20
+
+
+@contextlib.contextmanager
+def numbers_apart(jobs: Sequence[Job], scratch: Path) -> Iterator[list[Job]]:
+    """Give jobs whose releases are stored in a form a place for merged numbers; hand out those jobs."""
+    stored = [job for job in jobs if job.in_work.storage]
+    try:
+        for job in stored:
+            job.apart = OwnedDirectory.make(scratch, "merged-")
+        yield stored
+    finally:
+        for job in stored:
+            if job.apart is not None:
+                job.apart.leave()
+                job.apart = None
 
 
 def store_in_form(base: BasePlan, jobs: Sequence[Job], context: Context) -> tuple[int, int]:
@@ -41,6 +58,8 @@ def store_in_form(base: BasePlan, jobs: Sequence[Job], context: Context) -> tupl
     Raises:
         NotFoundError, BadInputError, TransientIOError: the base itself cannot be read.
     """
+    if not jobs:
+        return 0, 0
     conveyor = Conveyor.of_threads(context.num_threads)
     writers = {
         job.id: CheckpointWriter(job.directory, job.in_work.output, conveyor, direct=False, on_file=job.ship)

@@ -12,12 +12,12 @@ import torch
 from peft import PeftModel
 
 from jobs.errors import BadInputError, CancelledError, MergefleetError, NoCapacityError
-from jobs.request import MergeRequest, OutputForm
+from jobs.output_form import OutputForm
+from jobs.request import MergeRequest
 from workers.adapters.adapter import Adapter
-from workers.bases.model import config_dtype
 from workers.files.memory import release_memory
 from workers.merging.job import Job
-from workers.merging.plain_base import write_plain_release
+from workers.merging.plain_base import is_misread, write_plain_release
 from workers.parity.answers import Answers
 from workers.parity.divergence import Divergence, compare_logits
 from workers.parity.foreign_models import model_of
@@ -53,17 +53,13 @@ class Subject:
             device: where what is stored in a form is dequantized.
         """
         plan = job.plan
-        is_misread = False
-        if plan.storage is not None:
-            specs = {name: spec for name, (_, spec) in plan.output.tensors.items()}
-            is_misread = plan.storage.form.misread(specs, config_dtype(plan.base.source.directory)) is not None
         return cls(
             request=job.request,
             merged=job.directory,
             adapter=plan.opened,
             streamed=not (plan.by_peft or plan.opened.deltas),
             write_plain=functools.partial(write_plain_release, plan, job.directory, device=device)
-            if is_misread
+            if is_misread(plan)
             else None,
         )
 

@@ -21,6 +21,7 @@ from workers.merging.merge import run_pass
 from workers.merging.module_weights import module_weights
 from workers.merging.plan import plan_merge
 from workers.merging.sidecars import write_sidecars
+from workers.merging.storing import numbers_apart, store_in_form
 from workers.parity.asking import Subject
 from workers.parity.behaviour import check_behaviour
 from workers.parity.references import references
@@ -110,8 +111,10 @@ def _merge(jobs: Sequence[Job], room: Path, context: Context) -> list[Job]:
     if base.quantization is not None:
         quantized = context.cache.open(base.quantization, check_all)
         quantized.hold(whole=False)  # each weight is used once
-    with module_weights(base, quantized, [other.plan for other in planned], context.scratch, check_all) as weights:
-        run_pass(base, quantized, weights, planned, context, check=None)
+    with numbers_apart(planned, context.scratch) as in_form:
+        with module_weights(base, quantized, [other.plan for other in planned], context.scratch, check_all) as weights:
+            run_pass(base, quantized, weights, planned, context, check=None)
+        store_in_form(base, [other for other in in_form if other.running], context)
     for other in planned:
         if other.running:
             with _of_one(other):

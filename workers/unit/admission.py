@@ -11,7 +11,7 @@ from workers.merging.base_plan import BasePlan
 from workers.merging.context import Context
 from workers.merging.failures import own_failure
 from workers.merging.job import Job
-from workers.merging.plain_base import plain_layout
+from workers.merging.plain_base import plain_layout, plain_release_bytes
 from workers.merging.plan import MergePlan
 from workers.unit.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
 from workers.unit.room import Disks, Room, Uplink
@@ -26,23 +26,23 @@ def admit_to_disks(jobs: Sequence[Job], base: BasePlan, scratch: Path) -> None:
     Args:
         jobs: their stagings are open, and what a dead attempt has finished lies there.
         base: of all of them.
-        scratch: where the base is written as numbers, where it has to be.
+        scratch: where base and releases are written as numbers, where they have to be.
     """
     disks = Disks()
     plain_bytes = plain_layout(base).num_bytes if base.misread is not None else 0
-    plain_release_bytes = plain_bytes
+    largest_release = 0
     for job in jobs:
-        beside = of_all = of_releases = 0
+        beside = of_all = of_release = 0
         if job.request.parity.level == "full":
-            of_all, of_releases = plain_bytes, plain_release_bytes if job.plan.storage else 0
-            beside = of_all + of_releases
+            of_all, of_release = plain_bytes, plain_release_bytes(job.plan)
+            beside = of_all + max(of_release - largest_release, 0)
         if job.plan.storage:
             beside += job.in_work.merged.num_bytes
         with own_failure(job), file_errors(f"looking at {job.directory}", job.directory):
             disks.take(job.directory, job.in_work.output.total_size, scratch, beside)
             # One is enough for all: the base stays, and of releases there is one at a time.
             plain_bytes -= of_all
-            plain_release_bytes -= of_releases
+            largest_release = max(largest_release, of_release)
 
 
 def admit_to_uplink(jobs: Sequence[Job], bytes_per_second: float | None) -> None:

@@ -76,7 +76,7 @@ class ShardRecorder:
         """Leave a record; without one the shard is merged anew, should this attempt die."""
         job, plan = self._job, self._job.plan
         checks = tuple(
-            check.model_copy(update={"quantization_error": self._errors.get(name)})
+            check.model_copy(update={"quantization_error": self._errors.get(name, check.quantization_error)})
             for name, check in self._checks[artifact.path].items()
         )
         if not job.running or failures(checks, job.request.parity.thresholds.max_rounding_excess):

@@ -1,10 +1,8 @@
-"""Jobs whose releases are stored in a form: numbers merged apart, then quantized, checked, and shipped."""
+"""Jobs whose releases are stored in a form: merged numbers are quantized, checked, and shipped."""
 
-import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from workers.files.scratch import OwnedDirectory
 from workers.merging.base_plan import BasePlan
 from workers.merging.checks.arithmetic import ArithmeticCheck
 from workers.merging.checks.stored_checks import check_stored
@@ -15,21 +13,6 @@ from workers.merging.made_with import origin_of
 from workers.merging.storing import store_in_form
 from workers.parity.verdict import wrong_headers
 from workers.unit.recording import ShardRecorder
-
-
-@contextlib.contextmanager
-def numbers_apart(jobs: Sequence[Job], context: Context) -> Iterator[list[Job]]:
-    """Give jobs whose releases are stored in a form a place for merged numbers; hand out those jobs."""
-    stored = [job for job in jobs if job.in_work.storage]
-    try:
-        for job in stored:
-            job.apart = OwnedDirectory.make(context.scratch, "merged-")
-        yield stored
-    finally:
-        for job in stored:
-            if job.apart is not None:
-                job.apart.leave()
-                job.apart = None
 
 
 def store(base: BasePlan, jobs: Sequence[Job], context: Context, weights: ArithmeticCheck) -> tuple[int, int]:

@@ -6,7 +6,6 @@ A job that fails fails alone; what the jobs share (the base) fails them all.
 import contextlib
 import functools
 import os
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
@@ -16,7 +15,7 @@ from workers.bases.quantized_base import QuantizedBase
 from workers.bases.quantized_cache import QuantizedCache
 from workers.bases.resident_bases import ResidentBases
 from workers.files.local import file_errors
-from workers.files.memory import give_back, hold_little
+from workers.files.memory import hold_little
 from workers.merging.base_plan import BasePlan, PlannedBases
 from workers.merging.checks.arithmetic import ArithmeticCheck
 from workers.merging.context import Context
@@ -29,18 +28,20 @@ from workers.merging.outcomes import MergedShards, Piece, Usage
 from workers.merging.pieces import pieces_of
 from workers.merging.plan import plan_merge
 from workers.merging.settings import WorkerSettings
+from workers.merging.storing import numbers_apart
 from workers.merging.tracker import Tracker
 from workers.numerics.device import resolve_device
 from workers.releases.sinks import Ticket
 from workers.sources.fetch import fetch_base
 from workers.unit.admission import Admission, admit_to_disks, admit_to_uplink
+from workers.unit.base_weights import open_weights
 from workers.unit.destinations import join_destination, open_destination
 from workers.unit.leftovers import make_room, sweep_scratch
 from workers.unit.recording import ShardRecorder
 from workers.unit.request_adapters import fetch_adapters
 from workers.unit.resuming import resume_all
 from workers.unit.sealing import seal, ship_sidecars
-from workers.unit.storing import numbers_apart, store
+from workers.unit.storing import store
 from workers.unit.uploading import uploading
 from workers.unit.verification import Verifier
 from workers.unit.vetting import vet_base
@@ -210,7 +211,7 @@ class Unit:
         """Merge and check all jobs, or the part of them that is in work; where that is nothing, nothing is read."""
         if not self._merging:
             return
-        with self._reading(), numbers_apart(self._merging, self._context) as in_form:
+        with self._reading(), numbers_apart(self._merging, self._context.scratch) as in_form:
             quantized = self._open_quantized()
             with self._module_weights(quantized) as weights:
                 check = ArithmeticCheck(self._base, quantized, self._context.device)
@@ -220,33 +221,17 @@ class Unit:
 
     def _open_quantized(self) -> QuantizedBase | None:
         room = self._admission.make_room(self._merging)  # others may have been here since this pass was admitted
-        quantized = self._open_mapped()
+        quantized = open_weights(
+            self._base,
+            self._pass_key,
+            self._merging,
+            self._residents,
+            self._context,
+            on_read=functools.partial(self._count, num_written=0),
+        )
         if quantized is not None:
             quantized.hold(whole=self._admission.fits(self._merging, room))
         return quantized
-
-    def _open_mapped(self) -> QuantizedBase | None:
-        base, task = self._base, self._base.quantization
-        if base.form is not None:
-            return base.stored_weights(self._context.device)
-        if task is None:
-            return None
-        ids = [job.id for job in self._merging]
-        self.tracker.enter("quantize", ids)
-        lock = threading.Lock()
-
-        def on_bytes(num_bytes: int) -> None:
-            self.tracker.check_all(ids)
-            with lock:
-                self._bytes_read += num_bytes
-
-        with self.tracker.timed("quantize"):
-            cache, device = self._context.cache, self._context.device
-            quantized = self._residents.get(self._pass_key, task.key(device), functools.partial(cache.empty, task))
-            wanted = frozenset[str]().union(*(job.in_work.base_names for job in self._merging))
-            cache.prepare(quantized, task, wanted, on_bytes)
-            give_back()
-            return quantized
 
     @contextlib.contextmanager
     def _module_weights(self, quantized: QuantizedBase | None) -> Iterator[ModuleWeights | None]:

@@ -71,6 +71,7 @@ def test_in_json_lines_and_csv(tmp_path):
         ({"outputs": "mxfp4"}, "outputs: expected a list"),
         ({"outputs": ["mxfp4"], "output": "mxfp4"}, "expected either output or outputs, found both"),
         ({"outputs": ["as_base"], "dtype": "float16"}, "no dtype beside as_base"),
+        ({"outputs": ["bf16"], "dtype": "float16"}, "dtype: expected bfloat16, or none, beside outputs 'bf16'"),
     ],
 )
 def test_mistakes_are_told_by_field(tmp_path, fields, message):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStrategy, preset_name_to_scheme
 
-from jobs.request import OutputForm
+from jobs.output_form import OutputForm
 from workers.bases.forms import PartLayout, StoredParts
 from workers.bases.forms.compressed.compressing import compress, global_scale
 from workers.bases.forms.compressed.form import CompressedTensors
@@ -46,7 +46,7 @@ class CompressedOutput:
 
     def takes(self, shape: tuple[int, ...]) -> bool:
         """Whether a weight can be stored in it: a matrix whose rows fall into whole groups."""
-        return len(shape) == 2 and shape[0] > 0 and shape[1] % (self.group.group_size or 1) == 0
+        return len(shape) == 2 and 0 not in shape and shape[1] % (self.group.group_size or 1) == 0
 
     def parts(self, name: str, shape: tuple[int, ...]) -> tuple[StoredParts, Mapping[str, PartLayout]]:
         """Return what a weight is stored as.

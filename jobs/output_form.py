@@ -1,0 +1,24 @@
+"""What the weights of a release are stored in: the words of `output` in a request."""
+
+from enum import StrEnum
+
+
+class OutputForm(StrEnum):
+    """What the weights of a release are stored in."""
+
+    PLAIN = "16bit"
+    """Numbers: those of a base in a stored form are dequantized."""
+    AS_BASE = "as_base"
+    """The base's own form: what no adapter changes keeps its stored bytes, and the rest is quantized again."""
+    FP8_DYNAMIC = "fp8_dynamic"
+    """This and the rest: schemes of compressed-tensors, which need no data. FP8 with a scale for each row."""
+    FP8_BLOCK = "fp8_block"
+    """FP8 with a scale for each block of 128 x 128."""
+    INT8_W8A16 = "int8_w8a16"
+    """8-bit integers in groups of 128."""
+    INT4_W4A16 = "int4_w4a16"
+    """4-bit integers in groups of 128."""
+    MXFP4 = "mxfp4"
+    """4-bit floats in groups of 32, with a power of two for each."""
+    NVFP4A16 = "nvfp4a16"
+    """4-bit floats in groups of 16, with an FP8 scale for each and one of all."""
