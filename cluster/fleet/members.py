@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 _FIRST_PAUSE_SECONDS = 1.0
 _MAX_PAUSE_SECONDS = 300.0
 """Between two attempts to fill a place whose workers do not start, or whose GPU fails; doubles with each of them."""
+_LOADING_SECONDS = 30.0
+"""After which an actor that is not ready may wait for room in the cluster, and nobody waits for it."""
 _SLOW_START_SECONDS = 60.0
 _MAX_REASON = 600
 
@@ -63,6 +65,10 @@ class Member:
     def at_work(self) -> bool:
         """Whether it has a call that is work."""
         return any(call.is_work for call in self.calls.values())
+
+    def loads(self, now: float) -> bool:
+        """Whether an actor in it has begun lately and is not ready."""
+        return self.actor is not None and not self.ready and now - self.created_at < _LOADING_SECONDS
 
     def take(self, actor: Actor, now: float) -> None:
         """Have an actor in this place that has yet to say that it is ready."""

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_PINGS_PER_SECOND = 10.0
 """Of the whole fleet: what a driver does about each answer must leave it time for its work."""
-_SPARE_SECONDS = 30.0
+_SPARE_SECONDS = 5.0
 """After which a spare is started: what there is to do begins before."""
 _MAX_FAILED_STARTS = 3
 """In a row, of every place of the fleet: then there is no fleet."""
@@ -171,10 +171,18 @@ class WorkerPool:
                 continue
             if member in spares and not all(each.ready for each in self._places):
                 continue
+            if not self._may_start(member.crew, now):
+                continue
             actor = self._actors.start(member.name, member.crew, avoid)
             if actor is not None:
                 member.take(actor, now)
                 self._call(member.name, "ready", task_name="ready")
+
+    def _may_start(self, crew: Crew, now: float) -> bool:
+        """Whether one more may load: of those that nobody waits for one at a time, as two would share the cores."""
+        of_crew = [member for member in self._members.values() if member.crew == crew]
+        num_missing = crew.num_workers - sum(member.on_duty for member in of_crew)
+        return sum(member.loads(now) for member in of_crew) < max(1, num_missing)
 
     def _call(
         self,

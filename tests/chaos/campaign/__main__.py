@@ -52,6 +52,7 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=105)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2, help="of all drivers; Postgres has two drivers")
+    parser.add_argument("--pace", type=float, default=0.0, help="seconds between two faults beside what is drawn")
     parser.add_argument("--only", help="only faults whose name matches this expression")
     parser.add_argument("--keep", action="store_true", help="keep the directory of the campaign")
     arguments = parser.parse_args()
@@ -101,7 +102,7 @@ def _run(arguments: argparse.Namespace, directory: Path, say: Callable[[str], No
         try:
             world.feed(6)
             fleet.start()
-            _inject(world, faults)
+            _inject(world, faults, arguments.pace)
             _recover(world)
         finally:
             world.settle_spans()
@@ -119,7 +120,7 @@ def _run(arguments: argparse.Namespace, directory: Path, say: Callable[[str], No
         return 1 if problems else 0
 
 
-def _inject(world: World, faults: list[tuple[str, Inject]]) -> None:
+def _inject(world: World, faults: list[tuple[str, Inject]], pace: float) -> None:
     """Inject faults, one after the other; one that another fault is in the way of comes again later."""
     waiting = deque((name, inject, 0) for name, inject in faults)
     number = 0
@@ -141,7 +142,7 @@ def _inject(world: World, faults: list[tuple[str, Inject]]) -> None:
             tally.why = why
         to_do = sum(row.state not in ("PUBLISHED", "CANCELLED") for row in world.sight.jobs())
         world.say(f"{number}/{len(faults)} {name}{'' if why is None else f': skipped, {why}'}; {to_do} jobs to do")
-        time.sleep(world.rng.uniform(0.5, 3.0))
+        time.sleep(pace + world.rng.uniform(0.5, 3.0))
 
 
 def _recover(world: World) -> None:
