@@ -6,7 +6,7 @@ measured on what the shipped parts stand for.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,9 +19,11 @@ from workers.merging.checks.tally import finite
 from workers.merging.plan import MergePlan
 from workers.merging.storing import base_bytes_of, numbers_of
 from workers.numerics.rounding import BITS
-from workers.numerics.tiles import TILE_ELEMENTS, Tiling, single_threads
+from workers.numerics.tiles import TILE_ELEMENTS, Tiling, rows_per_tile, single_threads
 
 _PIECE_BYTES = 4 << 20
+_STRIP_ELEMENTS = 1 << 15
+"""Of a weight, in float64 at once: they stay in a core's cache."""
 
 
 def check_stored(
@@ -136,12 +138,17 @@ class _Check:
         lost = kept = delta = 0.0
         for rows in Tiling.of(ships.shape, alignment, TILE_ELEMENTS["cpu"]).rows:
             tile = ships.dequantize_rows(rows.start, rows.stop)
-            is_, is_to_be = tile.double(), merged.view(-1, tile.shape[1])[rows].double()
-            lost += float((is_ - is_to_be).square().sum())
-            if was is not None:
-                before = self._weights.weight(was, rows).double()
-                kept += float(((is_ - before) * (is_to_be - before)).sum())
-                delta += float((is_to_be - before).square().sum())
+            is_to_be = merged.view(-1, tile.shape[1])[rows]
+            before = None if was is None else self._weights.weight(was, rows)
+            for part in _strips(*tile.shape):
+                wanted = is_to_be[part].double().view(-1)
+                error = tile[part].double().view(-1).sub_(wanted)
+                lost += float(error.dot(error))
+                if before is not None:
+                    added = wanted.sub_(before[part].double().view(-1))
+                    delta += float(added.dot(added))
+                    kept += float(added.dot(error))  # shipped - W is what was added and the error
+        kept += delta
         return {
             "requantization_error": math.sqrt(finite(lost)),
             "survival": kept / delta if delta > 0 and math.isfinite(kept) else None,
@@ -166,6 +173,11 @@ class _Check:
                     pieces.append(piece)
                 num_different += _num_different(*pieces)
         return num_different
+
+
+def _strips(num_rows: int, num_columns: int) -> Iterator[slice]:
+    step = rows_per_tile(num_rows, num_columns, 1, _STRIP_ELEMENTS)
+    yield from (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
 
 def _num_different(one: torch.Tensor, other: torch.Tensor) -> int:
