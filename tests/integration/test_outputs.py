@@ -13,11 +13,12 @@ from jobs.output_form import OutputForm
 from jobs.parity_report import ParityReport
 from jobs.request import MergeRequest
 from tests import architectures
-from tests.contract.places import DirectoryPlace
+from tests.contract.places import DirectoryPlace, S3Place
 from tests.killing import FULL, assert_whole, files_below, killed, merged_again, requests_for
 from tests.merges import different, merge_by_peft, plan_requests, read_tensors
 from tests.models import build_llama, make_adapter
 from tests.stored.compressed import compress
+from tests.stored.fp8_blocks import store_fp8
 from workers.merging.pieces import pieces_of
 from workers.merging.plain_base import plain_release_bytes
 
@@ -252,3 +253,19 @@ def test_a_disk_has_to_hold_a_release_that_is_run_as_numbers(tmp_path):
 
 def test_every_word_of_a_request_is_tried_here():
     assert {form.value for form in OutputForm} == {"16bit", "as_base", *FORMS}
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("form", ["as_base", "nvfp4a16"])
+def test_on_a_store_the_release_is_that_of_a_directory(s3, tmp_path, form):
+    base = build_llama(tmp_path / "plain", **SHAPE)
+    adapter = make_adapter(base, tmp_path / "adapter", targets=["q_proj"], std=0.2)
+    if form == "as_base":
+        base = store_fp8(base, tmp_path / "fp8", block=(32, 32))
+    fields = {"output": form, "base_quantization": "default"}
+    fields["parity"] = {"level": "arithmetic", "thresholds": {"min_survival": 0}}
+    here = DirectoryPlace(tmp_path / "here")
+    merged_again(here, requests_for((base, adapter), [here.location], **fields))
+    place = S3Place(tmp_path / "home", s3, f"outputs/{form.replace('_', '-')}")
+    merged_again(place, requests_for((base, adapter), [place.location], **fields))
+    assert_whole(place, files_below(here.location.path), tmp_path)
