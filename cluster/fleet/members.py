@@ -1,6 +1,7 @@
 """The places of a fleet: which actor is in each, what it is at, and what its answers say about it."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from cluster.driving.scheduler import WorkerView
@@ -16,7 +17,7 @@ _FIRST_PAUSE_SECONDS = 1.0
 _MAX_PAUSE_SECONDS = 300.0
 """Between two attempts to fill a place whose workers do not start, or whose GPU fails; doubles with each of them."""
 _LOADING_SECONDS = 30.0
-"""After which an actor that is not ready may wait for room in the cluster, and nobody waits for it."""
+"""How long a new actor counts as loading; then it may be waiting for room in the cluster, and holds no other up."""
 _SLOW_START_SECONDS = 60.0
 _MAX_REASON = 600
 
@@ -67,7 +68,7 @@ class Member:
         return any(call.is_work for call in self.calls.values())
 
     def loads(self, now: float) -> bool:
-        """Whether an actor in it has begun lately and is not ready."""
+        """Whether its actor was started less than half a minute ago and is not ready."""
         return self.actor is not None and not self.ready and now - self.created_at < _LOADING_SECONDS
 
     def take(self, actor: Actor, now: float) -> None:
@@ -90,6 +91,21 @@ class Member:
         """How long its place stays empty: the longer, the more often its workers could not work."""
         num_faults = self.failed_starts + self.device_faults
         return min(_MAX_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2.0 ** min(num_faults - 1, 32))
+
+
+def may_load(crew: Crew, members: Iterable[Member], now: float) -> bool:
+    """Whether one more actor of a crew may load now: as many as are missing on duty, and spares one at a time.
+
+    Two spares that load together take the cores from each other, and from the workers.
+
+    Args:
+        crew: of the actor.
+        members: of the fleet.
+        now: the time.
+    """
+    of_crew = [member for member in members if member.crew == crew]
+    num_missing = crew.num_workers - sum(member.on_duty for member in of_crew)
+    return sum(member.loads(now) for member in of_crew) < max(1, num_missing)
 
 
 def tell_slow_start(member: Member, now: float) -> None:

@@ -13,7 +13,7 @@ from cluster.driving.scheduler import WorkerView
 from cluster.fleet.actors import POLLS, ActorGoneError, Actors, Answer, CallRaisedError
 from cluster.fleet.calls import Call, event_of
 from cluster.fleet.crews import Crew
-from cluster.fleet.members import Member, device_fault, one_line, tell_slow_start
+from cluster.fleet.members import Member, device_fault, may_load, one_line, tell_slow_start
 from jobs.errors import DeviceLostError, WorkerLostError
 from jobs.request import MergeRequest
 from workers.merging.outcomes import MergedShards, PassWork, Readiness, ShardsOutcome, UnitOutcome
@@ -171,18 +171,12 @@ class WorkerPool:
                 continue
             if member in spares and not all(each.ready for each in self._places):
                 continue
-            if not self._may_start(member.crew, now):
+            if not may_load(member.crew, self._members.values(), now):
                 continue
             actor = self._actors.start(member.name, member.crew, avoid)
             if actor is not None:
                 member.take(actor, now)
                 self._call(member.name, "ready", task_name="ready")
-
-    def _may_start(self, crew: Crew, now: float) -> bool:
-        """Whether one more may load: of those that nobody waits for one at a time, as two would share the cores."""
-        of_crew = [member for member in self._members.values() if member.crew == crew]
-        num_missing = crew.num_workers - sum(member.on_duty for member in of_crew)
-        return sum(member.loads(now) for member in of_crew) < max(1, num_missing)
 
     def _call(
         self,

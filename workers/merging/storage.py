@@ -59,8 +59,8 @@ class Storage(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BasesOwn:
-    """The form of the base."""
+class BaseStorage:
+    """The form of the base: `output: as_base`."""
 
     base: BasePlan
     form: StoredForm
@@ -102,8 +102,8 @@ def _is_same(weight: torch.Tensor, stored: StoredWeight) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
-    """A form that the request names."""
+class GivenStorage:
+    """A form that the request names: `output: fp8_dynamic` and so on."""
 
     output: CompressedOutput
     form: StoredForm

@@ -15,7 +15,7 @@ from workers.files.layout import CheckpointLayout, ShardLayout, lay_out_shard
 from workers.merging.base_plan import BasePlan
 from workers.merging.output import OutputTensor
 from workers.merging.output_layout import Entry, lay_out_as_stored, output_layout, stated_of
-from workers.merging.storage import BasesOwn, Given, Storage
+from workers.merging.storage import BaseStorage, GivenStorage, Storage
 
 _WEIGHT = ".weight"
 _EXPERTS = ".experts."
@@ -102,7 +102,7 @@ def _as_base(base: BasePlan, tensors: Sequence[OutputTensor], changed: Collectio
         output=CheckpointLayout(tuple(_as_before(base, name, group) for name, group in by_shard.items())),
         merged=lay_out_as_stored(base, numbers),
         requantized=requantized,
-        storage=BasesOwn(base=base, form=form, layout=made),
+        storage=BaseStorage(base=base, form=form, layout=made),
     )
 
 
@@ -147,7 +147,7 @@ def _in_form(
         shards.append(lay_out_shard(shard.name, entries, stated=stated_of(base)))
     ignored = _ignored(base, tensors, taken)
     in_form = {name: found for name, (found, _) in parts.items()}
-    storage = Given(
+    storage = GivenStorage(
         output=output,
         form=output.form(ignored),
         in_form=in_form,

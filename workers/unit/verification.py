@@ -11,7 +11,8 @@ from workers.files.scratch import OwnedDirectory
 from workers.merging.base_plan import BasePlan
 from workers.merging.checks.arithmetic import ArithmeticCheck
 from workers.merging.checks.evidence import Evidence
-from workers.merging.checks.module_checks import ModuleChecks, check_modules
+from workers.merging.checks.module_checks import check_modules
+from workers.merging.checks.tally import TensorChecks
 from workers.merging.context import Context
 from workers.merging.failures import own_failure, shared_failures
 from workers.merging.job import Job
@@ -71,7 +72,7 @@ class Verifier:
         num_threads = self._context.num_threads
         return check.files(job.in_work.part(touched), job.merged_in, num_threads=num_threads, stop=stop)
 
-    def _check_modules(self, job: Job, weights: ModuleWeights) -> ModuleChecks:
+    def _check_modules(self, job: Job, weights: ModuleWeights) -> TensorChecks:
         with single_threads(1, "check") as pool:
             return pool.submit(
                 check_modules,

@@ -9,8 +9,7 @@ import copy
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from workers.files.tensor_io import read_rows
 from workers.merging.checks.evidence import Evidence
 from workers.merging.checks.factors import Factors, Judgement, factors_of
 from workers.merging.checks.probes import Probe, Verdict, ask, base_of
+from workers.merging.checks.tally import TensorChecks
 from workers.merging.module_weights import ModuleWeights
 from workers.merging.peft_lane import MergedModule, merge_modules
 from workers.merging.plan import MergePlan
@@ -39,16 +39,6 @@ _WRONG_BITS = 2.0
 """What elements are told to be off by, at least, that are to have the same bits: zeros may differ in their sign."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModuleChecks:
-    """What was found about the tensors that a plan leaves to PEFT."""
-
-    tensors: Mapping[str, TensorCheck]
-    """By name."""
-    wrong: tuple[str, ...]
-    """What is wrong besides, a sentence each."""
-
-
 def check_modules(
     plan: MergePlan,
     directory: Path,
@@ -57,7 +47,7 @@ def check_modules(
     evidence: Evidence,
     stop: Callable[[], None],
     on_bytes: Callable[[int], None],
-) -> ModuleChecks:
+) -> TensorChecks:
     """Check every tensor that the plan leaves to PEFT, and every layer of the adapter that is not streamed.
 
     Args:
@@ -78,7 +68,7 @@ def check_modules(
         for output, made in module.outputs.items():
             on_bytes(check.compare(output, made))
         check.judge(module)
-    return ModuleChecks(tensors=check.found, wrong=tuple(check.wrong))
+    return TensorChecks(tensors=check.found, wrong=tuple(check.wrong))
 
 
 class _Check:

@@ -6,7 +6,7 @@ measured on what the shipped parts stand for.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,12 +14,11 @@ import torch
 from jobs.parity_report import TensorCheck
 from workers.files.tensor_io import mapped, opened, read_into
 from workers.merging.checks.arithmetic import ArithmeticCheck
-from workers.merging.checks.module_checks import ModuleChecks
-from workers.merging.checks.tally import finite
+from workers.merging.checks.tally import TensorChecks, finite
 from workers.merging.plan import MergePlan
 from workers.merging.storing import base_bytes_of, numbers_of
 from workers.numerics.rounding import BITS
-from workers.numerics.tiles import TILE_ELEMENTS, Tiling, rows_per_tile, single_threads
+from workers.numerics.tiles import TILE_ELEMENTS, Tiling, single_threads, strips_of
 
 _PIECE_BYTES = 4 << 20
 _STRIP_ELEMENTS = 1 << 15
@@ -35,7 +34,7 @@ def check_stored(
     *,
     num_threads: int,
     stop: Callable[[], None],
-) -> ModuleChecks:
+) -> TensorChecks:
     """Check every tensor of the shards of a release in a form.
 
     Args:
@@ -53,7 +52,7 @@ def check_stored(
     check = _Check(plan, (merged_in, directory), proven, weights, stop)
     with single_threads(num_threads, "check") as pool:
         found = [*pool.map(check.plain, check.whole), *pool.map(check.requantized, plan.requantized)]
-    return ModuleChecks(
+    return TensorChecks(
         tensors={each.tensor: each for checks, _ in found for each in checks},
         wrong=tuple(sentence for _, wrong in found for sentence in wrong),
     )
@@ -140,7 +139,7 @@ class _Check:
             tile = ships.dequantize_rows(rows.start, rows.stop)
             is_to_be = merged.view(-1, tile.shape[1])[rows]
             before = None if was is None else self._weights.weight(was, rows)
-            for part in _strips(*tile.shape):
+            for part in strips_of(tile.shape[0], tile.shape[1], _STRIP_ELEMENTS):
                 wanted = is_to_be[part].double().view(-1)
                 error = tile[part].double().view(-1).sub_(wanted)
                 lost += float(error.dot(error))
@@ -173,11 +172,6 @@ class _Check:
                     pieces.append(piece)
                 num_different += _num_different(*pieces)
         return num_different
-
-
-def _strips(num_rows: int, num_columns: int) -> Iterator[slice]:
-    step = rows_per_tile(num_rows, num_columns, 1, _STRIP_ELEMENTS)
-    yield from (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
 
 def _num_different(one: torch.Tensor, other: torch.Tensor) -> int:

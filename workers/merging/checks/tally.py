@@ -3,6 +3,7 @@
 import math
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jobs.parity_report import TensorCheck
@@ -35,6 +36,16 @@ class Sums:
         self.weight_square += other.weight_square
         self.delta_square += other.delta_square
         self.kept += other.kept
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorChecks:
+    """What was found about some tensors of one job."""
+
+    tensors: Mapping[str, TensorCheck]
+    """By name."""
+    wrong: tuple[str, ...]
+    """What is wrong besides, a sentence each."""
 
 
 class Tally:

@@ -1,4 +1,4 @@
-"""Schemes of compressed-tensors that a release is stored in, whatever its base is: those that need no data."""
+"""Schemes of compressed-tensors that need no data: a release can be stored in one, from a base in any form."""
 
 import json
 from collections.abc import Mapping, Sequence
