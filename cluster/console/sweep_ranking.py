@@ -38,6 +38,8 @@ class Ranking:
     run: str
     base: str
     base_quantization: str
+    output: str
+    """What the releases are stored in."""
     num_texts: int | None
     """Held-out texts that all were measured on; None where it was the prompts and each one's own continuations."""
     base_nll: float | None
@@ -60,7 +62,7 @@ def rank_sweeps(jobs: Iterable[JobRecord], read: Callable[[JobRecord], ParityRep
         if request.adapter is not None and (found := _run_of(request.adapter)) is not None:
             run, step = found
             # What is compared has to be merged, and asked, alike.
-            alike = (request.pass_key(), request.parity.model_dump_json())
+            alike = (request.pass_key(), request.output, request.parity.model_dump_json())
             runs[run, *alike][step].append(record)
     found_rankings = (_ranking(str(key[0]), steps, read) for key, steps in runs.items() if len(steps) > 1)
     return [ranking for ranking in found_rankings if ranking is not None]
@@ -98,6 +100,7 @@ def _ranking(
         run=run,
         base=str(report.base),
         base_quantization=report.base_quantization.value,
+        output=known[0][1].request.output.value,
         num_texts=texts[0].num_texts if is_held_out else None,
         base_nll=texts[0].base_nll if is_held_out else None,
         rows=sorted(rows, key=lambda row: (row.nll, row.step)),

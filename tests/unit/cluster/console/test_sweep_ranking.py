@@ -133,6 +133,19 @@ def test_what_is_merged_or_asked_otherwise_is_not_compared(records):
     assert rank(jobs, {record.id: report_of(check_of(1.0)) for record in jobs}) == []
 
 
+def test_each_form_of_the_releases_has_a_ranking_of_its_own(records):
+    """What quantizing takes of a step is no reason to prefer another one."""
+    jobs = records(*(RUN.format(step) for step in (1, 1, 2, 2)))
+    for number in (1, 3):
+        fields = jobs[number].request.model_dump(by_alias=True) | {"output": "mxfp4"}
+        jobs[number] = dataclasses.replace(jobs[number], request=MergeRequest.model_validate(fields))
+    found = rank(jobs, {record.id: report_of(check_of(1.0)) for record in jobs})
+    assert [(ranking.output, [row.step for row in ranking.rows]) for ranking in found] == [
+        ("16bit", [1, 2]),
+        ("mxfp4", [1, 2]),
+    ]
+
+
 def test_the_page_ranks_where_reports_are_and_links_to_them(tmp_path):
     store = JobStore(f"sqlite:///{tmp_path}/jobs.db")
     reports = tmp_path / "reports"
