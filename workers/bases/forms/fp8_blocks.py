@@ -9,10 +9,8 @@ those (docs/upstream-faults.md).
 Shape suffixes: O output features, I input features, B blocks.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Self
 
@@ -20,87 +18,25 @@ import torch
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
 from jobs.errors import BadInputError, UnsupportedError
-from workers.bases.forms import PartLayout, StoredParts, as_stored, tile_memory
+from workers.bases.forms import PartLayout, StoredParts, as_stored
+from workers.bases.forms.block_scaled import BlockScaledWeight
 from workers.bases.forms.compressed.compressing import FP8_BY_CHANNEL, FP8_BY_TENSOR, compress, stored_as
 from workers.bases.forms.compressed.group import SCALE, WEIGHT
 from workers.bases.forms.refusals import nothing_stored, transpose_in_codes
 from workers.files.layout import TensorSpec
-from workers.numerics.kernels.eight_bit import dequantize
-from workers.numerics.kernels.elements import ARRAY_DTYPES, array
 
 _SCALE, _PLAIN_SCALE = "_scale_inv", "_scale"
 """What follows a weight's name: scales of blocks, or one of all; and what other tools write, one of all or of each row.
 Codes are multiplied by either."""
 _STEP_ELEMENTS = 1 << 20
-"""Weights that are dequantized at once, where that is torch's work."""
+"""Weights that are quantized at once."""
 _LEAST_COLUMNS = 64
 """Of a weight, where each of its rows may have a scale."""
 _CODES = "F8_E4M3"
 _SCALE_CODES = frozenset({"F32", "BF16", "F16"})
-_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-"""float32 [256]: what each code stands for."""
 _WEIGHT = "module.weight"
 _OF_ACTIVATIONS = ("activation_scale", "input_scale")
 """Beside a weight, in its module, where the scales of activations are fixed: without meaning for numbers."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockScaledWeight:
-    """A linear weight in FP8."""
-
-    codes: torch.Tensor
-    """float8_e4m3fn [O, I]."""
-    scales: torch.Tensor
-    """float32 [OB, IB]: what the codes of each block are multiplied by."""
-    block: tuple[int, int]
-    """Rows and columns of a block."""
-    dtype: torch.dtype
-    device: torch.device | None = None
-    """Where tiles are brought to be dequantized; None for where the codes are."""
-
-    row_alignment = 1
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[O, I]."""
-        num_rows, num_columns = self.codes.shape
-        return num_rows, num_columns
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held."""
-        return self.codes.numel() + self.scales.numel() * 4
-
-    def dequantize_rows(self, start: int, stop: int, memory: torch.Tensor | None = None) -> torch.Tensor:
-        """Dequantize rows [start, stop); see `StoredWeight`."""
-        num_rows, num_columns = self.block
-        codes_OI = self.codes[start:stop]
-        scales_BB = self.scales[start // num_rows : math.ceil(stop / num_rows)]
-        if self.device is not None:
-            codes_OI, scales_BB = codes_OI.to(self.device), scales_BB.to(self.device)
-        weight_OI = tile_memory(memory, (stop - start, codes_OI.shape[1]), self.dtype, codes_OI.device)
-        if weight_OI.device.type == "cpu" and self.dtype in ARRAY_DTYPES:
-            codes, scales = array(codes_OI.view(torch.uint8)), array(scales_BB.contiguous())
-            layout = (codes_OI.shape[1], num_rows, num_columns, start % num_rows)
-            dequantize(codes, scales, _VALUES.numpy(), layout, array(weight_OI))
-            return weight_OI
-        step = max(1, _STEP_ELEMENTS // codes_OI.shape[1])
-        for begin in range(0, stop - start, step):  # no temporary grows with the tile
-            rows = torch.arange(begin, min(begin + step, stop - start), device=codes_OI.device)
-            scales_OB = scales_BB[(rows + start % num_rows) // num_rows]
-            if scales_OB.shape[1] > 1:
-                scales_OB = scales_OB.repeat_interleave(num_columns, 1)[:, : codes_OI.shape[1]]
-            part = slice(begin, begin + len(rows))
-            weight_OI[part] = codes_OI[part].float().mul_(scales_OB)
-        return weight_OI
-
-    def to(self, device: torch.device) -> Self:
-        """Return this weight with its codes and scales on another device."""
-        return dataclasses.replace(self, codes=self.codes.to(device), scales=self.scales.to(device))
-
-    def brought_to(self, device: torch.device) -> Self:
-        """Return this weight with tiles of it brought to a device to be dequantized; codes and scales stay."""
-        return dataclasses.replace(self, device=device)
 
 
 class Fp8Blocks:

@@ -13,6 +13,7 @@ import torch
 
 from jobs.errors import BadInputError, UnsupportedError
 from workers.bases.forms import PartLayout, StoredParts, as_stored
+from workers.bases.forms.block_scaled import BlockScaledWeight
 from workers.bases.forms.compressed.compressing import (
     FP8_BY_CHANNEL,
     FP8_BY_TENSOR,
@@ -21,7 +22,6 @@ from workers.bases.forms.compressed.compressing import (
     stored_as,
 )
 from workers.bases.forms.compressed.group import GLOBAL_SCALE, PACKED, PLAIN, SCALE, WEIGHT, Group, refuse_fused
-from workers.bases.forms.fp8_blocks import BlockScaledWeight
 from workers.bases.forms.grouped import FP4, GroupedWeight
 from workers.bases.forms.refusals import nothing_stored, transpose_in_codes
 from workers.files.layout import TensorSpec

@@ -17,12 +17,14 @@ from workers.merging.checks.arithmetic import ArithmeticCheck
 from workers.merging.checks.tally import TensorChecks, finite
 from workers.merging.plan import MergePlan
 from workers.merging.storing import base_bytes_of, numbers_of
+from workers.numerics.kernels.elements import array
+from workers.numerics.kernels.remains import remains
 from workers.numerics.rounding import BITS
-from workers.numerics.tiles import TILE_ELEMENTS, Tiling, single_threads, strips_of
+from workers.numerics.tiles import Tiling, single_threads
 
 _PIECE_BYTES = 4 << 20
-_STRIP_ELEMENTS = 1 << 15
-"""Of a weight, in float64 at once: they stay in a core's cache."""
+_STEP_ELEMENTS = 1 << 18
+"""Of a weight, dequantized and compared at once: they stay in a core's cache."""
 
 
 def check_stored(
@@ -135,19 +137,13 @@ class _Check:
             was = None
         alignment = math.lcm(ships.row_alignment, 1 if was is None else self._weights.row_alignment(was))
         lost = kept = delta = 0.0
-        for rows in Tiling.of(ships.shape, alignment, TILE_ELEMENTS["cpu"]).rows:
+        for rows in Tiling.of(ships.shape, alignment, _STEP_ELEMENTS).rows:
             tile = ships.dequantize_rows(rows.start, rows.stop)
             is_to_be = merged.view(-1, tile.shape[1])[rows]
-            before = None if was is None else self._weights.weight(was, rows)
-            for part in strips_of(tile.shape[0], tile.shape[1], _STRIP_ELEMENTS):
-                wanted = is_to_be[part].double().view(-1)
-                error = tile[part].double().view(-1).sub_(wanted)
-                lost += float(error.dot(error))
-                if before is not None:
-                    added = wanted.sub_(before[part].double().view(-1))
-                    delta += float(added.dot(added))
-                    kept += float(added.dot(error))  # shipped - W is what was added and the error
-        kept += delta
+            before = is_to_be[:0] if was is None else self._weights.weight(was, rows)
+            sums = remains(array(tile), array(is_to_be), array(before))
+            lost, kept, delta = (total + part for total, part in zip((lost, kept, delta), sums, strict=True))
+        kept += delta  # shipped - W is what was added and the error
         return {
             "requantization_error": math.sqrt(finite(lost)),
             "survival": kept / delta if delta > 0 and math.isfinite(kept) else None,
@@ -179,4 +175,5 @@ def _num_different(one: torch.Tensor, other: torch.Tensor) -> int:
     if one.dtype != other.dtype or one.shape != other.shape:
         return max(one.numel(), other.numel(), 1)
     bits = BITS[one.dtype.itemsize]
-    return int((one.view(bits) != other.view(bits)).sum())
+    one, other = one.view(bits), other.view(bits)
+    return 0 if torch.equal(one, other) else int((one != other).sum())

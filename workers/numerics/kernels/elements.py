@@ -177,3 +177,48 @@ def of_bits(_context: Any, bits: Any) -> Any:
         return builder.bitcast(arguments[0], ir.DoubleType() if is_wide else ir.FloatType())
 
     return (types.float64 if is_wide else types.float32)(bits), generate
+
+
+@primitive
+def place(_context: Any, element: Any) -> Any:
+    """Return which number of 16 bits an element is, by its bits.
+
+    For float32 that is the bfloat16 it is, or else an odd one that lies on the same side of all even ones.
+    """
+
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        (value,) = arguments
+        if element.bitwidth == 16:
+            return value
+        bits = builder.bitcast(value, _WORD)
+        lower_half = builder.and_(bits, ir.Constant(_WORD, 0xFFFF))
+        is_between = builder.zext(builder.icmp_unsigned("!=", lower_half, ir.Constant(_WORD, 0)), _WORD)
+        return builder.trunc(builder.or_(builder.lshr(bits, ir.Constant(_WORD, 16)), is_between), ir.IntType(16))
+
+    return types.uint16(element), generate
+
+
+def _in_order(builder: Any, bits: Any) -> Any:
+    """Return bits with those below the sign turned around where it is set; done twice, that is nothing."""
+    sign = builder.ashr(bits, ir.Constant(_WORD, 31))
+    return builder.xor(bits, builder.and_(sign, ir.Constant(_WORD, 0x7FFFFFFF)))
+
+
+@primitive
+def ordered_bits(_context: Any, number: Any) -> Any:
+    """Return the bits of a float32 as an integer that is in the order of the numbers; NaN lies beyond all of them."""
+
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        return _in_order(builder, builder.bitcast(arguments[0], _WORD))
+
+    return types.int32(number), generate
+
+
+@primitive
+def of_ordered_bits(_context: Any, bits: Any) -> Any:
+    """Return the float32 that has these bits in order."""
+
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        return builder.bitcast(_in_order(builder, arguments[0]), ir.FloatType())
+
+    return types.float32(bits), generate

@@ -10,9 +10,12 @@ from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
+from workers.bases.forms.compressed.codes import compress_rows
 from workers.bases.forms.compressed.group import GLOBAL_SCALE, SCALE, SHAPE, WEIGHT, ZERO_POINT, Group
+from workers.numerics.kernels.elements import array
+from workers.numerics.kernels.encoding import extremes
 
-_STEP_ELEMENTS = 1 << 18
+_STEP_ELEMENTS = 1 << 20
 """Weights that are quantized at once."""
 _PACKED_ROWS = 32
 """Zero points of so many rows fill whole words, however many bits they have."""
@@ -65,15 +68,20 @@ def compress(
         # A larger one stands for smaller weights.
         shared[GLOBAL_SCALE] = own if of_all is None or own < of_all else of_all.float()
     alignment = _PACKED_ROWS if group.packs_zero_points else group.block[0]
-    pieces = []
+    codes = torch.empty(group.codes_shape(*weight_OI.shape), dtype=group.codes_dtype)
+    pieces, begin = [], 0
     for rows_OI in _strips(weight_OI, alignment):
         low, high = whole or _extremes(rows_OI, group)
         scales, zero_points = calculate_qparams(low, high, arguments, shared.get(GLOBAL_SCALE))
         parts = {WEIGHT: rows_OI, SCALE: scales.to(of_scales), **shared}
         if not arguments.symmetric:
             parts[ZERO_POINT] = zero_points
-        pieces.append(group.compressor.compress(parts, group.scheme))
+        piece = compress_rows(parts, group)
+        codes[begin : begin + len(rows_OI)] = piece.pop(group.codes)
+        pieces.append(piece)
+        begin += len(rows_OI)
     found = {name: _joined(name, [piece[name] for piece in pieces], group) for name in pieces[0]}
+    found[group.codes] = codes
     if SHAPE in found:
         found[SHAPE] = torch.tensor(weight_OI.shape)
     return found
@@ -104,13 +112,16 @@ def _strips(weight_OI: torch.Tensor, alignment: int) -> Iterator[torch.Tensor]:
 def _extremes(rows_OI: torch.Tensor, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the smallest and the largest of the weights that share a scale, in the shape of the scales, in float32."""
     num_rows, num_columns = rows_OI.shape
-    if group.strategy is QuantizationStrategy.BLOCK:
-        height, width = group.block
-        padded = torch.nn.functional.pad(rows_OI, (0, -num_columns % width, 0, -num_rows % height))
-        blocks = padded.view(padded.shape[0] // height, height, padded.shape[1] // width, width)
-        return blocks.amin((1, 3)).float(), blocks.amax((1, 3)).float()
-    groups_OGI = rows_OI.view(num_rows, -1, group.group_size or num_columns)
-    return groups_OGI.amin(-1).float(), groups_OGI.amax(-1).float()
+    height, width = (
+        group.block if group.strategy is QuantizationStrategy.BLOCK else (1, group.group_size or num_columns)
+    )
+    low, high = torch.empty(2, num_rows, -(-num_columns // width))
+    extremes(array(rows_OI), num_columns, width, array(low), array(high))
+    if height == 1:
+        return low, high
+    # Zeros below the last row change nothing: scales are made for zero, too.
+    low, high = (torch.nn.functional.pad(each, (0, 0, 0, -num_rows % height)) for each in (low, high))
+    return low.unflatten(0, (-1, height)).amin(1), high.unflatten(0, (-1, height)).amax(1)
 
 
 def _joined(name: str, pieces: list[torch.Tensor], group: Group) -> torch.Tensor:

@@ -133,6 +133,13 @@ class Group:
         return _LAYOUTS[self.format].codes
 
     @cached_property
+    def codes_dtype(self) -> torch.dtype:
+        """What codes, or the words they are packed into, are stored as."""
+        layout = _LAYOUTS[self.format]
+        (code,) = layout.dtypes & ({"F8_E4M3"} if self.arguments.type == "float" else {"I8"}) or layout.dtypes
+        return DTYPES[code]
+
+    @cached_property
     def bytes_per_weight(self) -> float:
         """What a weight takes with its share of scales and zero points, at most."""
         num_bits = self.arguments.num_bits if self.codes == PACKED else 8
@@ -165,10 +172,9 @@ class Group:
             dtype: of the model, which scales have that are plain numbers.
         """
         layout = _LAYOUTS[self.format]
-        (codes,) = layout.dtypes & ({"F8_E4M3"} if self.arguments.type == "float" else {"I8"}) or layout.dtypes
         scales = dtype if layout.scales == _SCALES else DTYPES[next(iter(layout.scales))]
         found: dict[str, PartLayout] = {
-            self.codes: (DTYPES[codes], self.codes_shape(num_rows, num_columns)),
+            self.codes: (self.codes_dtype, self.codes_shape(num_rows, num_columns)),
             SCALE: (scales, self._grid(num_rows, num_columns)),
         }
         if self.format is CompressionFormat.nvfp4_pack_quantized:

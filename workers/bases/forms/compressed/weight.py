@@ -15,14 +15,20 @@ from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationStrategy
 
 from workers.bases.forms import StoredWeight, tile_memory
+from workers.bases.forms.block_scaled import FP8, INT8, MADE_POSITIVE, BlockScaledWeight
 from workers.bases.forms.compressed.group import GLOBAL_SCALE, PACKED, SCALE, SHAPE, WEIGHT, ZERO_POINT, Group
-from workers.bases.forms.fp8_blocks import BlockScaledWeight
 from workers.bases.forms.grouped import FP4, INT4, GroupedWeight
 
 _STEP_ELEMENTS = 1 << 19
 """Weights that are dequantized at once."""
 _PACKED_ROWS = 32
 """Zero points of so many rows fill whole words, however many bits they have."""
+
+
+_BYTE = 8
+_OF_EXPONENTS = decompress_mx_scale(torch.arange(256).to(torch.uint8)).float()
+"""float32 [256]: the scale that each exponent stands for."""
+_OF_8_BITS = {torch.float8_e4m3fn: FP8, torch.int8: INT8}
 
 
 def restored(
@@ -53,12 +59,17 @@ def restored(
         sizes = {
             QuantizationStrategy.TENSOR: shape,
             QuantizationStrategy.CHANNEL: (1, shape[1]),
+            QuantizationStrategy.GROUP: (1, group.group_size or shape[1]),
             QuantizationStrategy.BLOCK: group.block,
         }
         block = sizes.get(group.strategy)
-        if codes.dtype == torch.float8_e4m3fn and block is not None:
+        values = _OF_8_BITS.get(codes.dtype)
+        if group.format is CompressionFormat.pack_quantized and group.arguments.num_bits == _BYTE:
+            codes, values = codes.view(torch.uint8), MADE_POSITIVE
+        if values is not None and block is not None and codes.shape == shape:
             grid = math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])
-            return BlockScaledWeight(codes=codes, scales=scales.float().reshape(grid), block=block, dtype=dtype)
+            scales = scales.float().reshape(grid)
+            return BlockScaledWeight(codes=codes, scales=scales, block=block, values=values, dtype=dtype)
     return CompressedWeight(tensors=tensors, group=group, shape=shape, dtype=dtype)
 
 
@@ -73,8 +84,8 @@ def _of_nvfp4(scales: torch.Tensor, divisor: torch.Tensor | None) -> torch.Tenso
 
 
 def _of_mxfp4(exponents: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
-    scales: torch.Tensor = decompress_mx_scale(exponents)
-    return scales.float()
+    scales: torch.Tensor = _OF_EXPONENTS.to(exponents.device)[exponents.int()]
+    return scales
 
 
 _OF_4_BIT_FLOATS: Mapping[CompressionFormat, Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]] = {
