@@ -7,7 +7,8 @@ from jobs.request_files.documents import Node, Value, joined
 from jobs.request_files.problems import ProblemList, show
 
 FIELD = "outputs"
-_WORDS: Mapping[str, Mapping[str, Value]] = {"bf16": {"output": OutputForm.PLAIN.value, "dtype": "bfloat16"}}
+_BFLOAT16: Mapping[str, Value] = {"dtype": "bfloat16"}
+_WORDS: Mapping[str, Mapping[str, Value]] = {"bf16": {"output": OutputForm.PLAIN.value, **_BFLOAT16}}
 """What words stand for that are no `output` by themselves."""
 _HUB = "hf://"
 
@@ -38,7 +39,9 @@ def siblings(node: Node, problems: ProblemList) -> tuple[Node, ...]:
         problems.add(asked.line, asked.field, "a list with at least one entry", show(asked.value))
         return ()
     words = [each for each in asked.value if _is_word(each, problems) and _fits(each, fields, problems)]
-    return tuple(Node(fields | _own(fields, each), node.line, node.field) for each in words)
+    # All are forms of one merge, so of one dtype; as_base has that of the base.
+    is_bfloat16 = any(each.value in _WORDS for each in words)
+    return tuple(Node(fields | _own(fields, each, is_bfloat16=is_bfloat16), node.line, node.field) for each in words)
 
 
 def _is_word(node: Node, problems: ProblemList) -> bool:
@@ -60,10 +63,21 @@ def _fits(word: Node, fields: dict[str, Node], problems: ProblemList) -> bool:
     return True
 
 
-def _own(fields: dict[str, Node], word: Node) -> dict[str, Node]:
-    """Return what a sibling has of its own: its form, and id and destination with the form at their ends."""
+def _own(fields: dict[str, Node], word: Node, *, is_bfloat16: bool) -> dict[str, Node]:
+    """Return what a sibling has beside the fields that all share.
+
+    Args:
+        fields: those.
+        word: its form.
+        is_bfloat16: whether a word asks for that dtype.
+
+    Returns:
+        Form and dtype, and id and destination with the form at their ends.
+    """
     assert isinstance(word.value, str)
-    said = _WORDS.get(word.value, {"output": word.value})
+    said: dict[str, Value] = dict(_WORDS.get(word.value, {"output": word.value}))
+    if is_bfloat16 and word.value != OutputForm.AS_BASE:
+        said |= _BFLOAT16
     own = {name: Node(value, word.line, joined(word.field, name)) for name, value in said.items()}
     for name, join in (("id", "-"), ("destination", "/")):
         given = fields.get(name)

@@ -55,7 +55,11 @@ class Job:
     compared_in: Path | None = None
     """Directory of a merge that is made to be compared: it has no staging, and ships nowhere."""
     apart: OwnedDirectory | None = None
-    """Where merged numbers wait until they are stored in the base's form."""
+    """Where merged numbers wait until they are stored in a form."""
+    leader: "Job | None" = None
+    """Who merges the same numbers for it."""
+    leads: bool = False
+    """Whether it merges for others, too."""
     carriers: ThreadPoolExecutor | None = None
     """What ships its files, while there is something to ship."""
     witness: Witness | None = None
@@ -116,13 +120,15 @@ class Job:
 
     @property
     def merged_in(self) -> Path:
-        """Where merged numbers are written: among the shards of the release, or apart."""
+        """Where merged numbers are written: among the shards of the release, or apart; or where its leader's are."""
+        if self.leader is not None:
+            return self.leader.merged_in
         return self.apart.path if self.apart is not None else self.directory
 
     @property
     def direct(self) -> bool:
         """Whether its shards go past the page cache, since they are not read again here."""
-        if self.opened is None or not self.opened.in_place or self.plan.storage:
+        if self.opened is None or not self.opened.in_place or self.plan.storage or self.leads:
             return False
         return not (self.in_work.by_peft or self.is_run)  # what PEFT merged is read again to be checked
 

@@ -24,7 +24,7 @@ def admit_to_disks(jobs: Sequence[Job], base: BasePlan, scratch: Path) -> None:
     fit by itself, its disk is full (NoCapacityError).
 
     Args:
-        jobs: their stagings are open, and what a dead attempt has finished lies there.
+        jobs: their stagings are open, what a dead attempt has finished lies there, and they have their leaders.
         base: of all of them.
         scratch: where base and releases are written as numbers, where they have to be.
     """
@@ -36,7 +36,7 @@ def admit_to_disks(jobs: Sequence[Job], base: BasePlan, scratch: Path) -> None:
         if job.request.parity.level == "full":
             of_all, of_release = plain_bytes, plain_release_bytes(job.plan)
             beside = of_all + max(of_release - largest_release, 0)
-        if job.plan.storage:
+        if job.plan.storage and job.leader is None:
             beside += job.in_work.merged.num_bytes
         with own_failure(job), file_errors(f"looking at {job.directory}", job.directory):
             disks.take(job.directory, job.in_work.output.total_size, scratch, beside)

@@ -21,6 +21,7 @@ from workers.merging.checks.arithmetic import ArithmeticCheck
 from workers.merging.context import Context
 from workers.merging.failures import own_failure
 from workers.merging.job import Job
+from workers.merging.leaders import lead, waves
 from workers.merging.made_with import origin_of
 from workers.merging.merge import run_pass
 from workers.merging.module_weights import ModuleWeights, module_weights
@@ -115,6 +116,7 @@ class Unit:
         """Plan the jobs, open their staging, and take over what dead attempts have finished."""
         self._prepare(lambda job: open_destination(job, self._context.scratch))
         resume_all(self._running, self._context)
+        lead(self._merging)
         make_room(self._context.scratch, self._running)
         admit_to_disks(self._running, self._base, self._context.scratch)
         admit_to_uplink(self._running, self._settings.uplink_bytes_per_second)
@@ -211,12 +213,16 @@ class Unit:
         """Merge and check all jobs, or the part of them that is in work; where that is nothing, nothing is read."""
         if not self._merging:
             return
-        with self._reading(), numbers_apart(self._merging, self._context.scratch) as in_form:
+        jobs = self._merging
+        lead(jobs)
+        self.tracker.enter("merge", (job.id for job in jobs))
+        with self._reading(), numbers_apart(jobs, self._context.scratch) as in_form:
             quantized = self._open_quantized()
             with self._module_weights(quantized) as weights:
                 check = ArithmeticCheck(self._base, quantized, self._context.device)
-                self._write(quantized, weights, check)
-                self._verifier.check(check, weights, self._merging)
+                for wave in waves(jobs):
+                    self._write(quantized, weights, wave, check)
+                    self._verifier.check(check, weights, [job for job in wave if job.running])
             self._count(*store(self._base, in_form, self._context, check))
 
     def _open_quantized(self) -> QuantizedBase | None:
@@ -262,12 +268,16 @@ class Unit:
                     job.plan.base.source.check_unchanged()
                     job.plan.adapter.check_unchanged()
 
-    def _write(self, quantized: QuantizedBase | None, weights: ModuleWeights | None, check: ArithmeticCheck) -> None:
-        jobs = self._merging
+    def _write(
+        self,
+        quantized: QuantizedBase | None,
+        weights: ModuleWeights | None,
+        jobs: Sequence[Job],
+        check: ArithmeticCheck,
+    ) -> None:
         for job in jobs:
             recorder = ShardRecorder(job, origin_of(job.plan, self._context.device), check.quantization_errors)
             job.witness = None if job.in_work.storage else recorder  # nothing of the release is made yet
-        self.tracker.enter("merge", (job.id for job in jobs))
         with self.tracker.timed("merge"):
             took = run_pass(self._base, quantized, weights, jobs, self._context, check=check)
         self._count(took.of_base + took.of_adapters, took.written)

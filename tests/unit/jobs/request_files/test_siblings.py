@@ -38,6 +38,18 @@ def test_bf16_is_plain_numbers_of_that_dtype(tmp_path):
     assert (found.output, found.dtype, str(found.destination)) == ("16bit", "bfloat16", "/releases/one/bf16")
 
 
+def test_beside_bf16_all_are_of_that_dtype_and_one_pass(tmp_path):
+    """But for the base's own form, which has the base's."""
+    asked = {**FIELDS, "destination": "/releases/one", "outputs": ["mxfp4", "bf16", "as_base"]}
+    found = {each.output: each for each in read(tmp_path, {"requests": [asked]})}
+    assert {form: each.dtype for form, each in found.items()} == {
+        "16bit": "bfloat16",
+        "mxfp4": "bfloat16",
+        "as_base": None,
+    }
+    assert found["16bit"].pass_key() == found["mxfp4"].pass_key()
+
+
 def test_on_the_hub_forms_are_repositories(tmp_path):
     asked = {**FIELDS, "destination": "hf://me/one@next", "outputs": ["as_base"]}
     (found,) = read(tmp_path, {"requests": [asked]})

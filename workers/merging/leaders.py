@@ -1,0 +1,59 @@
+"""Forms of one merge: of jobs that want the same numbers, one merges them for all.
+
+A request with `outputs` makes such jobs. They stay jobs of their own, each with its release and its fate; where the one
+that merges fails, the others do not.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+
+from jobs.output_form import OutputForm
+from workers.merging.job import Job
+from workers.merging.plan import MergePlan
+
+
+def lead(jobs: Sequence[Job]) -> None:
+    """Give jobs that want the same numbers one leader among them.
+
+    Args:
+        jobs: of one pass, planned.
+    """
+    leaders: list[Job] = []
+    # Of a release of plain numbers its own shards are the numbers.
+    for job in sorted(jobs, key=lambda job: job.in_work.storage is not None):
+        job.leader, job.leads = next((each for each in leaders if _are_same(each, job)), None), False
+        if job.leader is None:
+            leaders.append(job)
+        else:
+            job.leader.leads = True
+
+
+def waves(jobs: Collection[Job]) -> Iterator[list[Job]]:
+    """Yield the jobs that merge, then those whose leader has failed; one that has not has merged for those it leads.
+
+    Args:
+        jobs: led.
+    """
+    while jobs:
+        yield [job for job in jobs if job.leader is None]
+        left = []
+        for job in jobs:
+            if job.leader is None or not job.running:
+                continue
+            if job.leader.running:
+                job.checks = dict(job.leader.checks)
+                job.wrong += job.leader.wrong
+            else:
+                job.leader = None
+                left.append(job)
+        lead(left)
+        jobs = left
+
+
+def _are_same(one: Job, other: Job) -> bool:
+    return one.in_work.merged == other.in_work.merged and _numbers_key(one.plan) == _numbers_key(other.plan)
+
+
+def _numbers_key(plan: MergePlan) -> str:
+    """Return the digest of what decides merged numbers, before they are rounded and laid out in files."""
+    as_usual = plan.request.model_copy(update={"output": OutputForm.PLAIN, "dtype": None, "max_shard_size": None})
+    return as_usual.merge_key(plan.base.source.digest, plan.adapter.digest)
