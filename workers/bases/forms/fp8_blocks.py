@@ -20,7 +20,14 @@ from transformers.integrations.finegrained_fp8 import Fp8Quantize
 from jobs.errors import BadInputError, UnsupportedError
 from workers.bases.forms import PartLayout, StoredParts, as_stored
 from workers.bases.forms.block_scaled import BlockScaledWeight
-from workers.bases.forms.compressed.compressing import FP8_BY_CHANNEL, FP8_BY_TENSOR, compress, stored_as
+from workers.bases.forms.compressed.codes import multiplied
+from workers.bases.forms.compressed.compressing import (
+    FP8_BY_CHANNEL,
+    FP8_BY_TENSOR,
+    compress,
+    extremes_of_blocks,
+    stored_as,
+)
 from workers.bases.forms.compressed.group import SCALE, WEIGHT
 from workers.bases.forms.refusals import nothing_stored, transpose_in_codes
 from workers.files.layout import TensorSpec
@@ -28,12 +35,12 @@ from workers.files.layout import TensorSpec
 _SCALE, _PLAIN_SCALE = "_scale_inv", "_scale"
 """What follows a weight's name: scales of blocks, or one of all; and what other tools write, one of all or of each row.
 Codes are multiplied by either."""
-_STEP_ELEMENTS = 1 << 20
-"""Weights that are quantized at once."""
 _LEAST_COLUMNS = 64
 """Of a weight, where each of its rows may have a scale."""
 _CODES = "F8_E4M3"
 _SCALE_CODES = frozenset({"F32", "BF16", "F16"})
+_LARGEST = torch.finfo(torch.float8_e4m3fn).max
+_POWERS_OF_TWO = "ue8m0"
 _WEIGHT = "module.weight"
 _OF_ACTIVATIONS = ("activation_scale", "input_scale")
 """Beside a weight, in its module, where the scales of activations are fixed: without meaning for numbers."""
@@ -160,24 +167,20 @@ class Fp8Blocks:
         return {**tensors, parts.codes: codes_OI, scale: scales_BB.reshape(stored.shape)}
 
     def _by_blocks(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        num_rows, num_columns = self._block_of(tuple(weight_OI.shape))
-        quantizer = Fp8Quantize(
-            SimpleNamespace(
-                quantization_config=SimpleNamespace(
-                    weight_block_size=[num_rows, num_columns], scale_fmt=self._content.get("scale_fmt")
-                )
-            )
+        block = self._block_of(tuple(weight_OI.shape))
+        low_BB, high_BB = extremes_of_blocks(weight_OI, *block)
+        largest_BB = torch.maximum(-low_BB, high_BB)
+        # What it makes of blocks of one weight each are the scales of blocks with those for the largest.
+        scale_fmt = self._content.get("scale_fmt")
+        config = SimpleNamespace(weight_block_size=[1, 1], scale_fmt=scale_fmt)
+        given: Any = {_WEIGHT: largest_BB}  # its annotation says a tensor
+        scales_BB = (
+            Fp8Quantize(SimpleNamespace(quantization_config=config)).convert(given)[f"{_WEIGHT}{_SCALE}"].float()
         )
-        step = max(1, _STEP_ELEMENTS // (weight_OI.shape[1] * num_rows)) * num_rows
-        codes, scales = [], []
-        for rows_OI in weight_OI.split(step):
-            # It leaves a weight alone whose last blocks are cut; zeros beyond the edge change no scale.
-            beyond = (0, -rows_OI.shape[1] % num_columns, 0, -rows_OI.shape[0] % num_rows)
-            given: Any = {_WEIGHT: torch.nn.functional.pad(rows_OI, beyond)}  # its annotation says a tensor
-            found = quantizer.convert(given)
-            codes.append(found[_WEIGHT][: rows_OI.shape[0], : rows_OI.shape[1]])
-            scales.append(found[f"{_WEIGHT}{_SCALE}"].float())
-        return torch.cat(codes), torch.cat(scales)
+        factors_BB = torch.where(largest_BB > 0, _LARGEST / largest_BB, 1)
+        if scale_fmt == _POWERS_OF_TWO:
+            factors_BB = scales_BB.reciprocal()
+        return multiplied(weight_OI, factors_BB, block), scales_BB
 
     def _block_of(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return self._block or (max(shape[0], 1), max(shape[1], 1))

@@ -33,25 +33,27 @@ def extremes(weight: Any, num_columns: Any, block_columns: Any, lowest: Any, hig
         lowest[group], highest[group] = of_ordered_bits(low), of_ordered_bits(high)
 
 
-class Divisors(NamedTuple):
-    """What the elements of a weight are divided by."""
+class Scaling(NamedTuple):
+    """What is done to the elements of a weight before they are looked up."""
 
     scales: np.ndarray
     """float32, of all blocks that the rows are in, flat."""
+    multiplies: bool
+    """Whether scales are multiplied by, and not divided by."""
     shifts: np.ndarray
     """float32, what is added to quotients, one for each scale; empty for nothing."""
     rounded: np.ndarray
-    """One element of the dtype that quotients are rounded to, and then the sums."""
+    """One element of the dtype that quotients or products are rounded to, and then the sums."""
 
 
 @Kernel
-def encode(weight: Any, divisors: Any, codes_of: Any, layout: Any, codes: Any) -> None:
-    """Turn rows of a weight into codes: its quotients by the scales are looked up.
+def encode(weight: Any, scaling: Any, codes_of: Any, layout: Any, codes: Any) -> None:
+    """Turn rows of a weight into codes: it is scaled, and what comes of that is looked up.
 
     Args:
         weight: elements, flat.
-        divisors: `Divisors`.
-        codes_of: uint8 [65,536]: the code of every number of 16 bits, by its bits. Where quotients are float32, of
+        scaling: a `Scaling`.
+        codes_of: uint8 [65,536]: the code of every number of 16 bits, by its bits. Where `rounded` is float32, of
             every bfloat16: an odd one tells the code of all that lies between its neighbours.
         layout: columns of the weight, rows and columns of a block. The last blocks may be cut short.
         codes: uint8, gets one for each element, flat.
@@ -59,24 +61,26 @@ def encode(weight: Any, divisors: Any, codes_of: Any, layout: Any, codes: Any) -
     num_columns, block_rows, block_columns = layout
     num_rows = codes.size // num_columns
     num_across = (num_columns + block_columns - 1) // block_columns
-    scales, shifts, rounded = divisors.scales, divisors.shifts, divisors.rounded
+    shifts, rounded = scaling.shifts, scaling.rounded
     places = np.empty(_AT_ONCE, np.uint16)
     for row in range(num_rows):
         for across in range(num_across):
             block = row // block_rows * num_across + across
-            scale = scales[block]
+            scale = scaling.scales[block]
             stop = min((across + 1) * block_columns, num_columns)
             for begin in range(across * block_columns, stop, _AT_ONCE):
                 end = min(begin + _AT_ONCE, stop)
                 source = weight[row * num_columns + begin : row * num_columns + end]
                 target = codes[row * num_columns + begin : row * num_columns + end]
-                # Many are divided and rounded at once, then looked up.
+                # Many are scaled and rounded at once, then looked up.
                 if shifts.size:
                     shift = shifts[block]
                     for i in range(source.size):
                         quotient = lower(np.float32(np.float32(lift(source[i])) / scale), rounded)
-                        moved = lower(np.float32(np.float32(lift(quotient)) + shift), rounded)
-                        places[i] = place(moved)
+                        places[i] = place(lower(np.float32(np.float32(lift(quotient)) + shift), rounded))
+                elif scaling.multiplies:
+                    for i in range(source.size):
+                        places[i] = place(lower(np.float32(np.float32(lift(source[i])) * scale), rounded))
                 else:
                     for i in range(source.size):
                         places[i] = place(lower(np.float32(np.float32(lift(source[i])) / scale), rounded))

@@ -19,7 +19,7 @@ from compressed_tensors.quantization.lifecycle.forward import quantize
 
 from workers.bases.forms.compressed.group import GLOBAL_SCALE, SCALE, SHAPE, WEIGHT, ZERO_POINT, Group
 from workers.numerics.kernels.elements import array
-from workers.numerics.kernels.encoding import Divisors, encode
+from workers.numerics.kernels.encoding import Scaling, encode
 
 _HALF_BYTE = 4
 _WORD_BYTES = 4
@@ -55,6 +55,25 @@ def compress_rows(parts: dict[str, torch.Tensor], group: Group) -> dict[str, tor
     return found
 
 
+def multiplied(rows_OI: torch.Tensor, factors: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """Return FP8 codes of rows times factors in float32, rounded to nearest and no further than the last code.
+
+    Args:
+        rows_OI: in 16 or 32 bits, [O, I]; they begin with a block.
+        factors: float32 [OB, IB].
+        block: rows and columns of a block; the last ones may be cut.
+
+    Returns:
+        float8_e4m3fn [O, I].
+    """
+    table = _table(CompressionFormat.float_quantized, QuantizationType.FLOAT, 8, torch.float32)
+    nothing = torch.empty(0)
+    scaling = Scaling(
+        array(factors.contiguous()), multiplies=True, shifts=array(nothing), rounded=array(factors[:1, :1])
+    )
+    return _encoded(rows_OI, scaling, table, block).view(torch.float8_e4m3fn)
+
+
 def _are_looked_up(group: Group, quotients: torch.dtype) -> bool:
     """Whether a table holds the codes of quotients: those of integers change too often for float32."""
     if quotients is torch.float32 and group.arguments.type == QuantizationType.INT:
@@ -78,18 +97,19 @@ def _codes(
     }.get(group.strategy, (1, group.group_size or num_columns))
     # The library rounds zero points to the dtype of the weight first.
     shifts = torch.empty(0) if zero_points is None else zero_points.to(rows_OI.dtype).float()
-    codes_OI = torch.empty(rows_OI.shape, dtype=torch.uint8)
-    encode(
-        array(rows_OI),
-        Divisors(
-            scales=array(divisors.float().contiguous()),
-            shifts=array(shifts.contiguous()),
-            rounded=array(torch.empty(1, dtype=dtype)),
-        ),
-        _table(group.format, group.arguments.type, group.arguments.num_bits, dtype).numpy(),
-        (num_columns, *block),
-        array(codes_OI),
+    table = _table(group.format, group.arguments.type, group.arguments.num_bits, dtype)
+    scaling = Scaling(
+        scales=array(divisors.float().contiguous()),
+        multiplies=False,
+        shifts=array(shifts.contiguous()),
+        rounded=array(torch.empty(1, dtype=dtype)),
     )
+    return _encoded(rows_OI, scaling, table, block)
+
+
+def _encoded(rows_OI: torch.Tensor, scaling: Scaling, table: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    codes_OI = torch.empty(rows_OI.shape, dtype=torch.uint8)
+    encode(array(rows_OI), scaling, table.numpy(), (rows_OI.shape[1], *block), array(codes_OI))
     return codes_OI
 
 

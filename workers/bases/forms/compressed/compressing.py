@@ -111,10 +111,20 @@ def _strips(weight_OI: torch.Tensor, alignment: int) -> Iterator[torch.Tensor]:
 
 def _extremes(rows_OI: torch.Tensor, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the smallest and the largest of the weights that share a scale, in the shape of the scales, in float32."""
+    if group.strategy is QuantizationStrategy.BLOCK:
+        return extremes_of_blocks(rows_OI, *group.block)
+    return extremes_of_blocks(rows_OI, 1, group.group_size or rows_OI.shape[1])
+
+
+def extremes_of_blocks(rows_OI: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the smallest and the largest of each block of a weight, float32 [OB, IB]; of one that is cut, or zero.
+
+    Args:
+        rows_OI: in 16 or 32 bits, [O, I].
+        height: rows of a block.
+        width: columns of a block.
+    """
     num_rows, num_columns = rows_OI.shape
-    height, width = (
-        group.block if group.strategy is QuantizationStrategy.BLOCK else (1, group.group_size or num_columns)
-    )
     low, high = torch.empty(2, num_rows, -(-num_columns // width))
     extremes(array(rows_OI), num_columns, width, array(low), array(high))
     if height == 1:
