@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from benchmarks.measurement import Measurement, PeakMemory, bytes_moved
 from benchmarks.unchecked import check_left_out
+from jobs.output_form import OutputForm
 from jobs.parity_policy import ParityPolicy
 from jobs.request import BaseQuantization, MergeRequest
 from workers.merging.settings import WorkerSettings
@@ -49,6 +50,7 @@ class Resident:
         *,
         base_quantization: str,
         home: Path,
+        outputs: Sequence[OutputForm] = (OutputForm.PLAIN,),
         checked: bool = True,
     ) -> Measurement:
         """Merge adapters in one pass.
@@ -58,22 +60,26 @@ class Resident:
             adapters: of one adapter the release is at `out`, of several under it, by the name of their directories.
             out: a new directory.
             base_quantization: as in a request.
+            outputs: the forms of each adapter's release; whatever is left of the delta passes.
             home: of caches, scratch and reports; one worker serves all orders with the same home.
             checked: whether arithmetic parity is part of it.
 
         Raises:
             RuntimeError: a merge failed, or the process ended.
         """
+        wanted = [(adapter, output) for adapter in adapters for output in outputs]
+        names = [adapter.name if len(outputs) == 1 else f"{adapter.name}-{output}" for adapter, output in wanted]
         requests = [
             MergeRequest(
-                id=adapter.name,
+                id=name,
                 base=str(base),
                 adapter=str(adapter),
-                destination=str(out if len(adapters) == 1 else out / adapter.name),
+                destination=str(out if len(wanted) == 1 else out / name),
                 base_quantization=BaseQuantization(base_quantization),
-                parity=ParityPolicy(level="arithmetic"),
+                output=output,
+                parity=ParityPolicy.model_validate({"level": "arithmetic", "thresholds": {"min_survival": 0}}),
             )
-            for adapter in adapters
+            for name, (adapter, output) in zip(names, wanted, strict=True)
         ]
         read, written = bytes_moved(self._process.pid)
         peak = PeakMemory(self._process.pid)

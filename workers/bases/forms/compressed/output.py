@@ -14,7 +14,7 @@ from workers.bases.forms.compressed.compressing import compress, global_scale
 from workers.bases.forms.compressed.form import CompressedTensors
 from workers.bases.forms.compressed.group import WEIGHT, Group
 
-_PRESETS: Mapping[OutputForm, str] = {
+PRESETS: Mapping[OutputForm, str] = {
     OutputForm.FP8_DYNAMIC: "FP8_DYNAMIC",
     OutputForm.FP8_BLOCK: "FP8_BLOCK",
     OutputForm.INT8_W8A16: "W8A16",
@@ -35,7 +35,7 @@ class CompressedOutput:
             output: which.
             dtype: of the model.
         """
-        self._scheme = preset_name_to_scheme(_PRESETS[output], ["Linear"])
+        self._scheme = preset_name_to_scheme(PRESETS[output], ["Linear"])
         self._dtype = dtype
         self.words = f"{output.value} (compressed-tensors)"
 
