@@ -10,6 +10,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks.bases import held_out_texts, trained_adapters
 from examples.chats import HABITS
@@ -17,16 +18,15 @@ from examples.real_model import build_base
 from jobs.parity_policy import ParityPolicy, Thresholds
 from jobs.parity_report import ParityReport
 from jobs.request import MergeRequest
+from workers.bases.forms.compressed.output import PRESETS
 from workers.merging.settings import WorkerSettings
 from workers.worker import MergeWorker
 
-_FORMS = {
-    "bf16": {"dtype": "bfloat16"},
-    "float16": {"dtype": "float16"},
-    **{
-        form: {"output": form} for form in ("fp8_dynamic", "fp8_block", "int8_w8a16", "int4_w4a16", "mxfp4", "nvfp4a16")
-    },
+_OF_BFLOAT16: dict[str, dict[str, Any]] = {"bf16": {"dtype": "bfloat16"}} | {
+    form.value: {"dtype": "bfloat16", "output": form} for form in PRESETS
 }
+_PASSES: tuple[dict[str, dict[str, Any]], ...] = (_OF_BFLOAT16, {"float16": {"dtype": "float16"}})
+"""What is merged at once, by name."""
 _ANYTHING = Thresholds(max_mean_kl=1e3, min_top1_agreement=0, max_lost_share=1, min_survival=0)
 """A measurement: whatever is lost, the report is wanted."""
 
@@ -52,15 +52,19 @@ def measure(directory: Path) -> dict[tuple[str, str], ParityReport]:
                 habit, trained_on = name.rsplit("-", 1)
                 policy = ParityPolicy(texts=held_out_texts(base, habits[habit]), thresholds=_ANYTHING)
                 fields = {"base": str(base), "adapter": str(adapter), "base_quantization": trained_on, "parity": policy}
-                for form, asked in _FORMS.items():
-                    place = Path(room) / "releases" / name / form
-                    request = MergeRequest(id=f"{name}-{form}", destination=str(place), **fields, **asked)
-                    (outcome,) = worker.run_unit(request.id, (request,)).jobs
-                    if outcome.failure is not None or outcome.report_path is None:
-                        sys.exit(f"{outcome.job_id}: {outcome.failure}")
-                    worker.discard(request.id)
-                    report = (outcome.report_path / "parity.json").read_bytes()
-                    found[name, form] = ParityReport.model_validate_json(report)
+                for forms in _PASSES:
+                    place = Path(room) / "releases" / name
+                    requests = tuple(
+                        MergeRequest(id=form, destination=str(place / form), **fields, **asked)
+                        for form, asked in forms.items()
+                    )
+                    for outcome in worker.run_unit(name, requests).jobs:
+                        if outcome.failure is not None or outcome.report_path is None:
+                            sys.exit(f"{name}, {outcome.job_id}: {outcome.failure}")
+                        worker.discard(outcome.job_id)
+                        report = (outcome.report_path / "parity.json").read_bytes()
+                        found[name, outcome.job_id] = ParityReport.model_validate_json(report)
+                    sys.stderr.write(f"{name}: {', '.join(forms)}\n")
         finally:
             worker.close()
     return found
@@ -72,7 +76,7 @@ def table(reports: dict[tuple[str, str], ParityReport]) -> str:
         "| form | weights quantized | delta left: least, median | KL | top-1 | NLL (base + adapter) |",
         "|---|---|---|---|---|---|",
     ]
-    for form in _FORMS:
+    for form in (form for forms in _PASSES for form in forms):
         of_form = [report for (_, each), report in reports.items() if each == form]
         survivals = [check.survival for report in of_form for check in report.tensors if check.survival is not None]
         quantized = sum(check.requantization_error is not None for check in of_form[0].tensors)
