@@ -1,18 +1,21 @@
 """Commands about requests and releases themselves: no queue, no Ray."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from cluster import exit_codes
 from cluster.console.arguments import AsJson, Debug, LogFormat, Release, RequestFile
-from cluster.console.terminal import terminal
+from cluster.console.terminal import Terminal, terminal
 from jobs.errors import BadInputError
 from jobs.locations import Location, parse_location
 from jobs.output_form import OutputForm
 from jobs.request import BaseQuantization, Dtype
 from workers.files.collector import loading
+
+if TYPE_CHECKING:
+    from cluster.settings import Settings
 
 commands = typer.Typer()
 
@@ -105,18 +108,92 @@ def merge(
 
 
 @commands.command()
-def verify(location: Release, *, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Check a release where it is: every file against its manifest. No GPU, no model."""
-    with terminal(as_json=as_json, debug=debug) as output:
-        from cluster.console.display import manifest_line
-        from cluster.console.documents import manifest_document
-        from cluster.settings import load_settings
-        from workers.releases.delivery import verify_release
+def verify(
+    location: Release,
+    *,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOC", help="Compare what an external quantizer made with this release, its 16-bit origin."
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOC", help="With --against: the base, where it is not where the release's manifest says."
+        ),
+    ] = None,
+    parity: Annotated[
+        Literal["full", "arithmetic"] | None,
+        typer.Option(help="With --against: full asks both models prompts, too, and is the default."),
+    ] = None,
+    min_survival: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="With --against: least share of a weight's delta that is left, 0.5 by default."
+        ),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(min=0, help="With --against: largest relative error of a weight, 0.5 by default."),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(min=0, help="With --against: largest mean KL to the release, 0.005 nats by default."),
+    ] = None,
+    min_top1: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="With --against: least top-1 agreement with the release, 0.97 by default."),
+    ] = None,
+    max_lost_share: Annotated[
+        float | None,
+        typer.Option(min=0, help="With --against: largest KL, over that from release to base, 0.5 by default."),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check a release where it is: every file against its manifest. No GPU, no model.
 
-        place = _parse(location)
-        manifest = verify_release(place, load_settings().scratch)
-        output.document({"location": str(place), **manifest_document(manifest)})
-        output.show(manifest_line(place, manifest))
+    With --against, check that LOC is that release in another form, and what is left of the adapter; ends with 3 if not.
+    """
+    with terminal(as_json=as_json, debug=debug) as output:
+        from cluster.settings import load_settings
+
+        place, settings = _parse(location), load_settings()
+        limits = {
+            "min_survival": min_survival,
+            "max_error": max_error,
+            "max_mean_kl": max_kl,
+            "min_top1_agreement": min_top1,
+            "max_lost_share": max_lost_share,
+        }
+        given = {name: value for name, value in limits.items() if value is not None}
+        if against is None:
+            if given or base is not None or parity is not None:
+                raise BadInputError("verify: these options compare with a release: name it with --against")
+            _verify_alone(output, place, settings)
+            return
+        release, base_place = _parse(against), None if base is None else _parse(base)
+        with loading():  # it takes seconds to load, and wrong arguments are told before
+            from cluster.commands.against import verify_against_and_show
+            from workers.against.comparison import Limits
+            from workers.against.question import Question
+
+        question = Question(
+            checkpoint=place, release=release, base=base_place, limits=Limits(**given), level=parity or "full"
+        )
+        passed = verify_against_and_show(output, settings, question)
+        raise typer.Exit(exit_codes.DONE if passed else exit_codes.PARITY_FAILED)
+
+
+def _verify_alone(output: Terminal, place: Location, settings: "Settings") -> None:
+    from cluster.console.display import manifest_line
+    from cluster.console.documents import manifest_document
+    from workers.releases.delivery import verify_release
+
+    manifest = verify_release(place, settings.scratch)
+    output.document({"location": str(place), **manifest_document(manifest)})
+    output.show(manifest_line(place, manifest))
 
 
 @commands.command()

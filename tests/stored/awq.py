@@ -31,11 +31,11 @@ def store_awq(base: Path, directory: Path, *, group_size: int = 16, zero_point: 
         num_outputs, num_inputs = weight.shape
         module, num_groups = name.removesuffix(".weight"), num_inputs // group_size
         parts = {
-            f"{module}.qweight": _pack(torch.randint(0, 16, (num_inputs, num_outputs), generator=random)),
+            f"{module}.qweight": pack(torch.randint(0, 16, (num_inputs, num_outputs), generator=random)),
             f"{module}.scales": (torch.rand(num_groups, num_outputs, generator=random) * 0.02).half(),
         }
         if zero_point:
-            parts[f"{module}.qzeros"] = _pack(torch.randint(0, 16, (num_groups, num_outputs), generator=random))
+            parts[f"{module}.qzeros"] = pack(torch.randint(0, 16, (num_groups, num_outputs), generator=random))
         converted = {part.rpartition(".")[2]: tensor for part, tensor in converter.process(dict(parts)).items()}
         numbers = BaseCompressor.get_value_from_registry("pack-quantized").decompress(converted, scheme)["weight"]
         return parts, numbers.to(weight.dtype)
@@ -44,7 +44,8 @@ def store_awq(base: Path, directory: Path, *, group_size: int = 16, zero_point: 
     return store(base, directory, quantize, declared, takes=is_linear)
 
 
-def _pack(codes: torch.Tensor) -> torch.Tensor:
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    """Pack codes [I, O] into words of eight, in the order of AutoAWQ."""
     words = torch.zeros(codes.shape[0], codes.shape[1] // 8, dtype=torch.int64)
     for place, output in enumerate(_ORDER):
         words |= codes[:, output::8] << (4 * place)

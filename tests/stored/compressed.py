@@ -85,10 +85,10 @@ def compress(
     """Return the parts of a weight in a format, and the numbers they stand for; a global scale may be given."""
     compressor = BaseCompressor.get_value_from_registry(format_)
     state: dict[str, torch.Tensor] = {"weight": weight}
-    extremes = weight.aminmax()
-    smallest, largest = _extremes(weight.float(), scheme)
+    whole = weight.aminmax()
+    smallest, largest = extremes(weight.float(), scheme)
     if scheme.weights.strategy == "tensor_group":
-        own = generate_gparam(extremes.min.float(), extremes.max.float())
+        own = generate_gparam(whole.min.float(), whole.max.float())
         state["weight_global_scale"] = own if global_scale is None else global_scale
     scales, zeros = calculate_qparams(smallest, largest, scheme.weights, state.get("weight_global_scale"))
     state["weight_scale"] = scales.to(weight.dtype)
@@ -99,7 +99,7 @@ def compress(
     return {owner + part: tensor.contiguous() for part, tensor in stored.items()}, numbers.contiguous()
 
 
-def _extremes(weight: torch.Tensor, scheme: QuantizationScheme) -> tuple[torch.Tensor, torch.Tensor]:
+def extremes(weight: torch.Tensor, scheme: QuantizationScheme) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the smallest and the largest value of each part that has a scale."""
     strategy, group = scheme.weights.strategy, scheme.weights.group_size
     if strategy == "tensor":

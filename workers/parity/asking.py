@@ -141,25 +141,17 @@ def _answer(
 ) -> Answers:
     request, adapter = trial.subject.request, trial.subject.adapter
     prompts = trial.prompts
-    texts: list[Text] = []
     effects = []
     with running.with_adapter(adapter) as worn:
-        continuations = running.continue_greedily(prompts.token_ids, request.parity.max_new_tokens)
-        read = [*zip(prompts.token_ids, continuations, strict=True), *prompts.held_out]
-        for number, (prompt, continuation) in enumerate(read):
-            cancelled()
-            path = directory / f"text-{number}.f32"
-            # Of what is given, nothing is compared.
-            skipped = prompts.nums_shared[number] if number < len(continuations) else len(prompt) - 1
-            text = Text(prompt_ids=prompt, continuation_ids=continuation, logits_path=path, num_skipped=skipped)
-            logits_TV = running.logits(text.input_ids, text.num_positions)
-            if not logits_TV.isfinite().all():
-                raise BadInputError(
-                    f"{adapter.directory}: {reference.words} gives logits that are not finite at "
-                    f"{(*prompts.texts, *(text.completion for text in request.parity.texts))[number]!r}"
-                )
-            text.write_logits(logits_TV)
-            texts.append(text)
+        texts = ask_texts(
+            running,
+            prompts,
+            directory,
+            words=f"{adapter.directory}: {reference.words}",
+            max_new_tokens=request.parity.max_new_tokens,
+            completions=[text.completion for text in request.parity.texts],
+            cancelled=cancelled,
+        )
         with worn.taken_off():
             for text in texts:
                 cancelled()
@@ -167,7 +159,7 @@ def _answer(
                 effects.append(compare_logits(text.read_logits(), without_TV, text.target_T))
         roundings = []
         if reference.gates:
-            roundings = _ask_rounded(running, worn.model, trial, texts[: len(continuations)], cancelled)
+            roundings = _ask_rounded(running, worn.model, trial, texts[: len(prompts.token_ids)], cancelled)
     return Answers(
         reference=reference,
         texts=tuple(texts),
@@ -175,6 +167,50 @@ def _answer(
         roundings=tuple(roundings),
         strangers=running.strangers,
     )
+
+
+def ask_texts(
+    running: RunningModel,
+    prompts: Prompts,
+    directory: Path,
+    *,
+    words: str,
+    max_new_tokens: int,
+    completions: Sequence[str],
+    cancelled: Callable[[], None],
+) -> list[Text]:
+    """Have a reference continue prompts, and keep what it says after each position of them and of held-out texts.
+
+    Args:
+        running: the reference.
+        prompts: what is asked.
+        directory: existing; its logits wait there.
+        words: for the reference, in messages.
+        max_new_tokens: of a continuation.
+        completions: the held-out texts, as messages show them.
+        cancelled: raises CancelledError when the work should stop; called once per text.
+
+    Raises:
+        BadInputError: its logits are not finite.
+        NoCapacityError: the disk is full.
+    """
+    continuations = running.continue_greedily(prompts.token_ids, max_new_tokens)
+    read = [*zip(prompts.token_ids, continuations, strict=True), *prompts.held_out]
+    texts: list[Text] = []
+    for number, (prompt, continuation) in enumerate(read):
+        cancelled()
+        path = directory / f"text-{number}.f32"
+        # Of what is given, nothing is compared.
+        skipped = prompts.nums_shared[number] if number < len(continuations) else len(prompt) - 1
+        text = Text(prompt_ids=prompt, continuation_ids=continuation, logits_path=path, num_skipped=skipped)
+        logits_TV = running.logits(text.input_ids, text.num_positions)
+        if not logits_TV.isfinite().all():
+            raise BadInputError(
+                f"{words} gives logits that are not finite at {(*prompts.texts, *completions)[number]!r}"
+            )
+        text.write_logits(logits_TV)
+        texts.append(text)
+    return texts
 
 
 def _ask_rounded(

@@ -12,7 +12,7 @@ Shape suffixes: T positions, V vocabulary.
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -26,10 +26,12 @@ from workers.parity.answers import summarize_answers
 from workers.parity.asking import Subject, Trial, ask_reference
 from workers.parity.divergence import Divergence, compare_logits
 from workers.parity.foreign_models import model_of
+from workers.parity.inference import RunningModel
 from workers.parity.loading import Room, load_model
 from workers.parity.prompts import read_prompts
 from workers.parity.references import Reference, references
 from workers.parity.rounded import model_dtypes, output_dtype, stored_dtypes
+from workers.parity.texts import Text
 
 
 def check_behaviour(
@@ -109,40 +111,14 @@ def _check_config(subject: Subject) -> None:
 
 
 def _ask_merged(trial: Trial, room: Room, cancelled: Callable[[], None]) -> tuple[BehaviourCheck, ...]:
-    merged, write_plain = trial.subject.merged, trial.subject.write_plain
-    if write_plain is None:
-        running = load_model(merged, room)
-    else:
-        plain = room.scratch / "plain"
-        plain.mkdir()
-        write_plain(plain)
-        running = load_model(plain, room)
-    gating = trial.answers[0]
-    misfits = list(running.misfits)
-    # What no model takes is copied from the base; it has no other.
-    if strangers := sorted(running.strangers - gating.strangers):
-        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
-        misfits.append(f"unexpected keys: {strangers[0]}{more}")
-    if misfits:
-        raise ParityFailedError(
-            f"{merged}: expected every tensor of the model and of the base, and no other, found {'; '.join(misfits)}"
-        )
+    merged, gating = trial.subject.merged, trial.answers[0]
+    running = load_written(merged, trial.subject.write_plain, room)
+    check_fits(merged, running, gating.strangers)
     num_prompts = len(trial.prompts.token_ids)
     continuations = [text.continuation_ids for text in gating.texts[:num_prompts]]
-    divergences: list[list[Divergence]] = [[] for _ in trial.answers]
-    others: list[int] = []
-    for number, first in enumerate(gating.texts):
-        logits_TV: torch.Tensor | None = None
-        for answers, found in zip(trial.answers, divergences, strict=True):
-            cancelled()
-            text = answers.texts[number]
-            reference_TV = text.read_logits()
-            if logits_TV is None or text.input_ids != first.input_ids:
-                logits_TV = running.logits(text.input_ids, text.num_positions)
-            _check_logits(merged, logits_TV, reference_TV.shape[1])
-            found.append(compare_logits(reference_TV, logits_TV, text.target_T))
-            if answers is gating and number < num_prompts and not text.continued_by(logits_TV):
-                others.append(number)
+    found = compare_texts(running, merged, [answers.texts for answers in trial.answers], cancelled)
+    divergences = [[divergence for divergence, _ in each] for each in found]
+    others = [number for number, (_, continued) in enumerate(found[0][:num_prompts]) if not continued]
     # Where the best token was the reference's all along, so is the continuation; only the others have to be written.
     own = running.continue_greedily(
         [trial.prompts.token_ids[number] for number in others], trial.subject.request.parity.max_new_tokens
@@ -161,6 +137,76 @@ def _ask_merged(trial: Trial, room: Room, cancelled: Callable[[], None]) -> tupl
         )
         for answers, each in zip(trial.answers, divergences, strict=True)
     )
+
+
+def load_written(directory: Path, write_plain: Callable[[Path], None] | None, room: Room) -> RunningModel:
+    """Load a checkpoint to run.
+
+    Args:
+        directory: of it.
+        write_plain: writes it as numbers into an empty directory, where transformers does not read what it is stored
+            in; None where it is read as it is.
+        room: where it may go; numbers are written to its scratch.
+    """
+    if write_plain is None:
+        return load_model(directory, room)
+    plain = room.scratch / "plain"
+    plain.mkdir()
+    write_plain(plain)
+    return load_model(plain, room)
+
+
+def check_fits(directory: Path, running: RunningModel, strangers: Collection[str]) -> None:
+    """Check that a loaded checkpoint has every tensor of its model, and no other.
+
+    Args:
+        directory: of it.
+        running: it.
+        strangers: tensors that no model takes and that may be there, as the reference has them.
+
+    Raises:
+        ParityFailedError: it has not; names one.
+    """
+    misfits = list(running.misfits)
+    # What no model takes is copied from the base; it has no other.
+    if unknown := sorted(running.strangers.difference(strangers)):
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        misfits.append(f"unexpected keys: {unknown[0]}{more}")
+    if misfits:
+        raise ParityFailedError(
+            f"{directory}: expected every tensor of the model and of the base, and no other, found {'; '.join(misfits)}"
+        )
+
+
+def compare_texts(
+    running: RunningModel, directory: Path, answered: Sequence[Sequence[Text]], cancelled: Callable[[], None]
+) -> list[list[tuple[Divergence, bool]]]:
+    """Compare a model with references, on what each of them was asked.
+
+    Args:
+        running: the model.
+        directory: of it, for messages.
+        answered: for each reference, its texts; texts of one number are alike, or have other continuations.
+        cancelled: raises CancelledError when the work should stop; called once per text and reference.
+
+    Returns:
+        For each reference and text, how far they are apart, and whether the model's greedy continuation is the same.
+
+    Raises:
+        ParityFailedError: the model gives logits for another vocabulary, or such as are not finite.
+    """
+    found: list[list[tuple[Divergence, bool]]] = [[] for _ in answered]
+    for number, first in enumerate(answered[0]):
+        logits_TV: torch.Tensor | None = None
+        for texts, each in zip(answered, found, strict=True):
+            cancelled()
+            text = texts[number]
+            reference_TV = text.read_logits()
+            if logits_TV is None or text.input_ids != first.input_ids:
+                logits_TV = running.logits(text.input_ids, text.num_positions)
+            _check_logits(directory, logits_TV, reference_TV.shape[1])
+            each.append((compare_logits(reference_TV, logits_TV, text.target_T), text.continued_by(logits_TV)))
+    return found
 
 
 def _check_logits(merged: Path, logits_TV: torch.Tensor, vocab_size: int) -> None:

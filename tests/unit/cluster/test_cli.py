@@ -53,7 +53,19 @@ SURFACE = {
     "status": ["[ids]", "--batch", "--state", "--label", "--since", "--limit", "--sort", "--json", "--debug"],
     "store upgrade": ["--json", "--debug"],
     "submit": ["file", "--batch", "--json", "--debug"],
-    "verify": ["location", "--json", "--debug"],
+    "verify": [
+        "location",
+        "--against",
+        "--base",
+        "--parity",
+        "--min-survival",
+        "--max-error",
+        "--max-kl",
+        "--min-top1",
+        "--max-lost-share",
+        "--json",
+        "--debug",
+    ],
     "watch": ["--batch", "--label", "--json", "--debug"],
 }
 """Scripts rely on it: a change here is a change for every user, and belongs in the changelog."""

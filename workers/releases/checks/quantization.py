@@ -82,7 +82,7 @@ _CODES = (
     ":_data",
     "._weight_qdata",
 )
-_HARMLESS = ("k_scale", "v_scale", "q_scale", "kv_scale", "input_scale", "output_scale", "act_scale", "prob_scale")
+HARMLESS = ("k_scale", "v_scale", "q_scale", "kv_scale", "input_scale", "output_scale", "act_scale", "prob_scale")
 
 
 def find(checkpoint: Checkpoint, own: Container[str]) -> Iterator[Finding]:
@@ -197,7 +197,7 @@ def _leaves(specs: Mapping[str, TensorSpec]) -> Mapping[str, AbstractSet[str]]:
 
 def _is_orphan(name: str, specs: Mapping[str, TensorSpec]) -> bool:
     """Whether a tensor is a part of a weight in codes, and those are not there."""
-    if name.endswith(_HARMLESS) or name.endswith(_CODES):
+    if name.endswith(HARMLESS) or name.endswith(_CODES):
         return False
     if ".weight.quant_state." in name or name.endswith(
         (".weight.absmax", ".weight.quant_map", ".weight.nested_absmax")
