@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jobs.errors import BadInputError, NotFoundError
-from jobs.parity_policy import MIN_REQUANTIZED_SURVIVAL
 from jobs.parity_report import BehaviourCheck, ParityReport, ParitySummary, TensorCheck
 from jobs.release import REPORT_NAME, REPORT_PAGE_NAME
 from jobs.text import MAX_MESSAGE, shown
@@ -86,6 +85,7 @@ def judge(
         thresholds=thresholds,
         passed=not wrong,
         failures=tuple(wrong),
+        kept=plan.kept_in_more_bits,
         notes=(
             *plan.notes,
             *(shown(note, MAX_MESSAGE) for note in notes),
@@ -104,8 +104,7 @@ def lost_deltas(plan: MergePlan, tensors: Sequence[TensorCheck]) -> list[str]:
         plan: of the job.
         tensors: the arithmetic check, of every tensor.
     """
-    asked = plan.request.parity.thresholds.min_survival
-    least = MIN_REQUANTIZED_SURVIVAL if asked is None else asked
+    asked, least = plan.request.parity.thresholds.min_survival, plan.request.parity.least_survival
     lost = [
         check
         for check in tensors
@@ -114,9 +113,10 @@ def lost_deltas(plan: MergePlan, tensors: Sequence[TensorCheck]) -> list[str]:
         and (asked is not None or check.requantization_error is not None)
     ]
     lost.sort(key=lambda check: check.survival or 0.0)
+    instead = "keep: 16bit, " if plan.storage is not None and plan.request.keep is None else ""
     told = [
         f"tensor {check.tensor}: {check.survival:.3g} of the adapter's delta is left, expected at least {least:g}: too "
-        "small for what the weight is stored in; request output: 16bit, or another min_survival"
+        f"small for what the weight is stored in; request {instead}output: 16bit, or another min_survival"
         for check in lost[:_NUM_NAMED]
     ]
     return [*told, *([f"{len(lost) - _NUM_NAMED} more tensors lose as much"] if len(lost) > _NUM_NAMED else [])]

@@ -39,7 +39,7 @@ def admit_to_disks(jobs: Sequence[Job], base: BasePlan, scratch: Path) -> None:
         if job.plan.storage:
             beside += job.in_work.merged.num_bytes
         with own_failure(job), file_errors(f"looking at {job.directory}", job.directory):
-            disks.take(job.directory, job.in_work.output.total_size, scratch, beside)
+            disks.take(job.directory, job.in_work.most_bytes, scratch, beside)
             # One is enough for all: the base stays, and of releases there is one at a time.
             plain_bytes -= of_all
             largest_release = max(largest_release, of_release)
@@ -60,7 +60,7 @@ def admit_to_uplink(jobs: Sequence[Job], bytes_per_second: float | None) -> None
     for job in jobs:
         if not job.staging.in_place:
             with own_failure(job):
-                uplink.take(job, job.in_work.output.total_size)
+                uplink.take(job, job.in_work.most_bytes)
 
 
 class Admission:

@@ -32,7 +32,7 @@ def sweep_scratch(scratch: Path) -> None:
 
 def make_room(scratch: Path, jobs: Sequence[Job]) -> None:
     """Sweep finished shards of others, too, where the disk has no room for what some jobs write there."""
-    needed = sum(job.in_work.output.total_size for job in jobs if not isinstance(job.request.destination, LocalPath))
+    needed = sum(job.in_work.most_bytes for job in jobs if not isinstance(job.request.destination, LocalPath))
     if not needed:
         return
     with file_errors(f"making room in {scratch}", scratch):

@@ -6,12 +6,12 @@ from typing import Any, Self
 
 import torch
 from compressed_tensors.config import CompressionFormat
-from compressed_tensors.quantization import QuantizationConfig, QuantizationStrategy
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStrategy
 from pydantic import ValidationError
 from transformers.integrations.compressed_tensors import get_dense_scheme, get_experts_scheme
 
 from jobs.errors import BadInputError, UnsupportedError
-from workers.bases.forms import PartLayout, StoredParts, StoredWeight, as_stored
+from workers.bases.forms import PartLayout, StoredParts, StoredWeight, Wider, as_stored
 from workers.bases.forms.compressed.compressing import compress, stored_as
 from workers.bases.forms.compressed.group import (
     GLOBAL_SCALE,
@@ -27,7 +27,8 @@ from workers.bases.forms.compressed.group import (
 )
 from workers.bases.forms.compressed.targets import Targets
 from workers.bases.forms.compressed.weight import restored
-from workers.bases.forms.refusals import nothing_stored, transpose_in_codes
+from workers.bases.forms.compressed.wider import with_wider
+from workers.bases.forms.refusals import nothing_stored, nothing_wider, transpose_in_codes
 from workers.files.layout import TensorSpec
 
 _PARTS = (WEIGHT, PACKED, SCALE, GLOBAL_SCALE, ZERO_POINT, SHAPE, ORDER)
@@ -53,6 +54,7 @@ class CompressedTensors:
         """
         self.loaded_as: Mapping[str, Any] | None = {**content, "dequantize": True}
         self._place = place
+        self._content = content
         self._config = config
         self._groups = groups
         self._targets = Targets(place, groups, config.ignore or ())
@@ -198,6 +200,25 @@ class CompressedTensors:
         stored = {group.codes: parts.codes, **parts.beside}
         made = {stored[part]: stored_as(found, part, tensors[stored[part]]) for part in found if part in stored}
         return {**tensors, **made}
+
+    def check_wider(self, weights: Mapping[str, StoredParts], *, in_8_bits: bool) -> None:
+        """Refuse to keep weights in 8 bits that have as many; see `WideningForm`."""
+        if not in_8_bits:
+            return
+        for name in weights:
+            group = self._targets.group_of(name.rpartition(".")[0])
+            assert group is not None
+            if group.arguments.num_bits >= 8:
+                raise nothing_wider(name, self.words)
+
+    def declared_with(self, wider: Wider) -> Mapping[str, Any]:
+        """Return the configuration with modules that are ignored, or of a group of 8 bits; see `WideningForm`."""
+        return with_wider(self._content, self._config.config_groups, wider, self._scheme_of)
+
+    def _scheme_of(self, module: str) -> QuantizationScheme:
+        group = self._targets.group_of(module)
+        assert group is not None
+        return group.scheme
 
 
 def _format_of(sparsity: object) -> object:
