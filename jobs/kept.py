@@ -1,6 +1,5 @@
 """What a release in a quantized form keeps in more bits: the words of `keep` in a request, and what came of it."""
 
-from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated
 
@@ -52,8 +51,3 @@ class KeptWeights(Frozen):
         first, *more = said
         number, _, where = first.partition(" ")
         return f"{number} of {self.num_weights} weights kept {' and '.join((where, *more))}"
-
-
-def by_name(weights: Sequence[KeptWeight]) -> dict[str, Keep]:
-    """Return what weights are kept in, by their names."""
-    return {each.weight: each.kept_in for each in weights}

@@ -27,12 +27,17 @@ def plain_layout(base: BasePlan) -> CheckpointLayout:
     return lay_out_as_stored(base, _tensors(base))
 
 
+def misread_in(plan: MergePlan) -> str | None:
+    """Name a weight of a release that transformers misreads, so that it is run as numbers; None where it reads all."""
+    if plan.storage is None or not plan.storage.in_form:
+        return None
+    specs = {name: spec for name, (_, spec) in plan.output.tensors.items()}
+    return plan.storage.form.misread(specs, config_dtype(plan.base.source.directory))
+
+
 def is_misread(plan: MergePlan) -> bool:
     """Whether transformers does not read what a release is stored in: it is run as numbers."""
-    if plan.storage is None or not plan.storage.in_form:
-        return False
-    specs = {name: spec for name, (_, spec) in plan.output.tensors.items()}
-    return plan.storage.form.misread(specs, config_dtype(plan.base.source.directory)) is not None
+    return misread_in(plan) is not None
 
 
 def plain_release_bytes(plan: MergePlan) -> int:

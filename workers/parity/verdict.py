@@ -1,6 +1,6 @@
 """The verdict: what the checks found against the thresholds of the request, as a report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from jobs.errors import BadInputError, NotFoundError
@@ -12,6 +12,7 @@ from workers.files.layout import CheckpointLayout
 from workers.files.local import file_errors
 from workers.merging.checks.evidence import Evidence
 from workers.merging.checks.judgement import failures as arithmetic_failures
+from workers.merging.plain_base import misread_in
 from workers.merging.plan import MergePlan
 from workers.merging.sidecars import write_text
 from workers.parity.effect import allowed_share, keeps_effect, rounding_share
@@ -91,6 +92,7 @@ def judge(
             *(shown(note, MAX_MESSAGE) for note in notes),
             *_nothing_changed(tensors),
             *_faint(plan, tensors),
+            *_kept(plan),
         ),
         tensors=tuple(tensors),
         behaviour=tuple(behaviour),
@@ -143,6 +145,19 @@ def _faint(plan: MergePlan, tensors: Sequence[TensorCheck]) -> tuple[str, ...]:
         f"{max(least.survival or 0.0, 0.0):.0%}: it is small beside the weights; float16 or float32 keeps more of it"
     )
     return (sentence,)
+
+
+def _kept(plan: MergePlan) -> Iterator[str]:
+    """Yield what to know of a release some of whose weights are kept in more bits than its form has."""
+    kept = plan.kept_in_more_bits
+    if kept is None or not kept.weights:
+        return
+    yield f"{kept.words}, as {plan.request.output} would leave too little of the adapter's delta"
+    if (misread := misread_in(plan)) is not None:
+        yield (
+            f"transformers 5.23 misreads {misread}, where it dequantizes while it loads, as it does with all experts; "
+            "servers that follow config_groups read it"
+        )
 
 
 def summarize(report: ParityReport) -> ParitySummary:

@@ -32,6 +32,7 @@ from workers.bases.forms.refusals import nothing_stored, nothing_wider, transpos
 from workers.files.layout import TensorSpec
 
 _PARTS = (WEIGHT, PACKED, SCALE, GLOBAL_SCALE, ZERO_POINT, SHAPE, ORDER)
+_EXPERTS = ".experts."
 _OF_ACTIVATIONS = tuple(
     f"{of}_{what}" for of in ("input", "output") for what in ("scale", "global_scale", "zero_point")
 )
@@ -136,12 +137,16 @@ class CompressedTensors:
         """Name a weight that transformers 5.23 takes for one of another group, or some of whose parts it leaves out.
 
         It knows one group for all experts and one for all other weights, in the format that is declared, and of experts
-        codes, scales and shapes alone, those in FP8 multiplied in float32.
+        codes, scales and shapes alone, those in FP8 multiplied in float32; experts as numbers beside FP8 alone.
         """
+        if not _takes_numbers(get_experts_scheme(self._config)):
+            for name, spec in specs.items():
+                if _EXPERTS in name and name.endswith(f".{WEIGHT}") and spec.code in PLAIN:
+                    return f"{name}, an expert that is stored as numbers"
         for name, parts in self.weights(specs).items():
             group = self._targets.group_of(name.rpartition(".")[0])
             assert group is not None
-            is_expert = ".experts." in name
+            is_expert = _EXPERTS in name
             taken_for = get_experts_scheme(self._config) if is_expert else get_dense_scheme(self._config)
             if group.scheme is not taken_for:
                 return f"{name}, and takes it for a weight of another group"
@@ -202,14 +207,18 @@ class CompressedTensors:
         return {**tensors, **made}
 
     def check_wider(self, weights: Mapping[str, StoredParts], *, in_8_bits: bool) -> None:
-        """Refuse to keep weights in 8 bits that have as many; see `WideningForm`."""
-        if not in_8_bits:
-            return
+        """Refuse to keep weights in 8 bits that have as many, and experts that transformers loads no more then."""
         for name in weights:
-            group = self._targets.group_of(name.rpartition(".")[0])
-            assert group is not None
-            if group.arguments.num_bits >= 8:
+            scheme = self._scheme_of(name.rpartition(".")[0])
+            assert scheme.weights is not None
+            if in_8_bits and scheme.weights.num_bits >= 8:
                 raise nothing_wider(name, self.words)
+            if _EXPERTS in name and (in_8_bits or not _takes_numbers(scheme)):
+                raise UnsupportedError(
+                    f"tensor {name} is one of the experts of a layer in {self.words}, and transformers loads none in "
+                    "two formats, nor numbers beside packed ones: keep is not proven to load; leave keep out, or "
+                    "request output: 16bit"
+                )
 
     def declared_with(self, wider: Wider) -> Mapping[str, Any]:
         """Return the configuration with modules that are ignored, or of a group of 8 bits; see `WideningForm`."""
@@ -219,6 +228,11 @@ class CompressedTensors:
         group = self._targets.group_of(module)
         assert group is not None
         return group.scheme
+
+
+def _takes_numbers(scheme: QuantizationScheme) -> bool:
+    """Whether transformers takes experts that are numbers for what they are, where others are in a scheme."""
+    return scheme.weights is None or (scheme.weights.type == "float" and scheme.weights.num_bits == 8)
 
 
 def _format_of(sparsity: object) -> object:
