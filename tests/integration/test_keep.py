@@ -268,7 +268,7 @@ def test_experts_of_a_layer_go_together(worker, tmp_path, form, keep):
     assert different(read_tensors(tmp_path / "release"), expected(merged, form, kept_in)) == []
     declared = declaration_of(tmp_path / "release")
     named = declared["ignore"] if "16bit" in kept_in.values() else declared["config_groups"]["group_1"]["targets"]
-    assert r"re:model\.layers\.1\.mlp\.experts\." in named
+    assert r"re:model\.layers\.1\.mlp\.experts(\.|$)" in named
     specs = {name: spec for name, (_, spec) in read_checkpoint(tmp_path / "release").tensors.items()}
     misread = declared_form(tmp_path / "release").misread(specs, torch.bfloat16)
     assert (misread is None) == (form == "fp8_dynamic")
@@ -384,34 +384,36 @@ def test_the_other_way_of_a_comparison_keeps_the_same(worker, llama, tmp_path):
     assert report.alternative.base_quantization == "nf4"
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    """As `llama`, in several files."""
+@pytest.fixture(scope="module", params=["int4_w4a16", "as_base"])
+def sharded(request, tmp_path_factory):
+    """As `llama`, in a file for each layer and one for the rest; and what is asked for."""
     directory = tmp_path_factory.mktemp("sharded")
     whole = on_the_grid(build_llama(directory / "plain", **SHAPE), directory / "int4")
-    base = directory / "base"
-    AutoModelForCausalLM.from_pretrained(twin_of(whole), dtype=torch.bfloat16).save_pretrained(
-        base, max_shard_size="100KB"
-    )
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (base / name).write_bytes((twin_of(whole) / name).read_bytes())
-    return base, half_lost(base, directory / "adapter")
-
-
-KEPT = {"output": "int4_w4a16", "base_quantization": "none", "keep": "8bit", "parity": {"level": "arithmetic"}}
+    adapter = half_lost(twin_of(whole), directory / "adapter")
+    base, files = base_for(whole, request.param), {}
+    for name, tensor in read_tensors(base).items():
+        number = 1 + next((layer for layer in (0, 1) if f"layers.{layer}." in name), 2)
+        files.setdefault(f"model-0000{number}-of-00003.safetensors", {})[name] = tensor
+    (base / "model.safetensors").unlink()
+    for file, held in files.items():
+        save_file(held, base / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, held in files.items() for name in held}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    fields = {"output": request.param, "keep": "8bit", "parity": {"level": "arithmetic"}}
+    return (base, adapter), fields | {"base_quantization": "stored" if request.param == "as_base" else "none"}
 
 
 def test_a_pass_that_workers_share_makes_the_same_bytes(worker, settings, sharded, tmp_path):
-    base, adapter = sharded
+    (base, adapter), fields = sharded
+    fields = {"base": str(base), "adapter": str(adapter), **fields}
     made = {
-        place: MergeRequest(id=place, base=str(base), adapter=str(adapter), destination=str(tmp_path / place), **KEPT)
-        for place in ("alone", "together")
+        place: MergeRequest(id=place, destination=str(tmp_path / place), **fields) for place in ("alone", "together")
     }
     assert worker.run_unit("unit", (made["alone"],)).jobs[0].failure is None
     assert worker.publish("alone", None).failure is None
     other = MergeWorker(dataclasses.replace(settings, scratch=tmp_path / "other"))
     opened = worker.open_pass("p", "name", (made["together"],))
-    assert len(opened.pieces) > 1
+    assert len(opened.pieces) == 3
     work = PassWork(pass_id="p", name="name", requests=(made["together"],), tickets=opened.tickets)
     merged = []
     for each, piece in zip(itertools.cycle((worker, other)), opened.pieces, strict=False):
@@ -430,13 +432,14 @@ def test_a_pass_that_workers_share_makes_the_same_bytes(worker, settings, sharde
 
 
 def test_what_a_killed_worker_has_finished_is_used_again(sharded, tmp_path):
+    sources, fields = sharded
     undisturbed = DirectoryPlace(tmp_path / "undisturbed")
-    merged_again(undisturbed, requests_for(sharded, [undisturbed.location], **KEPT))
+    merged_again(undisturbed, requests_for(sources, [undisturbed.location], **fields))
     place = DirectoryPlace(tmp_path / "home")
-    requests = requests_for(sharded, [place.location], **KEPT)
-    killed(place, requests, "record", after=3)
+    requests = requests_for(sources, [place.location], **fields)
+    killed(place, requests, "record", after=2)
     (finished,) = finished_in(place).values()
-    assert finished
+    assert len(finished) == 2
     merged_again(place, requests)
     assert_whole(place, files_below(undisturbed.location.path), tmp_path)
 

@@ -1,7 +1,7 @@
 """What the weights of a release are stored in, where that is no plain numbers: its base's form, or one it is given."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,8 @@ _FUSED = (
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
 """Modules that vLLM fuses (`packed_modules_mapping` of its models), and takes one global scale for: the largest."""
+_FUSED_BESIDES = (("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"))
+"""Those of the linear attention of Qwen3.5, fused by vLLM in the same way."""
 _EXPERTS = ".experts."
 
 
@@ -79,16 +81,16 @@ def stored_alike(names: Collection[str]) -> Mapping[str, tuple[str, ...]]:
         layer, dot, _ = name.partition(_EXPERTS)
         if dot:
             layers[layer].append(name)
-    experts = {layer: tuple(found) for layer, found in layers.items()}
+    experts, fused = {layer: tuple(found) for layer, found in layers.items()}, (*_FUSED, *_FUSED_BESIDES)
     return {
-        name: experts[layer] if (layer := name.partition(_EXPERTS)[0]) != name else _fused(name, names)
+        name: experts[layer] if (layer := name.partition(_EXPERTS)[0]) in experts else _fused(name, names, fused)
         for name in names
     }
 
 
-def _fused(name: str, names: Collection[str]) -> tuple[str, ...]:
+def _fused(name: str, names: Collection[str], groups: Sequence[tuple[str, ...]] = _FUSED) -> tuple[str, ...]:
     owner, _, module = name.removesuffix(_WEIGHT).rpartition(".")
-    together = next((each for each in _FUSED if module in each), (module,))
+    together = next((each for each in groups if module in each), (module,))
     found = (f"{owner}.{each}{_WEIGHT}" for each in together)
     return tuple(each for each in found if each in names)
 

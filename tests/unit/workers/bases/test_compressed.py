@@ -330,7 +330,7 @@ def test_experts_of_a_layer_are_one_pattern_unless_others_share_it(llama, tmp_pa
     names = [f"model.layers.{n}.mlp.experts.{each}.up_proj" for n in (0, 1, 11) for each in (0, 1)]
     wider = Wider(as_numbers=names[:2], in_8_bits=names[2:4], in_form={f"{n}.weight": [n] for n in names[4:]}, plain=())
     content = form.declared_with(wider)
-    patterns = [rf"re:model\.layers\.{n}\.mlp\.experts\." for n in (0, 1, 11)]
+    patterns = [rf"re:model\.layers\.{n}\.mlp\.experts(\.|$)" for n in (0, 1, 11)]
     assert content["ignore"] == ["lm_head", patterns[0]]
     assert [group["targets"] for group in content["config_groups"].values()] == [[patterns[2]], [patterns[1]]]
     module = torch.nn.Linear(1, 1)

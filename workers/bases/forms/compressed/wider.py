@@ -74,8 +74,8 @@ def _dumped(scheme: QuantizationScheme, targets: Iterable[str]) -> dict[str, Any
 def _targets(modules: Iterable[str], others: Collection[str] = ()) -> list[str]:
     """Return targets that take some modules: their names, and a pattern for all experts of a layer.
 
-    The pattern also takes the names that vLLM has for experts, whatever they are called in the files: it asks for
-    `gate_proj`, `up_proj` and `down_proj` of the first one.
+    The pattern also takes the names that servers have for experts, whatever they are called in the files: vLLM asks for
+    `gate_proj`, `up_proj` and `down_proj` of the first one, SGLang for the module of all.
 
     Args:
         modules: by name.
@@ -83,13 +83,13 @@ def _targets(modules: Iterable[str], others: Collection[str] = ()) -> list[str]:
     """
     apart = {_layer_of(name) for name in others}
     found = (
-        f"{_PATTERN}{re.escape(layer)}" if (layer := _layer_of(name)) and layer not in apart else name
+        f"{_PATTERN}{re.escape(layer)}(\\.|$)" if (layer := _layer_of(name)) and layer not in apart else name
         for name in modules
     )
     return list(dict.fromkeys(found))
 
 
 def _layer_of(module: str) -> str:
-    """Return how the names of all experts begin that an expert shares a layer with; nothing for other modules."""
+    """Return the module of all experts that an expert is one of, as the model has it; nothing for other modules."""
     layer, dot, _ = module.partition(_EXPERTS)
-    return layer + dot if dot else ""
+    return layer + dot.rstrip(".") if dot else ""
