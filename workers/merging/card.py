@@ -11,6 +11,7 @@ from jobs.release import Artifact
 from jobs.request import adapter_name
 from workers.merging.plan import MergePlan
 from workers.merging.sidecars import digest_file, write_text
+from workers.merging.wider import kept_in_more_bits
 from workers.releases.base_card import differing_licences
 from workers.sources.belongings import CARD_NAME, MODULES_FILE
 
@@ -107,7 +108,7 @@ def _stored_in(plan: MergePlan) -> list[str]:
 
 def _kept(plan: MergePlan) -> list[str]:
     """Return what is kept in more bits than the form has, and how much of the delta that would have left."""
-    kept = plan.kept_in_more_bits
+    kept = kept_in_more_bits(plan)
     if kept is None or not kept.weights:
         return []
     lines = [

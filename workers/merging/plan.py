@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from jobs.errors import UnsupportedError
-from jobs.kept import Keep, KeptWeight, KeptWeights
+from jobs.kept import KeptWeight
 from jobs.parity_report import CombinedAdapter, TensorCheck
 from jobs.request import MergeRequest
 from jobs.text import MAX_MESSAGE, shown
@@ -101,20 +101,9 @@ class MergePlan:
         }
 
     @property
-    def kept_in_more_bits(self) -> KeptWeights | None:
-        """What is kept in more bits than the form has; None where the request does not ask for that."""
-        if self.request.keep is None or self.storage is None:
-            return None
-        num_plain = sum(each.kept_in is Keep.IN_16_BITS for each in self.kept_weights)
-        return KeptWeights(num_weights=len(self.storage.in_form) + num_plain, weights=self.kept_weights)
-
-    @property
     def most_bytes(self) -> int:
         """Bytes of the release at most, where some of its weights may be kept in more bits."""
-        num_bytes = self.output.total_size
-        if self.request.keep is not None:
-            num_bytes += sum(spec.num_bytes for _, spec in self.merged.tensors.values())
-        return num_bytes
+        return self.output.total_size + (self.merged.total_size if self.request.keep is not None else 0)
 
     def shard_of(self, weight: str) -> str:
         """Return the name of the file that a weight's numbers go to: that of its codes, too."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from jobs.kept import Keep, KeptWeight
+from jobs.kept import Keep, KeptWeight, KeptWeights
 from workers.bases.forms import PartLayout, StoredForm, StoredParts, WideningForm, Wider
 from workers.bases.forms.compressed.form import CompressedTensors
 from workers.bases.forms.compressed.output import CompressedOutput
@@ -47,6 +47,14 @@ class WiderStorage:
     def before(self, name: str) -> Mapping[str, torch.Tensor] | None:
         """Return what the base stores a weight as, unless that is something else; see `Storage`."""
         return None if name in self.kept else self.inner.before(name)
+
+
+def kept_in_more_bits(plan: MergePlan) -> KeptWeights | None:
+    """Return what a release keeps in more bits than its form has; None where the request does not ask for that."""
+    if plan.request.keep is None or plan.storage is None:
+        return None
+    num_plain = sum(each.kept_in is Keep.IN_16_BITS for each in plan.kept_weights)
+    return KeptWeights(num_weights=len(plan.storage.in_form) + num_plain, weights=plan.kept_weights)
 
 
 def keeping(plan: MergePlan, weights: Sequence[KeptWeight]) -> MergePlan:
@@ -116,8 +124,12 @@ def _storage(plan: MergePlan, new: Mapping[str, KeptWeight], in_8_bits: Mapping[
     before = plan.storage
     assert before is not None
     inner = before.inner if isinstance(before, WiderStorage) else before
-    kept = {**(before.kept if isinstance(before, WiderStorage) else {}), **{n: each.kept_in for n, each in new.items()}}
-    in_form = {**{name: parts for name, parts in before.in_form.items() if name not in new}, **in_8_bits}
+    found = dict(before.kept) if isinstance(before, WiderStorage) else {}
+    found |= {name: each.kept_in for name, each in new.items()}
+    left = {**{name: parts for name, parts in before.in_form.items() if name not in new}, **in_8_bits}
+    # In one order, whichever piece of a pass was done first: lists in the declaration have it.
+    kept = {name: found[name] for name in inner.in_form if name in found}
+    in_form = {name: left[name] for name in inner.in_form if name in left}
     assert isinstance(inner.form, WideningForm)
     if not in_form:
         return WiderStorage(inner=inner, kept=kept, form=inner.form, in_form={}, declaration={})

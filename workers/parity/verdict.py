@@ -15,6 +15,7 @@ from workers.merging.checks.judgement import failures as arithmetic_failures
 from workers.merging.plain_base import misread_in
 from workers.merging.plan import MergePlan
 from workers.merging.sidecars import write_text
+from workers.merging.wider import kept_in_more_bits
 from workers.parity.effect import allowed_share, keeps_effect, rounding_share
 from workers.parity.report import render_report
 
@@ -86,7 +87,7 @@ def judge(
         thresholds=thresholds,
         passed=not wrong,
         failures=tuple(wrong),
-        kept=plan.kept_in_more_bits,
+        kept=kept_in_more_bits(plan),
         notes=(
             *plan.notes,
             *(shown(note, MAX_MESSAGE) for note in notes),
@@ -149,7 +150,7 @@ def _faint(plan: MergePlan, tensors: Sequence[TensorCheck]) -> tuple[str, ...]:
 
 def _kept(plan: MergePlan) -> Iterator[str]:
     """Yield what to know of a release some of whose weights are kept in more bits than its form has."""
-    kept = plan.kept_in_more_bits
+    kept = kept_in_more_bits(plan)
     if kept is None or not kept.weights:
         return
     yield f"{kept.words}, as {plan.request.output} would leave too little of the adapter's delta"

@@ -23,7 +23,8 @@ from jobs.errors import BadInputError, UnsupportedError
 from workers.bases.forms import PartLayout, StoredParts, Wider, as_stored, tile_memory
 from workers.bases.forms.compressed.compressing import FP8_BY_CHANNEL, FP8_BY_TENSOR, compress, stored_as
 from workers.bases.forms.compressed.group import SCALE, WEIGHT
-from workers.bases.forms.refusals import nothing_stored, nothing_wider, transpose_in_codes
+from workers.bases.forms.left_out import with_left_out
+from workers.bases.forms.refusals import nothing_stored, nothing_wider, transpose_in_codes, unread_wider
 from workers.files.layout import TensorSpec
 from workers.numerics.kernels.eight_bit import dequantize
 from workers.numerics.kernels.elements import ARRAY_DTYPES, array
@@ -229,20 +230,11 @@ class Fp8Blocks:
             if in_8_bits:
                 raise nothing_wider(name, self.words)
             if not parts.beside[_SCALE].endswith(_SCALE):
-                raise UnsupportedError(
-                    f"tensor {name} is stored in FP8 with scales under {parts.beside[_SCALE]}, and transformers reads "
-                    "no such base, with numbers in it or without: keep is not proven to load; leave keep out, or "
-                    "request output: fp8_dynamic with keep: 16bit"
-                )
+                raise unread_wider(name, parts.beside[_SCALE])
 
     def declared_with(self, wider: Wider) -> Mapping[str, Any]:
-        """Return the declaration with modules that are not converted; see `WideningForm`.
-
-        Those that a base has as numbers are named, too: without a list transformers leaves the head out by itself.
-        """
-        named = self._content.get("modules_to_not_convert")
-        before = wider.plain if named is None else named
-        return {**self._content, "modules_to_not_convert": list(dict.fromkeys([*before, *wider.as_numbers]))}
+        """Return the declaration with modules that are not converted; see `WideningForm`."""
+        return with_left_out(self._content, wider)
 
     def _by_blocks(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         num_rows, num_columns = self._block_of(tuple(weight_OI.shape))

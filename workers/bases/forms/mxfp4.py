@@ -20,6 +20,7 @@ from workers.bases.forms import PartLayout, StoredParts, Wider, as_stored, tile_
 from workers.bases.forms.compressed.compressing import MXFP4, compress
 from workers.bases.forms.compressed.group import PACKED, SCALE
 from workers.bases.forms.grouped import FP4
+from workers.bases.forms.left_out import with_left_out
 from workers.bases.forms.refusals import nothing_stored, nothing_wider, stored_twice
 from workers.files.layout import TensorSpec
 from workers.numerics.kernels.elements import ARRAY_DTYPES, array
@@ -173,9 +174,7 @@ class Mxfp4:
 
     def declared_with(self, wider: Wider) -> Mapping[str, Any]:
         """Return the declaration with modules that are not converted; see `WideningForm`."""
-        named = self._content.get("modules_to_not_convert")
-        before = wider.plain if named is None else named
-        return {**self._content, "modules_to_not_convert": list(dict.fromkeys([*before, *wider.as_numbers]))}
+        return with_left_out(self._content, wider)
 
     def _check(self, codes: TensorSpec, scales: TensorSpec | None, name: str) -> None:
         if len(codes.shape) != 4 or codes.shape[-1] != _BLOCK_BYTES:
