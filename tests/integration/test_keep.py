@@ -19,7 +19,7 @@ from tests.killing import FULL, assert_whole, files_below, finished_in, killed, 
 from tests.merges import different, merge_by_peft, read_tensors
 from tests.models import build_llama, make_adapter
 from tests.stored import store, twin_of
-from tests.stored.compressed import compress, store_compressed
+from tests.stored.compressed import FORMATS, compress, store_compressed
 from tests.stored.forms import APART, LINEAR
 from tests.stored.kept import FORMS, expected, is_taken, kept, numbers, scheme_of, survival
 from tests.stored.mxfp4 import store_mxfp4
@@ -320,6 +320,35 @@ def test_an_fp8_base_names_what_is_not_converted(worker, tmp_path, form, model_t
                 assert torch.equal(state[name], twin[name])
 
 
+@pytest.mark.parametrize("of", FORMATS)
+def test_a_base_of_compressed_tensors_ignores_what_is_kept(worker, tmp_path, of):
+    """Of every format: what is kept is PEFT's numbers, the rest has the base's bytes, and transformers reads both."""
+    base = store_compressed(build_llama(tmp_path / "plain"), tmp_path / "base", of=of)
+    adapter = make_adapter(twin_of(base), tmp_path / "adapter", targets=["q_proj", "down_proj"], std=0.0003)
+    outcome = release(worker, base, adapter, tmp_path / "release", "as_base", "16bit")
+    assert outcome.failure is None, outcome.failure
+    merged, before = merge_by_peft(twin_of(base), adapter, tmp_path / "peft"), read_tensors(twin_of(base))
+    small = set(kept_of(outcome))
+    fused = {name for name in merged if any(f"{each}_proj.weight" in name for each in ("q", "k", "v", "down"))}
+    assert small
+    assert small <= fused
+    found, stored = read_tensors(tmp_path / "release"), read_tensors(base)
+    assert different({name: found.pop(name) for name in small}, {name: merged[name] for name in small}) == []
+    again = {name for name in merged if name not in small and not torch.equal(merged[name], before[name])}
+
+    def is_of(part, names):
+        return f"{part.rpartition('.')[0]}.weight" in names
+
+    assert found.keys() == {part for part in stored if not is_of(part, small)}
+    same = {part for part in found if not is_of(part, again)}
+    assert different({part: found[part] for part in same}, {part: stored[part] for part in same}) == []
+    declared = declaration_of(tmp_path / "release")
+    assert set(declared["ignore"]) == {"lm_head", *(name.removesuffix(".weight") for name in small)}
+    specs = {name: spec for name, (_, spec) in read_checkpoint(base).tensors.items()}
+    if not again and declared_form(base).misread(specs, torch.bfloat16) is None:
+        assert_loads(tmp_path / "release", merged, dequantize=True)
+
+
 def test_experts_of_gpt_oss_are_kept_with_their_layer(worker, tmp_path):
     base = store_mxfp4(architectures.build("decoder", "gpt_oss", tmp_path / "plain"), tmp_path / "base")
     adapter = make_adapter(twin_of(base), tmp_path / "adapter", std=0.002, **ON_EXPERTS)
@@ -357,6 +386,19 @@ def test_a_release_with_all_weights_in_16_bits_declares_no_form(worker, llama, t
         assert declaration_of(directory) is None
         merged = merge_by_peft(twin_of(stored), adapter, tmp_path / f"{output}-peft")
         assert different(read_tensors(directory), merged) == []
+
+
+def test_a_file_of_scales_that_nobody_needs_any_more_is_left_out(worker, tmp_path):
+    """All weights of a base are kept whose scales lie in a file of their own."""
+    base = APART["fp8 with scales apart"](build_llama(tmp_path / "plain"), tmp_path / "base")
+    adapter = make_adapter(twin_of(base), tmp_path / "adapter", std=0.0005)
+    outcome = release(worker, base, adapter, tmp_path / "release", "as_base", "16bit")
+    assert outcome.failure is None, outcome.failure
+    assert outcome.release.manifest.kept.words == "14 of 14 weights kept in 16 bits"
+    merged = merge_by_peft(twin_of(base), adapter, tmp_path / "peft")
+    assert different(read_tensors(tmp_path / "release"), merged) == []
+    assert [path.name for path in (tmp_path / "release").glob("*.safetensors")] == ["model-00001-of-00002.safetensors"]
+    assert declaration_of(tmp_path / "release") is None
 
 
 @pytest.mark.parametrize("keep", ["16bit", "8bit"])

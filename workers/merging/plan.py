@@ -100,11 +100,6 @@ class MergePlan:
             **{name: checks[parts.codes] for name, parts in self.requantized.items() if parts.codes in checks},
         }
 
-    @property
-    def most_bytes(self) -> int:
-        """Bytes of the release at most, where some of its weights may be kept in more bits."""
-        return self.output.total_size + (self.merged.total_size if self.request.keep is not None else 0)
-
     def shard_of(self, weight: str) -> str:
         """Return the name of the file that a weight's numbers go to: that of its codes, too."""
         return self.merged.tensors[weight][0].name

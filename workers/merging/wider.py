@@ -13,6 +13,7 @@ from workers.bases.forms.compressed.form import CompressedTensors
 from workers.bases.forms.compressed.output import CompressedOutput
 from workers.bases.forms.declared import declared, form_of
 from workers.files.layout import CheckpointLayout, ShardLayout, lay_out_shard
+from workers.merging.at_risk import at_risk
 from workers.merging.base_plan import BasePlan
 from workers.merging.output_layout import Entry, stated_of
 from workers.merging.plan import MergePlan
@@ -57,6 +58,19 @@ def kept_in_more_bits(plan: MergePlan) -> KeptWeights | None:
     return KeptWeights(num_weights=len(plan.storage.in_form) + num_plain, weights=plan.kept_weights)
 
 
+def most_bytes(plan: MergePlan) -> int:
+    """Return the bytes of a release, were all weights kept in 16 bits that may be."""
+    num_bytes = plan.output.total_size
+    if plan.request.keep is None or plan.storage is None:
+        return num_bytes
+    changed = plan.changed
+    for group in at_risk(plan.storage, [name for name in plan.requantized if name in changed]):
+        for name in group:
+            in_form = (plan.output.tensors[part][1].num_bytes for part in plan.storage.in_form[name].names)
+            num_bytes += max(plan.merged.tensors[name][1].num_bytes - sum(in_form), 0)
+    return num_bytes
+
+
 def keeping(plan: MergePlan, weights: Sequence[KeptWeight]) -> MergePlan:
     """Return a plan by which weights are kept in more bits: in another layout, under another declaration.
 
@@ -85,9 +99,11 @@ def keeping(plan: MergePlan, weights: Sequence[KeptWeight]) -> MergePlan:
     dropped = {part for name in new for part in plan.storage.in_form[name].names}
     kept = (*plan.kept_weights, *(each for name, each in new.items() if name in merged))
     places = {name: number for number, name in enumerate(merged)}
+    shards = (_laid_out(plan.base, each, replaced, dropped) for each in plan.output.shards)
     return dataclasses.replace(
         plan,
-        output=CheckpointLayout(tuple(_laid_out(plan.base, each, replaced, dropped) for each in plan.output.shards)),
+        # A file that held nothing but scales of such weights is none any more.
+        output=CheckpointLayout(tuple(shard for shard in shards if shard.tensors)),
         requantized={name: requantized[name] for name in merged if name in requantized},
         storage=storage,
         kept_weights=tuple(sorted(kept, key=lambda each: places[each.weight])),

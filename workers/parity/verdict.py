@@ -153,7 +153,7 @@ def _kept(plan: MergePlan) -> Iterator[str]:
     kept = kept_in_more_bits(plan)
     if kept is None or not kept.weights:
         return
-    yield f"{kept.words}, as {plan.request.output} would leave too little of the adapter's delta"
+    yield f"{kept.words}: {plan.request.output} would leave too little of the adapter's delta there"
     if (misread := misread_in(plan)) is not None:
         yield (
             f"transformers 5.23 misreads {misread}, where it dequantizes while it loads, as it does with all experts; "
