@@ -72,6 +72,12 @@ class ParityPolicy(Frozen):
     """Held-out texts whose likelihood is measured; a mere string is a completion of nothing."""
     thresholds: Thresholds = Thresholds()
 
+    @property
+    def least_survival(self) -> float:
+        """Smallest share of a delta that is to survive in a weight that is quantized."""
+        asked = self.thresholds.min_survival
+        return MIN_REQUANTIZED_SURVIVAL if asked is None else asked
+
     def unsaid(self) -> dict[str, Any]:
         """Return the fields of later versions that say nothing new: they do not decide the name of a request."""
         fields: dict[str, Any] = {}

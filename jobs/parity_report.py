@@ -6,6 +6,7 @@ from pydantic import Field
 
 from jobs.combination import Combination
 from jobs.frozen import Frozen, Sha256, is_empty, is_none
+from jobs.kept import KeptWeights
 from jobs.locations import LocationField
 from jobs.parity_policy import Thresholds
 from jobs.request import BaseQuantization
@@ -169,6 +170,8 @@ class ParityReport(Frozen):
     """One sentence for each reason it did not pass; names the tensor or the figure."""
     notes: tuple[str, ...] = Field(default=(), exclude_if=is_empty)
     """One sentence for each thing that decides nothing and that a person should know before the release is used."""
+    kept: KeptWeights | None = Field(default=None, exclude_if=is_none)
+    """What is kept in more bits than the form of the release has; None where the request does not ask for that."""
     tensors: tuple[TensorCheck, ...]
     behaviour: tuple[BehaviourCheck, ...] = ()
     alternative: Alternative | None = Field(default=None, exclude_if=is_none)

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 from jobs.combination import Combination
 from jobs.errors import InvalidValueError
 from jobs.frozen import Frozen, Sha256, is_empty, is_none
+from jobs.kept import KeptWeights
 from jobs.locations import LocationField
 from jobs.output_form import OutputForm
 from jobs.parity_report import CombinedAdapter, ParitySummary
@@ -95,6 +96,8 @@ class Manifest(Frozen):
     dtype: Dtype | None
     output: OutputForm | None = Field(default=None, exclude_if=is_none)
     """Where the release is stored in another form than plain numbers."""
+    kept: KeptWeights | None = Field(default=None, exclude_if=is_none)
+    """That of the parity report."""
     parity: ParitySummary
     approved_by: str | None = Field(default=None, exclude_if=is_none)
     """The person who let it be published, where the request asked for one."""

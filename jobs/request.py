@@ -23,6 +23,7 @@ from pydantic_core import PydanticCustomError
 from jobs.combination import Combination, CombinationType, WeightedAdapter
 from jobs.errors import InvalidValueError
 from jobs.frozen import Frozen, is_empty, is_none
+from jobs.kept import Keep
 from jobs.locations import HubRepo, Location, LocationField
 from jobs.output_form import OutputForm
 from jobs.parity_policy import ParityPolicy
@@ -84,6 +85,9 @@ class QuantizationOptions(Frozen):
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
+_IN_8_BITS = frozenset({OutputForm.FP8_DYNAMIC, OutputForm.FP8_BLOCK, OutputForm.INT8_W8A16})
+
+
 def _is_plain(value: Any) -> bool:
     return value is OutputForm.PLAIN
 
@@ -107,6 +111,9 @@ class MergeRequest(Frozen):
     """Output dtype; None keeps every base tensor's own."""
     output: OutputForm = Field(default=OutputForm.PLAIN, exclude_if=_is_plain)
     """What the weights of the release are stored in."""
+    keep: Keep | None = Field(default=None, exclude_if=is_none)
+    """What weights are kept in that would lose more of the adapter's delta in that form than `min_survival` allows;
+    None fails the job."""
     max_shard_size: NumBytes | None = None
     """Largest output shard in bytes; None keeps the base's own shards."""
     parity: ParityPolicy = ParityPolicy()
@@ -201,6 +208,18 @@ class MergeRequest(Frozen):
             raise InvalidValueError("no dtype beside as_base, which keeps the base's own", f"'{info.data['dtype']}'")
         return value
 
+    @field_validator("keep")
+    @classmethod
+    def _check_keep(cls, value: Keep | None, info: ValidationInfo) -> Keep | None:
+        output = info.data.get("output")
+        if value is not None and output is OutputForm.PLAIN:
+            expected = "none beside output '16bit', which keeps all weights as numbers: request a form as output"
+            raise InvalidValueError(expected, f"'{value}'")
+        if value is Keep.IN_8_BITS and output in _IN_8_BITS:
+            expected = f"16bit, as 8bit says nothing for output '{output}', which has 8 bits by itself"
+            raise InvalidValueError(expected, f"'{value}'")
+        return value
+
     @field_validator("max_shard_size")
     @classmethod
     def _check_max_shard_size(cls, value: int | None, info: ValidationInfo) -> int | None:
@@ -289,6 +308,8 @@ class MergeRequest(Frozen):
         }
         if self.output is not OutputForm.PLAIN:
             decides["output"] = self.output.value
+        if self.keep is not None:
+            decides["keep"] = {"in": self.keep.value, "min_survival": self.parity.least_survival}
         if self.combination is not None:
             decides["weights"] = [each.weight for each in self.weighted]
             decides["combination"] = {"type": self.combination.type.value, **self.combination.arguments()}

@@ -9,6 +9,7 @@ from cluster import exit_codes
 from cluster.console.arguments import AsJson, Debug, LogFormat, Release, RequestFile
 from cluster.console.terminal import Terminal, terminal
 from jobs.errors import BadInputError
+from jobs.kept import Keep
 from jobs.locations import Location, parse_location
 from jobs.output_form import OutputForm
 from jobs.request import BaseQuantization, Dtype
@@ -78,6 +79,9 @@ def merge(
         OutputForm,
         typer.Option("--output", help="What the release is stored in: plain numbers, or what a quantized base is."),
     ] = OutputForm.PLAIN,
+    keep: Annotated[
+        Keep | None, typer.Option(help="What weights are kept in whose delta a quantized form would lose.")
+    ] = None,
     parity: Annotated[Literal["full", "arithmetic"], typer.Option(help="How the merge is proven.")] = "full",
     compare: Annotated[
         bool, typer.Option("--compare", help="Merge into the other base (16-bit, 4-bit) too, and show how both do.")
@@ -100,6 +104,7 @@ def merge(
             base_quantization=base_quantization,
             dtype=dtype,
             output=output_form,
+            keep=keep,
             parity=parity,
             compare=compare,
             accept_unstable=accept_unstable,

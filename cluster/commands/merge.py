@@ -15,6 +15,7 @@ from cluster.console.documents import adapter_document, failure_document, plain,
 from cluster.console.terminal import Terminal
 from cluster.settings import load_settings, worker_settings
 from jobs.errors import BadInputError, FailureClass
+from jobs.kept import Keep
 from jobs.locations import Location, parse_location
 from jobs.output_form import OutputForm
 from jobs.parity_policy import ParityPolicy
@@ -58,6 +59,7 @@ def build_requests(
     base_quantization: BaseQuantization,
     dtype: Dtype | None,
     output: OutputForm,
+    keep: Keep | None,
     parity: Literal["full", "arithmetic"],
     compare: bool,
     accept_unstable: bool,
@@ -86,6 +88,7 @@ def build_requests(
                 base_quantization=base_quantization,
                 dtype=dtype,
                 output=output,
+                keep=keep,
                 parity=ParityPolicy(level=parity),
                 compare=compare,
                 accept_unstable=accept_unstable,

@@ -160,6 +160,8 @@ def manifest_line(place: object, manifest: Manifest) -> Text:
     figures.append(f"worst rounding {parity.rounding_excess:.2f} of its bound")
     if parity.min_survival is not None:
         figures.append(f"at least {parity.min_survival:.0%} of the delta left")
+    if manifest.kept is not None:
+        figures.append(manifest.kept.words)
     if parity.mean_kl is not None:
         figures.append(f"KL {parity.mean_kl:.2g}")
     if parity.top1_agreement is not None:

@@ -99,6 +99,7 @@ def manifest_document(manifest: Manifest) -> dict[str, Any]:
         "num_bytes": manifest.num_bytes,
         "parity": manifest.parity.model_dump(mode="json"),
         "notes": list(manifest.notes),
+        **({} if manifest.kept is None else {"kept": manifest.kept.model_dump(mode="json")}),
     }
 
 

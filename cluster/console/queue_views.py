@@ -65,7 +65,8 @@ def _percent(record: JobRecord) -> str:
 
 def _result(record: JobRecord) -> str:
     if record.release is not None:
-        return str(record.release.location)
+        kept = record.release.manifest.kept
+        return f"{record.release.location}{'' if kept is None else f'  {kept.words}'}"
     if record.failure_class is None:
         return ""
     return f"{record.failure_class}: {shorten(record.failure_message or '')}"

@@ -204,6 +204,16 @@ def test_transformers_takes_all_weights_for_those_of_one_group():
         dequantize_by_transformers({"config_groups": groups}, dict(parts))
 
 
+def test_transformers_drops_experts_that_are_numbers_beside_packed_ones():
+    """Beside FP8 they pass."""
+    numbers = {"up_proj.weight": [torch.eye(32).bfloat16()]}
+    for name, taken in (("int4 by group", False), ("mxfp4", False), ("fp8 by channel", True)):
+        format_, arguments = FORMATS[name]
+        group = {"targets": ["Linear"], "weights": dict(arguments), "format": format_}
+        found = dequantize_by_transformers({"config_groups": {"group_0": group}}, dict(numbers))
+        assert found == (numbers if taken else {})
+
+
 def test_every_fault_is_in_the_table():
     page = (Path(__file__).parents[2] / "docs" / "upstream-faults.md").read_text()
     tests = re.findall(r"^def (test_\w+)", Path(__file__).read_text(), re.MULTILINE)

@@ -11,6 +11,7 @@ from jobs.release import Artifact
 from jobs.request import adapter_name
 from workers.merging.plan import MergePlan
 from workers.merging.sidecars import digest_file, write_text
+from workers.merging.wider import kept_in_more_bits
 from workers.releases.base_card import differing_licences
 from workers.sources.belongings import CARD_NAME, MODULES_FILE
 
@@ -20,6 +21,8 @@ _OF_STORED_WEIGHTS = re.compile(
     re.IGNORECASE,
 )
 """Tags of weights in a form that a release does not have."""
+_NUM_LISTED = 50
+"""Weights that are kept in more bits, by name: of single experts there may be thousands."""
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -55,6 +58,7 @@ def _text(plan: MergePlan, num_changed: int, least_survival: float | None) -> st
         *([f"- licences, of which each holds: {', '.join(licences)}, the base's first"] if licences else []),
         f"- merged into: {_merged_into(plan)}",
         *_stored_in(plan),
+        *_kept(plan),
         f"- tensors changed: {num_changed} of {len(plan.checked)}",
         *([] if least_survival is None else [f"- of each tensor's delta is left at least: {least_survival:.1%}"]),
         f"- merge key: `{plan.merge_key}`",
@@ -100,6 +104,23 @@ def _stored_in(plan: MergePlan) -> list[str]:
     num_kept = len(plan.storage.in_form) - len(plan.requantized)
     kept = f", {num_kept} with the base's bytes" if num_kept else ""
     return [f"- stored in: {plan.storage.form.words}; {len(plan.requantized)} weights quantized{kept}"]
+
+
+def _kept(plan: MergePlan) -> list[str]:
+    """Return what is kept in more bits than the form has, and how much of the delta that would have left."""
+    kept = kept_in_more_bits(plan)
+    if kept is None or not kept.weights:
+        return []
+    lines = [
+        f"  - `{each.weight}` in {each.kept_in.words}{'' if each.survival is None else f' ({each.survival:.1%})'}"
+        for each in kept.weights[:_NUM_LISTED]
+    ]
+    more = len(kept.weights) - len(lines)
+    return [
+        f"- {kept.words}; in brackets what {plan.request.output} would have left of the delta:",
+        *lines,
+        *([f"  - and {more} more, which `parity.json` lists"] if more else []),
+    ]
 
 
 def _merged_into(plan: MergePlan) -> str:

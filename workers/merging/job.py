@@ -2,13 +2,14 @@
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from jobs.errors import MergefleetError, TransientIOError
+from jobs.kept import KeptWeight
 from jobs.parity_report import BehaviourCheck, ParityReport, ParitySummary, TensorCheck
 from jobs.release import Artifact, Manifest, Release
 from jobs.request import MergeRequest
@@ -17,6 +18,7 @@ from workers.files.scratch import OwnedDirectory
 from workers.files.shard import HashedFile
 from workers.merging.outcomes import Failure, JobOutcome, MergedShards
 from workers.merging.plan import MergePlan
+from workers.merging.wider import keeping
 from workers.releases.sinks import Receipt, Staging
 from workers.releases.trails import Trail
 
@@ -199,6 +201,7 @@ class Job:
             receipts=tuple(upload.result() for upload in self.uploads),
             checks=tuple(self.checks.values()),
             wrong=tuple(self.wrong),
+            kept=self.in_work.kept_weights,
         )
         self._wait_for_records()
         self.uploads.clear()
@@ -219,6 +222,12 @@ class Job:
             self.receipts += shards.receipts
             self.checks |= {check.tensor: check for check in shards.checks}
             self.wrong += shards.wrong
+            self.keep(shards.kept)
+
+    def keep(self, weights: Sequence[KeptWeight]) -> None:
+        """Go on with a release that keeps some weights in more bits than its form has."""
+        self.part = self.part and keeping(self.part, weights)
+        self.planned = keeping(self.plan, weights)
 
     def drop(self, *, keep: bool = False) -> None:
         """Remove what it staged. A failure to do so is logged: what is left is invisible.

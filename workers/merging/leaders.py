@@ -55,5 +55,7 @@ def _are_same(one: Job, other: Job) -> bool:
 
 def _numbers_key(plan: MergePlan) -> str:
     """Return the digest of what decides merged numbers, before they are rounded and laid out in files."""
-    as_usual = plan.request.model_copy(update={"output": OutputForm.PLAIN, "dtype": None, "max_shard_size": None})
+    as_usual = plan.request.model_copy(
+        update={"output": OutputForm.PLAIN, "dtype": None, "keep": None, "max_shard_size": None}
+    )
     return as_usual.merge_key(plan.base.source.digest, plan.adapter.digest)

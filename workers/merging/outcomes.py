@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobs.errors import FailureClass, MergefleetError, NotNowError
+from jobs.kept import KeptWeight
 from jobs.parity_report import ParitySummary, TensorCheck
 from jobs.release import Release
 from jobs.request import MergeRequest
@@ -127,6 +128,8 @@ class MergedShards:
     """Of every tensor in them."""
     wrong: tuple[str, ...]
     """What is wrong besides, about the files themselves or what was read of the adapter, a sentence each."""
+    kept: tuple[KeptWeight, ...] = ()
+    """Weights in them that are kept in more bits than the release's form has."""
 
     @property
     def names(self) -> frozenset[str]:

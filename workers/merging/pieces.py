@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from workers.merging.at_risk import at_risk
 from workers.merging.outcomes import Piece
 from workers.merging.plan import MergePlan
 
@@ -11,9 +12,10 @@ def pieces_of(plans: Sequence[MergePlan]) -> tuple[Piece, ...]:
     """Cut a pass into as many pieces as its plans allow.
 
     Shards are in one piece when a tensor of the base is in both (in different jobs), when a weight is quantized again
-    into both, or when PEFT makes tensors of both at once: those of a module, of a group of fused weights, or with
-    values that are shared. Layers of other methods than LoRA may look at each other's weights; where these have to be
-    written first, as they are not mapped from the base, all that PEFT makes is one piece.
+    into both, when a weight that may be kept in more bits takes one of the other with it, or when PEFT makes tensors of
+    both at once: those of a module, of a group of fused weights, or with values that are shared. Layers of other
+    methods than LoRA may look at each other's weights; where these have to be written first, as they are not mapped
+    from the base, all that PEFT makes is one piece.
 
     Args:
         plans: of the jobs of the pass.
@@ -38,6 +40,10 @@ def pieces_of(plans: Sequence[MergePlan]) -> tuple[Piece, ...]:
             assert plan.storage is not None
             numbers = [plan.merged.tensors[each][0].name for each in plan.storage.companions(name)]
             shards.join([*numbers, plan.output.tensors[parts.codes][0].name])
+        if plan.request.keep is not None and plan.storage is not None:
+            for group in at_risk(plan.storage, [name for name in plan.requantized if name in plan.changed]):
+                stored = [part for name in group for part in plan.storage.in_form[name].names]
+                shards.join([*(plan.output.tensors[part][0].name for part in stored), *map(plan.shard_of, group)])
     for names in holders.values():
         shards.join(names)
     return tuple(

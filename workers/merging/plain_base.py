@@ -27,17 +27,26 @@ def plain_layout(base: BasePlan) -> CheckpointLayout:
     return lay_out_as_stored(base, _tensors(base))
 
 
+def misread_in(plan: MergePlan) -> str | None:
+    """Name a weight of a release that transformers misreads, so that it is run as numbers; None where it reads all."""
+    if plan.storage is None or not plan.storage.in_form:
+        return None
+    specs = {name: spec for name, (_, spec) in plan.output.tensors.items()}
+    return plan.storage.form.misread(specs, config_dtype(plan.base.source.directory))
+
+
 def is_misread(plan: MergePlan) -> bool:
     """Whether transformers does not read what a release is stored in: it is run as numbers."""
-    if plan.storage is None:
-        return False
-    specs = {name: spec for name, (_, spec) in plan.output.tensors.items()}
-    return plan.storage.form.misread(specs, config_dtype(plan.base.source.directory)) is not None
+    return misread_in(plan) is not None
 
 
 def plain_release_bytes(plan: MergePlan) -> int:
-    """Return what a release takes of a disk, written as numbers to be run; 0 where it is run as it is."""
-    return sum(tensor.num_bytes for tensor in plan.tensors) if is_misread(plan) else 0
+    """Return what a release takes of a disk, written as numbers to be run; 0 where it is run as it is.
+
+    What it keeps in more bits, and whether transformers reads it then, is not known before it is merged.
+    """
+    may_be = plan.request.keep is not None or is_misread(plan)
+    return sum(tensor.num_bytes for tensor in plan.tensors) if may_be else 0
 
 
 def write_plain_release(plan: MergePlan, directory: Path, target: Path, *, device: torch.device) -> None:

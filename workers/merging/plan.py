@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from jobs.errors import UnsupportedError
+from jobs.kept import KeptWeight
 from jobs.parity_report import CombinedAdapter, TensorCheck
 from jobs.request import MergeRequest
 from jobs.text import MAX_MESSAGE, shown
@@ -79,6 +80,8 @@ class MergePlan:
     notes: tuple[str, ...] = ()
     """One sentence for each thing that stops nothing and that a person should know before the release is used. They
     go into report and manifest, so they name no place of this machine."""
+    kept_weights: tuple[KeptWeight, ...] = ()
+    """Those that are kept in more bits than the form has, in the order of the release: known once they are merged."""
 
     @property
     def changed(self) -> frozenset[str]:
@@ -96,6 +99,10 @@ class MergePlan:
             **checks,
             **{name: checks[parts.codes] for name, parts in self.requantized.items() if parts.codes in checks},
         }
+
+    def shard_of(self, weight: str) -> str:
+        """Return the name of the file that a weight's numbers go to: that of its codes, too."""
+        return self.merged.tensors[weight][0].name
 
     def streams(self, name: str) -> bool:
         """Whether the stream lane writes a tensor of the base, changed or not."""
@@ -117,6 +124,7 @@ class MergePlan:
             output=output,
             merged=merged,
             requantized={name: parts for name, parts in self.requantized.items() if name in names},
+            kept_weights=tuple(each for each in self.kept_weights if each.weight in names),
         )
 
     @cached_property

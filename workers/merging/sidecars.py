@@ -11,7 +11,7 @@ import torch
 from jobs.output_form import OutputForm
 from jobs.release import Artifact
 from workers.adapters.heads import Head
-from workers.bases.declarations import DECLARING_FILES, without_declarations
+from workers.bases.declarations import DECLARING_FIELDS, DECLARING_FILES, without_declarations
 from workers.files.checkpoint import read_json
 from workers.files.foreign import copy_foreign
 from workers.files.layout import INDEX_FILE
@@ -106,11 +106,14 @@ def _merged_config(plan: MergePlan) -> dict[str, Any]:
 
 def _declaring(plan: MergePlan, config: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration that says of the weights what the release stores them in."""
-    if plan.request.output is OutputForm.AS_BASE:
+    declaration = None if plan.storage is None else plan.storage.declaration
+    as_base = plan.request.output is OutputForm.AS_BASE
+    if as_base and declaration is None:
         return config
+    field = next((name for name in DECLARING_FIELDS if as_base and config.get(name)), DECLARING_FIELDS[0])
     config = without_declarations(config)
-    if plan.storage is not None and plan.storage.declaration is not None:
-        config["quantization_config"] = dict(plan.storage.declaration)
+    if declaration:
+        config[field] = dict(declaration)
     return config
 
 

@@ -1,6 +1,7 @@
 """What the weights of a release are stored in, where that is no plain numbers: its base's form, or one it is given."""
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +21,9 @@ _FUSED = (
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
 """Modules that vLLM fuses (`packed_modules_mapping` of its models), and takes one global scale for: the largest."""
+_FUSED_BESIDES = (("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"))
+"""Those of the linear attention of Qwen3.5, fused by vLLM in the same way."""
+_EXPERTS = ".experts."
 
 
 class Storage(Protocol):
@@ -37,7 +41,7 @@ class Storage(Protocol):
 
     @property
     def declaration(self) -> Mapping[str, Any] | None:
-        """What `config.json` says of it; None for what that of the base says."""
+        """What `config.json` says of it; None for what that of the base says, empty for nothing."""
         ...
 
     def companions(self, name: str) -> tuple[str, ...]:
@@ -56,6 +60,39 @@ class Storage(Protocol):
     def before(self, name: str) -> Mapping[str, torch.Tensor] | None:
         """Return what the base stores a weight as, by the same names; None where that is something else."""
         ...
+
+
+def stored_alike(names: Collection[str]) -> Mapping[str, tuple[str, ...]]:
+    """Return the weights that servers take in one scheme alone, as they make one module of them.
+
+    vLLM refuses a fused projection whose parts are ignored in part (`should_ignore_layer` of its compressed_tensors),
+    and has one scheme for all experts of a layer: it asks for that of the first one's projections, refuses those that
+    are in several, and takes it for the others unasked (`CompressedTensorsMoEMethod.get_moe_method`). transformers puts
+    the experts of a layer into one parameter, too.
+
+    Args:
+        names: of all weights that are stored in a form.
+
+    Returns:
+        By each of them, those that go with it, itself included, in their order.
+    """
+    layers: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        layer, dot, _ = name.partition(_EXPERTS)
+        if dot:
+            layers[layer].append(name)
+    experts, fused = {layer: tuple(found) for layer, found in layers.items()}, (*_FUSED, *_FUSED_BESIDES)
+    return {
+        name: experts[layer] if (layer := name.partition(_EXPERTS)[0]) in experts else _fused(name, names, fused)
+        for name in names
+    }
+
+
+def _fused(name: str, names: Collection[str], groups: Sequence[tuple[str, ...]] = _FUSED) -> tuple[str, ...]:
+    owner, _, module = name.removesuffix(_WEIGHT).rpartition(".")
+    together = next((each for each in groups if module in each), (module,))
+    found = (f"{owner}.{each}{_WEIGHT}" for each in together)
+    return tuple(each for each in found if each in names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,12 +149,7 @@ class GivenStorage:
 
     def companions(self, name: str) -> tuple[str, ...]:
         """Return the weights that share a global scale, where the form has such; see `Storage`."""
-        owner, _, module = name.removesuffix(_WEIGHT).rpartition(".")
-        if not self.output.shares_scales:
-            return (name,)
-        together = next((each for each in _FUSED if module in each), (module,))
-        names = (f"{owner}.{each}{_WEIGHT}" for each in together)
-        return tuple(each for each in names if each in self.in_form)
+        return _fused(name, self.in_form) if self.output.shares_scales else (name,)
 
     def quantize(self, name: str, read: Callable[[str], torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Quantize a weight; see `Storage`."""

@@ -12,10 +12,11 @@ from workers.bases.forms import PartLayout, QuantizingForm, StoredParts
 from workers.bases.forms.compressed.output import CompressedOutput
 from workers.bases.model import TORCH_DTYPES, config_dtype
 from workers.files.layout import CheckpointLayout, ShardLayout, lay_out_shard
+from workers.merging.at_risk import check_keep
 from workers.merging.base_plan import BasePlan
 from workers.merging.output import OutputTensor
 from workers.merging.output_layout import Entry, lay_out_as_stored, output_layout, stated_of
-from workers.merging.storage import BaseStorage, GivenStorage, Storage
+from workers.merging.storage import BaseStorage, GivenStorage, Storage, stored_alike
 
 _WEIGHT = ".weight"
 _EXPERTS = ".experts."
@@ -52,14 +53,20 @@ def layouts(
         UnsupportedError: the release cannot be stored in the form that is asked for; says why, and what to do.
     """
     if request.output is OutputForm.AS_BASE:
-        return _as_base(base, tensors, changed)
-    merged = output_layout(base, tensors, request.max_shard_size)
-    if request.output is OutputForm.PLAIN:
-        return Layouts(output=merged, merged=merged, requantized={}, storage=None)
-    return _in_form(base, request, tensors, merged)
+        found = _as_base(base, request, tensors, changed)
+    else:
+        merged = output_layout(base, tensors, request.max_shard_size)
+        if request.output is OutputForm.PLAIN:
+            return Layouts(output=merged, merged=merged, requantized={}, storage=None)
+        found = _in_form(base, request, tensors, merged)
+    assert found.storage is not None
+    check_keep(base, request, found.storage, [name for name in found.requantized if name in changed])
+    return found
 
 
-def _as_base(base: BasePlan, tensors: Sequence[OutputTensor], changed: Collection[str]) -> Layouts:
+def _as_base(
+    base: BasePlan, request: MergeRequest, tensors: Sequence[OutputTensor], changed: Collection[str]
+) -> Layouts:
     """Lay out every stored tensor of the base, and what comes apart; apart, what the base has no bytes of."""
     place, form = base.source.directory, base.form
     if form is None:
@@ -97,7 +104,10 @@ def _as_base(base: BasePlan, tensors: Sequence[OutputTensor], changed: Collectio
     for tensor in tensors:
         for entry in stored[tensor.name]:
             by_shard[where.get(entry[0], tensor.shard)].append(entry)
-    numbers = [tensor for tensor in tensors if tensor.name in changed or tensor.name not in base.by_name]
+    # A weight that is kept in more bits takes those with it that no adapter changes: they need their numbers.
+    alike = stored_alike(base.in_form) if request.keep else {}
+    with_others = {*changed, *(each for name in requantized for each in alike.get(name, ()))}
+    numbers = [tensor for tensor in tensors if tensor.name in with_others or tensor.name not in base.by_name]
     return Layouts(
         output=CheckpointLayout(tuple(_as_before(base, name, group) for name, group in by_shard.items())),
         merged=lay_out_as_stored(base, numbers),
@@ -119,7 +129,7 @@ def _in_form(
 ) -> Layouts:
     """Lay out the linear weights of the text model in a form, and all else as numbers."""
     dtype = TORCH_DTYPES[request.dtype] if request.dtype else config_dtype(base.source.directory)
-    output = CompressedOutput(request.output, dtype)
+    output = CompressedOutput.of(request.output, dtype)
     linear = _linear_weights(base)
     taken = {tensor.name: tensor for tensor in tensors if tensor.name in linear and output.takes(tensor.shape)}
     place = base.source.directory
@@ -145,7 +155,7 @@ def _in_form(
             of_form = parts[spec.name][1] if spec.name in parts else {spec.name: (spec.dtype, spec.shape)}
             entries += [(name, *each) for name, each in of_form.items()]
         shards.append(lay_out_shard(shard.name, entries, stated=stated_of(base)))
-    ignored = _ignored(base, tensors, taken)
+    ignored = modules_as_numbers(base, tensors, taken)
     in_form = {name: found for name, (found, _) in parts.items()}
     storage = GivenStorage(
         output=output,
@@ -182,11 +192,16 @@ def _linear_weights(base: BasePlan) -> frozenset[str]:
     return frozenset(single | {name for name in experts if name.endswith(_WEIGHT)})
 
 
-def _ignored(base: BasePlan, tensors: Sequence[OutputTensor], taken: Collection[str]) -> list[str]:
+def modules_as_numbers(base: BasePlan, tensors: Sequence[OutputTensor], taken: Collection[str]) -> list[str]:
     """Return the modules with a matrix for weight that is stored as numbers, by all of their names.
 
     Files and model may name one differently, or have no file name for it, as for a head that is tied; servers go by the
     names in files, transformers by those in the model, and would make random scales for what it takes to be in codes.
+
+    Args:
+        base: planned.
+        tensors: of the release.
+        taken: names of its weights that are stored in the form.
     """
     matrices = (tensor.name for tensor in tensors if len(tensor.shape) == 2 and tensor.name.endswith(_WEIGHT))
     stored = [name.removesuffix(_WEIGHT) for name in matrices if name not in taken and name != base.embedding]

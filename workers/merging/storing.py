@@ -81,7 +81,13 @@ def store_in_form(base: BasePlan, jobs: Sequence[Job], context: Context) -> tupl
 def base_bytes_of(plan: MergePlan) -> frozenset[str]:
     """Return the stored tensors of a release in a form whose bytes are the base's."""
     parts = {stored for each in plan.requantized.values() for stored in each.names}
-    return frozenset(plan.output.tensors.keys() - plan.merged.tensors.keys() - parts)
+    return frozenset(plan.output.tensors.keys() - (plan.merged.tensors.keys() - in_the_base(plan)) - parts)
+
+
+def in_the_base(plan: MergePlan) -> frozenset[str]:
+    """Return the weights with merged numbers whose codes are the base's: what an adapter changes is fused with them."""
+    assert plan.storage is not None
+    return frozenset(plan.merged.tensors.keys() & plan.storage.in_form.keys() - plan.requantized.keys())
 
 
 def numbers_of(plan: MergePlan, merged_in: Path) -> Callable[[str], torch.Tensor]:
@@ -103,10 +109,11 @@ def _tasks(base: BasePlan, jobs: Sequence[Job], state: PassState) -> Iterator[Ca
             if takers:
                 yield _Copy(base.source.directory, shard, spec, takers, state, of_base=True)
     for job in jobs:
+        left = in_the_base(job.in_work)
         for name, (shard, spec) in job.in_work.merged.tensors.items():
             if name in job.in_work.requantized:
                 yield functools.partial(_quantize, name, job, state)
-            else:
+            elif name not in left:
                 yield _Copy(job.merged_in, shard, spec, [job], state, of_base=False)
 
 

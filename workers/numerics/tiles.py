@@ -59,14 +59,15 @@ def rows_per_tile(num_rows: int, num_columns: int, alignment: int, tile_elements
     return math.ceil(math.ceil(num_rows / num_tiles) / alignment) * alignment
 
 
-def strips_of(num_rows: int, num_columns: int) -> Iterator[slice]:
+def strips_of(num_rows: int, num_columns: int, num_elements: int = _STRIP_ELEMENTS) -> Iterator[slice]:
     """Yield the rows of a tile in strips that are computed with one after the other.
 
     Args:
         num_rows: of the tile.
         num_columns: of the tile.
+        num_elements: about how many a strip has; by default as many as deltas are computed of at once.
     """
-    step = rows_per_tile(num_rows, num_columns, 1, _STRIP_ELEMENTS)
+    step = rows_per_tile(num_rows, num_columns, 1, num_elements)
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
 

@@ -103,6 +103,7 @@ def _merge(jobs: Sequence[Job], room: Path, context: Context) -> list[Job]:
     for job, other in zip(jobs, others, strict=True):
         with _of_one(other):
             other.planned = plan_merge(base, other.request, job.plan.adapter, job.plan.opened.inert_fields)
+            other.keep(job.plan.kept_weights)  # stored as the release is, or it would be compared for that, too
             other.directory.mkdir()
     planned = [other for other in others if other.running]
     if not planned:

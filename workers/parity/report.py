@@ -10,7 +10,7 @@ from typing import Any, Literal
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup, escape
 
-from jobs.parity_policy import Thresholds
+from jobs.parity_policy import MIN_REQUANTIZED_SURVIVAL, Thresholds
 from jobs.parity_report import BehaviourCheck, ParityReport, PromptCheck, TensorCheck
 from jobs.text import shown
 from workers.parity.charts import NUM_COLOURS, WIDTH, LayerChart, RowChart, figure, kind_of, layer_chart, row_chart
@@ -60,6 +60,7 @@ def render_report(report: ParityReport) -> str:
         num_wrong=len(wrong),
         num_changed=len(changed),
         gating=next((check for check in report.behaviour if check.gates), None),
+        least_survival=MIN_REQUANTIZED_SURVIVAL,
         width=WIDTH,
         figure=figure,
         exact="{:.4f}".format,

@@ -1,10 +1,9 @@
 """The verdict: what the checks found against the thresholds of the request, as a report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from jobs.errors import BadInputError, NotFoundError
-from jobs.parity_policy import MIN_REQUANTIZED_SURVIVAL
 from jobs.parity_report import BehaviourCheck, ParityReport, ParitySummary, TensorCheck
 from jobs.release import REPORT_NAME, REPORT_PAGE_NAME
 from jobs.text import MAX_MESSAGE, shown
@@ -13,8 +12,10 @@ from workers.files.layout import CheckpointLayout
 from workers.files.local import file_errors
 from workers.merging.checks.evidence import Evidence
 from workers.merging.checks.judgement import failures as arithmetic_failures
+from workers.merging.plain_base import misread_in
 from workers.merging.plan import MergePlan
 from workers.merging.sidecars import write_text
+from workers.merging.wider import kept_in_more_bits
 from workers.parity.effect import allowed_share, keeps_effect, rounding_share
 from workers.parity.report import render_report
 
@@ -86,11 +87,13 @@ def judge(
         thresholds=thresholds,
         passed=not wrong,
         failures=tuple(wrong),
+        kept=kept_in_more_bits(plan),
         notes=(
             *plan.notes,
             *(shown(note, MAX_MESSAGE) for note in notes),
             *_nothing_changed(tensors),
             *_faint(plan, tensors),
+            *_kept(plan),
         ),
         tensors=tuple(tensors),
         behaviour=tuple(behaviour),
@@ -104,8 +107,7 @@ def lost_deltas(plan: MergePlan, tensors: Sequence[TensorCheck]) -> list[str]:
         plan: of the job.
         tensors: the arithmetic check, of every tensor.
     """
-    asked = plan.request.parity.thresholds.min_survival
-    least = MIN_REQUANTIZED_SURVIVAL if asked is None else asked
+    asked, least = plan.request.parity.thresholds.min_survival, plan.request.parity.least_survival
     lost = [
         check
         for check in tensors
@@ -114,9 +116,10 @@ def lost_deltas(plan: MergePlan, tensors: Sequence[TensorCheck]) -> list[str]:
         and (asked is not None or check.requantization_error is not None)
     ]
     lost.sort(key=lambda check: check.survival or 0.0)
+    instead = "keep: 16bit, " if plan.storage is not None and plan.request.keep is None else ""
     told = [
         f"tensor {check.tensor}: {check.survival:.3g} of the adapter's delta is left, expected at least {least:g}: too "
-        "small for what the weight is stored in; request output: 16bit, or another min_survival"
+        f"small for what the weight is stored in; request {instead}output: 16bit, or another min_survival"
         for check in lost[:_NUM_NAMED]
     ]
     return [*told, *([f"{len(lost) - _NUM_NAMED} more tensors lose as much"] if len(lost) > _NUM_NAMED else [])]
@@ -143,6 +146,19 @@ def _faint(plan: MergePlan, tensors: Sequence[TensorCheck]) -> tuple[str, ...]:
         f"{max(least.survival or 0.0, 0.0):.0%}: it is small beside the weights; float16 or float32 keeps more of it"
     )
     return (sentence,)
+
+
+def _kept(plan: MergePlan) -> Iterator[str]:
+    """Yield what to know of a release some of whose weights are kept in more bits than its form has."""
+    kept = kept_in_more_bits(plan)
+    if kept is None or not kept.weights:
+        return
+    yield f"{kept.words}: {plan.request.output} would leave too little of the adapter's delta there"
+    if (misread := misread_in(plan)) is not None:
+        yield (
+            f"transformers 5.23 misreads {misread}, where it dequantizes while it loads, as it does with all experts; "
+            "servers that follow config_groups read it"
+        )
 
 
 def summarize(report: ParityReport) -> ParitySummary:

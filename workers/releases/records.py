@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from jobs.frozen import Frozen, Sha256, is_none
+from jobs.frozen import Frozen, Sha256, is_empty, is_none
+from jobs.kept import KeptWeight
 from jobs.parity_report import TensorCheck
 from jobs.release import Artifact
 
@@ -44,6 +45,8 @@ class ShardRecord(Frozen):
     artifact: Artifact
     checks: tuple[TensorCheck, ...]
     """Of every tensor in it."""
+    kept: tuple[KeptWeight, ...] = Field(default=(), exclude_if=is_empty)
+    """Weights of it that are kept in more bits than the release's form has."""
     upload: RecordedUpload | None = Field(default=None, exclude_if=is_none)
     """Where its parts wait at a store."""
 

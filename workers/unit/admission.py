@@ -13,6 +13,7 @@ from workers.merging.failures import own_failure
 from workers.merging.job import Job
 from workers.merging.plain_base import plain_layout, plain_release_bytes
 from workers.merging.plan import MergePlan
+from workers.merging.wider import most_bytes
 from workers.unit.footprint import device_bytes, pass_bytes, passing_bytes, resident_bytes
 from workers.unit.room import Disks, Room, Uplink
 
@@ -39,7 +40,7 @@ def admit_to_disks(jobs: Sequence[Job], base: BasePlan, scratch: Path) -> None:
         if job.plan.storage and job.leader is None:
             beside += job.in_work.merged.num_bytes
         with own_failure(job), file_errors(f"looking at {job.directory}", job.directory):
-            disks.take(job.directory, job.in_work.output.total_size, scratch, beside)
+            disks.take(job.directory, most_bytes(job.in_work), scratch, beside)
             # One is enough for all: the base stays, and of releases there is one at a time.
             plain_bytes -= of_all
             largest_release = max(largest_release, of_release)
@@ -60,7 +61,7 @@ def admit_to_uplink(jobs: Sequence[Job], bytes_per_second: float | None) -> None
     for job in jobs:
         if not job.staging.in_place:
             with own_failure(job):
-                uplink.take(job, job.in_work.output.total_size)
+                uplink.take(job, most_bytes(job.in_work))
 
 
 class Admission:

@@ -11,6 +11,7 @@ from jobs.locations import LocalPath
 from workers.files.local import file_errors
 from workers.files.scratch import sweep
 from workers.merging.job import Job
+from workers.merging.wider import most_bytes
 from workers.releases.sinks.local_records import RECORDS_DIRECTORY, has_records
 from workers.releases.trails import follow_trails
 
@@ -32,7 +33,7 @@ def sweep_scratch(scratch: Path) -> None:
 
 def make_room(scratch: Path, jobs: Sequence[Job]) -> None:
     """Sweep finished shards of others, too, where the disk has no room for what some jobs write there."""
-    needed = sum(job.in_work.output.total_size for job in jobs if not isinstance(job.request.destination, LocalPath))
+    needed = sum(most_bytes(job.in_work) for job in jobs if not isinstance(job.request.destination, LocalPath))
     if not needed:
         return
     with file_errors(f"making room in {scratch}", scratch):

@@ -87,7 +87,13 @@ class ShardRecorder:
             # The digests in the merge key describe the bytes that were merged only if no file was written to since.
             plan.base.source.check_unchanged()
             plan.adapter.check_unchanged()
-            record = ShardRecord(merge_key=plan.merge_key, origin=self._origin, artifact=artifact, checks=checks)
+            record = ShardRecord(
+                merge_key=plan.merge_key,
+                origin=self._origin,
+                artifact=artifact,
+                checks=checks,
+                kept=tuple(each for each in plan.kept_weights if plan.shard_of(each.weight) == artifact.path),
+            )
             job.staging.records.keep(record)
         except MergefleetError:
             logger.warning(

@@ -1,9 +1,10 @@
 """Shards that dead attempts at a release have finished: looked at again, and taken over where nothing has changed."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from workers.files.layout import ShardLayout
 from workers.merging.checks.judgement import failures
 from workers.merging.context import Context
 from workers.merging.failures import own_failure
@@ -11,6 +12,7 @@ from workers.merging.job import Job
 from workers.merging.made_with import origin_of
 from workers.merging.outcomes import MergedShards
 from workers.merging.pieces import pieces_of
+from workers.merging.wider import keeping
 from workers.releases.records import ShardRecord
 from workers.releases.sinks import Receipt
 
@@ -43,7 +45,10 @@ def resume(job: Job, origin: str, context: Context) -> None:
     if not found:
         return
     tracker.enter("resume", [job.id])
-    left = {record.artifact.path: record for record in found if _fits(record, job, origin)}
+    # What is kept in more bits decides the layout of the shards; of a piece all is known, or it is not taken over.
+    kept = tuple(each for record in found for each in record.kept if each.weight in job.plan.merged.tensors)
+    shards = {shard.name: shard for shard in keeping(job.plan, kept).output.shards}
+    left = {record.artifact.path: record for record in found if _fits(record, shards, job, origin)}
     pieces = [piece.shards for piece in pieces_of([job.plan]) if left.keys() >= set(piece.shards)]
     names = [name for shards in pieces for name in shards]
 
@@ -61,16 +66,17 @@ def resume(job: Job, origin: str, context: Context) -> None:
         receipts=tuple(receipt for name in taken if (receipt := receipts[name])),
         checks=tuple(check for name in taken for check in left[name].checks),
         wrong=(),
+        kept=tuple(each for name in taken for each in left[name].kept),
     )
+    job.keep(job.resumed.kept)
     job.part = job.plan.part({shard.name for shard in job.plan.output.shards}.difference(taken))
     num_bytes = sum(left[name].artifact.num_bytes for name in taken)
     tracker.advance(2 * num_bytes)  # merged and checked
     logger.info("finished shards are used again", extra={"job": job.id, "shards": len(taken), "num_bytes": num_bytes})
 
 
-def _fits(record: ShardRecord, job: Job, origin: str) -> bool:
+def _fits(record: ShardRecord, shards: Mapping[str, ShardLayout], job: Job, origin: str) -> bool:
     """Whether a record is of a shard of this job's plan, made in the same way, and of one that is right."""
-    shards = {shard.name: shard for shard in job.plan.output.shards}
     shard = shards.get(record.artifact.path)
     return (
         shard is not None

@@ -44,6 +44,7 @@ def seal(job: Job) -> None:
         quantization_options=job.request.quantization_options if job.request.base_quantization.converts else None,
         dtype=job.request.dtype,
         output=job.request.output if plan.storage else None,
+        kept=job.report.kept,
         parity=job.parity,
         notes=job.report.notes,
         files=artifacts,

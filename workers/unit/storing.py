@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from workers.merging.base_plan import BasePlan
 from workers.merging.checks.arithmetic import ArithmeticCheck
+from workers.merging.checks.keeping import choose_kept
 from workers.merging.checks.stored_checks import check_stored
 from workers.merging.context import Context
 from workers.merging.failures import own_failure
@@ -31,6 +32,11 @@ def store(base: BasePlan, jobs: Sequence[Job], context: Context, weights: Arithm
     if not jobs:
         return 0, 0
     tracker = context.tracker
+    with tracker.timed("requantize"):
+        for job in jobs:
+            with own_failure(job):
+                _keep(job, context, weights)
+    jobs = [job for job in jobs if job.running]
     for job in jobs:
         job.witness = ShardRecorder(job, origin_of(job.plan, context.device), {})
     tracker.enter("merge", (job.id for job in jobs))
@@ -43,6 +49,20 @@ def store(base: BasePlan, jobs: Sequence[Job], context: Context, weights: Arithm
                 with own_failure(job):
                     _check(job, context, weights)
     return took
+
+
+def _keep(job: Job, context: Context, weights: ArithmeticCheck) -> None:
+    """Find what a job has to keep in more bits than its form has, where it asks for that."""
+    job.keep(
+        choose_kept(
+            job.in_work,
+            job.merged_in,
+            job.checks,
+            weights,
+            num_threads=context.num_threads,
+            stop=functools.partial(context.tracker.check, job.id),
+        )
+    )
 
 
 def _check(job: Job, context: Context, weights: ArithmeticCheck) -> None:

@@ -32,6 +32,7 @@ SURFACE = {
         "--base-quantization",
         "--dtype",
         "--output",
+        "--keep",
         "--parity",
         "--compare",
         "--accept-unstable",

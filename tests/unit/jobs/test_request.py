@@ -225,3 +225,34 @@ def test_a_stored_request_is_read_back_the_same(request):
     assert again == request
     assert again.model_dump_json(by_alias=True) == text
     assert json.loads(text)["schema"] == 1
+
+
+@pytest.mark.parametrize("keep", ["16bit", "8bit"])
+def test_numbers_keep_nothing(keep):
+    with pytest.raises(ValidationError, match="none beside output '16bit', which keeps all weights as numbers"):
+        MergeRequest(**PLACES, keep=keep)
+
+
+@pytest.mark.parametrize("output", ["fp8_dynamic", "fp8_block", "int8_w8a16"])
+def test_8_bits_keep_nothing_in_8_bits(output):
+    with pytest.raises(ValidationError, match=f"16bit, as 8bit says nothing for output '{output}'"):
+        MergeRequest(**PLACES, output=output, keep="8bit")
+    assert MergeRequest(**PLACES, output=output, keep="16bit").keep == "16bit"
+
+
+@pytest.mark.parametrize("output", ["int4_w4a16", "mxfp4", "nvfp4a16", "as_base"])
+@pytest.mark.parametrize("keep", ["16bit", "8bit"])
+def test_what_is_kept_decides_the_release_and_so_does_its_line(output, keep):
+    asked = PLACES | {"output": output, "base_quantization": "none"}
+    line = {"parity": {"thresholds": {"min_survival": 0.75}}}
+    requests = [
+        MergeRequest(**asked),
+        MergeRequest(**asked, keep=keep),
+        MergeRequest(**asked, keep=keep, **line),
+        MergeRequest(**asked, keep="8bit" if keep == "16bit" else "16bit"),
+    ]
+    assert len({each.merge_key("0" * 64, "1" * 64) for each in requests}) == 4
+    assert MergeRequest(**asked, **line).merge_key("0" * 64, "1" * 64) == requests[0].merge_key("0" * 64, "1" * 64)
+    assert "keep" not in requests[0].model_dump_json()
+    assert MergeRequest.model_validate_json(requests[1].model_dump_json(by_alias=True)) == requests[1]
+    assert len({each.pass_key() for each in requests}) == 1

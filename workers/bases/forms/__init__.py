@@ -4,7 +4,7 @@ Extend: write a module with a class that implements `StoredForm`, add it to the 
 the contract suite (`tests/contract/test_forms.py`) over it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -200,4 +200,42 @@ class QuantizingForm(StoredForm, Protocol):
         Returns:
             All parts by name, in the dtypes and shapes that `requantized` tells.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wider:
+    """Weights of a checkpoint in a form that are kept in more bits, and the others: by names of their modules.
+
+    A module has the names that files have for it, which servers go by, and those of the model, which transformers does.
+    """
+
+    as_numbers: Sequence[str]
+    """Modules whose weights are plain numbers, and were to be codes."""
+    in_8_bits: Sequence[str]
+    """Modules whose weights are 8-bit integers."""
+    in_form: Mapping[str, Sequence[str]]
+    """Names of modules by the weights that stay codes."""
+    plain: Sequence[str]
+    """Linear modules whose weights are numbers in any case."""
+
+
+@runtime_checkable
+class WideningForm(StoredForm, Protocol):
+    """A form some of whose weights may be kept in more bits: its declaration says which, in its own words."""
+
+    def check_wider(self, weights: Mapping[str, StoredParts], *, in_8_bits: bool) -> None:
+        """Refuse what the declaration has no words for, or what nothing here proves to load.
+
+        Args:
+            weights: those that may be kept in more bits, by name.
+            in_8_bits: whether as 8-bit integers; as numbers otherwise.
+
+        Raises:
+            UnsupportedError: says why, and what to request.
+        """
+        ...
+
+    def declared_with(self, wider: Wider) -> Mapping[str, Any]:
+        """Return the content of the declaration of such a checkpoint."""
         ...

@@ -38,4 +38,9 @@ def declared_form(directory: Path) -> StoredForm | None:
         NotFoundError, BadInputError: `config.json`, or a file that declares a form, cannot be read.
     """
     found = declared(directory)
-    return None if found is None else _FORMS[found.method](found)
+    return None if found is None else form_of(found)
+
+
+def form_of(found: Declaration) -> StoredForm | None:
+    """Return the form of a declaration; raises as `declared_form`."""
+    return _FORMS[found.method](found)

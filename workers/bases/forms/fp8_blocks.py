@@ -18,7 +18,7 @@ import torch
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
 from jobs.errors import BadInputError, UnsupportedError
-from workers.bases.forms import PartLayout, StoredParts, as_stored
+from workers.bases.forms import PartLayout, StoredParts, Wider, as_stored
 from workers.bases.forms.block_scaled import BlockScaledWeight
 from workers.bases.forms.compressed.codes import multiplied
 from workers.bases.forms.compressed.compressing import (
@@ -29,7 +29,8 @@ from workers.bases.forms.compressed.compressing import (
     stored_as,
 )
 from workers.bases.forms.compressed.group import SCALE, WEIGHT
-from workers.bases.forms.refusals import nothing_stored, transpose_in_codes
+from workers.bases.forms.left_out import with_left_out
+from workers.bases.forms.refusals import nothing_stored, nothing_wider, transpose_in_codes, unread_wider
 from workers.files.layout import TensorSpec
 
 _SCALE, _PLAIN_SCALE = "_scale_inv", "_scale"
@@ -165,6 +166,18 @@ class Fp8Blocks:
             return {**tensors, parts.codes: found[WEIGHT], scale: stored_as(found, SCALE, stored)}
         codes_OI, scales_BB = self._by_blocks(weight)
         return {**tensors, parts.codes: codes_OI, scale: scales_BB.reshape(stored.shape)}
+
+    def check_wider(self, weights: Mapping[str, StoredParts], *, in_8_bits: bool) -> None:
+        """Refuse 8 bits in their place, and scales that transformers does not read; see `WideningForm`."""
+        for name, parts in weights.items():
+            if in_8_bits:
+                raise nothing_wider(name, self.words)
+            if not parts.beside[_SCALE].endswith(_SCALE):
+                raise unread_wider(name, parts.beside[_SCALE])
+
+    def declared_with(self, wider: Wider) -> Mapping[str, Any]:
+        """Return the declaration with modules that are not converted; see `WideningForm`."""
+        return with_left_out(self._content, wider)
 
     def _by_blocks(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         block = self._block_of(tuple(weight_OI.shape))

@@ -16,11 +16,12 @@ import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from jobs.errors import BadInputError, UnsupportedError
-from workers.bases.forms import PartLayout, StoredParts, as_stored, tile_memory
+from workers.bases.forms import PartLayout, StoredParts, Wider, as_stored, tile_memory
 from workers.bases.forms.compressed.compressing import MXFP4, compress
 from workers.bases.forms.compressed.group import PACKED, SCALE
 from workers.bases.forms.grouped import FP4
-from workers.bases.forms.refusals import nothing_stored, stored_twice
+from workers.bases.forms.left_out import with_left_out
+from workers.bases.forms.refusals import nothing_stored, nothing_wider, stored_twice
 from workers.files.layout import TensorSpec
 from workers.numerics.kernels.elements import ARRAY_DTYPES, array
 from workers.numerics.kernels.four_bit import dequantize_groups
@@ -101,6 +102,7 @@ class Mxfp4:
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         """Take the content of a declaration."""
+        self._content = content
         self.loaded_as: Mapping[str, Any] | None = {**content, "dequantize": True}
 
     def weights(self, specs: Mapping[str, TensorSpec]) -> Mapping[str, StoredParts]:
@@ -164,6 +166,15 @@ class Mxfp4:
             codes_EOGB[expert] = found[PACKED].view(codes_EOGB.shape[1:])
             scales_EOG[expert] = found[SCALE]
         return {parts.codes: codes_EOGB, parts.beside[_SCALES]: scales_EOG}
+
+    def check_wider(self, weights: Mapping[str, StoredParts], *, in_8_bits: bool) -> None:
+        """Refuse 8 bits, of which the declaration knows nothing; see `WideningForm`."""
+        if in_8_bits:
+            raise nothing_wider(next(iter(weights)), self.words)
+
+    def declared_with(self, wider: Wider) -> Mapping[str, Any]:
+        """Return the declaration with modules that are not converted; see `WideningForm`."""
+        return with_left_out(self._content, wider)
 
     def _check(self, codes: TensorSpec, scales: TensorSpec | None, name: str) -> None:
         if len(codes.shape) != 4 or codes.shape[-1] != _BLOCK_BYTES:

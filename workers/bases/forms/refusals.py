@@ -38,3 +38,29 @@ def transpose_in_codes(name: str, words: str) -> UnsupportedError:
         words: for the form.
     """
     return UnsupportedError(f"{name}: codes of a Conv1D in {words} are not merged; name a base in 16 bits")
+
+
+def nothing_wider(name: str, words: str) -> UnsupportedError:
+    """Return the error for a weight that was to be kept in 8 bits, and has as many, or whose form has no such.
+
+    Args:
+        name: of the weight.
+        words: for the form.
+    """
+    return UnsupportedError(
+        f"tensor {name} is stored in {words}: keep: 8bit says nothing for it, as no group of 8-bit integers goes with "
+        "that; request keep: 16bit"
+    )
+
+
+def unread_wider(name: str, scales: str) -> UnsupportedError:
+    """Return the error for a weight that was to be kept in more bits in a base that transformers does not read.
+
+    Args:
+        name: of the weight.
+        scales: the tensor that holds its scales.
+    """
+    return UnsupportedError(
+        f"tensor {name} is stored with scales under {scales}: transformers reads no such base, so that nothing proves "
+        "a release with keep; leave keep out, or request output: fp8_dynamic with it"
+    )

@@ -6,7 +6,7 @@ measured on what the shipped parts stand for.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -58,6 +58,32 @@ def check_stored(
         tensors={each.tensor: each for checks, _ in found for each in checks},
         wrong=tuple(sentence for _, wrong in found for sentence in wrong),
     )
+
+
+def survivals(
+    plan: MergePlan,
+    names: Sequence[str],
+    merged_in: Path,
+    proven: Mapping[str, TensorCheck],
+    weights: ArithmeticCheck,
+    *,
+    num_threads: int,
+    stop: Callable[[], None],
+) -> Mapping[str, float | None]:
+    """Return how much of the delta would be left of weights that are quantized: as `check_stored` finds it later.
+
+    Args:
+        plan: of the job, or the part of it in work; nothing of the release is written.
+        names: of the weights.
+        merged_in: directory of the merged numbers.
+        proven: what was found about the merged numbers, by tensor.
+        weights: reads what was merged into.
+        num_threads: weights quantized at the same time.
+        stop: raises CancelledError when the work should stop; called once per weight.
+    """
+    check = _Check(plan, (merged_in, merged_in), proven, weights, stop)
+    with single_threads(num_threads, "check") as pool:
+        return dict(zip(names, pool.map(check.survival, names), strict=True))
 
 
 _Found = tuple[list[TensorCheck], list[str]]
@@ -126,6 +152,12 @@ class _Check:
             for stored in parts.beside.values()
         ]
         return [proven.model_copy(update=figures), *checks], wrong
+
+    def survival(self, name: str) -> float | None:
+        """Return how much of the delta would be left of a weight, were it shipped as it is quantized."""
+        self._stop()
+        assert self._plan.storage is not None
+        return self._figures(name, self._plan.storage.quantize(name, self._read))["survival"]
 
     def _figures(self, name: str, shipped: Mapping[str, torch.Tensor]) -> dict[str, float | None]:
         """Return what quantizing changed of a weight, and how much of the delta is left, where there is one."""

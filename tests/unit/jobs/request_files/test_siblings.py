@@ -98,3 +98,18 @@ def test_every_mistake_of_a_request_is_told_though_outputs_are_wrong(tmp_path):
         )
     assert "priority" in str(caught.value)
     assert "gguf" in str(caught.value)
+
+
+def test_what_is_kept_holds_for_each_form(tmp_path):
+    asked = {**FIELDS, "destination": "/releases/one", "outputs": ["int4_w4a16", "mxfp4"], "keep": "8bit"}
+    assert [each.keep for each in read(tmp_path, {"requests": [asked]})] == ["8bit", "8bit"]
+    with pytest.raises(RequestFileError, match="8bit says nothing for output 'fp8_block'"):
+        read(tmp_path, {"requests": [asked | {"outputs": ["mxfp4", "fp8_block"]}]})
+    with pytest.raises(RequestFileError, match="none beside output '16bit'"):
+        read(tmp_path, {"requests": [asked | {"outputs": ["mxfp4", "16bit"]}]})
+
+
+def test_a_matrix_keeps_what_it_says(tmp_path):
+    matrix = {"bases": ["/bases/a"], "adapters": ["/adapters/one", "/adapters/two"], "destination": "/r/{adapter}"}
+    found = read(tmp_path, {"matrix": {**matrix, "output": "int4_w4a16", "keep": "16bit"}})
+    assert [each.keep for each in found] == ["16bit", "16bit"]

@@ -18,6 +18,7 @@ from tests.models import build_llama
 from tests.stored import is_linear, store, twin_of
 from tests.stored.compressed import FORMATS, compress, store_compressed
 from tests.stored.reading import is_misread
+from workers.bases.forms import Wider
 from workers.bases.forms.compressed.group import Group
 from workers.bases.forms.compressed.targets import Targets
 from workers.bases.forms.declared import declared_form
@@ -294,3 +295,44 @@ def test_a_shape_that_is_not_that_of_the_codes(llama, tmp_path):
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BadInputError, match=r"down_proj\.weight_shape says \[64, 191\]; expected \[64, 192\]"):
         numbers_of(base)
+
+
+def test_two_groups_that_are_declared_stay_two_beside_a_third(llama, tmp_path):
+    """Patterns and classes become names; `match_targets` of the library gives each module the scheme it had."""
+    base = store_compressed(llama, tmp_path / "base", of="int4 by group")
+    groups = {
+        name: {"targets": [target], "weights": dict(FORMATS[of][1])}
+        for name, target, of in (("mlp", r"re:.*mlp\..*", "int4 by group"), ("rest", "Linear", "int4 by channel"))
+    }
+    form = declared_form(declare(base, config_groups=groups))
+    linear = [
+        f"model.layers.{n}.{each}" for n in (0, 1) for each in ("mlp.up_proj", "self_attn.o_proj", "self_attn.q_proj")
+    ]
+    in_8_bits, numbers = [linear[1]], [linear[3]]
+    in_form = {f"{name}.weight": [name] for name in linear if name not in (*in_8_bits, *numbers)}
+    wider = Wider(as_numbers=numbers, in_8_bits=in_8_bits, in_form=in_form, plain=())
+    content = form.declared_with(wider)
+    assert content["ignore"] == ["lm_head", *numbers]
+    assert content["format"] == "pack-quantized"
+    declared = content["config_groups"]
+    assert declared.keys() == {"mlp", "rest", "group_0"}
+    targets = {target: name for name, group in declared.items() for target in group["targets"]}
+    module = torch.nn.Linear(1, 1)
+    for name in linear:
+        expected = {"mlp.up_proj": "mlp"}.get(name.split(".", 3)[3], "rest")
+        expected = "group_0" if name in in_8_bits else expected
+        matched = match_targets(name, module, targets)
+        assert [targets[each] for each in matched] == ([] if name in numbers else [expected])
+
+
+def test_experts_of_a_layer_are_one_pattern_unless_others_share_it(llama, tmp_path):
+    form = declared_form(store_compressed(llama, tmp_path / "base", of="int4 by group"))
+    names = [f"model.layers.{n}.mlp.experts.{each}.up_proj" for n in (0, 1, 11) for each in (0, 1)]
+    wider = Wider(as_numbers=names[:2], in_8_bits=names[2:4], in_form={f"{n}.weight": [n] for n in names[4:]}, plain=())
+    content = form.declared_with(wider)
+    patterns = [rf"re:model\.layers\.{n}\.mlp\.experts(\.|$)" for n in (0, 1, 11)]
+    assert content["ignore"] == ["lm_head", patterns[0]]
+    assert [group["targets"] for group in content["config_groups"].values()] == [[patterns[2]], [patterns[1]]]
+    module = torch.nn.Linear(1, 1)
+    for name, pattern in zip(names, (each for each in patterns for _ in (0, 1)), strict=True):
+        assert match_targets(name, module, patterns) == [pattern]

@@ -6,12 +6,12 @@ from typing import Any, Self
 
 import torch
 from compressed_tensors.config import CompressionFormat
-from compressed_tensors.quantization import QuantizationConfig, QuantizationStrategy
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStrategy
 from pydantic import ValidationError
 from transformers.integrations.compressed_tensors import get_dense_scheme, get_experts_scheme
 
 from jobs.errors import BadInputError, UnsupportedError
-from workers.bases.forms import PartLayout, StoredParts, StoredWeight, as_stored
+from workers.bases.forms import PartLayout, StoredParts, StoredWeight, Wider, as_stored
 from workers.bases.forms.compressed.compressing import compress, stored_as
 from workers.bases.forms.compressed.group import (
     GLOBAL_SCALE,
@@ -27,10 +27,12 @@ from workers.bases.forms.compressed.group import (
 )
 from workers.bases.forms.compressed.targets import Targets
 from workers.bases.forms.compressed.weight import restored
-from workers.bases.forms.refusals import nothing_stored, transpose_in_codes
+from workers.bases.forms.compressed.wider import with_wider
+from workers.bases.forms.refusals import nothing_stored, nothing_wider, transpose_in_codes
 from workers.files.layout import TensorSpec
 
 _PARTS = (WEIGHT, PACKED, SCALE, GLOBAL_SCALE, ZERO_POINT, SHAPE, ORDER)
+_EXPERTS = ".experts."
 _OF_ACTIVATIONS = tuple(
     f"{of}_{what}" for of in ("input", "output") for what in ("scale", "global_scale", "zero_point")
 )
@@ -53,6 +55,7 @@ class CompressedTensors:
         """
         self.loaded_as: Mapping[str, Any] | None = {**content, "dequantize": True}
         self._place = place
+        self._content = content
         self._config = config
         self._groups = groups
         self._targets = Targets(place, groups, config.ignore or ())
@@ -134,12 +137,16 @@ class CompressedTensors:
         """Name a weight that transformers 5.23 takes for one of another group, or some of whose parts it leaves out.
 
         It knows one group for all experts and one for all other weights, in the format that is declared, and of experts
-        codes, scales and shapes alone, those in FP8 multiplied in float32.
+        codes, scales and shapes alone, those in FP8 multiplied in float32; experts as numbers beside FP8 alone.
         """
+        if not _takes_numbers(get_experts_scheme(self._config)):
+            for name, spec in specs.items():
+                if _EXPERTS in name and name.endswith(f".{WEIGHT}") and spec.code in PLAIN:
+                    return f"{name}, an expert that is stored as numbers"
         for name, parts in self.weights(specs).items():
             group = self._targets.group_of(name.rpartition(".")[0])
             assert group is not None
-            is_expert = ".experts." in name
+            is_expert = _EXPERTS in name
             taken_for = get_experts_scheme(self._config) if is_expert else get_dense_scheme(self._config)
             if group.scheme is not taken_for:
                 return f"{name}, and takes it for a weight of another group"
@@ -198,6 +205,34 @@ class CompressedTensors:
         stored = {group.codes: parts.codes, **parts.beside}
         made = {stored[part]: stored_as(found, part, tensors[stored[part]]) for part in found if part in stored}
         return {**tensors, **made}
+
+    def check_wider(self, weights: Mapping[str, StoredParts], *, in_8_bits: bool) -> None:
+        """Refuse to keep weights in 8 bits that have as many, and experts that transformers loads no more then."""
+        for name in weights:
+            scheme = self._scheme_of(name.rpartition(".")[0])
+            assert scheme.weights is not None
+            if in_8_bits and scheme.weights.num_bits >= 8:
+                raise nothing_wider(name, self.words)
+            if _EXPERTS in name and (in_8_bits or not _takes_numbers(scheme)):
+                raise UnsupportedError(
+                    f"tensor {name} is one of the experts of a layer in {self.words}, and transformers loads none in "
+                    "two formats, nor numbers beside packed ones: keep is not proven to load; leave keep out, or "
+                    "request output: 16bit"
+                )
+
+    def declared_with(self, wider: Wider) -> Mapping[str, Any]:
+        """Return the configuration with modules that are ignored, or of a group of 8 bits; see `WideningForm`."""
+        return with_wider(self._content, self._config.config_groups, wider, self._scheme_of)
+
+    def _scheme_of(self, module: str) -> QuantizationScheme:
+        group = self._targets.group_of(module)
+        assert group is not None
+        return group.scheme
+
+
+def _takes_numbers(scheme: QuantizationScheme) -> bool:
+    """Whether transformers takes experts that are numbers for what they are, where others are in a scheme."""
+    return scheme.weights is None or (scheme.weights.type == "float" and scheme.weights.num_bits == 8)
 
 
 def _format_of(sparsity: object) -> object:

@@ -3,16 +3,22 @@
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
-from compressed_tensors.quantization import QuantizationConfig, QuantizationStrategy, preset_name_to_scheme
+from compressed_tensors.quantization import (
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStrategy,
+    preset_name_to_scheme,
+)
 
 from jobs.output_form import OutputForm
 from workers.bases.forms import PartLayout, StoredParts
 from workers.bases.forms.compressed.compressing import compress, global_scale
 from workers.bases.forms.compressed.form import CompressedTensors
 from workers.bases.forms.compressed.group import WEIGHT, Group
+from workers.bases.forms.compressed.wider import in_8_bits
 
 PRESETS: Mapping[OutputForm, str] = {
     OutputForm.FP8_DYNAMIC: "FP8_DYNAMIC",
@@ -28,16 +34,27 @@ PRESETS: Mapping[OutputForm, str] = {
 class CompressedOutput:
     """One scheme for the linear weights of a release."""
 
-    def __init__(self, output: OutputForm, dtype: torch.dtype) -> None:
+    def __init__(self, scheme: QuantizationScheme, words: str, dtype: torch.dtype) -> None:
         """Take the scheme.
 
         Args:
-            output: which.
+            scheme: of the weights.
+            words: for it.
             dtype: of the model.
         """
-        self._scheme = preset_name_to_scheme(PRESETS[output], ["Linear"])
+        self._scheme = scheme
         self._dtype = dtype
-        self.words = f"{output.value} (compressed-tensors)"
+        self.words = f"{words} (compressed-tensors)"
+
+    @classmethod
+    def of(cls, output: OutputForm, dtype: torch.dtype) -> Self:
+        """Return the scheme that a request names, for a model of a dtype."""
+        return cls(preset_name_to_scheme(PRESETS[output], ["Linear"]), output.value, dtype)
+
+    @classmethod
+    def wider(cls, dtype: torch.dtype) -> Self:
+        """Return the scheme of weights that are kept in 8 bits, for a model of a dtype."""
+        return cls(in_8_bits(), "8-bit integers by row", dtype)
 
     @cached_property
     def group(self) -> Group:
