@@ -6,11 +6,15 @@ adapter.
 """
 
 import argparse
+import shutil
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file, save_file
 
 from benchmarks.bases import held_out_texts, trained_adapters
 from examples.chats import HABITS
@@ -27,6 +31,7 @@ _OF_BFLOAT16: dict[str, dict[str, Any]] = {"bf16": {"dtype": "bfloat16"}} | {
 }
 _PASSES: tuple[dict[str, dict[str, Any]], ...] = (_OF_BFLOAT16, {"float16": {"dtype": "float16"}})
 """What is merged at once, by name."""
+_ADAPTER_FILE = "adapter_model.safetensors"
 _ANYTHING = Thresholds(max_mean_kl=1e3, min_top1_agreement=0, max_lost_share=1, min_survival=0)
 """A measurement: whatever is lost, the report is wanted."""
 
@@ -70,6 +75,48 @@ def measure(directory: Path) -> dict[tuple[str, str], ParityReport]:
     return found
 
 
+def faint(directory: Path) -> Iterator[str]:
+    """Merge an adapter that is too small for the steps of its base; say what became of it, without `keep` and with it.
+
+    The base is the real model in INT4, as a release of another adapter; the adapter is a trained one, divided by 64.
+
+    Args:
+        directory: of models and adapters.
+    """
+    base, trained = (
+        directory / "base",
+        next(iter(trained_adapters(directory / "base", directory / "adapters").values())),
+    )
+    with tempfile.TemporaryDirectory(dir=directory) as name:
+        room = Path(name)
+        worker = MergeWorker(
+            WorkerSettings(cache=room / "cache", scratch=room / "scratch", reports=room / "reports", device="cpu")
+        )
+        shutil.copytree(trained, room / "faint")
+        weights = load_file(trained / _ADAPTER_FILE)
+        small = {each: tensor / 64 if ".lora_B." in each else tensor for each, tensor in weights.items()}
+        save_file(small, room / "faint" / _ADAPTER_FILE)
+        in_int4 = {"output": "int4_w4a16", "dtype": "bfloat16", "base_quantization": "none"}
+        asked = {
+            "in INT4": {"base": base, "adapter": trained, **in_int4},
+            "without keep": {"base": room / "in INT4", "adapter": room / "faint", "output": "as_base"},
+            "keep: 8bit": {"base": room / "in INT4", "adapter": room / "faint", "output": "as_base", "keep": "8bit"},
+        }
+        try:
+            for what, fields in asked.items():
+                policy = ParityPolicy(level="arithmetic", thresholds=Thresholds(min_survival=None))
+                told = {each: str(value) for each, value in fields.items()}
+                request = MergeRequest(id="faint", destination=str(room / what), parity=policy, **told)
+                (outcome,) = worker.run_unit(what, (request,)).jobs
+                if outcome.failure is not None:
+                    yield f"{what}: {outcome.failure.message}"
+                    continue
+                kept = worker.publish(request.id, None).release.manifest.kept
+                yield f"{what}: published{'' if kept is None else f', {kept.words}'}"
+        finally:
+            worker.close()
+
+
 def table(reports: dict[tuple[str, str], ParityReport]) -> str:
     """Return one row for each form: over all adapters, the least and the median survival, and means of the rest."""
     lines = [
@@ -98,7 +145,9 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path(".bench/bases"), help="for models and adapters")
     directory = parser.parse_args().directory.absolute()
     directory.mkdir(parents=True, exist_ok=True)
-    sys.stdout.write(table(measure(directory)) + "\n")
+    sys.stdout.write(table(measure(directory)) + "\n\n")
+    for line in faint(directory):
+        sys.stdout.write(f"- {line}\n")
 
 
 if __name__ == "__main__":
