@@ -48,6 +48,8 @@ def open_engine(url: URL) -> Engine:
             "keepalives_idle": 15,
             "keepalives_interval": 10,
             "keepalives_count": 3,
+            # A plan that was prepared while there were few jobs would be kept for many.
+            "prepare_threshold": None,
         },
     )
 
