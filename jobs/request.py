@@ -204,8 +204,11 @@ class MergeRequest(Frozen):
     @field_validator("max_shard_size")
     @classmethod
     def _check_max_shard_size(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and info.data.get("output") is OutputForm.AS_BASE:
+        output = info.data.get("output")
+        if value is not None and output is OutputForm.AS_BASE:
             raise InvalidValueError("none beside output 'as_base', which keeps the base's own shards", f"{value}")
+        if value is not None and output is not None and output.is_gguf:
+            raise InvalidValueError(f"none beside output '{output}', which is one file", f"{value}")
         return value
 
     @field_validator("compare")

@@ -65,7 +65,7 @@ def test_in_json_lines_and_csv(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"outputs": ["gguf"]}, r"outputs\[0\]: expected one of 16bit, as_base, .*, found 'gguf'"),
+        ({"outputs": ["gptq"]}, r"outputs\[0\]: expected one of 16bit, as_base, .*, found 'gptq'"),
         ({"outputs": ["mxfp4", "mxfp4"]}, "destination"),
         ({"outputs": []}, "outputs: expected a list with at least one entry, found an empty list"),
         ({"outputs": "mxfp4"}, "outputs: expected a list"),
@@ -82,7 +82,7 @@ def test_mistakes_are_told_by_field(tmp_path, fields, message):
 def test_every_mistake_of_a_request_is_told_though_outputs_are_wrong(tmp_path):
     with pytest.raises(RequestFileError) as caught:
         read(
-            tmp_path, {"requests": [{**FIELDS, "destination": "/r/one", "outputs": ["gguf", "mxfp4"], "priority": "x"}]}
+            tmp_path, {"requests": [{**FIELDS, "destination": "/r/one", "outputs": ["gptq", "mxfp4"], "priority": "x"}]}
         )
     assert "priority" in str(caught.value)
-    assert "gguf" in str(caught.value)
+    assert "gptq" in str(caught.value)
