@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -23,16 +23,11 @@ _FUSED = (
 
 
 class Storage(Protocol):
-    """What some weights of one release are quantized to."""
+    """What some weights of one release are stored in: each by itself, or all in one file (`gguf_storage.py`)."""
 
     @property
-    def form(self) -> StoredForm:
-        """The form, to read the release."""
-        ...
-
-    @property
-    def in_form(self) -> Mapping[str, StoredParts]:
-        """All weights of the release that are stored in it, by name."""
+    def words(self) -> str:
+        """What people call it."""
         ...
 
     @property
@@ -42,6 +37,21 @@ class Storage(Protocol):
 
     def companions(self, name: str) -> tuple[str, ...]:
         """Return the weights whose numbers decide what a weight is stored as, itself included."""
+        ...
+
+
+@runtime_checkable
+class WeightStorage(Storage, Protocol):
+    """What weights of one release are quantized to, one by one."""
+
+    @property
+    def form(self) -> StoredForm:
+        """The form, to read the release."""
+        ...
+
+    @property
+    def in_form(self) -> Mapping[str, StoredParts]:
+        """All weights of the release that are stored in it, by name."""
         ...
 
     def quantize(self, name: str, read: Callable[[str], torch.Tensor]) -> Mapping[str, torch.Tensor]:
@@ -67,6 +77,11 @@ class BaseStorage:
     layout: Mapping[str, PartLayout]
     """Of the parts that are made anew, by name."""
     declaration: None = None
+
+    @property
+    def words(self) -> str:
+        """What people call the form."""
+        return self.form.words
 
     @property
     def in_form(self) -> Mapping[str, StoredParts]:
@@ -109,6 +124,11 @@ class GivenStorage:
     form: StoredForm
     in_form: Mapping[str, StoredParts]
     declaration: Mapping[str, Any]
+
+    @property
+    def words(self) -> str:
+        """What people call the form."""
+        return self.form.words
 
     def companions(self, name: str) -> tuple[str, ...]:
         """Return the weights that share a global scale, where the form has such; see `Storage`."""

@@ -13,9 +13,11 @@ from workers.bases.forms.compressed.output import CompressedOutput
 from workers.bases.model import TORCH_DTYPES, config_dtype
 from workers.files.layout import CheckpointLayout, ShardLayout, lay_out_shard
 from workers.merging.base_plan import BasePlan
+from workers.merging.gguf_storage import plan_file
 from workers.merging.output import OutputTensor
 from workers.merging.output_layout import Entry, lay_out_as_stored, output_layout, stated_of
 from workers.merging.storage import BaseStorage, GivenStorage, Storage
+from workers.releases.shipment import Shipment
 
 _WEIGHT = ".weight"
 _EXPERTS = ".experts."
@@ -38,7 +40,7 @@ class Layouts:
 
 
 def layouts(
-    base: BasePlan, request: MergeRequest, tensors: Sequence[OutputTensor], changed: Collection[str]
+    base: BasePlan, request: MergeRequest, tensors: Sequence[OutputTensor], changed: Collection[str], shipment: Shipment
 ) -> Layouts:
     """Lay out what a request asks for.
 
@@ -47,10 +49,14 @@ def layouts(
         request: settled.
         tensors: of the merged model.
         changed: names of those that an adapter changes, or that come apart from others.
+        shipment: the files that the release takes over.
 
     Raises:
         UnsupportedError: the release cannot be stored in the form that is asked for; says why, and what to do.
+        BadInputError: vocabulary and embedding contradict each other.
     """
+    if request.output.is_gguf:
+        return _in_one_file(base, request, tensors, changed, shipment)
     if request.output is OutputForm.AS_BASE:
         return _as_base(base, tensors, changed)
     merged = output_layout(base, tensors, request.max_shard_size)
@@ -103,6 +109,19 @@ def _as_base(base: BasePlan, tensors: Sequence[OutputTensor], changed: Collectio
         merged=lay_out_as_stored(base, numbers),
         requantized=requantized,
         storage=BaseStorage(base=base, form=form, layout=made),
+    )
+
+
+def _in_one_file(
+    base: BasePlan, request: MergeRequest, tensors: Sequence[OutputTensor], changed: Collection[str], shipment: Shipment
+) -> Layouts:
+    """Lay out a GGUF file, and apart, what the base has no bytes of."""
+    storage, file, apart = plan_file(base, request, tensors, changed, shipment)
+    return Layouts(
+        output=CheckpointLayout((file,)),
+        merged=lay_out_as_stored(base, apart),
+        requantized=storage.made_anew,
+        storage=storage,
     )
 
 

@@ -16,6 +16,7 @@ from workers.files.tensor_io import mapped, opened, read_into
 from workers.merging.checks.arithmetic import ArithmeticCheck
 from workers.merging.checks.tally import TensorChecks, finite
 from workers.merging.plan import MergePlan
+from workers.merging.storage import WeightStorage
 from workers.merging.storing import base_bytes_of, numbers_of
 from workers.numerics.rounding import BITS
 from workers.numerics.tiles import TILE_ELEMENTS, Tiling, single_threads, strips_of
@@ -99,7 +100,7 @@ class _Check:
         """Check the parts of a weight that was quantized."""
         self._stop()
         plan, storage = self._plan, self._plan.storage
-        assert storage is not None
+        assert isinstance(storage, WeightStorage)
         parts, before = plan.requantized[name], storage.before(name)
         shipped = {stored: self._shipped(stored) for stored in parts.names}
         expected = storage.quantize(name, self._read)
@@ -128,7 +129,7 @@ class _Check:
     def _figures(self, name: str, shipped: Mapping[str, torch.Tensor]) -> dict[str, float | None]:
         """Return what quantizing changed of a weight, and how much of the delta is left, where there is one."""
         plan, storage = self._plan, self._plan.storage
-        assert storage is not None
+        assert isinstance(storage, WeightStorage)
         merged, was = self._read(name), plan.base.by_name.get(name)
         ships = storage.form.restore(name, plan.requantized[name], shipped, merged.dtype, transposed=False)
         if not self._proven[name].targeted:
