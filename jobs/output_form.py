@@ -11,7 +11,7 @@ class OutputForm(StrEnum):
     AS_BASE = "as_base"
     """The base's own form: what no adapter changes keeps its stored bytes, and the rest is quantized again."""
     FP8_DYNAMIC = "fp8_dynamic"
-    """This and the rest: schemes of compressed-tensors, which need no data. FP8 with a scale for each row."""
+    """This and those down to nvfp4a16: schemes of compressed-tensors, which need no data. FP8, a scale for each row."""
     FP8_BLOCK = "fp8_block"
     """FP8 with a scale for each block of 128 x 128."""
     INT8_W8A16 = "int8_w8a16"
@@ -22,3 +22,12 @@ class OutputForm(StrEnum):
     """4-bit floats in groups of 32, with a power of two for each."""
     NVFP4A16 = "nvfp4a16"
     """4-bit floats in groups of 16, with an FP8 scale for each and one of all."""
+    GGUF = "gguf"
+    """One GGUF file, for llama.cpp and what is built on it, with the numbers that a release in 16 bits has."""
+    GGUF_Q8_0 = "gguf_q8_0"
+    """One GGUF file with matrices in 8-bit integers, 32 of them with one scale."""
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether a release is one GGUF file."""
+        return self in (OutputForm.GGUF, OutputForm.GGUF_Q8_0)

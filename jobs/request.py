@@ -215,6 +215,8 @@ class MergeRequest(Frozen):
         if value is not None and output is OutputForm.PLAIN:
             expected = "none beside output '16bit', which keeps all weights as numbers: request a form as output"
             raise InvalidValueError(expected, f"'{value}'")
+        if value is not None and output is not None and output.is_gguf:
+            raise InvalidValueError(f"none beside output '{output}', whose weights are of one type", f"'{value}'")
         if value is Keep.IN_8_BITS and output in _IN_8_BITS:
             expected = f"16bit, as 8bit says nothing for output '{output}', which has 8 bits by itself"
             raise InvalidValueError(expected, f"'{value}'")
@@ -223,8 +225,11 @@ class MergeRequest(Frozen):
     @field_validator("max_shard_size")
     @classmethod
     def _check_max_shard_size(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and info.data.get("output") is OutputForm.AS_BASE:
+        output = info.data.get("output")
+        if value is not None and output is OutputForm.AS_BASE:
             raise InvalidValueError("none beside output 'as_base', which keeps the base's own shards", f"{value}")
+        if value is not None and output is not None and output.is_gguf:
+            raise InvalidValueError(f"none beside output '{output}', which is one file", f"{value}")
         return value
 
     @field_validator("compare")

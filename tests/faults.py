@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from gguf import GGUFReader, GGUFWriter
 from safetensors.torch import load_file, save_file
 
 INDEX = "model.safetensors.index.json"
@@ -246,7 +248,72 @@ BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_typ
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 2048}
 
+
+def _cut_gguf(directory: Path) -> None:
+    path = next(directory.glob("*.gguf"))
+    path.write_bytes(path.read_bytes()[:-4096])
+
+
+def _cut_front(directory: Path) -> None:
+    path = next(directory.glob("*.gguf"))
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def _gguf(
+    leave_out: str = "", value: tuple[str, int] | None = None, kind: tuple[str, int] | None = None
+) -> Callable[[Path], None]:
+    """Write a GGUF file anew by the `gguf` package: without a tensor, or with another number in its metadata.
+
+    Args:
+        leave_out: name of the tensor.
+        value: a field, and what it says then.
+        kind: a tensor, and the number of another type.
+    """
+
+    def write(directory: Path) -> None:
+        path = next(directory.glob("*.gguf"))
+        reader = GGUFReader(path)
+        writer = GGUFWriter(directory / "new.gguf", reader.fields["general.architecture"].contents())
+        for name, field in reader.fields.items():
+            if name.startswith("GGUF.") or name == "general.architecture":
+                continue
+            said = value[1] if value is not None and value[0] == name else field.contents()
+            inner = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(name, said, field.types[0], sub_type=inner)
+        for tensor in reader.tensors:
+            if tensor.name != leave_out:
+                raw = tensor.tensor_type if kind is None or kind[0] != tensor.name else kind[1]
+                writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+                if raw is not tensor.tensor_type:
+                    writer.tensors[-1][tensor.name].dtype = raw
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        (directory / "new.gguf").rename(path)
+
+    return write
+
+
 FAULTS: Mapping[str, tuple[str, str, Callable[[Path], object]]] = {
+    # GGUF
+    "a GGUF file beside nothing else": ("gguf", "gguf.alone", lambda _: None),
+    "a GGUF file that is cut short": ("gguf", "gguf.truncated", _cut_gguf),
+    "a GGUF file cut within its metadata": ("gguf", "files.unreadable", _cut_front),
+    "a GGUF file without a tensor of a block": ("gguf", "gguf.missing", _gguf(leave_out="blk.1.ffn_up.weight")),
+    "a GGUF file without its last norm": ("gguf", "gguf.missing", _gguf(leave_out="output_norm.weight")),
+    "a GGUF file of other heads": (
+        "gguf",
+        "gguf.disagrees",
+        both(_gguf(value=("llama.attention.head_count_kv", 4)), fields(num_key_value_heads=4)),
+    ),
+    "a GGUF file with tokens of another vocabulary": (
+        "gguf",
+        "gguf.disagrees",
+        both(_gguf(value=("llama.vocab_size", 400)), fields(vocab_size=400)),
+    ),
+    "a GGUF file with a type that nothing knows": ("gguf", "gguf.unknown-type", _gguf(kind=("output.weight", 99))),
+    "a GGUF file of another model": ("gguf", "gguf.not-the-config", fields(intermediate_size=256)),
     # Files
     "no config.json": ("llama", "files.no-config", gone("config.json")),
     "no weights": ("llama", "files.no-weights", gone(SINGLE)),

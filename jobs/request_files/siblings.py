@@ -10,6 +10,8 @@ FIELD = "outputs"
 _BFLOAT16: Mapping[str, Value] = {"dtype": "bfloat16"}
 _WORDS: Mapping[str, Mapping[str, Value]] = {"bf16": {"output": OutputForm.PLAIN.value, **_BFLOAT16}}
 """What words stand for that are no `output` by themselves."""
+_NUMBERS = frozenset({OutputForm.PLAIN, OutputForm.GGUF})
+_KEEP = "keep"
 _HUB = "hf://"
 
 
@@ -76,6 +78,8 @@ def _own(fields: dict[str, Node], word: Node, *, is_bfloat16: bool) -> dict[str,
     """
     assert isinstance(word.value, str)
     said: dict[str, Value] = dict(_WORDS.get(word.value, {"output": word.value}))
+    if said["output"] in _NUMBERS:
+        said[_KEEP] = None  # they lose nothing
     if is_bfloat16 and word.value != OutputForm.AS_BASE:
         said |= _BFLOAT16
     own = {name: Node(value, word.line, joined(word.field, name)) for name, value in said.items()}

@@ -252,7 +252,8 @@ def test_a_disk_has_to_hold_a_release_that_is_run_as_numbers(tmp_path):
 
 
 def test_every_word_of_a_request_is_tried_here():
-    assert {form.value for form in OutputForm} == {"16bit", "as_base", *FORMS}
+    """Those of GGUF in `test_gguf.py`."""
+    assert {form.value for form in OutputForm if not form.is_gguf} == {"16bit", "as_base", *FORMS}
 
 
 @pytest.mark.s3

@@ -128,8 +128,9 @@ class CheckpointLayout:
         return sum(shard.num_bytes for shard in self.shards)
 
     def index(self) -> dict[str, Any] | None:
-        """Return the content of `model.safetensors.index.json`, or None for a checkpoint of one plain file."""
-        if [shard.name for shard in self.shards] == [SINGLE_FILE]:
+        """Return the content of `model.safetensors.index.json`; None for one plain file, and for other formats."""
+        names = [shard.name for shard in self.shards]
+        if names == [SINGLE_FILE] or not any(name.endswith(".safetensors") for name in names):
             return None
         return {
             "metadata": {"total_size": self.total_size},

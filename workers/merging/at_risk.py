@@ -8,10 +8,10 @@ from jobs.request import MergeRequest
 from workers.bases.declarations import DECLARING_FILES
 from workers.bases.forms import WideningForm
 from workers.merging.base_plan import BasePlan
-from workers.merging.storage import BaseStorage, Storage, stored_alike
+from workers.merging.storage import BaseStorage, WeightStorage, stored_alike
 
 
-def at_risk(storage: Storage, names: Collection[str]) -> Iterator[tuple[str, ...]]:
+def at_risk(storage: WeightStorage, names: Collection[str]) -> Iterator[tuple[str, ...]]:
     """Yield the weights that are kept in more bits together, if at all.
 
     Args:
@@ -22,7 +22,7 @@ def at_risk(storage: Storage, names: Collection[str]) -> Iterator[tuple[str, ...
     yield from dict.fromkeys(alike[name] for name in names)
 
 
-def check_keep(base: BasePlan, request: MergeRequest, storage: Storage, names: Collection[str]) -> None:
+def check_keep(base: BasePlan, request: MergeRequest, storage: WeightStorage, names: Collection[str]) -> None:
     """Refuse to keep weights in more bits where the form has no words for that, or nothing proves that it loads.
 
     Args:

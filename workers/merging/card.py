@@ -11,6 +11,7 @@ from jobs.release import Artifact
 from jobs.request import adapter_name
 from workers.merging.plan import MergePlan
 from workers.merging.sidecars import digest_file, write_text
+from workers.merging.storage import WeightStorage
 from workers.merging.wider import kept_in_more_bits
 from workers.releases.base_card import differing_licences
 from workers.sources.belongings import CARD_NAME, MODULES_FILE
@@ -84,7 +85,11 @@ def _data(plan: MergePlan) -> ModelCardData:
         more["base_model_relation"] = "merge" if len(plan.weighted) > 1 else "finetune"
     return ModelCardData(
         library_name="sentence-transformers" if MODULES_FILE in plan.shipment.files else "transformers",
-        tags=[*(tag for tag in card.texts("tags") if not _OF_STORED_WEIGHTS.fullmatch(tag)), "mergefleet"],
+        tags=[
+            *(tag for tag in card.texts("tags") if not _OF_STORED_WEIGHTS.fullmatch(tag)),
+            *(["gguf"] if plan.request.output.is_gguf else []),
+            "mergefleet",
+        ],
         **more,
     )
 
@@ -101,6 +106,8 @@ def _adapter_lines(plan: MergePlan) -> list[str]:
 def _stored_in(plan: MergePlan) -> list[str]:
     if plan.storage is None:
         return []
+    if not isinstance(plan.storage, WeightStorage):
+        return [f"- stored in: {plan.storage.words}"]
     num_kept = len(plan.storage.in_form) - len(plan.requantized)
     kept = f", {num_kept} with the base's bytes" if num_kept else ""
     return [f"- stored in: {plan.storage.form.words}; {len(plan.requantized)} weights quantized{kept}"]

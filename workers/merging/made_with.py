@@ -52,6 +52,7 @@ def library_versions() -> dict[str, str]:
         "peft",
         "bitsandbytes",
         "compressed-tensors",
+        "gguf",
         "safetensors",
         "numba",
     )

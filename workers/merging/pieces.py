@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from workers.merging.at_risk import at_risk
 from workers.merging.outcomes import Piece
 from workers.merging.plan import MergePlan
+from workers.merging.storage import WeightStorage
 
 
 def pieces_of(plans: Sequence[MergePlan]) -> tuple[Piece, ...]:
@@ -40,7 +41,7 @@ def pieces_of(plans: Sequence[MergePlan]) -> tuple[Piece, ...]:
             assert plan.storage is not None
             numbers = [plan.merged.tensors[each][0].name for each in plan.storage.companions(name)]
             shards.join([*numbers, plan.output.tensors[parts.codes][0].name])
-        if plan.request.keep is not None and plan.storage is not None:
+        if plan.request.keep is not None and isinstance(plan.storage, WeightStorage):
             for group in at_risk(plan.storage, [name for name in plan.requantized if name in plan.changed]):
                 stored = [part for name in group for part in plan.storage.in_form[name].names]
                 shards.join([*(plan.output.tensors[part][0].name for part in stored), *map(plan.shard_of, group)])

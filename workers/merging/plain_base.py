@@ -20,6 +20,7 @@ from workers.merging.base_tiles import tiles_of
 from workers.merging.output import OutputTensor
 from workers.merging.output_layout import lay_out_as_stored
 from workers.merging.plan import MergePlan
+from workers.merging.storage import WeightStorage
 
 
 def plain_layout(base: BasePlan) -> CheckpointLayout:
@@ -29,7 +30,7 @@ def plain_layout(base: BasePlan) -> CheckpointLayout:
 
 def misread_in(plan: MergePlan) -> str | None:
     """Name a weight of a release that transformers misreads, so that it is run as numbers; None where it reads all."""
-    if plan.storage is None or not plan.storage.in_form:
+    if not isinstance(plan.storage, WeightStorage) or not plan.storage.in_form:
         return None
     specs = {name: spec for name, (_, spec) in plan.output.tensors.items()}
     return plan.storage.form.misread(specs, config_dtype(plan.base.source.directory))
@@ -58,7 +59,7 @@ def write_plain_release(plan: MergePlan, directory: Path, target: Path, *, devic
         target: empty.
         device: where it is dequantized.
     """
-    assert plan.storage is not None
+    assert isinstance(plan.storage, WeightStorage)
     base, places, in_form = plan.base, plan.output.tensors, plan.storage.in_form
     tensors = tuple(
         dataclasses.replace(

@@ -242,8 +242,8 @@ def plan_merge(
                 f"{base.source.directory}: tensor {tensor.name} is {tensor.dtype}; merging needs float32, float16 or "
                 "bfloat16 weights: request a dtype"
             )
-    laid_out = layouts(base, request, tensors, frozenset(deltas) | frozenset(by_peft))
     shipment = plan_shipment(base.source.directory, adapter.directory)
+    laid_out = layouts(base, request, tensors, frozenset(deltas) | frozenset(by_peft), shipment)
     parts = adapter.parts or (adapter,)
     adapter_cards = tuple(read_base_card(part.directory) for part in parts)
     rows = [tensor.shape[0] + base.num_rows_beside for tensor in tensors if tensor.name == base.embedding]

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -27,16 +27,11 @@ _EXPERTS = ".experts."
 
 
 class Storage(Protocol):
-    """What some weights of one release are quantized to."""
+    """What some weights of one release are stored in: each by itself, or all in one file (`gguf_storage.py`)."""
 
     @property
-    def form(self) -> StoredForm:
-        """The form, to read the release."""
-        ...
-
-    @property
-    def in_form(self) -> Mapping[str, StoredParts]:
-        """All weights of the release that are stored in it, by name."""
+    def words(self) -> str:
+        """What people call it."""
         ...
 
     @property
@@ -46,6 +41,21 @@ class Storage(Protocol):
 
     def companions(self, name: str) -> tuple[str, ...]:
         """Return the weights whose numbers decide what a weight is stored as, itself included."""
+        ...
+
+
+@runtime_checkable
+class WeightStorage(Storage, Protocol):
+    """What weights of one release are quantized to, one by one."""
+
+    @property
+    def form(self) -> StoredForm:
+        """The form, to read the release."""
+        ...
+
+    @property
+    def in_form(self) -> Mapping[str, StoredParts]:
+        """All weights of the release that are stored in it, by name."""
         ...
 
     def quantize(self, name: str, read: Callable[[str], torch.Tensor]) -> Mapping[str, torch.Tensor]:
@@ -106,6 +116,11 @@ class BaseStorage:
     declaration: None = None
 
     @property
+    def words(self) -> str:
+        """What people call the form."""
+        return self.form.words
+
+    @property
     def in_form(self) -> Mapping[str, StoredParts]:
         """All weights of the base that are stored in it."""
         return self.base.in_form
@@ -146,6 +161,11 @@ class GivenStorage:
     form: StoredForm
     in_form: Mapping[str, StoredParts]
     declaration: Mapping[str, Any]
+
+    @property
+    def words(self) -> str:
+        """What people call the form."""
+        return self.form.words
 
     def companions(self, name: str) -> tuple[str, ...]:
         """Return the weights that share a global scale, where the form has such; see `Storage`."""

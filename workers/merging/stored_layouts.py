@@ -14,9 +14,11 @@ from workers.bases.model import TORCH_DTYPES, config_dtype
 from workers.files.layout import CheckpointLayout, ShardLayout, lay_out_shard
 from workers.merging.at_risk import check_keep
 from workers.merging.base_plan import BasePlan
+from workers.merging.gguf_storage import plan_file
 from workers.merging.output import OutputTensor
 from workers.merging.output_layout import Entry, lay_out_as_stored, output_layout, stated_of
-from workers.merging.storage import BaseStorage, GivenStorage, Storage, stored_alike
+from workers.merging.storage import BaseStorage, GivenStorage, Storage, WeightStorage, stored_alike
+from workers.releases.shipment import Shipment
 
 _WEIGHT = ".weight"
 _EXPERTS = ".experts."
@@ -39,7 +41,7 @@ class Layouts:
 
 
 def layouts(
-    base: BasePlan, request: MergeRequest, tensors: Sequence[OutputTensor], changed: Collection[str]
+    base: BasePlan, request: MergeRequest, tensors: Sequence[OutputTensor], changed: Collection[str], shipment: Shipment
 ) -> Layouts:
     """Lay out what a request asks for.
 
@@ -48,10 +50,14 @@ def layouts(
         request: settled.
         tensors: of the merged model.
         changed: names of those that an adapter changes, or that come apart from others.
+        shipment: the files that the release takes over.
 
     Raises:
         UnsupportedError: the release cannot be stored in the form that is asked for; says why, and what to do.
+        BadInputError: vocabulary and embedding contradict each other.
     """
+    if request.output.is_gguf:
+        return _in_one_file(base, request, tensors, changed, shipment)
     if request.output is OutputForm.AS_BASE:
         found = _as_base(base, request, tensors, changed)
     else:
@@ -59,7 +65,7 @@ def layouts(
         if request.output is OutputForm.PLAIN:
             return Layouts(output=merged, merged=merged, requantized={}, storage=None)
         found = _in_form(base, request, tensors, merged)
-    assert found.storage is not None
+    assert isinstance(found.storage, WeightStorage)
     check_keep(base, request, found.storage, [name for name in found.requantized if name in changed])
     return found
 
@@ -113,6 +119,19 @@ def _as_base(
         merged=lay_out_as_stored(base, numbers),
         requantized=requantized,
         storage=BaseStorage(base=base, form=form, layout=made),
+    )
+
+
+def _in_one_file(
+    base: BasePlan, request: MergeRequest, tensors: Sequence[OutputTensor], changed: Collection[str], shipment: Shipment
+) -> Layouts:
+    """Lay out a GGUF file, and apart, what the base has no bytes of."""
+    storage, file, apart = plan_file(base, request, tensors, changed, shipment)
+    return Layouts(
+        output=CheckpointLayout((file,)),
+        merged=lay_out_as_stored(base, apart),
+        requantized=storage.made_anew,
+        storage=storage,
     )
 
 

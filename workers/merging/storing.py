@@ -19,9 +19,12 @@ from workers.files.tensor_io import mapped, opened, read_into
 from workers.files.writer import CheckpointWriter
 from workers.merging.base_plan import BasePlan
 from workers.merging.context import Context
+from workers.merging.gguf_storage import GgufStorage
+from workers.merging.gguf_writing import tasks_of_file
 from workers.merging.job import Job
 from workers.merging.passes import PassState
 from workers.merging.plan import MergePlan
+from workers.merging.storage import WeightStorage
 from workers.numerics.tiles import single_threads
 
 _PIECE_BYTES = 4 << 20
@@ -86,7 +89,7 @@ def base_bytes_of(plan: MergePlan) -> frozenset[str]:
 
 def in_the_base(plan: MergePlan) -> frozenset[str]:
     """Return the weights with merged numbers whose codes are the base's: what an adapter changes is fused with them."""
-    assert plan.storage is not None
+    assert isinstance(plan.storage, WeightStorage)
     return frozenset(plan.merged.tensors.keys() & plan.storage.in_form.keys() - plan.requantized.keys())
 
 
@@ -102,6 +105,10 @@ def numbers_of(plan: MergePlan, merged_in: Path) -> Callable[[str], torch.Tensor
 
 def _tasks(base: BasePlan, jobs: Sequence[Job], state: PassState) -> Iterator[Callable[[], None]]:
     """Yield what there is to do, in the order of the files, so that each is soon full."""
+    for job in jobs:
+        if isinstance(job.in_work.storage, GgufStorage):
+            yield from tasks_of_file(job, job.in_work.storage, state)
+    jobs = [job for job in jobs if not isinstance(job.in_work.storage, GgufStorage)]
     copied = {job.id: base_bytes_of(job.in_work) for job in jobs}
     for shard in base.layout.shards:
         for spec in shard.tensors:
@@ -161,7 +168,7 @@ class _Copy:
 def _quantize(name: str, job: Job, state: PassState) -> None:
     """Quantize one merged weight of a job."""
     plan = job.in_work
-    assert plan.storage is not None
+    assert isinstance(plan.storage, WeightStorage)
     if not state.well([job]):
         return
     with state.of(job) as writer:

@@ -17,7 +17,7 @@ from workers.merging.at_risk import at_risk
 from workers.merging.base_plan import BasePlan
 from workers.merging.output_layout import Entry, stated_of
 from workers.merging.plan import MergePlan
-from workers.merging.storage import BaseStorage, Storage
+from workers.merging.storage import BaseStorage, WeightStorage
 from workers.merging.stored_layouts import modules_as_numbers
 
 
@@ -25,7 +25,7 @@ from workers.merging.stored_layouts import modules_as_numbers
 class WiderStorage:
     """A form, but for some weights that are plain numbers or 8-bit integers."""
 
-    inner: Storage
+    inner: WeightStorage
     """The form that was asked for, with all weights in it."""
     kept: Mapping[str, Keep]
     """Weights that are kept in more bits."""
@@ -33,6 +33,11 @@ class WiderStorage:
     in_form: Mapping[str, StoredParts]
     """All weights of the release that are codes, those of 8 bits included."""
     declaration: Mapping[str, Any]
+
+    @property
+    def words(self) -> str:
+        """What people call the form that was asked for."""
+        return self.inner.words
 
     def companions(self, name: str) -> tuple[str, ...]:
         """Return the weights whose numbers decide what a weight is stored as; see `Storage`."""
@@ -52,7 +57,7 @@ class WiderStorage:
 
 def kept_in_more_bits(plan: MergePlan) -> KeptWeights | None:
     """Return what a release keeps in more bits than its form has; None where the request does not ask for that."""
-    if plan.request.keep is None or plan.storage is None:
+    if plan.request.keep is None or not isinstance(plan.storage, WeightStorage):
         return None
     num_plain = sum(each.kept_in is Keep.IN_16_BITS for each in plan.kept_weights)
     return KeptWeights(num_weights=len(plan.storage.in_form) + num_plain, weights=plan.kept_weights)
@@ -61,7 +66,7 @@ def kept_in_more_bits(plan: MergePlan) -> KeptWeights | None:
 def most_bytes(plan: MergePlan) -> int:
     """Return the bytes of a release, were all weights kept in 16 bits that may be."""
     num_bytes = plan.output.total_size
-    if plan.request.keep is None or plan.storage is None:
+    if plan.request.keep is None or not isinstance(plan.storage, WeightStorage):
         return num_bytes
     changed = plan.changed
     for group in at_risk(plan.storage, [name for name in plan.requantized if name in changed]):
@@ -82,7 +87,7 @@ def keeping(plan: MergePlan, weights: Sequence[KeptWeight]) -> MergePlan:
     new = {each.weight: each for each in weights if each.weight not in before}
     if not new:
         return plan
-    assert plan.storage is not None
+    assert isinstance(plan.storage, WeightStorage)
     in_8_bits = _parts_in_8_bits(plan, new)
     merged = plan.merged.tensors
     entries: dict[str, Sequence[Entry]] = {
@@ -138,7 +143,7 @@ def _parts_in_8_bits(
 
 def _storage(plan: MergePlan, new: Mapping[str, KeptWeight], in_8_bits: Mapping[str, StoredParts]) -> WiderStorage:
     before = plan.storage
-    assert before is not None
+    assert isinstance(before, WeightStorage)
     inner = before.inner if isinstance(before, WiderStorage) else before
     found = dict(before.kept) if isinstance(before, WiderStorage) else {}
     found |= {name: each.kept_in for name, each in new.items()}
@@ -162,7 +167,7 @@ def _storage(plan: MergePlan, new: Mapping[str, KeptWeight], in_8_bits: Mapping[
     return WiderStorage(inner=inner, kept=kept, form=form, in_form=in_form, declaration=content)
 
 
-def _form(inner: Storage, base: BasePlan, content: Mapping[str, Any]) -> StoredForm:
+def _form(inner: WeightStorage, base: BasePlan, content: Mapping[str, Any]) -> StoredForm:
     """Return the form of a release, to read it by its declaration."""
     form: StoredForm | None
     if isinstance(inner, BaseStorage):

@@ -1,19 +1,24 @@
 """Checkpoints loaded to run: by plain transformers in float32, placed where they fit."""
 
+import contextlib
 import copy
 import functools
-from collections.abc import Sequence
+import io
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, GenerationConfig, GgufConfig, PreTrainedModel
 
 from jobs.errors import NoCapacityError
 from workers.bases.forms.declared import declared_form
 from workers.bases.four_bit import of_state
+from workers.bases.gguf_files.architectures import config_to_load
 from workers.bases.model import config_dtype, load_config, model_class, stored_quantization
+from workers.files.gguf_front import SUFFIX, read_front
 from workers.files.memory import available_host_bytes, hold_little
 from workers.parity.inference import RunningModel, quiet_libraries
 
@@ -50,6 +55,8 @@ def load_model(
         NoCapacityError: weights of a stored form fit neither the device nor main memory.
     """
     hold_little()
+    if (file := _gguf_file(directory)) is not None:
+        return _load_gguf(directory, file, room)
     form = declared_form(directory)
     in_4bit = quantization is not None or stored_quantization(directory) is not None
     how: dict[str, Any] = {"dtype": torch.float32}
@@ -63,24 +70,11 @@ def load_model(
         how = {"dtype": config_dtype(directory)}  # rounded as the merge rounds it
     for device, max_memory in _placements(room, in_form=in_4bit or form is not None):
         try:
-            with quiet_libraries():
-                loaded: Any = model_class(config).from_pretrained(
-                    directory,
-                    config=copy.deepcopy(config),
-                    **how,
-                    device_map="sequential",
-                    max_memory=max_memory,
-                    offload_folder=room.scratch,
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                    local_files_only=True,
-                    trust_remote_code=False,
-                )
+            model, info = _from_files(directory, config, room, max_memory, how)
         except ValueError as error:
             if not (in_4bit or form) or "dispatched on the CPU or the disk" not in str(error):
                 raise
         else:
-            model, info = loaded
             if dequantize and in_4bit:
                 with quiet_libraries():
                     model = model.dequantize()
@@ -92,6 +86,56 @@ def load_model(
         f"{directory}: in {words} it fits neither {room.device} nor main memory, and {words} weights cannot stay on "
         "disk; use a larger worker, or parity level: arithmetic"
     )
+
+
+def _gguf_file(directory: Path) -> str | None:
+    """Return the GGUF file of a release that is one; None for others."""
+    names = sorted(path.name for path in directory.iterdir() if path.suffix in (SUFFIX, ".safetensors"))
+    return names[0] if len(names) == 1 and names[0].endswith(SUFFIX) else None
+
+
+def _load_gguf(directory: Path, file: str, room: Room) -> RunningModel:
+    """Load the GGUF file of a release, by transformers, with the configuration beside it.
+
+    The front of the file says less than `config.json`: nothing of scaled rotary frequencies, among others.
+
+    Raises:
+        NoCapacityError: it fits neither the device nor main memory: transformers leaves nothing of it on the disk.
+    """
+    config = config_to_load(directory / "config.json", load_config(directory))
+    num_bytes = 4 * sum(math.prod(entry.shape) for entry in read_front(directory / file).tensors)
+    how = {"dtype": torch.float32, "gguf_file": file, "quantization_config": GgufConfig(dequantize=True)}
+    for device, max_memory in _placements(room, in_form=True):
+        if sum(max_memory.values()) >= num_bytes:
+            # Whatever it is told, transformers 5.23 draws a bar on stderr.
+            with contextlib.redirect_stderr(io.StringIO()):
+                model, info = _from_files(directory, config, room, max_memory, how)
+            return _prepare(model, info, device=device)
+    raise NoCapacityError(
+        f"{directory / file}: in float32 it takes {num_bytes} bytes, more than there are, and weights of a GGUF file "
+        "cannot stay on disk; use a larger worker, or parity level: arithmetic"
+    )
+
+
+def _from_files(
+    directory: Path, config: Any, room: Room, max_memory: Mapping[int | str, int], how: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """Have transformers load a checkpoint; return the model, and what it says of the names."""
+    with quiet_libraries():
+        loaded: Any = model_class(config).from_pretrained(
+            directory,
+            config=copy.deepcopy(config),
+            **how,
+            device_map="sequential",
+            max_memory=max_memory,
+            offload_folder=room.scratch,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    model, info = loaded
+    return model, info
 
 
 def _placements(room: Room, *, in_form: bool) -> list[tuple[torch.device, dict[int | str, int]]]:

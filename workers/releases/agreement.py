@@ -62,8 +62,10 @@ def missing_parts(manifest: Manifest) -> list[str]:
     """Return a sentence for each file that every release has and a manifest does not name."""
     names = {artifact.path for artifact in manifest.files}
     lacks = [name for name in ("config.json", REPORT_NAME) if name not in names]
-    if not any(name.endswith(".safetensors") for name in names):
-        lacks.append("*.safetensors")
+    in_gguf = manifest.output is not None and manifest.output.is_gguf
+    kind = ".gguf" if in_gguf else ".safetensors"
+    if not any(name.endswith(kind) for name in names):
+        lacks.append(f"*{kind}")
     return [f"{name}: not in the manifest, and every release has it" for name in lacks]
 
 

@@ -12,6 +12,7 @@ from jobs.errors import BadInputError
 from jobs.locations import LocalPath, Location
 from jobs.release import is_plain_path
 from workers.files.checkpoint import MAX_HEADER_BYTES
+from workers.files.gguf_front import MAX_FRONT_BYTES, SUFFIX, front_of
 from workers.files.local import file_errors
 from workers.sources.belongings import belongs, is_legal, is_template
 from workers.sources.contents import Contents, open_contents
@@ -81,6 +82,8 @@ def _check(location: Location, sizes: Mapping[str, int]) -> None:
 def _bring(contents: Contents, name: str, num_bytes: int, path: Path) -> None:
     if name.endswith(".safetensors"):
         data = _header(contents, name, num_bytes)
+    elif name.endswith(SUFFIX):
+        data = _front(contents, name, num_bytes)
     elif _is_read(name):
         data = b"".join(contents.read(name))
     else:
@@ -88,6 +91,22 @@ def _bring(contents: Contents, name: str, num_bytes: int, path: Path) -> None:
     with file_errors(f"writing {path}", path), path.open("xb") as file:
         file.write(data)
         file.truncate(num_bytes)
+
+
+def _front(contents: Contents, name: str, num_bytes: int) -> bytes:
+    """Return the start of a GGUF file up to its tensors, which nothing at its beginning tells the length of.
+
+    Where it says nonsense its reader tells; then it is less, or all that a front may have.
+    """
+    length = _FIRST_BYTES
+    while True:
+        data = contents.read_start(name, min(num_bytes, length)) if num_bytes else b""
+        try:
+            return data[: front_of(data, Path(name), num_bytes).num_bytes]
+        except BadInputError:
+            if length >= min(num_bytes, MAX_FRONT_BYTES) or not data.startswith(b"GGUF"):
+                return data
+        length = min(8 * length, MAX_FRONT_BYTES)
 
 
 def _header(contents: Contents, name: str, num_bytes: int) -> bytes:

@@ -9,6 +9,7 @@ from jobs.errors import NotFoundError
 from jobs.locations import Location
 from workers.files.checkpoint import MAX_HEADER_BYTES
 from workers.files.foreign import foreign_file, foreign_sha256
+from workers.files.gguf_front import MAX_FRONT_BYTES, SUFFIX
 from workers.files.layout import CheckpointLayout
 from workers.files.local import FileState, file_errors
 from workers.files.scratch import OwnedDirectory, sweep
@@ -98,6 +99,7 @@ def vet_checkpoint(directory: Path) -> None:
     sizes = {path: path.stat().st_size for path in sorted(directory.iterdir()) if path.is_file()}
     shards = [path for path in sizes if path.suffix == ".safetensors"]
     header_bytes = sum(map(_header_bytes, shards))
+    header_bytes += sum(min(size, MAX_FRONT_BYTES) for path, size in sizes.items() if path.suffix == SUFFIX)
     num_bytes = sum(size for path, size in sizes.items() if is_tokenizer(path.name) or is_template(path.name))
     of_headers, of_tokenizer = header_bytes // _HEADER_BYTES_PER_SECOND, num_bytes // TOKENIZER_BYTES_PER_SECOND
     memory_bytes = MEMORY_BYTES + max((sizes[path] for path in shards), default=0)
@@ -129,7 +131,7 @@ def _key(directory: Path, layout: CheckpointLayout) -> str:
         digest.update(shard.name.encode() + hashlib.sha256(shard.header).digest())
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if path.is_file() and not name.endswith((".safetensors", CARD_NAME)):
+        if path.is_file() and not name.endswith((".safetensors", SUFFIX, CARD_NAME)):
             digest.update(name.encode() + foreign_sha256(path, num_parts=name.count("/") + 1).encode())
     return digest.hexdigest()
 

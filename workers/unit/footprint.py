@@ -11,6 +11,7 @@ from workers.bases.forms import StoredForm
 from workers.bases.forms.bitsandbytes_4bit import BITSANDBYTES_4BIT
 from workers.files.shard import num_buffers
 from workers.merging.base_plan import BasePlan
+from workers.merging.gguf_storage import GgufStorage
 from workers.merging.plan import MergePlan
 from workers.numerics.tiles import TILE_ELEMENTS
 from workers.parity.peak import estimate_peak_bytes
@@ -30,6 +31,12 @@ _QUANTIZE_BYTES = {"cpu": 48 << 20, "cuda": 64 << 20}
 
 _REQUANTIZE_BYTES = 96 << 20
 """Scratch of one thread that quantizes merged weights again: rows of them in float32, scaled, rounded and packed."""
+
+_GGUF_BYTES = 128 << 20
+"""Scratch of one thread that writes or checks a GGUF file: a tile in float32, turned, as codes, and back."""
+
+_FRONT_FACTOR = 100
+"""Bytes that the reader of gguf 0.19 takes for each byte before the tensors: of 200,000 tokens 530 MB, measured."""
 
 _PRODUCT_BYTES = 2 << 20
 """What cuBLAS keeps of a GPU for each thread."""
@@ -83,7 +90,7 @@ def pass_bytes(plans: Sequence[MergePlan], num_threads: int, device: str) -> int
     requantizing = num_threads * max(map(_requantized_bytes, plans))
     # Buffers stay from pass to pass, and so does what was pinned.
     scratch = max(streaming, quantizing, by_peft) if device == "cpu" else streaming + quantizing + by_peft
-    scratch = max(scratch, requantizing)
+    scratch = max(scratch, requantizing + max(map(_read_back_bytes, plans)))
     return _buffer_bytes(base, num_threads, device) + scratch
 
 
@@ -178,8 +185,17 @@ def _quantized_whole(plan: MergePlan) -> int:
 
 def _requantized_bytes(plan: MergePlan) -> int:
     """Return what a thread takes that quantizes a merged weight again: codes, twice at the end, and pieces of it."""
+    if isinstance(plan.storage, GgufStorage):
+        return _GGUF_BYTES
     sizes = [plan.base.by_name[name].num_elements for name in plan.requantized]
     return _REQUANTIZE_BYTES + 4 * max(sizes) if sizes else 0
+
+
+def _read_back_bytes(plan: MergePlan) -> int:
+    """Return what reading a GGUF file back takes: the `gguf` package makes objects of each token and merge."""
+    if not isinstance(plan.storage, GgufStorage):
+        return 0
+    return _FRONT_FACTOR * sum(len(shard.header) for shard in plan.output.shards)
 
 
 def _bytes_by_peft(plan: MergePlan) -> int:

@@ -49,7 +49,7 @@ def resume(job: Job, origin: str, context: Context) -> None:
     kept = tuple(each for record in found for each in record.kept if each.weight in job.plan.merged.tensors)
     shards = {shard.name: shard for shard in keeping(job.plan, kept).output.shards}
     left = {record.artifact.path: record for record in found if _fits(record, shards, job, origin)}
-    pieces = [piece.shards for piece in pieces_of([job.plan]) if left.keys() >= set(piece.shards)]
+    pieces = [piece for piece in _of_output(job) if left.keys() >= set(piece)]
     names = [name for shards in pieces for name in shards]
 
     def claim(name: str) -> Receipt | None:
@@ -73,6 +73,12 @@ def resume(job: Job, origin: str, context: Context) -> None:
     num_bytes = sum(left[name].artifact.num_bytes for name in taken)
     tracker.advance(2 * num_bytes)  # merged and checked
     logger.info("finished shards are used again", extra={"job": job.id, "shards": len(taken), "num_bytes": num_bytes})
+
+
+def _of_output(job: Job) -> list[tuple[str, ...]]:
+    """Return the shards of each piece that a release has; merged numbers that lie apart may have names of their own."""
+    names = {shard.name for shard in job.plan.output.shards}
+    return [tuple(name for name in piece.shards if name in names) for piece in pieces_of([job.plan])]
 
 
 def _fits(record: ShardRecord, shards: Mapping[str, ShardLayout], job: Job, origin: str) -> bool:

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 from workers.merging.base_plan import BasePlan
 from workers.merging.checks.arithmetic import ArithmeticCheck
+from workers.merging.checks.gguf_checks import check_file, wrong_fronts
 from workers.merging.checks.keeping import choose_kept
 from workers.merging.checks.stored_checks import check_stored
 from workers.merging.context import Context
 from workers.merging.failures import own_failure
+from workers.merging.gguf_storage import GgufStorage
 from workers.merging.job import Job
 from workers.merging.made_with import origin_of
 from workers.merging.storing import store_in_form
@@ -66,10 +68,13 @@ def _keep(job: Job, context: Context, weights: ArithmeticCheck) -> None:
 
 
 def _check(job: Job, context: Context, weights: ArithmeticCheck) -> None:
-    job.wrong += wrong_headers(job.in_work.output, job.directory)
+    is_file = isinstance(job.in_work.storage, GgufStorage)
+    job.wrong += (
+        wrong_fronts(job.in_work.output, job.directory) if is_file else wrong_headers(job.in_work.output, job.directory)
+    )
     if job.wrong:  # a shard that is cut short cannot be read
         return
-    found = check_stored(
+    found = (check_file if is_file else check_stored)(
         job.in_work,
         job.merged_in,
         job.directory,

@@ -13,6 +13,7 @@ from workers.merging.at_risk import at_risk
 from workers.merging.checks.arithmetic import ArithmeticCheck
 from workers.merging.checks.stored_checks import survivals
 from workers.merging.plan import MergePlan
+from workers.merging.storage import WeightStorage
 from workers.merging.wider import keeping
 
 
@@ -39,7 +40,7 @@ def choose_kept(
     if keep is None:
         return ()
     least = plan.request.parity.least_survival
-    assert plan.storage is not None
+    assert isinstance(plan.storage, WeightStorage)
     touched = [name for name in plan.requantized if name in plan.changed]
 
     def lost(of: MergePlan, among: frozenset[str]) -> tuple[Mapping[str, float | None], frozenset[str]]:

@@ -16,6 +16,7 @@ from workers.files.tensor_io import mapped, opened, read_into
 from workers.merging.checks.arithmetic import ArithmeticCheck
 from workers.merging.checks.tally import TensorChecks, finite
 from workers.merging.plan import MergePlan
+from workers.merging.storage import WeightStorage
 from workers.merging.storing import base_bytes_of, numbers_of
 from workers.numerics.kernels.elements import array
 from workers.numerics.kernels.remains import remains
@@ -127,7 +128,7 @@ class _Check:
         """Check the parts of a weight that was quantized."""
         self._stop()
         plan, storage = self._plan, self._plan.storage
-        assert storage is not None
+        assert isinstance(storage, WeightStorage)
         parts, before = plan.requantized[name], storage.before(name)
         shipped = {stored: self._shipped(stored) for stored in parts.names}
         expected = storage.quantize(name, self._read)
@@ -156,13 +157,13 @@ class _Check:
     def survival(self, name: str) -> float | None:
         """Return how much of the delta would be left of a weight, were it shipped as it is quantized."""
         self._stop()
-        assert self._plan.storage is not None
+        assert isinstance(self._plan.storage, WeightStorage)
         return self._figures(name, self._plan.storage.quantize(name, self._read))["survival"]
 
     def _figures(self, name: str, shipped: Mapping[str, torch.Tensor]) -> dict[str, float | None]:
         """Return what quantizing changed of a weight, and how much of the delta is left, where there is one."""
         plan, storage = self._plan, self._plan.storage
-        assert storage is not None
+        assert isinstance(storage, WeightStorage)
         merged, was = self._read(name), plan.base.by_name.get(name)
         ships = storage.form.restore(name, plan.requantized[name], shipped, merged.dtype, transposed=False)
         if not self._proven[name].targeted:

@@ -15,6 +15,7 @@ from workers.releases.checks import (
     dtypes,
     files,
     generation,
+    gguf_files,
     index,
     names,
     quantization,
@@ -35,6 +36,7 @@ RULES: Mapping[str, Rule] = {
         tensors,
         quantization,
         dtypes,
+        gguf_files,
         vocabularies,
         templates,
         generation,
@@ -63,6 +65,7 @@ def check_checkpoint(directory: Path, layout: CheckpointLayout | None = None) ->
     """
     checkpoint = read_leniently(directory, layout)
     found = [*files.find(checkpoint), *index.find(checkpoint)]
+    found += gguf_files.find(checkpoint)
     whole = not _errors(found)
     built = build_skeleton(checkpoint) if whole else None
     skeleton = built if isinstance(built, Skeleton) else None

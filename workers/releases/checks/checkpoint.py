@@ -5,7 +5,7 @@ all of them can be told.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,16 @@ from typing import Any
 from jobs.errors import BadInputError, NotFoundError
 from workers.bases.tokenizers import TokenizerData, read_tokenizer
 from workers.files.checkpoint import MAX_SHARDS, read_json, read_shard
+from workers.files.gguf_front import SUFFIX, GgufFront, front_of, read_front
 from workers.files.layout import INDEX_FILE, SINGLE_FILE, CheckpointLayout, ShardLayout, TensorSpec
-from workers.sources.belongings import TEMPLATE_FOLDER, TOKENIZER_CONFIG, TOKENIZER_FILE, is_template
+from workers.sources.belongings import TEMPLATE_FOLDER, TOKENIZER_CONFIG, TOKENIZER_FILE, is_pickled, is_template
 from workers.sources.listing import LocalFiles
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
+_MAX_GGUF_FILES = 100
+"""Of one directory: a model in every type there is has thirty."""
 _DOCUMENTS = (
     CONFIG,
     INDEX_FILE,
@@ -44,6 +47,8 @@ class Checkpoint:
     """Why a file cannot be read, by name."""
     shards: Mapping[str, ShardLayout]
     """All safetensors files at the top whose headers can be read, by name."""
+    gguf: Mapping[str, GgufFront]
+    """Where there are no other weights: all GGUF files at the top whose metadata can be read, by name."""
     tokenizer: TokenizerData | None
     """Its tokenizer as data; None where there is none, or none that can be read."""
 
@@ -121,7 +126,10 @@ def read_leniently(directory: Path, layout: CheckpointLayout | None = None) -> C
     shards = {} if layout is None else {shard.name: shard for shard in layout.shards}
     if layout is not None:
         names |= shards.keys()
+        in_gguf = {name: shards.pop(name) for name in list(shards) if name.endswith(SUFFIX)}
+        gguf = {name: front_of(shard.header, directory / name, shard.num_bytes) for name, shard in in_gguf.items()}
     else:
+        gguf = _gguf(directory, names, unreadable)
         for name in sorted(name for name in names if name.endswith(".safetensors"))[:MAX_SHARDS]:
             try:
                 shards[name] = read_shard(directory / name)
@@ -135,8 +143,22 @@ def read_leniently(directory: Path, layout: CheckpointLayout | None = None) -> C
         documents=documents,
         unreadable=unreadable,
         shards=shards,
+        gguf=gguf,
         tokenizer=tokenizer,
     )
+
+
+def _gguf(directory: Path, names: Collection[str], unreadable: dict[str, str]) -> dict[str, GgufFront]:
+    """Read the GGUF files of a directory that has its weights in nothing else."""
+    if INDEX_FILE in names or any(name.endswith(".safetensors") or is_pickled(name) for name in names):
+        return {}
+    found = dict[str, GgufFront]()
+    for name in sorted(name for name in names if name.endswith(SUFFIX))[:_MAX_GGUF_FILES]:
+        try:
+            found[name] = read_front(directory / name)
+        except BadInputError as error:
+            unreadable[name] = str(error).removeprefix(f"{directory / name}: ")
+    return found
 
 
 def _tokenizer(directory: Path, files: Mapping[str, Path], unreadable: dict[str, str]) -> TokenizerData | None:

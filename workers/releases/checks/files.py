@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from workers.files.gguf_front import SUFFIX
 from workers.files.layout import INDEX_FILE, SINGLE_FILE
 from workers.releases.checks.checkpoint import ADAPTER_CONFIG, CONFIG, Checkpoint
 from workers.releases.checks.rules import (
@@ -116,6 +117,8 @@ def find(checkpoint: Checkpoint) -> Iterator[Finding]:
 def _weights(checkpoint: Checkpoint) -> Iterator[Finding]:
     files = checkpoint.files
     tensors = {name for name in files if name.endswith(".safetensors") and not matches(name, _NO_STRAYS)}
+    if not tensors and any(name.endswith(SUFFIX) for name in files):
+        return  # which have rules of their own
     if not tensors:
         pickled = sorted(
             name for name in files if is_pickled(name) and not name.startswith(("training_args", "adapter"))

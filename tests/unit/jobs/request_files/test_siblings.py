@@ -77,7 +77,7 @@ def test_in_json_lines_and_csv(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"outputs": ["gguf"]}, r"outputs\[0\]: expected one of 16bit, as_base, .*, found 'gguf'"),
+        ({"outputs": ["gptq"]}, r"outputs\[0\]: expected one of 16bit, as_base, .*, found 'gptq'"),
         ({"outputs": ["mxfp4", "mxfp4"]}, "destination"),
         ({"outputs": []}, "outputs: expected a list with at least one entry, found an empty list"),
         ({"outputs": "mxfp4"}, "outputs: expected a list"),
@@ -94,10 +94,10 @@ def test_mistakes_are_told_by_field(tmp_path, fields, message):
 def test_every_mistake_of_a_request_is_told_though_outputs_are_wrong(tmp_path):
     with pytest.raises(RequestFileError) as caught:
         read(
-            tmp_path, {"requests": [{**FIELDS, "destination": "/r/one", "outputs": ["gguf", "mxfp4"], "priority": "x"}]}
+            tmp_path, {"requests": [{**FIELDS, "destination": "/r/one", "outputs": ["gptq", "mxfp4"], "priority": "x"}]}
         )
     assert "priority" in str(caught.value)
-    assert "gguf" in str(caught.value)
+    assert "gptq" in str(caught.value)
 
 
 def test_what_is_kept_holds_for_each_form(tmp_path):
@@ -105,8 +105,10 @@ def test_what_is_kept_holds_for_each_form(tmp_path):
     assert [each.keep for each in read(tmp_path, {"requests": [asked]})] == ["8bit", "8bit"]
     with pytest.raises(RequestFileError, match="8bit says nothing for output 'fp8_block'"):
         read(tmp_path, {"requests": [asked | {"outputs": ["mxfp4", "fp8_block"]}]})
-    with pytest.raises(RequestFileError, match="none beside output '16bit'"):
-        read(tmp_path, {"requests": [asked | {"outputs": ["mxfp4", "16bit"]}]})
+    found = read(tmp_path, {"requests": [asked | {"outputs": ["mxfp4", "16bit", "gguf"]}]})
+    assert [each.keep for each in found] == ["8bit", None, None]
+    with pytest.raises(RequestFileError, match="none beside output 'gguf_q8_0'"):
+        read(tmp_path, {"requests": [asked | {"outputs": ["mxfp4", "gguf_q8_0"]}]})
 
 
 def test_a_matrix_keeps_what_it_says(tmp_path):

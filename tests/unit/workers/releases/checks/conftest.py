@@ -6,10 +6,13 @@ import shutil
 import pytest
 import torch
 
+from jobs.request import MergeRequest
 from tests import architectures
-from tests.models import build_bnb_4bit, build_llama, build_qwen2
+from tests.models import build_bnb_4bit, build_llama, build_qwen2, make_adapter
 from tests.stored.awq import store_awq
 from tests.stored.fp8_blocks import store_fp8
+from workers.merging.settings import WorkerSettings
+from workers.worker import MergeWorker
 
 
 def settle(directory):
@@ -17,6 +20,28 @@ def settle(directory):
     config = json.loads((directory / "config.json").read_text())
     config["torch_dtype"] = config.get("dtype") or config.get("torch_dtype")
     (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def released(root, directory, output):
+    """Merge an adapter into a release in a form, by a worker."""
+    base, home = build_llama(root / "base-of-a-form"), root / "worker"
+    worker = MergeWorker(
+        WorkerSettings(cache=home / "cache", scratch=home / "scratch", reports=home / "reports", device="cpu")
+    )
+    request = MergeRequest(
+        id="one",
+        base=str(base),
+        adapter=str(make_adapter(base, root / "adapter-of-a-form", targets=["q_proj"])),
+        destination=str(directory),
+        output=output,
+        base_quantization="none",
+        parity={"level": "arithmetic"},
+    )
+    (staged,) = worker.run_unit("unit", (request,)).jobs
+    assert staged.failure is None, staged.failure
+    assert worker.publish("one", None).failure is None
+    worker.close()
     return directory
 
 
@@ -36,6 +61,7 @@ def good(tmp_path_factory):
         "bert": lambda path: architectures.build("encoder", "bert", path),
         "fp8": lambda path: store_fp8(release("llama"), path, **scale),
         "awq": lambda path: store_awq(release("llama"), path),
+        "gguf": lambda path: released(root, path, "gguf"),
         "bnb": lambda path: build_bnb_4bit(release("llama"), path),
     }
 

@@ -59,7 +59,7 @@ def test_transformers_reports_tensors_that_a_rule_says_it_misreads(done, copy):
     assert refusal(directory) or load(directory), f"transformers {transformers.__version__} loads it without a word"
 
 
-@pytest.mark.parametrize("kind", sorted({kind for kind, _, _ in FAULTS.values()} - {"awq", "fp8"}))
+@pytest.mark.parametrize("kind", sorted({kind for kind, _, _ in FAULTS.values()} - {"awq", "fp8", "gguf"}))
 def test_transformers_says_nothing_of_good_releases(kind, good):
-    """The other way round; FP8 and AWQ need kernels that are not here."""
+    """The other way round; FP8 and AWQ need kernels that are not here, and GGUF is loaded by the name of its file."""
     assert load(good(kind)) == []
