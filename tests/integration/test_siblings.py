@@ -7,6 +7,7 @@ import time
 import pytest
 
 from jobs.errors import FailureClass
+from jobs.output_form import OutputForm
 from jobs.request import MergeRequest
 from tests.merges import read_tensors
 from tests.models import build_llama, make_adapter
@@ -14,7 +15,7 @@ from workers.merging.settings import WorkerSettings
 from workers.worker import MergeWorker
 
 OUTPUTS = {"bf16": {"dtype": "bfloat16"}} | {
-    name: {"output": name} for name in ("fp8_dynamic", "fp8_block", "int8_w8a16", "int4_w4a16", "mxfp4", "nvfp4a16")
+    name.value: {"output": name} for name in OutputForm if name not in (OutputForm.PLAIN, OutputForm.AS_BASE)
 }
 PARITY = {"level": "arithmetic", "thresholds": {"min_survival": 0}}
 
@@ -43,7 +44,7 @@ def requests_for(sources, directory, outputs=OUTPUTS):
 
 
 def shards_of(directory):
-    return {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.suffix in (".safetensors", ".gguf")}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def num_tensor_bytes(directory):
     return sum(tensor.nbytes for tensor in read_tensors(directory).values())
 
 
-def test_seven_forms_are_one_read_of_base_and_adapter(worker, sources, alone, tmp_path):
+def test_all_forms_are_one_read_of_base_and_adapter(worker, sources, alone, tmp_path):
     unit = worker.run_unit("unit", requests_for(sources, tmp_path))
     assert [outcome.failure for outcome in unit.jobs] == [None] * len(OUTPUTS)
     assert unit.usage.bytes_read == sum(map(num_tensor_bytes, sources))

@@ -1,11 +1,11 @@
 """A release that is one GGUF file: how its tensors are made of merged numbers, and where they go.
 
 Unlike the forms of `storage.py`, names, order and shapes are another library's, a tensor may be made of many (the
-experts of a layer), and the front of the file has the vocabulary, too. Merged numbers lie apart, as for every form, and
-only those that the base has no bytes of; all else is read from the base.
+experts of a layer), and the front of the file has the vocabulary, too. It is made of the numbers of the whole merge, as
+every form that is asked for, so that one merge serves all of them.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,19 +36,16 @@ class GgufStorage:
     words: str
     tensors: tuple[GgufTensor, ...]
     """In the order of the file."""
-    apart: frozenset[str]
-    """Tensors of the checkpoint whose merged numbers lie apart."""
     declaration: None = None
     """Its configuration declares no form: the file says of each tensor what it is."""
 
     @cached_property
     def made_anew(self) -> Mapping[str, StoredParts]:
-        """What the tensors become that were merged, by their names in the checkpoint."""
+        """What tensors become, by their names in the checkpoint."""
         return {
             source: StoredParts(codes=tensor.name, beside={}, shape=None)
             for tensor in self.tensors
             for source in tensor.sources
-            if source in self.apart
         }
 
     def companions(self, name: str) -> tuple[str, ...]:
@@ -57,19 +54,18 @@ class GgufStorage:
 
 
 def plan_file(
-    base: BasePlan, request: MergeRequest, tensors: Sequence[OutputTensor], changed: Collection[str], shipment: Shipment
-) -> tuple[GgufStorage, ShardLayout, Sequence[OutputTensor]]:
+    base: BasePlan, request: MergeRequest, tensors: Sequence[OutputTensor], shipment: Shipment
+) -> tuple[GgufStorage, ShardLayout]:
     """Plan a release that is one GGUF file.
 
     Args:
         base: planned.
         request: settled.
         tensors: of the merged model.
-        changed: names of those that an adapter changes, or that come apart from others.
         shipment: the files that the release takes over.
 
     Returns:
-        How it is made, its layout, and the tensors whose numbers lie apart.
+        How it is made, and its layout.
 
     Raises:
         UnsupportedError: llama.cpp has no such model, or would read it otherwise; says what to do.
@@ -90,37 +86,26 @@ def plan_file(
         for tensor in tensors
     ]
     made = tensors_of(place, row, config, found, QUANTIZED[request.output])
-    used = {source for each in made for source in each.sources}
-    apart = [each for each in tensors if each.name in used and (each.name in changed or not _is_stored(base, each))]
     vocabulary = read_vocabulary(place, _contents(base, shipment), shape[0])
     file = lay_out_file(name_of(row), fields_of(row, config, shape[0]), vocabulary, made)
     kind = file.name.removeprefix("model-").removesuffix(".gguf")
-    storage = GgufStorage(words=f"GGUF ({kind})", tensors=made, apart=frozenset(tensor.name for tensor in apart))
-    return storage, file, apart
+    return GgufStorage(words=f"GGUF ({kind})", tensors=made), file
 
 
-def read_from(base: BasePlan, merged: CheckpointLayout, merged_in: Path) -> Callable[[str, slice], torch.Tensor]:
+def read_from(merged: CheckpointLayout, merged_in: Path) -> Callable[[str, slice], torch.Tensor]:
     """Return what reads rows of a tensor of the merged checkpoint by its name, as a matrix; a vector is a column.
 
     Args:
-        base: has those that were not merged.
-        merged: where the others are.
-        merged_in: directory of these.
+        merged: where it is.
+        merged_in: directory of the shards.
     """
 
     def read(name: str, rows: slice) -> torch.Tensor:
-        is_merged = name in merged.tensors
-        shard, spec = (merged if is_merged else base.layout).tensors[name]
-        directory = merged_in if is_merged else base.source.directory
-        found = read_rows(directory / shard.name, spec, rows.start, rows.stop)
+        shard, spec = merged.tensors[name]
+        found = read_rows(merged_in / shard.name, spec, rows.start, rows.stop)
         return found.view(len(found), -1)
 
     return read
-
-
-def _is_stored(base: BasePlan, tensor: OutputTensor) -> bool:
-    """Whether the base has the very numbers of a tensor of the release."""
-    return tensor.copied and base.by_name.get(tensor.name) == tensor
 
 
 def _contents(base: BasePlan, shipment: Shipment) -> Contents:

@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file, written: rows of merged numbers, or of the base's, in the order and type of the file.
+"""The tensors of a GGUF file, written: rows of merged numbers, in the order and type of the file.
 
 Memory: a tile of a matrix in each thread, in float32 where it is quantized.
 """
@@ -25,7 +25,7 @@ def tasks_of_file(job: Job, storage: GgufStorage, state: PassState) -> Iterator[
     plan = job.in_work
     if not plan.output.shards:
         return
-    read = read_from(plan.base, plan.merged, job.merged_in)
+    read = read_from(plan.merged, job.merged_in)
     for tensor in storage.tensors:
         yield functools.partial(_write, tensor, job, state, read)
 
@@ -57,8 +57,6 @@ def _write(tensor: GgufTensor, job: Job, state: PassState, read: Read) -> None:
                 if not state.well([job]):
                     return
                 tile = read(source, rows)
-                if source not in job.in_work.merged.tensors:
-                    state.count(base=tile.numel() * tile.dtype.itemsize)
                 data = tensor.encode(tensor.interleaved(tile))
                 _check_scales(tensor, data)
                 at = _put(shard, at, data, state)

@@ -57,7 +57,9 @@ def layouts(
         BadInputError: vocabulary and embedding contradict each other.
     """
     if request.output.is_gguf:
-        return _in_one_file(base, request, tensors, changed, shipment)
+        storage, file = plan_file(base, request, tensors, shipment)
+        merged, made_anew = output_layout(base, tensors, None), storage.made_anew
+        return Layouts(output=CheckpointLayout((file,)), merged=merged, requantized=made_anew, storage=storage)
     if request.output is OutputForm.AS_BASE:
         found = _as_base(base, request, tensors, changed)
     else:
@@ -119,19 +121,6 @@ def _as_base(
         merged=lay_out_as_stored(base, numbers),
         requantized=requantized,
         storage=BaseStorage(base=base, form=form, layout=made),
-    )
-
-
-def _in_one_file(
-    base: BasePlan, request: MergeRequest, tensors: Sequence[OutputTensor], changed: Collection[str], shipment: Shipment
-) -> Layouts:
-    """Lay out a GGUF file, and apart, what the base has no bytes of."""
-    storage, file, apart = plan_file(base, request, tensors, changed, shipment)
-    return Layouts(
-        output=CheckpointLayout((file,)),
-        merged=lay_out_as_stored(base, apart),
-        requantized=storage.made_anew,
-        storage=storage,
     )
 
 

@@ -114,7 +114,7 @@ class _Check:
         stop: Callable[[], None],
     ) -> None:
         self._base = plan.base
-        self._read = read_from(plan.base, plan.merged, merged_in)
+        self._read = read_from(plan.merged, merged_in)
         self._proven = proven
         self._weights = weights
         self._stop = stop
