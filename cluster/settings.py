@@ -22,7 +22,7 @@ from jobs.allowance import Allowance, Pattern
 from jobs.errors import BadInputError, FailureClass
 from jobs.ledger.shares import ShareRules
 from jobs.policy import FailurePolicy, failure_policy
-from jobs.request import NumBytes
+from jobs.sizes import NumBytes
 from workers.merging.settings import WorkerSettings
 
 ENV_PREFIX = "MERGEFLEET_"

@@ -5,7 +5,11 @@ from typing import Annotated
 
 from pydantic import Field
 
+from jobs.errors import InvalidValueError
 from jobs.frozen import Frozen
+from jobs.output_form import OutputForm
+
+_IN_8_BITS = frozenset({OutputForm.FP8_DYNAMIC, OutputForm.FP8_BLOCK, OutputForm.INT8_W8A16})
 
 
 class Keep(StrEnum):
@@ -20,6 +24,28 @@ class Keep(StrEnum):
     def words(self) -> str:
         """What people call it."""
         return "16 bits" if self is Keep.IN_16_BITS else "8 bits"
+
+
+def check_keep(keep: Keep | None, output: OutputForm | None) -> None:
+    """Check that a release in a form can keep weights in more bits.
+
+    Args:
+        keep: as a request has it.
+        output: the form; None where that is wrong by itself.
+
+    Raises:
+        InvalidValueError: it says nothing for that form.
+    """
+    if keep is None or output is None:
+        return
+    if output is OutputForm.PLAIN:
+        expected = "none beside output '16bit', which keeps all weights as numbers: request a form as output"
+        raise InvalidValueError(expected, f"'{keep}'")
+    if output.is_gguf:
+        raise InvalidValueError(f"none beside output '{output}', whose weights are of one type", f"'{keep}'")
+    if keep is Keep.IN_8_BITS and output in _IN_8_BITS:
+        expected = f"16bit, as 8bit says nothing for output '{output}', which has 8 bits by itself"
+        raise InvalidValueError(expected, f"'{keep}'")
 
 
 class KeptWeight(Frozen):

@@ -4,13 +4,11 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from decimal import Decimal
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AwareDatetime,
-    BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
@@ -23,16 +21,13 @@ from pydantic_core import PydanticCustomError
 from jobs.combination import Combination, CombinationType, WeightedAdapter
 from jobs.errors import InvalidValueError
 from jobs.frozen import Frozen, is_empty, is_none
-from jobs.kept import Keep
+from jobs.kept import Keep, check_keep
 from jobs.locations import HubRepo, Location, LocationField
 from jobs.output_form import OutputForm
 from jobs.parity_policy import ParityPolicy
+from jobs.sizes import NumBytes
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)?\s*", re.IGNORECASE)
-_UNITS = {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))} | {
-    unit: 1024**power for power, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), start=1)
-}
 MERGE_KEY_VERSION = 2
 """Raised whenever the engine would write other bytes for the same request."""
 
@@ -57,23 +52,6 @@ class BaseQuantization(StrEnum):
         return self in (BaseQuantization.NF4, BaseQuantization.FP4)
 
 
-def parse_size(value: Any) -> Any:
-    """Turn `"2GB"` or `"500 MiB"` into bytes; leave everything else to pydantic.
-
-    Raises:
-        InvalidValueError: the text is no size.
-    """
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value)
-    if match is None:
-        raise InvalidValueError("a size such as 5GB or 500MiB", repr(value))
-    return int(Decimal(match[1]) * _UNITS[(match[2] or "B").upper()])
-
-
-NumBytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
-
-
 class QuantizationOptions(Frozen):
     """How the base is quantized; the names and defaults are those of `transformers.BitsAndBytesConfig`."""
 
@@ -83,9 +61,6 @@ class QuantizationOptions(Frozen):
 
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-
-
-_IN_8_BITS = frozenset({OutputForm.FP8_DYNAMIC, OutputForm.FP8_BLOCK, OutputForm.INT8_W8A16})
 
 
 def _is_plain(value: Any) -> bool:
@@ -211,15 +186,7 @@ class MergeRequest(Frozen):
     @field_validator("keep")
     @classmethod
     def _check_keep(cls, value: Keep | None, info: ValidationInfo) -> Keep | None:
-        output = info.data.get("output")
-        if value is not None and output is OutputForm.PLAIN:
-            expected = "none beside output '16bit', which keeps all weights as numbers: request a form as output"
-            raise InvalidValueError(expected, f"'{value}'")
-        if value is not None and output is not None and output.is_gguf:
-            raise InvalidValueError(f"none beside output '{output}', whose weights are of one type", f"'{value}'")
-        if value is Keep.IN_8_BITS and output in _IN_8_BITS:
-            expected = f"16bit, as 8bit says nothing for output '{output}', which has 8 bits by itself"
-            raise InvalidValueError(expected, f"'{value}'")
+        check_keep(value, info.data.get("output"))
         return value
 
     @field_validator("max_shard_size")

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from jobs.errors import InvalidValueError
 from jobs.parity_policy import Thresholds
-from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions, parse_size
+from jobs.request import BaseQuantization, MergeRequest, QuantizationOptions
+from jobs.sizes import parse_size
 
 PLACES = {"base": "/models/base", "adapter": "/adapters/a", "destination": "/releases/a"}
 NF4 = PLACES | {"base_quantization": "nf4"}

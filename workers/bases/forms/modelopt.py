@@ -21,7 +21,8 @@ from workers.bases.forms.compressed.compressing import (
     compress,
     stored_as,
 )
-from workers.bases.forms.compressed.group import GLOBAL_SCALE, PACKED, PLAIN, SCALE, WEIGHT, Group, refuse_fused
+from workers.bases.forms.compressed.fused import refuse_fused
+from workers.bases.forms.compressed.group import GLOBAL_SCALE, PACKED, PLAIN, SCALE, WEIGHT, Group
 from workers.bases.forms.grouped import FP4, GroupedWeight
 from workers.bases.forms.refusals import nothing_stored, transpose_in_codes
 from workers.files.layout import TensorSpec

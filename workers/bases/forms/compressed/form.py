@@ -13,6 +13,7 @@ from transformers.integrations.compressed_tensors import get_dense_scheme, get_e
 from jobs.errors import BadInputError, UnsupportedError
 from workers.bases.forms import PartLayout, StoredParts, StoredWeight, Wider, as_stored
 from workers.bases.forms.compressed.compressing import compress, stored_as
+from workers.bases.forms.compressed.fused import refuse_fused
 from workers.bases.forms.compressed.group import (
     GLOBAL_SCALE,
     ORDER,
@@ -23,7 +24,6 @@ from workers.bases.forms.compressed.group import (
     WEIGHT,
     ZERO_POINT,
     Group,
-    refuse_fused,
 )
 from workers.bases.forms.compressed.targets import Targets
 from workers.bases.forms.compressed.weight import restored

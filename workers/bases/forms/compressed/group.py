@@ -25,7 +25,7 @@ WEIGHT, PACKED = "weight", "weight_packed"
 SCALE, GLOBAL_SCALE, ZERO_POINT, SHAPE = "weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape"
 """What may go with them."""
 ORDER = "weight_g_idx"
-"""What went with them where groups were in the order of activations."""
+"""Where groups were in the order of activations."""
 PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 """What numbers are stored as."""
 _SCALES = PLAIN - {"F64"}
@@ -135,9 +135,13 @@ class Group:
     @cached_property
     def codes_dtype(self) -> torch.dtype:
         """What codes, or the words they are packed into, are stored as."""
-        layout = _LAYOUTS[self.format]
-        (code,) = layout.dtypes & ({"F8_E4M3"} if self.arguments.type == "float" else {"I8"}) or layout.dtypes
+        (code,) = self._dtypes_of_codes
         return DTYPES[code]
+
+    @cached_property
+    def _dtypes_of_codes(self) -> frozenset[str]:
+        dtypes = _LAYOUTS[self.format].dtypes
+        return dtypes & {"F8_E4M3" if self.arguments.type == "float" else "I8"} or dtypes
 
     @cached_property
     def bytes_per_weight(self) -> float:
@@ -240,8 +244,7 @@ class Group:
 
     def _check_dtypes(self, there: Mapping[str, TensorSpec]) -> None:
         layout = _LAYOUTS[self.format]
-        of_type = layout.dtypes & ({"F8_E4M3"} if self.arguments.type == "float" else {"I8"}) or layout.dtypes
-        parts = [(there[self.codes], of_type), (there[SCALE], layout.scales)]
+        parts = [(there[self.codes], self._dtypes_of_codes), (there[SCALE], layout.scales)]
         parts += [(there[GLOBAL_SCALE], _SCALES)] if GLOBAL_SCALE in there else []
         for spec, expected in parts:
             if spec.code not in expected:
@@ -280,22 +283,4 @@ class Group:
             raise BadInputError(
                 f"tensor {spec.name} has shape {list(spec.shape)}; expected {list(expected)}, beside {beside.name} "
                 f"{list(beside.shape)}, by {self.strategy.value}"
-            )
-
-
-def refuse_fused(specs: Mapping[str, TensorSpec], words: str) -> None:
-    """Refuse codes of several experts in one tensor.
-
-    Args:
-        specs: of all tensors of a checkpoint, by name.
-        words: for the form.
-
-    Raises:
-        UnsupportedError: there are such; names one.
-    """
-    for name, spec in specs.items():
-        if spec.code not in PLAIN and name.rpartition(".")[2] != WEIGHT and f"{name}_scale" in specs:
-            raise UnsupportedError(
-                f"tensor {name} is stored as {spec.code} of shape {list(spec.shape)}, with scales beside it: weights "
-                f"of several experts in one tensor are not read in {words}; name a base that has them one by one"
             )
