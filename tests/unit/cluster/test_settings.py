@@ -1,5 +1,6 @@
 """Settings come from the environment and a file, and every name is checked."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from cluster.settings import Settings, load_settings, worker_settings
 from jobs.allowance import Allowance
 from jobs.errors import BadInputError
+
+OPERATIONS = Path(__file__).parents[3] / "docs" / "operations.md"
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +123,13 @@ def test_a_list_that_would_mean_something_else_is_refused(monkeypatch, value):
     monkeypatch.setenv("MERGEFLEET_ALLOWED_SOURCES", value)
     with pytest.raises(BadInputError, match=r"MERGEFLEET_ALLOWED_SOURCES: .*expected /path, s3://bucket"):
         load_settings()
+
+
+def test_the_defaults_that_operators_read_are_those_of_the_settings():
+    """Every plain number, and every word in code, of the table in docs/operations.md."""
+    rows = re.findall(
+        r"^\| `MERGEFLEET_([A-Z_]+)` \| .* \| (?:`([a-z]+)`|(\d+)) \|$", OPERATIONS.read_text(), re.MULTILINE
+    )
+    assert len(rows) >= 5
+    for name, word, number in rows:
+        assert Settings.model_fields[name.lower()].default == (word or float(number)), name
