@@ -75,6 +75,16 @@ def test_all_forms_are_one_read_of_base_and_adapter(worker, sources, alone, tmp_
         assert shards_of(tmp_path / name) == alone[name]
 
 
+def test_two_plain_releases_of_one_adapter_are_both_written(worker, sources, alone, tmp_path):
+    """At two destinations, with a form beside them that takes the numbers of either."""
+    outputs = {"bf16": OUTPUTS["bf16"], "again": OUTPUTS["bf16"], "mxfp4": OUTPUTS["mxfp4"]}
+    unit = worker.run_unit("unit", requests_for(sources, tmp_path, outputs))
+    assert [outcome.failure for outcome in unit.jobs] == [None] * 3
+    for name in outputs:
+        assert worker.publish(name, None).release.created
+        assert shards_of(tmp_path / name) == alone["bf16" if name == "again" else name]
+
+
 def test_each_adapter_is_merged_for_its_own_forms(worker, sources, alone, tmp_path):
     base, adapter = sources
     other = make_adapter(base, tmp_path / "other", targets=["q_proj", "down_proj"], std=0.2, seed=7)

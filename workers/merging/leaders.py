@@ -18,9 +18,11 @@ def lead(jobs: Sequence[Job]) -> None:
         jobs: of one pass, planned.
     """
     leaders: list[Job] = []
-    # Of a release of plain numbers its own shards are the numbers.
     for job in sorted(jobs, key=lambda job: job.in_work.storage is not None):
-        job.leader, job.leads = next((each for each in leaders if _are_same(each, job)), None), False
+        job.leader, job.leads = None, False
+        # The shards of a release of plain numbers are its numbers: no one else can write them.
+        if job.in_work.storage is not None:
+            job.leader = next((each for each in leaders if _are_same(each, job)), None)
         if job.leader is None:
             leaders.append(job)
         else:
