@@ -544,6 +544,7 @@ def test_a_release_into_a_base_in_a_form(made, tmp_path):
         assert each.survival == pytest.approx(expected(was[name], now[name], numbers[name])[1], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_what_a_dtype_rounds_is_no_delta(tmp_path):
     """A base in float32 and a release in bfloat16: untouched weights differ from W, and have no survival."""
     base = build_llama(tmp_path / "base", dtype=torch.float32)

@@ -173,6 +173,7 @@ def test_several_workers_make_the_bytes_of_one(worker, settings, sharded, tmp_pa
         assert file.read_bytes() == (tmp_path / "together" / file.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_a_killed_worker_has_finished_is_used_again(sharded, tmp_path):
     base, adapter = sharded
     fields = {"output": "as_base", "base_quantization": "stored"}

@@ -229,6 +229,7 @@ def test_other_weights_are_merged_into_as_ever(worker, sources, tmp_path, of):
         assert twin_of(base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("kind", ["mistral", "qwen3_moe", "llama 3.1"])
 def test_what_ships_is_run_at_level_full(worker, sources, tmp_path, kind, output):
@@ -252,6 +253,7 @@ def test_a_file_that_memory_does_not_hold_is_not_run(worker, sources, tmp_path):
         load_model(tmp_path / "release", room)
 
 
+@pytest.mark.slow
 def test_the_other_way_of_a_comparison_is_a_file_too(worker, sources, tmp_path):
     """What it says is what a release says that is made that way."""
     both = release(worker, sources("llama"), tmp_path / "both", "gguf_q8_0", compare=True, parity=WIDE)
@@ -448,6 +450,7 @@ def test_max_shard_size_does_not_go_with_one_file(tmp_path):
 # How it gets to where it goes.
 
 
+@pytest.mark.slow
 def test_two_workers_make_the_same_bytes(tmp_path, sources):
     """In processes of their own, whose sets have orders of their own."""
     import os
@@ -556,6 +559,7 @@ def test_a_release_without_its_file_is_none(tmp_path, sources):
         verify_release(place.location, tmp_path / "verify")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("die", ["put", "record"])
 def test_an_attempt_after_one_that_was_killed_makes_the_same(tmp_path, sources, die):
     fields = {"output": "gguf_q8_0"}

@@ -249,6 +249,7 @@ def test_every_form_keeps_what_it_would_lose(worker, tmp_path, form, keep):
     assert_loads(tmp_path / "release", dequantized, dequantize=form.startswith("fp8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["fp8_dynamic", "mxfp4", "nvfp4a16"])
 @pytest.mark.parametrize("keep", ["16bit", "8bit"])
 def test_experts_of_a_layer_go_together(worker, tmp_path, form, keep):
@@ -467,6 +468,7 @@ def sharded(request, tmp_path_factory):
     return (base, adapter), fields | {"base_quantization": "stored" if request.param == "as_base" else "none"}
 
 
+@pytest.mark.slow
 def test_a_pass_that_workers_share_makes_the_same_bytes(worker, settings, sharded, tmp_path):
     (base, adapter), fields = sharded
     fields = {"base": str(base), "adapter": str(adapter), **fields}
@@ -495,6 +497,7 @@ def test_a_pass_that_workers_share_makes_the_same_bytes(worker, settings, sharde
         assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "together" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_a_killed_worker_has_finished_is_used_again(sharded, tmp_path):
     sources, fields = sharded
     undisturbed = DirectoryPlace(tmp_path / "undisturbed")

@@ -198,6 +198,7 @@ def test_rows_that_fall_into_no_groups_stay_as_they_are(worker, tmp_path):
     assert "model.layers.0.mlp.down_proj" in declared["ignore"]
 
 
+@pytest.mark.slow
 def test_the_other_way_of_a_comparison_is_stored_in_the_form_too(worker, llama, tmp_path):
     """What it says is what a release says that is made that way; as numbers it would look better than any."""
     thresholds = {"max_mean_kl": 5, "min_top1_agreement": 0, "max_lost_share": 1, "min_survival": 0}
@@ -212,6 +213,7 @@ def test_the_other_way_of_a_comparison_is_stored_in_the_form_too(worker, llama, 
     assert alternative.alternative.behaviour == made.behaviour
 
 
+@pytest.mark.slow
 def test_a_resumed_report_says_what_4_bits_changed(tmp_path):
     base = build_llama(tmp_path / "base", max_shard_size="100KB", **SHAPE)
     sources = base, make_adapter(base, tmp_path / "adapter", targets=["q_proj", "down_proj"], std=0.2)
