@@ -21,8 +21,9 @@ CLOCK = "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
 LONGEST_WRITE_SECONDS = 60.0
 """No transaction that writes takes longer: the longest is a submission of 100,000 requests."""
 
-_SERVER_SETTINGS = "-c lock_timeout=10s -c idle_in_transaction_session_timeout=30s"
-"""A driver that is frozen inside a transaction must not hold its rows for longer than a lease."""
+_SERVER_SETTINGS = "-c lock_timeout=10s -c idle_in_transaction_session_timeout=30s -c plan_cache_mode=force_custom_plan"
+"""A driver that is frozen inside a transaction must not hold its rows for longer than a lease; and a plan that was made
+while there were few jobs must not be kept for many."""
 
 _KINDS: tuple[tuple[str, type[MergefleetError], str], ...] = (
     ("28", AuthError, "refuses this user; check the user, its password and pg_hba.conf"),
@@ -48,8 +49,6 @@ def open_engine(url: URL) -> Engine:
             "keepalives_idle": 15,
             "keepalives_interval": 10,
             "keepalives_count": 3,
-            # A plan that was prepared while there were few jobs would be kept for many.
-            "prepare_threshold": None,
         },
     )
 
