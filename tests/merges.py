@@ -350,3 +350,30 @@ def different(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor
             num_bits = int((one != other).sum())
             found.append(f"{name}: {num_bits} of {one.numel()} elements")
     return found
+
+
+def release(worker, sources, directory, output, *, base_quantization="none", parity=None, **fields):
+    """Merge one adapter and publish the release; return the outcome, also where it has failed.
+
+    Args:
+        worker: merges it.
+        sources: base and adapter.
+        directory: of the release; its name is the job's.
+        output: the form.
+        base_quantization: as in a request.
+        parity: as in a request; arithmetic by default.
+        fields: other fields of the request.
+    """
+    base, adapter = sources
+    request = MergeRequest(
+        id=directory.name,
+        base=str(base),
+        adapter=str(adapter),
+        destination=str(directory),
+        output=output,
+        base_quantization=base_quantization,
+        parity=parity or {"level": "arithmetic"},
+        **fields,
+    )
+    (staged,) = worker.run_unit("unit", (request,)).jobs
+    return staged if staged.failure is not None else worker.publish(request.id, None)

@@ -23,7 +23,7 @@ from tests import gguf_models
 from tests.contract.places import DirectoryPlace, S3Place
 from tests.gguf_models import CONFIGS, TEXTS, byte_level
 from tests.killing import FULL, assert_whole, files_below, killed, merged_again, requests_for
-from tests.merges import different, merge_by_peft, plan_requests, read_tensors
+from tests.merges import different, merge_by_peft, plan_requests, read_tensors, release
 from tests.models import build_llama, make_adapter
 from tests.stored import twin_of
 from tests.stored.fp8_blocks import store_fp8
@@ -55,20 +55,6 @@ def sources(tmp_path_factory):
         return made[kind]
 
     return get
-
-
-def release(worker, sources, directory, output, **fields):
-    base, adapter = sources
-    request = MergeRequest(
-        id=directory.name,
-        base=str(base),
-        adapter=str(adapter),
-        destination=str(directory),
-        output=output,
-        **{"base_quantization": "none", "parity": {"level": "arithmetic"}, **fields},
-    )
-    (staged,) = worker.run_unit("unit", (request,)).jobs
-    return staged if staged.failure is not None else worker.publish(request.id, None)
 
 
 def refused(worker, sources, tmp_path, output="gguf", **fields):

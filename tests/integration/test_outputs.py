@@ -1,5 +1,6 @@
 """Releases stored in a form that the request names: the library's compression of PEFT's merge, and what loads it."""
 
+import functools
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from jobs.output_form import OutputForm
 from jobs.parity_report import ParityReport
 from jobs.request import MergeRequest
-from tests import architectures
+from tests import architectures, merges
 from tests.contract.places import DirectoryPlace, S3Place
 from tests.killing import FULL, assert_whole, files_below, killed, merged_again, requests_for
 from tests.merges import different, merge_by_peft, plan_requests, read_tensors
@@ -32,6 +33,7 @@ FORMS = {
 }
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 SHAPE = {"hidden_size": 128, "intermediate_size": 256}
+release = functools.partial(merges.release, parity={"level": "arithmetic", "thresholds": {"min_survival": 0}})
 
 
 @pytest.fixture(scope="module")
@@ -39,24 +41,6 @@ def llama(tmp_path_factory):
     directory = tmp_path_factory.mktemp("llama")
     base = build_llama(directory / "base", **SHAPE)
     return base, make_adapter(base, directory / "adapter", targets=["q_proj", "down_proj"], std=0.2)
-
-
-def release(worker, sources, directory, output, **fields):
-    base, adapter = sources
-    request = MergeRequest(
-        id=directory.name,
-        base=str(base),
-        adapter=str(adapter),
-        destination=str(directory),
-        output=output,
-        **{
-            "base_quantization": "none",
-            "parity": {"level": "arithmetic", "thresholds": {"min_survival": 0}},
-            **fields,
-        },
-    )
-    (staged,) = worker.run_unit("unit", (request,)).jobs
-    return staged if staged.failure is not None else worker.publish(request.id, None)
 
 
 def compressed(merged, form):

@@ -67,12 +67,12 @@ class MergePlan:
     output: CheckpointLayout
     """The shards of the release."""
     merged: CheckpointLayout
-    """Where merged numbers go: `output`; or, of a release in the base's form, files apart, of the same names, for what
-    the base has no bytes of."""
+    """Where merged numbers go: `output`; or, of a release in a form, files apart, of all of them, and in the base's own
+    form of what the base has no bytes of."""
     requantized: Mapping[str, StoredParts]
-    """Weights that are quantized from there, by name."""
+    """Weights that are stored in the form from there, by name."""
     storage: Storage | None
-    """What they are quantized to; None where the release is plain numbers."""
+    """What they are stored in; None where the release is plain numbers."""
     adapter_cards: tuple[BaseCard, ...]
     """What the model cards of its adapters say."""
     shipment: Shipment

@@ -68,13 +68,13 @@ def _keep(job: Job, context: Context, weights: ArithmeticCheck) -> None:
 
 
 def _check(job: Job, context: Context, weights: ArithmeticCheck) -> None:
-    is_file = isinstance(job.in_work.storage, GgufStorage)
-    job.wrong += (
-        wrong_fronts(job.in_work.output, job.directory) if is_file else wrong_headers(job.in_work.output, job.directory)
-    )
+    wrong_files, check = wrong_headers, check_stored
+    if isinstance(job.in_work.storage, GgufStorage):
+        wrong_files, check = wrong_fronts, check_file
+    job.wrong += wrong_files(job.in_work.output, job.directory)
     if job.wrong:  # a shard that is cut short cannot be read
         return
-    found = (check_file if is_file else check_stored)(
+    found = check(
         job.in_work,
         job.merged_in,
         job.directory,
