@@ -21,7 +21,7 @@ from tests.models import load_plain
 from workers.bases.model import load_config, model_class
 from workers.bases.quantized_base import QuantizedBase
 from workers.bases.quantized_cache import QuantizedCache
-from workers.files.shard import HashedFile
+from workers.files.shard import WrittenFile
 from workers.merging.base_plan import BasePlan, plan_base
 from workers.merging.checks.arithmetic import ArithmeticCheck
 from workers.merging.checks.evidence import Evidence
@@ -68,7 +68,7 @@ class LooseJob(Job):
 class Result:
     """What came of a pass, by job."""
 
-    files: Mapping[str, tuple[HashedFile, ...]]
+    files: Mapping[str, tuple[WrittenFile, ...]]
     errors: Mapping[str, MergefleetError]
     checks: Mapping[str, tuple[TensorCheck, ...]]
     bytes: PassBytes

@@ -554,7 +554,7 @@ def test_bytes_that_go_to_another_place_are_a_fault(merged):
     name = "model.layers.0.self_attn.q_proj.weight"
     shard, spec = plan.output.tensors[name]
     check = ArithmeticCheck(merged.base, None, torch.device("cpu"))
-    tally, weight = check.tally(plan, name), check.weight(merged.base.by_name[name], slice(2, 4))
+    tally, weight = check.tally(plan, name, (shard, spec)), check.weight(merged.base.by_name[name], slice(2, 4))
     begin = spec.begin + 2 * spec.row_bytes
     with (merged.output("job") / shard.name).open("rb") as file:
         file.seek(begin)

@@ -35,6 +35,32 @@ class _Written:
             self.buffer = None
 
 
+class ByteCount:
+    """The bytes of a file that no one wants the digest of, counted."""
+
+    digest = None
+
+    def __init__(self, num_bytes: int) -> None:
+        """Begin before its first byte.
+
+        Args:
+            num_bytes: of the file.
+        """
+        self._num_left = num_bytes
+        self._lock = threading.Lock()
+
+    def add(self, _: int, buffer: Buffer) -> bool:
+        """Take bytes that are written, and let go of them; return whether they were the last ones."""
+        num_bytes = buffer.values.numel()
+        buffer.release()
+        with self._lock:
+            self._num_left -= num_bytes
+            return self._num_left == 0
+
+    def close(self) -> None:
+        """Be done with the file."""
+
+
 class FileHash:
     """The SHA-256 of one file that is being written. One thread at a time hashes, any that brings bytes."""
 
@@ -65,7 +91,12 @@ class FileHash:
         """Whether a thread is at it, or was when it failed."""
         self._closed = False
 
-    def add(self, begin: int, buffer: Buffer) -> str | None:
+    @property
+    def digest(self) -> str:
+        """In hexadecimal, once all bytes are hashed."""
+        return self._sha256.hexdigest()
+
+    def add(self, begin: int, buffer: Buffer) -> bool:
         """Take bytes that are written, and hash what is due, unless another thread is at it.
 
         Args:
@@ -73,7 +104,7 @@ class FileHash:
             buffer: their memory, held for this.
 
         Returns:
-            The digest, in hexadecimal, from the call that hashed the last bytes.
+            Whether this call has hashed the last bytes.
 
         Raises:
             NotFoundError, TransientIOError, NoCapacityError: bytes that came too early cannot be read back.
@@ -81,14 +112,14 @@ class FileHash:
         with self._lock:
             if self._closed:
                 buffer.release()
-                return None
+                return False
             self._note(_Written(begin, begin + buffer.values.numel(), buffer))
         while (due := self._take()) is not None:
             data = self._bytes_of(due)
             self._sha256.update(data)
             if self._advance(len(data)):
-                return self._sha256.hexdigest()
-        return None
+                return True
+        return False
 
     def close(self) -> None:
         """Be done with the file, hashed or not, and let go of its buffers. Idempotent."""

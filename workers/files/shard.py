@@ -22,7 +22,7 @@ import torch
 from jobs.errors import MergefleetError
 from jobs.release import Artifact
 from workers.files.buffers import PAGE_BYTES, Buffer, BufferPool, kept_pool
-from workers.files.hashing import FileHash
+from workers.files.hashing import ByteCount, FileHash
 from workers.files.layout import ShardLayout
 from workers.files.local import FileState, file_errors, sha256_of
 from workers.files.tensor_io import read_into, write_all
@@ -57,19 +57,30 @@ def num_buffers(num_threads: int, *, pin: bool) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class HashedFile:
+class WrittenFile:
     """A finished file."""
 
-    artifact: Artifact
+    name: str
+    num_bytes: int
+    sha256: str | None
+    """None where no one asked for it."""
     state: FileState | None
     """Of the file when all of it was written: any later write to it shows, where the file system keeps times finer
     than a fiftieth of a second. None for a small file, which is sooner read again than its times move on."""
 
+    @property
+    def artifact(self) -> Artifact:
+        """The file as one of a release; it has a digest."""
+        assert self.sha256 is not None
+        return Artifact(path=self.name, num_bytes=self.num_bytes, sha256=self.sha256)
+
     def is_as_it_was(self, directory: Path) -> bool:
-        """Whether the file holds what was written: it was not written to since, or has its digest."""
-        path = directory / self.artifact.path
+        """Whether the file is known to hold what was written: it was not written to since, or has its digest."""
+        path = directory / self.name
         with file_errors(f"checking {path}", path):
-            return FileState.of(path.stat()) == self.state or sha256_of(path) == self.artifact.sha256
+            if FileState.of(path.stat()) == self.state:
+                return True
+            return self.sha256 is not None and sha256_of(path) == self.sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +125,10 @@ class Conveyor:
 
 
 class ShardWriter:
-    """One output file, header included: every byte is written exactly once, or its origin's, and hashed from memory."""
+    """One output file, header included: every byte is written exactly once, or its origin's, and hashed from memory.
+
+    Files that no one wants the digest of are not hashed.
+    """
 
     def __init__(
         self,
@@ -123,8 +137,9 @@ class ShardWriter:
         conveyor: Conveyor,
         *,
         direct: bool,
+        hashed: bool,
         origin: Origin | None,
-        on_closed: Callable[[HashedFile], None],
+        on_closed: Callable[[WrittenFile], None],
         on_error: Callable[[BaseException], None],
     ) -> None:
         self.name = path.name
@@ -136,7 +151,11 @@ class ShardWriter:
         self._past_cache = -1
         self._origin = Path()
         self._origin_state: FileState | None = None
-        self._hashed = FileHash(self._num_bytes, conveyor.buffers, num_spare=conveyor.num_spare, read=self._read_back)
+        self._arrivals: FileHash | ByteCount = ByteCount(self._num_bytes)
+        if hashed:
+            self._arrivals = FileHash(
+                self._num_bytes, conveyor.buffers, num_spare=conveyor.num_spare, read=self._read_back
+            )
         with file_errors(f"making {path}", path):
             self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
             on_block_device = os.major(os.fstat(self._descriptor).st_dev) > 0
@@ -180,7 +199,7 @@ class ShardWriter:
 
     def close(self) -> None:
         """Close the file, whole or not, once no thread writes or hashes any more. Idempotent."""
-        self._hashed.close()
+        self._arrivals.close()
         for descriptor in (self._descriptor, self._past_cache):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -235,14 +254,13 @@ class ShardWriter:
 
     def _hash(self, offset: int, buffer: Buffer) -> None:
         try:
-            digest = self._hashed.add(offset, buffer)
-            if digest is not None:
-                self._finish(digest)
+            if self._arrivals.add(offset, buffer):
+                self._finish()
         except BaseException as error:  # noqa: BLE001 - raised where the pass ends
             self._failed(error)
 
     def _failed(self, error: BaseException) -> None:
-        self._hashed.close()
+        self._arrivals.close()
         self._on_error(error)
 
     def _read_back(self, target: torch.Tensor, offset: int) -> None:
@@ -277,11 +295,11 @@ class ShardWriter:
         with file_errors(f"reading {self._origin}", self._origin):
             return FileState.of(self._origin.stat()) == self._origin_state
 
-    def _finish(self, digest: str) -> None:
+    def _finish(self) -> None:
         state = None
         if self._num_bytes >= _LARGE_BYTES and self._origin_is_as_it_was():
             time.sleep(_CLOCK_SECONDS)
             state = FileState.of(os.fstat(self._descriptor))
         # At once, since a pass of many jobs over many shards would run out of descriptors.
         self.close()
-        self._on_closed(HashedFile(Artifact(path=self.name, num_bytes=self._num_bytes, sha256=digest), state))
+        self._on_closed(WrittenFile(self.name, self._num_bytes, self._arrivals.digest, state))

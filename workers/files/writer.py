@@ -8,7 +8,7 @@ import torch
 
 from jobs.errors import MergefleetError
 from workers.files.layout import CheckpointLayout, TensorSpec
-from workers.files.shard import Conveyor, HashedFile, Origin, ShardWriter
+from workers.files.shard import Conveyor, Origin, ShardWriter, WrittenFile
 
 
 class CheckpointWriter:
@@ -21,7 +21,7 @@ class CheckpointWriter:
         conveyor: Conveyor,
         *,
         direct: bool,
-        on_file: Callable[[HashedFile], None],
+        on_file: Callable[[WrittenFile], None] | None,
         origin: Origin | None = None,
     ) -> None:
         """Start without files.
@@ -31,7 +31,8 @@ class CheckpointWriter:
             layout: what they will be.
             conveyor: what takes the bytes there.
             direct: whether they go past the page cache, since they are not read again here.
-            on_file: told each file as it is closed; an error of ours fails the job.
+            on_file: told each file as it is closed; an error of ours fails the job. None where they are for this
+                process alone: they are not hashed.
             origin: has some of the bytes already.
         """
         self._directory = directory
@@ -42,7 +43,7 @@ class CheckpointWriter:
         self._origin = origin
         self._lock = threading.Lock()
         self._writers: dict[str, ShardWriter] = {}
-        self._files: list[HashedFile] = []
+        self._files: list[WrittenFile] = []
         self._fault: BaseException | None = None
         self.error: MergefleetError | None = None
         """The first thing that went wrong; the job is over with it."""
@@ -63,6 +64,7 @@ class CheckpointWriter:
                     shard,
                     self._conveyor,
                     direct=self._direct,
+                    hashed=self._on_file is not None,
                     origin=self._origin,
                     on_closed=self._finished,
                     on_error=self._failed,
@@ -88,12 +90,12 @@ class CheckpointWriter:
         if self.error is not None:
             raise self.error
 
-    def finished(self) -> tuple[HashedFile, ...]:
+    def finished(self) -> tuple[WrittenFile, ...]:
         """Return all files by name, once everything is written and hashed, if the job went well."""
         if self._fault is not None:
             raise self._fault
         assert self.error or len(self._files) == len(self._layout.shards)
-        return tuple(sorted(self._files, key=lambda file: file.artifact.path))
+        return tuple(sorted(self._files, key=lambda file: file.name))
 
     def close(self) -> None:
         """Close all files, whole or not, once no thread writes or hashes any more. Idempotent."""
@@ -106,7 +108,8 @@ class CheckpointWriter:
         else:
             self._fault = self._fault or error
 
-    def _finished(self, file: HashedFile) -> None:
+    def _finished(self, file: WrittenFile) -> None:
         with self._lock:
             self._files.append(file)
-        self._on_file(file)
+        if self._on_file is not None:
+            self._on_file(file)

@@ -13,9 +13,10 @@ from jobs.kept import KeptWeight
 from jobs.parity_report import BehaviourCheck, ParityReport, ParitySummary, TensorCheck
 from jobs.release import Artifact, Manifest, Release
 from jobs.request import MergeRequest
+from workers.files.layout import CheckpointLayout
 from workers.files.local import FileState
 from workers.files.scratch import OwnedDirectory
-from workers.files.shard import HashedFile
+from workers.files.shard import WrittenFile
 from workers.merging.outcomes import Failure, JobOutcome, MergedShards
 from workers.merging.plan import MergePlan
 from workers.merging.wider import keeping
@@ -66,7 +67,7 @@ class Job:
     """What ships its files, while there is something to ship."""
     witness: Witness | None = None
     """Of the pass it is in."""
-    files: tuple[HashedFile, ...] = ()
+    files: tuple[WrittenFile, ...] = ()
     """What the last pass wrote."""
     uploads: list[Future[Receipt]] = field(default_factory=list)
     """Of its finished files; several threads append."""
@@ -128,9 +129,25 @@ class Job:
         return self.apart.path if self.apart is not None else self.directory
 
     @property
+    def quantizes_tiles(self) -> bool:
+        """Whether its weights are quantized as they are merged: row by row, and no one else wants their numbers."""
+        alone = self.apart is None and self.leader is None and not self.leads
+        return alone and self.in_work.quantizes_tiles
+
+    @property
+    def merges_apart(self) -> bool:
+        """Whether a pass writes numbers of it that do not ship: they are stored in a form once all are there."""
+        return self.in_work.storage is not None and not self.quantizes_tiles
+
+    @property
+    def written(self) -> CheckpointLayout:
+        """What a pass writes of it."""
+        return self.in_work.merged if self.merges_apart else self.in_work.output
+
+    @property
     def direct(self) -> bool:
         """Whether its shards go past the page cache, since they are not read again here."""
-        if self.opened is None or not self.opened.in_place or self.plan.storage or self.leads:
+        if self.opened is None or not self.opened.in_place or self.leads or self.merges_apart:
             return False
         return not (self.in_work.by_peft or self.is_run)  # what PEFT merged is read again to be checked
 
@@ -144,15 +161,12 @@ class Job:
         """Whether it has neither failed nor found its release there already."""
         return self.error is None and self.release is None
 
-    def stay(self, file: HashedFile) -> None:
-        """Let a finished file be where it is: it is no part of the release."""
-
-    def ship(self, file: HashedFile | Artifact) -> None:
+    def ship(self, file: WrittenFile | Artifact) -> None:
         """Have a finished file sent on its way, beside what goes on here."""
         if self.compared_in is not None:
             return
         assert self.carriers is not None
-        artifact, state = (file.artifact, file.state) if isinstance(file, HashedFile) else (file, None)
+        artifact, state = (file.artifact, file.state) if isinstance(file, WrittenFile) else (file, None)
         self.uploads.append(self.carriers.submit(self._put, artifact, state))
 
     def _put(self, artifact: Artifact, state: FileState | None) -> Receipt:

@@ -78,15 +78,14 @@ def run_pass(
 
 
 def _writer(job: Job, conveyor: Conveyor) -> CheckpointWriter:
-    plan = job.in_work
     return CheckpointWriter(
         job.merged_in,
-        plan.merged,
+        job.written,
         conveyor,
         direct=job.direct,
-        on_file=job.stay if plan.storage else job.ship,
+        on_file=None if job.merges_apart else job.ship,
         # What is read again would come from the disk: a clone shares no page of the cache with its origin.
-        origin=_origin(plan) if job.direct else None,
+        origin=_origin(job.in_work) if job.direct else None,
     )
 
 

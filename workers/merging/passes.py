@@ -12,6 +12,7 @@ from workers.files.writer import CheckpointWriter
 from workers.merging.job import Job
 from workers.merging.output import OutputTensor
 from workers.merging.tracker import Tracker
+from workers.merging.work import WeightInWork
 
 
 class PassState:
@@ -77,6 +78,33 @@ class PassState:
             self._checks[job_id][check.tensor] = check
         if (witness := self._witnesses[job_id]) is not None:
             witness.checked(check)
+
+    def end_tile(self, weight: WeightInWork, quantization_errors: Mapping[str, float]) -> None:
+        """Count one tile of a weight less; with the last one, keep what was found and let go of what was loaded.
+
+        Args:
+            weight: in work.
+            quantization_errors: what 4 bits changed of W, by tensor.
+        """
+        with weight.lock:
+            weight.num_tiles_left -= 1
+            if weight.num_tiles_left:
+                return
+        weight.operands.clear()
+        for job in self.jobs:
+            tally, formed = weight.tallies.pop(job.id, None), weight.formed.pop(job.id, None)
+            with self.of(job) as writer:
+                if writer is None:
+                    continue
+                if formed is not None:
+                    num_bytes = formed.finish(writer)
+                    self.count(written=num_bytes, checked=0 if tally is None else num_bytes)
+                if tally is not None:
+                    found = tally.summary()
+                    of_4_bits = {"quantization_error": quantization_errors.get(found.tensor)}
+                    checks = [found] if formed is None else formed.checks(found.model_copy(update=of_4_bits))
+                    for check in checks:
+                        self.checked(job.id, check)
 
     def settle(self) -> None:
         """Give each job what came of it, once all is written and hashed."""

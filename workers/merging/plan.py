@@ -26,7 +26,7 @@ from workers.merging.assignment import all_apart, made_by_peft
 from workers.merging.base_plan import BasePlan
 from workers.merging.output import OutputTensor
 from workers.merging.output_layout import output_tensors
-from workers.merging.storage import Storage
+from workers.merging.storage import GivenStorage, Storage
 from workers.merging.stored_layouts import layouts
 from workers.merging.wishes import check_wishes
 from workers.releases.base_card import BaseCard, read_base_card
@@ -107,6 +107,12 @@ class MergePlan:
     def streams(self, name: str) -> bool:
         """Whether the stream lane writes a tensor of the base, changed or not."""
         return name in self.merged.tensors and name not in self.by_peft
+
+    @property
+    def quantizes_tiles(self) -> bool:
+        """Whether rows of merged numbers can be stored in the form as soon as they are there."""
+        by_rows = isinstance(self.storage, GivenStorage) and self.storage.by_tiles
+        return by_rows and not self.by_peft and self.request.keep is None
 
     def part(self, shards: Collection[str]) -> "MergePlan":
         """Return what of this plan concerns some of the output's shards: those of whole pieces."""

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,7 +12,7 @@ from workers.bases.forms import PartLayout, QuantizingForm, StoredForm, StoredPa
 from workers.bases.forms.compressed.output import CompressedOutput
 from workers.files.tensor_io import mapped
 from workers.merging.base_plan import BasePlan
-from workers.numerics.tiles import TILE_ELEMENTS, Tiling
+from workers.numerics.tiles import ALIGNED_ROWS, TILE_ELEMENTS, Tiling
 
 _WEIGHT = ".weight"
 _FUSED = (
@@ -153,7 +154,7 @@ def _is_same(weight: torch.Tensor, stored: StoredWeight) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class GivenStorage:
     """A form that the request names: `output: fp8_dynamic` and so on."""
 
@@ -166,6 +167,17 @@ class GivenStorage:
     def words(self) -> str:
         """What people call the form."""
         return self.form.words
+
+    @cached_property
+    def by_tiles(self) -> bool:
+        """Whether tiles of all weights are stored as if they were weights: scales reach no further."""
+        alignment = self.output.row_alignment
+        if alignment is None:
+            return False
+        return alignment == 1 or all(
+            ALIGNED_ROWS % alignment == 0 and parts.shape is not None and parts.shape[0] % ALIGNED_ROWS == 0
+            for parts in self.in_form.values()
+        )
 
     def companions(self, name: str) -> tuple[str, ...]:
         """Return the weights that share a global scale, where the form has such; see `Storage`."""

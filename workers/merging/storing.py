@@ -32,8 +32,8 @@ _PIECE_BYTES = 4 << 20
 
 @contextlib.contextmanager
 def numbers_apart(jobs: Sequence[Job], scratch: Path) -> Iterator[list[Job]]:
-    """Give jobs whose releases are stored in a form a place for merged numbers; hand out those jobs."""
-    stored = [job for job in jobs if job.in_work.storage]
+    """Give jobs a place for merged numbers that are stored in a form once all are there; hand out those jobs."""
+    stored = [job for job in jobs if job.merges_apart]
     try:
         for job in stored:
             job.apart = OwnedDirectory.make(scratch, "merged-")

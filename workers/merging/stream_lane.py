@@ -1,38 +1,38 @@
 """The stream lane of a pass: one walk over a base that makes, for all jobs, what is copied and what is streamed.
 
 Each tile of a weight is read (or dequantized) once; every adapter's delta is added to it in float32, rounded once to
-the output's dtype, handed over to be written at its final offset, and checked in the very memory it is written and
-hashed from. The order of operations is that of PEFT's `Linear.merge` with `safe_merge=False` (0.21): (B @ A) in
-float32, times the scaling, plus W, one rounding.
+the output's dtype, handed over to be written at its final offset (quantized first, where a release is in a form), and
+checked in the very memory it is written and hashed from. The order of operations is that of PEFT's `Linear.merge` with
+`safe_merge=False` (0.21): (B @ A) in float32, times the scaling, plus W, one rounding.
 
 Shape suffixes: O output features, I input features, R rank.
 """
 
 import contextlib
 import functools
-import os
 import threading
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 
 from jobs.errors import BadInputError
-from workers.adapters.plain_lora import read_operand
 from workers.bases.quantized_base import QuantizedBase
-from workers.files.foreign import open_foreign
-from workers.files.tensor_io import read_into
+from workers.files.layout import TensorSpec
+from workers.files.shard import ShardWriter
 from workers.merging.base_plan import BasePlan
 from workers.merging.checks.arithmetic import ArithmeticCheck, Expected
 from workers.merging.checks.tally import Tally
 from workers.merging.context import Context
+from workers.merging.form_tiles import FormedWeight
 from workers.merging.job import Job
 from workers.merging.output import OutputTensor
 from workers.merging.passes import PassState, check_range
+from workers.merging.tile_reading import TileReader
 from workers.merging.work import Tile, WeightInWork, tiles_of_shards
 from workers.numerics import products
 from workers.numerics.device import streams_of
 from workers.numerics.products import Comparison
-from workers.numerics.tiles import TILE_ELEMENTS, TileBuffers, Tiling, strips_of
+from workers.numerics.tiles import TILE_ELEMENTS, TileBuffers, Tiling, aligned_rows, strips_of
 
 
 class Walk:
@@ -60,8 +60,7 @@ class Walk:
             num_jobs=len(state.jobs),
         )
         self._stopped = False
-        self._descriptors: dict[Path, int] = {}
-        """Of the base's shards and the adapters' weights."""
+        self._reader = TileReader(base, state)
         self._buffers = TileBuffers(self._device)
         on_gpu = self._device.type == "cuda"
         self._streams = iter(streams_of(self._device, context.num_threads) if on_gpu else ())
@@ -79,8 +78,7 @@ class Walk:
 
     def close(self) -> None:
         """Close the files of base and adapters; call once all threads have ended."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
+        self._reader.close()
 
     def _next_tile(self) -> Tile | None:
         with self._lock:
@@ -105,22 +103,16 @@ class Walk:
                 )
             if self._base.form is not None:
                 self._state.count(base=self._quantized.num_stored_bytes(tensor.name))
-        tiling = Tiling.of(tensor.shape, quantized.row_alignment if quantized else 1, num_elements)
+        alignment = aligned_rows(tensor.shape, 1 if quantized is None else quantized.row_alignment)
+        tiling = Tiling.of(tensor.shape, alignment, num_elements)
         return WeightInWork(tensor, quantized, tiling.num_columns, len(tiling.rows)), tiling.rows
 
     def _computed(self, tensor: OutputTensor) -> bool:
-        if tensor.num_bytes == 0:
-            return False
-        return not tensor.copied or any(tensor.name in job.in_work.deltas for job in self._state.jobs)
+        changed = any(tensor.name in job.in_work.deltas for job in self._state.jobs)
+        return tensor.num_bytes > 0 and (changed or not tensor.copied)
 
     def _takers(self, tensor: OutputTensor) -> list[Job]:
         return [job for job in self._state.jobs if job.in_work.streams(tensor.name)]
-
-    def _descriptor(self, path: Path) -> int:
-        with self._lock:
-            if path not in self._descriptors:
-                self._descriptors[path] = open_foreign(path, any_size=True).descriptor
-            return self._descriptors[path]
 
     def _finish(self, tile: Tile) -> None:
         """Read a tile once, and make, write and prove it for all jobs that take it."""
@@ -131,26 +123,41 @@ class Walk:
         known = self._read_anew(tile)
         for job in takers:
             self._finish_for(job, tile, made_from, known)
-        self._end(tile.weight)
+        self._state.end_tile(tile.weight, {} if self._check is None else self._check.quantization_errors)
 
     def _finish_for(self, job: Job, tile: Tile, made_from: torch.Tensor | None, known: torch.Tensor | None) -> None:
-        tensor = tile.weight.tensor
         with self._state.of(job) as writer:
             if writer is None:
                 return
-            shard, spec = writer.locate(tensor.name)
-            tally = self._tally(tile.weight, job)
+            formed = self._formed(tile.weight, job)
+            place = writer.locate(tile.weight.tensor.name) if formed is None else None
+            expect = functools.partial(self._expect, self._tally(tile.weight, job), tile, known)
         if writer.over or tile.num_bytes == 0:
             return
+        if formed is not None:
+            self._form(job, tile, made_from, expect, formed)
+        elif place is not None:
+            self._write(job, tile, made_from, expect, place)
+
+    def _write(
+        self,
+        job: Job,
+        tile: Tile,
+        made_from: torch.Tensor | None,
+        expect: Callable[[], Expected | None],
+        place: tuple[ShardWriter, TensorSpec],
+    ) -> None:
+        """Make a tile in the memory that it is written from."""
+        tensor, (shard, spec) = tile.weight.tensor, place
         offset = spec.begin + tile.rows.start * tile.weight.num_columns * tensor.dtype.itemsize
         with shard.buffer(offset, tile.num_bytes) as buffer:
             target_OI = buffer.view(tensor.dtype, tile.shape)
             if made_from is None:
-                self._read_into(tile, target_OI)  # what goes wrong here is not this job's failure alone
+                self._reader.read(tile, target_OI)  # what goes wrong here is not this job's failure alone
             with self._state.of(job) as writer:
                 if writer is None:
                     return
-                expected = self._expect(tally, tile, known)
+                expected = expect()
                 self._make(target_OI, tile, job, made_from, expected)
                 if shard.cloned and tensor.name in job.in_work.kept:
                     shard.keep(offset, buffer)
@@ -162,23 +169,34 @@ class Walk:
                     self._check.judge(expected, buffer.values, (shard.name, offset))
                     self._state.count(checked=tile.num_bytes)
 
-    def _end(self, weight: WeightInWork) -> None:
-        """Count one tile of a weight less; with the last one, keep what was found and let go of what was loaded."""
-        with weight.lock:
-            weight.num_tiles_left -= 1
-            if weight.num_tiles_left == 0:
-                weight.operands.clear()
-                for job_id, tally in weight.tallies.items():
-                    self._state.checked(job_id, tally.summary())
-                weight.tallies.clear()
+    def _form(
+        self,
+        job: Job,
+        tile: Tile,
+        made_from: torch.Tensor | None,
+        expect: Callable[[], Expected | None],
+        formed: FormedWeight,
+    ) -> None:
+        """Make a tile, and store it in the form of a release at once."""
+        numbers_OI = self._buffers.get("numbers", tile.weight.tensor.dtype, tile.shape, host=True)
+        if made_from is None:
+            self._reader.read(tile, numbers_OI)
+        with self._state.of(job) as writer:
+            if writer is None:
+                return
+            expected, was_OI = expect(), None
+            self._make(numbers_OI, tile, job, made_from, expected)
+            if self._check is not None and expected is not None:
+                self._check.judge(expected, numbers_OI.view(-1).view(torch.uint8))
+                was_OI = expected.weight_OI if expected.tally.targeted else None
+            num_bytes = formed.put(writer, tile.rows, numbers_OI, was_OI)
+            self._state.count(written=num_bytes, checked=0 if expected is None else num_bytes)
 
     def _read_anew(self, tile: Tile) -> torch.Tensor | None:
         """Return the tile from where it comes from, for the check: what the merge has read may be changed by it."""
         if self._check is None or tile.num_bytes == 0:
             return None
-        tensor = tile.weight.tensor
-        path = self._base.source.directory / tensor.shard
-        return self._check.weight(tensor, tile.rows, None if tensor.stored is None else self._descriptor(path))
+        return self._check.weight(tile.weight.tensor, tile.rows, self._reader.of_tile(tile))
 
     def _expect(self, tally: Tally | None, tile: Tile, known: torch.Tensor | None) -> Expected | None:
         if self._check is None or tally is None or known is None:
@@ -187,11 +205,8 @@ class Walk:
 
     def _in_place(self, tile: Tile, num_takers: int) -> bool:
         """Whether a tile of W goes straight into the buffer it is written from, and becomes there what it is to be."""
-        if num_takers > 1:
-            return False
-        if not self._computed(tile.weight.tensor):
-            return True
-        return self._device.type == "cpu" and tile.weight.dtype == tile.weight.tensor.dtype
+        is_same = self._device.type == "cpu" and tile.weight.dtype == tile.weight.tensor.dtype
+        return num_takers == 1 and (is_same or not self._computed(tile.weight.tensor))
 
     def _read(self, tile: Tile) -> torch.Tensor:
         """Return a tile of W, on the device if something is made from it."""
@@ -199,22 +214,8 @@ class Walk:
         if quantized is not None and self._device.type != "cpu":
             return quantized.dequantize_rows(tile.rows.start, tile.rows.stop)
         weight_OI = self._buffers.get("weight", tile.weight.dtype, tile.shape, host=True)
-        self._read_into(tile, weight_OI)
+        self._reader.read(tile, weight_OI)
         return weight_OI.to(self._device, non_blocking=True) if self._computed(tile.weight.tensor) else weight_OI
-
-    def _read_into(self, tile: Tile, target_OI: torch.Tensor) -> None:
-        """Read a tile of W into main memory, or dequantize it there."""
-        tensor, quantized = tile.weight.tensor, tile.weight.quantized
-        if quantized is not None:
-            weight_OI = quantized.dequantize_rows(tile.rows.start, tile.rows.stop, target_OI)
-            if weight_OI.data_ptr() != target_OI.data_ptr():
-                target_OI.copy_(weight_OI)
-            return
-        assert tensor.stored is not None
-        path = self._base.source.directory / tensor.shard
-        begin = tensor.stored.begin + tile.rows.start * tile.weight.num_columns * tensor.stored.dtype.itemsize
-        read_into(self._descriptor(path), path, target_OI, begin)
-        self._state.count(base=tile.num_elements * tensor.stored.dtype.itemsize)
 
     def _make(
         self,
@@ -237,25 +238,25 @@ class Walk:
         if self._computed(tensor):
             check_range(tensor, target_OI)
 
-    def _operands(self, tile: Tile, job: Job) -> tuple[torch.Tensor, torch.Tensor]:
-        plan = job.in_work
-        delta = plan.deltas[tile.weight.tensor.name]
-        with tile.weight.lock:
-            if job.id not in tile.weight.operands:
-                file = self._descriptor(plan.opened.weights_path)
-                a_RI = read_operand(plan.opened, delta.a_RI, file).to(self._device)
-                b_OR = read_operand(plan.opened, delta.b_OR, file).to(self._device)
-                tile.weight.operands[job.id] = a_RI, b_OR
-                self._state.count(adapter=delta.a_RI.num_bytes + delta.b_OR.num_bytes)
-            return tile.weight.operands[job.id]
-
     def _tally(self, weight: WeightInWork, job: Job) -> Tally | None:
         if self._check is None:
             return None
         with weight.lock:
             if job.id not in weight.tallies:
-                weight.tallies[job.id] = self._check.tally(job.in_work, weight.tensor.name)
+                name, plan = weight.tensor.name, job.in_work
+                layout = plan.merged if name in plan.requantized else job.written
+                weight.tallies[job.id] = self._check.tally(plan, name, layout.tensors[name])
             return weight.tallies[job.id]
+
+    def _formed(self, weight: WeightInWork, job: Job) -> FormedWeight | None:
+        name = weight.tensor.name
+        if not job.quantizes_tiles or name not in job.in_work.requantized:
+            return None
+        with weight.lock:
+            if job.id not in weight.formed:
+                is_checked = self._check is not None
+                weight.formed[job.id] = FormedWeight(job.in_work, name, self._buffers, checked=is_checked)
+            return weight.formed[job.id]
 
     def _add_on_cpu(
         self,
@@ -267,7 +268,7 @@ class Walk:
     ) -> None:
         """Add the delta to W, or to what is in its place if W is not given; do a comparison on the way."""
         tensor, scaling = tile.weight.tensor, job.in_work.deltas[tile.weight.tensor.name].scaling
-        a_RI, b_OR = self._operands(tile, job)
+        a_RI, b_OR = self._reader.operands(tile, job, self._device)
         b_OR = b_OR[tile.rows]
         made_from = target_OI if weight_OI is None else weight_OI
         if not products.merge(
@@ -284,7 +285,7 @@ class Walk:
         """Add the delta to W, which is on the device."""
         assert weight_OI is not None
         tensor, scaling = tile.weight.tensor, job.in_work.deltas[tile.weight.tensor.name].scaling
-        a_RI, b_OR = self._operands(tile, job)
+        a_RI, b_OR = self._reader.operands(tile, job, self._device)
         sum_OI = self._buffers.get("sum", torch.float32, tile.shape, host=False)
         torch.mm(b_OR[tile.rows], a_RI, out=sum_OI)
         if scaling != 1.0:

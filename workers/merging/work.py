@@ -11,6 +11,7 @@ import torch
 
 from workers.bases.forms import StoredWeight
 from workers.merging.checks.tally import Tally
+from workers.merging.form_tiles import FormedWeight
 from workers.merging.output import OutputTensor
 
 _MAX_OPEN_SHARDS = 256
@@ -34,6 +35,8 @@ class WeightInWork:
         """lora_A [R, I] and lora_B [O, R] of each job, float32, on the device."""
         self.tallies: dict[str, Tally] = {}
         """What the check of each job's tiles found."""
+        self.formed: dict[str, FormedWeight] = {}
+        """What it becomes in each job that stores it in a form at once."""
 
 
 @dataclass(frozen=True, slots=True)

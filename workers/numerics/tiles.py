@@ -17,6 +17,9 @@ TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": (1 << 24) - (1 << 13)}
 what is done with them. For a GPU, a little less than a power of two, since torch pins no other sizes, and a buffer is
 two pages longer than its tile."""
 
+ALIGNED_ROWS = 128
+"""Tiles begin at multiples of this where the rows of a matrix are one: no block of shared scales is cut."""
+
 
 _STRIP_ELEMENTS = 1 << 19
 """Elements of a tile whose delta is computed at once on the CPU: it stays in the caches until it is added."""
@@ -79,6 +82,11 @@ def columns_of(shape: tuple[int, ...]) -> int:
     and no delta is streamed to it.
     """
     return shape[1] if len(shape) == 2 else 1
+
+
+def aligned_rows(shape: tuple[int, ...], alignment: int) -> int:
+    """Return what tiles of a tensor begin at multiples of, where they have to begin at multiples of `alignment`."""
+    return math.lcm(alignment, ALIGNED_ROWS if len(shape) == 2 and shape[0] % ALIGNED_ROWS == 0 else 1)
 
 
 @dataclass(frozen=True, slots=True)

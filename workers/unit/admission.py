@@ -37,7 +37,7 @@ def admit_to_disks(jobs: Sequence[Job], base: BasePlan, scratch: Path) -> None:
         if job.request.parity.level == "full":
             of_all, of_release = plain_bytes, plain_release_bytes(job.plan)
             beside = of_all + max(of_release - largest_release, 0)
-        if job.plan.storage and job.leader is None:
+        if job.merges_apart and job.leader is None:
             beside += job.in_work.merged.num_bytes
         with own_failure(job), file_errors(f"looking at {job.directory}", job.directory):
             disks.take(job.directory, most_bytes(job.in_work), scratch, beside)

@@ -277,7 +277,7 @@ class Unit:
     ) -> None:
         for job in jobs:
             recorder = ShardRecorder(job, origin_of(job.plan, self._context.device), check.quantization_errors)
-            job.witness = None if job.in_work.storage else recorder  # nothing of the release is made yet
+            job.witness = None if job.merges_apart else recorder  # nothing of the release is made yet
         with self.tracker.timed("merge"):
             took = run_pass(self._base, quantized, weights, jobs, self._context, check=check)
         self._count(took.of_base + took.of_adapters, took.written)

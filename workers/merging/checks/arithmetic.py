@@ -23,6 +23,7 @@ from jobs.errors import InternalError
 from jobs.parity_report import TensorCheck
 from workers.bases.forms import StoredWeight
 from workers.bases.quantized_base import QuantizedBase
+from workers.files.layout import ShardLayout, TensorSpec
 from workers.files.tensor_io import opened, read_into
 from workers.merging.base_plan import BasePlan
 from workers.merging.checks.evidence import Evidence
@@ -72,12 +73,13 @@ class ArithmeticCheck:
         """What 4 bits changed of W, by tensor, where it is known."""
         return {} if self._quantized is None else self._quantized.errors
 
-    def tally(self, plan: MergePlan, name: str) -> Tally:
+    def tally(self, plan: MergePlan, name: str, place: tuple[ShardLayout, TensorSpec]) -> Tally:
         """Return what the tiles of a tensor are counted in.
 
         Args:
             plan: of a job of the pass, or a part of it.
             name: of the tensor.
+            place: where it goes.
 
         Raises:
             BadInputError: the adapter's files cannot be read any more.
@@ -85,7 +87,7 @@ class ArithmeticCheck:
         with self._lock:
             if plan.request.id not in self._evidence:
                 self._evidence[plan.request.id] = Evidence(plan)
-        return Tally(plan, name, self._evidence[plan.request.id])
+        return Tally(place, name, self._evidence[plan.request.id])
 
     def row_alignment(self, tensor: OutputTensor) -> int:
         """Return what rows of a tensor of the base are read in multiples of."""
@@ -135,7 +137,7 @@ class ArithmeticCheck:
         self._took(begin)
         return Expected(tally, rows, weight_OI, comparison)
 
-    def judge(self, expected: Expected, merged: torch.Tensor, place: tuple[str, int]) -> None:
+    def judge(self, expected: Expected, merged: torch.Tensor, place: tuple[str, int] | None = None) -> None:
         """Count what rows of a merged tensor are against what they have to be.
 
         What the merge compared on its way is not trusted: it is taken where a projection proves it.
@@ -143,7 +145,7 @@ class ArithmeticCheck:
         Args:
             expected: of these rows.
             merged: uint8, the bytes that go there.
-            place: where they go: the shard's name, and the offset in it.
+            place: where they go: the shard's name, and the offset in it; None for nowhere.
 
         Raises:
             InternalError: they go to another place than the plan says.
@@ -152,7 +154,7 @@ class ArithmeticCheck:
         tally, rows, weight_OI = expected.tally, expected.rows, expected.weight_OI
         spec = tally.spec
         planned = tally.shard, spec.begin + rows.start * weight_OI.shape[1] * spec.dtype.itemsize
-        if place != planned:
+        if place is not None and place != planned:
             raise InternalError(f"rows {rows.start} to {rows.stop} of {tally.name} go to {place}, expected {planned}")
         merged_OI = merged.view(spec.dtype).view(weight_OI.shape)
         if tally.operands is not None:
@@ -188,7 +190,7 @@ class ArithmeticCheck:
 
         def compared(tensor: OutputTensor) -> TensorCheck:
             stop()
-            tally = self.tally(plan, tensor.name)
+            tally = self.tally(plan, tensor.name, plan.merged.tensors[tensor.name])
             tiling = Tiling.of(tensor.shape, self.row_alignment(tensor), TILE_ELEMENTS["cpu"])
             row_bytes = tiling.num_columns * tally.spec.dtype.itemsize
             path = directory / tally.shard

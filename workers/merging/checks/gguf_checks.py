@@ -26,7 +26,7 @@ from workers.merging.checks.tally import TensorChecks, finite
 from workers.merging.gguf_storage import GgufStorage, read_from
 from workers.merging.gguf_writing import tiles_of
 from workers.merging.plan import MergePlan
-from workers.numerics.rounding import BITS
+from workers.numerics.kernels.differences import num_different
 from workers.numerics.tiles import single_threads, strips_of
 
 _BLOCK = 32
@@ -163,9 +163,9 @@ class _Check:
             shipped = torch.from_numpy(np.array(raw[rows.start * tensor.row_bytes : rows.stop * tensor.row_bytes]))
             turned, wanted = _turned_back(tensor, tensor.decode(shipped)), self._read(source, rows)
             if not tensor.is_quantized:
-                found.num_different += _num_different(turned, wanted.to(DTYPES[tensor.kind]))
+                found.num_different += num_different(turned, wanted.to(DTYPES[tensor.kind]))
                 continue
-            found.num_different += _num_different(shipped, tensor.encode(tensor.interleaved(wanted)))
+            found.num_different += num_different(shipped, tensor.encode(tensor.interleaved(wanted)))
             before = None if was is None else self._weights.weight(was, rows)
             for part in strips_of(wanted.shape[0], wanted.shape[1], _STRIP_ELEMENTS):
                 _measure(found, turned[part], wanted[part], None if before is None else before[part])
@@ -226,9 +226,3 @@ def _together(name: str, checks: Sequence[TensorCheck]) -> TensorCheck:
 
 def _unchanged(name: str) -> TensorCheck:
     return TensorCheck(tensor=name, changed=False, max_abs_error=0.0, rounding_excess=0.0)
-
-
-def _num_different(one: torch.Tensor, other: torch.Tensor) -> int:
-    """Return how many elements have other bits."""
-    bits = BITS[one.dtype.itemsize]
-    return int((one.contiguous().view(bits) != other.contiguous().view(bits)).sum())

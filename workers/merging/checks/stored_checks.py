@@ -5,7 +5,7 @@ has to have the very parts that the form's library makes of the proven numbers; 
 measured on what the shipped parts stand for.
 """
 
-import math
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,18 +14,15 @@ import torch
 from jobs.parity_report import TensorCheck
 from workers.files.tensor_io import mapped, opened, read_into
 from workers.merging.checks.arithmetic import ArithmeticCheck
-from workers.merging.checks.tally import TensorChecks, finite
+from workers.merging.checks.remaining import Remains, checks_of_parts, remains_of
+from workers.merging.checks.tally import TensorChecks
 from workers.merging.plan import MergePlan
 from workers.merging.storage import WeightStorage
 from workers.merging.storing import base_bytes_of, numbers_of
-from workers.numerics.kernels.elements import array
-from workers.numerics.kernels.remains import remains
-from workers.numerics.rounding import BITS
-from workers.numerics.tiles import Tiling, single_threads
+from workers.numerics.kernels.differences import num_different
+from workers.numerics.tiles import TileBuffers, columns_of, single_threads
 
 _PIECE_BYTES = 4 << 20
-_STEP_ELEMENTS = 1 << 18
-"""Of a weight, dequantized and compared at once: they stay in a core's cache."""
 
 
 def check_stored(
@@ -105,6 +102,7 @@ class _Check:
         self._weights = weights
         self._read = numbers_of(plan, self._merged_in)
         self._stop = stop
+        self._buffers = TileBuffers(torch.device("cpu"))
         self._of_base = base_bytes_of(plan)
         parts = {stored for each in plan.requantized.values() for stored in each.names}
         self.whole = [name for name in plan.output.tensors if name not in parts]
@@ -115,7 +113,7 @@ class _Check:
         self._stop()
         of_base = name in self._of_base
         source = self._plan.base.source.directory if of_base else self._merged_in
-        num_wrong = self._num_different(name, source, of_base=of_base)
+        num_wrong = self._num_bytes_different(name, source, of_base=of_base)
         if of_base:
             same = TensorCheck(
                 tensor=name, changed=False, max_abs_error=0.0, rounding_excess=0.0, num_bad_elements=num_wrong
@@ -135,78 +133,48 @@ class _Check:
         wrong = [
             f"tensor {stored}: {number} elements are not what {storage.form.words} makes of the merged {name}"
             for stored in parts.names
-            if (number := _num_different(shipped[stored], expected[stored]))
+            if (number := num_different(shipped[stored], expected[stored]))
         ]
-        proven = self._proven[name]
-        changed = dict.fromkeys(parts.names, proven.changed)
+        changed = dict.fromkeys(parts.names, self._proven[name].changed)
         if before is not None:
-            changed = {stored: _num_different(shipped[stored], before[stored]) > 0 for stored in parts.names}
-        figures = self._figures(name, shipped) | {"tensor": parts.codes, "changed": any(changed.values())}
-        checks = [
-            TensorCheck(
-                tensor=stored,
-                changed=changed[stored],
-                targeted=proven.targeted,
-                max_abs_error=0.0,
-                rounding_excess=0.0,
-            )
-            for stored in parts.beside.values()
-        ]
-        return [proven.model_copy(update=figures), *checks], wrong
+            changed = {stored: num_different(shipped[stored], before[stored]) > 0 for stored in parts.names}
+        return checks_of_parts(parts, self._proven[name], self._remains(name, shipped), changed), wrong
 
     def survival(self, name: str) -> float | None:
         """Return how much of the delta would be left of a weight, were it shipped as it is quantized."""
         self._stop()
         assert isinstance(self._plan.storage, WeightStorage)
-        return self._figures(name, self._plan.storage.quantize(name, self._read))["survival"]
+        return self._remains(name, self._plan.storage.quantize(name, self._read)).survival
 
-    def _figures(self, name: str, shipped: Mapping[str, torch.Tensor]) -> dict[str, float | None]:
-        """Return what quantizing changed of a weight, and how much of the delta is left, where there is one."""
+    def _remains(self, name: str, shipped: Mapping[str, torch.Tensor]) -> Remains:
+        """Return what is left of the delta of a weight in what ships."""
         plan, storage = self._plan, self._plan.storage
         assert isinstance(storage, WeightStorage)
         merged, was = self._read(name), plan.base.by_name.get(name)
         ships = storage.form.restore(name, plan.requantized[name], shipped, merged.dtype, transposed=False)
-        if not self._proven[name].targeted:
-            was = None
-        alignment = math.lcm(ships.row_alignment, 1 if was is None else self._weights.row_alignment(was))
-        lost = kept = delta = 0.0
-        for rows in Tiling.of(ships.shape, alignment, _STEP_ELEMENTS).rows:
-            tile = ships.dequantize_rows(rows.start, rows.stop)
-            is_to_be = merged.view(-1, tile.shape[1])[rows]
-            before = is_to_be[:0] if was is None else self._weights.weight(was, rows)
-            sums = remains(array(tile), array(is_to_be), array(before))
-            lost, kept, delta = (total + part for total, part in zip((lost, kept, delta), sums, strict=True))
-        kept += delta  # shipped - W is what was added and the error
-        return {
-            "requantization_error": math.sqrt(finite(lost)),
-            "survival": kept / delta if delta > 0 and math.isfinite(kept) else None,
-        }
+        merged_OI = merged.view(-1, columns_of(ships.shape))
+        if was is None or not self._proven[name].targeted:
+            return remains_of(ships, merged_OI, None, 1, self._buffers)
+        read = functools.partial(self._weights.weight, was)
+        return remains_of(ships, merged_OI, read, self._weights.row_alignment(was), self._buffers)
 
     def _shipped(self, stored: str) -> torch.Tensor:
         return mapped(self._directory / self._plan.output.tensors[stored][0].name, stored)
 
-    def _num_different(self, name: str, source: Path, *, of_base: bool) -> int:
+    def _num_bytes_different(self, name: str, source: Path, *, of_base: bool) -> int:
         """Return how many bytes of a tensor are others than in the place it comes from."""
         layout = self._plan.base.layout if of_base else self._plan.merged
-        num_different = 0
+        number = 0
         places = [(source, layout.tensors[name]), (self._directory, self._plan.output.tensors[name])]
         paths = [directory / shard.name for directory, (shard, _) in places]
         specs = [spec for _, (_, spec) in places]
         with opened(paths[0]) as one, opened(paths[1]) as other:
             for offset in range(0, specs[0].num_bytes, _PIECE_BYTES):
-                pieces = []
+                pieces: list[torch.Tensor] = []
                 for descriptor, path, spec in zip((one, other), paths, specs, strict=True):
-                    piece = torch.empty(min(_PIECE_BYTES, spec.num_bytes - offset), dtype=torch.uint8)
+                    shape = 1, min(_PIECE_BYTES, spec.num_bytes - offset)
+                    piece = self._buffers.get(f"piece {len(pieces)}", torch.uint8, shape, host=True)
                     read_into(descriptor, path, piece, spec.begin + offset)
                     pieces.append(piece)
-                num_different += _num_different(*pieces)
-        return num_different
-
-
-def _num_different(one: torch.Tensor, other: torch.Tensor) -> int:
-    """Return how many elements of two tensors have other bits; all, where their dtypes or shapes differ."""
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return max(one.numel(), other.numel(), 1)
-    bits = BITS[one.dtype.itemsize]
-    one, other = one.view(bits), other.view(bits)
-    return 0 if torch.equal(one, other) else int((one != other).sum())
+                number += num_different(*pieces)
+        return number

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jobs.parity_report import TensorCheck
+from workers.files.layout import ShardLayout, TensorSpec
 from workers.merging.checks.evidence import Evidence
 from workers.merging.checks.proof import Operands
-from workers.merging.plan import MergePlan
 from workers.numerics.rounding import precision_for
 
 
@@ -51,20 +51,21 @@ class TensorChecks:
 class Tally:
     """What is found about one tensor of one job, over its tiles; several threads add to it."""
 
-    def __init__(self, plan: MergePlan, name: str, evidence: Evidence) -> None:
+    def __init__(self, place: tuple[ShardLayout, TensorSpec], name: str, evidence: Evidence) -> None:
         """Start with nothing found.
 
         Args:
-            plan: says where the tensor goes.
+            place: where the tensor goes.
             name: of the tensor.
             evidence: what the adapter says of it.
         """
-        shard, spec = plan.merged.tensors[name]
+        shard, spec = place
         self.name = name
         self.shard = shard.name
         self.spec = spec
         self._evidence = evidence
-        self._targeted = name in evidence.pairs
+        self.targeted = name in evidence.pairs
+        """Whether something is added to it."""
         self._sums: dict[int, Sums] = {}
         """By the row they begin at."""
         self._lock = threading.Lock()
@@ -74,7 +75,7 @@ class Tally:
     @property
     def operands(self) -> Operands | None:
         """The delta of the tensor; None if it is to be what it was."""
-        if self._targeted and self._operands is None:
+        if self.targeted and self._operands is None:
             with self._reading:
                 if self._operands is None and (factors := self._evidence.factors(self.name)) is not None:
                     self._operands = Operands(*factors, precision_for(self.spec.dtype))
@@ -99,7 +100,7 @@ class Tally:
         return TensorCheck(
             tensor=self.name,
             changed=sums.changed,
-            targeted=self._targeted,
+            targeted=self.targeted,
             max_abs_error=sums.max_abs_error,
             rounding_excess=sums.rounding_excess,
             num_bad_elements=sums.num_bad_elements,

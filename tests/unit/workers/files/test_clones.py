@@ -125,9 +125,9 @@ def test_a_base_that_is_only_linked_meanwhile_is_no_fault(place, base, monkeypat
     planned = plan_pass(base, {"one": make_adapter(base, place / "one")}, place / "out")
     finish = ShardWriter._finish
 
-    def link_and_finish(shard, digest):
+    def link_and_finish(shard):
         os.link(base / "model.safetensors", base / "link")
-        finish(shard, digest)
+        finish(shard)
 
     monkeypatch.setattr(ShardWriter, "_finish", link_and_finish)
     result = planned.run(direct=True)

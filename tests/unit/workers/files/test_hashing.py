@@ -29,7 +29,8 @@ class File:
         with self.buffers.take(len(data), begin) as buffer:
             buffer.values.copy_(buffer.values.new_tensor(bytearray(data)))
             buffer.hold()
-            self.digest = self.hash.add(begin, buffer) or self.digest
+            if self.hash.add(begin, buffer):
+                self.digest = self.hash.digest
 
     @property
     def right(self):

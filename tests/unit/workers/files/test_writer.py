@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import workers.files.hashing
 import workers.files.shard
@@ -28,7 +29,7 @@ from jobs.release import Artifact
 from tests.merges import open_descriptors
 from workers.files.buffers import PAGE_BYTES, BufferPool
 from workers.files.layout import CheckpointLayout, lay_out
-from workers.files.shard import Conveyor, HashedFile
+from workers.files.shard import Conveyor, WrittenFile
 from workers.files.writer import CheckpointWriter
 
 
@@ -41,7 +42,7 @@ class Checkpoint:
     num_buffers: int = 6
     num_spare: int = 2
     direct: bool = False
-    on_file: Callable[[HashedFile], None] = lambda _: None
+    on_file: Callable[[WrittenFile], None] | None = lambda _: None
 
     def __post_init__(self):
         self.threads = ThreadPoolExecutor(3)
@@ -194,6 +195,21 @@ def test_a_large_file_is_hashed_while_it_is_written(tmp_path, direct):
     with (tmp_path / "model.safetensors").open("r+b") as file:  # the very next write shows
         file.write(b"x")
     assert not told[0].is_as_it_was(tmp_path)
+
+
+def test_files_for_this_process_alone_are_not_hashed(tmp_path):
+    contents = {"a": random.Random(1).randbytes(5_000_000), "b": b"12345678"}
+    layout = lay_out([(name, torch.uint8, (len(data),)) for name, data in contents.items()], None)
+    checkpoint = Checkpoint(tmp_path, layout, on_file=None)
+    checkpoint.write_all(contents, pieces=7)
+    checkpoint.threads.shutdown()
+    (file,) = checkpoint.writer.finished()
+    assert (file.sha256, checkpoint.buffers.num_free) == (None, checkpoint.num_buffers)
+    assert {name: bytes(tensor.tolist()) for name, tensor in load_file(tmp_path / file.name).items()} == contents
+    assert file.is_as_it_was(tmp_path)
+    with (tmp_path / file.name).open("ab") as opened:
+        opened.write(b"more")
+    assert not file.is_as_it_was(tmp_path)
 
 
 def test_a_small_file_is_read_again(small):

@@ -5,11 +5,25 @@ import itertools
 import pytest
 import torch
 
+from workers.numerics.kernels.differences import num_different
 from workers.numerics.kernels.elements import ARRAY_DTYPES, array
 from workers.numerics.kernels.encoding import extremes
 from workers.numerics.kernels.remains import remains
 
 DTYPES = tuple(ARRAY_DTYPES)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8, torch.float8_e4m3fn, torch.int64, torch.float64])
+def test_what_differs_in_any_bit_is_counted(dtype):
+    """Zeros of either sign as well as NaN; elements lie where no word begins, and not one after the other."""
+    one = torch.randint(0, 256, (9, 24), dtype=torch.uint8).view(dtype)[1:]
+    other = one.clone()
+    assert num_different(one, other) == 0
+    other.view(torch.uint8)[2, 7] ^= 128
+    other.view(torch.uint8)[7, 23] ^= 1
+    assert num_different(one, other) == num_different(one.T, other.T) == 2
+    assert num_different(one, other[:-1]) == one.numel()
+    assert num_different(one, other.view(torch.int8)) == max(one.numel(), other.view(torch.int8).numel())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

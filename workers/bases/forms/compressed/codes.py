@@ -17,22 +17,25 @@ from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
 from compressed_tensors.quantization.lifecycle.forward import quantize
 
-from workers.bases.forms.compressed.group import GLOBAL_SCALE, SCALE, SHAPE, WEIGHT, ZERO_POINT, Group
+from workers.bases.forms.compressed.group import GLOBAL_SCALE, PACKED, SCALE, SHAPE, WEIGHT, ZERO_POINT, Group
 from workers.numerics.kernels.elements import array
 from workers.numerics.kernels.encoding import Scaling, encode
 
 _HALF_BYTE = 4
-_WORD_BYTES = 4
 _OF_MX = frozenset({CompressionFormat.mxfp4_pack_quantized, CompressionFormat.mxfp8_quantized})
 
 
-def compress_rows(parts: dict[str, torch.Tensor], group: Group) -> dict[str, torch.Tensor]:
-    """Return what the compressor of a group makes of some rows of a weight, bit for bit.
+def compress_rows(parts: dict[str, torch.Tensor], group: Group, codes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Do what the compressor of a group does with some rows of a weight, bit for bit.
 
     Args:
         parts: by what they are called in their module: the rows, in 16 or 32 bits, [O, I]; their scales; zero points
             and a global scale, where the group has such. The rows begin with a block.
         group: of the weight.
+        codes: gets the codes of the rows.
+
+    Returns:
+        What goes with the codes.
     """
     rows_OI, scales = parts[WEIGHT], parts[SCALE]
     of_all = parts.get(GLOBAL_SCALE)
@@ -40,10 +43,19 @@ def compress_rows(parts: dict[str, torch.Tensor], group: Group) -> dict[str, tor
     dtype = torch.result_type(rows_OI, divisors)
     if not _are_looked_up(group, dtype):
         compressed: dict[str, torch.Tensor] = group.compressor.compress(parts, group.scheme)
+        codes.copy_(compressed.pop(group.codes))
         return compressed
-    codes_OI = _codes(rows_OI, divisors, parts.get(ZERO_POINT), group, dtype)
+    # The library rounds zero points to the dtype of the weight first.
+    shifts = parts[ZERO_POINT].to(rows_OI.dtype).float() if ZERO_POINT in parts else torch.empty(0)
+    scaling = Scaling(
+        scales=array(divisors.float().contiguous()),
+        multiplies=False,
+        shifts=array(shifts.contiguous()),
+        rounded=array(torch.empty(1, dtype=dtype)),
+    )
+    table = _table(group.format, group.arguments.type, group.arguments.num_bits, dtype)
+    _fill(codes, rows_OI, scaling, table, group)
     found = {name: part for name, part in parts.items() if name != WEIGHT}
-    found[group.codes] = _as_stored(codes_OI, group)
     if group.format is CompressionFormat.pack_quantized:
         found[SHAPE] = torch.tensor(rows_OI.shape)
     if group.packs_zero_points:
@@ -71,7 +83,9 @@ def multiplied(rows_OI: torch.Tensor, factors: torch.Tensor, block: tuple[int, i
     scaling = Scaling(
         array(factors.contiguous()), multiplies=True, shifts=array(nothing), rounded=array(factors[:1, :1])
     )
-    return _encoded(rows_OI, scaling, table, block).view(torch.float8_e4m3fn)
+    codes_OI = torch.empty(rows_OI.shape, dtype=torch.uint8)
+    encode(array(rows_OI), scaling, table.numpy(), (rows_OI.shape[1], *block), array(codes_OI))
+    return codes_OI.view(torch.float8_e4m3fn)
 
 
 def _are_looked_up(group: Group, quotients: torch.dtype) -> bool:
@@ -81,36 +95,21 @@ def _are_looked_up(group: Group, quotients: torch.dtype) -> bool:
     return group.format is not CompressionFormat.pack_quantized or group.arguments.num_bits in (_HALF_BYTE, 8)
 
 
-def _codes(
-    rows_OI: torch.Tensor,
-    divisors: torch.Tensor,
-    zero_points: torch.Tensor | None,
-    group: Group,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Return a byte for each weight, [O, I]."""
+def _fill(codes: torch.Tensor, rows_OI: torch.Tensor, scaling: Scaling, table: torch.Tensor, group: Group) -> None:
+    """Write the codes of rows, in the words that they are stored in."""
     num_rows, num_columns = rows_OI.shape
     block = {
         QuantizationStrategy.TENSOR: (num_rows, num_columns),
         QuantizationStrategy.CHANNEL: (1, num_columns),
         QuantizationStrategy.BLOCK: group.block,
     }.get(group.strategy, (1, group.group_size or num_columns))
-    # The library rounds zero points to the dtype of the weight first.
-    shifts = torch.empty(0) if zero_points is None else zero_points.to(rows_OI.dtype).float()
-    table = _table(group.format, group.arguments.type, group.arguments.num_bits, dtype)
-    scaling = Scaling(
-        scales=array(divisors.float().contiguous()),
-        multiplies=False,
-        shifts=array(shifts.contiguous()),
-        rounded=array(torch.empty(1, dtype=dtype)),
-    )
-    return _encoded(rows_OI, scaling, table, block)
-
-
-def _encoded(rows_OI: torch.Tensor, scaling: Scaling, table: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    layout, target = (num_columns, *block), codes.view(torch.uint8)
+    if target.numel() * (2 if _are_halves(group) else 1) == rows_OI.numel() and num_columns % 2 == block[1] % 2 == 0:
+        encode(array(rows_OI), scaling, table.numpy(), layout, array(target))
+        return
     codes_OI = torch.empty(rows_OI.shape, dtype=torch.uint8)
-    encode(array(rows_OI), scaling, table.numpy(), (rows_OI.shape[1], *block), array(codes_OI))
-    return codes_OI
+    encode(array(rows_OI), scaling, table.numpy(), layout, array(codes_OI))
+    target.copy_(_in_words(codes_OI, group))
 
 
 @functools.cache
@@ -132,15 +131,17 @@ def _table(format_: CompressionFormat, kind: str, num_bits: int, dtype: torch.dt
     return codes
 
 
-def _as_stored(codes_OI: torch.Tensor, group: Group) -> torch.Tensor:
-    """Return codes in the words that they are stored in."""
-    is_float, num_bits = group.arguments.type == QuantizationType.FLOAT, group.arguments.num_bits
-    packs = group.format is CompressionFormat.pack_quantized
-    if not packs and (num_bits != _HALF_BYTE or not is_float):
-        return codes_OI.view(torch.float8_e4m3fn if is_float else torch.int8)
-    if packs:  # the last word of a row is filled up
-        codes_OI = torch.nn.functional.pad(codes_OI, (0, -codes_OI.shape[1] % (8 * _WORD_BYTES // num_bits)))
-    if num_bits == _HALF_BYTE:  # the first of two lies in the lower half
+def _are_halves(group: Group) -> bool:
+    """Whether a byte holds two codes."""
+    return group.codes == PACKED and group.arguments.num_bits == _HALF_BYTE
+
+
+def _in_words(codes_OI: torch.Tensor, group: Group) -> torch.Tensor:
+    """Return codes in bytes of whole words, the last of each row filled up."""
+    if group.codes == PACKED:
+        num_in_word = 8 * group.codes_dtype.itemsize // group.arguments.num_bits
+        codes_OI = torch.nn.functional.pad(codes_OI, (0, -codes_OI.shape[1] % num_in_word))
+    if _are_halves(group):  # the first of two lies in the lower half
         pairs = codes_OI.view(torch.int16)
         codes_OI = (pairs | (pairs >> _HALF_BYTE)).to(torch.uint8)
-    return codes_OI.view(torch.int32) if packs else codes_OI
+    return codes_OI

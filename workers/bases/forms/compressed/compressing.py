@@ -15,8 +15,8 @@ from workers.bases.forms.compressed.group import GLOBAL_SCALE, SCALE, SHAPE, WEI
 from workers.numerics.kernels.elements import array
 from workers.numerics.kernels.encoding import extremes
 
-_STEP_ELEMENTS = 1 << 20
-"""Weights that are quantized at once."""
+_STEP_ELEMENTS = 1 << 22
+"""Weights whose scales are computed at once."""
 _PACKED_ROWS = 32
 """Zero points of so many rows fill whole words, however many bits they have."""
 _SCALES = {
@@ -41,7 +41,11 @@ MXFP4 = _group("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group
 
 
 def compress(
-    weight_OI: torch.Tensor, group: Group, scale_dtype: torch.dtype, of_all: torch.Tensor | None = None
+    weight_OI: torch.Tensor,
+    group: Group,
+    scale_dtype: torch.dtype,
+    of_all: torch.Tensor | None = None,
+    codes: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Quantize a weight as a group says, rows at a time: scales reach no further, but for what all of it shares.
 
@@ -51,6 +55,7 @@ def compress(
         scale_dtype: what scales are stored in. They are computed in float32, and rounded to it before they are used.
         of_all: float32 [1], in NVFP4: a global scale. It is taken where it reaches far enough, as modules that servers
             fuse (queries, keys and values) share one; a larger weight gets its own.
+        codes: memory for the codes, in their dtype and shape.
 
     Returns:
         What the compressor gives, by what it is called in its module: codes, scales, and what goes with them.
@@ -68,7 +73,8 @@ def compress(
         # A larger one stands for smaller weights.
         shared[GLOBAL_SCALE] = own if of_all is None or own < of_all else of_all.float()
     alignment = _PACKED_ROWS if group.packs_zero_points else group.block[0]
-    codes = torch.empty(group.codes_shape(*weight_OI.shape), dtype=group.codes_dtype)
+    if codes is None:
+        codes = torch.empty(group.codes_shape(*weight_OI.shape), dtype=group.codes_dtype)
     pieces, begin = [], 0
     for rows_OI in _strips(weight_OI, alignment):
         low, high = whole or _extremes(rows_OI, group)
@@ -76,9 +82,7 @@ def compress(
         parts = {WEIGHT: rows_OI, SCALE: scales.to(of_scales), **shared}
         if not arguments.symmetric:
             parts[ZERO_POINT] = zero_points
-        piece = compress_rows(parts, group)
-        codes[begin : begin + len(rows_OI)] = piece.pop(group.codes)
-        pieces.append(piece)
+        pieces.append(compress_rows(parts, group, codes[begin : begin + len(rows_OI)]))
         begin += len(rows_OI)
     found = {name: _joined(name, [piece[name] for piece in pieces], group) for name in pieces[0]}
     found[group.codes] = codes

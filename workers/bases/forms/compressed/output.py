@@ -17,7 +17,7 @@ from jobs.output_form import OutputForm
 from workers.bases.forms import PartLayout, StoredParts
 from workers.bases.forms.compressed.compressing import compress, global_scale
 from workers.bases.forms.compressed.form import CompressedTensors
-from workers.bases.forms.compressed.group import WEIGHT, Group
+from workers.bases.forms.compressed.group import SHAPE, WEIGHT, Group
 from workers.bases.forms.compressed.wider import in_8_bits
 
 PRESETS: Mapping[OutputForm, str] = {
@@ -86,8 +86,18 @@ class CompressedOutput:
         """Whether weights have a scale for all of them, which servers take to be that of all that they fuse."""
         return self.group.strategy is QuantizationStrategy.TENSOR_GROUP
 
+    @property
+    def row_alignment(self) -> int | None:
+        """So many rows of a weight are stored as if they were a weight; None where a scale reaches further."""
+        reaches = {QuantizationStrategy.CHANNEL: 1, QuantizationStrategy.GROUP: 1}
+        return (reaches | {QuantizationStrategy.BLOCK: self.group.block[0]}).get(self.group.strategy)
+
     def quantize(
-        self, name: str, weight_OI: torch.Tensor, together: Sequence[torch.Tensor]
+        self,
+        name: str,
+        weight_OI: torch.Tensor,
+        together: Sequence[torch.Tensor],
+        codes: torch.Tensor | None = None,
     ) -> Mapping[str, torch.Tensor]:
         """Return what a weight is stored as, by name.
 
@@ -95,12 +105,29 @@ class CompressedOutput:
             name: of the weight.
             weight_OI: its numbers.
             together: those of all weights that share its global scale, its own included.
+            codes: memory for its codes, in their dtype and shape.
         """
         owner, (num_rows, num_columns) = name.removesuffix(WEIGHT), weight_OI.shape
         layout = self.group.layout(num_rows, num_columns, self._dtype)
         second = global_scale(together) if self.shares_scales else None
-        found = compress(weight_OI, self.group, self._dtype, second)
+        found = compress(weight_OI, self.group, self._dtype, second, codes)
         return {f"{owner}{part}": found[part].to(dtype).reshape(shape) for part, (dtype, shape) in layout.items()}
+
+    def joined(
+        self, name: str, shape: tuple[int, ...], pieces: Sequence[Mapping[str, torch.Tensor]]
+    ) -> Mapping[str, torch.Tensor]:
+        """Return what goes with the codes of a weight, where rows were quantized one group of them after the other.
+
+        Args:
+            name: of the weight.
+            shape: [O, I].
+            pieces: what goes with the codes of all rows, in their order, by stored name.
+        """
+        shape_is = f"{name.removesuffix(WEIGHT)}{SHAPE}"
+        return {
+            stored: torch.tensor(shape) if stored == shape_is else torch.cat([piece[stored] for piece in pieces])
+            for stored in pieces[0]
+        }
 
     def declaration(self, ignored: Sequence[str]) -> dict[str, Any]:
         """Return the `quantization_config` of a release.
