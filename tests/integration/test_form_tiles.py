@@ -1,5 +1,6 @@
 """Releases whose weights are quantized tile by tile as they are merged: the library's bits, and no wrong ones pass."""
 
+import errno
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ from tests.models import build_llama, make_adapter
 from tests.stored.kept import expected, survival
 from workers.bases.forms.compressed.output import CompressedOutput
 from workers.files.scratch import OwnedDirectory
+from workers.files.shard import ShardWriter
 from workers.merging import storing, stream_lane
 from workers.unit.verification import Verifier
 
@@ -157,24 +159,58 @@ def test_a_file_that_is_written_to_after_it_was_made_is_found(worker, llama, tmp
     assert "shard model.safetensors: it was written to after it was made" in outcome.failure.message
 
 
-def test_numbers_that_no_code_stands_for_fail_the_job_alone(worker, llama, tmp_path):
-    """Beside one that is well: a merge that overflows."""
+def test_numbers_that_nothing_can_hold_fail_all_forms_of_them(worker, llama, tmp_path):
+    """A merge that overflows; the other adapter of the pass is none the worse."""
     base, adapter = llama
     wild = make_adapter(base, tmp_path / "adapter", targets=["q_proj"], std=1e37, alpha=1e6)
     requests = tuple(
         MergeRequest(
-            id=name,
+            id=f"{name}-{form}",
             base=str(base),
             adapter=str(each),
-            destination=str(tmp_path / name),
+            destination=str(tmp_path / f"{name}-{form}"),
             base_quantization="none",
-            output="fp8_dynamic",
+            output=form,
             parity={"level": "arithmetic", "thresholds": {"min_survival": 0}},
         )
         for name, each in {"well": adapter, "wild": wild}.items()
+        for form in ("16bit", "fp8_dynamic", "mxfp4", "nvfp4a16")
     )
-    found = {outcome.job_id: outcome for outcome in worker.run_unit("unit", requests).jobs}
-    assert found["well"].failure is None, found["well"].failure
-    assert found["wild"].failure.failure_class is FailureClass.BAD_INPUT
-    worker.publish("well", None)
-    assert json.loads((tmp_path / "well" / "config.json").read_text())["quantization_config"]
+    found = {outcome.job_id: outcome.failure for outcome in worker.run_unit("unit", requests).jobs}
+    assert {job_id for job_id, failure in found.items() if failure is None} == {
+        request.id for request in requests if request.id.startswith("well")
+    }
+    assert {failure.failure_class for failure in found.values() if failure} == {FailureClass.BAD_INPUT}
+    worker.publish("well-mxfp4", None)
+    assert json.loads((tmp_path / "well-mxfp4" / "config.json").read_text())["quantization_config"]
+
+
+def test_a_form_goes_on_where_the_release_of_numbers_has_no_room(worker, llama, merged, tmp_path, monkeypatch):
+    """Of one merge: its own file is what fails, with the first tile."""
+    base, adapter = llama
+    requests = tuple(
+        MergeRequest(
+            id=form,
+            base=str(base),
+            adapter=str(adapter),
+            destination=str(tmp_path / form),
+            base_quantization="none",
+            output=form,
+            parity={"level": "arithmetic", "thresholds": {"min_survival": 0}},
+        )
+        for form in ("16bit", "int4_w4a16")
+    )
+    make_room = ShardWriter._make_room
+
+    def full(shard, layout, origin, *, on_block_device):
+        if "16bit" in str(shard._path.parent):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        make_room(shard, layout, origin, on_block_device=on_block_device)
+
+    monkeypatch.setattr(ShardWriter, "_make_room", full)
+    unit = worker.run_unit("unit", requests)
+    found = {outcome.job_id: outcome.failure for outcome in unit.jobs}
+    assert found["16bit"].failure_class is FailureClass.NO_CAPACITY
+    assert found["int4_w4a16"] is None
+    worker.publish("int4_w4a16", None)
+    assert different(read_tensors(tmp_path / "int4_w4a16"), expected(merged, "int4_w4a16", {})) == []

@@ -62,7 +62,7 @@ class Job:
     leader: "Job | None" = None
     """Who merges the same numbers for it."""
     leads: bool = False
-    """Whether it merges for others, too."""
+    """Whether others read the numbers that it writes."""
     carriers: ThreadPoolExecutor | None = None
     """What ships its files, while there is something to ship."""
     witness: Witness | None = None
@@ -124,15 +124,14 @@ class Job:
     @property
     def merged_in(self) -> Path:
         """Where merged numbers are written: among the shards of the release, or apart; or where its leader's are."""
-        if self.leader is not None:
+        if self.leader is not None and not self.quantizes_tiles:
             return self.leader.merged_in
         return self.apart.path if self.apart is not None else self.directory
 
     @property
     def quantizes_tiles(self) -> bool:
-        """Whether its weights are quantized as they are merged: row by row, and no one else wants their numbers."""
-        alone = self.apart is None and self.leader is None and not self.leads
-        return alone and self.in_work.quantizes_tiles
+        """Whether its weights are quantized as they are merged, tile by tile."""
+        return self.apart is None and self.in_work.quantizes_tiles
 
     @property
     def merges_apart(self) -> bool:

@@ -18,28 +18,42 @@ def lead(jobs: Sequence[Job]) -> None:
         jobs: of one pass, planned.
     """
     leaders: list[Job] = []
-    for job in sorted(jobs, key=lambda job: job.in_work.storage is not None):
+    # Who writes numbers first: others may want to read them.
+    for job in sorted(jobs, key=lambda job: (job.in_work.storage is not None, job.quantizes_tiles)):
         job.leader, job.leads = None, False
         # The shards of a release of plain numbers are its numbers: no one else can write them.
         if job.in_work.storage is not None:
             job.leader = next((each for each in leaders if _are_same(each, job)), None)
         if job.leader is None:
             leaders.append(job)
-        else:
+        elif not job.quantizes_tiles:
             job.leader.leads = True
 
 
+def groups_of(jobs: Sequence[Job]) -> list[tuple[Job, list[Job]]]:
+    """Return jobs of one pass by what they make: a leader, and those of its group, itself first if it is there.
+
+    Args:
+        jobs: led.
+    """
+    groups: dict[str, tuple[Job, list[Job]]] = {}
+    for job in sorted(jobs, key=lambda job: job.leader is not None):
+        leader = job.leader or job
+        groups.setdefault(leader.id, (leader, []))[1].append(job)
+    return list(groups.values())
+
+
 def waves(jobs: Collection[Job]) -> Iterator[list[Job]]:
-    """Yield the jobs that merge, then those whose leader has failed; one that has not has merged for those it leads.
+    """Yield the jobs that are made in the walk, then those whose leader has failed before they could read its numbers.
 
     Args:
         jobs: led.
     """
     while jobs:
-        yield [job for job in jobs if job.leader is None]
+        yield [job for job in jobs if job.leader is None or job.quantizes_tiles]
         left = []
         for job in jobs:
-            if job.leader is None or not job.running:
+            if job.leader is None or job.quantizes_tiles or not job.running:
                 continue
             if job.leader.running:
                 job.checks = dict(job.leader.checks)

@@ -63,6 +63,15 @@ class PassState:
         except MergefleetError as error:
             writer.fail(error)
 
+    @contextlib.contextmanager
+    def of_all(self, jobs: Sequence[Job]) -> Iterator[None]:
+        """What goes wrong inside is the failure of all of some jobs."""
+        try:
+            yield
+        except MergefleetError as error:
+            for job in jobs:
+                self.writers[job.id].fail(error)
+
     def count(self, *, base: int = 0, adapter: int = 0, written: int = 0, kept: int = 0, checked: int = 0) -> None:
         """Add to the bytes read, written or there already, and checked."""
         with self._lock:
@@ -92,7 +101,7 @@ class PassState:
                 return
         weight.operands.clear()
         for job in self.jobs:
-            tally, formed = weight.tallies.pop(job.id, None), weight.formed.pop(job.id, None)
+            tally, formed = weight.tallies.get((job.leader or job).id), weight.formed.pop(job.id, None)
             with self.of(job) as writer:
                 if writer is None:
                     continue
@@ -105,6 +114,7 @@ class PassState:
                     checks = [found] if formed is None else formed.checks(found.model_copy(update=of_4_bits))
                     for check in checks:
                         self.checked(job.id, check)
+        weight.tallies.clear()
 
     def settle(self) -> None:
         """Give each job what came of it, once all is written and hashed."""
