@@ -6,6 +6,7 @@ adapter.
 """
 
 import argparse
+import contextlib
 import shutil
 import statistics
 import sys
@@ -40,7 +41,7 @@ def measure(directory: Path) -> dict[tuple[str, str], ParityReport]:
     """Merge every adapter into every form.
 
     Args:
-        directory: what is there is not made again.
+        directory: what is there is not made again, reports included: a run that was stopped goes on.
 
     Returns:
         Reports by adapter and form.
@@ -48,16 +49,17 @@ def measure(directory: Path) -> dict[tuple[str, str], ParityReport]:
     base = build_base(directory / "base")
     habits = {habit.name: habit for habit in HABITS}
     found: dict[tuple[str, str], ParityReport] = {}
-    with tempfile.TemporaryDirectory(dir=directory) as room:
-        worker = MergeWorker(
-            WorkerSettings(cache=directory / "cache", scratch=Path(room) / "scratch", reports=Path(room) / "reports")
-        )
-        try:
-            for name, adapter in trained_adapters(base, directory / "adapters").items():
-                habit, trained_on = name.rsplit("-", 1)
-                policy = ParityPolicy(texts=held_out_texts(base, habits[habit]), thresholds=_ANYTHING)
-                fields = {"base": str(base), "adapter": str(adapter), "base_quantization": trained_on, "parity": policy}
-                for forms in _PASSES:
+    with (
+        tempfile.TemporaryDirectory(dir=directory) as room,
+        contextlib.closing(_worker(directory, Path(room))) as worker,
+    ):
+        for name, adapter in trained_adapters(base, directory / "adapters").items():
+            habit, trained_on = name.rsplit("-", 1)
+            policy = ParityPolicy(texts=held_out_texts(base, habits[habit]), thresholds=_ANYTHING)
+            fields = {"base": str(base), "adapter": str(adapter), "base_quantization": trained_on, "parity": policy}
+            for forms in _PASSES:
+                reports = {form: directory / "reports" / name / f"{form}.json" for form in forms}
+                if not all(report.exists() for report in reports.values()):
                     place = Path(room) / "releases" / name
                     requests = tuple(
                         MergeRequest(id=form, destination=str(place / form), **fields, **asked)
@@ -67,12 +69,18 @@ def measure(directory: Path) -> dict[tuple[str, str], ParityReport]:
                         if outcome.failure is not None or outcome.report_path is None:
                             sys.exit(f"{name}, {outcome.job_id}: {outcome.failure}")
                         worker.discard(outcome.job_id)
-                        report = (outcome.report_path / "parity.json").read_bytes()
-                        found[name, outcome.job_id] = ParityReport.model_validate_json(report)
-                    sys.stderr.write(f"{name}: {', '.join(forms)}\n")
-        finally:
-            worker.close()
+                        reports[outcome.job_id].parent.mkdir(parents=True, exist_ok=True)
+                        shutil.move(outcome.report_path / "parity.json", reports[outcome.job_id])
+                for form, report in reports.items():
+                    found[name, form] = ParityReport.model_validate_json(report.read_bytes())
+                sys.stderr.write(f"{name}: {', '.join(forms)}\n")
     return found
+
+
+def _worker(directory: Path, room: Path) -> MergeWorker:
+    return MergeWorker(
+        WorkerSettings(cache=directory / "cache", scratch=room / "scratch", reports=room / "reports", device="cpu")
+    )
 
 
 def faint(directory: Path) -> Iterator[str]:
@@ -89,9 +97,6 @@ def faint(directory: Path) -> Iterator[str]:
     )
     with tempfile.TemporaryDirectory(dir=directory) as name:
         room = Path(name)
-        worker = MergeWorker(
-            WorkerSettings(cache=room / "cache", scratch=room / "scratch", reports=room / "reports", device="cpu")
-        )
         shutil.copytree(trained, room / "faint")
         weights = load_file(trained / _ADAPTER_FILE)
         small = {each: tensor / 64 if ".lora_B." in each else tensor for each, tensor in weights.items()}
@@ -102,7 +107,7 @@ def faint(directory: Path) -> Iterator[str]:
             "without keep": {"base": room / "in INT4", "adapter": room / "faint", "output": "as_base"},
             "keep: 8bit": {"base": room / "in INT4", "adapter": room / "faint", "output": "as_base", "keep": "8bit"},
         }
-        try:
+        with contextlib.closing(_worker(room, room)) as worker:
             for what, fields in asked.items():
                 policy = ParityPolicy(level="arithmetic", thresholds=Thresholds(min_survival=None))
                 told = {each: str(value) for each, value in fields.items()}
@@ -113,8 +118,6 @@ def faint(directory: Path) -> Iterator[str]:
                     continue
                 kept = worker.publish(request.id, None).release.manifest.kept
                 yield f"{what}: published{'' if kept is None else f', {kept.words}'}"
-        finally:
-            worker.close()
 
 
 def table(reports: dict[tuple[str, str], ParityReport]) -> str:
