@@ -115,8 +115,9 @@ def test_a_worker_that_is_killed_again_and_again_gets_on(place, sources, undistu
     assert_whole(place, undisturbed(), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.s3
-@pytest.mark.parametrize(("die", "after"), [("record", 3), pytest.param("complete", 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("die", "after"), [("record", 3), ("complete", 2)])
 def test_another_machine_goes_on_with_what_is_at_the_store(s3, sources, undisturbed, tmp_path, monkeypatch, die, after):
     monkeypatch.setattr("workers.releases.sinks.s3_objects.MIN_PART_BYTES", 5 << 20)
     place = S3Place(tmp_path / "home", s3, f"resumed/machines-{die}")
@@ -176,6 +177,7 @@ def test_what_was_tampered_with_is_merged_anew(kind, request, sources, undisturb
     assert_whole(place, undisturbed(), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.s3
 def test_what_was_tampered_with_at_the_store_is_merged_anew(s3, sources, undisturbed, tmp_path, monkeypatch):
     monkeypatch.setattr("workers.releases.sinks.s3_objects.MIN_PART_BYTES", 5 << 20)

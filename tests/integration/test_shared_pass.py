@@ -95,7 +95,12 @@ def files_below(directory):
 
 
 @pytest.mark.parametrize(
-    ("quantization", "parity"), [("none", {"level": "arithmetic"}), ("nf4", {"level": "arithmetic"}), ("nf4", FULL)]
+    ("quantization", "parity"),
+    [
+        ("none", {"level": "arithmetic"}),
+        ("nf4", {"level": "arithmetic"}),
+        pytest.param("nf4", FULL, marks=pytest.mark.slow),
+    ],
 )
 def test_the_bytes_are_those_of_one_worker(worker, make_worker, base, adapters, tmp_path, quantization, parity):
     fields = {"base_quantization": quantization, "parity": parity}

@@ -94,6 +94,7 @@ def test_a_run_that_fails_says_why(tmp_path):
         measure([sys.executable, "-c", "raise SystemExit('no such shape')"], {}, tmp_path / "log")
 
 
+@pytest.mark.slow
 def test_a_resident_process_merges_on_order(tiny, merged, tmp_path):
     with Resident(tmp_path / "log") as resident:
         runs = (("first", "none"), ("unchecked", "none"), ("cold", "nf4"), ("cached", "nf4"))

@@ -1,6 +1,6 @@
 """Weights that are stored in a form as they are merged: rows are quantized, checked and written while they are at hand.
 
-That is done where scales reach no further than a row, so that some rows are stored as if they were a weight. What else
+That is done where scales reach no further than a tile, which is stored as if it were a weight of its own. What else
 is stored in a form waits until all of its numbers are there (`storing.py`).
 """
 
