@@ -352,6 +352,19 @@ def different(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor
     return found
 
 
+def asked(sources, directory, **fields):
+    """Return the request for a release of one adapter.
+
+    Args:
+        sources: base and adapter.
+        directory: of the release; its name is the job's.
+        fields: other fields of the request; by default the delta is added to the base as it is.
+    """
+    base, adapter = map(str, sources)
+    fields = {"base_quantization": "none", **fields}
+    return MergeRequest(id=directory.name, base=base, adapter=adapter, destination=str(directory), **fields)
+
+
 def release(worker, sources, directory, output, *, base_quantization="none", parity=None, **fields):
     """Merge one adapter and publish the release; return the outcome, also where it has failed.
 
@@ -364,16 +377,7 @@ def release(worker, sources, directory, output, *, base_quantization="none", par
         parity: as in a request; arithmetic by default.
         fields: other fields of the request.
     """
-    base, adapter = sources
-    request = MergeRequest(
-        id=directory.name,
-        base=str(base),
-        adapter=str(adapter),
-        destination=str(directory),
-        output=output,
-        base_quantization=base_quantization,
-        parity=parity or {"level": "arithmetic"},
-        **fields,
-    )
+    parity = parity or {"level": "arithmetic"}
+    request = asked(sources, directory, output=output, base_quantization=base_quantization, parity=parity, **fields)
     (staged,) = worker.run_unit("unit", (request,)).jobs
     return staged if staged.failure is not None else worker.publish(request.id, None)

@@ -10,19 +10,20 @@ import torch
 
 from jobs.errors import FailureClass
 from jobs.parity_report import ParityReport
-from jobs.request import MergeRequest
 from tests import merges
-from tests.merges import different, merge_by_peft, plan_requests, read_tensors
+from tests.merges import asked, different, merge_by_peft, plan_requests, read_tensors
 from tests.models import build_llama, make_adapter
 from tests.stored.kept import expected, survival
 from workers.bases.forms.compressed.output import CompressedOutput
 from workers.files.scratch import OwnedDirectory
 from workers.files.shard import ShardWriter
-from workers.merging import storing, stream_lane
+from workers.merging import storing
+from workers.numerics.tiles import TILE_ELEMENTS
 from workers.unit.verification import Verifier
 
 FORMS = ("fp8_dynamic", "fp8_block", "int8_w8a16", "int4_w4a16", "mxfp4")
-release = functools.partial(merges.release, parity={"level": "arithmetic", "thresholds": {"min_survival": 0}})
+PARITY = {"level": "arithmetic", "thresholds": {"min_survival": 0}}
+release = functools.partial(merges.release, parity=PARITY)
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +41,17 @@ def merged(llama, tmp_path_factory):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Two or more tiles of every matrix."""
-    monkeypatch.setattr(stream_lane, "TILE_ELEMENTS", {"cpu": 1 << 14})
+    monkeypatch.setitem(TILE_ELEMENTS, "cpu", 1 << 14)
 
 
 def plan_of(sources, directory, output, **fields):
-    base, adapter = map(str, sources)
-    places = {"base": base, "adapter": adapter, "destination": str(directory / "release")}
-    asked = MergeRequest(id="job", base_quantization="none", output=output, **places, **fields)
-    return plan_requests([asked], directory).plans[0]
+    return plan_requests([asked(sources, directory / "job", output=output, **fields)], directory).plans[0]
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("form", FORMS)
 def test_tiles_make_the_weight_that_the_library_makes(worker, llama, merged, tmp_path, monkeypatch, form):
-    assert plan_of(llama, tmp_path, form).quantizes_tiles
+    assert plan_of(llama, tmp_path, form).can_quantize_tiles
     made = []
     monkeypatch.setattr(storing.OwnedDirectory, "make", lambda *given: made.append(given) or make(*given))
     outcome = release(worker, llama, tmp_path / "release", form)
@@ -105,14 +103,14 @@ def test_a_base_in_4_bits_is_merged_tile_by_tile_too(worker, llama, tmp_path):
 )
 def test_what_needs_all_numbers_waits_for_them(llama, tmp_path, form, fields):
     base = build_llama(tmp_path / "base", hidden_size=256, intermediate_size=384)
-    assert not plan_of((base, llama[1]), tmp_path, form, **fields).quantizes_tiles
+    assert not plan_of((base, llama[1]), tmp_path, form, **fields).can_quantize_tiles
 
 
 @pytest.mark.usefixtures("small_tiles")
 def test_blocks_that_tiles_would_cut_wait_for_all_numbers(worker, tmp_path):
     base = build_llama(tmp_path / "base", hidden_size=128, intermediate_size=200)
     sources = base, make_adapter(base, tmp_path / "adapter", targets=["up_proj"], std=0.2)
-    assert not plan_of(sources, tmp_path, "fp8_block").quantizes_tiles
+    assert not plan_of(sources, tmp_path, "fp8_block").can_quantize_tiles
     assert release(worker, sources, tmp_path / "release", "fp8_block").failure is None
     wanted = expected(merge_by_peft(*sources, tmp_path / "peft"), "fp8_block", {})
     assert different(read_tensors(tmp_path / "release"), wanted) == []
@@ -163,15 +161,7 @@ def test_numbers_that_nothing_can_hold_fail_all_forms_of_them(worker, llama, tmp
     base, adapter = llama
     wild = make_adapter(base, tmp_path / "adapter", targets=["q_proj"], std=1e37, alpha=1e6)
     requests = tuple(
-        MergeRequest(
-            id=f"{name}-{form}",
-            base=str(base),
-            adapter=str(each),
-            destination=str(tmp_path / f"{name}-{form}"),
-            base_quantization="none",
-            output=form,
-            parity={"level": "arithmetic", "thresholds": {"min_survival": 0}},
-        )
+        asked((base, each), tmp_path / f"{name}-{form}", output=form, parity=PARITY)
         for name, each in {"well": adapter, "wild": wild}.items()
         for form in ("16bit", "fp8_dynamic", "mxfp4", "nvfp4a16")
     )
@@ -186,19 +176,8 @@ def test_numbers_that_nothing_can_hold_fail_all_forms_of_them(worker, llama, tmp
 
 def test_a_form_goes_on_where_the_release_of_numbers_has_no_room(worker, llama, merged, tmp_path, monkeypatch):
     """Of one merge: its own file is what fails, with the first tile."""
-    base, adapter = llama
-    requests = tuple(
-        MergeRequest(
-            id=form,
-            base=str(base),
-            adapter=str(adapter),
-            destination=str(tmp_path / form),
-            base_quantization="none",
-            output=form,
-            parity={"level": "arithmetic", "thresholds": {"min_survival": 0}},
-        )
-        for form in ("16bit", "int4_w4a16")
-    )
+    forms = ("16bit", "int4_w4a16")
+    requests = tuple(asked(llama, tmp_path / form, output=form, parity=PARITY) for form in forms)
     make_room = ShardWriter._make_room
 
     def full(shard, layout, origin, *, on_block_device):

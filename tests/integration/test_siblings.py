@@ -8,8 +8,7 @@ import pytest
 
 from jobs.errors import FailureClass
 from jobs.output_form import OutputForm
-from jobs.request import MergeRequest
-from tests.merges import read_tensors
+from tests.merges import asked, read_tensors
 from tests.models import build_llama, make_adapter
 from workers.merging.settings import WorkerSettings
 from workers.worker import MergeWorker
@@ -28,19 +27,7 @@ def sources(tmp_path_factory):
 
 
 def requests_for(sources, directory, outputs=OUTPUTS):
-    base, adapter = sources
-    return tuple(
-        MergeRequest(
-            id=name,
-            base=str(base),
-            adapter=str(adapter),
-            destination=str(directory / name),
-            base_quantization="none",
-            parity=PARITY,
-            **fields,
-        )
-        for name, fields in outputs.items()
-    )
+    return tuple(asked(sources, directory / name, parity=PARITY, **fields) for name, fields in outputs.items())
 
 
 def shards_of(directory):

@@ -17,10 +17,10 @@ from workers.bases.quantization_task import QuantizationTask
 from workers.bases.quantized_base import QuantizedBase
 from workers.bases.quantizing import Quantized, quantize_streamed, quantize_whole, streamed_layout
 from workers.files.checkpoint import read_checkpoint, read_json
+from workers.files.conveyor import Conveyor
 from workers.files.layout import INDEX_FILE, CheckpointLayout
 from workers.files.local import file_errors, sha256_of
 from workers.files.scratch import OwnedDirectory, exclusive, sweep
-from workers.files.shard import Conveyor
 from workers.files.writer import CheckpointWriter
 from workers.numerics.tiles import results_of, single_threads
 

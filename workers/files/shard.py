@@ -12,16 +12,15 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Container, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import torch
 
 from jobs.errors import MergefleetError
 from jobs.release import Artifact
-from workers.files.buffers import PAGE_BYTES, Buffer, BufferPool, kept_pool
+from workers.files.buffers import PAGE_BYTES, Buffer
+from workers.files.conveyor import Conveyor
 from workers.files.hashing import ByteCount, FileHash
 from workers.files.layout import ShardLayout
 from workers.files.local import FileState, file_errors, sha256_of
@@ -33,27 +32,10 @@ _PIECE_BYTES = 4 << 20
 """What comes without a buffer is put into buffers of this size."""
 _DIRECT_BYTES = 64 << 10
 """Less than this is not worth its own way past the page cache."""
-_BUFFERS_PER_THREAD = 3
-"""Tiles on their way to files, for each thread that computes: one in its hands, the others written and hashed."""
-_SPARE_BUFFERS = 6
-"""More of them on the CPU, where threads that compute and threads that hash take the cores from each other in turns: so
-many that the disk has something to write meanwhile."""
-_CARRIERS_PER_THREAD = 2
-"""Threads that write and hash, for each thread that computes; half of the time they wait for the disk."""
 _FICLONE = 0x40049409
 """Of ioctl_ficlone(2)."""
 _CLOCK_SECONDS = 0.02
 """Longer than the clock that stamps files stands still."""
-
-
-def num_buffers(num_threads: int, *, pin: bool) -> int:
-    """Return how many tiles of a pass are on their way to files, at most.
-
-    Args:
-        num_threads: threads that compute.
-        pin: whether a device copies into the buffers.
-    """
-    return _BUFFERS_PER_THREAD * num_threads + (0 if pin else _SPARE_BUFFERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,36 +74,6 @@ class Origin:
     """Names of the tensors whose bytes it has."""
     states: Mapping[str, FileState]
     """Of the files that have any, by name, from before anything was read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Conveyor:
-    """What takes the bytes of a pass to their files."""
-
-    buffers: BufferPool
-    threads: ThreadPoolExecutor
-    """Each writes one buffer at a time, and hashes what is due of its file. They never wait for a buffer themselves."""
-    num_spare: int
-    """Buffers that stay free for the threads that compute, however many wait to be hashed."""
-
-    @classmethod
-    def of_threads(cls, num_threads: int, *, pin: bool = False) -> Self:
-        """Return one for a number of threads that compute.
-
-        Args:
-            num_threads: how many.
-            pin: whether a device copies into the buffers.
-        """
-        num_carriers = _CARRIERS_PER_THREAD * num_threads
-        return cls(
-            buffers=kept_pool(num_buffers(num_threads, pin=pin), pin=pin),
-            threads=ThreadPoolExecutor(num_carriers, thread_name_prefix="write"),
-            num_spare=num_threads,
-        )
-
-    def close(self) -> None:
-        """Wait until all is written and hashed that was handed over. Idempotent."""
-        self.threads.shutdown()
 
 
 class ShardWriter:

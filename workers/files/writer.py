@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from jobs.errors import MergefleetError
+from workers.files.conveyor import Conveyor
 from workers.files.layout import CheckpointLayout, TensorSpec
-from workers.files.shard import Conveyor, Origin, ShardWriter, WrittenFile
+from workers.files.shard import Origin, ShardWriter, WrittenFile
 
 
 class CheckpointWriter:

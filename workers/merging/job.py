@@ -131,7 +131,7 @@ class Job:
     @property
     def quantizes_tiles(self) -> bool:
         """Whether its weights are quantized as they are merged, tile by tile."""
-        return self.apart is None and self.in_work.quantizes_tiles
+        return self.apart is None and self.in_work.can_quantize_tiles
 
     @property
     def merges_apart(self) -> bool:

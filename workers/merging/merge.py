@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from workers.bases.quantized_base import QuantizedBase
+from workers.files.conveyor import Conveyor
 from workers.files.local import FileState, file_errors
-from workers.files.shard import Conveyor, Origin
+from workers.files.shard import Origin
 from workers.files.writer import CheckpointWriter
 from workers.merging.base_plan import BasePlan
 from workers.merging.checks.arithmetic import ArithmeticCheck

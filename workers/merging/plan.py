@@ -109,8 +109,8 @@ class MergePlan:
         return name in self.merged.tensors and name not in self.by_peft
 
     @property
-    def quantizes_tiles(self) -> bool:
-        """Whether rows of merged numbers can be stored in the form as soon as they are there."""
+    def can_quantize_tiles(self) -> bool:
+        """Whether a tile of merged numbers can be stored in the form of the release as soon as it is there."""
         by_rows = isinstance(self.storage, GivenStorage) and self.storage.by_tiles
         return by_rows and not self.by_peft and self.request.keep is None
 

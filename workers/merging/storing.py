@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from workers.files.conveyor import Conveyor
 from workers.files.layout import ShardLayout, TensorSpec
 from workers.files.scratch import OwnedDirectory
-from workers.files.shard import Conveyor
 from workers.files.tensor_io import mapped, opened, read_into
 from workers.files.writer import CheckpointWriter
 from workers.merging.base_plan import BasePlan

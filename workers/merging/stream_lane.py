@@ -140,7 +140,7 @@ class Walk:
             made_from: W, where it is not read into the memory of the tile.
             known: W, read anew.
         """
-        place, *_ = (self._place(job, tile) for job in members)
+        place, *_ = [self._place(job, tile) for job in members]  # what has no elements has a place with each, too
         if tile.num_bytes == 0:
             return
         # Who holds a buffer does not wait for another: several take theirs one after the other.
@@ -200,7 +200,7 @@ class Walk:
         with self._state.of(job) as writer:
             if writer is None or self._formed(tile.weight, job) is not None:
                 return None
-            shard, spec = writer.locate(tensor.name)  # a tensor without elements has a place, too
+            shard, spec = writer.locate(tensor.name)
             return shard, spec.begin + tile.rows.start * tile.weight.num_columns * tensor.dtype.itemsize
         return None
 

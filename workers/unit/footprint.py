@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from workers.adapters.adapter import open_adapter
 from workers.bases.forms import StoredForm
 from workers.bases.forms.bitsandbytes_4bit import BITSANDBYTES_4BIT
-from workers.files.shard import num_buffers
+from workers.files.conveyor import num_buffers
 from workers.merging.base_plan import BasePlan
 from workers.merging.gguf_storage import GgufStorage
 from workers.merging.plan import MergePlan
@@ -31,6 +31,10 @@ _QUANTIZE_BYTES = {"cpu": 48 << 20, "cuda": 64 << 20}
 
 _REQUANTIZE_BYTES = 96 << 20
 """Scratch of one thread that quantizes merged weights again: rows of them in float32, scaled, rounded and packed."""
+
+_FORM_ELEMENT_BYTES = 6
+"""Of one thread that quantizes tiles as they are merged, for each element, beside its numbers: codes once more, scales
+while they are computed (up to twenty arrays of float32, with one for 32 elements), and a piece that is dequantized."""
 
 _GGUF_BYTES = 128 << 20
 """Scratch of one thread that writes or checks a GGUF file: a tile in float32, turned, as codes, and back."""
@@ -78,7 +82,7 @@ def pass_bytes(plans: Sequence[MergePlan], num_threads: int, device: str) -> int
     """
     base = plans[0].base
     operands = _WEIGHTS_PER_THREAD * sum(_operand_bytes(plan) for plan in plans)
-    streaming = num_threads * (_tile_bytes(plans, device) + operands)
+    streaming = num_threads * (_tile_bytes(plans, device) + _formed_bytes(plans, device) + operands)
     quantizing = 0
     if base.quantization is not None or any(plan.request.compare for plan in plans):
         quantizing = num_threads * _QUANTIZE_BYTES[device] + _quantized_whole(plans[0])
@@ -161,6 +165,17 @@ def _tile_bytes(plans: Sequence[MergePlan], device: str) -> int:
     return _PIECES_BYTES + max(tile, _TILE_ELEMENT_BYTES * max(whole, default=0))
 
 
+def _formed_bytes(plans: Sequence[MergePlan], device: str) -> int:
+    """Return what a thread takes that quantizes tiles as they are merged, or makes one for several jobs: its numbers.
+
+    Several forms of one merge take the same memory one after the other.
+    """
+    if not any(plan.can_quantize_tiles for plan in plans):
+        return 0
+    merged = max(tensor.dtype.itemsize for plan in plans for tensor in plan.tensors)
+    return TILE_ELEMENTS[device] * (merged + _FORM_ELEMENT_BYTES)
+
+
 def _operand_bytes(plan: MergePlan) -> int:
     """Return what the adapter's tensors of one weight take.
 
@@ -185,6 +200,8 @@ def _quantized_whole(plan: MergePlan) -> int:
 
 def _requantized_bytes(plan: MergePlan) -> int:
     """Return what a thread takes that quantizes a merged weight again: codes, twice at the end, and pieces of it."""
+    if plan.can_quantize_tiles:
+        return 0
     if isinstance(plan.storage, GgufStorage):
         return _GGUF_BYTES
     sizes = [plan.base.by_name[name].num_elements for name in plan.requantized]

@@ -2,8 +2,8 @@
 
 The reader is llama.cpp's own in Python, which knows nothing of how the file was laid out. Numbers have to be the merged
 ones, or the base's, in the type of the file and in its order of rows. Codes have to be what `gguf.quants` makes of
-those numbers a second time; and, whatever made them, each number they stand for lies within half a step of the number
-that was merged. What is interleaved is turned back here, and compared in the order of the model.
+those numbers a second time. As the same library has made both, each code is dequantized, too, and has to lie within
+half a step of the merged number. What is interleaved is turned back here, and compared in the order of the model.
 """
 
 import math

@@ -97,7 +97,7 @@ def encode(weight: Any, scaling: Any, codes_of: Any, layout: Any, codes: Any) ->
             every bfloat16: an odd one tells the code of all that lies between its neighbours.
         layout: columns of the weight, rows and columns of a block. The last blocks may be cut short.
         codes: uint8, gets one for each element, flat; or half as many, each with two of 4 bits, the first in the lower
-            half, where rows and blocks have an even number of columns.
+            half, where rows have an even number of columns.
     """
     num_columns, block_rows, block_columns = layout
     num_rows = weight.size // num_columns

@@ -28,8 +28,9 @@ from jobs.errors import BadInputError, CancelledError, InternalError, NoCapacity
 from jobs.release import Artifact
 from tests.merges import open_descriptors
 from workers.files.buffers import PAGE_BYTES, BufferPool
+from workers.files.conveyor import Conveyor
 from workers.files.layout import CheckpointLayout, lay_out
-from workers.files.shard import Conveyor, WrittenFile
+from workers.files.shard import WrittenFile
 from workers.files.writer import CheckpointWriter
 
 

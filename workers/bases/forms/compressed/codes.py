@@ -104,7 +104,7 @@ def _fill(codes: torch.Tensor, rows_OI: torch.Tensor, scaling: Scaling, table: t
         QuantizationStrategy.BLOCK: group.block,
     }.get(group.strategy, (1, group.group_size or num_columns))
     layout, target = (num_columns, *block), codes.view(torch.uint8)
-    if target.numel() * (2 if _are_halves(group) else 1) == rows_OI.numel() and num_columns % 2 == block[1] % 2 == 0:
+    if target.shape[1] * (2 if _are_halves(group) else 1) == num_columns:  # no word is filled up
         encode(array(rows_OI), scaling, table.numpy(), layout, array(target))
         return
     codes_OI = torch.empty(rows_OI.shape, dtype=torch.uint8)

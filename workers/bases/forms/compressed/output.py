@@ -89,8 +89,9 @@ class CompressedOutput:
     @property
     def row_alignment(self) -> int | None:
         """So many rows of a weight are stored as if they were a weight; None where a scale reaches further."""
-        reaches = {QuantizationStrategy.CHANNEL: 1, QuantizationStrategy.GROUP: 1}
-        return (reaches | {QuantizationStrategy.BLOCK: self.group.block[0]}).get(self.group.strategy)
+        if self.group.strategy in (QuantizationStrategy.TENSOR, QuantizationStrategy.TENSOR_GROUP):
+            return None
+        return self.group.block[0]
 
     def quantize(
         self,
