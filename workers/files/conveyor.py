@@ -6,8 +6,10 @@ from typing import Self
 
 from workers.files.buffers import BufferPool, kept_pool
 
-_BUFFERS_PER_THREAD = 3
-"""Tiles on their way to files, for each thread that computes: one in its hands, the others written and hashed."""
+_HELD_PER_THREAD = 2
+"""Of a thread that computes, at most: a tile, and what becomes of it in the form of another release."""
+_BUFFERS_PER_THREAD = 2 + _HELD_PER_THREAD
+"""Tiles on their way to files, for each thread that computes: those in its hands, the others written and hashed."""
 _SPARE_BUFFERS = 6
 """More of them on the CPU, where threads that compute and threads that hash take the cores from each other in turns: so
 many that the disk has something to write meanwhile."""
@@ -33,7 +35,8 @@ class Conveyor:
     threads: ThreadPoolExecutor
     """Each writes one buffer at a time, and hashes what is due of its file. They never wait for a buffer themselves."""
     num_spare: int
-    """Buffers that stay free for the threads that compute, however many wait to be hashed."""
+    """Buffers that stay free for the threads that compute, however many wait to be hashed: as many as all of them hold
+    together, so that none waits for another for ever."""
 
     @classmethod
     def of_threads(cls, num_threads: int, *, pin: bool = False) -> Self:
@@ -47,7 +50,7 @@ class Conveyor:
         return cls(
             buffers=kept_pool(num_buffers(num_threads, pin=pin), pin=pin),
             threads=ThreadPoolExecutor(num_carriers, thread_name_prefix="write"),
-            num_spare=num_threads,
+            num_spare=_HELD_PER_THREAD * num_threads,
         )
 
     def close(self) -> None:

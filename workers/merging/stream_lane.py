@@ -140,13 +140,14 @@ class Walk:
             made_from: W, where it is not read into the memory of the tile.
             known: W, read anew.
         """
-        place, *_ = [self._place(job, tile) for job in members]  # what has no elements has a place with each, too
+        places = {job.id: self._place(job, tile) for job in members}  # what has no elements has a place with each, too
         if tile.num_bytes == 0:
             return
-        # Who holds a buffer does not wait for another: several take theirs one after the other.
+        # Made where it is written from, if anyone writes it as it is.
+        owner = next((job for job in members if places[job.id] is not None), leader)
         with contextlib.ExitStack() as held:
             buffer = None
-            if len(members) == 1 and place is not None:
+            if (place := places.get(owner.id)) is not None:
                 shard, offset = place
                 buffer = held.enter_context(shard.buffer(offset, tile.num_bytes))
             made_OI = self._numbers(tile, buffer)
@@ -157,10 +158,10 @@ class Walk:
                 expected = self._expect(self._tally(tile.weight, leader), tile, known)
                 self._maker.make(made_OI, tile, leader, made_from, None if expected is None else expected.comparison)
             for job in members:
-                self._hand_over(job, tile, made_OI, buffer, expected)
+                self._hand_over(job, tile, made_OI, buffer if job is owner else None, expected)
             with self._state.of_all(members):
                 if self._check is not None and expected is not None:
-                    planned = None if place is None or members[0] is not leader else (place[0].name, place[1])
+                    planned = None if place is None or owner is not leader else (place[0].name, place[1])
                     self._check.judge(expected, made_OI.view(-1).view(torch.uint8), planned)
 
     def _hand_over(

@@ -166,7 +166,7 @@ def _tile_bytes(plans: Sequence[MergePlan], device: str) -> int:
 
 
 def _formed_bytes(plans: Sequence[MergePlan], device: str) -> int:
-    """Return what a thread takes that quantizes tiles as they are merged, or makes one for several jobs: its numbers.
+    """Return what a thread takes that quantizes tiles as they are merged: numbers that go into no file, and codes.
 
     Several forms of one merge take the same memory one after the other.
     """

@@ -258,6 +258,34 @@ def test_a_finished_file_holds_no_descriptor(tmp_path):
     assert len(written.finish()) == 30
 
 
+def test_threads_that_hold_a_buffer_find_a_second_one(tmp_path):
+    """However many buffers wait for bytes before theirs: as many stay free as all threads hold together."""
+    num_threads, num_pieces = 3, 40
+    layout = lay_out([("t0", torch.uint8, (num_pieces,)), ("t1", torch.uint8, (num_pieces,))], num_pieces)
+    written = Checkpoint(tmp_path, layout, num_buffers=8, num_spare=2 * num_threads)
+    for piece in range(1, 12):  # all too early
+        written.write("t0", bytes([piece]), piece)
+    (first, at_first), (second, at_second) = (written.writer.locate(name) for name in ("t0", "t1"))
+    all_hold_one = threading.Barrier(num_threads)
+
+    def write(piece):
+        with first.buffer(at_first.begin + piece, 1) as one:
+            one.values.fill_(piece)
+            if piece >= num_pieces - num_threads:
+                all_hold_one.wait()
+            first.write(at_first.begin + piece, one)
+            with second.buffer(at_second.begin + piece, 1) as two:
+                two.values.copy_(one.values)
+                second.write(at_second.begin + piece, two)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        list(pool.map(write, [*reversed(range(12, num_pieces)), 0]))
+    for piece in range(1, 12):
+        written.write("t1", bytes([piece]), piece)
+    assert written.finish() == true_artifacts(tmp_path)
+    assert all((tmp_path / shard.name).read_bytes().endswith(bytes(range(num_pieces))) for shard in layout.shards)
+
+
 @pytest.mark.parametrize("num_spare", [1, 6])
 def test_an_unfinished_checkpoint_is_closed_as_it_is(tmp_path, num_spare):
     layout = lay_out([(f"t{n}", torch.uint8, (10,)) for n in range(4)], 20)
