@@ -15,6 +15,7 @@ from workers.files.local import FileState, file_errors
 from workers.files.scratch import OwnedDirectory, sweep
 from workers.releases.checks.checking import check_checkpoint
 from workers.releases.checks.rules import Engine, Finding, Severity
+from workers.releases.sinks.local_records import RECORDS_DIRECTORY
 from workers.sources.belongings import CARD_NAME, is_template, is_tokenizer
 from workers.sources.outlines import bring_outline
 from workers.unit.forks import Bounds
@@ -131,7 +132,8 @@ def _key(directory: Path, layout: CheckpointLayout) -> str:
         digest.update(shard.name.encode() + hashlib.sha256(shard.header).digest())
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if path.is_file() and not name.endswith((".safetensors", SUFFIX, CARD_NAME)):
+        is_record = name.startswith(f"{RECORDS_DIRECTORY}/")
+        if path.is_file() and not is_record and not name.endswith((".safetensors", SUFFIX, CARD_NAME)):
             digest.update(name.encode() + foreign_sha256(path, num_parts=name.count("/") + 1).encode())
     return digest.hexdigest()
 

@@ -1,15 +1,17 @@
 """Calls in processes of their own, of bounded time and memory, that cost milliseconds.
 
-A server that has imported everything forks a child for each call. It has one thread, as no other process can be forked
-without the danger that a lock stays held in the child for ever; it has no variables of ours, and ends with the process
-it serves. Where this process has one thread itself, the server is a fork of it, and shares its memory; elsewhere it is
-started anew, which takes as long as importing the libraries does.
+A server that has imported everything forks a child for each call. What a call imports of the same libraries beyond
+that, such as the one architecture of a model, the server imports after it: the next call finds it. It has one thread,
+as no other process can be forked without the danger that a lock stays held in the child for ever; it has no variables
+of ours, and ends with the process it serves. Where this process has one thread itself, the server is a fork of it, and
+shares its memory; elsewhere it is started anew, which takes as long as importing the libraries does.
 
 The forkserver of `multiprocessing` would import the main program again in each child, and hand it our variables.
 """
 
 import atexit
 import contextlib
+import importlib
 import json
 import os
 import pickle
@@ -17,6 +19,7 @@ import select
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -31,6 +34,8 @@ _LENGTH = struct.Struct("<Q")
 _MAX_ANSWER_BYTES = 32 << 10
 """Less than a pipe holds: a child never waits for its reader."""
 _MAX_SAID = 1_000
+_MAX_IMPORTED = 200
+"""Names of modules."""
 _PROGRAM = "from workers.unit.forks import main; main()"
 
 
@@ -65,13 +70,13 @@ class Answer:
 class ForkServer:
     """Runs calls one after the other; safe from any thread."""
 
-    def __init__(self, modules: tuple[str, ...]) -> None:
-        """Take what the server has to import; nothing is started yet.
+    def __init__(self, prepare: Callable[[], None]) -> None:
+        """Take what the server does before the first call; nothing is started yet.
 
         Args:
-            modules: with the functions that will be called.
+            prepare: of a module, which is imported with all that it imports.
         """
-        self._modules = modules
+        self._prepare = prepare
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | int | None = None
@@ -92,7 +97,7 @@ class ForkServer:
         Raises:
             TransientIOError: the server was ended from outside.
         """
-        message = pickle.dumps((f"{function.__module__}:{function.__qualname__}", arguments, bounds))
+        message = pickle.dumps((_name_of(function), arguments, bounds))
         with self._lock:
             for _ in range(2):  # it may have ended since the last call
                 served = self._start()
@@ -116,7 +121,7 @@ class ForkServer:
                 self._process = self._fork(ours, theirs)
             else:
                 self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and program
-                    isolated_command(_PROGRAM, [",".join(self._modules)]),
+                    isolated_command(_PROGRAM, [_name_of(self._prepare)]),
                     env=bare_environment(),
                     cwd="/",
                     stdin=theirs.fileno(),
@@ -143,6 +148,7 @@ class ForkServer:
             os.environ.clear()
             os.environ.update(bare_environment())
             os.chdir("/")
+            self._prepare()
             _serve()
         finally:
             os._exit(0)
@@ -161,13 +167,9 @@ class ForkServer:
 
 
 def main() -> NoReturn:
-    """Serve the socket that is stdin; the arguments name what is imported before the first call."""
-    import importlib  # noqa: PLC0415
-    import sys  # noqa: PLC0415
-
+    """Serve the socket that is stdin; the argument names what is done before the first call."""
     with loading():
-        for name in sys.argv[1].split(","):
-            importlib.import_module(name)
+        _function(sys.argv[1])()
     _serve()
 
 
@@ -176,7 +178,11 @@ def _serve() -> NoReturn:
     with socket.socket(fileno=0) as served, contextlib.suppress(OSError, EOFError):
         while True:
             name, arguments, bounds = pickle.loads(_receive(served))  # noqa: S301 - from the process that started it
-            _send(served, json.dumps(_run(name, arguments, bounds, served)).encode())
+            answer = _run(name, arguments, bounds, served)
+            imported = answer.pop("imported", [])
+            _send(served, json.dumps(answer).encode())
+            for each in imported:
+                importlib.import_module(each)
     os._exit(0)
 
 
@@ -224,16 +230,14 @@ def _ended(child: int, seconds: float, served: socket.socket) -> bool:
 
 def _work(name: str, arguments: tuple[Any, ...], bounds: Bounds, writer: int) -> NoReturn:
     """Be the child."""
-    answer: dict[str, str] = {}
+    answer: dict[str, Any] = {}
     try:
         die_with_parent()
         os.close(0)
         bound(Limits(memory_bytes=bounds.memory_bytes, file_bytes=0, cpu_seconds=bounds.cpu_seconds))
-        module, _, function = name.partition(":")
-        __import__(module)
-        import sys  # noqa: PLC0415
-
-        getattr(sys.modules[module], function)(*arguments)
+        before = set(sys.modules)
+        _function(name)(*arguments)
+        answer["imported"] = _of_libraries(set(sys.modules) - before, before)
     except MergefleetError:
         pass  # the caller comes to it itself, and says so
     except MemoryError:
@@ -243,6 +247,22 @@ def _work(name: str, arguments: tuple[Any, ...], bounds: Bounds, writer: int) ->
         answer = {"error": said, "traceback": "".join(traceback.format_exception(error))[-_MAX_SAID:]}
     os.write(writer, json.dumps(answer).encode()[:_MAX_ANSWER_BYTES])
     os._exit(0)
+
+
+def _name_of(function: Callable[..., None]) -> str:
+    return f"{function.__module__}:{function.__qualname__}"
+
+
+def _function(name: str) -> Callable[..., None]:
+    module, _, function = name.partition(":")
+    found: Callable[..., None] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def _of_libraries(imported: set[str], before: set[str]) -> list[str]:
+    """Return those of some modules that belong to packages which were there before: no code from elsewhere is one."""
+    packages = {name.partition(".")[0] for name in before}
+    return sorted(name for name in imported if name.partition(".")[0] in packages)[:_MAX_IMPORTED]
 
 
 def _read_all(reader: int) -> bytes:

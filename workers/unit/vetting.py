@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from jobs.errors import BadInputError, UnsupportedError
@@ -67,9 +68,13 @@ MAX_TEXT = 20_000
 """Characters of a text in `adapter_config.json`: some are regular expressions."""
 
 
-server = ForkServer((__name__,))
-"""Started with the first worker of this process, or the first file."""
+def _prepare() -> None:
+    """Have transformers compile its table of renamings, which takes longer than planning a merge."""
+    get_checkpoint_conversion_mapping("")
 
+
+server = ForkServer(_prepare)
+"""Started with the first worker of this process, or the first file."""
 
 _known: OrderedDict[str, None] = OrderedDict()
 

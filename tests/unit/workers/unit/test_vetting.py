@@ -1,12 +1,14 @@
 """Files that hold or bring down whoever uses them are refused, in seconds, and the worker is none the worse."""
 
 import contextlib
+import gc
 import json
 import math
 import operator
 import shutil
 import signal
 import subprocess
+from collections import OrderedDict
 
 import pytest
 from peft import BOFTConfig
@@ -15,15 +17,18 @@ from jobs.errors import BadInputError, UnsupportedError
 from jobs.locations import LocalPath
 from jobs.parity_policy import ParityPolicy
 from jobs.request import MergeRequest
+from tests.merges import release
 from tests.models import build_llama, make_adapter
 from workers.adapters.adapter import Adapter, open_adapter
 from workers.adapters.wearing import match
 from workers.bases.model import skeleton
+from workers.merging.settings import WorkerSettings
 from workers.sources.fetch import fetch_adapter, fetch_base
-from workers.unit import vetting
+from workers.unit import checking, vetting
 from workers.unit.checking import vet_checkpoint
 from workers.unit.forks import Answer, Bounds, ForkServer
 from workers.unit.vetting import vet_adapter, vet_base, vet_prompts
+from workers.worker import MergeWorker
 
 BOMB = "(([a-z_.0-9])+)+$!"
 """Backtracks for longer than the universe lasts on any module's name."""
@@ -168,7 +173,7 @@ def test_a_library_that_stumbles_is_no_fault_of_ours(made, monkeypatch):
 
 @pytest.fixture
 def server():
-    with contextlib.closing(ForkServer(("json",))) as started:
+    with contextlib.closing(ForkServer(gc.collect)) as started:
         yield started
 
 
@@ -186,6 +191,28 @@ def test_a_call_ends_as_it_ends(server):
     assert ended_well(server.call(len, "text", bounds=bounds))
     server.close()
     assert ended_well(server.call(len, "text", bounds=bounds))
+
+
+def test_what_a_call_imports_of_the_libraries_the_next_one_finds(server):
+    """And nothing else: `this` belongs to no package that was there."""
+    bounds = Bounds(cpu_seconds=1, memory_bytes=256 << 20)
+    assert ended_well(server.call(exec, "import sys; assert 'json.tool' not in sys.modules", bounds=bounds))
+    assert ended_well(server.call(exec, "import json.tool, this", bounds=bounds))
+    assert ended_well(server.call(exec, "import sys; assert 'json.tool' in sys.modules", bounds=bounds))
+    assert ended_well(server.call(exec, "import sys; assert 'this' not in sys.modules", bounds=bounds))
+
+
+def test_adapters_of_one_recipe_are_checked_once(tmp_path, monkeypatch):
+    """The check of a merged checkpoint, which builds its model: names, shapes and files beside them are the same."""
+    base, checked = build_llama(tmp_path / "base"), []
+    monkeypatch.setattr(checking, "_known", OrderedDict())
+    monkeypatch.setattr(checking, "vet_checkpoint", checked.append)
+    places = {name: tmp_path / name for name in ("cache", "scratch", "reports")}
+    with contextlib.closing(MergeWorker(WorkerSettings(**places, device="cpu", num_threads=2))) as worker:
+        for seed in range(2):
+            adapter = make_adapter(base, tmp_path / f"adapter-{seed}", seed=seed)
+            assert release(worker, (base, adapter), tmp_path / f"release-{seed}", "16bit").failure is None
+    assert len(checked) == 1
 
 
 def test_a_call_sees_none_of_our_variables_and_writes_no_file(server, monkeypatch, tmp_path):
