@@ -56,10 +56,11 @@ $(WHEEL): setup
 	    open(site.getsitepackages()[0] + '/behind.pth', 'w').write('\n'.join(sys.argv[1:]))" "$(LIBRARIES)" "$(CURDIR)"
 	$(PIP) --python $(WHEEL)/bin/python install --quiet --no-deps --no-index --no-build-isolation .
 
-# Two at a time: whole files, in order, since the tests of a file share their models; each on threads of its own.
+# Two at a time: whole files, in order, since the tests of a file share their models; each on threads of its own. Some ask
+# for more: waiting for each other they spin, unless told, and make those of the other process ten times slower.
 PYTEST := pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
-test: export OMP_NUM_THREADS = 1
-coverage: export OMP_NUM_THREADS = 1
+test coverage: export OMP_NUM_THREADS = 1
+test coverage: export OMP_WAIT_POLICY = PASSIVE
 
 # The wheel, as users have it: no test sees the checkout's own modules.
 test: lint $(WHEEL)  ## lint, then every test but the slowest, on the built wheel

@@ -15,3 +15,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
 # NumPy's own BLAS, which nothing here calls, starts its threads when it is imported. A process that has several cannot
 # be forked, and the server that tries files out (`unit/forks.py`) would have to import everything once more.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# Threads that wait for others sleep. Spinning, those of two processes on one machine make each other 12 times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("KMP_BLOCKTIME", "0")

@@ -18,10 +18,6 @@ from cluster.ray_fleet.placement import choose_node, near
 _CONTROL = "control"
 """Concurrency group that answers while a unit runs."""
 
-_PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
-"""Threads that wait for others sleep. Spinning, those of two drivers on one machine make each other 12 times slower."""
-
-
 _EXIT = re.compile(r"Worker exit type: (\w+) Worker exit detail: (.*?)\s*(?:Some common|There are some|$)", re.DOTALL)
 
 _LOOK_SECONDS = 5.0
@@ -95,7 +91,7 @@ class RayActors:
             "num_gpus": crew.num_gpus_each,
             "scheduling_strategy": near(node),
             # With num_cpus=0 Ray would force one OpenMP thread, which bitsandbytes computes with.
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(crew.num_threads), **_PASSIVE}},
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(crew.num_threads)}},
         }
         try:
             handle = self._actor_class.options(**options).remote(*self._arguments(crew))
