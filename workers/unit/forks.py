@@ -182,7 +182,8 @@ def _serve() -> NoReturn:
             imported = answer.pop("imported", [])
             _send(served, json.dumps(answer).encode())
             for each in imported:
-                importlib.import_module(each)
+                with contextlib.suppress(Exception):  # some are made by code, and not to be found by their names
+                    importlib.import_module(each)
     os._exit(0)
 
 

@@ -102,10 +102,10 @@ def test_another_dtype_computes_everything(base, adapter, tmp_path):
 
 
 def test_memory_of_a_pass_grows_with_the_bytes_of_an_element(base, adapter, tmp_path):
-    """Three buffers of a tile for each thread, and six more: those of float32 are twice as large."""
+    """Four buffers of a tile for each thread, and six more: those of float32 are twice as large."""
     in_16_bits, in_32_bits = (planned(base, adapter, tmp_path, dtype=dtype) for dtype in ("bfloat16", "float32"))
     more = pass_bytes([in_32_bits], 2, "cpu") - pass_bytes([in_16_bits], 2, "cpu")
-    assert more == (2 * 3 + 6) * 2 * TILE_ELEMENTS["cpu"]
+    assert more == (2 * 4 + 6) * 2 * TILE_ELEMENTS["cpu"]
 
 
 def test_the_dtype_the_base_has_already_changes_nothing(base, adapter, tmp_path):
