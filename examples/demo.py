@@ -34,8 +34,8 @@ BUCKET = "releases"
 PULLED = "pirate-nf4"
 """The job whose release is pulled back and asked."""
 _PLAN = """\
-What this does, on this machine alone, below .demo/ (about 2.5 GB): six minutes on two cores, two of them to train
-adapters that the next run finds there.
+What this does, on this machine alone, below .demo/ (about 2.5 GB): five to nine minutes on two cores, two or three of
+them to train adapters that the next run finds there.
   1. a real chat model (135 M) out of a package, and three adapters trained on it
   2. one request file, seven merges, two workers under Ray, each release proven; six go to a real S3 server
   3. one release pulled back, verified, and asked a question without PEFT, beside base + adapter with it"""
